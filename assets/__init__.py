@@ -1,0 +1,1 @@
+"""Teachers, feature extractors and pictures that ship with fewstep."""

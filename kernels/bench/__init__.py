@@ -1,0 +1,1 @@
+"""Benchmarks of the kernels; every figure is a ratio taken in one run."""

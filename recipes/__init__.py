@@ -1,0 +1,1 @@
+"""Recipes shipped with fewstep, as data; see `fewstep recipes ls`."""
