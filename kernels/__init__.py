@@ -1,2 +1,22 @@
 if __name__ != "fewstep.kernels":
     raise ImportError("import fewstep.kernels, not kernels: this folder is mapped into the fewstep package")
+
+from .api import Choice, attention, attention_jvp, attention_tangent, explain
+from .arguments import IMPLEMENTATIONS
+from .merge import merge
+from .ranges import KeyRange, Ranges, Segment, block_causal, teacher_forcing
+
+__all__ = [
+    "IMPLEMENTATIONS",
+    "Choice",
+    "KeyRange",
+    "Ranges",
+    "Segment",
+    "attention",
+    "attention_jvp",
+    "attention_tangent",
+    "block_causal",
+    "explain",
+    "merge",
+    "teacher_forcing",
+]
