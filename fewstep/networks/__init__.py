@@ -1,0 +1,6 @@
+"""Networks and denoisers. `fewstep.networks.specs` registers the ones a recipe can name."""
+
+from fewstep.networks.analytic import Mixture as Mixture
+from fewstep.networks.denoiser import Denoiser as Denoiser
+from fewstep.networks.denoiser import Rescheduled as Rescheduled
+from fewstep.networks.heads import Discriminator as Discriminator

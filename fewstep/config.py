@@ -1,0 +1,293 @@
+"""Recipes as checked data: registered parts, YAML with line numbers, and all problems of a file at once.
+
+A part is a frozen pydantic dataclass registered under (kind, name); YAML chooses it by its short name. Pydantic
+does the checking; a line map taken from the YAML nodes turns its error locations into file:line.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar, Union
+
+import yaml
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic.dataclasses import dataclass as pydantic_dataclass
+
+STRICT = ConfigDict(extra="forbid", strict=True, use_attribute_docstrings=True, allow_inf_nan=False)
+REGISTRY: dict[str, dict[str, type]] = {}
+T = TypeVar("T", bound=type)
+
+
+class RecipeError(ValueError):
+    """A recipe, an override or a path that cannot be used; the message lists every problem, one a line."""
+
+
+class UserError(RuntimeError):
+    """Anything else a user can mend: the message says what was wrong and what is allowed. Exit code 2."""
+
+
+def config(cls: T) -> T:
+    """Make a class a frozen, strict dataclass whose field docstrings are its documentation."""
+    return pydantic_dataclass(frozen=True, kw_only=True, config=STRICT)(cls)  # type: ignore[return-value]
+
+
+def part(kind: str, name: str) -> Callable[[T], T]:
+    """Register a class as the choice `name` of a kind (method, times, network, data, ...)."""
+
+    def register(cls: T) -> T:
+        taken = REGISTRY.setdefault(kind, {})
+        if name in taken:
+            raise ValueError(f"{kind} {name!r} is registered twice: {taken[name].__module__}, {cls.__module__}")
+        cls.__annotations__ = {"name": Literal[name], **cls.__annotations__}  # type: ignore[valid-type]
+        cls.name = name  # type: ignore[attr-defined]
+        taken[name] = config(cls)
+        return taken[name]  # type: ignore[return-value]
+
+    return register
+
+
+def choice(kind: str) -> Any:
+    """The type 'any registered part of this kind', selected by its `name` key."""
+    members = tuple(REGISTRY[kind].values())
+    if len(members) == 1:
+        return members[0]
+    return Annotated[Union[members], Field(discriminator="name")]  # noqa: UP007
+
+
+class _Loader(yaml.SafeLoader):
+    """SafeLoader in which 1e-4 is a number (YAML 1.1 asks for a dot) and yes/no/on/off stay words."""
+
+
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, rx) for tag, rx in rules if tag not in ("tag:yaml.org,2002:float", "tag:yaml.org,2002:bool")]
+    for first, rules in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(?:\d[\d_]*\.[\d_]*(?:[eE][-+]?\d+)?|\.\d+(?:[eE][-+]?\d+)?|\d[\d_]*[eE][-+]?\d+)$"),
+    list("-+.0123456789"),
+)
+_Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(r"^(?:true|false|True|False)$"), list("tTfF"))
+
+Path_ = tuple[str | int, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """Parsed YAML and where each key stood: lines[("method", "critic_steps")] == (file, line)."""
+
+    data: dict[str, Any]
+    lines: dict[Path_, tuple[str, int]]
+    problems: tuple[str, ...] = ()
+
+    def where(self, path: Path_) -> str:
+        """file:line of the deepest part of a path that stands in the file."""
+        for end in range(len(path), -1, -1):
+            if path[:end] in self.lines:
+                name, line = self.lines[path[:end]]
+                return f"{name}:{line}" if line else name
+        return "recipe"
+
+
+def parse(text: str, name: str) -> Source:
+    """Read YAML text; syntax errors and repeated keys raise or are collected with their line."""
+    loader = _Loader(text)
+    try:
+        root = loader.get_single_node()
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = mark.line + 1 if mark else 1
+        raise RecipeError(f"{name}:{line}: not valid YAML: {getattr(error, 'problem', error)}") from None
+    if not isinstance(root, yaml.MappingNode):
+        raise RecipeError(f"{name}:1: a recipe is a mapping of keys to values")
+    lines: dict[Path_, tuple[str, int]] = {(): (name, 1)}
+    problems: list[str] = []
+
+    def walk(node: yaml.Node, path: Path_) -> Any:
+        if isinstance(node, yaml.MappingNode):
+            out: dict[str, Any] = {}
+            for key_node, value_node in node.value:
+                key = str(loader.construct_object(key_node))
+                at = (*path, key)
+                line = key_node.start_mark.line + 1
+                if key in out:
+                    problems.append(
+                        f"{name}:{line}: {'.'.join(map(str, at))}: key stands twice (first in line {lines[at][1]})"
+                    )
+                lines[at] = (name, line)
+                out[key] = walk(value_node, at)
+            return out
+        if isinstance(node, yaml.SequenceNode):
+            items = []
+            for i, item in enumerate(node.value):
+                lines[(*path, i)] = (name, item.start_mark.line + 1)
+                items.append(walk(item, (*path, i)))
+            return items
+        return loader.construct_object(node)
+
+    return Source(walk(root, ()), lines, tuple(problems))
+
+
+def merge(base: Source, over: Source) -> Source:
+    """`over` on top of `base`: mappings merge key by key, unless `name` changes: then the part is new."""
+
+    def join(a: Any, b: Any) -> Any:
+        if not (isinstance(a, dict) and isinstance(b, dict)):
+            return b
+        if "name" in a and "name" in b and a["name"] != b["name"]:
+            return b
+        return {**a, **{k: join(a[k], v) if k in a else v for k, v in b.items()}}
+
+    return Source(
+        join(base.data, over.data), {**base.lines, **over.lines}, (*base.problems, *over.problems)
+    )
+
+
+def override(source: Source, settings: Sequence[str]) -> Source:
+    """Apply `key.path=value` settings; values are YAML. Raises RecipeError naming the argument."""
+    for setting in settings:
+        key, equals, value = setting.partition("=")
+        if not equals or not key:
+            raise RecipeError(f"argument {setting!r}: expected key=value, such as train.steps=200")
+        try:
+            parsed = parse(f"value: {value}", f"argument {setting!r}").data["value"]
+        except RecipeError:
+            raise RecipeError(f"argument {setting!r}: {value!r} is not a YAML value") from None
+        path: Path_ = tuple(int(k) if k.isdigit() else k for k in key.split("."))
+        data: Any = json.loads(json.dumps(source.data))
+        here = data
+        for depth, k in enumerate(path[:-1]):
+            if isinstance(here, list) and isinstance(k, int) and k < len(here):
+                here = here[k]
+            elif isinstance(here, dict):
+                here = here.setdefault(str(k), {})
+            else:
+                raise RecipeError(f"argument {setting!r}: {'.'.join(map(str, path[: depth + 1]))} has no keys")
+        if isinstance(here, list):
+            index = path[-1]
+            if not isinstance(index, int) or index >= len(here):
+                raise RecipeError(f"argument {setting!r}: the list has {len(here)} entries")
+            here[index] = parsed
+        elif isinstance(here, dict):
+            here[str(path[-1])] = parsed
+        else:
+            raise RecipeError(f"argument {setting!r}: {key.rpartition('.')[0]} has no keys")
+        lines = {p: w for p, w in source.lines.items() if p[: len(path)] != path}
+        source = Source(data, {**lines, path: (f"argument {setting!r}", 0)}, source.problems)
+    return source
+
+
+def _close(word: str, words: Iterable[str]) -> str:
+    match = difflib.get_close_matches(word, list(words), n=1, cutoff=0.5)
+    return f"; did you mean '{match[0]}'?" if match else ""
+
+
+def _fields_at(root: type, data: Any, path: Path_) -> list[str]:
+    """Names of the keys allowed beside the last element of `path`."""
+    kinds = {name: cls for names in REGISTRY.values() for name, cls in names.items()}
+    cls: Any = root
+    here = data
+    for key in path[:-1]:
+        here = here[key]
+        hints = {f.name: f.type for f in dataclasses.fields(cls)} if dataclasses.is_dataclass(cls) else {}
+        hint = hints.get(str(key))
+        if isinstance(here, dict) and here.get("name") in kinds and not dataclasses.is_dataclass(hint):
+            cls = kinds[here["name"]]
+        elif isinstance(key, str) and hint is not None:
+            cls = _dataclass_of(hint)
+    return [f.name for f in dataclasses.fields(cls)] if dataclasses.is_dataclass(cls) else []
+
+
+def _dataclass_of(hint: Any) -> Any:
+    if dataclasses.is_dataclass(hint):
+        return hint
+    for arg in getattr(hint, "__args__", ()):
+        found = _dataclass_of(arg)
+        if found is not None:
+            return found
+    return None
+
+
+_EXPECTED = {
+    "int_type": "int",
+    "int_from_float": "int",
+    "float_type": "float",
+    "string_type": "text",
+    "bool_type": "true or false",
+    "tuple_type": "a list",
+    "dict_type": "a mapping",
+    "list_type": "a list",
+}
+
+
+def _problem(error: Mapping[str, Any], root: type, source: Source) -> str:
+    path: Path_ = ()
+    here: Any = source.data
+    for key in error["loc"]:
+        inside = (isinstance(here, dict) and key in here) or (isinstance(here, list) and isinstance(key, int))
+        if inside:
+            path, here = (*path, key), here[key]
+        elif error["type"] in ("missing", "extra_forbidden") and key == error["loc"][-1]:
+            path = (*path, key)
+    dotted = ".".join(map(str, path)) or "recipe"
+    where, kind, ctx = source.where(path), error["type"], error.get("ctx", {})
+    if kind == "extra_forbidden":
+        allowed = _fields_at(root, source.data, path)
+        hint = _close(str(path[-1]), allowed) or (f"; allowed: {', '.join(allowed)}" if allowed else "")
+        return f"{where}: {dotted}: unknown key{hint}"
+    if kind == "missing":
+        return f"{where}: {dotted}: required key is missing"
+    if kind in ("union_tag_invalid", "literal_error"):
+        allowed = re.findall(r"'([^']*)'", str(ctx.get("expected_tags") or ctx.get("expected")))
+        given = str(ctx.get("tag", error["input"]))
+        name = f"{dotted}.name" if kind == "union_tag_invalid" else dotted
+        where = source.where((*path, "name")) if kind == "union_tag_invalid" else where
+        return f"{where}: {name}: {given!r} is not one of {', '.join(allowed)}{_close(given, allowed)}"
+    if kind == "union_tag_not_found":
+        return f"{where}: {dotted}.name: required key is missing"
+    if kind in _EXPECTED:
+        return f"{where}: {dotted}: expected {_EXPECTED[kind]}, got {error['input']!r}"
+    message = error["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
+    return f"{where}: {dotted}: {message}" + ("" if kind == "value_error" else f", got {error['input']!r}")
+
+
+def validate(root: type, source: Source) -> Any:
+    """Build `root` from parsed YAML, or raise RecipeError with every problem, sorted by line."""
+    problems = list(source.problems)
+    try:
+        # JSON mode is strict about types yet takes a list for a tuple, which is all YAML has.
+        built = TypeAdapter(root).validate_json(json.dumps(source.data))
+    except ValidationError as errors:
+        problems += [_problem(e, root, source) for e in errors.errors(include_url=False)]
+        built = None
+    except (TypeError, ValueError) as error:
+        raise RecipeError(f"{source.where(())}: {error}") from None
+    if problems:
+        unique = sorted(set(problems), key=lambda p: [int(n) for n in re.findall(r":(\d+):", p)[:1]] or [0])
+        raise RecipeError("\n".join(unique))
+    return built
+
+
+def load_yaml(path: Path, shown: str | None = None) -> Source:
+    """Read a YAML file; RecipeError names it when it cannot be read."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecipeError(f"{shown or path}: cannot be read: {error}") from None
+    return parse(text, shown or str(path))
+
+
+def plain(value: Any) -> Any:
+    """A config object as plain YAML-able data, defaults included."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {f.name: plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    if isinstance(value, Mapping):
+        return {k: plain(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(v) for v in value]
+    return value

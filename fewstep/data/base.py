@@ -1,0 +1,34 @@
+"""What a data set is to a run."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from fewstep.random import Draws
+
+
+class Data(Protocol):
+    """Gives samples and conditions for the rows of a batch; every choice comes from `draws`."""
+
+    shape: tuple[int, ...]
+    """Of one sample, (C, H, W) or (d,)."""
+    classes: int
+    """Number of classes; 0 for none."""
+
+    def batch(self, draws: Draws) -> tuple[Tensor, Any]:
+        """Real samples (b, *shape) in [-1, 1] and their conditions."""
+        ...
+
+    def conditions(self, draws: Draws) -> Any:
+        """Conditions alone, without touching a sample, for methods that need no data."""
+        ...
+
+    def null(self, cond: Any) -> Any:
+        """The null condition of the same structure, or None where there is none."""
+        ...
+
+    def all(self) -> tuple[Tensor, Tensor | None]:
+        """The whole set as (images, labels), for reference statistics."""
+        ...

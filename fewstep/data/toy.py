@@ -1,0 +1,52 @@
+"""The 2-D ring of unequal Gaussians: unlimited exact samples."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fewstep.config import part
+from fewstep.networks.analytic import ring
+from fewstep.process import Flow
+from fewstep.random import Draws, fold
+
+
+@part("data", "ring")
+class Ring:
+    """Eight Gaussians on a circle with weights 1..8 (see fewstep.networks.analytic.ring)."""
+
+    modes: int = 8
+    radius: float = 1.0
+    std: float = 0.1
+    conditional: bool = False
+    """True: the mode's number is the condition."""
+
+    def open(self) -> RingData:
+        return RingData(self)
+
+
+class RingData:
+    """Samples of the ring, float32 (b, 2)."""
+
+    def __init__(self, spec: Ring) -> None:
+        self.mixture = ring(Flow(), spec.modes, spec.radius, spec.std)
+        self.shape: tuple[int, ...] = (2,)
+        self.classes = spec.modes if spec.conditional else 0
+
+    def batch(self, draws: Draws) -> tuple[Tensor, Any]:
+        self.mixture.to(draws.device)
+        x, label = self.mixture.draw(draws)
+        return x, label if self.classes else None
+
+    def conditions(self, draws: Draws) -> Any:
+        return draws.integers(self.classes) if self.classes else None
+
+    def null(self, cond: Any) -> Any:
+        return None if cond is None else torch.full_like(cond, self.classes)
+
+    def all(self) -> tuple[Tensor, Tensor | None]:
+        """20,000 samples of a fixed seed."""
+        x, label = self.mixture.cpu().draw(Draws(fold("ring reference"), torch.arange(20_000)))
+        return x, label if self.classes else None

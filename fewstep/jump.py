@@ -1,0 +1,65 @@
+"""One move along a trajectory, by a student in one call or by a teacher's ODE solver in several."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from fewstep.prediction import Prediction
+from fewstep.process import bc
+
+Solver = Literal["ddim", "euler", "heun"]
+Net = Callable[..., Prediction]
+
+
+def jump(net: Net, x: Tensor, t: Tensor, s: Tensor, cond: Any = None) -> Tensor:
+    """net(x, t).at(s): a flow map in every process, and exactly x where s = t. Times (b,), x (b, *d)."""
+    return net(x, t, cond).at(s)
+
+
+def solver_step(net: Net, x: Tensor, t: Tensor, s: Tensor, cond: Any = None, solver: Solver = "ddim") -> Tensor:
+    """One step of the probability-flow ODE from t to s.
+
+    ddim: exact for a constant x0 (Euler in sigma/alpha); euler: explicit Euler in t; heun: its trapezoidal
+    correction, which falls back to euler where sigma(s) = 0, as EDM does (arXiv 2206.00364, alg. 1).
+    """
+    here = net(x, t, cond)
+    if solver == "ddim":
+        return here.at(s)
+    velocity = here.velocity()
+    h = bc(s - t, x)
+    moved = x + h * velocity
+    if solver == "euler":
+        return moved
+    if solver != "heun":
+        raise ValueError(f"solver {solver!r} is not one of 'ddim', 'euler', 'heun'")
+    if bool((here.process.sigma(s) == 0).any()):
+        return moved
+    there = net(moved, s, cond).velocity()
+    return x + h * 0.5 * (velocity + there)
+
+
+def solve(
+    net: Net, x: Tensor, times: Tensor, cond: Any = None, solver: Solver = "ddim"
+) -> Tensor:
+    """Follow the ODE through a decreasing list of times, shape (n,) shared by the batch or (n, b)."""
+    for t, s in zip(times[:-1], times[1:], strict=True):
+        x = solver_step(net, x, _rows(t, x), _rows(s, x), cond, solver)
+    return x
+
+
+def _rows(t: Tensor, x: Tensor) -> Tensor:
+    return t.expand(x.shape[0]) if t.ndim == 0 else t
+
+
+def calls(steps: int, solver: Solver) -> int:
+    """Network calls of a solver that takes `steps` steps and ends at sigma > 0 or, for heun, at sigma = 0."""
+    return 2 * steps - 1 if solver == "heun" else steps
+
+
+def times_of(levels: Tensor, process: Any) -> Tensor:
+    """Process times float64 of levels u."""
+    return process.grid(torch.as_tensor(levels, dtype=torch.float64))

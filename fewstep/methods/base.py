@@ -1,0 +1,97 @@
+"""What a method is: a frozen dataclass that says what it needs, whose turn it is and how its product is sampled."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Protocol
+
+from torch import Tensor
+
+from fewstep.random import Draws
+from fewstep.roles import Roles
+from fewstep.sampling import Sampler
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What a method asks of a run; checked before anything is loaded."""
+
+    roles: frozenset[str]
+    data: bool = False
+    """True: batch.x0 holds real samples. False: the data set is never read."""
+    pairs: bool = False
+    jvp: bool = False
+    teacher_grad: bool = False
+    """True: gradients flow through the teacher to its input (SiD, LADD)."""
+
+
+@dataclass
+class Batch:
+    """One micro-batch: b samples that know their global index through `draws`.
+
+    x0 (b, *shape) in [-1, 1] or None; cond and null_cond of one structure (a tensor or a mapping) or None.
+    """
+
+    draws: Draws
+    shape: tuple[int, ...]
+    x0: Tensor | None = None
+    cond: Any = None
+    null_cond: Any = None
+
+    def __len__(self) -> int:
+        return len(self.draws)
+
+    def noise(self) -> Tensor:
+        """Fresh standard normal noise (b, *shape)."""
+        return self.draws.normal(*self.shape)
+
+    def data(self) -> Tensor:
+        """x0, or an error: the method said it needs no data and then asked for it."""
+        if self.x0 is None:
+            raise ValueError("this batch has no data: the method's needs() must say data=True")
+        return self.x0
+
+
+class Losses(dict[str, Tensor]):
+    """Named scalar terms, already weighted, that are summed and backwarded at once; `log` holds mere readings."""
+
+    def __init__(self, terms: dict[str, Tensor] | None = None, log: dict[str, Tensor] | None = None) -> None:
+        super().__init__(terms or {})
+        self.log = log or {}
+
+    def total(self) -> Tensor:
+        return sum(self.values())  # type: ignore[return-value]
+
+
+@dataclass(frozen=True)
+class Turn:
+    """One optimiser step of some roles, `times` times with fresh batches.
+
+    losses(batch) yields one or more Losses; each is backwarded as it comes and the optimiser steps once.
+    Roles that share tensors or a graph (a discriminator head on the critic's trunk) belong in one turn.
+    """
+
+    updates: tuple[str, ...]
+    losses: Callable[[Batch], Iterable[Losses]]
+    times: int = 1
+    batch: Batch | None = field(default=None, compare=False)
+    """Use this batch instead of a fresh one (methods that walk along one trajectory)."""
+
+
+class Method(Protocol):
+    """A paper as a frozen dataclass; its fields are its hyper-parameters."""
+
+    name: str
+    cites: ClassVar[tuple[str, ...]]
+    """arXiv ids."""
+
+    def needs(self) -> Needs: ...
+
+    def turns(self, roles: Roles, step: int) -> Iterator[Turn]:
+        """The turns of one step, in order. Resumed after each optimiser step, so it may hold things between."""
+        ...
+
+    def sampler(self) -> Sampler:
+        """How the student is meant to be sampled."""
+        ...

@@ -1,0 +1,68 @@
+"""Denoising: train the student as a denoiser, on data or onto the teacher. Makes teachers and warm starts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, ClassVar, Literal
+
+import torch
+
+from fewstep.config import choice, part
+from fewstep.methods.base import Batch, Losses, Needs, Turn
+from fewstep.objectives import dsm, mse
+from fewstep.objectives.regression import Weight, x0_weight
+from fewstep.process import add_noise
+from fewstep.roles import Roles
+from fewstep.sampling import Sampler, many_step
+from fewstep.times import LogNormal
+
+
+@part("method", "denoise")
+class Denoise:
+    """Denoising score matching of the student (arXiv 2206.00364, eq. 2), with condition dropout."""
+
+    cites: ClassVar[tuple[str, ...]] = ("2206.00364",)
+
+    times: choice("times") = LogNormal()  # type: ignore[valid-type]
+    """Noise levels; EDM trains on ln sigma ~ N(-1.2, 1.2^2) (table 1)."""
+    weight: Weight = "edm"
+    """Weight of the x0 error; "edm" for EDM (table 1)."""
+    target: Literal["data", "teacher"] = "data"
+    """data: regress on clean data; teacher: on the teacher's denoiser at the same noised data."""
+    drop_cond: float = 0.1
+    """Probability of training a sample without its condition, which guidance needs (arXiv 2207.12598)."""
+    sample_steps: int = 18
+    """Steps of the Heun sampler that shows its progress."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.drop_cond <= 1:
+            raise ValueError(f"drop_cond must lie in [0, 1], not {self.drop_cond}")
+        if self.sample_steps < 1:
+            raise ValueError(f"sample_steps must be at least 1, not {self.sample_steps}")
+
+    def needs(self) -> Needs:
+        roles = {"student", "teacher"} if self.target == "teacher" else {"student"}
+        return Needs(frozenset(roles), data=True)
+
+    def turns(self, roles: Roles, step: int) -> Iterator[Turn]:
+        yield Turn(("student",), lambda batch: self.losses(roles, batch))
+
+    def losses(self, roles: Roles, batch: Batch) -> Iterator[Losses]:
+        student, x0 = roles.student, batch.data()
+        process: Any = student.process
+        t, eps = self.times.sample(batch.draws, process), batch.noise()
+        cond = batch.cond
+        if cond is not None and batch.null_cond is not None:
+            drop = batch.draws.uniform() < self.drop_cond
+            cond = torch.where(drop.reshape(-1, *(1,) * (cond.ndim - 1)), batch.null_cond, cond)
+        if self.target == "data":
+            yield Losses({"dsm": dsm(student, x0, t, eps, cond, weight=self.weight)})
+            return
+        x_t, _ = add_noise(process, x0, eps, t)
+        with torch.no_grad():
+            target = roles.teacher(x_t, t, cond).x0
+        error = mse(student(x_t, t, cond).x0, target, x0_weight(self.weight, process, t))
+        yield Losses({"regress": error})
+
+    def sampler(self) -> Sampler:
+        return many_step(self.sample_steps)

@@ -1,0 +1,104 @@
+"""A small diffusion transformer for toys: patches, adaLN-zero blocks, joint positions (arXiv 2212.09748)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fewstep.networks.denoiser import Fourier
+
+
+def _modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    # Functional and without affine weights: compile(jvp) of nn.LayerNorm with weights fails in torch.
+    return F.layer_norm(x, x.shape[-1:]) * (1 + scale[:, None]) + shift[:, None]
+
+
+class Block(nn.Module):
+    """Attention and MLP, each modulated and gated by the embedding; gates start at zero."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(width, 3 * width)
+        self.out = nn.Linear(width, width)
+        self.up = nn.Linear(width, 4 * width)
+        self.down = nn.Linear(4 * width, width)
+        self.modulation = nn.Linear(width, 6 * width)
+        nn.init.zeros_(self.modulation.weight)
+        nn.init.zeros_(self.modulation.bias)
+
+    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
+        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self.modulation(embedding).chunk(6, -1)
+        b, n, width = x.shape
+        qkv = self.qkv(_modulate(x, shift_a, scale_a)).reshape(b, n, 3, self.heads, width // self.heads)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)
+        attended = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(b, n, width)
+        x = x + gate_a[:, None] * self.out(attended)
+        hidden = F.gelu(self.up(_modulate(x, shift_m, scale_m)), approximate="tanh")
+        return x + gate_m[:, None] * self.down(hidden)
+
+
+class DiT(nn.Module):
+    """Images (b, c, h, w) -> raw of the same shape.
+
+    Args:
+        shape: (c, h, w) of one image.
+        patch: side of a patch; must divide h and w.
+        width, depth, heads: of the transformer; heads must divide width.
+        classes: 0 for none; index `classes` is the null class.
+    Taps: "block0" .. "block{depth-1}", tokens (b, n, width).
+    """
+
+    def __init__(
+        self,
+        shape: tuple[int, int, int],
+        patch: int = 2,
+        width: int = 64,
+        depth: int = 4,
+        heads: int = 4,
+        classes: int = 0,
+    ) -> None:
+        super().__init__()
+        c, h, w = shape
+        if h % patch or w % patch:
+            raise ValueError(f"patch {patch} must divide the image size {h} x {w}")
+        if width % heads:
+            raise ValueError(f"heads {heads} must divide width {width}")
+        self.shape, self.patch = shape, patch
+        self.embed = nn.Linear(c * patch * patch, width)
+        self.position = nn.Parameter(0.02 * torch.randn(1, (h // patch) * (w // patch), width))
+        self.time = Fourier(width)
+        self.label = nn.Embedding(classes + 1, width) if classes else None
+        self.blocks = nn.ModuleList(Block(width, heads) for _ in range(depth))
+        self.last = nn.Linear(width, c * patch * patch)
+        nn.init.zeros_(self.last.weight)
+        nn.init.zeros_(self.last.bias)
+
+    def forward(
+        self, x: Tensor, time: Tensor, cond: Any = None, *, taps: Sequence[str] = (), stop: bool = False
+    ) -> tuple[Tensor | None, dict[str, Tensor]]:
+        """x (b, c, h, w), time (b,) an angle in [0, pi/2], cond int (b,) or None."""
+        (c, h, w), p = self.shape, self.patch
+        unknown = set(taps) - {f"block{i}" for i in range(len(self.blocks))}
+        if unknown:
+            raise ValueError(f"taps {sorted(unknown)} are unknown; allowed: block0..block{len(self.blocks) - 1}")
+        tokens = x.reshape(-1, c, h // p, p, w // p, p).permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
+        embedding = self.time(time)
+        if self.label is not None and cond is not None:
+            embedding = embedding + self.label(cond)
+        embedding = F.silu(embedding)
+        tokens = self.embed(tokens) + self.position
+        features: dict[str, Tensor] = {}
+        for i, block in enumerate(self.blocks):
+            tokens = block(tokens, embedding)
+            if f"block{i}" in taps:
+                features[f"block{i}"] = tokens
+                if stop and len(features) == len(taps):
+                    return None, features
+        out = self.last(F.layer_norm(tokens, tokens.shape[-1:]))
+        out = out.reshape(-1, h // p, w // p, c, p, p).permute(0, 3, 1, 4, 2, 5).reshape(-1, c, h, w)
+        return out, features

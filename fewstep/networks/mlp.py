@@ -1,0 +1,53 @@
+"""A small MLP for vectors: the toy student and critic."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from fewstep.networks.denoiser import Fourier
+
+
+class MLP(nn.Module):
+    """depth hidden layers of one width; time enters through every layer, classes through an embedding.
+
+    Args:
+        dim: of x.
+        width, depth: of the hidden layers.
+        classes: number of classes, 0 for none; class index `classes` is the null class.
+    Tap: "mid", the activation of the middle layer, (b, width).
+    """
+
+    def __init__(self, dim: int = 2, width: int = 192, depth: int = 5, classes: int = 0) -> None:
+        super().__init__()
+        self.first = nn.Linear(dim, width)
+        self.time = Fourier(width)
+        self.label = nn.Embedding(classes + 1, width) if classes else None
+        self.layers = nn.ModuleList(nn.Linear(width, width) for _ in range(depth - 1))
+        self.shift = nn.ModuleList(nn.Linear(width, width) for _ in range(depth - 1))
+        self.last = nn.Linear(width, dim)
+        self.act = nn.SiLU()
+
+    def forward(
+        self, x: Tensor, time: Tensor, cond: Any = None, *, taps: Sequence[str] = (), stop: bool = False
+    ) -> tuple[Tensor | None, dict[str, Tensor]]:
+        """x (b, dim), time (b,) an angle in [0, pi/2], cond int (b,) or None -> (raw (b, dim), features)."""
+        embedding = self.time(time)
+        if self.label is not None and cond is not None:
+            embedding = embedding + self.label(cond)
+        embedding = self.act(embedding)
+        h = self.act(self.first(x))
+        features: dict[str, Tensor] = {}
+        for i, (layer, shift) in enumerate(zip(self.layers, self.shift, strict=True)):
+            h = self.act(layer(h) + shift(embedding))
+            if i == len(self.layers) // 2 and "mid" in taps:
+                features["mid"] = h
+                if stop:
+                    return None, features
+        unknown = set(taps) - {"mid"}
+        if unknown:
+            raise ValueError(f"taps {sorted(unknown)} are unknown to MLP; allowed: mid")
+        return self.last(h), features
+

@@ -1,0 +1,221 @@
+"""Networks and teachers as recipe parts: each spec builds one role."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from fewstep.config import RecipeError, UserError, choice, config, part
+from fewstep.networks.adapters import Adapted, frozen
+from fewstep.networks.analytic import ring
+from fewstep.networks.denoiser import Denoiser, Rescheduled
+from fewstep.networks.dit import DiT
+from fewstep.networks.heads import Discriminator
+from fewstep.networks.mlp import MLP
+from fewstep.process import EDM, Flow
+
+
+@dataclass(frozen=True)
+class Site:
+    """Where a role is built: the data's shape and classes, the roles built so far, the seed of its weights."""
+
+    shape: tuple[int, ...]
+    classes: int
+    roles: Mapping[str, nn.Module]
+    seed: int
+
+    def role(self, name: str, asked_by: str) -> nn.Module:
+        if name not in self.roles:
+            raise RecipeError(f"{asked_by}: refers to role {name!r}, which this recipe does not have")
+        return self.roles[name]
+
+
+def _seeded(site: Site, build: Any) -> nn.Module:
+    """Build with a fixed seed without disturbing the caller's generator."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(site.seed)
+        return build()
+
+
+@part("network", "copy")
+class Copy:
+    """A full, trainable copy of another role's denoiser."""
+
+    of: Literal["teacher", "student"] = "teacher"
+
+    def build(self, site: Site) -> nn.Module:
+        source = site.role(self.of, "copy.of")
+        if not list(source.parameters()):
+            raise RecipeError(
+                f"copy.of: the {self.of} is analytic and has no weights to copy; name a network (mlp, dit, unet2d)"
+            )
+        twin = copy.deepcopy(source)
+        for p in twin.parameters():
+            p.requires_grad_(True)
+        return twin.eval()
+
+
+@part("network", "lora")
+class Lora:
+    """A LoRA adapter (by peft) on the frozen weights of another role."""
+
+    of: Literal["teacher", "student"] = "teacher"
+    rank: int = 16
+    alpha: float | None = None
+    """Scale; the rank when left out."""
+    targets: tuple[str, ...] | None = None
+    """Suffixes of the layers to adapt; every Linear and Conv2d when left out."""
+
+    def build(self, site: Site) -> nn.Module:
+        base = site.role(self.of, "lora.of")
+        name = f"lora{sum(isinstance(r, Adapted) for r in site.roles.values())}"
+        return _seeded(
+            site, lambda: Adapted(base, name, rank=self.rank, alpha=self.alpha, targets=self.targets)
+        )
+
+
+@part("network", "mlp")
+class MLPSpec:
+    """The toy MLP."""
+
+    width: int = 192
+    depth: int = 5
+    process: choice("process") = Flow()  # type: ignore[valid-type]
+    prediction: str = "velocity"
+
+    def build(self, site: Site) -> nn.Module:
+        if len(site.shape) != 1:
+            raise RecipeError(f"network mlp is for vectors; the data has shape {list(site.shape)}")
+        net = _seeded(site, lambda: MLP(site.shape[0], self.width, self.depth, site.classes))
+        return Denoiser(net, self.process, self.prediction, "angle")
+
+
+@part("network", "dit")
+class DiTSpec:
+    """The small diffusion transformer."""
+
+    patch: int = 2
+    width: int = 64
+    depth: int = 4
+    heads: int = 4
+    process: choice("process") = Flow()  # type: ignore[valid-type]
+    prediction: str = "velocity"
+
+    def build(self, site: Site) -> nn.Module:
+        if len(site.shape) != 3:
+            raise RecipeError(f"network dit is for images; the data has shape {list(site.shape)}")
+        shape = (site.shape[0], site.shape[1], site.shape[2])
+        net = _seeded(
+            site, lambda: DiT(shape, self.patch, self.width, self.depth, self.heads, site.classes)
+        )
+        return Denoiser(net, self.process, self.prediction, "angle")
+
+
+@part("network", "unet2d")
+class UNet2DSpec:
+    """A diffusers UNet2DModel on the EDM process in the parametrisation of consistency models.
+
+    That is what diffusers' ConsistencyModelPipeline runs, so teacher and students export without conversion.
+    """
+
+    channels: tuple[int, ...] = (32, 64)
+    layers: int = 1
+    attention: bool = False
+    """Attention at all but the finest level."""
+    groups: int = 8
+    head_dim: int = 16
+    sigma_data: float = 0.5
+
+    def build(self, site: Site) -> nn.Module:
+        from diffusers import UNet2DModel
+
+        from fewstep.networks.unet2d import UNet2D
+
+        if len(site.shape) != 3:
+            raise RecipeError(f"network unet2d is for images; the data has shape {list(site.shape)}")
+        inner = "Attn" if self.attention else ""
+        deeper = len(self.channels) - 1
+        model = _seeded(
+            site,
+            lambda: UNet2DModel(
+                sample_size=site.shape[1] if site.shape[1] == site.shape[2] else tuple(site.shape[1:]),
+                in_channels=site.shape[0],
+                out_channels=site.shape[0],
+                block_out_channels=self.channels,
+                layers_per_block=self.layers,
+                down_block_types=("DownBlock2D", *[f"{inner}DownBlock2D"] * deeper),
+                up_block_types=(*[f"{inner}UpBlock2D"] * deeper, "UpBlock2D"),
+                norm_num_groups=self.groups,
+                attention_head_dim=self.head_dim,
+                add_attention=self.attention,
+                num_class_embeds=site.classes + 1 if site.classes else None,
+                resnet_time_scale_shift="scale_shift",
+            ),
+        )
+        process = EDM(sigma_data=self.sigma_data)
+        return Denoiser(UNet2D(model, site.classes), process, "cm", "250log_sigma")
+
+
+@part("teacher", "diffusers")
+class DiffusersTeacher:
+    """A frozen teacher from a diffusers folder; process and prediction are read from its scheduler config."""
+
+    path: str
+    """Folder, or assets:NAME for one that ships with fewstep."""
+    classes: int | None = None
+    """Real classes when the folder does not say (UNets with a null class have one embedding more)."""
+
+    def build(self, site: Site) -> nn.Module:
+        from fewstep.networks.diffusers import load_denoiser
+
+        teacher = load_denoiser(self.path, classes=self.classes or site.classes)
+        shape = tuple(teacher.net.model.config[k] for k in ("in_channels",))  # type: ignore[union-attr,index]
+        if shape[0] != site.shape[0]:
+            raise UserError(
+                f"teacher {self.path}: takes {shape[0]} channels, but the data has shape {list(site.shape)}"
+            )
+        return frozen(teacher)
+
+
+@part("teacher", "ring")
+class RingTeacher:
+    """The exact denoiser of the ring data set, in EDM coordinates or re-expressed in another process."""
+
+    modes: int = 8
+    radius: float = 1.0
+    std: float = 0.1
+    process: choice("process") = Flow()  # type: ignore[valid-type]
+
+    def build(self, site: Site) -> nn.Module:
+        exact = ring(EDM(sigma_max=1000.0), self.modes, self.radius, self.std)
+        return frozen(Rescheduled(exact, self.process))
+
+
+@config
+class DiscriminatorSpec:
+    """Heads on the features of a denoiser."""
+
+    trunk: Literal["critic", "teacher"] = "critic"
+    """Whose features: the critic's (DMD2), trained with them, or the frozen teacher's (LADD, FastGen)."""
+    taps: tuple[str, ...] = ("mid",)
+    """Which features, one head each."""
+    width: int | None = None
+    """Hidden channels of a head; the feature's own when left out."""
+
+    def build(self, site: Site) -> nn.Module:
+        trunk = site.role(self.trunk, "discriminator.trunk")
+        process: Any = trunk.process
+        example = (
+            torch.zeros(1, *site.shape),
+            process.grid(torch.tensor([0.5], dtype=torch.float64)),
+            torch.zeros(1, dtype=torch.long) if site.classes else None,
+        )
+        try:
+            return _seeded(site, lambda: Discriminator(trunk, self.taps, example, self.width))
+        except ValueError as error:
+            raise RecipeError(f"discriminator: {error}") from None

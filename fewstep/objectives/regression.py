@@ -1,0 +1,89 @@
+"""Regression losses: per-sample means over all axes but the first, then the batch mean."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor
+
+from fewstep.prediction import Prediction
+from fewstep.process import EDM, Process, add_noise, bc, transition
+
+Weight = Literal["x0", "eps", "v", "edm", "snr_truncated"]
+
+
+def per_sample(x: Tensor) -> Tensor:
+    """Mean over every axis but the first: (b, *d) -> (b,)."""
+    return x.flatten(1).mean(1) if x.ndim > 1 else x
+
+
+def mse(a: Tensor, b: Tensor, weight: Tensor | None = None) -> Tensor:
+    """Mean over the batch of weight (b,) times the per-sample mean of (a - b)^2."""
+    error = per_sample((a - b) ** 2)
+    return (error if weight is None else error * weight.to(error.dtype)).mean()
+
+
+def pseudo_huber_element(a: Tensor, b: Tensor, c: float) -> Tensor:
+    """mean(sqrt((a - b)^2 + c^2) - c), element by element (the form of LCM, TDD, PCM)."""
+    return (torch.sqrt((a - b) ** 2 + c**2) - c).mean()
+
+
+def pseudo_huber_sample(a: Tensor, b: Tensor, c: float) -> Tensor:
+    """mean_b(sqrt(|a - b|^2 + c^2) - c) on the L2 norm of a sample (iCT, arXiv 2310.14189; c = 0.00054 sqrt(d))."""
+    squared = ((a - b) ** 2).flatten(1).sum(1)
+    return (torch.sqrt(squared + c**2) - c).mean()
+
+
+def x0_weight(kind: Weight, process: Process, t: Tensor, sigma_data: float = 0.5) -> Tensor:
+    """Weight (b,) of an x0 error at time t.
+
+    x0: 1. eps: alpha^2/sigma^2, the plain eps loss. v: its v-prediction form (alpha^2 + sigma^2)/sigma^2.
+    edm: (sigma^2 + sigma_d^2)/(sigma sigma_d)^2 (arXiv 2206.00364, table 1). snr_truncated: max(SNR, 1)
+    (arXiv 2202.00512, eq. 9).
+    """
+    alpha, sigma = process.alpha(t), process.sigma(t)
+    if kind == "x0":
+        return torch.ones_like(t)
+    if kind == "eps":
+        return alpha**2 / sigma**2
+    if kind == "v":
+        return (alpha**2 + sigma**2) / sigma**2
+    if kind == "edm":
+        data = process.sigma_data if isinstance(process, EDM) else sigma_data
+        ratio = sigma / alpha
+        return (ratio**2 + data**2) / (ratio * data) ** 2
+    if kind == "snr_truncated":
+        return (alpha**2 / sigma**2).clamp_min(1)
+    raise ValueError(f"weight {kind!r} is not one of {', '.join(get_args(Weight))}")
+
+
+def dsm(
+    denoiser: Callable[..., Prediction],
+    x: Tensor,
+    t: Tensor,
+    eps: Tensor,
+    cond: Any = None,
+    *,
+    weight: Weight = "x0",
+    s: Tensor | None = None,
+    clamp: float = 10.0,
+    **call: Any,
+) -> Tensor:
+    """Denoising score matching of a denoiser on samples x at time s (None: clean), noised to t; a scalar.
+
+    From clean data the x0 error carries `weight`. From s > 0 the target is the unbiased sub-interval one and
+    the error is taken in psi = eps - x0 with Phased DMD's weight sigma_{t|s}^2 min(1/sigma_{t|s}^2, clamp)
+    (arXiv 2510.27684): without it the second moment of the target diverges as t -> s.
+    """
+    process: Process = denoiser.process  # type: ignore[attr-defined]
+    x_t, target = add_noise(process, x, eps, t, s)
+    prediction = denoiser(x_t, t, cond, **call)
+    if s is None:
+        return mse(prediction.x0, target, x0_weight(weight, process, t))
+    _, sigma_ts = transition(process, s, t)
+    # eps - x0 error = (alpha/sigma + 1) times the x0 error at the same x_t; sigma > s's >= 0 here.
+    scale = (process.alpha(t) + process.sigma(t)) / process.sigma(t)
+    error = bc(scale * sigma_ts, x) * (prediction.x0 - target)
+    return mse(error, torch.zeros_like(error), (1 / sigma_ts**2).clamp_max(clamp))

@@ -1,0 +1,349 @@
+"""Noising processes x_t = alpha(t) x0 + sigma(t) eps, and the one function that adds noise.
+
+Time grows with noise. Times are tensors of shape (b,) or (b, *f), float32 or float64; every schedule
+function keeps their shape and dtype. Processes compare through the angle atan2(sigma, alpha), which stays
+finite at sigma = 0 and at alpha = 0 where the ratio sigma / alpha does not.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import lru_cache
+from typing import Literal, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+from fewstep.config import part
+
+
+def bc(c: Tensor, x: Tensor) -> Tensor:
+    """Give a coefficient of shape (b, *f) the rank of x (b, *f, ...) and a dtype fit to multiply it.
+
+    The dtype is x's, except that half precision is computed in float32. Raises ValueError when the leading
+    axes disagree, so that a batch never broadcasts against a spatial axis by accident.
+    """
+    if c.ndim and c.shape != x.shape[: c.ndim]:
+        raise ValueError(f"times of shape {tuple(c.shape)} do not lead the shape {tuple(x.shape)} of x")
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    return c.to(x.device, dtype).reshape(c.shape + (1,) * (x.ndim - c.ndim))
+
+
+@runtime_checkable
+class Process(Protocol):
+    """A linear-Gaussian noising process; all arguments and results are tensors of the shape of t."""
+
+    @property
+    def t_max(self) -> float: ...
+    def alpha(self, t: Tensor) -> Tensor: ...
+    def sigma(self, t: Tensor) -> Tensor: ...
+    def dalpha(self, t: Tensor) -> Tensor: ...
+    def dsigma(self, t: Tensor) -> Tensor: ...
+    def grid(self, u: Tensor) -> Tensor:
+        """Process time of the method time u in [0, 1]; u = 1 is t_max."""
+        ...
+
+    def t_of_angle(self, angle: Tensor) -> Tensor:
+        """Time at which atan2(sigma, alpha) equals `angle`, clamped to the process's range."""
+        ...
+
+    def prior(self, noise: Tensor, t: Tensor) -> Tensor:
+        """What a sampler starts from at time t: pure noise at the scale the process has there."""
+        ...
+
+
+class _VariancePreserving:
+    """alpha = cos(angle), sigma = sin(angle): subclasses give the angle, its derivative and its inverse."""
+
+    t_max = 1.0
+
+    def angle(self, t: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def dangle(self, t: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def alpha(self, t: Tensor) -> Tensor:
+        return torch.cos(self.angle(t))
+
+    def sigma(self, t: Tensor) -> Tensor:
+        return torch.sin(self.angle(t))
+
+    def dalpha(self, t: Tensor) -> Tensor:
+        return -torch.sin(self.angle(t)) * self.dangle(t)
+
+    def dsigma(self, t: Tensor) -> Tensor:
+        return torch.cos(self.angle(t)) * self.dangle(t)
+
+    def prior(self, noise: Tensor, t: Tensor) -> Tensor:
+        return noise
+
+
+@part("process", "flow")
+class Flow:
+    """Rectified flow: alpha = 1 - t, sigma = t, t in [0, 1] (arXiv 2209.03003)."""
+
+    t_max = 1.0
+
+    def alpha(self, t: Tensor) -> Tensor:
+        return 1 - t
+
+    def sigma(self, t: Tensor) -> Tensor:
+        return t
+
+    def dalpha(self, t: Tensor) -> Tensor:
+        return -torch.ones_like(t)
+
+    def dsigma(self, t: Tensor) -> Tensor:
+        return torch.ones_like(t)
+
+    def grid(self, u: Tensor) -> Tensor:
+        return u
+
+    def t_of_angle(self, angle: Tensor) -> Tensor:
+        s, c = torch.sin(angle), torch.cos(angle)
+        return (s / (s + c)).clamp(0, 1)
+
+    def prior(self, noise: Tensor, t: Tensor) -> Tensor:
+        return noise
+
+
+@part("process", "edm")
+class EDM:
+    """Variance exploding with t = sigma in [sigma_min, sigma_max] (arXiv 2206.00364)."""
+
+    sigma_min: float = 0.002
+    sigma_max: float = 80.0
+    rho: float = 7.0
+    """Exponent of the Karras grid (eq. 5)."""
+    sigma_data: float = 0.5
+    """Standard deviation of the data, used by the preconditioning (table 1)."""
+
+    @property
+    def t_max(self) -> float:
+        return self.sigma_max
+
+    def alpha(self, t: Tensor) -> Tensor:
+        return torch.ones_like(t)
+
+    def sigma(self, t: Tensor) -> Tensor:
+        return t
+
+    def dalpha(self, t: Tensor) -> Tensor:
+        return torch.zeros_like(t)
+
+    def dsigma(self, t: Tensor) -> Tensor:
+        return torch.ones_like(t)
+
+    def grid(self, u: Tensor) -> Tensor:
+        low, high = self.sigma_min ** (1 / self.rho), self.sigma_max ** (1 / self.rho)
+        # Both ends are set exactly: the power of a root is off by an ulp, and exported schedules compare them.
+        t = (low + u * (high - low)) ** self.rho
+        return torch.where(u >= 1, self.sigma_max, torch.where(u <= 0, self.sigma_min, t)).to(u.dtype)
+
+    def t_of_angle(self, angle: Tensor) -> Tensor:
+        high = math.atan2(self.sigma_max, 1.0)
+        return torch.tan(angle.clamp(0, high)).clamp(self.sigma_min, self.sigma_max)
+
+    def prior(self, noise: Tensor, t: Tensor) -> Tensor:
+        return bc(t, noise) * noise
+
+
+@part("process", "trig")
+class Trig(_VariancePreserving):
+    """TrigFlow: alpha = cos t, sigma = sin t, t in [0, pi/2], on data divided by sigma_data (arXiv 2410.11081)."""
+
+    t_max = math.pi / 2
+
+    # The quarter turn in floating point leaves cos = 6e-17; both ends are made exact.
+    def alpha(self, t: Tensor) -> Tensor:
+        return torch.where(t >= math.pi / 2, torch.zeros_like(t), torch.cos(t))
+
+    def angle(self, t: Tensor) -> Tensor:
+        return t
+
+    def dangle(self, t: Tensor) -> Tensor:
+        return torch.ones_like(t)
+
+    def grid(self, u: Tensor) -> Tensor:
+        return u * (math.pi / 2)
+
+    def t_of_angle(self, angle: Tensor) -> Tensor:
+        return angle.clamp(0, math.pi / 2)
+
+
+@part("process", "cosine")
+class Cosine(_VariancePreserving):
+    """Cosine schedule with logSNR = -2 log tan(a u + b) between two limits (arXiv 2202.00512, sec. 3)."""
+
+    logsnr_min: float = -20.0
+    logsnr_max: float = 20.0
+    t_max = 1.0
+
+    @property
+    def _ends(self) -> tuple[float, float]:
+        return math.atan(math.exp(-self.logsnr_max / 2)), math.atan(math.exp(-self.logsnr_min / 2))
+
+    def angle(self, t: Tensor) -> Tensor:
+        low, high = self._ends
+        return low + t * (high - low)
+
+    def dangle(self, t: Tensor) -> Tensor:
+        low, high = self._ends
+        return torch.full_like(t, high - low)
+
+    def grid(self, u: Tensor) -> Tensor:
+        return u
+
+    def t_of_angle(self, angle: Tensor) -> Tensor:
+        low, high = self._ends
+        return ((angle - low) / (high - low)).clamp(0, 1)
+
+
+@part("process", "vp")
+class VP(_VariancePreserving):
+    """Continuous variance preserving diffusion, beta linear in t in (0, 1] (arXiv 2011.13456, eq. 33)."""
+
+    beta_min: float = 0.1
+    beta_delta: float = 19.9
+    t_max = 1.0
+
+    def _b(self, t: Tensor) -> Tensor:
+        return 0.5 * self.beta_delta * t**2 + self.beta_min * t
+
+    def angle(self, t: Tensor) -> Tensor:
+        # tan^2 = (1 - e^-B) / e^-B = e^B - 1; expm1 keeps the digits near t = 0.
+        return torch.atan(torch.sqrt(torch.expm1(self._b(t))))
+
+    def alpha(self, t: Tensor) -> Tensor:
+        return torch.exp(-0.5 * self._b(t))
+
+    def sigma(self, t: Tensor) -> Tensor:
+        return torch.sqrt(-torch.expm1(-self._b(t)))
+
+    def _rate(self, t: Tensor) -> Tensor:
+        return self.beta_delta * t + self.beta_min
+
+    def dalpha(self, t: Tensor) -> Tensor:
+        return -0.5 * self._rate(t) * self.alpha(t)
+
+    def dsigma(self, t: Tensor) -> Tensor:
+        return 0.5 * self._rate(t) * self.alpha(t) ** 2 / self.sigma(t)
+
+    def grid(self, u: Tensor) -> Tensor:
+        return u
+
+    def t_of_angle(self, angle: Tensor) -> Tensor:
+        b = -2 * torch.log(torch.cos(angle).clamp_min(1e-30))
+        t = (torch.sqrt(self.beta_min**2 + 2 * self.beta_delta * b) - self.beta_min) / self.beta_delta
+        return t.clamp(0, 1)
+
+
+@lru_cache(maxsize=32)
+def _log_ratio_table(schedule: str, start: float, end: float, steps: int) -> Tensor:
+    if schedule == "linear":
+        beta = torch.linspace(start, end, steps, dtype=torch.float64)
+    elif schedule == "scaled_linear":
+        beta = torch.linspace(start**0.5, end**0.5, steps, dtype=torch.float64) ** 2
+    else:
+        raise ValueError(f"schedule {schedule!r} is not one of 'linear', 'scaled_linear'")
+    log_alpha_bar = torch.log1p(-beta).cumsum(0)
+    return 0.5 * (torch.log(-torch.expm1(log_alpha_bar)) - log_alpha_bar)
+
+
+@part("process", "discrete_vp")
+class DiscreteVP(_VariancePreserving):
+    """The DDPM tables as a continuous process: t = index + 1, so that t = 0 is clean and t = `steps` the end.
+
+    Between two indices log(sigma / alpha) is interpolated linearly; below the first index the ratio itself
+    falls linearly to 0 (arXiv 2006.11239; scaled-linear: arXiv 2112.10752).
+    """
+
+    schedule: Literal["linear", "scaled_linear"] = "linear"
+    beta_start: float = 1e-4
+    beta_end: float = 0.02
+    steps: int = 1000
+
+    @property
+    def t_max(self) -> float:  # type: ignore[override]
+        return float(self.steps)
+
+    def _table(self, t: Tensor) -> Tensor:
+        table = _log_ratio_table(self.schedule, self.beta_start, self.beta_end, self.steps)
+        return table.to(t.device, t.dtype)
+
+    def _segment(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """log(sigma/alpha) and its slope in t, for t >= 1."""
+        table = self._table(t)
+        k = (t - 1).floor().clamp(0, self.steps - 2).long()
+        slope = table[k + 1] - table[k]
+        return table[k] + slope * (t - 1 - k), slope
+
+    def angle(self, t: Tensor) -> Tensor:
+        log_ratio, _ = self._segment(t)
+        first = self._table(t)[0].exp()
+        return torch.atan(torch.where(t < 1, first * t.clamp_min(0), log_ratio.exp()))
+
+    def dangle(self, t: Tensor) -> Tensor:
+        _, slope = self._segment(t)
+        angle = self.angle(t)
+        first = self._table(t)[0].exp()
+        return torch.where(t < 1, first * torch.cos(angle) ** 2, slope * torch.sin(angle) * torch.cos(angle))
+
+    def grid(self, u: Tensor) -> Tensor:
+        return u * self.steps
+
+    def t_of_angle(self, angle: Tensor) -> Tensor:
+        table = self._table(angle)
+        ratio = torch.tan(angle.clamp(0, math.atan(math.exp(float(table[-1])))))
+        log_ratio = torch.log(ratio.clamp_min(1e-30)).contiguous()
+        k = (torch.searchsorted(table, log_ratio) - 1).clamp(0, self.steps - 2)
+        above = 1 + k + (log_ratio - table[k]) / (table[k + 1] - table[k])
+        return torch.where(ratio < table[0].exp(), ratio / table[0].exp(), above).clamp(0, self.steps)
+
+
+def angle_of(process: Process, t: Tensor) -> Tensor:
+    """atan2(sigma, alpha) in [0, pi/2]: the noise level that different processes share."""
+    return torch.atan2(process.sigma(t), process.alpha(t))
+
+
+def transition(process: Process, s: Tensor | None, t: Tensor) -> tuple[Tensor, Tensor]:
+    """(alpha_{t|s}, sigma_{t|s}) of x_t = alpha_{t|s} x_s + sigma_{t|s} eps for s <= t; s = None means clean.
+
+    Raises ValueError where s > t or alpha(s) = 0 (there is nothing to noise further).
+    """
+    alpha_t, sigma_t = process.alpha(t), process.sigma(t)
+    if s is None:
+        return alpha_t, sigma_t
+    alpha_s, sigma_s = process.alpha(s), process.sigma(s)
+    if bool((s > t).any()):
+        raise ValueError("transition(s, t) needs s <= t in every entry")
+    if bool((alpha_s == 0).any()):
+        raise ValueError("transition(s, t) needs alpha(s) > 0 in every entry")
+    alpha_ts = alpha_t / alpha_s
+    return alpha_ts, torch.sqrt((sigma_t**2 - alpha_ts**2 * sigma_s**2).clamp_min(0))
+
+
+def add_noise(
+    process: Process, x: Tensor, eps: Tensor, t: Tensor, s: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Noise x from time s to time t and give the unbiased regression target of a denoiser at t.
+
+    Args:
+        x: clean data when s is None, otherwise a sample at time s; (b, *d).
+        eps: standard normal noise of x's shape.
+        t, s: times of shape (b,) or (b, *f), s < t.
+
+    Returns:
+        (x_t, target), both of x's shape. For s = None the target is x itself. For s > 0 it is
+        x_s/alpha_s - alpha_t sigma_s^2 / (alpha_s^2 sigma_{t|s}) eps, whose mean given x_t is E[x0 | x_t]
+        (Tweedie for the kernel p(x_t | x_s); Phased DMD, arXiv 2510.27684). It diverges as t -> s: weigh it.
+    """
+    alpha_ts, sigma_ts = transition(process, s, t)
+    x_t = bc(alpha_ts, x) * x + bc(sigma_ts, x) * eps
+    if s is None:
+        return x_t, x
+    alpha_s, sigma_s = process.alpha(s), process.sigma(s)
+    gain = process.alpha(t) * sigma_s**2 / (alpha_s**2 * sigma_ts)
+    return x_t, x / bc(alpha_s, x) - bc(gain, x) * eps
+

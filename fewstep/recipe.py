@@ -1,0 +1,258 @@
+"""The recipe: the one dataclass in which all parts of a run meet, and where recipes are found."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import Field
+
+import fewstep.data
+import fewstep.methods
+import fewstep.networks.specs  # noqa: F401  registers networks and teachers
+from fewstep.config import (
+    RecipeError,
+    Source,
+    UserError,
+    _close,
+    choice,
+    config,
+    load_yaml,
+    merge,
+    override,
+    plain,
+    validate,
+)
+from fewstep.networks.specs import DiscriminatorSpec
+from fewstep.sampling import Sampler
+
+
+@config
+class AdamW:
+    """AdamW and the learning-rate schedule of one role."""
+
+    lr: float
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    warmup: int = 0
+    """Updates over which the rate rises linearly from 0."""
+    decay: Literal["constant", "linear", "cosine"] = "constant"
+    """How the rate falls to 0 over the stage's updates."""
+
+    def __post_init__(self) -> None:
+        if self.lr <= 0:
+            raise ValueError(f"lr must be positive, not {self.lr}")
+
+
+@config
+class Stage:
+    """One part of a run: a method for so many steps."""
+
+    method: choice("method")  # type: ignore[valid-type]
+    steps: int
+    """Student updates."""
+    copy: dict[str, str] = Field(default_factory=dict)
+    """Weights to copy at the start of the stage, target role: source role."""
+
+
+@config
+class Train:
+    """How the trainer runs."""
+
+    steps: int = 1000
+    """Student updates (published counts of critic iterations are converted)."""
+    batch: int = 128
+    """Student samples of one update, over all processes and micro-batches."""
+    accumulate: int = 1
+    """Micro-batches per update and process; must divide the process's share of the batch."""
+    clip: float = 10.0
+    """Largest gradient norm of a turn."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    seed: int = 0
+    ema: tuple[float, ...] = (0.999,)
+    """Decays of the averages of the student that are kept; the first one is sampled, evaluated and exported."""
+    product: Literal["ema", "student"] = "ema"
+    """Which weights are sampled, evaluated and exported."""
+    max_skips: int = 10
+    """Non-finite updates in a row after which the run stops."""
+    checkpointing: bool = False
+    """Activation checkpointing in every diffusers model."""
+    log_every: int = 10
+    sample_every: int = 100
+    """Steps between sample grids; 0 for none."""
+    eval_every: int = 0
+    """Steps between evaluations; 0 for the end only."""
+    checkpoint_every: int = 100
+    """Steps between checkpoints; the end always makes one."""
+    keep: int = 2
+    """Checkpoints kept."""
+    trackers: tuple[Literal["tensorboard", "wandb"], ...] = ()
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch", "accumulate", "log_every", "checkpoint_every", "keep", "max_skips"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+        if self.batch % self.accumulate:
+            raise ValueError(f"accumulate {self.accumulate} must divide batch {self.batch}")
+        if self.clip <= 0:
+            raise ValueError(f"clip must be positive, not {self.clip}")
+        if any(not 0 <= d < 1 for d in self.ema):
+            raise ValueError(f"ema decays must lie in [0, 1), not {list(self.ema)}")
+
+
+@config
+class Evaluate:
+    """What is measured at the end of a run, and how many samples."""
+
+    metric: Literal["fd-house-digits", "energy"] = "fd-house-digits"
+    """fd-house-digits: Frechet distance on the house classifier's features; energy: energy distance (vectors)."""
+    samples: int = 1797
+    seed: int = 1000
+    teacher_steps: tuple[int, ...] = (1, 8, 16, 32)
+    """Heun steps at which the teacher is measured."""
+
+
+@config
+class Result:
+    """A number that belongs to a recipe."""
+
+    metric: str
+    value: float
+    samples: int
+    source: Literal["measured", "paper"]
+    note: str = ""
+
+
+@config
+class Recipe:
+    """A run as data."""
+
+    about: str
+    """One line."""
+    data: choice("data")  # type: ignore[valid-type]
+    student: choice("network")  # type: ignore[valid-type]
+    teacher: choice("teacher") | None = None  # type: ignore[valid-type]
+    critic: choice("network") | None = None  # type: ignore[valid-type]
+    discriminator: DiscriminatorSpec | None = None
+    method: choice("method")  # type: ignore[valid-type]
+    before: tuple[Stage, ...] = ()
+    """Stages that run before the method."""
+    copy: dict[str, str] = Field(default_factory=dict)
+    """Weights to copy when the method starts, after the stages before: target role: source role."""
+    optim: dict[str, AdamW]
+    """Per role; `default` stands for every role that is not named."""
+    train: Train = Train()
+    evaluate: Evaluate | None = Evaluate()
+    results: tuple[Result, ...] = ()
+
+    def __post_init__(self) -> None:
+        have = {"student"} | {r for r in ("teacher", "critic", "discriminator") if getattr(self, r) is not None}
+        for stage in self.stages():
+            missing = sorted(stage.method.needs().roles - have)
+            if missing:
+                name = stage.method.name
+                raise ValueError(f"method {name} needs the role{'s' * (len(missing) > 1)} {', '.join(missing)}")
+            for role in stage.method.needs().roles - {"teacher"}:
+                if role not in self.optim and "default" not in self.optim:
+                    raise ValueError(f"optim has no entry for {role} and no default")
+        for target, source in self.copy.items():
+            for role in (target, source):
+                if role not in have:
+                    raise ValueError(f"copy: role {role!r} is not in this recipe; it has {', '.join(sorted(have))}")
+        unknown = sorted(set(self.optim) - have - {"default"})
+        if unknown:
+            raise ValueError(f"optim.{unknown[0]}: no such role; it has {', '.join(sorted(have))}")
+
+    def stages(self) -> tuple[Stage, ...]:
+        """All stages in order; the last one is the recipe's method."""
+        return (*self.before, Stage(method=self.method, steps=self.train.steps, copy=self.copy))
+
+    def optimizer(self, role: str) -> AdamW:
+        return self.optim.get(role) or self.optim["default"]
+
+    def sampler(self) -> Sampler:
+        """How the product is sampled."""
+        return self.method.sampler()  # type: ignore[attr-defined]
+
+
+# Keys that may change between the start of a run and its continuation.
+_FREE = {("about",), ("results",), ("evaluate",)} | {
+    ("train", key)
+    for key in ("steps", "log_every", "sample_every", "eval_every", "checkpoint_every", "keep", "trackers", "max_skips")
+}
+
+
+def differences(a: Recipe, b: Recipe, *, all_keys: bool = False) -> list[str]:
+    """`key: a -> b` for every leaf that differs; only those that must not change in a resumed run by default."""
+    out = []
+    for path, left, right in _walk(plain(a), plain(b), ()):
+        if all_keys or not any(path[: len(f)] == f for f in _FREE):
+            out.append(f"{'.'.join(path)}: {left!r} -> {right!r}")
+    return out
+
+
+def _walk(a: Any, b: Any, path: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], Any, Any]]:
+    if isinstance(a, dict) and isinstance(b, dict):
+        for key in sorted({*a, *b}):
+            yield from _walk(a.get(key), b.get(key), (*path, key))
+    elif a != b:
+        yield path, a, b
+
+
+def shipped() -> dict[str, Path]:
+    """Recipes that ship with fewstep, by name such as `toy/dmd2`."""
+    root = Path(str(files("fewstep.recipes")))
+    found = sorted(root.rglob("*.yaml"))
+    return {str(p.relative_to(root).with_suffix("")).replace("\\", "/"): p for p in found}
+
+
+def find(name: str) -> Path:
+    """The file of a recipe: a shipped name, or a path to a YAML file. Raises RecipeError with a suggestion."""
+    names = shipped()
+    if name in names:
+        return names[name]
+    path = Path(name).expanduser()
+    if path.suffix in (".yaml", ".yml") and path.is_file():
+        return path
+    if path.suffix in (".yaml", ".yml") or path.exists():
+        raise RecipeError(f"{name}: no such recipe file")
+    raise RecipeError(f"recipe {name!r} is not shipped{_close(name, names)}; see `fewstep recipes ls`")
+
+
+def read(name: str, settings: Sequence[str] = ()) -> Source:
+    """A recipe's merged source: its `extends` base (one level), the file, then key=value settings."""
+    path = find(name)
+    source = load_yaml(path, path.name if name in shipped() else str(path))
+    base_name = source.data.pop("extends", None)
+    if base_name is not None:
+        base_path = find(str(base_name))
+        base = load_yaml(base_path, base_path.name if str(base_name) in shipped() else str(base_path))
+        if "extends" in base.data:
+            raise RecipeError(f"{base_path.name}: extends another recipe; only one level is allowed")
+        base.data.pop("results", None)
+        source = merge(base, source)
+    return override(source, settings)
+
+
+def load(name: str, settings: Sequence[str] = ()) -> Recipe:
+    """Find, merge and check a recipe; RecipeError lists every problem with file, line and key."""
+    return validate(Recipe, read(name, settings))
+
+
+def load_run(run: Path) -> Recipe:
+    """The resolved recipe of a run directory."""
+    path = run / "recipe.yaml"
+    if not path.is_file():
+        raise UserError(f"{run}: is not a run directory (recipe.yaml is missing)")
+    return validate(Recipe, load_yaml(path))
+
+
+def dump(recipe: Recipe) -> str:
+    """The resolved recipe as YAML text that `load_run` reads back equal."""
+    data = json.loads(json.dumps(plain(recipe)))
+    return yaml.safe_dump(data, sort_keys=False, allow_unicode=True, width=100)

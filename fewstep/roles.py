@@ -1,0 +1,53 @@
+"""Who takes part in a run, by name, and who is trained at the moment."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+from torch import nn
+
+
+class Roles(Mapping[str, nn.Module]):
+    """An open mapping of role names to modules: teacher, student, critic, discriminator, ...
+
+    Each module registers only the parameters it owns, so no tensor belongs to two roles. `roles.student` and
+    `roles["student"]` are the same; a missing role raises AttributeError or KeyError with the names present.
+    """
+
+    def __init__(self, **modules: nn.Module) -> None:
+        self._modules = dict(modules)
+        owners: dict[int, str] = {}
+        for name, module in modules.items():
+            for p in module.parameters():
+                if owners.setdefault(id(p), name) != name:
+                    raise ValueError(f"roles {owners[id(p)]!r} and {name!r} own the same parameter")
+
+    def __getitem__(self, name: str) -> nn.Module:
+        try:
+            return self._modules[name]
+        except KeyError:
+            raise KeyError(f"role {name!r} is not part of this run; it has {', '.join(self)}") from None
+
+    def __getattr__(self, name: str) -> nn.Module:
+        modules = self.__dict__.get("_modules", {})
+        if name not in modules:
+            raise AttributeError(f"role {name!r} is not part of this run; it has {', '.join(modules)}")
+        return modules[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._modules)
+
+    def __len__(self) -> int:
+        return len(self._modules)
+
+    def parameters(self, *names: str) -> list[nn.Parameter]:
+        """The trainable set of some roles, in order."""
+        return [p for name in names for p in self[name].parameters()]
+
+    def train_only(self, *names: str) -> None:
+        """requires_grad for exactly these roles, set before the turn's graph is built."""
+        for name, module in self._modules.items():
+            wanted = name in names
+            for p in module.parameters():
+                if p.requires_grad is not wanted and p.is_floating_point():
+                    p.requires_grad_(wanted)

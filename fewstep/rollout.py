@@ -1,0 +1,75 @@
+"""Student trajectories for training: backward simulation through the student's own steps."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fewstep.jump import times_of
+from fewstep.prediction import Prediction
+from fewstep.process import Process, bc
+from fewstep.random import Draws
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """What a student produced: `x` (b, *d) from its input `x_in` at time `t` (b,)."""
+
+    x: Tensor
+    x_in: Tensor
+    t: Tensor
+
+
+def exit_step(draws: Draws, count: int) -> int:
+    """The step at which a rollout stops, the same for every sample, micro-batch and rank of an update."""
+    return draws.shared_integer(count) if count > 1 else 0
+
+
+def renoise(process: Process, x0: Tensor, eps: Tensor, s: Tensor) -> Tensor:
+    """alpha_s x0 + sigma_s eps with fresh noise: a student's way from one step to the next."""
+    return bc(process.alpha(s), x0) * x0 + bc(process.sigma(s), x0) * eps
+
+
+def rollout(
+    student: Callable[..., Prediction],
+    draws: Draws,
+    shape: tuple[int, ...],
+    steps: tuple[float, ...],
+    cond: Any = None,
+    *,
+    exit: int | None = None,
+    grad: bool = True,
+) -> Rollout:
+    """Backward simulation (DMD2, arXiv 2405.14867, sec. 4.5).
+
+    The student starts from pure noise at the first level and re-noises its own x0 to each next one; only the
+    call at the exit step carries a gradient. Without the simulation it would train on noised data, which it
+    never sees when it samples.
+
+    Args:
+        student: a denoiser with a `process`.
+        shape: of one sample, (C, H, W) or (d,).
+        steps: levels u, decreasing.
+        exit: index of the step to stop at; None draws it from the shared stream.
+        grad: False runs the last call without a graph too.
+    """
+    process: Process = student.process  # type: ignore[attr-defined]
+    times = times_of(torch.tensor(steps), process).to(draws.device)
+    last = exit_step(draws, len(steps)) if exit is None else exit
+    # All noise is drawn up front, so that the numbers of later draws do not depend on the exit step.
+    noise = [draws.normal(*shape) for _ in steps]
+    t = times[0].expand(len(draws))
+    x = process.prior(noise[0], t)
+    for i in range(last):
+        with torch.no_grad():
+            x0 = student(x, t, cond).x0
+        t = times[i + 1].expand(len(draws))
+        x = renoise(process, x0, noise[i + 1], t)
+    with nullcontext() if grad else torch.no_grad():
+        out = student(x, t, cond).x0
+    return Rollout(out, x, t)

@@ -1,0 +1,101 @@
+"""Samplers for inference, as pure functions of (denoiser, start noise, condition, source of fresh noise)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from fewstep.config import config
+from fewstep.jump import Solver, calls, solver_step, times_of
+from fewstep.prediction import Prediction
+from fewstep.process import Process, bc, transition
+from fewstep.random import Draws, fold
+from fewstep.rollout import renoise
+
+Fresh = Callable[[int], Tensor]
+"""Gives the noise (b, *d) that enters after step i."""
+
+
+@config
+class Sampler:
+    """How a denoiser is sampled: its levels and what happens between two of them."""
+
+    kind: Literal["renoise", "ode", "gamma"] = "renoise"
+    """renoise: a fresh re-noising of x0 between steps (CM, DMD2, LCM); ode: the solver below; gamma: TCD."""
+    steps: tuple[float, ...] = (1.0,)
+    """Levels u in (0, 1], decreasing. For renoise and gamma the last call's x0 is the sample."""
+    solver: Solver = "ddim"
+    """ODE solver of kind ode."""
+    eta: float = 0.3
+    """Stochasticity of kind gamma: 0 deterministic, 1 re-noises (TCD, arXiv 2402.19159)."""
+
+    def network_calls(self) -> int:
+        """Network calls per sample (guidance not counted)."""
+        return calls(len(self.steps), self.solver) if self.kind == "ode" else len(self.steps)
+
+
+def sample(
+    sampler: Sampler, net: Callable[..., Prediction], noise: Tensor, cond: Any = None, fresh: Fresh | None = None
+) -> Tensor:
+    """Draw samples.
+
+    Args:
+        net: denoiser with a `process`.
+        noise: standard normal start noise (b, *d); scaled to the process's prior here.
+        fresh: noise after step i, needed by renoise and gamma when there is more than one step.
+
+    Returns:
+        x0 of shape (b, *d), not clamped. Raises ValueError when fresh noise is needed and not given.
+    """
+    process: Process = net.process  # type: ignore[attr-defined]
+    times = times_of(torch.tensor(sampler.steps), process).to(noise.device)
+    b = noise.shape[0]
+    x = process.prior(noise, times[0].expand(b))
+    if sampler.kind == "ode":
+        for t, s in zip(times[:-1], times[1:], strict=True):
+            x = solver_step(net, x, t.expand(b), s.expand(b), cond, sampler.solver)
+        return net(x, times[-1].expand(b), cond).x0
+    if len(sampler.steps) > 1 and fresh is None:
+        raise ValueError(f"a {sampler.kind} sampler of {len(sampler.steps)} steps needs `fresh` noise")
+    for i, t in enumerate(times):
+        prediction = net(x, t.expand(b), cond)
+        if i + 1 == len(times):
+            break
+        s = times[i + 1].expand(b)
+        assert fresh is not None
+        if sampler.kind == "renoise":
+            x = renoise(process, prediction.x0, fresh(i), s)
+        else:
+            x = gamma_step(prediction, s, sampler.eta, fresh(i))
+    return prediction.x0
+
+
+def gamma_step(prediction: Prediction, s: Tensor, eta: float, noise: Tensor) -> Tensor:
+    """TCD's step: DDIM to s' = (1 - eta) s, then diffuse s' -> s (arXiv 2402.19159, alg. 4)."""
+    waypoint = (1 - eta) * s
+    x = prediction.at(waypoint)
+    alpha, sigma = transition(prediction.process, waypoint, s)
+    return bc(alpha, x) * x + bc(sigma, x) * noise
+
+
+def seeded(seed: int, index: Tensor, shape: tuple[int, ...]) -> tuple[Tensor, Fresh]:
+    """Start noise and fresh noise per global sample index: the same images for any batch or world size.
+
+    Args:
+        seed: of the whole set.
+        index: global indices int64 (b,).
+        shape: of one sample.
+    """
+    start = Draws(fold(seed, "start"), index).normal(*shape)
+    return start, lambda i: Draws(fold(seed, "fresh", i), index).normal(*shape)
+
+
+def many_step(steps: int, solver: Solver = "heun") -> Sampler:
+    """A teacher's ODE sampler with `steps` levels, evenly spaced in u from the prior to sigma's low end."""
+    if steps < 1:
+        raise ValueError(f"steps must be at least 1, not {steps}")
+    levels = tuple(1 - i / steps for i in range(steps))
+    return Sampler(kind="ode", steps=levels, solver=solver)

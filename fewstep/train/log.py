@@ -1,0 +1,64 @@
+"""The run's log: means between two records, one JSON object a line, safe to cut and to continue."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+
+class Meter:
+    """Means of named scalars since the last record; tensors are read only when a record is made."""
+
+    def __init__(self) -> None:
+        self._values: dict[str, list[Tensor | float]] = defaultdict(list)
+
+    def add(self, name: str, value: Tensor | float) -> None:
+        self._values[name].append(value.detach() if isinstance(value, Tensor) else value)
+
+    def take(self) -> dict[str, float]:
+        out = {k: sum(float(v) for v in vs) / len(vs) for k, vs in self._values.items()}
+        self._values.clear()
+        return out
+
+
+class Log:
+    """log.jsonl of a run."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def write(self, record: dict[str, Any]) -> None:
+        with self.path.open("a") as f:
+            f.write(json.dumps(record) + "\n")
+
+    def cut(self, done: int) -> None:
+        """Drop records later than `done` steps, and a last line that a kill left incomplete."""
+        if not self.path.exists():
+            return
+        kept = []
+        for line in self.path.read_text().splitlines():
+            try:
+                record = json.loads(line)
+            except json.JSONDecodeError:
+                continue
+            if record.get("done", 0) <= done:
+                kept.append(line)
+        aside = self.path.with_suffix(".tmp")
+        aside.write_text("".join(f"{line}\n" for line in kept))
+        os.replace(aside, self.path)
+
+
+def read_log(path: Path) -> list[dict[str, Any]]:
+    """All complete records of a log.jsonl."""
+    records = []
+    for line in path.read_text().splitlines():
+        try:
+            records.append(json.loads(line))
+        except json.JSONDecodeError:
+            continue
+    return records

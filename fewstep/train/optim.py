@@ -1,0 +1,58 @@
+"""One optimiser per set of parameters that steps together, with its learning-rate schedule."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import torch
+
+from fewstep.recipe import AdamW
+from fewstep.roles import Roles
+
+
+class TurnOptimizer:
+    """AdamW over the roles of a turn, one parameter group a role.
+
+    `updates` counts optimiser steps, `skipped` the non-finite ones that were refused.
+    """
+
+    def __init__(self, roles: Roles, names: tuple[str, ...], specs: Mapping[str, AdamW], total: int) -> None:
+        self.names = names
+        self.specs = [specs[n] for n in names]
+        self.total = total
+        self.updates = 0
+        self.skipped = 0
+        self.parameters = roles.parameters(*names)
+        groups = [
+            {
+                "params": roles.parameters(name),
+                "lr": spec.lr,
+                "betas": spec.betas,
+                "eps": spec.eps,
+                "weight_decay": spec.weight_decay,
+            }
+            for name, spec in zip(names, self.specs, strict=True)
+        ]
+        self.adam = torch.optim.AdamW(groups, fused=True)
+
+    def rate(self, spec: AdamW) -> float:
+        """Learning rate of the next update."""
+        lr = spec.lr
+        if spec.warmup:
+            lr *= min(1.0, (self.updates + 1) / spec.warmup)
+        left = max(0.0, 1 - self.updates / max(self.total, 1))
+        if spec.decay == "linear":
+            lr *= left
+        elif spec.decay == "cosine":
+            lr *= 0.5 * (1 + math.cos(math.pi * (1 - left)))
+        return lr
+
+    def step(self) -> None:
+        for group, spec in zip(self.adam.param_groups, self.specs, strict=True):
+            group["lr"] = self.rate(spec)
+        self.adam.step()
+        self.updates += 1
+
+    def zero(self) -> None:
+        self.adam.zero_grad(set_to_none=True)

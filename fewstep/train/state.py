@@ -1,0 +1,150 @@
+"""Checkpoints: safetensors per role, optimiser state, counters. Written aside, checked, then renamed into place."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import re
+import shutil
+import zlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from fewstep.config import UserError
+
+
+@dataclass
+class Progress:
+    """Where a run stands. `stage` and `step` name the next step to do; step counts within the stage."""
+
+    stage: int = 0
+    step: int = 0
+    done: int = 0
+    """Steps done over all stages."""
+    skipped: int = 0
+    optim: dict[str, dict[str, int]] = field(default_factory=dict)
+    """Per turn: updates and skipped."""
+    ema: dict[str, int] = field(default_factory=dict)
+    """Updates of each average."""
+
+
+def _checksum(path: Path) -> int:
+    value = 0
+    with path.open("rb") as f:
+        while chunk := f.read(1 << 20):
+            value = zlib.crc32(chunk, value)
+    return value
+
+
+def save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
+    """A safetensors file of contiguous CPU copies."""
+    save_file({k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}, path)
+
+
+def load_tensors(path: Path) -> dict[str, Tensor]:
+    """Read a safetensors file; UserError names it when it is missing or damaged."""
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{path}: cannot be read: {error}") from None
+
+
+def load_into(module: nn.Module, tensors: Mapping[str, Tensor], path: Path) -> None:
+    """Load a state dict strictly; UserError says that the checkpoint belongs to another recipe."""
+    try:
+        module.load_state_dict(tensors, strict=True)
+    except RuntimeError as error:
+        first = str(error).splitlines()[1].strip() if len(str(error).splitlines()) > 1 else str(error)
+        raise UserError(f"{path}: does not fit this recipe's network: {first}") from None
+
+
+def save_checkpoint(
+    folder: Path,
+    modules: Mapping[str, nn.Module],
+    optimizers: Mapping[str, torch.optim.Optimizer],
+    progress: Progress,
+    keep: int,
+) -> Path:
+    """Write checkpoints/step-N, complete or not at all, then drop all but the newest `keep`.
+
+    Raises UserError when the disk is full; nothing half-written is left.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    final = folder / f"step-{progress.done:08d}"
+    aside = folder / f".{final.name}.{os.getpid()}.tmp"
+    shutil.rmtree(aside, ignore_errors=True)
+    try:
+        aside.mkdir()
+        for name, module in modules.items():
+            save_tensors(module.state_dict(), aside / f"{name}.safetensors")
+        for name, optimizer in optimizers.items():
+            torch.save(optimizer.state_dict(), aside / f"optim-{name}.pt")
+        manifest = {p.name: [p.stat().st_size, _checksum(p)] for p in sorted(aside.iterdir())}
+        state = {"progress": progress.__dict__, "files": manifest}
+        (aside / "state.json").write_text(json.dumps(state, indent=1))
+        for p in aside.iterdir():
+            with p.open("rb") as f:
+                os.fsync(f.fileno())
+        if final.exists():
+            shutil.rmtree(final)
+        aside.rename(final)
+    except (OSError, RuntimeError, SafetensorError) as error:
+        shutil.rmtree(aside, ignore_errors=True)
+        full = getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error)
+        reason = "the disk is full; free some space and continue with --resume" if full else str(error)
+        raise UserError(f"{final}: the checkpoint could not be written: {reason}") from None
+    for old in checkpoints(folder)[:-keep]:
+        shutil.rmtree(old, ignore_errors=True)
+    for stale in folder.glob(".step-*.tmp"):
+        shutil.rmtree(stale, ignore_errors=True)
+    return final
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """Complete checkpoints, oldest first."""
+    if not folder.is_dir():
+        return []
+    found = (p for p in folder.iterdir() if re.fullmatch(r"step-\d{8}", p.name) and (p / "state.json").is_file())
+    return sorted(found)
+
+
+def read_state(path: Path) -> tuple[Progress, dict[str, Any]]:
+    """Progress and manifest of one checkpoint, every file checked for size and checksum."""
+    try:
+        state = json.loads((path / "state.json").read_text())
+        progress, manifest = Progress(**state["progress"]), state["files"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path / 'state.json'}: cannot be read: {error}") from None
+    for name, (size, crc) in manifest.items():
+        p = path / name
+        if not p.is_file():
+            raise UserError(f"{p}: is missing from the checkpoint; delete {path.name} to use an older one")
+        if p.stat().st_size != size or _checksum(p) != crc:
+            raise UserError(
+                f"{p}: is damaged ({p.stat().st_size} of {size} bytes, checksum differs); delete {path.name} "
+                "to use an older one"
+            )
+    return progress, manifest
+
+
+def load_checkpoint(
+    path: Path, modules: Mapping[str, nn.Module], optimizers: Mapping[str, torch.optim.Optimizer]
+) -> Progress:
+    """Restore modules and optimisers in place."""
+    progress, _ = read_state(path)
+    for name, module in modules.items():
+        load_into(module, load_tensors(path / f"{name}.safetensors"), path / f"{name}.safetensors")
+    for name, optimizer in optimizers.items():
+        file = path / f"optim-{name}.pt"
+        if not file.is_file():
+            raise UserError(f"{file}: is missing from the checkpoint; it belongs to another recipe")
+        optimizer.load_state_dict(torch.load(file, weights_only=True, map_location="cpu"))
+    return progress

@@ -1,0 +1,309 @@
+"""The training loop: any roles, any turns, one page. It knows no method by name."""
+
+from __future__ import annotations
+
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from fewstep.config import UserError
+from fewstep.data.base import Data
+from fewstep.methods.base import Batch, Turn
+from fewstep.networks.adapters import enable_checkpointing
+from fewstep.random import Draws, fold
+from fewstep.recipe import Recipe, Stage
+from fewstep.roles import Roles
+from fewstep.train.build import build_roles, trained_roles
+from fewstep.train.ema import EMA
+from fewstep.train.log import Log, Meter
+from fewstep.train.optim import TurnOptimizer
+from fewstep.train.state import Progress, checkpoints, load_checkpoint, read_state, save_checkpoint
+
+Hook = Callable[["Trainer"], None]
+
+
+class Trainer:
+    """Trains a recipe in a run directory.
+
+    Args:
+        recipe: checked recipe.
+        run: directory for log.jsonl and checkpoints/; None keeps everything in memory.
+        on_sample, on_eval: called every `sample_every` and `eval_every` steps, on the main process.
+        on_step: called after every step with the trainer (progress display).
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        run: Path | None = None,
+        *,
+        on_sample: Hook | None = None,
+        on_eval: Hook | None = None,
+        on_step: Hook | None = None,
+        cpu: bool = False,
+    ) -> None:
+        self.recipe, self.run = recipe, run
+        self.hooks = (on_sample, on_eval, on_step)
+        train = recipe.train
+        self.accelerator = Accelerator(
+            cpu=cpu,
+            mixed_precision="bf16" if train.precision == "bf16" else "no",
+            log_with=list(train.trackers) or None,
+            project_dir=str(run) if run else None,
+        )
+        world = self.accelerator.num_processes
+        if train.batch % (world * train.accumulate):
+            raise UserError(
+                f"train.batch {train.batch} must be divisible by processes x train.accumulate "
+                f"= {world} x {train.accumulate}"
+            )
+        self.data: Data = recipe.data.open()  # type: ignore[attr-defined]
+        self.roles: Roles = build_roles(recipe, self.data)
+        for name, module in self.roles.items():
+            module.to(self.device)
+            if train.checkpointing and name != "teacher":
+                enable_checkpointing(module)
+        self.ema = [EMA(self.roles.student, decay) for decay in train.ema]
+        self.progress = Progress()
+        self.optim: dict[str, TurnOptimizer] = {}
+        self.meter = Meter()
+        self.log = Log(run / "log.jsonl") if run else None
+        self._skips_in_a_row = 0
+        self._stop = False
+        self.last_record: dict[str, Any] = {}
+
+    @property
+    def device(self) -> torch.device:
+        return self.accelerator.device
+
+    @property
+    def product(self) -> nn.Module:
+        """The weights that are sampled, evaluated and exported."""
+        use_ema = self.recipe.train.product == "ema" and self.ema
+        return self.ema[0].module if use_ema else self.roles.student
+
+    @property
+    def total_steps(self) -> int:
+        return sum(stage.steps for stage in self.recipe.stages())
+
+    def fit(self) -> None:
+        """Train to the end of the last stage. SIGTERM and Ctrl-C save a checkpoint at the next step's end."""
+        before = [
+            (s, signal.signal(s, self._ask_to_stop)) for s in (signal.SIGTERM, signal.SIGINT) if _main_thread()
+        ]
+        try:
+            stages = self.recipe.stages()
+            while self.progress.stage < len(stages) and not self._stop:
+                self._run_stage(stages[self.progress.stage])
+        finally:
+            for s, handler in before:
+                signal.signal(s, handler)
+        if self._stop:
+            raise KeyboardInterrupt
+
+    def _ask_to_stop(self, *_: Any) -> None:
+        self._stop = True
+
+    def _run_stage(self, stage: Stage) -> None:
+        if self.progress.step == 0:
+            self._begin(stage)
+        train, p = self.recipe.train, self.progress
+        on_sample, on_eval, on_step = self.hooks
+        while p.step < stage.steps:
+            started = time.perf_counter()
+            self.step(stage)
+            p.step, p.done = p.step + 1, p.done + 1
+            self.meter.add("seconds", time.perf_counter() - started)
+            ended = p.step == stage.steps
+            if ended:
+                p.stage, p.step = p.stage + 1, 0
+            finished = p.done == self.total_steps
+            if p.done % train.log_every == 0 or finished:
+                self._record()
+            if on_step:
+                on_step(self)
+            if self.accelerator.is_main_process:
+                if on_sample and train.sample_every and (p.done % train.sample_every == 0 or finished):
+                    on_sample(self)
+                if on_eval and train.eval_every and p.done % train.eval_every == 0:
+                    on_eval(self)
+            if p.done % train.checkpoint_every == 0 or finished or self._stop:
+                self.save()
+            if ended or self._stop:
+                return
+
+    def _begin(self, stage: Stage) -> None:
+        """Fresh optimisers, and the weights that the stage says to copy."""
+        self.optim.clear()
+        self.progress.optim = {}
+        for target, source in stage.copy.items():
+            self.roles[target].load_state_dict(self.roles[source].state_dict())
+        for ema in self.ema:
+            ema.reset(self.roles.student)
+
+    def optimizer(self, updates: tuple[str, ...], stage: Stage, times: int) -> TurnOptimizer:
+        """The one optimiser of a set of roles; a role in two sets is refused."""
+        key = "+".join(updates)
+        if key not in self.optim:
+            for other in self.optim.values():
+                shared = set(other.names) & set(updates)
+                if shared:
+                    raise ValueError(f"{shared.pop()} would be stepped by two optimisers: {other.names}, {updates}")
+            specs = {name: self.recipe.optimizer(name) for name in updates}
+            self.optim[key] = TurnOptimizer(self.roles, updates, specs, stage.steps * times)
+        return self.optim[key]
+
+    def step(self, stage: Stage) -> None:
+        """All turns of one step."""
+        student_moved = False
+        for number, turn in enumerate(stage.method.turns(self.roles, self.progress.step)):  # type: ignore[attr-defined]
+            self.roles.train_only(*turn.updates)
+            optimizer = self.optimizer(turn.updates, stage, turn.times)
+            for repeat in range(turn.times):
+                moved = self._update(turn, optimizer, stage, (number, repeat))
+                student_moved |= moved and "student" in turn.updates
+        if student_moved:
+            for ema in self.ema:
+                ema.update(self.roles.student)
+
+    def _update(self, turn: Turn, optimizer: TurnOptimizer, stage: Stage, place: tuple[int, int]) -> bool:
+        """One optimiser step over all micro-batches; False when it was refused as non-finite."""
+        count = self.recipe.train.accumulate
+        for micro in range(count):
+            batch = turn.batch or self.batch(stage, place, micro)
+            with self.accelerator.autocast():
+                for losses in turn.losses(batch):
+                    (losses.total() / count).backward()
+                    for name, value in {**losses, **losses.log}.items():
+                        self.meter.add(name, value)
+        self._reduce(optimizer.parameters)
+        norm = nn.utils.clip_grad_norm_(optimizer.parameters, self.recipe.train.clip)
+        finite = bool(torch.isfinite(norm))
+        if finite:
+            self.meter.add(f"grad_norm/{'+'.join(turn.updates)}", norm)
+            optimizer.step()
+            self._skips_in_a_row = 0
+        else:
+            self._refuse(turn, optimizer)
+        optimizer.zero()
+        return finite
+
+    def batch(self, stage: Stage, place: tuple[int, int], micro: int) -> Batch:
+        """The micro-batch of this process: rows of one global batch that does not depend on how it is split."""
+        train, p = self.recipe.train, self.progress
+        share = train.batch // self.accelerator.num_processes
+        size = share // train.accumulate
+        first = self.accelerator.process_index * share + micro * size
+        index = torch.arange(first, first + size, device=self.device)
+        key = fold(train.seed, "train", p.stage, p.step, *place)
+        needs = stage.method.needs()  # type: ignore[attr-defined]
+        source = Draws(fold(key, "data"), index)
+        x0, cond = self.data.batch(source) if needs.data else (None, self.data.conditions(source))
+        return Batch(Draws(key, index), self.data.shape, x0, cond, self.data.null(cond))
+
+    def _reduce(self, parameters: list[nn.Parameter]) -> None:
+        """Average gradients over processes in one flat buffer.
+
+        Explicit rather than DistributedDataParallel: a turn may call one network several times, or leave a
+        head unused, and accelerate's accumulation keeps one counter for all roles.
+        """
+        if self.accelerator.num_processes == 1:
+            return
+        for p in parameters:
+            if p.grad is None:
+                p.grad = torch.zeros_like(p)
+        flat = torch.cat([p.grad.flatten() for p in parameters])  # type: ignore[union-attr]
+        flat = self.accelerator.reduce(flat, reduction="mean")  # type: ignore[assignment]
+        for p, part in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
+            p.grad = part.view_as(p)
+
+    def _refuse(self, turn: Turn, optimizer: TurnOptimizer) -> None:
+        optimizer.skipped += 1
+        self.progress.skipped += 1
+        self._skips_in_a_row += 1
+        self.meter.add("skipped", 1.0)
+        if self._skips_in_a_row >= self.recipe.train.max_skips:
+            recent = {k: v for k, v in self.meter.take().items() if k != "seconds"}
+            readings = ", ".join(f"{k} {v:.3g}" for k, v in recent.items())
+            raise UserError(
+                f"stopped at step {self.progress.done}: {self._skips_in_a_row} updates of "
+                f"{'+'.join(turn.updates)} in a row had non-finite gradients ({readings}). Lower optim.*.lr or "
+                "train.clip, use train.precision=fp32, or raise train.max_skips; the last checkpoint is kept"
+            )
+
+    def _record(self) -> None:
+        p = self.progress
+        readings = {k: self._mean(v) for k, v in sorted(self.meter.take().items())}
+        rates = {f"lr/{n}": o.rate(s) for o in self.optim.values() for n, s in zip(o.names, o.specs, strict=True)}
+        self.last_record = {"done": p.done, "stage": p.stage, "skips": p.skipped, **readings, **rates}
+        if self.accelerator.is_main_process:
+            if self.log:
+                self.log.write(self.last_record)
+            if self.accelerator.trackers:
+                self.accelerator.log(self.last_record, step=p.done)
+
+    def _mean(self, value: float) -> float:
+        if self.accelerator.num_processes == 1:
+            return value
+        mean: Any = self.accelerator.reduce(torch.tensor(value, device=self.device), reduction="mean")
+        return float(mean)
+
+    def modules(self) -> dict[str, nn.Module]:
+        """Everything with weights that a checkpoint holds."""
+        out = {name: self.roles[name] for name in trained_roles(self.recipe)}
+        return out | {ema.name: ema.module for ema in self.ema}
+
+    def save(self) -> None:
+        """Write a checkpoint on the main process."""
+        if self.run is None:
+            return
+        self.progress.optim = {k: {"updates": o.updates, "skipped": o.skipped} for k, o in self.optim.items()}
+        self.progress.ema = {e.name: e.updates for e in self.ema}
+        if self.accelerator.is_main_process:
+            adams = {k: o.adam for k, o in self.optim.items()}
+            save_checkpoint(self.run / "checkpoints", self.modules(), adams, self.progress, self.recipe.train.keep)
+        self.accelerator.wait_for_everyone()
+
+    def resume(self) -> bool:
+        """Continue from the newest complete checkpoint; False when there is none."""
+        assert self.run is not None
+        found = checkpoints(self.run / "checkpoints")
+        if not found:
+            if self.log and self.accelerator.is_main_process:
+                self.log.cut(0)
+            return False
+        progress, _ = read_state(found[-1])
+        stages = self.recipe.stages()
+        if progress.stage < len(stages) and progress.optim:
+            stage = stages[progress.stage]
+            times = {t.updates: t.times for t in stage.method.turns(self.roles, progress.step)}  # type: ignore[attr-defined]
+            for updates, n in times.items():
+                if "+".join(updates) in progress.optim:
+                    self.optimizer(updates, stage, n)
+        wanted = {k: o.adam for k, o in self.optim.items()}
+        self.progress = load_checkpoint(found[-1], self.modules(), wanted)
+        for key, counts in self.progress.optim.items():
+            if key in self.optim:
+                self.optim[key].updates, self.optim[key].skipped = counts["updates"], counts["skipped"]
+        for ema in self.ema:
+            ema.updates = self.progress.ema.get(ema.name, 0)
+        if self.log and self.accelerator.is_main_process:
+            self.log.cut(self.progress.done)
+        return True
+
+
+def _main_thread() -> bool:
+    import threading
+
+    return threading.current_thread() is threading.main_thread()
+
+
+def gradients(parameters: list[nn.Parameter]) -> Tensor:
+    """All gradients as one vector, zeros where there is none; for tests and readings."""
+    return torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in parameters])
