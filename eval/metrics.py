@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -63,15 +64,12 @@ def mean_pairwise_distance(features: ArrayLike | Tensor) -> float:
     if len(points) < 2:
         raise ValueError(f"features: a mean pairwise distance needs at least 2 rows, got {len(points)}")
     points = points - points.mean(axis=0)
-    total = sum(
-        float(np.sqrt(_squared_distances(points[rows], points)).sum()) for rows in _blocks(len(points))
-    )
-    # Rounding leaves the diagonal slightly above zero; measured and taken out, it costs nothing.
-    diagonal = sum(
-        float(np.sqrt(np.diagonal(_squared_distances(points[rows], points[rows]))).sum())
-        for rows in _blocks(len(points))
-    )
-    return (total - diagonal) / (len(points) * (len(points) - 1))
+    total = 0.0
+    for rows in _blocks(len(points)):
+        squares = _squared_distances(points[rows], points)
+        squares[np.arange(len(squares)), np.arange(rows.start, rows.stop)] = 0.0
+        total += float(np.sqrt(squares).sum())
+    return total / (len(points) * (len(points) - 1))
 
 
 def within_class_diversity(
@@ -105,7 +103,7 @@ def kernel_distance(x: ArrayLike | Tensor, y: ArrayLike | Tensor) -> Estimate:
     """
     a, b = as_features(x), as_features(y)
     dim = _same_width(a, b)
-    return _unbiased_mmd(a, b, lambda gram: (gram / dim + 1) ** 3)
+    return _mmd(a, b, lambda p, q: (p @ q.T / dim + 1) ** 3)
 
 
 def gaussian_mmd(
@@ -116,7 +114,7 @@ def gaussian_mmd(
         raise ValueError(f"sigma: expected a positive width, got {sigma}")
     a, b = as_features(x), as_features(y)
     _same_width(a, b)
-    return _unbiased_mmd(a, b, None, gamma=1 / (2 * sigma**2), biased=not unbiased)
+    return _mmd(a, b, lambda p, q: np.exp(-_squared_distances(p, q) / (2 * sigma**2)), not unbiased)
 
 
 def cmmd(x: ArrayLike | Tensor, y: ArrayLike | Tensor, *, unbiased: bool = False) -> Estimate:
@@ -222,30 +220,31 @@ def _radii(points: np.ndarray, k: int) -> np.ndarray:
     return radii
 
 
-def _row_sums(a, b, kernel, gamma, same):
-    rows_out, columns_out = np.zeros(len(a)), np.zeros(len(b))
-    diagonal = np.zeros(len(a)) if same else None
+Kernel = Callable[[np.ndarray, np.ndarray], np.ndarray]
+
+
+def _row_sums(a: np.ndarray, kernel: Kernel) -> tuple[np.ndarray, np.ndarray]:
+    """Row sums of the kernel matrix of `a` with itself, and its diagonal."""
+    sums, diagonal = np.zeros(len(a)), np.zeros(len(a))
     for rows in _blocks(len(a)):
-        # With itself only the upper triangle of blocks is formed; the mirrored half goes to the column sums.
-        start = rows.start if same else 0
-        part = a[rows] @ b[start:].T if kernel else _squared_distances(a[rows], b[start:])
-        part = kernel(part) if kernel else np.exp(-gamma * part)
+        # Only blocks on and right of the diagonal are formed; each also counts for its mirror image.
+        block = kernel(a[rows], a[rows.start :])
         height = rows.stop - rows.start
-        if diagonal is not None:
-            diagonal[rows] = np.diagonal(part[:, :height])
-            rows_out[rows] += part.sum(axis=1)
-            rows_out[rows.stop :] += part[:, height:].sum(axis=0)
-        else:
-            rows_out[rows] += part.sum(axis=1)
-            columns_out += part.sum(axis=0)
-    return rows_out, columns_out, diagonal
+        diagonal[rows] = np.diagonal(block)
+        sums[rows] += block.sum(axis=1)
+        sums[rows.stop :] += block[:, height:].sum(axis=0)
+    return sums, diagonal
 
 
-def _unbiased_mmd(a, b, kernel, gamma=0.0, biased=False) -> Estimate:
+def _mmd(a: np.ndarray, b: np.ndarray, kernel: Kernel, biased: bool = False) -> Estimate:
     n, m = len(a), len(b)
-    aa, _, aa_diagonal = _row_sums(a, a, kernel, gamma, True)
-    bb, _, bb_diagonal = _row_sums(b, b, kernel, gamma, True)
-    ab, ba, _ = _row_sums(a, b, kernel, gamma, False)
+    aa, aa_diagonal = _row_sums(a, kernel)
+    bb, bb_diagonal = _row_sums(b, kernel)
+    ab, ba = np.zeros(n), np.zeros(m)
+    for rows in _blocks(n):
+        block = kernel(a[rows], b)
+        ab[rows] = block.sum(axis=1)
+        ba += block.sum(axis=0)
     if biased:
         value = aa.sum() / n**2 + bb.sum() / m**2 - 2 * ab.sum() / (n * m)
     else:
@@ -255,8 +254,7 @@ def _unbiased_mmd(a, b, kernel, gamma=0.0, biased=False) -> Estimate:
     # Delete-one values follow from the row sums; with fewer than three rows none are defined.
     if min(n, m) < 3:
         return Estimate(float(value), math.nan)
-    aa_off, bb_off = aa - aa_diagonal, bb - bb_diagonal
-    left_a = (aa_off.sum() - 2 * aa_off) / ((n - 1) * (n - 2)) - 2 * (ab.sum() - ab) / ((n - 1) * m)
-    left_b = (bb_off.sum() - 2 * bb_off) / ((m - 1) * (m - 2)) - 2 * (ab.sum() - ba) / (n * (m - 1))
-    variance = (n - 1) * left_a.var() + (m - 1) * left_b.var()
-    return Estimate(float(value), math.sqrt(variance))
+    aa, bb = aa - aa_diagonal, bb - bb_diagonal
+    without_a = (aa.sum() - 2 * aa) / ((n - 1) * (n - 2)) - 2 * (ab.sum() - ab) / ((n - 1) * m)
+    without_b = (bb.sum() - 2 * bb) / ((m - 1) * (m - 2)) - 2 * (ab.sum() - ba) / (n * (m - 1))
+    return Estimate(float(value), math.sqrt((n - 1) * without_a.var() + (m - 1) * without_b.var()))
