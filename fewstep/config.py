@@ -42,7 +42,9 @@ def part(kind: str, name: str) -> Callable[[T], T]:
     def register(cls: T) -> T:
         taken = REGISTRY.setdefault(kind, {})
         if name in taken:
-            raise ValueError(f"{kind} {name!r} is registered twice: {taken[name].__module__}, {cls.__module__}")
+            raise ValueError(
+                f"{kind} {name!r} is registered twice: {taken[name].__module__}, {cls.__module__}"
+            )
         cls.__annotations__ = {"name": Literal[name], **cls.__annotations__}  # type: ignore[valid-type]
         cls.name = name  # type: ignore[attr-defined]
         taken[name] = config(cls)
@@ -64,7 +66,9 @@ class _Loader(yaml.SafeLoader):
 
 
 _Loader.yaml_implicit_resolvers = {
-    first: [(tag, rx) for tag, rx in rules if tag not in ("tag:yaml.org,2002:float", "tag:yaml.org,2002:bool")]
+    first: [
+        (tag, rx) for tag, rx in rules if tag not in ("tag:yaml.org,2002:float", "tag:yaml.org,2002:bool")
+    ]
     for first, rules in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
 _Loader.add_implicit_resolver(
@@ -72,7 +76,9 @@ _Loader.add_implicit_resolver(
     re.compile(r"^[-+]?(?:\d[\d_]*\.[\d_]*(?:[eE][-+]?\d+)?|\.\d+(?:[eE][-+]?\d+)?|\d[\d_]*[eE][-+]?\d+)$"),
     list("-+.0123456789"),
 )
-_Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(r"^(?:true|false|True|False)$"), list("tTfF"))
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:bool", re.compile(r"^(?:true|false|True|False)$"), list("tTfF")
+)
 
 Path_ = tuple[str | int, ...]
 
@@ -143,9 +149,7 @@ def merge(base: Source, over: Source) -> Source:
             return b
         return {**a, **{k: join(a[k], v) if k in a else v for k, v in b.items()}}
 
-    return Source(
-        join(base.data, over.data), {**base.lines, **over.lines}, (*base.problems, *over.problems)
-    )
+    return Source(join(base.data, over.data), {**base.lines, **over.lines}, (*base.problems, *over.problems))
 
 
 def override(source: Source, settings: Sequence[str]) -> Source:
@@ -167,7 +171,9 @@ def override(source: Source, settings: Sequence[str]) -> Source:
             elif isinstance(here, dict):
                 here = here.setdefault(str(k), {})
             else:
-                raise RecipeError(f"argument {setting!r}: {'.'.join(map(str, path[: depth + 1]))} has no keys")
+                raise RecipeError(
+                    f"argument {setting!r}: {'.'.join(map(str, path[: depth + 1]))} has no keys"
+                )
         if isinstance(here, list):
             index = path[-1]
             if not isinstance(index, int) or index >= len(here):
@@ -178,7 +184,9 @@ def override(source: Source, settings: Sequence[str]) -> Source:
         else:
             raise RecipeError(f"argument {setting!r}: {key.rpartition('.')[0]} has no keys")
         lines = {p: w for p, w in source.lines.items() if p[: len(path)] != path}
-        source = Source(data, {**lines, path: (f"argument {setting!r}", 0)}, source.problems)
+        named = (f"argument {setting!r}", 0)
+        fresh = {path[:n]: named for n in range(1, len(path)) if path[:n] not in lines}
+        source = Source(data, {**lines, **fresh, path: named}, source.problems)
     return source
 
 
@@ -213,6 +221,8 @@ def _dataclass_of(hint: Any) -> Any:
     return None
 
 
+_UNKNOWN = ("extra_forbidden", "unexpected_keyword_argument")
+_MISSING = ("missing", "missing_argument", "missing_keyword_only_argument")
 _EXPECTED = {
     "int_type": "int",
     "int_from_float": "int",
@@ -232,15 +242,15 @@ def _problem(error: Mapping[str, Any], root: type, source: Source) -> str:
         inside = (isinstance(here, dict) and key in here) or (isinstance(here, list) and isinstance(key, int))
         if inside:
             path, here = (*path, key), here[key]
-        elif error["type"] in ("missing", "extra_forbidden") and key == error["loc"][-1]:
+        elif error["type"] in (*_MISSING, *_UNKNOWN) and key == error["loc"][-1]:
             path = (*path, key)
     dotted = ".".join(map(str, path)) or "recipe"
     where, kind, ctx = source.where(path), error["type"], error.get("ctx", {})
-    if kind == "extra_forbidden":
+    if kind in _UNKNOWN:
         allowed = _fields_at(root, source.data, path)
         hint = _close(str(path[-1]), allowed) or (f"; allowed: {', '.join(allowed)}" if allowed else "")
         return f"{where}: {dotted}: unknown key{hint}"
-    if kind == "missing":
+    if kind in _MISSING:
         return f"{where}: {dotted}: required key is missing"
     if kind in ("union_tag_invalid", "literal_error"):
         allowed = re.findall(r"'([^']*)'", str(ctx.get("expected_tags") or ctx.get("expected")))

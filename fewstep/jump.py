@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any, Literal
 
 import torch
@@ -20,7 +21,9 @@ def jump(net: Net, x: Tensor, t: Tensor, s: Tensor, cond: Any = None) -> Tensor:
     return net(x, t, cond).at(s)
 
 
-def solver_step(net: Net, x: Tensor, t: Tensor, s: Tensor, cond: Any = None, solver: Solver = "ddim") -> Tensor:
+def solver_step(
+    net: Net, x: Tensor, t: Tensor, s: Tensor, cond: Any = None, solver: Solver = "ddim"
+) -> Tensor:
     """One step of the probability-flow ODE from t to s.
 
     ddim: exact for a constant x0 (Euler in sigma/alpha); euler: explicit Euler in t; heun: its trapezoidal
@@ -42,11 +45,9 @@ def solver_step(net: Net, x: Tensor, t: Tensor, s: Tensor, cond: Any = None, sol
     return x + h * 0.5 * (velocity + there)
 
 
-def solve(
-    net: Net, x: Tensor, times: Tensor, cond: Any = None, solver: Solver = "ddim"
-) -> Tensor:
+def solve(net: Net, x: Tensor, times: Tensor, cond: Any = None, solver: Solver = "ddim") -> Tensor:
     """Follow the ODE through a decreasing list of times, shape (n,) shared by the batch or (n, b)."""
-    for t, s in zip(times[:-1], times[1:], strict=True):
+    for t, s in pairwise(times):
         x = solver_step(net, x, _rows(t, x), _rows(s, x), cond, solver)
     return x
 

@@ -346,4 +346,3 @@ def add_noise(
     alpha_s, sigma_s = process.alpha(s), process.sigma(s)
     gain = process.alpha(t) * sigma_s**2 / (alpha_s**2 * sigma_ts)
     return x_t, x / bc(alpha_s, x) - bc(gain, x) * eps
-

@@ -151,19 +151,25 @@ class Recipe:
     results: tuple[Result, ...] = ()
 
     def __post_init__(self) -> None:
-        have = {"student"} | {r for r in ("teacher", "critic", "discriminator") if getattr(self, r) is not None}
+        have = {"student"} | {
+            r for r in ("teacher", "critic", "discriminator") if getattr(self, r) is not None
+        }
         for stage in self.stages():
             missing = sorted(stage.method.needs().roles - have)
             if missing:
                 name = stage.method.name
-                raise ValueError(f"method {name} needs the role{'s' * (len(missing) > 1)} {', '.join(missing)}")
+                raise ValueError(
+                    f"method {name} needs the role{'s' * (len(missing) > 1)} {', '.join(missing)}"
+                )
             for role in stage.method.needs().roles - {"teacher"}:
                 if role not in self.optim and "default" not in self.optim:
                     raise ValueError(f"optim has no entry for {role} and no default")
         for target, source in self.copy.items():
             for role in (target, source):
                 if role not in have:
-                    raise ValueError(f"copy: role {role!r} is not in this recipe; it has {', '.join(sorted(have))}")
+                    raise ValueError(
+                        f"copy: role {role!r} is not in this recipe; it has {', '.join(sorted(have))}"
+                    )
         unknown = sorted(set(self.optim) - have - {"default"})
         if unknown:
             raise ValueError(f"optim.{unknown[0]}: no such role; it has {', '.join(sorted(have))}")
@@ -183,7 +189,16 @@ class Recipe:
 # Keys that may change between the start of a run and its continuation.
 _FREE = {("about",), ("results",), ("evaluate",)} | {
     ("train", key)
-    for key in ("steps", "log_every", "sample_every", "eval_every", "checkpoint_every", "keep", "trackers", "max_skips")
+    for key in (
+        "steps",
+        "log_every",
+        "sample_every",
+        "eval_every",
+        "checkpoint_every",
+        "keep",
+        "trackers",
+        "max_skips",
+    )
 }
 
 
@@ -221,7 +236,8 @@ def find(name: str) -> Path:
         return path
     if path.suffix in (".yaml", ".yml") or path.exists():
         raise RecipeError(f"{name}: no such recipe file")
-    raise RecipeError(f"recipe {name!r} is not shipped{_close(name, names)}; see `fewstep recipes ls`")
+    hint = _close(name, names) or "; see `fewstep recipes ls`"
+    raise RecipeError(f"recipe {name!r} is not shipped{hint}")
 
 
 def read(name: str, settings: Sequence[str] = ()) -> Source:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fewstep.jump import times_of
 from fewstep.prediction import Prediction
-from fewstep.process import Process, bc
+from fewstep.process import EDM, Process, bc
 from fewstep.random import Draws
 
 
@@ -31,8 +31,15 @@ def exit_step(draws: Draws, count: int) -> int:
 
 
 def renoise(process: Process, x0: Tensor, eps: Tensor, s: Tensor) -> Tensor:
-    """alpha_s x0 + sigma_s eps with fresh noise: a student's way from one step to the next."""
-    return bc(process.alpha(s), x0) * x0 + bc(process.sigma(s), x0) * eps
+    """alpha_s x0 + sigma_s eps with fresh noise: a student's way from one step to the next.
+
+    In EDM an answer stands at sigma_min, not at 0, so the noise added has variance s^2 - sigma_min^2
+    (arXiv 2303.01469, alg. 1); diffusers' scheduler does the same, and exports must agree with it.
+    """
+    sigma = process.sigma(s)
+    if isinstance(process, EDM):
+        sigma = torch.sqrt((sigma**2 - process.sigma_min**2).clamp_min(0))
+    return bc(process.alpha(s), x0) * x0 + bc(sigma, x0) * eps
 
 
 def rollout(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any, Literal
 
 import torch
@@ -38,7 +39,11 @@ class Sampler:
 
 
 def sample(
-    sampler: Sampler, net: Callable[..., Prediction], noise: Tensor, cond: Any = None, fresh: Fresh | None = None
+    sampler: Sampler,
+    net: Callable[..., Prediction],
+    noise: Tensor,
+    cond: Any = None,
+    fresh: Fresh | None = None,
 ) -> Tensor:
     """Draw samples.
 
@@ -55,7 +60,7 @@ def sample(
     b = noise.shape[0]
     x = process.prior(noise, times[0].expand(b))
     if sampler.kind == "ode":
-        for t, s in zip(times[:-1], times[1:], strict=True):
+        for t, s in pairwise(times):
             x = solver_step(net, x, t.expand(b), s.expand(b), cond, sampler.solver)
         return net(x, times[-1].expand(b), cond).x0
     if len(sampler.steps) > 1 and fresh is None:

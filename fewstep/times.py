@@ -7,6 +7,7 @@ on sigma / alpha are placed by matching the angle atan2(sigma, alpha), so they m
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 from typing import Protocol
 
 import torch
@@ -103,7 +104,9 @@ class TrigLogNormal:
 
     def sample(self, draws: Draws, process: Process, span: tuple[float, float] = (0.0, 1.0)) -> Tensor:
         if span != (0.0, 1.0):
-            raise ValueError("times: trig_lognormal lives on sigma, it has no span; use uniform or logit_normal")
+            raise ValueError(
+                "times: trig_lognormal lives on sigma, it has no span; use uniform or logit_normal"
+            )
         tau = self.mean + self.std * standard_normal(draws)
         return _at_ratio(tau - math.log(self.sigma_data), process)
 
@@ -175,6 +178,6 @@ def check_steps(steps: tuple[float, ...]) -> tuple[float, ...]:
         raise ValueError("steps is empty; give at least one level, such as [1.0]")
     if any(not 0 < u <= 1 for u in steps):
         raise ValueError(f"steps {list(steps)} must lie in (0, 1], the levels of the process grid")
-    if any(a <= b for a, b in zip(steps, steps[1:], strict=False)):
+    if any(a <= b for a, b in pairwise(steps)):
         raise ValueError(f"steps {list(steps)} must decrease strictly: the first level is the noisiest")
     return steps

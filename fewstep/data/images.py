@@ -79,11 +79,15 @@ class ImageFolder:
             images.append(data.reshape(pixels.height, pixels.width, -1).permute(2, 0, 1))
             if images[-1].shape != images[0].shape:
                 size, first = tuple(images[-1].shape[1:]), tuple(images[0].shape[1:])
-                raise UserError(f"{p}: is {size[0]} x {size[1]}, but {files[0].name} is {first[0]} x {first[1]}")
+                raise UserError(
+                    f"{p}: is {size[0]} x {size[1]}, but {files[0].name} is {first[0]} x {first[1]}"
+                )
             if names:
                 parts = p.relative_to(root).parts
                 if len(parts) == 1:
-                    raise UserError(f"{p}: stands beside class folders ({', '.join(names[:3])}); give it a class")
+                    raise UserError(
+                        f"{p}: stands beside class folders ({', '.join(names[:3])}); give it a class"
+                    )
                 labels.append(names.index(parts[0]))
         x = torch.stack(images).float() / 127.5 - 1
         return InMemory(x, torch.tensor(labels) if names else None, len(names))

@@ -116,7 +116,9 @@ class DMD2:
             loss = obj.logistic_discriminator if self.gan_loss == "logistic" else obj.hinge_discriminator
             losses["discriminator"] = self.discriminator_weight * loss(real_logits, fake_logits)
             if self.r1_weight:
-                penalty = obj.r1_finite(lambda z: roles.discriminator(z, tau, batch.cond), seen, batch.noise())
+                penalty = obj.r1_finite(
+                    lambda z: roles.discriminator(z, tau, batch.cond), seen, batch.noise()
+                )
                 losses["r1"] = self.r1_weight * penalty
             hits = (real_logits > 0).float().mean() + (fake_logits < 0).float().mean()
             losses.log["discriminator_accuracy"] = (hits / 2).detach()

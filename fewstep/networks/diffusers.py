@@ -56,14 +56,18 @@ def read_scheduler(config: dict[str, Any], where: str) -> tuple[Process, str, Ti
         return EDM(**{k: float(config[k]) for k in keys if k in config}), "cm", "250log_sigma"
     if name in ("EDMEulerScheduler", "EDMDPMSolverMultistepScheduler"):
         if config.get("prediction_type", "epsilon") != "epsilon":
-            raise UserError(f"{where}: {name} with prediction_type {config['prediction_type']!r}; only 'epsilon'")
+            raise UserError(
+                f"{where}: {name} with prediction_type {config['prediction_type']!r}; only 'epsilon'"
+            )
         keys = ("sigma_min", "sigma_max", "rho", "sigma_data")
         return EDM(**{k: float(config[k]) for k in keys if k in config}), "edm", "log_sigma/4"
     if name == "FlowMatchEulerDiscreteScheduler":
         return Flow(), "velocity", "1000t"
     if name not in DDPM_FAMILY:
         known = ("CMStochasticIterativeScheduler", "EDMEulerScheduler", "FlowMatchEulerDiscreteScheduler")
-        raise UserError(f"{where}: scheduler {name!r} is not supported; known: {', '.join(known + DDPM_FAMILY)}")
+        raise UserError(
+            f"{where}: scheduler {name!r} is not supported; known: {', '.join(known + DDPM_FAMILY)}"
+        )
     if "prediction_type" not in config:
         raise UserError(
             f"{where}: prediction_type is missing; add one of {', '.join(map(repr, _PREDICTIONS))} as trained"
@@ -98,11 +102,15 @@ def load_denoiser(path: str, classes: int | None = None) -> Denoiser:
     """
     root = resolve(path)
     if not root.is_dir():
-        raise UserError(f"teacher {path}: no such folder; train one with `fewstep run digits-teacher` or give a path")
+        raise UserError(
+            f"teacher {path}: no such folder; train one with `fewstep run digits-teacher` or give a path"
+        )
     unet, schedule = root / "unet", root / "scheduler" / "scheduler_config.json"
     for needed in (unet / "config.json", schedule):
         if not needed.is_file():
-            raise UserError(f"teacher {path}: {needed.relative_to(root)} is missing; a diffusers pipeline has it")
+            raise UserError(
+                f"teacher {path}: {needed.relative_to(root)} is missing; a diffusers pipeline has it"
+            )
     config = _read_json(unet / "config.json")
     if config.get("_class_name") != "UNet2DModel":
         raise UserError(

@@ -19,7 +19,11 @@ def _head(shape: torch.Size, width: int) -> nn.Module:
     c, side = shape[1], min(shape[2], shape[3])
     # Halve until 4 x 4, then one kernel over what is left: DMD2's bottleneck head (arXiv 2405.14867, sec. 4.3).
     while side > 4:
-        layers += [nn.Conv2d(c, width, 4, stride=2, padding=1), nn.GroupNorm(_groups(width), width), nn.SiLU()]
+        layers += [
+            nn.Conv2d(c, width, 4, stride=2, padding=1),
+            nn.GroupNorm(_groups(width), width),
+            nn.SiLU(),
+        ]
         c, side = width, side // 2
     layers += [nn.Conv2d(c, width, side), nn.GroupNorm(_groups(width), width), nn.SiLU()]
     return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, 1))
@@ -58,7 +62,9 @@ class Discriminator(nn.Module):
         with torch.no_grad():
             features = trunk.features(*example, self.taps)  # type: ignore[operator]
         channels = {tap: f.shape[2 if f.ndim == 3 else 1] for tap, f in features.items()}
-        self.heads = nn.ModuleDict({tap: _head(features[tap].shape, width or channels[tap]) for tap in self.taps})
+        self.heads = nn.ModuleDict(
+            {tap: _head(features[tap].shape, width or channels[tap]) for tap in self.taps}
+        )
 
     @property
     def trunk(self) -> nn.Module:

@@ -50,4 +50,3 @@ class MLP(nn.Module):
         if unknown:
             raise ValueError(f"taps {sorted(unknown)} are unknown to MLP; allowed: mid")
         return self.last(h), features
-

@@ -110,9 +110,7 @@ class DiTSpec:
         if len(site.shape) != 3:
             raise RecipeError(f"network dit is for images; the data has shape {list(site.shape)}")
         shape = (site.shape[0], site.shape[1], site.shape[2])
-        net = _seeded(
-            site, lambda: DiT(shape, self.patch, self.width, self.depth, self.heads, site.classes)
-        )
+        net = _seeded(site, lambda: DiT(shape, self.patch, self.width, self.depth, self.heads, site.classes))
         return Denoiser(net, self.process, self.prediction, "angle")
 
 

@@ -48,14 +48,15 @@ class Trainer:
         on_step: Hook | None = None,
         cpu: bool = False,
     ) -> None:
-        self.recipe, self.run = recipe, run
+        self.recipe = recipe
+        self.run: Path | None = None
+        self.log: Log | None = None
         self.hooks = (on_sample, on_eval, on_step)
         train = recipe.train
         self.accelerator = Accelerator(
             cpu=cpu,
             mixed_precision="bf16" if train.precision == "bf16" else "no",
             log_with=list(train.trackers) or None,
-            project_dir=str(run) if run else None,
         )
         world = self.accelerator.num_processes
         if train.batch % (world * train.accumulate):
@@ -73,10 +74,18 @@ class Trainer:
         self.progress = Progress()
         self.optim: dict[str, TurnOptimizer] = {}
         self.meter = Meter()
-        self.log = Log(run / "log.jsonl") if run else None
         self._skips_in_a_row = 0
         self._stop = False
         self.last_record: dict[str, Any] = {}
+        if run is not None:
+            self.attach(run)
+
+    def attach(self, run: Path) -> None:
+        """Log and save in this directory from now on."""
+        self.run, self.log = run, Log(run / "log.jsonl")
+        if self.recipe.train.trackers and self.accelerator.is_main_process:
+            self.accelerator.project_configuration.set_directories(str(run))
+            self.accelerator.init_trackers("fewstep")
 
     @property
     def device(self) -> torch.device:
@@ -95,7 +104,9 @@ class Trainer:
     def fit(self) -> None:
         """Train to the end of the last stage. SIGTERM and Ctrl-C save a checkpoint at the next step's end."""
         before = [
-            (s, signal.signal(s, self._ask_to_stop)) for s in (signal.SIGTERM, signal.SIGINT) if _main_thread()
+            (s, signal.signal(s, self._ask_to_stop))
+            for s in (signal.SIGTERM, signal.SIGINT)
+            if _main_thread()
         ]
         try:
             stages = self.recipe.stages()
@@ -154,7 +165,9 @@ class Trainer:
             for other in self.optim.values():
                 shared = set(other.names) & set(updates)
                 if shared:
-                    raise ValueError(f"{shared.pop()} would be stepped by two optimisers: {other.names}, {updates}")
+                    raise ValueError(
+                        f"{shared.pop()} would be stepped by two optimisers: {other.names}, {updates}"
+                    )
             specs = {name: self.recipe.optimizer(name) for name in updates}
             self.optim[key] = TurnOptimizer(self.roles, updates, specs, stage.steps * times)
         return self.optim[key]
@@ -240,7 +253,9 @@ class Trainer:
     def _record(self) -> None:
         p = self.progress
         readings = {k: self._mean(v) for k, v in sorted(self.meter.take().items())}
-        rates = {f"lr/{n}": o.rate(s) for o in self.optim.values() for n, s in zip(o.names, o.specs, strict=True)}
+        rates = {
+            f"lr/{n}": o.rate(s) for o in self.optim.values() for n, s in zip(o.names, o.specs, strict=True)
+        }
         self.last_record = {"done": p.done, "stage": p.stage, "skips": p.skipped, **readings, **rates}
         if self.accelerator.is_main_process:
             if self.log:
@@ -267,7 +282,9 @@ class Trainer:
         self.progress.ema = {e.name: e.updates for e in self.ema}
         if self.accelerator.is_main_process:
             adams = {k: o.adam for k, o in self.optim.items()}
-            save_checkpoint(self.run / "checkpoints", self.modules(), adams, self.progress, self.recipe.train.keep)
+            save_checkpoint(
+                self.run / "checkpoints", self.modules(), adams, self.progress, self.recipe.train.keep
+            )
         self.accelerator.wait_for_everyone()
 
     def resume(self) -> bool:

@@ -1,0 +1,265 @@
+"""The jobs behind the commands: train and report, evaluate, sample, export. Imported only when one runs."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Table
+
+from fewstep.config import UserError
+from fewstep.export.diffusers import Exported, export, export_teacher
+from fewstep.measure import Measured, measure, teacher_product
+from fewstep.pictures import save_grid, save_side_by_side
+from fewstep.product import Product, open_product, parse_classes, product_of
+from fewstep.recipe import Evaluate, Recipe, differences, dump, load, load_run
+from fewstep.train.build import build_roles
+from fewstep.train.trainer import Trainer
+
+console = Console()
+GRID = 100
+
+
+def prepare(recipe: Recipe, run: Path, resume: bool, force: bool) -> None:
+    """Claim a run directory: new, or the same recipe's to continue, or emptied by --force."""
+    if run.exists() and any(run.iterdir()):
+        if force:
+            if not (run / "recipe.yaml").is_file():
+                raise UserError(
+                    f"{run}: is not a run directory; --force deletes only those. Choose another --out"
+                )
+            shutil.rmtree(run)
+        elif not resume:
+            raise UserError(
+                f"{run}: is already used; continue it with --resume, or overwrite it with --force"
+            )
+        else:
+            changed = differences(load_run(run), recipe)
+            if changed:
+                raise UserError(
+                    f"{run}: was started with another recipe, so it cannot be resumed:\n  "
+                    + "\n  ".join(changed)
+                )
+    run.mkdir(parents=True, exist_ok=True)
+    (run / "recipe.yaml").write_text(dump(recipe))
+
+
+def run_recipe(name: str, settings: Sequence[str], out: Path | None, resume: bool, force: bool) -> Path:
+    """`fewstep run`: train, sample, evaluate, export."""
+    recipe = load(name, settings)
+    run = out or Path("runs") / Path(name).with_suffix("").name.replace("/", "-")
+    trainer = Trainer(
+        recipe, None
+    )  # builds every role: what is missing is said before the directory is claimed
+    main = trainer.accelerator.is_main_process
+    if main:
+        prepare(recipe, run, resume, force)
+    trainer.accelerator.wait_for_everyone()
+    trainer.attach(run)
+    continued = resume and trainer.resume()
+    if main:
+        console.print(f"[bold]{name}[/]: {recipe.about}")
+        console.print(
+            f"run directory {run}" + (f", continued at step {trainer.progress.done}" if continued else "")
+        )
+    try:
+        _train(trainer, run, main)
+    except KeyboardInterrupt:
+        if main:
+            console.print(
+                f"stopped at step {trainer.progress.done}; continue with: fewstep run {name} --resume"
+            )
+        raise SystemExit(130) from None
+    trainer.accelerator.wait_for_everyone()
+    if main:
+        finish(trainer, run)
+    return run
+
+
+def _train(trainer: Trainer, run: Path, main: bool) -> None:
+    recipe = trainer.recipe
+
+    def on_sample(t: Trainer) -> None:
+        product = product_of(recipe, t.product.eval(), t.data, "student")
+        save_grid(product.draw(GRID, seed=0), run / "samples" / f"step-{t.progress.done:06d}.png")
+
+    def on_eval(t: Trainer) -> None:
+        if recipe.evaluate is None:
+            return
+        product = product_of(recipe, t.product.eval(), t.data, "student")
+        row, _ = measure(product, recipe.evaluate)
+        if t.log:
+            t.log.write({"done": t.progress.done, "evaluation": row.row()})
+
+    trainer.hooks = (on_sample, on_eval, None)
+    if not main:
+        trainer.fit()
+        return
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("ETA"),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[losses]}"),
+    )
+    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
+        task = bar.add_task("train", total=trainer.total_steps, completed=trainer.progress.done, losses="")
+        every = max(1, trainer.total_steps // 10)
+
+        def on_step(t: Trainer) -> None:
+            text = readings(t.last_record)
+            bar.update(task, completed=t.progress.done, losses=text)
+            if not console.is_terminal and t.progress.done % every == 0:
+                console.print(
+                    f"step {t.progress.done}/{t.total_steps}  {text}", soft_wrap=True, highlight=False
+                )
+
+        trainer.hooks = (on_sample, on_eval, on_step)
+        trainer.fit()
+
+
+def readings(record: dict[str, Any]) -> str:
+    """The losses of a log record, short."""
+    skip = ("grad_norm", "lr/", "done", "stage", "skips", "seconds")
+    return "  ".join(f"{k} {v:.3g}" for k, v in record.items() if not k.startswith(skip))
+
+
+def finish(trainer: Trainer, run: Path) -> None:
+    """Table, side-by-side picture, report and export of a finished run."""
+    recipe = trainer.recipe
+    student = product_of(recipe, trainer.product.eval(), trainer.data, "student", trainer.progress.done)
+    steps = len(student.sampler.steps)
+    student = replace(student, title=f"student, {steps} step{'s' * (steps > 1)}")
+    rows: list[Measured] = []
+    if recipe.evaluate is not None:
+        rows, panels = compare(student, recipe.evaluate, trainer.roles.get("teacher"))
+        save_side_by_side(panels, run / "report" / "side-by-side.png")
+        table(rows)
+        report = {"rows": [r.row() for r in rows], "recipe": recipe.about, "skips": trainer.progress.skipped}
+        (run / "report" / "results.json").write_text(json.dumps(report, indent=1))
+        console.print(f"pictures {run / 'samples'}, side by side {run / 'report' / 'side-by-side.png'}")
+    numbers = [(f"{r.metric}, {r.title}, {r.samples} samples", f"{r.value:.4g}") for r in rows]
+    write = export_teacher if student.sampler.kind == "ode" else export
+    try:
+        done = write(replace(student, title=run.name), run / "export", results=numbers)
+    except UserError as error:
+        console.print(f"not exported: {error}".replace("not exported: export: ", "not exported: "))
+        return
+    show_export(done)
+
+
+def show_export(done: Exported) -> None:
+    checked = f", within {done.parity:.1e} of fewstep's sampler" if done.parity else ""
+    console.print(f"exported to {done.folder}{checked}; load it with")
+    for line in done.usage.splitlines():
+        console.print(f"    {line}", highlight=False, soft_wrap=True)
+
+
+def compare(student: Product, spec: Evaluate, teacher: Any) -> tuple[list[Measured], list[tuple[str, Any]]]:
+    """Teacher at 1 step, teacher at its best number of steps, student; and the first samples of each."""
+    rows, panels = [], []
+    if teacher is not None:
+        many = []
+        for n in spec.teacher_steps:
+            row, x = measure(teacher_product(student, teacher, n), spec)
+            many.append((row, x))
+        best = min((m for m in many if m[0].calls > 1), key=lambda m: m[0].value, default=None)
+        shown = [m for m in many if m[0].calls == 1] + ([best] if best else [])
+        for row, x in shown:
+            title = row.title + (" (best)" if best and row is best[0] else "")
+            rows.append(replace(row, title=title))
+            panels.append((title, _panel(x)))
+    row, x = measure(student, spec)
+    return [*rows, row], [*panels, (row.title, _panel(x))]
+
+
+def _panel(x: Any) -> Any:
+    return x[:GRID] if x.ndim > 2 else x[:2000]
+
+
+def table(rows: Sequence[Measured]) -> None:
+    """Print measured rows."""
+    out = Table(title=f"{rows[0].metric}, {rows[0].samples} samples (± one standard error); lower is better")
+    columns = ["", "distance", "network calls", "s / 1000"]
+    extra = rows[0].accuracy is not None
+    for name in columns + (["class accuracy", "diversity"] if extra else []):
+        out.add_column(name, justify="left" if not name else "right")
+    for r in rows:
+        value = f"{r.value:.4g}" + (f" ± {r.error:.2g}" if r.error is not None else "")
+        cells = [r.title, value, str(r.calls), f"{r.seconds_per_1000:.2f}"]
+        if extra:
+            cells += [f"{100 * (r.accuracy or 0):.1f} %", f"{r.diversity:.3f}"]
+        out.add_row(*cells)
+    console.print(out)
+
+
+def evaluate(
+    path: Path, steps: int | None, samples: int | None, seed: int | None, any_steps: bool
+) -> Measured:
+    """`fewstep eval`: measure a run, an export or a diffusers folder."""
+    product = open_product(path).with_steps(steps, any_steps)
+    spec = product.recipe.evaluate if product.recipe else Evaluate()
+    spec = spec or Evaluate()
+    changes = {k: v for k, v in (("samples", samples), ("seed", seed)) if v is not None}
+    row, _ = measure(product, replace(spec, **changes))
+    table([row])
+    return row
+
+
+def draw(
+    path: Path, steps: int | None, classes: str | None, count: int, seed: int, out: Path, any_steps: bool
+) -> Path:
+    """`fewstep sample`: a PNG grid."""
+    product = open_product(path).with_steps(steps, any_steps)
+    labels, per_row = None, 10
+    if product.classes:
+        wanted = parse_classes(classes or f"0-{product.classes - 1}", product.classes)
+        labels = torch.tensor([wanted[i % len(wanted)] for i in range(count)])
+        per_row = min(len(wanted), 10)
+    elif classes is not None:
+        parse_classes(classes, 0)
+    if out.suffix.lower() != ".png":
+        raise UserError(f"--out {out}: must end in .png")
+    x = product.draw(count, seed, labels)
+    save_grid(x, out, per_row)
+    console.print(f"{count} samples in {len(product.sampler.steps)} steps: {out}")
+    return out
+
+
+def export_run(run: Path, out: Path | None, force: bool) -> Exported:
+    """`fewstep export`."""
+    product = open_product(run)
+    folder = out or run / "export"
+    if folder.exists() and any(folder.iterdir()) and not force and out is not None:
+        raise UserError(f"{folder}: exists; overwrite it with --force")
+    rows: list[tuple[str, str]] = []
+    results = run / "report" / "results.json"
+    if results.is_file():
+        for r in json.loads(results.read_text())["rows"]:
+            rows.append((f"{r['metric']}, {r['title']}", f"{r['value']:.4g}"))
+    write = export_teacher if product.sampler.kind == "ode" else export
+    done = write(product, folder, results=rows)
+    show_export(done)
+    return done
+
+
+def roles_of(run: Path) -> Any:
+    """All roles of a run's recipe, freshly built (for tools)."""
+    recipe = load_run(run)
+    return build_roles(recipe, recipe.data.open())  # type: ignore[attr-defined]

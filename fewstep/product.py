@@ -1,0 +1,144 @@
+"""A thing to sample from: the product of a run, an exported folder or a teacher, with its sampler."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fewstep.config import UserError
+from fewstep.recipe import Recipe, load_run
+from fewstep.sampling import Sampler, many_step, sample, seeded
+from fewstep.train.build import build_product
+from fewstep.train.state import checkpoints, load_into, load_tensors, read_state
+
+
+@dataclass(frozen=True)
+class Product:
+    """A denoiser, how it is sampled, and what it samples.
+
+    `trained` holds the step counts it may be sampled with; None means any (a teacher).
+    """
+
+    net: nn.Module
+    sampler: Sampler
+    shape: tuple[int, ...]
+    classes: int
+    title: str
+    trained: tuple[int, ...] | None
+    recipe: Recipe | None = None
+    done: int = 0
+
+    @torch.no_grad()
+    def images(self, index: Tensor, labels: Tensor | None, seed: int = 0) -> Tensor:
+        """Samples of global indices (b,) with labels (b,) or None: the same for any split into batches."""
+        start, fresh = seeded(seed, index, self.shape)
+        return sample(self.sampler, self.net, start, labels, fresh)
+
+    def draw(self, count: int, seed: int, labels: Tensor | None = None, batch: int = 256) -> Tensor:
+        """`count` samples on the CPU; labels default to index mod classes."""
+        device = next((p.device for p in self.net.parameters()), torch.device("cpu"))
+        index = torch.arange(count, device=device)
+        labels = self.labels(count) if labels is None else labels
+        out = []
+        for i in range(0, count, batch):
+            part = None if labels is None else labels[i : i + batch].to(device)
+            out.append(self.images(index[i : i + batch], part, seed).cpu())
+        return torch.cat(out)
+
+    def labels(self, count: int) -> Tensor | None:
+        """Classes in turn, so that every count is as balanced as it can be."""
+        return torch.arange(count) % self.classes if self.classes else None
+
+    def with_steps(self, steps: int | None, any_steps: bool = False) -> Product:
+        """The same net at another number of steps; UserError when it was not trained for it."""
+        if steps is None:
+            return self
+        if steps < 1:
+            raise UserError(f"--steps must be at least 1, not {steps}")
+        if self.trained is not None and steps not in self.trained and not any_steps:
+            allowed = ", ".join(map(str, self.trained))
+            raise UserError(
+                f"--steps {steps}: this student was trained for {allowed}; add --any to try it anyway"
+            )
+        if steps == len(self.sampler.steps):
+            return self
+        even = many_step(steps)
+        return replace(
+            self, sampler=even if self.sampler.kind == "ode" else replace(self.sampler, steps=even.steps)
+        )
+
+
+def parse_classes(text: str, classes: int) -> list[int]:
+    """'0-9', '3' or '1,4,7-9' as class numbers; UserError when out of range."""
+    if not classes:
+        raise UserError("--classes: this model is unconditional")
+    out: list[int] = []
+    for piece in text.split(","):
+        first, dash, last = piece.strip().partition("-")
+        if not first.isdigit() or (dash and not last.isdigit()):
+            raise UserError(f"--classes {text!r}: expected numbers and ranges such as 0-9 or 1,4,7")
+        out += range(int(first), int(last or first) + 1)
+    wrong = [c for c in out if not 0 <= c < classes]
+    if wrong or not out:
+        raise UserError(
+            f"--classes {text!r}: classes are 0..{classes - 1}" + (f", not {wrong[0]}" if wrong else "")
+        )
+    return out
+
+
+def open_product(path: Path) -> Product:
+    """Open a run directory or a diffusers folder (an export or a teacher). UserError when it is neither."""
+    if (path / "recipe.yaml").is_file():
+        return _open_run(path)
+    if (path / "model_index.json").is_file():
+        return _open_folder(path)
+    if not path.exists():
+        raise UserError(f"{path}: no such run or folder")
+    raise UserError(
+        f"{path}: neither a run directory (recipe.yaml) nor a diffusers folder (model_index.json)"
+    )
+
+
+def _open_run(path: Path) -> Product:
+    recipe = load_run(path)
+    found = checkpoints(path / "checkpoints")
+    if not found:
+        raise UserError(f"{path}: has no checkpoint yet; train it with `fewstep run` first")
+    progress, _ = read_state(found[-1])
+    data: Any = recipe.data.open()  # type: ignore[attr-defined]
+    net = build_product(recipe, data)
+    use_ema = recipe.train.product == "ema" and recipe.train.ema
+    name = f"ema_{recipe.train.ema[0]}" if use_ema else "student"
+    file = found[-1] / f"{name}.safetensors"
+    load_into(net, load_tensors(file), file)
+    return product_of(recipe, net.eval(), data, path.name, progress.done)
+
+
+def product_of(recipe: Recipe, net: nn.Module, data: Any, title: str, done: int = 0) -> Product:
+    """The product of a recipe around a trained net."""
+    sampler = recipe.sampler()
+    trained = None if sampler.kind == "ode" else (len(sampler.steps),)
+    return Product(net, sampler, data.shape, data.classes, title, trained, recipe, done)
+
+
+def _open_folder(path: Path) -> Product:
+    from fewstep.networks.diffusers import load_denoiser
+
+    note = path / "fewstep.json"
+    told = json.loads(note.read_text()) if note.is_file() else {}
+    net = load_denoiser(str(path), classes=told.get("classes"))
+    unet: Any = net.net.model  # type: ignore[union-attr]
+    size = unet.config.sample_size
+    side: Sequence[int] = (size, size) if isinstance(size, int) else size
+    shape = (unet.config.in_channels, *side)
+    classes = int(net.net.classes)  # type: ignore[union-attr,arg-type]
+    if "steps" not in told:
+        return Product(net, many_step(18), shape, classes, path.name, None)
+    sampler = Sampler(kind=told["kind"], steps=tuple(told["steps"]))
+    return Product(net, sampler, shape, classes, path.name, (len(sampler.steps),))
