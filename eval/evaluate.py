@@ -1,0 +1,290 @@
+"""From samples and a reference to numbers: one pass, every metric the preset names, results that refuse
+to be mixed.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import platform
+import subprocess
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from . import metrics
+from .cache import atomic_path
+from .features import FeatureExtractor
+from .frechet import FrechetResult, frechet_distance
+from .protocol import Preset, labels_of, require_files
+from .reference import Reference, digits_reference, fashion_reference
+from .runner import Samples
+from .statistics import FeatureStatistics
+
+
+@dataclass
+class Evaluation:
+    """The result of one evaluation; `as_json` is what is written and reported.
+
+    `metrics` maps a full metric name to a dict with at least ``value``; ``standard_error`` where one is
+    known; `omitted` says which of the preset's metrics are not there and why, `skipped` which images were
+    left out; `frechet` keeps the full results (one per repetition) for paired differences.
+    """
+
+    name: str
+    preset: str
+    preset_hash: str
+    extractor: str
+    number: int
+    metrics: dict[str, dict[str, Any]]
+    environment: dict[str, str]
+    seconds: float | None = None
+    calls: int | None = None
+    skipped: dict[str, str] = field(default_factory=dict)
+    omitted: dict[str, str] = field(default_factory=dict)
+    frechet: list[FrechetResult] = field(default_factory=list, repr=False)
+
+    def as_json(self) -> dict[str, Any]:
+        """JSON-ready content; NaN becomes null."""
+        content = {key: value for key, value in asdict(self).items() if key != "frechet"}
+        return _without_nan(content)
+
+    def save(self, path: str | Path) -> Path:
+        """Write the JSON atomically."""
+        target = Path(path)
+        with atomic_path(target) as temporary:
+            temporary.write_text(json.dumps(self.as_json(), indent=1, allow_nan=False) + "\n")
+        return target
+
+    @classmethod
+    def load(cls, path: str | Path) -> Evaluation:
+        """Read a saved result (without the per-sample influences).
+
+        Raises:
+            ValueError: not such a file.
+        """
+        try:
+            return cls(**json.loads(Path(path).read_text()))
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{path}: not a result of fewstep eval ({error})") from None
+
+
+class PresetMismatch(ValueError):
+    """Results of different protocols were asked to stand in one table."""
+
+
+def preset_reference(preset: Preset, extractor: FeatureExtractor) -> Reference:
+    """The reference a preset names, checked against the extractor.
+
+    Raises:
+        MissingFiles: files the user must supply; ValueError: a reference of another dimension or extractor.
+    """
+    builtin = {
+        "digits": digits_reference,
+        "fashion-mnist-train": lambda e: fashion_reference(e, "train"),
+        "fashion-mnist-test": lambda e: fashion_reference(e, "test"),
+    }
+    wanted = preset.reference
+    if wanted.kind == "none":
+        raise ValueError(f"preset {preset.name}: only exports images, it has no reference")
+    if wanted.kind == "builtin":
+        if wanted.name not in builtin:
+            raise ValueError(f"reference.name: unknown {wanted.name!r}, expected one of {sorted(builtin)}")
+        return builtin[wanted.name](extractor)
+    path = require_files(preset)["reference"]
+    statistics = FeatureStatistics.load(path)
+    if statistics.dim != extractor.dim:
+        raise ValueError(f"{path}: dimension {statistics.dim}, but {extractor.name} gives {extractor.dim}")
+    made_with = statistics.provenance.get("extractor_sha256")
+    if made_with is not None and made_with != extractor.sha256:
+        raise ValueError(f"{path}: made with another extractor ({statistics.provenance.get('extractor')})")
+    return Reference(wanted.name, statistics)
+
+
+def evaluate(
+    name: str,
+    preset: Preset,
+    extractor: FeatureExtractor,
+    samples: Samples | Sequence[Samples],
+    reference: Reference,
+    *,
+    labels: Tensor | None = None,
+    seconds: float | None = None,
+    calls: int | None = None,
+    skipped: Mapping[str, str] | None = None,
+) -> Evaluation:
+    """All metrics of `preset` for generated `samples` (one per repetition).
+
+    Args:
+        name: what stands in tables, such as a run's name.
+        labels: (N,) the classes asked for; by default the preset's.
+        seconds, calls: generation time per 1,000 images and network calls per image, if measured.
+
+    Raises:
+        ValueError: another number of samples than the preset's, or a metric that lacks what it needs.
+    """
+    runs = [samples] if isinstance(samples, Samples) else list(samples)
+    if len(runs) != preset.repetitions:
+        raise ValueError(
+            f"samples: {len(runs)} repetitions, preset {preset.name} asks for {preset.repetitions}"
+        )
+    for run in runs:
+        if len(run.features) != preset.number:
+            raise ValueError(f"samples: {len(run.features)}, preset {preset.name} asks for {preset.number}")
+    if labels is None and preset.conditions.kind.startswith("labels"):
+        labels = torch.tensor(labels_of(preset, list(range(preset.number))))
+    prefix = extractor.name
+    found: dict[str, dict[str, Any]] = {}
+    frechet = [frechet_distance(run.features, reference.statistics) for run in runs]
+    first = runs[0]
+    omitted: dict[str, str] = {}
+    real = reference.features
+    for metric in preset.metrics:
+        if metric in ("kid", "cmmd", "prdc3", "prdc5") and real is None:
+            omitted[metric] = "the reference file holds moments only, this metric needs its features"
+        elif metric == "clip-score":
+            omitted[metric] = "needs a CLIP network and the prompts: fewstep.eval.clip.clip_score"
+        elif metric == "fd":
+            found[f"FD ({prefix})"] = _frechet_entry(frechet, preset)
+        elif metric == "kid":
+            found[f"KID ({prefix}, cubic, unbiased)"] = asdict(metrics.kernel_distance(first.features, real))
+        elif metric == "cmmd":
+            label = f"CMMD ({prefix}, sigma 10, x1000, biased)"
+            found[label] = asdict(metrics.cmmd(first.features, real))
+        elif metric in ("prdc3", "prdc5"):
+            manifold = metrics.manifold(real, first.features, k=int(metric[-1]))
+            for key in ("precision", "recall", "density", "coverage"):
+                found[f"{key} ({prefix}, k={manifold.k})"] = {"value": getattr(manifold, key)}
+        elif metric == "classifier-score":
+            found[f"classifier score ({prefix}, 10 splits)"] = asdict(
+                metrics.classifier_score(_logits(first, metric))
+            )
+        elif metric == "class-accuracy":
+            estimate = metrics.class_accuracy(_logits(first, metric), _labels(labels, metric))
+            found[f"class accuracy ({prefix})"] = asdict(estimate)
+        elif metric == "diversity":
+            if reference.features is None or reference.labels is None:
+                raise ValueError("diversity: the reference holds no features and labels")
+            ratios = metrics.within_class_diversity(
+                first.features, _labels(labels, metric), reference.features, reference.labels
+            )
+            values = list(ratios.values())
+            entry = {"value": float(np.mean(values)), "minimum": min(values), "per_class": ratios}
+            found[f"within-class diversity ({prefix})"] = entry
+    return Evaluation(
+        name=name,
+        preset=preset.name,
+        preset_hash=preset.hash,
+        extractor=extractor.name,
+        number=preset.number,
+        metrics=found,
+        environment=environment(),
+        seconds=seconds,
+        calls=calls,
+        skipped=dict(skipped or {}),
+        omitted=omitted,
+        frechet=frechet,
+    )
+
+
+def comparison_rows(evaluations: Sequence[Evaluation]) -> tuple[list[str], list[list[str]]]:
+    """Header and rows of a table, best FD first.
+
+    Raises:
+        PresetMismatch: the evaluations do not share one preset hash.
+    """
+    hashes = {e.preset_hash: e.preset for e in evaluations}
+    if len(hashes) > 1:
+        raise PresetMismatch(
+            "results of different protocols do not compare: "
+            + ", ".join(f"{preset} ({digest})" for digest, preset in sorted(hashes.items()))
+        )
+    names = list(dict.fromkeys(metric for e in evaluations for metric in e.metrics))
+    ranked = sorted(
+        evaluations, key=lambda e: next((v["value"] for k, v in e.metrics.items() if k[:2] == "FD"), 0)
+    )
+    header = ["model", "N", *names, "s / 1,000 images", "calls"]
+    rows = []
+    for e in ranked:
+        cells = [e.name, f"{e.number:,}", *(format_entry(e.metrics.get(metric)) for metric in names)]
+        cells.append("" if e.seconds is None else f"{e.seconds:.3g}")
+        cells.append("" if e.calls is None else str(e.calls))
+        rows.append(cells)
+    return header, rows
+
+
+def format_entry(entry: Mapping[str, Any] | None) -> str:
+    """One metric as text: value ± error, for FD also b/N and the corrected value or why there is none."""
+    if entry is None:
+        return "-"
+    text = f"{entry['value']:.4g}"
+    error = entry.get("standard_error")
+    if error is not None and not math.isnan(error):
+        text += f" ± {error:.2g}"
+    if entry.get("bias") is not None:
+        text += f" (b/N {entry['bias']:.2g}"
+        corrected = entry.get("corrected")
+        text += f", corrected {corrected:.4g})" if corrected is not None else ", N too small to correct)"
+    return text
+
+
+def environment() -> dict[str, str]:
+    """Versions and hardware that belong beside a measured number."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    found = {"python": platform.python_version(), "machine": platform.machine(), "system": platform.system()}
+    for package in ("fewstep", "torch", "numpy", "diffusers", "pillow"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "absent"
+    found["threads"] = str(torch.get_num_threads())
+    found["device"] = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+    commit = subprocess.run(
+        ["git", "-C", str(Path(__file__).resolve().parent), "rev-parse", "HEAD"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    found["commit"] = commit.stdout.strip() or "unknown"
+    return found
+
+
+def _frechet_entry(results: Sequence[FrechetResult], preset: Preset) -> dict[str, Any]:
+    values = [result.value for result in results]
+    best = results[int(np.argmin(values))]
+    if len(results) == 1:
+        return best.as_dict()
+    entry = best.as_dict() | {"repetitions": values, "mean": float(np.mean(values))}
+    entry["sd"] = float(np.std(values, ddof=1))
+    if preset.report == "mean":
+        entry |= {"value": entry["mean"], "standard_error": entry["sd"] / math.sqrt(len(values))}
+        entry |= {"bias": None, "corrected": None, "usable": False, "reason": "mean of repetitions"}
+    return entry
+
+
+def _logits(samples: Samples, metric: str) -> Tensor:
+    if samples.logits is None:
+        raise ValueError(f"{metric}: the extractor has no classifier")
+    return samples.logits
+
+
+def _labels(labels: Tensor | None, metric: str) -> Tensor:
+    if labels is None:
+        raise ValueError(f"{metric}: needs the classes that were asked for")
+    return labels
+
+
+def _without_nan(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {str(key): _without_nan(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without_nan(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value

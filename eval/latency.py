@@ -1,0 +1,49 @@
+"""How fast samples come: warmed up, synchronised, percentiles over repeated calls, peak memory."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Latency:
+    """Seconds per call of `batch_size` images; `peak_bytes` is device memory, None on the CPU."""
+
+    batch_size: int
+    p50: float
+    p95: float
+    images_per_second: float
+    repeats: int
+    peak_bytes: int | None
+
+
+def measure_latency(
+    generate: Callable[[list[int]], Tensor], batch_size: int = 1, repeats: int = 20, warm_up: int = 3
+) -> Latency:
+    """Time `generate` on consecutive indices.
+
+    Raises:
+        ValueError: counts below 1.
+    """
+    if min(batch_size, repeats) < 1 or warm_up < 0:
+        raise ValueError(f"batch_size, repeats, warm_up: got {batch_size}, {repeats}, {warm_up}")
+    device = torch.cuda.is_available()
+    times = []
+    for turn in range(warm_up + repeats):
+        if turn == warm_up and device:
+            torch.cuda.reset_peak_memory_stats()
+        start = time.perf_counter()
+        generate(list(range(turn * batch_size, (turn + 1) * batch_size)))
+        if device:
+            torch.cuda.synchronize()
+        if turn >= warm_up:
+            times.append(time.perf_counter() - start)
+    peak = torch.cuda.max_memory_allocated() if device else None
+    p50, p95 = np.percentile(times, [50, 95])
+    return Latency(batch_size, float(p50), float(p95), batch_size / float(np.mean(times)), repeats, peak)

@@ -1,0 +1,262 @@
+"""One self-contained page per evaluation: grids, metrics against steps with bars, latency, Pareto plot, provenance."""
+
+from __future__ import annotations
+
+import base64
+import html
+import io
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .cache import atomic_path
+from .evaluate import Evaluation, comparison_rows
+from .latency import Latency
+
+_STYLE = """
+:root { color-scheme: light dark; --line: #8886; --soft: #8882; }
+body { font: 15px/1.5 system-ui, sans-serif; max-width: 72rem; margin: 2rem auto; padding: 0 1rem; }
+h1 { font-size: 1.6rem; } h2 { font-size: 1.2rem; margin-top: 2.2rem; }
+.scroll { overflow-x: auto; }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
+th, td { padding: .35rem .7rem; border-bottom: 1px solid var(--line); text-align: right; }
+th:first-child, td:first-child { text-align: left; white-space: nowrap; }
+thead th { border-bottom: 2px solid var(--line); vertical-align: bottom; }
+tbody tr:first-child { background: var(--soft); }
+figure { margin: 1rem 0; } figcaption { color: #777; font-size: .9rem; }
+.grids { display: flex; flex-wrap: wrap; gap: 1.2rem; }
+.grids img { image-rendering: pixelated; width: 15rem; border: 1px solid var(--line); }
+.plots { display: flex; flex-wrap: wrap; gap: 1rem; }
+.plots img { max-width: 100%; width: 34rem; background: white; }
+.note { color: #777; font-size: .9rem; }
+"""
+
+
+@dataclass
+class Entry:
+    """One row of the report: a model at a number of steps.
+
+    `images` are pixels (N, C, H, W) uint8 of the first global indices, the same for every entry; `group` joins entries of
+    one model in the plots.
+    """
+
+    evaluation: Evaluation
+    steps: int
+    group: str = ""
+    images: Tensor | None = None
+    latency: Sequence[Latency] = field(default_factory=tuple)
+
+
+def write_report(entries: Sequence[Entry], folder: str | Path, title: str = "Evaluation") -> Path:
+    """Write ``report.html`` (no outside files) and ``report.json`` into `folder`; returns the page's path.
+
+    Raises:
+        ValueError: no entries. PresetMismatch: entries of different protocols.
+    """
+    if not entries:
+        raise ValueError("entries: none were given")
+    evaluations = [entry.evaluation for entry in entries]
+    header, rows = comparison_rows(evaluations)
+    first = evaluations[0]
+    parts = [
+        f"<h1>{html.escape(title)}</h1>",
+        f'<p class="note">Protocol <b>{html.escape(first.preset)}</b>, hash <code>{first.preset_hash}</code>, '
+        f"features {html.escape(first.extractor)}, {first.number:,} images a row.</p>",
+        "<h2>Results</h2>",
+        _table(header, rows),
+        '<p class="note">± is one standard error of sampling. b/N is the expected excess of FD at this number of '
+        "images; the corrected value takes it off and is given only where b/N does not exceed it.</p>",
+        *_notes(evaluations),
+        *_grids(entries),
+        *_plots(entries),
+        *_latency(entries),
+        "<h2>Environment</h2>",
+        _table(["", "value"], [[key, str(value)] for key, value in first.environment.items()]),
+    ]
+    page = (
+        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{html.escape(title)}</title>'
+        f'<meta name="viewport" content="width=device-width"><style>{_STYLE}</style></head><body>'
+        + "\n".join(parts)
+        + "</body></html>\n"
+    )
+    folder = Path(folder)
+    content = [
+        entry.evaluation.as_json()
+        | {"steps": entry.steps, "group": entry.group, "latency": [asdict(item) for item in entry.latency]}
+        for entry in entries
+    ]
+    with atomic_path(folder / "report.json") as temporary:
+        temporary.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n")
+    with atomic_path(folder / "report.html") as temporary:
+        temporary.write_text(page)
+    return folder / "report.html"
+
+
+def image_grid(images: Tensor, columns: int = 8, gap: int = 1) -> Tensor:
+    """Pixels (N, C, H, W) uint8 -> one uint8 picture (C, H', W') in rows of `columns`, white gaps between."""
+    if images.ndim != 4 or images.dtype != torch.uint8 or not len(images):
+        raise ValueError(f"images: expected uint8 (N, C, H, W), got {images.dtype} {tuple(images.shape)}")
+    count, channels, height, width = images.shape
+    rows = -(-count // columns)
+    canvas = torch.full(
+        (channels, rows * (height + gap) - gap, columns * (width + gap) - gap), 255, dtype=torch.uint8
+    )
+    for index, image in enumerate(images):
+        top, left = index // columns * (height + gap), index % columns * (width + gap)
+        canvas[:, top : top + height, left : left + width] = image
+    return canvas
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    head = "".join(f"<th>{html.escape(cell)}</th>" for cell in header)
+    body = "".join(
+        "<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in rows
+    )
+    return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+
+
+def _notes(evaluations: Sequence[Evaluation]) -> list[str]:
+    notes = []
+    for e in evaluations:
+        for metric, reason in e.omitted.items():
+            notes.append(f"{e.name}: {metric} left out: {reason}")
+        if e.skipped:
+            sample = "; ".join(f"{name} {reason}" for name, reason in list(e.skipped.items())[:3])
+            notes.append(f"{e.name}: {len(e.skipped)} images excluded ({sample})")
+    if not notes:
+        return []
+    return ["<h2>Left out</h2><ul>" + "".join(f"<li>{html.escape(note)}</li>" for note in notes) + "</ul>"]
+
+
+def _png(data: bytes) -> str:
+    return "data:image/png;base64," + base64.b64encode(data).decode()
+
+
+def _grids(entries: Sequence[Entry]) -> list[str]:
+    shown = [entry for entry in entries if entry.images is not None]
+    if not shown:
+        return []
+    from PIL import Image
+
+    parts = ['<h2>Samples</h2><p class="note">The same global indices, so the same noise, in every grid.</p>']
+    parts.append('<div class="grids">')
+    for entry in shown:
+        picture = image_grid(entry.images).permute(1, 2, 0).numpy()
+        buffer = io.BytesIO()
+        Image.fromarray(picture[..., 0] if picture.shape[2] == 1 else picture).save(buffer, "png")
+        name = html.escape(entry.evaluation.name)
+        plural = "" if entry.steps == 1 else "s"
+        parts.append(
+            f'<figure><img src="{_png(buffer.getvalue())}" alt="samples of {name}">'
+            f"<figcaption>{name}, {entry.steps} step{plural}</figcaption></figure>"
+        )
+    return [*parts, "</div>"]
+
+
+def _value_of(evaluation: Evaluation, metric: str) -> tuple[float, float] | None:
+    entry: Mapping[str, Any] | None = evaluation.metrics.get(metric)
+    if entry is None or entry["value"] is None:
+        return None
+    return float(entry["value"]), float(entry.get("standard_error") or 0.0)
+
+
+def _plots(entries: Sequence[Entry]) -> list[str]:
+    metrics = list(entries[0].evaluation.metrics)
+    figures = []
+    if len({entry.steps for entry in entries}) > 1:
+        for metric in metrics[:6]:
+            figures.append((f"{metric} against steps", _lines(entries, metric)))
+    timed = [entry for entry in entries if entry.evaluation.seconds]
+    if len(timed) > 1 and metrics:
+        figures.append((f"{metrics[0]} against time: lower left is better", _pareto(timed, metrics[0])))
+    if not figures:
+        return []
+    parts = ['<h2>Plots</h2><div class="plots">']
+    for caption, data in figures:
+        text = html.escape(caption)
+        parts.append(f'<figure><img src="{_png(data)}" alt="{text}"><figcaption>{text}</figcaption></figure>')
+    return [*parts, "</div>"]
+
+
+def _figure() -> tuple[Any, Any]:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6.4, 4), dpi=110, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(alpha=0.25)
+    return figure, axes
+
+
+def _saved(figure: Any) -> bytes:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png")
+    return buffer.getvalue()
+
+
+def _lines(entries: Sequence[Entry], metric: str) -> bytes:
+    figure, axes = _figure()
+    for group in dict.fromkeys(entry.group for entry in entries):
+        points = sorted(
+            (entry.steps, *found)
+            for entry in entries
+            if entry.group == group and (found := _value_of(entry.evaluation, metric)) is not None
+        )
+        if points:
+            steps, values, errors = zip(*points, strict=True)
+            axes.errorbar(steps, values, yerr=errors, marker="o", capsize=3, label=group or None)
+    ticks = sorted({entry.steps for entry in entries})
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(ticks, [str(tick) for tick in ticks])
+    axes.minorticks_off()
+    axes.set_xlabel("network calls")
+    axes.set_ylabel(metric)
+    if any(entry.group for entry in entries):
+        axes.legend(frameon=False)
+    return _saved(figure)
+
+
+def _pareto(entries: Sequence[Entry], metric: str) -> bytes:
+    figure, axes = _figure()
+    points = []
+    for entry in entries:
+        found = _value_of(entry.evaluation, metric)
+        if found is None:
+            continue
+        value, error = found
+        axes.errorbar(entry.evaluation.seconds, value, yerr=error, marker="o", color="tab:blue", capsize=3)
+        axes.annotate(
+            entry.evaluation.name, (entry.evaluation.seconds, value), (6, 5), textcoords="offset points"
+        )
+        points.append((entry.evaluation.seconds, value))
+    front = []
+    for seconds, value in sorted(points):
+        if not front or value < front[-1][1]:
+            front.append((seconds, value))
+    axes.plot(*zip(*front, strict=True), color="tab:orange", zorder=0, label="best at its speed or faster")
+    axes.set_xscale("log")
+    axes.margins(0.2)
+    axes.set_xlabel("seconds per 1,000 images")
+    axes.set_ylabel(metric)
+    axes.legend(frameon=False)
+    return _saved(figure)
+
+
+def _latency(entries: Sequence[Entry]) -> list[str]:
+    rows = []
+    for entry in entries:
+        for item in entry.latency:
+            memory = "CPU" if item.peak_bytes is None else f"{item.peak_bytes / 2**20:.0f} MiB"
+            times = [f"{1000 * item.p50:.3g}", f"{1000 * item.p95:.3g}", f"{item.images_per_second:.4g}"]
+            rows.append([entry.evaluation.name, str(entry.steps), str(item.batch_size), *times, memory])
+    if not rows:
+        return []
+    header = ["model", "steps", "batch", "p50 ms", "p95 ms", "images / s", "peak memory"]
+    return ["<h2>Latency</h2>", _table(header, rows)]
