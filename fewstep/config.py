@@ -12,7 +12,7 @@ import json
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, Union
+from typing import Annotated, Any, Literal, TypeVar, Union, get_type_hints
 
 import yaml
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
@@ -62,15 +62,17 @@ def choice(kind: str) -> Any:
 
 
 class _Loader(yaml.SafeLoader):
-    """SafeLoader in which 1e-4 is a number (YAML 1.1 asks for a dot) and yes/no/on/off stay words."""
+    """SafeLoader in which 1e-4 is a number (YAML 1.1 asks for a dot) and yes/no/on/off, dates and 1:30 stay text."""
 
 
+_REDEFINED = {f"tag:yaml.org,2002:{kind}" for kind in ("float", "bool", "int", "timestamp")}
 _Loader.yaml_implicit_resolvers = {
-    first: [
-        (tag, rx) for tag, rx in rules if tag not in ("tag:yaml.org,2002:float", "tag:yaml.org,2002:bool")
-    ]
+    first: [(tag, rx) for tag, rx in rules if tag not in _REDEFINED]
     for first, rules in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:int", re.compile(r"^[-+]?(?:0|[1-9][0-9_]*)$"), list("-+0123456789")
+)
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float",
     re.compile(r"^[-+]?(?:\d[\d_]*\.[\d_]*(?:[eE][-+]?\d+)?|\.\d+(?:[eE][-+]?\d+)?|\d[\d_]*[eE][-+]?\d+)$"),
@@ -102,13 +104,18 @@ class Source:
 
 def parse(text: str, name: str) -> Source:
     """Read YAML text; syntax errors and repeated keys raise or are collected with their line."""
-    loader = _Loader(text)
-    try:
-        root = loader.get_single_node()
-    except yaml.YAMLError as error:
+
+    def invalid(error: yaml.YAMLError) -> RecipeError:
         mark = getattr(error, "problem_mark", None)
         line = mark.line + 1 if mark else 1
-        raise RecipeError(f"{name}:{line}: not valid YAML: {getattr(error, 'problem', error)}") from None
+        reason = getattr(error, "problem", None) or getattr(error, "reason", error)
+        return RecipeError(f"{name}:{line}: not valid YAML: {reason}")
+
+    try:
+        loader = _Loader(text)
+        root = loader.get_single_node()
+    except yaml.YAMLError as error:
+        raise invalid(error) from None
     if not isinstance(root, yaml.MappingNode):
         raise RecipeError(f"{name}:1: a recipe is a mapping of keys to values")
     lines: dict[Path_, tuple[str, int]] = {(): (name, 1)}
@@ -136,7 +143,10 @@ def parse(text: str, name: str) -> Source:
             return items
         return loader.construct_object(node)
 
-    return Source(walk(root, ()), lines, tuple(problems))
+    try:
+        return Source(walk(root, ()), lines, tuple(problems))
+    except yaml.YAMLError as error:
+        raise invalid(error) from None
 
 
 def merge(base: Source, over: Source) -> Source:
@@ -202,7 +212,7 @@ def _fields_at(root: type, data: Any, path: Path_) -> list[str]:
     here = data
     for key in path[:-1]:
         here = here[key]
-        hints = {f.name: f.type for f in dataclasses.fields(cls)} if dataclasses.is_dataclass(cls) else {}
+        hints = get_type_hints(cls) if dataclasses.is_dataclass(cls) else {}
         hint = hints.get(str(key))
         if isinstance(here, dict) and here.get("name") in kinds and not dataclasses.is_dataclass(hint):
             cls = kinds[here["name"]]
@@ -239,7 +249,9 @@ def _problem(error: Mapping[str, Any], root: type, source: Source) -> str:
     path: Path_ = ()
     here: Any = source.data
     for key in error["loc"]:
-        inside = (isinstance(here, dict) and key in here) or (isinstance(here, list) and isinstance(key, int))
+        inside = (isinstance(here, dict) and key in here) or (
+            isinstance(here, list) and isinstance(key, int) and key < len(here)
+        )
         if inside:
             path, here = (*path, key), here[key]
         elif error["type"] in (*_MISSING, *_UNKNOWN) and key == error["loc"][-1]:
@@ -263,6 +275,12 @@ def _problem(error: Mapping[str, Any], root: type, source: Source) -> str:
     if kind in _EXPECTED:
         return f"{where}: {dotted}: expected {_EXPECTED[kind]}, got {error['input']!r}"
     message = error["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
+    if kind == "value_error" and isinstance(here, dict):
+        # A check over several keys blames the part; the first key that it speaks of is nearer to the mistake.
+        word = next((w for w in re.findall(r"\w+", message) if w in here), None)
+        if word:
+            dotted, where = ".".join(map(str, (*path, word))), source.where((*path, word))
+            message = message.removeprefix(f"{word}: ")
     return f"{where}: {dotted}: {message}" + ("" if kind == "value_error" else f", got {error['input']!r}")
 
 

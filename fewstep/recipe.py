@@ -47,6 +47,13 @@ class AdamW:
     def __post_init__(self) -> None:
         if self.lr <= 0:
             raise ValueError(f"lr must be positive, not {self.lr}")
+        if self.eps <= 0:
+            raise ValueError(f"eps must be positive, not {self.eps}")
+        if any(not 0 <= b < 1 for b in self.betas):
+            raise ValueError(f"betas must lie in [0, 1), not {list(self.betas)}")
+        for name in ("weight_decay", "warmup"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must not be negative, not {getattr(self, name)}")
 
 
 @config
@@ -58,6 +65,10 @@ class Stage:
     """Student updates."""
     copy: dict[str, str] = Field(default_factory=dict)
     """Weights to copy at the start of the stage, target role: source role."""
+
+    def __post_init__(self) -> None:
+        if self.steps < 1:
+            raise ValueError(f"steps must be at least 1, not {self.steps}")
 
 
 @config
@@ -101,8 +112,13 @@ class Train:
             raise ValueError(f"accumulate {self.accumulate} must divide batch {self.batch}")
         if self.clip <= 0:
             raise ValueError(f"clip must be positive, not {self.clip}")
+        for name in ("sample_every", "eval_every"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must not be negative, not {getattr(self, name)}")
         if any(not 0 <= d < 1 for d in self.ema):
             raise ValueError(f"ema decays must lie in [0, 1), not {list(self.ema)}")
+        if len(set(self.ema)) < len(self.ema):
+            raise ValueError(f"ema decays must differ, not {list(self.ema)}")
 
 
 @config
@@ -115,6 +131,12 @@ class Evaluate:
     seed: int = 1000
     teacher_steps: tuple[int, ...] = (1, 8, 16, 32)
     """Heun steps at which the teacher is measured."""
+
+    def __post_init__(self) -> None:
+        if self.samples < 2:
+            raise ValueError(f"samples must be at least 2, not {self.samples}")
+        if any(n < 1 for n in self.teacher_steps):
+            raise ValueError(f"teacher_steps must be at least 1, not {list(self.teacher_steps)}")
 
 
 @config
@@ -161,15 +183,17 @@ class Recipe:
                 raise ValueError(
                     f"method {name} needs the role{'s' * (len(missing) > 1)} {', '.join(missing)}"
                 )
-            for role in stage.method.needs().roles - {"teacher"}:
+            for role in sorted(stage.method.needs().roles - {"teacher"}):
                 if role not in self.optim and "default" not in self.optim:
                     raise ValueError(f"optim has no entry for {role} and no default")
-        for target, source in self.copy.items():
-            for role in (target, source):
-                if role not in have:
-                    raise ValueError(
-                        f"copy: role {role!r} is not in this recipe; it has {', '.join(sorted(have))}"
-                    )
+            for target, source in stage.copy.items():
+                for role in (target, source):
+                    if role not in have:
+                        raise ValueError(
+                            f"copy: role {role!r} is not in this recipe; it has {', '.join(sorted(have))}"
+                        )
+                if target == "teacher":
+                    raise ValueError("copy: the teacher is frozen, nothing is copied into it")
         unknown = sorted(set(self.optim) - have - {"default"})
         if unknown:
             raise ValueError(f"optim.{unknown[0]}: no such role; it has {', '.join(sorted(have))}")

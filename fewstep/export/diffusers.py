@@ -76,7 +76,9 @@ def export_teacher(product: Product, folder: Path, results: Sequence[tuple[str, 
 
     net, _ = _plain_unet(product.net)
     process: Any = net.process
-    unet: Any = copy.deepcopy(net.net.model).cpu().half().eval()  # type: ignore[union-attr,operator]
+    unet: Any = copy.deepcopy(net.net.model).cpu().eval()  # type: ignore[union-attr,operator]
+    for p in unet.parameters():
+        p.data = p.data.half()
     keys = ("sigma_min", "sigma_max", "sigma_data", "rho")
     scheduler = CMStochasticIterativeScheduler(**{k: getattr(process, k) for k in keys})
     with _aside(folder) as aside:

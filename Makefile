@@ -1,0 +1,44 @@
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+
+.PHONY: demo test lint types conformance bench clean
+
+demo: $(VENV)/.installed  ## the main job: distil the digits teacher to one step, measure it, export it
+	$(BIN)/fewstep run digits-dmd2 --force
+
+test: $(VENV)/.tested  ## the whole suite
+	$(BIN)/python -m pytest -q
+
+lint: $(VENV)/.tested
+	$(BIN)/ruff check .
+
+types: $(VENV)/.tested .typing/fewstep
+	$(BIN)/mypy fewstep/process.py fewstep/prediction.py fewstep/config.py fewstep/objectives fewstep/methods
+
+conformance: $(VENV)/.tested  ## full-budget training of every method on the toy
+	$(BIN)/python -m fewstep.conformance
+
+bench: $(VENV)/.tested  ## trainer overhead: ratios taken in one run
+	$(BIN)/python -m fewstep.bench
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q --upgrade pip
+
+$(VENV)/.installed: $(VENV)/bin/python pyproject.toml
+	$(BIN)/python -m pip install -q -e .
+	touch $@
+
+$(VENV)/.tested: $(VENV)/bin/python pyproject.toml
+	$(BIN)/python -m pip install -q -e ".[test]"
+	touch $@ $(VENV)/.installed
+
+# Type checkers do not follow the mapped folders of an editable install; this tree of links shows them the package.
+.typing/fewstep:
+	mkdir -p $@
+	for f in fewstep/*; do ln -sf ../../$$f $@/; done
+	for d in kernels eval recipes assets; do ln -sfn ../../$$d $@/$$d; done
+
+clean:
+	rm -rf $(VENV) .typing build dist *.egg-info

@@ -1,0 +1,194 @@
+"""Trainer overhead: a DMD2 step of the digits recipe against a hand-written loop of the same mathematics.
+
+Both run in turn in one process, so the ratio does not depend on the machine's speed at the time. Peak memory is
+the growth of the resident set in a process of its own for each, at a batch where activations dominate.
+
+    python -m fewstep.bench            both tables
+    python -m fewstep.bench time       the time ratio only
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fewstep.recipe import Recipe, load
+from fewstep.train.trainer import Trainer
+
+SETTINGS = ["train.batch=64", "train.steps=1000000", "train.log_every=1000000"]
+
+
+def ours(recipe: Recipe) -> Callable[[], None]:
+    """One step of the trainer."""
+    trainer = Trainer(recipe, cpu=True)
+    stage = recipe.stages()[-1]
+    trainer._begin(stage)
+
+    def step() -> None:
+        trainer.step(stage)
+        trainer.progress.step += 1
+
+    return step
+
+
+def by_hand(recipe: Recipe) -> Callable[[], None]:
+    """The same networks, losses, optimisers and averages, written as one function without fewstep's spine."""
+    trainer = Trainer(recipe, cpu=True)
+    m: Any = recipe.method
+    student, critic, teacher = (copy.deepcopy(trainer.roles[r].net.model) for r in ("student", "critic", "teacher"))
+    head: nn.Module = copy.deepcopy(trainer.roles.discriminator.heads["mid"])  # type: ignore[union-attr,index]
+    images, labels = trainer.data.all()
+    assert labels is not None
+    low, high, rho, data = 0.002, 80.0, 7.0, 0.5
+    adam_s = _adam([(student, recipe.optimizer("student"))])
+    adam_c = _adam([(critic, recipe.optimizer("critic")), (head, recipe.optimizer("discriminator"))])
+    average = [p.detach().clone() for p in student.parameters()]
+    b = recipe.train.batch
+
+    def denoise(net: Any, x: Tensor, t: Tensor, c: Tensor) -> Tensor:
+        s = t[:, None, None, None]
+        skip = data**2 / ((s - low) ** 2 + data**2)
+        out = (s - low) * data / (s**2 + data**2).sqrt()
+        return skip * x + out * net(x / (s**2 + data**2).sqrt(), 250 * t.log(), class_labels=c, return_dict=False)[0]
+
+    def encode(net: Any, x: Tensor, t: Tensor, c: Tensor) -> Tensor:
+        embedding = net.time_embedding(net.time_proj(250 * t.log())) + net.class_embedding(c)
+        h = net.conv_in(x / (t[:, None, None, None] ** 2 + data**2).sqrt())
+        for block in net.down_blocks:
+            h, _ = block(hidden_states=h, temb=embedding)
+        return net.mid_block(h, embedding)
+
+    def lognormal(dist: Any) -> Tensor:
+        return (dist.mean + dist.std * torch.randn(b)).exp().clamp(low, high)
+
+    def batch() -> tuple[Tensor, Tensor]:
+        k = torch.randint(len(images), (b,))
+        return images[k], labels[k]
+
+    def karras(u: Tensor) -> Tensor:
+        return (low ** (1 / rho) + u * (high ** (1 / rho) - low ** (1 / rho))) ** rho
+
+    def step() -> None:
+        _require([student], [critic, head])
+        real, c = batch()
+        x = denoise(student, high * torch.randn_like(real), torch.full((b,), high), c)
+        t = karras(0.02 + 0.96 * torch.rand(b))
+        noisy = x.detach() + t[:, None, None, None] * torch.randn_like(x)
+        with torch.no_grad():
+            d_real, d_fake = denoise(teacher, noisy, t, c), denoise(critic, noisy, t, c)
+        scale = (x.detach() - d_real).abs().mean((1, 2, 3), keepdim=True)
+        g = (d_fake - d_real) / scale
+        match = 0.5 * F.mse_loss(x, (x - g).detach())
+        t = lognormal(m.gan_times)
+        logit = head(encode(critic, x + t[:, None, None, None] * torch.randn_like(x), t, c))
+        (match + m.gan_weight * F.softplus(-logit).mean()).backward()
+        _clipped_step(adam_s, recipe.train.clip)
+        _require([critic, head], [student])
+        for _ in range(m.critic_steps):
+            real, c = batch()
+            with torch.no_grad():
+                x = denoise(student, high * torch.randn_like(real), torch.full((b,), high), c)
+            t = lognormal(m.critic_times)
+            kept: list[Tensor] = []
+            handle = critic.mid_block.register_forward_hook(lambda *a, kept=kept: kept.append(a[2]))
+            d = denoise(critic, x + t[:, None, None, None] * torch.randn_like(x), t, c)
+            handle.remove()
+            dsm = (((d - x) ** 2).mean((1, 2, 3)) * (t**2 + data**2) / (t * data) ** 2).mean()
+            t = lognormal(m.gan_times)
+            real_logit = head(encode(critic, real + t[:, None, None, None] * torch.randn_like(real), t, c))
+            loss = F.softplus(head(kept[0])).mean() + F.softplus(-real_logit).mean()
+            (dsm + m.discriminator_weight * loss).backward()
+            _clipped_step(adam_c, recipe.train.clip)
+        with torch.no_grad():
+            torch._foreach_lerp_(average, [p.detach() for p in student.parameters()], 1 - recipe.train.ema[0])
+
+    return step
+
+
+def _adam(groups: list[tuple[nn.Module, Any]]) -> torch.optim.AdamW:
+    specs = [{"params": list(n.parameters()), "lr": s.lr, "betas": s.betas, "weight_decay": 0.0} for n, s in groups]
+    return torch.optim.AdamW(specs, fused=True)
+
+
+def _clipped_step(adam: torch.optim.AdamW, clip: float) -> None:
+    norm = nn.utils.clip_grad_norm_([p for g in adam.param_groups for p in g["params"]], clip)
+    if torch.isfinite(norm):
+        adam.step()
+    adam.zero_grad(set_to_none=True)
+
+
+def _require(trained: list[nn.Module], frozen: list[nn.Module]) -> None:
+    for wanted, nets in ((True, trained), (False, frozen)):
+        for net in nets:
+            net.requires_grad_(wanted)
+
+
+def time_ratio(rounds: int = 12) -> tuple[float, float, float]:
+    """(median of pairwise ratios, median seconds of ours, of the hand-written loop)."""
+    recipe = load("digits-dmd2", SETTINGS)
+    a, b = ours(recipe), by_hand(recipe)
+    a(), b()
+    pairs = []
+    for i in range(rounds):
+        first, second = (a, b) if i % 2 else (b, a)
+        seconds = []
+        for f in (first, second):
+            start = time.perf_counter()
+            f(), f()
+            seconds.append((time.perf_counter() - start) / 2)
+        pairs.append(tuple(seconds) if i % 2 else tuple(seconds[::-1]))
+    return (
+        statistics.median(x / y for x, y in pairs),
+        statistics.median(x for x, _ in pairs),
+        statistics.median(y for _, y in pairs),
+    )
+
+
+def _peak(which: str) -> None:
+    recipe = load("digits-dmd2", [*SETTINGS, "train.batch=512"])
+    step = {"ours": ours, "hand": by_hand}[which](recipe)
+    before = _resident()
+    for _ in range(2):
+        step()
+    print(json.dumps(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before))
+
+
+def _resident() -> int:
+    """Resident set now, in KiB (Linux)."""
+    with open("/proc/self/statm") as f:
+        return int(f.read().split()[1]) * resource.getpagesize() // 1024
+
+
+def memory_ratio() -> tuple[float, float, float]:
+    """(ratio, MiB of ours, MiB of the hand-written loop): growth of the resident set, a process each."""
+    peaks = [
+        int(subprocess.run([sys.executable, "-m", "fewstep.bench", w], capture_output=True, check=True).stdout)
+        for w in ("ours", "hand")
+    ]
+    return peaks[0] / peaks[1], peaks[0] / 1024, peaks[1] / 1024
+
+
+def main() -> None:
+    if sys.argv[1:] in (["ours"], ["hand"]):
+        _peak(sys.argv[1])
+        return
+    ratio, a, b = time_ratio()
+    print(f"DMD2 step, digits: {1000 * a:.0f} ms, by hand {1000 * b:.0f} ms, ratio {ratio:.3f}")
+    if sys.argv[1:] != ["time"]:
+        ratio, a, b = memory_ratio()
+        print(f"peak memory of that step at batch 512: {a:.0f} MiB, by hand {b:.0f} MiB, ratio {ratio:.3f}")
+
+
+if __name__ == "__main__":
+    main()
