@@ -296,7 +296,7 @@ def validate(root: type, source: Source) -> Any:
     except (TypeError, ValueError) as error:
         raise RecipeError(f"{source.where(())}: {error}") from None
     if problems:
-        unique = sorted(set(problems), key=lambda p: [int(n) for n in re.findall(r":(\d+):", p)[:1]] or [0])
+        unique = sorted(dict.fromkeys(problems), key=lambda p: [int(n) for n in re.findall(r":(\d+):", p)[:1]] or [0])
         raise RecipeError("\n".join(unique))
     return built
 

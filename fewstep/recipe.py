@@ -161,6 +161,8 @@ class Recipe:
     teacher: choice("teacher") | None = None  # type: ignore[valid-type]
     critic: choice("network") | None = None  # type: ignore[valid-type]
     discriminator: DiscriminatorSpec | None = None
+    roles: dict[str, choice("network")] = Field(default_factory=dict)  # type: ignore[valid-type]
+    """Further roles by name, built after the student (target networks, experts, a reverse student)."""
     method: choice("method")  # type: ignore[valid-type]
     before: tuple[Stage, ...] = ()
     """Stages that run before the method."""
@@ -201,6 +203,15 @@ class Recipe:
     def stages(self) -> tuple[Stage, ...]:
         """All stages in order; the last one is the recipe's method."""
         return (*self.before, Stage(method=self.method, steps=self.train.steps, copy=self.copy))
+
+    def role_names(self) -> list[str]:
+        """Roles in building order; what a role copies comes before it."""
+        fixed = ("teacher", "student", *self.roles, "critic", "discriminator")
+        return [r for r in fixed if r in self.roles or getattr(self, r, None) is not None]
+
+    def spec(self, role: str) -> Any:
+        """The spec that builds a role."""
+        return self.roles[role] if role in self.roles else getattr(self, role)
 
     def optimizer(self, role: str) -> AdamW:
         return self.optim.get(role) or self.optim["default"]

@@ -40,6 +40,11 @@ class Roles(Mapping[str, nn.Module]):
     def __len__(self) -> int:
         return len(self._modules)
 
+    def with_state(self, state: nn.Module | None) -> Roles:
+        """The same roles with a method's buffers as the role `state`, or without any."""
+        others = {name: m for name, m in self._modules.items() if name != "state"}
+        return Roles(**others, **({"state": state} if state is not None else {}))
+
     def parameters(self, *names: str) -> list[nn.Parameter]:
         """The trainable set of some roles, in order."""
         return [p for name in names for p in self[name].parameters()]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from pydantic import PositiveInt
 from torch import Tensor
 
 from fewstep.config import part
@@ -17,7 +18,7 @@ from fewstep.random import Draws, fold
 class Ring:
     """Eight Gaussians on a circle with weights 1..8 (see fewstep.networks.analytic.ring)."""
 
-    modes: int = 8
+    modes: PositiveInt = 8
     radius: float = 1.0
     std: float = 0.1
     conditional: bool = False

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Protocol
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from fewstep.random import Draws
 from fewstep.roles import Roles
@@ -24,6 +24,14 @@ class Needs:
     jvp: bool = False
     teacher_grad: bool = False
     """True: gradients flow through the teacher to its input (SiD, LADD)."""
+    frozen: frozenset[str] = frozenset({"teacher"})
+    """Those of `roles` that no optimiser ever steps (teacher, target networks)."""
+    state: Callable[[], nn.Module] | None = None
+    """Makes the method's own buffers (ratio bins, banks); they become the role `state`, checkpointed with it."""
+
+    @property
+    def trained(self) -> frozenset[str]:
+        return self.roles - self.frozen
 
 
 @dataclass

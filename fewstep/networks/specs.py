@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
+from pydantic import PositiveInt
 from torch import nn
 
 from fewstep.config import RecipeError, UserError, choice, config, part
@@ -17,6 +18,7 @@ from fewstep.networks.denoiser import Denoiser, Rescheduled
 from fewstep.networks.dit import DiT
 from fewstep.networks.heads import Discriminator
 from fewstep.networks.mlp import MLP
+from fewstep.prediction import PAIRS
 from fewstep.process import EDM, Flow
 
 
@@ -42,11 +44,19 @@ def _seeded(site: Site, build: Any) -> nn.Module:
         return build()
 
 
+def _check_prediction(prediction: str, process: Any) -> None:
+    if prediction not in PAIRS:
+        raise ValueError(f"prediction {prediction!r} is not one of {', '.join(PAIRS)}")
+    if prediction in ("edm", "cm") and not isinstance(process, EDM):
+        raise ValueError(f"prediction {prediction!r} needs the process edm, not {process.name}")
+
+
 @part("network", "copy")
 class Copy:
     """A full, trainable copy of another role's denoiser."""
 
-    of: Literal["teacher", "student"] = "teacher"
+    of: str = "teacher"
+    """Role to copy: teacher, student or one that is built before."""
 
     def build(self, site: Site) -> nn.Module:
         source = site.role(self.of, "copy.of")
@@ -64,8 +74,9 @@ class Copy:
 class Lora:
     """A LoRA adapter (by peft) on the frozen weights of another role."""
 
-    of: Literal["teacher", "student"] = "teacher"
-    rank: int = 16
+    of: str = "teacher"
+    """Role whose weights carry the adapter."""
+    rank: PositiveInt = 16
     alpha: float | None = None
     """Scale; the rank when left out."""
     targets: tuple[str, ...] | None = None
@@ -83,10 +94,13 @@ class Lora:
 class MLPSpec:
     """The toy MLP."""
 
-    width: int = 192
-    depth: int = 5
+    width: PositiveInt = 192
+    depth: PositiveInt = 5
     process: choice("process") = Flow()  # type: ignore[valid-type]
     prediction: str = "velocity"
+
+    def __post_init__(self) -> None:
+        _check_prediction(self.prediction, self.process)
 
     def build(self, site: Site) -> nn.Module:
         if len(site.shape) != 1:
@@ -99,12 +113,15 @@ class MLPSpec:
 class DiTSpec:
     """The small diffusion transformer."""
 
-    patch: int = 2
-    width: int = 64
-    depth: int = 4
-    heads: int = 4
+    patch: PositiveInt = 2
+    width: PositiveInt = 64
+    depth: PositiveInt = 4
+    heads: PositiveInt = 4
     process: choice("process") = Flow()  # type: ignore[valid-type]
     prediction: str = "velocity"
+
+    def __post_init__(self) -> None:
+        _check_prediction(self.prediction, self.process)
 
     def build(self, site: Site) -> nn.Module:
         if len(site.shape) != 3:
@@ -121,13 +138,17 @@ class UNet2DSpec:
     That is what diffusers' ConsistencyModelPipeline runs, so teacher and students export without conversion.
     """
 
-    channels: tuple[int, ...] = (32, 64)
-    layers: int = 1
+    channels: tuple[PositiveInt, ...] = (32, 64)
+    layers: PositiveInt = 1
     attention: bool = False
     """Attention at all but the finest level."""
-    groups: int = 8
-    head_dim: int = 16
+    groups: PositiveInt = 8
+    head_dim: PositiveInt = 16
     sigma_data: float = 0.5
+
+    def __post_init__(self) -> None:
+        if not self.channels or any(c % self.groups for c in self.channels):
+            raise ValueError(f"channels {list(self.channels)} must be multiples of groups {self.groups}")
 
     def build(self, site: Site) -> nn.Module:
         from diffusers import UNet2DModel
@@ -184,7 +205,7 @@ class DiffusersTeacher:
 class RingTeacher:
     """The exact denoiser of the ring data set, in EDM coordinates or re-expressed in another process."""
 
-    modes: int = 8
+    modes: PositiveInt = 8
     radius: float = 1.0
     std: float = 0.1
     process: choice("process") = Flow()  # type: ignore[valid-type]
@@ -202,8 +223,12 @@ class DiscriminatorSpec:
     """Whose features: the critic's (DMD2), trained with them, or the frozen teacher's (LADD, FastGen)."""
     taps: tuple[str, ...] = ("mid",)
     """Which features, one head each."""
-    width: int | None = None
+    width: PositiveInt | None = None
     """Hidden channels of a head; the feature's own when left out."""
+
+    def __post_init__(self) -> None:
+        if not self.taps:
+            raise ValueError("taps is empty; name at least one feature, such as [mid]")
 
     def build(self, site: Site) -> nn.Module:
         trunk = site.role(self.trunk, "discriminator.trunk")

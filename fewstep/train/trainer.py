@@ -150,13 +150,18 @@ class Trainer:
                 return
 
     def _begin(self, stage: Stage) -> None:
-        """Fresh optimisers, and the weights that the stage says to copy."""
+        """Fresh optimisers, the method's own state, and the weights that the stage says to copy."""
+        self._make_state(stage)
         self.optim.clear()
         self.progress.optim = {}
         for target, source in stage.copy.items():
             self.roles[target].load_state_dict(self.roles[source].state_dict())
         for ema in self.ema:
             ema.reset(self.roles.student)
+
+    def _make_state(self, stage: Stage) -> None:
+        make = stage.method.needs().state  # type: ignore[attr-defined]
+        self.roles = self.roles.with_state(make().to(self.device) if make else None)
 
     def optimizer(self, updates: tuple[str, ...], stage: Stage, times: int) -> TurnOptimizer:
         """The one optimiser of a set of roles; a role in two sets is refused."""
@@ -271,7 +276,8 @@ class Trainer:
 
     def modules(self) -> dict[str, nn.Module]:
         """Everything with weights that a checkpoint holds."""
-        out = {name: self.roles[name] for name in trained_roles(self.recipe)}
+        names = [*trained_roles(self.recipe), *(["state"] if "state" in self.roles else [])]
+        out = {name: self.roles[name] for name in names}
         return out | {ema.name: ema.module for ema in self.ema}
 
     def save(self) -> None:
@@ -297,8 +303,9 @@ class Trainer:
             return False
         progress, _ = read_state(found[-1])
         stages = self.recipe.stages()
-        if progress.stage < len(stages) and progress.optim:
+        if progress.stage < len(stages) and progress.step > 0:
             stage = stages[progress.stage]
+            self._make_state(stage)
             times = {t.updates: t.times for t in stage.method.turns(self.roles, progress.step)}  # type: ignore[attr-defined]
             for updates, n in times.items():
                 if "+".join(updates) in progress.optim:
