@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 from cleanfid.fid import frechet_distance as cleanfid_distance
+from fewstep.eval import frechet
 from fewstep.eval.frechet import FrechetResult, frechet_distance, paired_difference
 from fewstep.eval.statistics import FeatureStatistics
 
@@ -110,6 +111,46 @@ def test_standard_error_and_bias_agree_with_simulation_for_a_gaussian():
     covered = np.mean([abs(r.corrected - truth) < 1.96 * r.standard_error for r in results])
     assert 0.92 < covered < 0.98
     assert all(r.usable for r in results)
+
+
+def test_standard_error_holds_where_the_distance_vanishes():
+    d, n = 8, 400
+    covariance = np.diag(np.linspace(0.5, 2.0, d))
+    reference = gaussian(np.zeros(d), covariance)
+    results = simulate(lambda g, m: g.normal(size=(m, d)) @ np.sqrt(covariance), reference, n, 600, seed=11)
+    spread = np.std([r.value for r in results], ddof=1)
+    # The first-order error would be sqrt(2) = 1.41 of the spread here.
+    assert np.mean([r.standard_error for r in results]) == pytest.approx(spread, rel=0.15)
+    first_order = np.mean([r.influence.std(ddof=1) / n**0.5 for r in results])
+    assert first_order > 1.25 * spread
+
+
+def test_second_order_influence_is_the_curvature_of_the_distance():
+    generator = np.random.default_rng(12)
+    x = generator.normal(size=(300, 3)) @ rotation(3) * np.array([1.0, 2.0, 0.5])
+    reference = gaussian(np.zeros(3), np.diag([1.0, 0.5, 2.0]))
+    result = frechet_distance(x, reference)
+    left, right = frechet._pairs(300)
+
+    def at(i, j, a, b):
+        weights = np.full(300, 1.0)
+        weights[i] += a
+        weights[j] += b
+        weights /= weights.sum()
+        mean = weights @ x
+        return frechet_distance(
+            gaussian(mean, (x - mean).T @ ((x - mean) * weights[:, None])), reference
+        ).value
+
+    # d2 FD / da db = (2 h - IF_i - IF_j) / n^2 when weights are normalised.
+    step = 0.5
+    for k in range(6):
+        i, j = left[k], right[k]
+        mixed = (
+            at(i, j, step, step) - at(i, j, step, -step) - at(i, j, -step, step) + at(i, j, -step, -step)
+        ) / (4 * step**2)
+        found = (2 * result.curvature[k] - result.influence[i] - result.influence[j]) / 300**2
+        assert found == pytest.approx(mixed, rel=0.05, abs=3e-6)
 
 
 def test_influence_is_the_derivative_of_the_distance_in_each_sample():
