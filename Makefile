@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 .PHONY: demo test lint types conformance bench clean
 
 demo: $(VENV)/.installed  ## the main job: distil the digits teacher to one step, measure it, export it
-	$(BIN)/fewstep run digits-dmd2 --force
+	$(BIN)/fewstep run digits-dmd2 --resume
 
 test: $(VENV)/.tested  ## the whole suite
 	$(BIN)/python -m pytest -q

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -137,6 +138,11 @@ def main(argv: list[str] | None = None) -> Any:
         return app(argv, standalone_mode=True)
     except (RecipeError, UserError) as error:
         typer.echo(f"error: {error}", err=True)
+        sys.exit(2)
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        typer.echo(f"error: {error.filename or 'output'}: the disk is full; free some space and --resume", err=True)
         sys.exit(2)
 
 

@@ -26,7 +26,7 @@ from fewstep.export.diffusers import Exported, export, export_teacher
 from fewstep.measure import Measured, measure, teacher_product
 from fewstep.pictures import save_grid, save_side_by_side
 from fewstep.product import Product, open_product, parse_classes, product_of
-from fewstep.recipe import Evaluate, Recipe, differences, dump, load, load_run
+from fewstep.recipe import Evaluate, Recipe, differences, dump, load, load_run, shipped
 from fewstep.train.build import build_roles
 from fewstep.train.trainer import Trainer
 
@@ -55,13 +55,20 @@ def prepare(recipe: Recipe, run: Path, resume: bool, force: bool) -> None:
                     + "\n  ".join(changed)
                 )
     run.mkdir(parents=True, exist_ok=True)
-    (run / "recipe.yaml").write_text(dump(recipe))
+    aside = run / ".recipe.tmp"
+    aside.write_text(dump(recipe))
+    aside.replace(run / "recipe.yaml")
+
+
+def default_name(recipe: str) -> str:
+    """The run directory of a recipe: toy/dmd2 -> toy-dmd2, some/where/mine.yaml -> mine."""
+    return recipe.replace("/", "-") if recipe in shipped() else Path(recipe).stem
 
 
 def run_recipe(name: str, settings: Sequence[str], out: Path | None, resume: bool, force: bool) -> Path:
     """`fewstep run`: train, sample, evaluate, export."""
     recipe = load(name, settings)
-    run = out or Path("runs") / Path(name).with_suffix("").name.replace("/", "-")
+    run = out or Path("runs") / default_name(name)
     trainer = Trainer(
         recipe, None
     )  # builds every role: what is missing is said before the directory is claimed
@@ -195,14 +202,14 @@ def _panel(x: Any) -> Any:
 
 def table(rows: Sequence[Measured]) -> None:
     """Print measured rows."""
-    out = Table(title=f"{rows[0].metric}, {rows[0].samples} samples (± one standard error); lower is better")
-    columns = ["", "distance", "network calls", "s / 1000"]
+    out = Table(title=f"{rows[0].metric} (± one standard error); lower is better")
+    columns = ["", "distance", "samples", "network calls", "s / 1000"]
     extra = rows[0].accuracy is not None
     for name in columns + (["class accuracy", "diversity"] if extra else []):
         out.add_column(name, justify="left" if not name else "right")
     for r in rows:
         value = f"{r.value:.4g}" + (f" ± {r.error:.2g}" if r.error is not None else "")
-        cells = [r.title, value, str(r.calls), f"{r.seconds_per_1000:.2f}"]
+        cells = [r.title, value, str(r.samples), str(r.calls), f"{r.seconds_per_1000:.2f}"]
         if extra:
             cells += [f"{100 * (r.accuracy or 0):.1f} %", f"{r.diversity:.3f}"]
         out.add_row(*cells)

@@ -175,9 +175,10 @@ class Recipe:
     results: tuple[Result, ...] = ()
 
     def __post_init__(self) -> None:
-        have = {"student"} | {
-            r for r in ("teacher", "critic", "discriminator") if getattr(self, r) is not None
-        }
+        taken = sorted({"teacher", "student", "critic", "discriminator", "state"} & set(self.roles))
+        if taken:
+            raise ValueError(f"roles: {taken[0]!r} has a meaning of its own; choose another name")
+        have = set(self.role_names())
         for stage in self.stages():
             missing = sorted(stage.method.needs().roles - have)
             if missing:
@@ -185,7 +186,7 @@ class Recipe:
                 raise ValueError(
                     f"method {name} needs the role{'s' * (len(missing) > 1)} {', '.join(missing)}"
                 )
-            for role in sorted(stage.method.needs().roles - {"teacher"}):
+            for role in sorted(stage.method.needs().trained):
                 if role not in self.optim and "default" not in self.optim:
                     raise ValueError(f"optim has no entry for {role} and no default")
             for target, source in stage.copy.items():

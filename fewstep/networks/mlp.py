@@ -34,6 +34,9 @@ class MLP(nn.Module):
         self, x: Tensor, time: Tensor, cond: Any = None, *, taps: Sequence[str] = (), stop: bool = False
     ) -> tuple[Tensor | None, dict[str, Tensor]]:
         """x (b, dim), time (b,) an angle in [0, pi/2], cond int (b,) or None -> (raw (b, dim), features)."""
+        unknown = set(taps) - {"mid"}
+        if unknown:
+            raise ValueError(f"taps {sorted(unknown)} are unknown to MLP; allowed: mid")
         embedding = self.time(time)
         if self.label is not None and cond is not None:
             embedding = embedding + self.label(cond)
@@ -46,7 +49,4 @@ class MLP(nn.Module):
                 features["mid"] = h
                 if stop:
                     return None, features
-        unknown = set(taps) - {"mid"}
-        if unknown:
-            raise ValueError(f"taps {sorted(unknown)} are unknown to MLP; allowed: mid")
         return self.last(h), features
