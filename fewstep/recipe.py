@@ -282,7 +282,10 @@ def read(name: str, settings: Sequence[str] = ()) -> Source:
     source = load_yaml(path, path.name if name in shipped() else str(path))
     base_name = source.data.pop("extends", None)
     if base_name is not None:
-        base_path = find(str(base_name))
+        beside = path.parent / str(base_name)
+        base_path = (
+            beside if beside.suffix in (".yaml", ".yml") and beside.is_file() else find(str(base_name))
+        )
         base = load_yaml(base_path, base_path.name if str(base_name) in shipped() else str(base_path))
         if "extends" in base.data:
             raise RecipeError(f"{base_path.name}: extends another recipe; only one level is allowed")

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
 
 from fewstep.networks.denoiser import Fourier
+from fewstep.networks.extras import Extras
 
 
 class MLP(nn.Module):
@@ -17,10 +18,18 @@ class MLP(nn.Module):
         dim: of x.
         width, depth: of the hidden layers.
         classes: number of classes, 0 for none; class index `classes` is the null class.
+        inputs: scalar inputs beside the time, see fewstep.networks.extras.
     Tap: "mid", the activation of the middle layer, (b, width).
     """
 
-    def __init__(self, dim: int = 2, width: int = 192, depth: int = 5, classes: int = 0) -> None:
+    def __init__(
+        self,
+        dim: int = 2,
+        width: int = 192,
+        depth: int = 5,
+        classes: int = 0,
+        inputs: tuple[str, ...] = (),
+    ) -> None:
         super().__init__()
         self.first = nn.Linear(dim, width)
         self.time = Fourier(width)
@@ -29,15 +38,23 @@ class MLP(nn.Module):
         self.shift = nn.ModuleList(nn.Linear(width, width) for _ in range(depth - 1))
         self.last = nn.Linear(width, dim)
         self.act = nn.SiLU()
+        self.extras = Extras(width, inputs)
 
     def forward(
-        self, x: Tensor, time: Tensor, cond: Any = None, *, taps: Sequence[str] = (), stop: bool = False
+        self,
+        x: Tensor,
+        time: Tensor,
+        cond: Any = None,
+        *,
+        taps: Sequence[str] = (),
+        stop: bool = False,
+        extras: Mapping[str, Tensor] | None = None,
     ) -> tuple[Tensor | None, dict[str, Tensor]]:
         """x (b, dim), time (b,) an angle in [0, pi/2], cond int (b,) or None -> (raw (b, dim), features)."""
         unknown = set(taps) - {"mid"}
         if unknown:
             raise ValueError(f"taps {sorted(unknown)} are unknown to MLP; allowed: mid")
-        embedding = self.time(time)
+        embedding = self.time(time) + self.extras.embed(extras)
         if self.label is not None and cond is not None:
             embedding = embedding + self.label(cond)
         embedding = self.act(embedding)
