@@ -124,7 +124,7 @@ class ImageFolder:
             }.get(mode, mode)
             raise ValueError(f"is {kind}, expected 8-bit {'colour' if wanted == 'RGB' else 'grey'}")
         pixels = pixels[..., None] if self.channels == 1 else pixels
-        return np.ascontiguousarray(pixels.transpose(2, 0, 1))
+        return pixels.transpose(2, 0, 1).copy()
 
     def _read_array(self, file: Path) -> np.ndarray:
         try:

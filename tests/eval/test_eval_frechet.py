@@ -101,15 +101,15 @@ def test_standard_error_and_bias_agree_with_simulation_for_a_gaussian():
     truth = frechet_distance(
         gaussian(np.full(d, 0.3), mixing @ np.diag(scales**2) @ mixing.T), reference
     ).value
-    results = simulate(lambda g, n: g.normal(size=(n, d)) * scales @ mixing.T + 0.3, reference, 600, 800)
+    results = simulate(lambda g, n: g.normal(size=(n, d)) * scales @ mixing.T + 0.3, reference, 600, 400)
     values = np.array([r.value for r in results])
     spread = values.std(ddof=1)
-    # 800 replicates know the spread to 2.5 % and the mean to 0.035 spreads.
-    assert np.mean([r.standard_error for r in results]) == pytest.approx(spread, rel=0.09)
-    assert np.mean([r.bias for r in results]) == pytest.approx(values.mean() - truth, abs=0.12 * spread)
-    assert np.mean([r.corrected for r in results]) == pytest.approx(truth, abs=0.12 * spread)
+    # 400 replicates know the spread to 3.5 % and the mean to 0.05 spreads.
+    assert np.mean([r.standard_error for r in results]) == pytest.approx(spread, rel=0.1)
+    assert np.mean([r.bias for r in results]) == pytest.approx(values.mean() - truth, abs=0.15 * spread)
+    assert np.mean([r.corrected for r in results]) == pytest.approx(truth, abs=0.15 * spread)
     covered = np.mean([abs(r.corrected - truth) < 1.96 * r.standard_error for r in results])
-    assert 0.92 < covered < 0.98
+    assert 0.91 < covered < 0.985
     assert all(r.usable for r in results)
 
 
@@ -117,7 +117,7 @@ def test_standard_error_holds_where_the_distance_vanishes():
     d, n = 8, 400
     covariance = np.diag(np.linspace(0.5, 2.0, d))
     reference = gaussian(np.zeros(d), covariance)
-    results = simulate(lambda g, m: g.normal(size=(m, d)) @ np.sqrt(covariance), reference, n, 600, seed=11)
+    results = simulate(lambda g, m: g.normal(size=(m, d)) @ np.sqrt(covariance), reference, n, 300, seed=11)
     spread = np.std([r.value for r in results], ddof=1)
     # The first-order error would be sqrt(2) = 1.41 of the spread here.
     assert np.mean([r.standard_error for r in results]) == pytest.approx(spread, rel=0.15)
@@ -193,7 +193,7 @@ def test_paired_difference_has_the_spread_of_the_difference():
     reference = gaussian(np.zeros(d), np.eye(d))
     generator = np.random.default_rng(7)
     found = []
-    for _ in range(300):
+    for _ in range(150):
         z = generator.normal(size=(n, d))
         noise = 0.05 * generator.normal(size=(n, d))
         found.append(
