@@ -3,6 +3,7 @@ if __name__ != "fewstep.kernels":
 
 from .api import Choice, attention, attention_jvp, attention_tangent, explain
 from .arguments import IMPLEMENTATIONS
+from .context import register_diffusers_backend, use_fewstep_attention
 from .merge import merge
 from .ranges import KeyRange, Ranges, Segment, block_causal, teacher_forcing
 
@@ -18,5 +19,7 @@ __all__ = [
     "block_causal",
     "explain",
     "merge",
+    "register_diffusers_backend",
     "teacher_forcing",
+    "use_fewstep_attention",
 ]

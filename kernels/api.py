@@ -11,7 +11,7 @@ from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from . import reference
-from .arguments import MAX_HEAD_DIM, check_call, check_names
+from .arguments import check_call, check_names
 from .operators import OPERATORS
 from .ranges import Ranges
 
@@ -46,6 +46,11 @@ def _choose(q: Tensor, v: Tensor, moving: str, ranges: Ranges | None, impl: str)
                 f"q: impl='triton' needs CUDA tensors, got {q.device}; use 'chunked' there "
                 "(TRITON_INTERPRET=1 runs the kernels on a CPU for tests)"
             )
+        if q.dtype == torch.float32 and wide > 128 and not _interpreted():
+            raise ValueError(
+                f"q: impl='triton' in float32 takes head dimensions to 128, got {wide}: Triton's compiler "
+                "aborts the process on wider ones; use 'chunked', or float16 or bfloat16"
+            )
         if q.dtype == torch.bfloat16 and _interpreted():
             raise ValueError("q: the Triton interpreter computes garbage in bfloat16; use float16 or float32")
         return Choice("triton", "asked for")
@@ -68,8 +73,8 @@ def _choose(q: Tensor, v: Tensor, moving: str, ranges: Ranges | None, impl: str)
         return Choice("chunked", f"{need} on {q.device.type}, where Triton has no code generator")
     if not _HAS_TRITON:
         return Choice("chunked", f"{need}; triton is not installed")
-    if q.dtype == torch.float64 or wide > MAX_HEAD_DIM:
-        return Choice("chunked", f"{need}; the Triton kernels take neither float64 nor head dims over 256")
+    if q.dtype in (torch.float32, torch.float64):
+        return Choice("chunked", f"{need} in {q.dtype}: exact dots that wide spill registers in Triton")
     return Choice("triton", f"{need} on {q.device}")
 
 

@@ -48,9 +48,7 @@ def mask_scores(
 
 
 @triton.jit
-def score_tangent(
-    q, tq, k, tk, HAS_TQ: tl.constexpr, HAS_TK: tl.constexpr, PRECISION: tl.constexpr
-):
+def score_tangent(q, tq, k, tk, HAS_TQ: tl.constexpr, HAS_TK: tl.constexpr, PRECISION: tl.constexpr):
     """tq k^T + q tk^T without the absent terms; at least one is present."""
     if HAS_TQ:
         t = tl.dot(tq, tl.trans(k), input_precision=PRECISION)

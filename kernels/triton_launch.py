@@ -28,19 +28,22 @@ class Blocks:
     stages: int
 
 
-def _candidates(kind: str, head_bytes: int, n: int, m: int) -> list[Blocks]:
+def _candidates(kind: str, head_bytes: int, n: int, m: int, exact: bool = False) -> list[Blocks]:
     """Tile sizes to try in order; the next is taken where shared memory does not suffice.
 
     head_bytes: padded head dimension times bytes per element. A table instead of autotune, which re-tunes
     for every length and cannot run in the interpreter. Not yet tuned on a GPU.
     """
     table = {
-        "jvp": ((128, Blocks(128, 64, 8, 3)), (256, Blocks(128, 64, 8, 2)), (512, Blocks(64, 32, 4, 2))),
+        "jvp": ((128, Blocks(128, 64, 8, 3)), (256, Blocks(128, 32, 8, 3)), (512, Blocks(64, 32, 8, 2))),
         "plain": ((128, Blocks(128, 64, 4, 3)), (256, Blocks(128, 64, 8, 3)), (512, Blocks(64, 64, 4, 2))),
         "backward": ((128, Blocks(64, 64, 4, 2)), (256, Blocks(64, 64, 8, 2)), (512, Blocks(32, 32, 4, 2))),
-        "through": ((128, Blocks(64, 32, 4, 2)), (256, Blocks(32, 32, 4, 1)), (512, Blocks(32, 16, 4, 1))),
+        "through": ((128, Blocks(64, 32, 8, 2)), (256, Blocks(32, 32, 8, 1)), (512, Blocks(32, 16, 8, 1))),
     }[kind]
     first = next((blocks for limit, blocks in table if head_bytes <= limit), Blocks(32, 16, 4, 1))
+    if exact:
+        # IEEE float32 dots are unrolled into scalar FMAs: larger tiles spill or crash the compiler
+        first = Blocks(32, 32, 8, 1)
     ladder = [first, Blocks(64, 32, 4, 1), Blocks(32, 32, 4, 1), Blocks(32, 16, 4, 1), Blocks(16, 16, 4, 1)]
     return [
         Blocks(_fit(b.rows, n), _fit(b.columns, m), b.warps, b.stages)
@@ -166,9 +169,10 @@ def _run_forward(
 
     name = "jvp" if tangent else "plain"
     sizes = _head_bytes(q, v)
+    exact = q.dtype == torch.float32 and not INTERPRETED
     key = (name, given, sizes, q.dtype, q.device, _fit(128, n), _fit(64, m))
     with _device(q):
-        _launch(key, _candidates(name, sizes, n, m), run)
+        _launch(key, _candidates(name, sizes, n, m, exact), run)
 
 
 def forward(
@@ -244,7 +248,7 @@ def backward(
             )  # fmt: skip
 
     name, sizes = ("through" if through else "backward"), _head_bytes(q, v)
-    candidates = _candidates(name, sizes, n, m)
+    candidates = _candidates(name, sizes, n, m, q.dtype == torch.float32 and not INTERPRETED)
     with _device(q):
         for transposed in (False, True):
             key = (name, transposed, sizes, q.dtype, q.device, _fit(128, n), _fit(64, m))
