@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,16 @@ class Meter:
 
     def add(self, name: str, value: Tensor | float) -> None:
         self._values[name].append(value.detach() if isinstance(value, Tensor) else value)
+
+    def values(self) -> dict[str, list[float]]:
+        """What has been added since the last record, for a checkpoint: a resumed run logs the same means."""
+        return {k: [float(v) for v in vs] for k, vs in self._values.items()}
+
+    def restore(self, values: Mapping[str, Sequence[float]]) -> None:
+        """The state that `values` has given."""
+        self._values.clear()
+        for name, vs in values.items():
+            self._values[name].extend(vs)
 
     def take(self) -> dict[str, float]:
         out = {k: sum(float(v) for v in vs) / len(vs) for k, vs in self._values.items()}

@@ -14,7 +14,8 @@ from fewstep.roles import Roles
 class TurnOptimizer:
     """AdamW over the roles of a turn, one parameter group a role.
 
-    `updates` counts optimiser steps, `skipped` the non-finite ones that were refused.
+    `updates` counts optimiser steps, `skipped` the non-finite ones that were refused, `in_a_row` those since
+    the last good one.
     """
 
     def __init__(self, roles: Roles, names: tuple[str, ...], specs: Mapping[str, AdamW], total: int) -> None:
@@ -23,6 +24,7 @@ class TurnOptimizer:
         self.total = total
         self.updates = 0
         self.skipped = 0
+        self.in_a_row = 0
         self.parameters = roles.parameters(*names)
         groups = [
             {
@@ -53,6 +55,12 @@ class TurnOptimizer:
             group["lr"] = self.rate(spec)
         self.adam.step()
         self.updates += 1
+        self.in_a_row = 0
+
+    def refuse(self) -> None:
+        """Count an update that was not made."""
+        self.skipped += 1
+        self.in_a_row += 1
 
     def zero(self) -> None:
         self.adam.zero_grad(set_to_none=True)

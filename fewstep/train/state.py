@@ -34,6 +34,8 @@ class Progress:
     """Per turn: updates and skipped."""
     ema: dict[str, int] = field(default_factory=dict)
     """Updates of each average."""
+    meter: dict[str, list[float]] = field(default_factory=dict)
+    """Readings since the last log record."""
 
 
 def _checksum(path: Path) -> int:

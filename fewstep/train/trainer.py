@@ -74,7 +74,6 @@ class Trainer:
         self.progress = Progress()
         self.optim: dict[str, TurnOptimizer] = {}
         self.meter = Meter()
-        self._skips_in_a_row = 0
         self._stop = False
         self.last_record: dict[str, Any] = {}
         if run is not None:
@@ -144,10 +143,18 @@ class Trainer:
                     on_sample(self)
                 if on_eval and train.eval_every and p.done % train.eval_every == 0:
                     on_eval(self)
-            if p.done % train.checkpoint_every == 0 or finished or self._stop:
+            stop = self._agree_to_stop()
+            if p.done % train.checkpoint_every == 0 or finished or stop:
                 self.save()
-            if ended or self._stop:
+            if ended or stop:
                 return
+
+    def _agree_to_stop(self) -> bool:
+        """True on every process once one of them was asked: a signal reaches them at different steps."""
+        if self.accelerator.num_processes > 1:
+            asked: Any = self.accelerator.reduce(torch.tensor(float(self._stop), device=self.device), "sum")
+            self._stop = bool(asked > 0)
+        return self._stop
 
     def _begin(self, stage: Stage) -> None:
         """Fresh optimisers, the method's own state, and the weights that the stage says to copy."""
@@ -155,7 +162,12 @@ class Trainer:
         self.optim.clear()
         self.progress.optim = {}
         for target, source in stage.copy.items():
-            self.roles[target].load_state_dict(self.roles[source].state_dict())
+            try:
+                self.roles[target].load_state_dict(self.roles[source].state_dict())
+            except RuntimeError:
+                raise UserError(
+                    f"copy: {target} and {source} are different networks; their weights cannot be copied"
+                ) from None
         for ema in self.ema:
             ema.reset(self.roles.student)
 
@@ -206,7 +218,6 @@ class Trainer:
         if finite:
             self.meter.add(f"grad_norm/{'+'.join(turn.updates)}", norm)
             optimizer.step()
-            self._skips_in_a_row = 0
         else:
             self._refuse(turn, optimizer)
         optimizer.zero()
@@ -242,15 +253,14 @@ class Trainer:
             p.grad = part.view_as(p)
 
     def _refuse(self, turn: Turn, optimizer: TurnOptimizer) -> None:
-        optimizer.skipped += 1
+        optimizer.refuse()
         self.progress.skipped += 1
-        self._skips_in_a_row += 1
         self.meter.add("skipped", 1.0)
-        if self._skips_in_a_row >= self.recipe.train.max_skips:
+        if optimizer.in_a_row >= self.recipe.train.max_skips:
             recent = {k: v for k, v in self.meter.take().items() if k != "seconds"}
             readings = ", ".join(f"{k} {v:.3g}" for k, v in recent.items())
             raise UserError(
-                f"stopped at step {self.progress.done}: {self._skips_in_a_row} updates of "
+                f"stopped at step {self.progress.done}: {optimizer.in_a_row} updates of "
                 f"{'+'.join(turn.updates)} in a row had non-finite gradients ({readings}). Lower optim.*.lr or "
                 "train.clip, use train.precision=fp32, or raise train.max_skips; the last checkpoint is kept"
             )
@@ -274,6 +284,17 @@ class Trainer:
         mean: Any = self.accelerator.reduce(torch.tensor(value, device=self.device), reduction="mean")
         return float(mean)
 
+    def _shared(self, values: dict[str, list[float]]) -> dict[str, list[float]]:
+        """The mean over processes of each reading since the last record."""
+        if self.accelerator.num_processes == 1 or not values:
+            return values
+        flat = torch.tensor(
+            [v for vs in values.values() for v in vs], dtype=torch.float64, device=self.device
+        )
+        mean: Any = self.accelerator.reduce(flat, reduction="mean")
+        parts = mean.split([len(vs) for vs in values.values()])
+        return {k: part.tolist() for k, part in zip(values, parts, strict=True)}
+
     def modules(self) -> dict[str, nn.Module]:
         """Everything with weights that a checkpoint holds."""
         names = [*trained_roles(self.recipe), *(["state"] if "state" in self.roles else [])]
@@ -286,6 +307,7 @@ class Trainer:
             return
         self.progress.optim = {k: {"updates": o.updates, "skipped": o.skipped} for k, o in self.optim.items()}
         self.progress.ema = {e.name: e.updates for e in self.ema}
+        self.progress.meter = self._shared(self.meter.values())
         if self.accelerator.is_main_process:
             adams = {k: o.adam for k, o in self.optim.items()}
             save_checkpoint(
@@ -303,6 +325,7 @@ class Trainer:
             return False
         progress, _ = read_state(found[-1])
         stages = self.recipe.stages()
+        self._place(progress, stages)
         if progress.stage < len(stages) and progress.step > 0:
             stage = stages[progress.stage]
             self._make_state(stage)
@@ -311,7 +334,9 @@ class Trainer:
                 if "+".join(updates) in progress.optim:
                     self.optimizer(updates, stage, n)
         wanted = {k: o.adam for k, o in self.optim.items()}
-        self.progress = load_checkpoint(found[-1], self.modules(), wanted)
+        load_checkpoint(found[-1], self.modules(), wanted)
+        self.progress = progress
+        self.meter.restore(progress.meter)
         for key, counts in self.progress.optim.items():
             if key in self.optim:
                 self.optim[key].updates, self.optim[key].skipped = counts["updates"], counts["skipped"]
@@ -320,6 +345,18 @@ class Trainer:
         if self.log and self.accelerator.is_main_process:
             self.log.cut(self.progress.done)
         return True
+
+    def _place(self, progress: Progress, stages: tuple[Stage, ...]) -> None:
+        """Where a run continues when train.steps has changed since: a finished one goes on in its last stage."""
+        last = len(stages) - 1
+        into = progress.done - sum(stage.steps for stage in stages[:last])
+        if into > stages[last].steps:
+            raise UserError(
+                f"{self.run}: has already done {into} steps of the last stage; train.steps must be at least that, "
+                f"not {stages[last].steps}"
+            )
+        if into > 0:
+            progress.stage, progress.step = (last, into) if into < stages[last].steps else (last + 1, 0)
 
 
 def _main_thread() -> bool:
