@@ -16,9 +16,22 @@ Solver = Literal["ddim", "euler", "heun"]
 Net = Callable[..., Prediction]
 
 
-def jump(net: Net, x: Tensor, t: Tensor, s: Tensor, cond: Any = None) -> Tensor:
-    """net(x, t).at(s): a flow map in every process, and exactly x where s = t. Times (b,), x (b, *d)."""
-    return net(x, t, cond).at(s)
+def ask(net: Net, x: Tensor, t: Tensor, s: Tensor, cond: Any = None, **call: Any) -> Prediction:
+    """The answer of `net` for a jump from t to s: networks with a destination time get it, others do not.
+
+    Only with it can one network be exact for several s: the chord's denoiser depends on s.
+    """
+    return net(x, t, cond, s=s, **call) if getattr(net, "takes_s", False) else net(x, t, cond, **call)
+
+
+def jump(net: Net, x: Tensor, t: Tensor, s: Tensor, cond: Any = None, **call: Any) -> Tensor:
+    """ask(net, x, t, s).at(s): a flow map in every process, and exactly x where s = t. Times (b,), x (b, *d)."""
+    return ask(net, x, t, s, cond, **call).at(s)
+
+
+def clean(process: Any, t: Tensor) -> Tensor:
+    """The time of the process's clean end, of t's shape: 0, or sigma_min in EDM."""
+    return process.grid(torch.zeros_like(t))
 
 
 def solver_step(

@@ -68,10 +68,7 @@ class Product:
             )
         if steps == len(self.sampler.steps):
             return self
-        even = many_step(steps)
-        return replace(
-            self, sampler=even if self.sampler.kind == "ode" else replace(self.sampler, steps=even.steps)
-        )
+        return replace(self, sampler=replace(self.sampler, steps=many_step(steps).steps))
 
 
 def parse_classes(text: str, classes: int) -> list[int]:
@@ -123,7 +120,7 @@ def _open_run(path: Path) -> Product:
 def product_of(recipe: Recipe, net: nn.Module, data: Any, title: str, done: int = 0) -> Product:
     """The product of a recipe around a trained net."""
     sampler = recipe.sampler()
-    trained = None if sampler.kind == "ode" else (len(sampler.steps),)
+    trained = sampler.counts or (None if sampler.kind == "ode" else (len(sampler.steps),))
     return Product(net, sampler, data.shape, data.classes, title, trained, recipe, done)
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fewstep.jump import times_of
+from fewstep.jump import ask, clean, times_of
 from fewstep.prediction import Prediction
 from fewstep.process import EDM, Process, bc
 from fewstep.random import Draws
@@ -74,9 +74,9 @@ def rollout(
     x = process.prior(noise[0], t)
     for i in range(last):
         with torch.no_grad():
-            x0 = student(x, t, cond).x0
+            x0 = ask(student, x, t, clean(process, t), cond).x0
         t = times[i + 1].expand(len(draws))
         x = renoise(process, x0, noise[i + 1], t)
     with nullcontext() if grad else torch.no_grad():
-        out = student(x, t, cond).x0
+        out = ask(student, x, t, clean(process, t), cond).x0
     return Rollout(out, x, t)

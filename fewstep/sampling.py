@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any, Literal
 
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fewstep.config import config
-from fewstep.jump import Solver, calls, solver_step, times_of
+from fewstep.jump import Solver, ask, calls, clean, solver_step, times_of
 from fewstep.prediction import Prediction
 from fewstep.process import Process, bc, transition
 from fewstep.random import Draws, fold
@@ -24,14 +25,22 @@ Fresh = Callable[[int], Tensor]
 class Sampler:
     """How a denoiser is sampled: its levels and what happens between two of them."""
 
-    kind: Literal["renoise", "ode", "gamma"] = "renoise"
-    """renoise: a fresh re-noising of x0 between steps (CM, DMD2, LCM); ode: the solver below; gamma: TCD."""
+    kind: Literal["renoise", "ode", "gamma", "map"] = "renoise"
+    """renoise: a fresh re-noising of x0 between steps (CM, DMD2, LCM); ode: the solver below; gamma: TCD;
+    map: the student's own jumps from level to level (flow maps, segments, DDIM students)."""
     steps: tuple[float, ...] = (1.0,)
-    """Levels u in (0, 1], decreasing. For renoise and gamma the last call's x0 is the sample."""
+    """Levels u in (0, 1], decreasing. The last call's x0 is the sample."""
     solver: Solver = "ddim"
     """ODE solver of kind ode."""
     eta: float = 0.3
     """Stochasticity of kind gamma: 0 deterministic, 1 re-noises (TCD, arXiv 2402.19159)."""
+    counts: tuple[int, ...] | None = None
+    """Numbers of steps the student was trained for; left out: that of `steps`, and any number for kind ode."""
+    guidance: float | None = None
+    """Guidance scale handed to a student that has it as an input."""
+    keep_noise: bool = False
+    """Kind map: leave the first level with the start noise in place of the predicted one, which is exact at
+    alpha = 0 (noise correction, Imagine Flash, arXiv 2405.05224, sec. 4.3)."""
 
     def network_calls(self) -> int:
         """Network calls per sample (guidance not counted)."""
@@ -63,19 +72,34 @@ def sample(
         for t, s in pairwise(times):
             x = solver_step(net, x, t.expand(b), s.expand(b), cond, sampler.solver)
         return net(x, times[-1].expand(b), cond).x0
-    if len(sampler.steps) > 1 and fresh is None:
+    if len(sampler.steps) > 1 and fresh is None and sampler.kind != "map":
         raise ValueError(f"a {sampler.kind} sampler of {len(sampler.steps)} steps needs `fresh` noise")
+    call = {} if sampler.guidance is None else {"w": times.new_full((b,), sampler.guidance)}
     for i, t in enumerate(times):
-        prediction = net(x, t.expand(b), cond)
-        if i + 1 == len(times):
+        t = t.expand(b)
+        last = i + 1 == len(times)
+        s = clean(process, t) if last else times[i + 1].expand(b)
+        aim = _aim(sampler, process, s, last)
+        prediction = ask(net, x, t, aim, cond, **call)
+        if last:
             break
-        s = times[i + 1].expand(b)
+        if sampler.kind == "map":
+            correct = sampler.keep_noise and i == 0
+            x = (replace(prediction, eps=noise) if correct else prediction).at(s)
+            continue
         assert fresh is not None
         if sampler.kind == "renoise":
             x = renoise(process, prediction.x0, fresh(i), s)
         else:
             x = gamma_step(prediction, s, sampler.eta, fresh(i))
     return prediction.x0
+
+
+def _aim(sampler: Sampler, process: Process, s: Tensor, last: bool) -> Tensor:
+    """Where the call's answer is used: the next level, TCD's way point, or the clean end."""
+    if sampler.kind == "renoise" or last:
+        return clean(process, s)
+    return (1 - sampler.eta) * s if sampler.kind == "gamma" else s
 
 
 def gamma_step(prediction: Prediction, s: Tensor, eta: float, noise: Tensor) -> Tensor:

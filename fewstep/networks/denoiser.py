@@ -8,6 +8,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from fewstep.networks.extras import ANGLE
 from fewstep.prediction import PAIRS, Prediction, from_raw, from_x0
 from fewstep.process import EDM, Process, angle_of, bc
 
@@ -53,18 +54,61 @@ class Denoiser(nn.Module):
             x = bc(c_in, x) * x
         return x, _TIME[self.time_input](self.process, t).to(torch.float32)
 
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        """Scalar inputs beside the time, of "s", "w" and "mirror"."""
+        return tuple(getattr(self.net, "extras", ()))
+
+    @property
+    def takes_s(self) -> bool:
+        """True: the answer at (x, t) depends on the destination s, as a flow map's must."""
+        return "s" in self.inputs
+
+    def add_inputs(self, names: tuple[str, ...]) -> None:
+        """Give the network further inputs that have no effect yet. Raises ValueError where it cannot have any."""
+        if not hasattr(self.net, "extras"):
+            raise ValueError(
+                f"a {type(self.net).__name__} takes no further inputs, asked for {', '.join(names)}"
+            )
+        self.net.extras.add(names)  # type: ignore[union-attr]
+
+    def _extras(self, t: Tensor, given: Mapping[str, Tensor | None]) -> dict[str, Any]:
+        """Angles of the inputs; left out, s is t (the instantaneous denoiser), w 1 and mirror 0."""
+        surplus = [n for n, value in given.items() if value is not None and n not in self.inputs]
+        if surplus:
+            raise ValueError(f"this network does not take {', '.join(surplus)}; name it under `inputs`")
+        if not self.inputs:
+            return {}
+        plain = {"s": t, "w": torch.ones_like(t), "mirror": torch.zeros_like(t)}
+        values = {n: plain[n] if given[n] is None else given[n] for n in self.inputs}
+        return {"extras": {n: ANGLE[n](self.process, v).to(torch.float32) for n, v in values.items()}}
+
     def forward(
-        self, x: Tensor, t: Tensor, cond: Any = None, *, taps: Sequence[str] = (), **call: Any
+        self,
+        x: Tensor,
+        t: Tensor,
+        cond: Any = None,
+        *,
+        taps: Sequence[str] = (),
+        s: Tensor | None = None,
+        w: Tensor | None = None,
+        mirror: Tensor | None = None,
+        **call: Any,
     ) -> Prediction:
-        """x (b, *d), t (b,) process time -> Prediction in float32 or better, with the tapped features."""
+        """x (b, *d), t (b,) process time -> Prediction in float32 or better, with the tapped features.
+
+        s (b,): process time the answer is meant to jump to; w (b,): embedded guidance; mirror (b,): 0 or 1.
+        """
         scaled, time = self._inputs(x, t)
-        raw, features = self.net(scaled, time, cond, taps=taps, **call)
+        extras = self._extras(t, {"s": s, "w": w, "mirror": mirror})
+        raw, features = self.net(scaled, time, cond, taps=taps, **extras, **call)
         return from_raw(self.process, self.prediction, x, t, raw, features)
 
     def features(self, x: Tensor, t: Tensor, cond: Any, taps: Sequence[str]) -> Mapping[str, Tensor]:
         """Only the tapped activations; the network stops after the last of them."""
         scaled, time = self._inputs(x, t)
-        return self.net(scaled, time, cond, taps=taps, stop=True)[1]
+        extras = self._extras(t, {"s": None, "w": None, "mirror": None})
+        return self.net(scaled, time, cond, taps=taps, stop=True, **extras)[1]
 
 
 class Rescheduled(nn.Module):
@@ -80,29 +124,36 @@ class Rescheduled(nn.Module):
         self.denoiser = denoiser
         self.process = process
 
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        return getattr(self.denoiser, "inputs", ())
+
+    @property
+    def takes_s(self) -> bool:
+        return "s" in self.inputs
+
+    def add_inputs(self, names: tuple[str, ...]) -> None:
+        self.denoiser.add_inputs(names)  # type: ignore[operator]
+
+    def _time(self, t: Tensor) -> Tensor:
+        base: Process = self.denoiser.process  # type: ignore[assignment]
+        return base.t_of_angle(angle_of(self.process, t))
+
     def _match(self, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         base: Process = self.denoiser.process  # type: ignore[assignment]
-        t_base = base.t_of_angle(angle_of(self.process, t))
+        t_base = self._time(t)
         norm = torch.hypot(base.alpha(t_base), base.sigma(t_base))
         c = norm / torch.hypot(self.process.alpha(t), self.process.sigma(t))
         return bc(c, x) * x, t_base
 
-    def forward(self, x: Tensor, t: Tensor, cond: Any = None, **call: Any) -> Prediction:
+    def forward(
+        self, x: Tensor, t: Tensor, cond: Any = None, *, s: Tensor | None = None, **call: Any
+    ) -> Prediction:
+        # A chord's x0 is the same in every process, because a jump with constant x0 and eps is.
+        if s is not None:
+            call["s"] = self._time(s)
         base = self.denoiser(*self._match(x, t), cond, **call)
         return from_x0(self.process, x, t, base.x0, base.features)
 
     def features(self, x: Tensor, t: Tensor, cond: Any, taps: Sequence[str]) -> Mapping[str, Tensor]:
         return self.denoiser.features(*self._match(x, t), cond, taps)  # type: ignore[operator]
-
-
-class Fourier(nn.Module):
-    """Sines and cosines of 2 k angle, k = 1..count, for an angle in [0, pi/2]; then a linear layer."""
-
-    def __init__(self, width: int, count: int = 16) -> None:
-        super().__init__()
-        self.register_buffer("frequency", 2.0 * torch.arange(1, count + 1))
-        self.linear = nn.Linear(2 * count, width)
-
-    def forward(self, angle: Tensor) -> Tensor:
-        phase = angle[:, None].to(self.linear.weight.dtype) * self.frequency
-        return self.linear(torch.cat((phase.sin(), phase.cos()), -1))

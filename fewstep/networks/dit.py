@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fewstep.networks.denoiser import Fourier
+from fewstep.networks.extras import Extras, Fourier
 
 
 def _modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
@@ -50,6 +50,7 @@ class DiT(nn.Module):
         patch: side of a patch; must divide h and w.
         width, depth, heads: of the transformer; heads must divide width.
         classes: 0 for none; index `classes` is the null class.
+        inputs: scalar inputs beside the time, see fewstep.networks.extras.
     Taps: "block0" .. "block{depth-1}", tokens (b, n, width).
     """
 
@@ -61,6 +62,7 @@ class DiT(nn.Module):
         depth: int = 4,
         heads: int = 4,
         classes: int = 0,
+        inputs: tuple[str, ...] = (),
     ) -> None:
         super().__init__()
         c, h, w = shape
@@ -74,12 +76,20 @@ class DiT(nn.Module):
         self.time = Fourier(width)
         self.label = nn.Embedding(classes + 1, width) if classes else None
         self.blocks = nn.ModuleList(Block(width, heads) for _ in range(depth))
+        self.extras = Extras(width, inputs)
         self.last = nn.Linear(width, c * patch * patch)
         nn.init.zeros_(self.last.weight)
         nn.init.zeros_(self.last.bias)
 
     def forward(
-        self, x: Tensor, time: Tensor, cond: Any = None, *, taps: Sequence[str] = (), stop: bool = False
+        self,
+        x: Tensor,
+        time: Tensor,
+        cond: Any = None,
+        *,
+        taps: Sequence[str] = (),
+        stop: bool = False,
+        extras: Mapping[str, Tensor] | None = None,
     ) -> tuple[Tensor | None, dict[str, Tensor]]:
         """x (b, c, h, w), time (b,) an angle in [0, pi/2], cond int (b,) or None."""
         (c, h, w), p = self.shape, self.patch
@@ -89,7 +99,7 @@ class DiT(nn.Module):
                 f"taps {sorted(unknown)} are unknown; allowed: block0..block{len(self.blocks) - 1}"
             )
         tokens = x.reshape(-1, c, h // p, p, w // p, p).permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
-        embedding = self.time(time)
+        embedding = self.time(time) + self.extras.embed(extras)
         if self.label is not None and cond is not None:
             embedding = embedding + self.label(cond)
         embedding = F.silu(embedding)

@@ -8,6 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fewstep.networks.extras import Fourier
+from fewstep.process import Process, angle_of
+
 
 def _head(shape: torch.Size, width: int) -> nn.Module:
     """A head for one feature: maps (b, c, h, w), tokens (b, n, c) or vectors (b, c) to one logit (b, 1)."""
@@ -77,3 +80,19 @@ class Discriminator(nn.Module):
     def forward(self, x: Tensor, t: Tensor, cond: Any = None) -> Tensor:
         """x (b, *d) at time t (b,) -> logits (b, heads), float32."""
         return self.logits(self.trunk.features(x, t, cond, self.taps))  # type: ignore[operator]
+
+
+class LogVar(nn.Module):
+    """log of an expected squared error, learned: loss = e^-l error + l (EDM2, arXiv 2312.02696, eq. 15)."""
+
+    def __init__(self, process: Process, width: int = 32) -> None:
+        super().__init__()
+        self.process = process
+        self.time = Fourier(width, 8)
+        self.out = nn.Linear(width, 1)
+        nn.init.zeros_(self.out.weight)
+        nn.init.zeros_(self.out.bias)
+
+    def forward(self, t: Tensor) -> Tensor:
+        """Process times (b,) -> (b,), 0 at the start."""
+        return self.out(torch.nn.functional.silu(self.time(angle_of(self.process, t))))[:, 0]

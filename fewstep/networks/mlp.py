@@ -7,8 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from fewstep.networks.denoiser import Fourier
-from fewstep.networks.extras import Extras
+from fewstep.networks.extras import Extras, Fourier
 
 
 class MLP(nn.Module):

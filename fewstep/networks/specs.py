@@ -16,7 +16,8 @@ from fewstep.networks.adapters import Adapted, frozen
 from fewstep.networks.analytic import ring
 from fewstep.networks.denoiser import Denoiser, Rescheduled
 from fewstep.networks.dit import DiT
-from fewstep.networks.heads import Discriminator
+from fewstep.networks.extras import Input
+from fewstep.networks.heads import Discriminator, LogVar
 from fewstep.networks.mlp import MLP
 from fewstep.prediction import PAIRS
 from fewstep.process import EDM, Flow
@@ -57,6 +58,8 @@ class Copy:
 
     of: str = "teacher"
     """Role to copy: teacher, student or one that is built before."""
+    inputs: tuple[Input, ...] = ()
+    """Further inputs that the copy takes: s (destination time), w (guidance), mirror; without effect at first."""
 
     def build(self, site: Site) -> nn.Module:
         source = site.role(self.of, "copy.of")
@@ -65,6 +68,11 @@ class Copy:
                 f"copy.of: the {self.of} is analytic and has no weights to copy; name a network (mlp, dit, unet2d)"
             )
         twin = copy.deepcopy(source)
+        if self.inputs:
+            try:
+                _seeded(site, lambda: twin.add_inputs(self.inputs))  # type: ignore[operator]
+            except (AttributeError, ValueError) as error:
+                raise RecipeError(f"copy.inputs: the {self.of} cannot take further inputs: {error}") from None
         for p in twin.parameters():
             p.requires_grad_(True)
         return twin.eval()
@@ -98,6 +106,8 @@ class MLPSpec:
     depth: PositiveInt = 5
     process: choice("process") = Flow()  # type: ignore[valid-type]
     prediction: str = "velocity"
+    inputs: tuple[Input, ...] = ()
+    """Scalar inputs beside the time: s (destination time), w (embedded guidance), mirror (TwinFlow)."""
 
     def __post_init__(self) -> None:
         _check_prediction(self.prediction, self.process)
@@ -105,7 +115,7 @@ class MLPSpec:
     def build(self, site: Site) -> nn.Module:
         if len(site.shape) != 1:
             raise RecipeError(f"network mlp is for vectors; the data has shape {list(site.shape)}")
-        net = _seeded(site, lambda: MLP(site.shape[0], self.width, self.depth, site.classes))
+        net = _seeded(site, lambda: MLP(site.shape[0], self.width, self.depth, site.classes, self.inputs))
         return Denoiser(net, self.process, self.prediction, "angle")
 
 
@@ -119,6 +129,8 @@ class DiTSpec:
     heads: PositiveInt = 4
     process: choice("process") = Flow()  # type: ignore[valid-type]
     prediction: str = "velocity"
+    inputs: tuple[Input, ...] = ()
+    """Scalar inputs beside the time: s (destination time), w (embedded guidance), mirror (TwinFlow)."""
 
     def __post_init__(self) -> None:
         _check_prediction(self.prediction, self.process)
@@ -127,7 +139,8 @@ class DiTSpec:
         if len(site.shape) != 3:
             raise RecipeError(f"network dit is for images; the data has shape {list(site.shape)}")
         shape = (site.shape[0], site.shape[1], site.shape[2])
-        net = _seeded(site, lambda: DiT(shape, self.patch, self.width, self.depth, self.heads, site.classes))
+        sizes = (self.patch, self.width, self.depth, self.heads)
+        net = _seeded(site, lambda: DiT(shape, *sizes, site.classes, self.inputs))
         return Denoiser(net, self.process, self.prediction, "angle")
 
 
@@ -188,6 +201,8 @@ class DiffusersTeacher:
     """Folder, or assets:NAME for one that ships with fewstep."""
     classes: int | None = None
     """Real classes when the folder does not say (UNets with a null class have one embedding more)."""
+    process: choice("process") | None = None  # type: ignore[valid-type]
+    """Re-express it in this process by matching noise levels; its own when left out."""
 
     def build(self, site: Site) -> nn.Module:
         from fewstep.networks.diffusers import load_denoiser
@@ -198,7 +213,7 @@ class DiffusersTeacher:
             raise UserError(
                 f"teacher {self.path}: takes {shape[0]} channels, but the data has shape {list(site.shape)}"
             )
-        return frozen(teacher)
+        return frozen(teacher if self.process is None else Rescheduled(teacher, self.process))
 
 
 @part("teacher", "ring")
@@ -213,6 +228,16 @@ class RingTeacher:
     def build(self, site: Site) -> nn.Module:
         exact = ring(EDM(sigma_max=1000.0), self.modes, self.radius, self.std)
         return frozen(Rescheduled(exact, self.process))
+
+
+@part("network", "logvar")
+class LogVarSpec:
+    """A scalar of the noise level, for learned loss weights (EDM2, sCM)."""
+
+    width: PositiveInt = 32
+
+    def build(self, site: Site) -> nn.Module:
+        return _seeded(site, lambda: LogVar(site.role("student", "logvar").process, self.width))  # type: ignore[arg-type]
 
 
 @config

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
+
+from fewstep.networks.extras import Extras
 
 
 class _Stop(Exception):
@@ -25,6 +27,7 @@ class UNet2D(nn.Module):
         super().__init__()
         self.model = model
         self.classes = classes
+        self.extras = Extras(model.time_embedding.linear_2.out_features)  # type: ignore[union-attr]
 
     def _block(self, tap: str) -> nn.Module:
         blocks: dict[str, nn.Module] = {"mid": self.model.mid_block}  # type: ignore[dict-item]
@@ -35,7 +38,14 @@ class UNet2D(nn.Module):
         return blocks[tap]
 
     def forward(
-        self, x: Tensor, time: Tensor, cond: Any = None, *, taps: Sequence[str] = (), stop: bool = False
+        self,
+        x: Tensor,
+        time: Tensor,
+        cond: Any = None,
+        *,
+        taps: Sequence[str] = (),
+        stop: bool = False,
+        extras: Mapping[str, Tensor] | None = None,
     ) -> tuple[Tensor | None, dict[str, Tensor]]:
         """x (b, c, h, w), time (b,) as the model was trained, cond int (b,) or None -> (raw, features)."""
         if self.classes and cond is None:
@@ -53,6 +63,11 @@ class UNet2D(nn.Module):
 
         try:
             handles = [self._block(tap).register_forward_hook(watch(tap)) for tap in taps]
+            further = self.extras.embed(extras)
+            if isinstance(further, Tensor):
+                # The time embedding is where diffusers adds all conditions; it has no argument for ours.
+                embedding: Any = self.model.time_embedding
+                handles.append(embedding.register_forward_hook(lambda _m, _a, out: out + further))
             labels = cond if self.classes else None
             return self.model(x, time, class_labels=labels, return_dict=False)[0], features
         except _Stop:
