@@ -8,13 +8,13 @@ demo: $(VENV)/.installed  ## the main job: distil the digits teacher to one step
 	$(BIN)/fewstep run digits-dmd2 --resume
 
 test: $(VENV)/.tested  ## the whole suite
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -n 2 --dist loadscope
 
 lint: $(VENV)/.tested
 	$(BIN)/ruff check .
 
 types: $(VENV)/.tested .typing/fewstep
-	$(BIN)/mypy fewstep/process.py fewstep/prediction.py fewstep/config.py fewstep/objectives fewstep/methods
+	$(BIN)/mypy
 
 conformance: $(VENV)/.tested  ## full-budget training of every method on the toy
 	$(BIN)/python -m fewstep.conformance

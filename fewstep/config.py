@@ -12,7 +12,7 @@ import json
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, Union, get_type_hints
+from typing import Annotated, Any, Literal, TypeVar, Union, dataclass_transform, get_type_hints
 
 import yaml
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
@@ -31,11 +31,13 @@ class UserError(RuntimeError):
     """Anything else a user can mend: the message says what was wrong and what is allowed. Exit code 2."""
 
 
+@dataclass_transform(frozen_default=True, kw_only_default=True)
 def config(cls: T) -> T:
     """Make a class a frozen, strict dataclass whose field docstrings are its documentation."""
     return pydantic_dataclass(frozen=True, kw_only=True, config=STRICT)(cls)  # type: ignore[return-value]
 
 
+@dataclass_transform(frozen_default=True, kw_only_default=True)
 def part(kind: str, name: str) -> Callable[[T], T]:
     """Register a class as the choice `name` of a kind (method, times, network, data, ...)."""
 
@@ -287,12 +289,12 @@ def _problem(error: Mapping[str, Any], root: type, source: Source) -> str:
 def validate(root: type, source: Source) -> Any:
     """Build `root` from parsed YAML, or raise RecipeError with every problem, sorted by line."""
     problems = list(source.problems)
+    built: Any = None
     try:
         # JSON mode is strict about types yet takes a list for a tuple, which is all YAML has.
         built = TypeAdapter(root).validate_json(json.dumps(source.data))
     except ValidationError as errors:
         problems += [_problem(e, root, source) for e in errors.errors(include_url=False)]
-        built = None
     except (TypeError, ValueError) as error:
         raise RecipeError(f"{source.where(())}: {error}") from None
     if problems:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 from torch import nn
+
+from fewstep.networks.adapters import Adapted
 
 
 class Roles(Mapping[str, nn.Module]):
@@ -16,9 +19,15 @@ class Roles(Mapping[str, nn.Module]):
 
     def __init__(self, **modules: nn.Module) -> None:
         self._modules = dict(modules)
+        # peft puts an adapter's weights inside the base network; they belong to the adapter's role alone.
+        adapters = {id(p) for m in modules.values() if isinstance(m, Adapted) for p in m.parameters()}
+        self._own = {
+            name: [p for p in m.parameters() if isinstance(m, Adapted) or id(p) not in adapters]
+            for name, m in modules.items()
+        }
         owners: dict[int, str] = {}
-        for name, module in modules.items():
-            for p in module.parameters():
+        for name, own in self._own.items():
+            for p in own:
                 if owners.setdefault(id(p), name) != name:
                     raise ValueError(f"roles {owners[id(p)]!r} and {name!r} own the same parameter")
 
@@ -28,7 +37,7 @@ class Roles(Mapping[str, nn.Module]):
         except KeyError:
             raise KeyError(f"role {name!r} is not part of this run; it has {', '.join(self)}") from None
 
-    def __getattr__(self, name: str) -> nn.Module:
+    def __getattr__(self, name: str) -> Any:
         modules = self.__dict__.get("_modules", {})
         if name not in modules:
             raise AttributeError(f"role {name!r} is not part of this run; it has {', '.join(modules)}")
@@ -47,12 +56,14 @@ class Roles(Mapping[str, nn.Module]):
 
     def parameters(self, *names: str) -> list[nn.Parameter]:
         """The trainable set of some roles, in order."""
-        return [p for name in names for p in self[name].parameters()]
+        for name in names:
+            self[name]  # raises for an unknown role, with the roles there are
+        return [p for name in names for p in self._own[name]]
 
     def train_only(self, *names: str) -> None:
         """requires_grad for exactly these roles, set before the turn's graph is built."""
-        for name, module in self._modules.items():
+        for name, own in self._own.items():
             wanted = name in names
-            for p in module.parameters():
+            for p in own:
                 if p.requires_grad is not wanted and p.is_floating_point():
                     p.requires_grad_(wanted)
