@@ -116,6 +116,8 @@ def recipes_cp(name: str, to: Path, force: Force = False) -> None:
         raise UserError(f"{to}: exists; overwrite it with --force")
     if to.suffix not in (".yaml", ".yml"):
         raise UserError(f"{to}: a recipe's name ends in .yaml")
+    if not to.parent.is_dir():
+        raise UserError(f"{to.parent}: no such folder")
     to.write_text(find(name).read_text())
     typer.echo(f"{to}: run it with `fewstep run {to}`")
 
@@ -139,10 +141,12 @@ def main(argv: list[str] | None = None) -> Any:
     except (RecipeError, UserError) as error:
         typer.echo(f"error: {error}", err=True)
         sys.exit(2)
-    except OSError as error:
-        if error.errno != errno.ENOSPC:
+    except OSError as error:  # a full disk, a missing right, a folder where a file should be
+        if error.errno is None:
             raise
-        typer.echo(f"error: {error.filename or 'output'}: the disk is full; free some space and --resume", err=True)
+        full = error.errno == errno.ENOSPC
+        reason = "the disk is full; free some space and --resume" if full else error.strerror
+        typer.echo(f"error: {error.filename or 'output'}: {reason}", err=True)
         sys.exit(2)
 
 

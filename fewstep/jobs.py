@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import shutil
 from collections.abc import Sequence
 from dataclasses import replace
@@ -36,6 +37,8 @@ GRID = 100
 
 def prepare(recipe: Recipe, run: Path, resume: bool, force: bool) -> None:
     """Claim a run directory: new, or the same recipe's to continue, or emptied by --force."""
+    if run.exists() and not run.is_dir():
+        raise UserError(f"{run}: is a file; choose another --out")
     if run.exists() and any(run.iterdir()):
         if force:
             if not (run / "recipe.yaml").is_file():
@@ -87,8 +90,12 @@ def run_recipe(name: str, settings: Sequence[str], out: Path | None, resume: boo
         _train(trainer, run, main)
     except KeyboardInterrupt:
         if main:
+            again = shlex.join(["fewstep", "run", name, *settings, "--out", str(run), "--resume"])
             console.print(
-                f"stopped at step {trainer.progress.done}; continue with: fewstep run {name} --resume"
+                f"stopped at step {trainer.progress.done}; continue with: {again}",
+                soft_wrap=True,
+                highlight=False,
+                markup=False,
             )
         raise SystemExit(130) from None
     trainer.accelerator.wait_for_everyone()
