@@ -52,10 +52,12 @@ def solver_step(
         return moved
     if solver != "heun":
         raise ValueError(f"solver {solver!r} is not one of 'ddim', 'euler', 'heun'")
-    if bool((here.process.sigma(s) == 0).any()):
+    at_end = here.process.sigma(s) == 0
+    if bool(at_end.all()):
         return moved
-    there = net(moved, s, cond).velocity()
-    return x + h * 0.5 * (velocity + there)
+    # Rows that end at sigma = 0 are asked at t instead: their second slope is not used, and must not be NaN.
+    there = net(moved, torch.where(at_end, t, s), cond).velocity()
+    return torch.where(bc(at_end, x).bool(), moved, x + h * 0.5 * (velocity + there))
 
 
 def solve(net: Net, x: Tensor, times: Tensor, cond: Any = None, solver: Solver = "ddim") -> Tensor:

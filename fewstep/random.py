@@ -77,14 +77,16 @@ class Draws:
     def uniform(self, *shape: int) -> Tensor:
         """float64 in (0, 1), shape (b, *shape)."""
         count = math.prod(shape)
-        return ((_shift(self._bits(count), 11) + 0.5) * 2.0**-53).reshape(len(self), *shape)
+        # 52 bits and a half: with 53 the largest value would round to 1.
+        return ((_shift(self._bits(count), 12).double() + 0.5) * 2.0**-52).reshape(len(self), *shape)
 
     def normal(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         """Standard normal numbers of shape (b, *shape), by Box and Muller from pairs of 32-bit uniforms."""
         count = math.prod(shape)
         bits = self._bits((count + 1) // 2)
-        radius = torch.sqrt(-2 * torch.log((_shift(bits, 32) + 0.5) * 2.0**-32))
-        angle = ((bits & 0xFFFFFFFF) + 0.5) * (2 * math.pi * 2.0**-32)
+        work = torch.float64 if dtype == torch.float64 else torch.float32
+        radius = torch.sqrt(-2 * torch.log((_shift(bits, 32).to(work) + 0.5) * 2.0**-32))
+        angle = ((bits & 0xFFFFFFFF).to(work) + 0.5) * (2 * math.pi * 2.0**-32)
         both = torch.stack((radius * torch.cos(angle), radius * torch.sin(angle)), -1)
         return both.reshape(len(self), -1)[:, :count].reshape(len(self), *shape).to(dtype)
 

@@ -65,7 +65,7 @@ def sample(
         x0 of shape (b, *d), not clamped. Raises ValueError when fresh noise is needed and not given.
     """
     process: Process = net.process  # type: ignore[attr-defined]
-    times = times_of(torch.tensor(sampler.steps), process).to(noise.device)
+    times = times_of(torch.tensor(sampler.steps, dtype=torch.float64), process).to(noise.device)
     b = noise.shape[0]
     x = process.prior(noise, times[0].expand(b))
     if sampler.kind == "ode":
