@@ -4,6 +4,7 @@ matter.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -32,7 +33,8 @@ def pipeline_generate(
     Returns:
         indices -> (N, C, H, W) fp32 in [-1, 1].
     """
-    accepts_batch_size = "batch_size" in pipeline.__call__.__code__.co_varnames
+    # diffusers wraps __call__ in no_grad; signature() looks through the wrapper.
+    accepts_batch_size = "batch_size" in inspect.signature(pipeline.__call__).parameters
 
     def generate(indices: list[int]) -> Tensor:
         arguments = dict(call)

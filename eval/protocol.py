@@ -175,7 +175,8 @@ def load_preset(name_or_path: str | os.PathLike[str]) -> Preset:
         raise FileNotFoundError(f"preset {name_or_path}: not one of {preset_names()} and not a YAML file")
     try:
         content: dict[str, Any] = yaml.safe_load(path.read_text())
-        return TypeAdapter(Preset).validate_python(content)
+        # Strict mode takes mappings for dataclasses only from JSON.
+        return TypeAdapter(Preset).validate_json(json.dumps(content))
     except yaml.YAMLError as error:
         raise ValueError(f"{path}: not YAML ({error})") from None
     except ValidationError as error:
