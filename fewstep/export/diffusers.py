@@ -42,21 +42,21 @@ class Exported:
 def schedule(steps: Sequence[float]) -> tuple[int, str]:
     """(num_train_timesteps, call arguments) that make CMStochasticIterativeScheduler visit levels u exactly.
 
-    The scheduler's k-th grid point of T is u = 1 - k / (T - 1). Evenly spaced levels 1, (N-1)/N, ... are its
-    own spacing for T = N + 1; any other list needs T - 1 to be a common denominator, passed as `timesteps`.
+    The scheduler's grid is Karras's between its own sigma_max and sigma_min. With sigma_max set to the level of
+    the first step, level u stands at u / steps[0] of it, and its k-th point of T at 1 - k / (T - 1). Evenly spaced
+    levels are its own spacing for T = N + 1; others need T - 1 to be a common denominator, passed as `timesteps`.
     Raises UserError when there is none below 10,000.
     """
     n = len(steps)
-    if all(abs(u - (1 - i / n)) < 1e-9 for i, u in enumerate(steps)):
+    depth = [1 - u / steps[0] for u in steps]
+    if all(abs(d - i / n) < 1e-9 for i, d in enumerate(depth)):
         return n + 1, f"num_inference_steps={n}"
-    fractions = [Fraction(1 - u).limit_denominator(9_999) for u in steps]
+    fractions = [Fraction(d).limit_denominator(9_999) for d in depth]
     common = 1
     for f in fractions:
         common = common * f.denominator // _gcd(common, f.denominator)
-    if common > 9_999 or any(abs(float(f) - (1 - u)) > 1e-9 for f, u in zip(fractions, steps, strict=True)):
-        raise UserError(
-            f"export: steps {list(steps)} lie on no grid of up to 10,000 points; round them, say to 1/1000"
-        )
+    if common > 9_999 or any(abs(float(f) - d) > 1e-9 for f, d in zip(fractions, depth, strict=True)):
+        raise UserError(f"export: steps {list(steps)} lie on no grid of up to 10,000 points; round them, say to 1/1000")
     index = [int(f * common) for f in fractions]
     return common + 1, f"num_inference_steps=None, timesteps={index[::-1]}"
 
@@ -159,7 +159,7 @@ def export(
     scheduler = CMStochasticIterativeScheduler(
         num_train_timesteps=count,
         sigma_min=process.sigma_min,
-        sigma_max=process.sigma_max,
+        sigma_max=float(process.grid(torch.tensor(product.sampler.steps[0], dtype=torch.float64))),
         sigma_data=process.sigma_data,
         rho=process.rho,
         clip_denoised=False,  # training never clamps between steps
