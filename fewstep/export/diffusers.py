@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from fewstep.config import UserError
@@ -56,7 +57,9 @@ def schedule(steps: Sequence[float]) -> tuple[int, str]:
     for f in fractions:
         common = common * f.denominator // _gcd(common, f.denominator)
     if common > 9_999 or any(abs(float(f) - d) > 1e-9 for f, d in zip(fractions, depth, strict=True)):
-        raise UserError(f"export: steps {list(steps)} lie on no grid of up to 10,000 points; round them, say to 1/1000")
+        raise UserError(
+            f"export: steps {list(steps)} lie on no grid of up to 10,000 points; round them, say to 1/1000"
+        )
     index = [int(f * common) for f in fractions]
     return common + 1, f"num_inference_steps=None, timesteps={index[::-1]}"
 
@@ -106,7 +109,7 @@ def _aside(folder: Path) -> Iterator[Path]:
         if folder.exists():
             shutil.rmtree(folder)
         aside.rename(folder)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         raise UserError(f"export: {folder} could not be written: {error}") from None
     finally:
         shutil.rmtree(aside, ignore_errors=True)

@@ -91,6 +91,19 @@ def read_scheduler(config: dict[str, Any], where: str) -> tuple[Process, str, Ti
     return process, _PREDICTIONS[config["prediction_type"]], "index"
 
 
+def _check_whole(path: str, unet: Path) -> None:
+    from safetensors import SafetensorError, safe_open
+
+    for file in sorted(unet.glob("*.safetensors")):
+        try:
+            with safe_open(file, framework="pt"):
+                pass
+        except (SafetensorError, OSError) as error:
+            raise UserError(
+                f"teacher {path}: unet/{file.name} is truncated or damaged ({file.stat().st_size} bytes): {error}"
+            ) from None
+
+
 def load_denoiser(path: str, classes: int | None = None) -> Denoiser:
     """Open a pipeline folder (unet/ and scheduler/) with a UNet2DModel as a Denoiser in float32.
 
@@ -121,15 +134,34 @@ def load_denoiser(path: str, classes: int | None = None) -> Denoiser:
         extra = f"; {found[0]} is a pickle: convert it with safetensors first" if found else ""
         raise UserError(f"teacher {path}: unet/ has no .safetensors file{extra}")
     process, prediction, time_input = read_scheduler(_read_json(schedule), str(schedule))
+    _check_whole(path, unet)
     from diffusers import UNet2DModel
     from safetensors import SafetensorError
 
     from fewstep.networks.unet2d import UNet2D
 
     try:
-        model = UNet2DModel.from_pretrained(unet, use_safetensors=True, low_cpu_mem_usage=False)
+        model, told = UNet2DModel.from_pretrained(
+            unet,
+            use_safetensors=True,
+            low_cpu_mem_usage=False,
+            torch_dtype=torch.float32,
+            output_loading_info=True,
+        )
     except (SafetensorError, OSError, RuntimeError, ValueError) as error:
         raise UserError(f"teacher {path}: the weights in unet/ cannot be loaded: {error}") from None
+    # diffusers only warns and leaves what the file lacks at random.
+    for kind, what in (("missing_keys", "lack"), ("unexpected_keys", "hold the unknown")):
+        if told[kind]:
+            raise UserError(
+                f"teacher {path}: the weights in unet/ {what} {sorted(told[kind])[0]} "
+                f"({len(told[kind])} in all); they are of another network than unet/config.json says"
+            )
+    if model.config.out_channels != model.config.in_channels:
+        raise UserError(
+            f"teacher {path}: has {model.config.out_channels} output channels for {model.config.in_channels} input "
+            "channels; networks that also predict a variance are not supported"
+        )
     rows = model.config.num_class_embeds or 0
     if rows and classes is None:
         classes = rows
@@ -138,5 +170,5 @@ def load_denoiser(path: str, classes: int | None = None) -> Denoiser:
             f"teacher {path}: has {rows} class embeddings, which fits {rows} classes (or {rows - 1} and a null "
             f"class), not {classes}"
         )
-    net = UNet2D(model.to(torch.float32), classes if rows and classes else 0)
+    net = UNet2D(model, classes if rows and classes else 0)
     return Denoiser(net, process, prediction, time_input).eval()
