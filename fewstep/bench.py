@@ -105,7 +105,6 @@ def by_hand(recipe: Recipe) -> Callable[[], None]:
             d = denoise(critic, x + t[:, None, None, None] * torch.randn_like(x), t, c)
             handle.remove()
             dsm = (((d - x) ** 2).mean((1, 2, 3)) * (t**2 + data**2) / (t * data) ** 2).mean()
-            t = lognormal(m.gan_times)
             real_logit = head(encode(critic, real + t[:, None, None, None] * torch.randn_like(real), t, c))
             loss = F.softplus(head(kept[0])).mean() + F.softplus(-real_logit).mean()
             (dsm + m.discriminator_weight * loss).backward()

@@ -192,7 +192,7 @@ def export(
             "done": product.done,
         }
         (aside / "README.md").write_text(model_card(facts, dump(product.recipe), results))
-        told = {"kind": "renoise", "steps": list(product.sampler.steps), "classes": product.classes}
+        told = {"kind": "renoise", "steps": [u / product.sampler.steps[0] for u in product.sampler.steps], "classes": product.classes}
         (aside / "fewstep.json").write_text(json.dumps(told))
     return Exported(folder, lines, parity)
 

@@ -47,7 +47,7 @@ class DMD2:
     gan_loss: Literal["logistic", "hinge"] = "logistic"
     """Official: logistic (softplus)."""
     gan_shares_noise: bool = False
-    """True: the discriminator reads the critic's features of its own denoising call, which saves a pass."""
+    """True: the discriminator trains at the critic's levels, on the features of its denoising call: a pass less."""
     r1_weight: float = 0.0
     """Weight of the finite-difference R1 of the discriminator (APT; FastGen uses 100 to 1000 on its scale)."""
 
@@ -110,8 +110,9 @@ class DMD2:
                 fake_logits = roles.discriminator.logits(denoised.features)
             else:
                 fake_logits = self.look(roles, batch, x)
-            tau, noise = self.gan_times.sample(batch.draws, process), batch.noise()
-            seen, _ = add_noise(process, real, noise, tau)
+            # Real and fake must come from one distribution of levels, or the logit learns the level's odds.
+            tau = t if shared else self.gan_times.sample(batch.draws, process)
+            seen, _ = add_noise(process, real, batch.noise(), tau)
             real_logits = roles.discriminator(seen, tau, batch.cond)
             loss = obj.logistic_discriminator if self.gan_loss == "logistic" else obj.hinge_discriminator
             losses["discriminator"] = self.discriminator_weight * loss(real_logits, fake_logits)
