@@ -1,25 +1,37 @@
 if __name__ != "fewstep.kernels":
-    raise ImportError("import fewstep.kernels, not kernels: this folder is mapped into the fewstep package")
+    # transformers imports whatever is called kernels to read its version, so from the root of this checkout
+    # only a use of the module may fail, not its import.
+    __version__ = "0"
 
-from .api import Choice, attention, attention_jvp, attention_tangent, explain
-from .arguments import IMPLEMENTATIONS
-from .context import register_diffusers_backend, use_fewstep_attention
-from .merge import merge
-from .ranges import KeyRange, Ranges, Segment, block_causal, teacher_forcing
+    def __getattr__(name: str) -> object:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        raise ImportError(
+            "import fewstep.kernels, not kernels: this folder is mapped into the fewstep package"
+        )
 
-__all__ = [
-    "IMPLEMENTATIONS",
-    "Choice",
-    "KeyRange",
-    "Ranges",
-    "Segment",
-    "attention",
-    "attention_jvp",
-    "attention_tangent",
-    "block_causal",
-    "explain",
-    "merge",
-    "register_diffusers_backend",
-    "teacher_forcing",
-    "use_fewstep_attention",
-]
+else:
+    from .api import Choice, attention, attention_jvp, attention_tangent, explain
+    from .arguments import IMPLEMENTATIONS
+    from .context import register_diffusers_backend, use_fewstep_attention
+    from .ema import ema_update
+    from .merge import merge
+    from .ranges import KeyRange, Ranges, Segment, block_causal, teacher_forcing
+
+    __all__ = [
+        "IMPLEMENTATIONS",
+        "Choice",
+        "KeyRange",
+        "Ranges",
+        "Segment",
+        "attention",
+        "attention_jvp",
+        "attention_tangent",
+        "block_causal",
+        "ema_update",
+        "explain",
+        "merge",
+        "register_diffusers_backend",
+        "teacher_forcing",
+        "use_fewstep_attention",
+    ]

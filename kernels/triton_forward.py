@@ -80,7 +80,7 @@ def row_shift(
 
 @triton.jit
 def _over_keys(
-    m, l, r, acc_o, acc_t, x, q, tq, lse2, rows, row_stop, lo, hi, K, V, TK, TV, Mask,
+    m, den, r, acc_o, acc_t, x, q, tq, lse2, rows, row_stop, lo, hi, K, V, TK, TV, Mask,
     stride_kn, stride_kd, stride_vn, stride_vd, stride_tkn, stride_tkd, stride_tvn, stride_tvd,
     stride_mn, stride_mm, scale, columns_d, columns_v, D, DV,
     HAS_TQ: tl.constexpr, HAS_TK: tl.constexpr, HAS_TV: tl.constexpr, TANGENT: tl.constexpr,
@@ -103,7 +103,7 @@ def _over_keys(
             safe = tl.where(top == float("-inf"), 0.0, top)
             p = tl.exp2(s - safe[:, None])
             decay = tl.exp2(m - safe)
-            l = l * decay + tl.sum(p, 1)
+            den = den * decay + tl.sum(p, 1)
             acc_o = tl.dot(p.to(v.dtype), v, acc_o * decay[:, None], input_precision=PRECISION)
             m = top
             if TANGENT:
@@ -120,12 +120,12 @@ def _over_keys(
             h = p * ((t - x[:, None]) * scale)
             r += tl.sum(h, 1)
             acc_t = tl.dot(h.to(v.dtype), v, acc_t, input_precision=PRECISION)
-    return m, l, r, acc_o, acc_t
+    return m, den, r, acc_o, acc_t
 
 
 @triton.jit
 def attention_kernel(
-    Q, K, V, TQ, TK, TV, Mask, O, TO, LSE, MU, Tiles, Spans,
+    Q, K, V, TQ, TK, TV, Mask, Out, TO, LSE, MU, Tiles, Spans,
     stride_qb, stride_qh, stride_qn, stride_qd, stride_kb, stride_kh, stride_kn, stride_kd,
     stride_vb, stride_vh, stride_vn, stride_vd, stride_tqb, stride_tqh, stride_tqn, stride_tqd,
     stride_tkb, stride_tkh, stride_tkn, stride_tkd, stride_tvb, stride_tvh, stride_tvn, stride_tvd,
@@ -137,7 +137,7 @@ def attention_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
     UP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One query tile of one head. With GIVEN, O and LSE are inputs and only TO and MU are written."""
+    """One query tile of one head. With GIVEN, Out and LSE are inputs and only TO and MU are written."""
     tile = tl.program_id(0)
     b = (tl.program_id(1) // H).to(tl.int64)
     h = (tl.program_id(1) % H).to(tl.int64)
@@ -148,7 +148,7 @@ def attention_kernel(
     TQ += b * stride_tqb + h * stride_tqh
     TK += b * stride_tkb + h * stride_tkh
     TV += b * stride_tvb + h * stride_tvh
-    O += b * stride_ob + h * stride_oh
+    Out += b * stride_ob + h * stride_oh
     TO += b * stride_tob + h * stride_toh
     Mask += b * stride_mb + h * stride_mh
 
@@ -174,7 +174,7 @@ def attention_kernel(
         tq = load_rows(TQ, rows, row_stop, stride_tqn, columns_d, stride_tqd, D, UP)
 
     m = tl.full((BLOCK_M,), float("-inf"), tl.float32)
-    l = tl.zeros((BLOCK_M,), tl.float32)
+    den = tl.zeros((BLOCK_M,), tl.float32)
     r = tl.zeros((BLOCK_M,), tl.float32)
     x = tl.zeros((BLOCK_M,), tl.float32)
     acc_o = tl.zeros((BLOCK_M, BLOCK_V), tl.float32)
@@ -204,8 +204,8 @@ def attention_kernel(
         for i in range(first, middle):
             lo = tl.load(Spans + 2 * i)
             hi = tl.load(Spans + 2 * i + 1)
-            m, l, r, acc_o, acc_t = _over_keys(
-                m, l, r, acc_o, acc_t, x, q, tq, lse2, rows, row_stop, lo, hi, K, V, TK, TV, Mask,
+            m, den, r, acc_o, acc_t = _over_keys(
+                m, den, r, acc_o, acc_t, x, q, tq, lse2, rows, row_stop, lo, hi, K, V, TK, TV, Mask,
                 stride_kn, stride_kd, stride_vn, stride_vd, stride_tkn, stride_tkd, stride_tvn, stride_tvd,
                 stride_mn, stride_mm, scale, columns_d, columns_v, D, DV,
                 HAS_TQ, False, False, TANGENT, GIVEN, CAUSAL, MASK, BLOCK_N, UP, PRECISION,
@@ -213,8 +213,8 @@ def attention_kernel(
         for i in range(middle, last):
             lo = tl.load(Spans + 2 * i)
             hi = tl.load(Spans + 2 * i + 1)
-            m, l, r, acc_o, acc_t = _over_keys(
-                m, l, r, acc_o, acc_t, x, q, tq, lse2, rows, row_stop, lo, hi, K, V, TK, TV, Mask,
+            m, den, r, acc_o, acc_t = _over_keys(
+                m, den, r, acc_o, acc_t, x, q, tq, lse2, rows, row_stop, lo, hi, K, V, TK, TV, Mask,
                 stride_kn, stride_kd, stride_vn, stride_vd, stride_tkn, stride_tkd, stride_tvn, stride_tvd,
                 stride_mn, stride_mm, scale, columns_d, columns_v, D, DV,
                 HAS_TQ, HAS_TK, HAS_TV, TANGENT, GIVEN, CAUSAL, MASK, BLOCK_N, UP, PRECISION,
@@ -228,8 +228,8 @@ def attention_kernel(
                 q, tq, K, TK, 0, hi, stride_kn, stride_kd, stride_tkn, stride_tkd, columns_d, D,
                 HAS_TQ, HAS_TK, BLOCK_M, BLOCK_N, UP,
             )  # fmt: skip
-        m, l, r, acc_o, acc_t = _over_keys(
-            m, l, r, acc_o, acc_t, x, q, tq, lse2, rows, row_stop, 0, hi, K, V, TK, TV, Mask,
+        m, den, r, acc_o, acc_t = _over_keys(
+            m, den, r, acc_o, acc_t, x, q, tq, lse2, rows, row_stop, 0, hi, K, V, TK, TV, Mask,
             stride_kn, stride_kd, stride_vn, stride_vd, stride_tkn, stride_tkd, stride_tvn, stride_tvd,
             stride_mn, stride_mm, scale, columns_d, columns_v, D, DV,
             HAS_TQ, HAS_TK, HAS_TV, TANGENT, GIVEN, CAUSAL, MASK, BLOCK_N, UP, PRECISION,
@@ -238,18 +238,18 @@ def attention_kernel(
     offsets = rows.to(tl.int64)[:, None] * stride_on + columns_v[None, :] * stride_od
     written = inside[:, None] & (columns_v[None, :] < DV)
     if GIVEN:
-        o = tl.load(O + offsets, mask=written, other=0.0).to(tl.float32)
+        o = tl.load(Out + offsets, mask=written, other=0.0).to(tl.float32)
         to = acc_t - r[:, None] * o
         dead = tl.load(LSE + head + rows, mask=inside, other=0.0) == float("-inf")
         mu = tl.where(dead, 0.0, r + x * scale)
     else:
-        dead = l == 0.0
-        total = tl.where(dead, 1.0, l)
+        dead = den == 0.0
+        total = tl.where(dead, 1.0, den)
         o = acc_o / total[:, None]
         r = r / total
         to = acc_t / total[:, None] - r[:, None] * o
         mu = tl.where(dead, 0.0, r + x * scale)
-        tl.store(O + offsets, o.to(O.dtype.element_ty), mask=written)
+        tl.store(Out + offsets, o.to(Out.dtype.element_ty), mask=written)
         lse = tl.where(dead, float("-inf"), (m + tl.log2(total)) * LN2)
         tl.store(LSE + head + rows, lse, mask=inside)
     if TANGENT:

@@ -166,7 +166,7 @@ def test_gradient_of_lse_and_of_the_tangent_only_pass_raise():
 
     q, k, v, tq, tk, tv = tensors(6, 9, 4, 5)
     q.requires_grad_(True)
-    o, to, lse, mu = attention_jvp(q, k, v, tq, tk, tv, impl="chunked", return_lse=True, return_mu=True)
+    o, _, lse, mu = attention_jvp(q, k, v, tq, tk, tv, impl="chunked", return_lse=True, return_mu=True)
     with pytest.raises(RuntimeError, match="gradient of lse and mu is not implemented"):
         torch.autograd.grad(lse.sum(), q, retain_graph=True)
     with pytest.raises(RuntimeError, match="gradient of lse and mu is not implemented"):
