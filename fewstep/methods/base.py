@@ -8,6 +8,7 @@ from typing import Any, ClassVar, Protocol
 
 from torch import Tensor, nn
 
+from fewstep.data.base import Data
 from fewstep.random import Draws
 from fewstep.roles import Roles
 from fewstep.sampling import Sampler
@@ -26,8 +27,9 @@ class Needs:
     """True: gradients flow through the teacher to its input (SiD, LADD)."""
     frozen: frozenset[str] = frozenset({"teacher"})
     """Those of `roles` that no optimiser ever steps (teacher, target networks)."""
-    state: Callable[[], nn.Module] | None = None
-    """Makes the method's own buffers (ratio bins, banks); they become the role `state`, checkpointed with it."""
+    state: Callable[[Data], nn.Module] | None = None
+    """Makes the method's own buffers (ratio bins, banks) for a data set's shape and classes; they become the
+    role `state`, checkpointed with it."""
 
     @property
     def trained(self) -> frozenset[str]:

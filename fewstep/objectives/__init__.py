@@ -18,8 +18,20 @@ from fewstep.objectives.adversarial import (
 from fewstep.objectives.adversarial import (
     r1_finite as r1_finite,
 )
+from fewstep.objectives.divergence import (
+    divergence_weight as divergence_weight,
+)
+from fewstep.objectives.divergence import (
+    expanded_divergence as expanded_divergence,
+)
+from fewstep.objectives.inverse import (
+    inverse_matching as inverse_matching,
+)
 from fewstep.objectives.regression import (
     dsm as dsm,
+)
+from fewstep.objectives.regression import (
+    moment_divergence as moment_divergence,
 )
 from fewstep.objectives.regression import (
     mse as mse,
@@ -38,6 +50,9 @@ from fewstep.objectives.score import (
 )
 from fewstep.objectives.score import (
     score_difference as score_difference,
+)
+from fewstep.objectives.score import (
+    score_weight as score_weight,
 )
 from fewstep.objectives.score import (
     toward as toward,

@@ -52,8 +52,8 @@ def x0_weight(kind: Weight, process: Process, t: Tensor, sigma_data: float = 0.5
         return (alpha**2 + sigma**2) / sigma**2
     if kind == "edm":
         data = process.sigma_data if isinstance(process, EDM) else sigma_data
-        ratio = sigma / alpha
-        return (ratio**2 + data**2) / (ratio * data) ** 2
+        # The published quotient multiplied out, so that pure noise (alpha = 0) has its limit 1 / sigma_d^2.
+        return alpha**2 / sigma**2 + 1 / data**2
     if kind == "snr_truncated":
         return (alpha**2 / sigma**2).clamp_min(1)
     raise ValueError(f"weight {kind!r} is not one of {', '.join(get_args(Weight))}")
@@ -87,3 +87,13 @@ def dsm(
     scale = (process.alpha(t) + process.sigma(t)) / process.sigma(t)
     error = bc(scale * sigma_ts, x) * (prediction.x0 - target)
     return mse(error, torch.zeros_like(error), (1 / sigma_ts**2).clamp_max(clamp))
+
+
+def moment_divergence(x: Tensor, mean: float, variance: float) -> Tensor:
+    """Mean over the batch of KL(N(m_i, v_i) || N(mean, variance)), m_i and v_i the moments of the sample's elements.
+
+    A regulariser without parameters that holds brightness and contrast (Decoupled DMD, arXiv 2511.22677).
+    """
+    flat = x.flatten(1)
+    v = flat.var(1, unbiased=False).clamp_min(1e-8)
+    return (0.5 * ((v + (flat.mean(1) - mean) ** 2) / variance - 1 - torch.log(v / variance))).mean()

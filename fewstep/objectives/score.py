@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Literal, get_args
+
 import torch
 from torch import Tensor
 
 from fewstep.prediction import Prediction
+from fewstep.process import Process, bc
 
 
 def score_difference(fake: Prediction, real: Prediction) -> Tensor:
@@ -29,3 +32,24 @@ def toward(x: Tensor, gradient: Tensor) -> Tensor:
     """
     gradient = torch.nan_to_num(gradient.detach(), nan=0.0, posinf=0.0, neginf=0.0)
     return 0.5 * ((x - (x - gradient).detach()) ** 2).mean()
+
+
+ScoreWeight = Literal["dmd", "kl", "sigma2", "one"]
+
+
+def score_weight(kind: ScoreWeight, process: Process, t: Tensor, x: Tensor, real: Tensor) -> Tensor:
+    """Weight (b, 1, ...) of D_fake - D_real for a student sample x noised to t (b,).
+
+    dmd: 1 / <|x - D_real|> (DMD, eq. 8). kl: alpha^2/sigma^2, which makes it d KL(q_t || p_t) / dx (Diff-Instruct,
+    arXiv 2305.18455). sigma2: alpha sigma, SwiftBrush's sigma^2 (eps_T - eps_F) (arXiv 2312.05239). one: 1.
+    """
+    if kind == "dmd":
+        return dmd_normalizer(x, real)
+    alpha, sigma = bc(process.alpha(t), x), bc(process.sigma(t), x)
+    if kind == "kl":
+        return alpha**2 / sigma**2
+    if kind == "sigma2":
+        return alpha * sigma
+    if kind == "one":
+        return torch.ones_like(alpha)
+    raise ValueError(f"weight {kind!r} is not one of {', '.join(get_args(ScoreWeight))}")

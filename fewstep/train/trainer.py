@@ -173,7 +173,7 @@ class Trainer:
 
     def _make_state(self, stage: Stage) -> None:
         make = stage.method.needs().state  # type: ignore[attr-defined]
-        self.roles = self.roles.with_state(make().to(self.device) if make else None)
+        self.roles = self.roles.with_state(make(self.data).to(self.device) if make else None)
 
     def optimizer(self, updates: tuple[str, ...], stage: Stage, times: int) -> TurnOptimizer:
         """The one optimiser of a set of roles; a role in two sets is refused."""

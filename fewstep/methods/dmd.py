@@ -1,0 +1,101 @@
+"""DMD, the first version: score matching anchored by teacher pairs (arXiv 2311.18828)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, ClassVar, Literal
+
+import torch
+
+from fewstep import objectives as obj
+from fewstep.config import choice, part
+from fewstep.guidance import guided
+from fewstep.jump import Solver
+from fewstep.methods.base import Batch, Losses, Needs, Turn
+from fewstep.methods.terms import noised, readings, track
+from fewstep.objectives.regression import Weight
+from fewstep.pairs import Pairs
+from fewstep.roles import Roles
+from fewstep.rollout import rollout
+from fewstep.sampling import Sampler, many_step
+from fewstep.times import Uniform
+
+
+@part("method", "dmd")
+class DMD:
+    """DMD2's score difference without GAN, plus a regression of the student onto the teacher's own pairs."""
+
+    cites: ClassVar[tuple[str, ...]] = ("2311.18828",)
+
+    level: float = 1.0
+    """Level u of the one step."""
+    times: choice("times") = Uniform()  # type: ignore[valid-type]
+    """Re-noising level of the score difference, U(0.02, 0.98)."""
+    guidance: float = 1.0
+    """Guidance scale of the teacher, in the score difference and in the pairs."""
+    critic_steps: int = 1
+    """Critic updates per student update; 1 in the paper."""
+    critic_times: choice("times") = Uniform(low=0.0, high=1.0)  # type: ignore[valid-type]
+    """Noise level of the critic's denoising loss."""
+    critic_weight: Weight = "x0"
+    """Weight of the critic's x0 error: "edm" for EDM networks."""
+    regression_weight: float = 0.25
+    """Weight of the regression: 0.25 with LPIPS for CIFAR-10 and ImageNet."""
+    distance: Literal["mse", "pseudo_huber"] = "mse"
+    """Distance of the regression in pixels or latents. The paper has LPIPS, a network this one does without."""
+    pairs: int = 512
+    """Size of the pair bank, solved by the teacher when the method starts and kept in the checkpoints."""
+    pair_steps: int = 18
+    """Solver steps of a pair (paper: Heun, 18 for CIFAR-10, 256 for ImageNet)."""
+    pair_solver: Solver = "heun"
+
+    def __post_init__(self) -> None:
+        if not 0 < self.level <= 1:
+            raise ValueError(f"level must lie in (0, 1], not {self.level}")
+        for name in ("critic_steps", "pairs", "pair_steps"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+        if self.regression_weight < 0:
+            raise ValueError(f"regression_weight must not be negative, not {self.regression_weight}")
+
+    def needs(self) -> Needs:
+        roles = frozenset({"teacher", "student", "critic"})
+        if not self.regression_weight:
+            return Needs(roles)
+        return Needs(roles, pairs=True, state=lambda data: Pairs(self.pairs, data))
+
+    def turns(self, roles: Roles, step: int) -> Iterator[Turn]:
+        if self.regression_weight:
+            roles.state.fill(roles, many_step(self.pair_steps, self.pair_solver), self.guidance)  # type: ignore[operator]
+        yield Turn(("student",), lambda batch: self.student_losses(roles, batch))
+        yield Turn(("critic",), lambda batch: self.critic_losses(roles, batch), times=self.critic_steps)
+
+    def sampler(self) -> Sampler:
+        return Sampler(kind="renoise", steps=(self.level,))
+
+    def student_losses(self, roles: Roles, batch: Batch) -> Iterator[Losses]:
+        x = rollout(roles.student, batch.draws, batch.shape, (self.level,), batch.cond).x
+        x_tau, tau = noised(self.times, roles, batch, x.detach())
+        with torch.no_grad():
+            real = guided(roles.teacher, x_tau, tau, batch.cond, batch.null_cond, self.guidance)
+            fake = roles.critic(x_tau, tau, batch.cond)
+        gradient = obj.score_difference(fake, real) * obj.dmd_normalizer(x.detach(), real.x0)
+        losses = Losses({"match": obj.toward(x, gradient)}, readings(x.detach(), real, gradient))
+        if self.regression_weight:
+            losses["regress"] = self.regression_weight * self.regression(roles, batch)
+        yield losses
+
+    def regression(self, roles: Roles, batch: Batch) -> Any:
+        """Distance of the student's answer to a pair's noise from the pair's sample, a scalar."""
+        noise, target, cond = roles.state.draw(batch.draws)  # type: ignore[operator]
+        process: Any = roles.student.process
+        level = torch.tensor(self.level, dtype=torch.float64, device=noise.device)
+        t = process.grid(level).expand(len(noise))
+        x = roles.student(process.prior(noise, t), t, cond).x0
+        if self.distance == "mse":
+            return obj.mse(x, target)
+        return obj.pseudo_huber_element(x, target, 0.03)
+
+    def critic_losses(self, roles: Roles, batch: Batch) -> Iterator[Losses]:
+        x = rollout(roles.student, batch.draws, batch.shape, (self.level,), batch.cond, grad=False).x
+        yield Losses({"dsm": track(roles, batch, x, self.critic_times, self.critic_weight)})

@@ -1,0 +1,127 @@
+"""EM distillation: short Langevin chains correct the student's own samples (arXiv 2405.16852)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from fewstep import objectives as obj
+from fewstep.config import choice, part
+from fewstep.guidance import guided
+from fewstep.methods.base import Batch, Losses, Needs, Turn
+from fewstep.methods.terms import readings, scaled, track
+from fewstep.objectives.regression import Weight
+from fewstep.objectives.score import ScoreWeight
+from fewstep.prediction import Prediction
+from fewstep.roles import Roles
+from fewstep.rollout import rollout
+from fewstep.sampling import Sampler
+from fewstep.times import Uniform
+
+
+@dataclass(frozen=True)
+class Chain:
+    """State of a chain: latents z and eps (b, *d), the share of eps that is injected noise, the last score gap."""
+
+    z: Tensor
+    eps: Tensor
+    noise: Tensor
+    real: Prediction
+
+
+@part("method", "emd")
+class EMD:
+    """Move (eps, z) of x_t = alpha g(z) + sigma eps along teacher minus critic score, then regress g onto the result."""
+
+    cites: ClassVar[tuple[str, ...]] = ("2405.16852",)
+
+    level: float = 1.0
+    """Level u of the one step."""
+    times: choice("times") = Uniform()  # type: ignore[valid-type]
+    """Noise level of the chain."""
+    langevin: int = 4
+    """Langevin steps K; 16 in the paper's best ImageNet-64 run, 1 in its fast ones."""
+    step_eps: float = 0.16
+    """Step size of eps, 0.4^2."""
+    step_z: float = 1.6e-5
+    """Step size of z, 0.004^2; 0 leaves z alone and saves the products with the student's Jacobian."""
+    cancel_noise: bool = True
+    """Take the propagated noise out of the regression target (the paper's noise cancellation)."""
+    weight: ScoreWeight = "dmd"
+    """Weight of the correction in x0 units, as for a score difference."""
+    guidance: float = 1.0
+    critic_steps: int = 1
+    """Critic updates per student update."""
+    critic_times: choice("times") = Uniform(low=0.0, high=1.0)  # type: ignore[valid-type]
+    critic_weight: Weight = "x0"
+
+    def __post_init__(self) -> None:
+        if not 0 < self.level <= 1:
+            raise ValueError(f"level must lie in (0, 1], not {self.level}")
+        if self.langevin < 1 or self.critic_steps < 1:
+            raise ValueError(
+                f"langevin and critic_steps must be at least 1, not {self.langevin}, {self.critic_steps}"
+            )
+        if not 0 < self.step_eps < 1 or not 0 <= self.step_z < 1:
+            raise ValueError(f"need 0 < step_eps < 1 and 0 <= step_z < 1, not {self.step_eps}, {self.step_z}")
+
+    def needs(self) -> Needs:
+        return Needs(frozenset({"teacher", "student", "critic"}))
+
+    def turns(self, roles: Roles, step: int) -> Iterator[Turn]:
+        yield Turn(("student",), lambda batch: self.student_losses(roles, batch))
+        yield Turn(("critic",), lambda batch: self.critic_losses(roles, batch), times=self.critic_steps)
+
+    def sampler(self) -> Sampler:
+        return Sampler(kind="renoise", steps=(self.level,))
+
+    def generate(self, roles: Roles, z: Tensor, cond: Any) -> Tensor:
+        """g(z), the student's x0 from latent noise."""
+        process: Any = roles.student.process
+        t = process.grid(torch.full((len(z),), self.level, dtype=torch.float64, device=z.device))
+        return roles.student(process.prior(z, t), t, cond).x0
+
+    def student_losses(self, roles: Roles, batch: Batch) -> Iterator[Losses]:
+        process: Any = roles.student.process
+        z, tau, eps = batch.noise(), self.times.sample(batch.draws, process), batch.noise()
+        chain = self.chain(roles, batch, z, eps, tau)
+        x = self.generate(roles, chain.z, batch.cond)
+        drift = chain.eps - chain.noise if self.cancel_noise else chain.eps
+        # x_t^K - alpha g(z^K) = sigma eps^K, of which the drift is the part to learn. In x0 units, and by the
+        # step size, so that one step without z is exactly VSD.
+        gap = -scaled(process.sigma(tau) / (process.alpha(tau) * self.step_eps), drift)
+        weight = obj.score_weight(self.weight, process, tau, x.detach(), chain.real.x0)
+        gradient = gap * weight
+        yield Losses({"match": obj.toward(x, gradient)}, readings(x.detach(), chain.real, gradient))
+
+    def chain(self, roles: Roles, batch: Batch, z: Tensor, eps: Tensor, tau: Tensor) -> Chain:
+        """K joint updates of (eps, z) from the student's own sample."""
+        process: Any = roles.student.process
+        noise = eps
+        for _ in range(self.langevin):
+            moved = z.detach().requires_grad_(bool(self.step_z))
+            with torch.set_grad_enabled(bool(self.step_z)):
+                x = self.generate(roles, moved, batch.cond)
+            with torch.no_grad():
+                x_tau = scaled(process.alpha(tau), x) + scaled(process.sigma(tau), eps)
+                real = guided(roles.teacher, x_tau, tau, batch.cond, batch.null_cond, self.guidance)
+                gap = real.x0 - roles.critic(x_tau, tau, batch.cond).x0
+            # sigma (s_T - s_F) = (alpha / sigma)(D_T - D_F), finite at any level above 0.
+            push = scaled(process.alpha(tau) / process.sigma(tau), gap)
+            fresh = math.sqrt(2 * self.step_eps) * batch.noise()
+            if self.step_z:
+                cotangent = scaled(process.alpha(tau) / process.sigma(tau), push)
+                (pull,) = torch.autograd.grad(x, moved, cotangent)
+                z = z + self.step_z * (pull - z) + math.sqrt(2 * self.step_z) * batch.noise()
+            eps = eps + self.step_eps * (push - eps) + fresh
+            noise = (1 - self.step_eps) * noise + fresh
+        return Chain(z.detach(), eps, noise, real)
+
+    def critic_losses(self, roles: Roles, batch: Batch) -> Iterator[Losses]:
+        x = rollout(roles.student, batch.draws, batch.shape, (self.level,), batch.cond, grad=False).x
+        yield Losses({"dsm": track(roles, batch, x, self.critic_times, self.critic_weight)})

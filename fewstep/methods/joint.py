@@ -1,0 +1,102 @@
+"""Several methods on one student at once: rCM's consistency plus score difference, and any other sum."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any, ClassVar
+
+from torch import nn
+
+from fewstep.config import choice, config, part
+from fewstep.methods.base import Batch, Losses, Needs, Turn
+from fewstep.random import Draws, fold
+from fewstep.roles import Roles
+from fewstep.sampling import Sampler
+
+
+@config
+class Share:
+    """One method and the weight of its losses."""
+
+    method: choice("method")  # type: ignore[valid-type]
+    weight: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.weight <= 0:
+            raise ValueError(f"weight must be positive, not {self.weight}")
+
+
+@part("method", "joint")
+class Joint:
+    """Turns of several methods, merged where they update the same roles equally often: losses add, one step.
+
+    The first method's draws are its own; the others have streams of their own on the same batch of data. The
+    student is sampled as the first method says (rCM, arXiv 2510.08431, has sCM and DMD2).
+    """
+
+    cites: ClassVar[tuple[str, ...]] = ("2510.08431",)
+
+    methods: tuple[Share, ...]
+    """Methods and weights. Two methods must not train one role in different company."""
+
+    def __post_init__(self) -> None:
+        if not self.methods:
+            raise ValueError("methods is empty; name at least one")
+
+    def needs(self) -> Needs:
+        every = [share.method.needs() for share in self.methods]
+        roles = frozenset().union(*(n.roles for n in every))
+        trained = frozenset().union(*(n.trained for n in every))
+        states = {str(i): n.state for i, n in enumerate(every) if n.state}
+
+        def state(data: Any) -> nn.Module:
+            return nn.ModuleDict({i: make(data) for i, make in states.items()})
+
+        return Needs(
+            roles,
+            data=any(n.data for n in every),
+            pairs=any(n.pairs for n in every),
+            jvp=any(n.jvp for n in every),
+            teacher_grad=any(n.teacher_grad for n in every),
+            frozen=roles - trained,
+            state=state if states else None,
+        )
+
+    def turns(self, roles: Roles, step: int) -> Iterator[Turn]:
+        running = {i: share.method.turns(self._roles(roles, i), step) for i, share in enumerate(self.methods)}
+        while running:
+            groups: dict[tuple[Any, ...], list[tuple[int, Turn]]] = {}
+            for i, turns in list(running.items()):
+                turn = next(turns, None)
+                if turn is None:
+                    del running[i]
+                else:
+                    key = (turn.updates, turn.times, id(turn.batch) if turn.batch else None)
+                    groups.setdefault(key, []).append((i, turn))
+            for members in groups.values():
+                yield self._merged(members)
+
+    def _roles(self, roles: Roles, i: int) -> Roles:
+        if "state" not in roles:
+            return roles
+        state: Any = roles.state
+        own = [module for key, module in state.items() if key == str(i)]
+        return roles.with_state(own[0] if own else None)
+
+    def _merged(self, members: list[tuple[int, Turn]]) -> Turn:
+        def losses(batch: Batch) -> Iterator[Losses]:
+            for i, turn in members:
+                key = fold(batch.draws.key, "joint", i)
+                own = batch if i == 0 else replace(batch, draws=Draws(key, batch.draws.index))
+                for term in turn.losses(own):
+                    yield self._weighted(i, term)
+
+        return replace(members[0][1], losses=losses)
+
+    def _weighted(self, i: int, losses: Losses) -> Losses:
+        share = self.methods[i]
+        return Losses({f"{share.method.name}/{k}": share.weight * v for k, v in losses.items()}, losses.log)
+
+    def sampler(self) -> Sampler:
+        return self.methods[0].method.sampler()

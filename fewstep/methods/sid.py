@@ -1,0 +1,103 @@
+"""Score identity distillation and its relatives: SiD, SIM, inverse matching, SiDA (arXiv 2404.04057)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from fewstep import objectives as obj
+from fewstep.config import choice, part
+from fewstep.guidance import guided
+from fewstep.methods.base import Batch, Losses, Needs, Turn
+from fewstep.methods.terms import Gan, noised, readings, track
+from fewstep.objectives.regression import Weight
+from fewstep.roles import Roles
+from fewstep.rollout import rollout
+from fewstep.sampling import Sampler
+from fewstep.times import LogNormal, SiDTimes, check_steps
+
+
+@part("method", "sid")
+class SiD:
+    """Minimise the Fisher divergence between noised student and teacher, with gradients through both denoisers."""
+
+    cites: ClassVar[tuple[str, ...]] = ("2404.04057", "2410.16794", "2502.01362", "2410.14919")
+
+    steps: tuple[float, ...] = (1.0,)
+    """Levels u of the student; SiD starts one step at sigma 2.5, u = 0.5 of the Karras grid 0.002 to 80."""
+    alpha: float = 1.2
+    """1.2 for CIFAR-10 and ImageNet-64, 1.0 for AFHQ; 0.5 is inverse matching, 1 with `huber` is SIM."""
+    huber: float | None = None
+    """c of SIM's pseudo-Huber distance over mean squares (a published c of a norm, divided by sqrt(d))."""
+    normalize: bool = True
+    """Divide by <|x - D_real|> per sample, as SiD's code does; SIM's distance stands for it."""
+    loss_scale: float = 1.0
+    """Factor on the loss. SiD's code has 100 on the sum over elements, here losses are means (Adam hides it)."""
+    times: choice("times") = SiDTimes()  # type: ignore[valid-type]
+    """Noise level of the loss."""
+    guidance: float = 1.0
+    """Guidance scale of the teacher; 1 in the paper."""
+    critic_steps: int = 1
+    """Critic updates per student update."""
+    critic_times: choice("times") = LogNormal()  # type: ignore[valid-type]
+    """Noise level of the critic's loss, EDM's ln sigma ~ N(-1.2, 1.2^2)."""
+    critic_weight: Weight = "edm"
+    """Weight of the critic's x0 error."""
+    gan: Gan | None = None
+    """SiDA's adversarial term on the critic's features; needs data."""
+
+    def __post_init__(self) -> None:
+        check_steps(self.steps)
+        if self.critic_steps < 1:
+            raise ValueError(f"critic_steps must be at least 1, not {self.critic_steps}")
+        if self.huber is not None and self.huber <= 0:
+            raise ValueError(
+                f"huber must be positive, not {self.huber}; leave it out for the squared distance"
+            )
+        if self.loss_scale <= 0:
+            raise ValueError(f"loss_scale must be positive, not {self.loss_scale}")
+
+    def needs(self) -> Needs:
+        roles = {"teacher", "student", "critic"} | ({"discriminator"} if self.gan else set())
+        return Needs(frozenset(roles), data=self.gan is not None, teacher_grad=True)
+
+    def turns(self, roles: Roles, step: int) -> Iterator[Turn]:
+        updates = ("critic", "discriminator") if self.gan else ("critic",)
+        yield Turn(updates, lambda batch: self.critic_losses(roles, batch), times=self.critic_steps)
+        yield Turn(("student",), lambda batch: self.student_losses(roles, batch))
+
+    def sampler(self) -> Sampler:
+        return Sampler(kind="renoise", steps=self.steps)
+
+    def student_losses(self, roles: Roles, batch: Batch) -> Iterator[Losses]:
+        x = rollout(roles.student, batch.draws, batch.shape, self.steps, batch.cond).x
+        value, log = self.loss(roles, batch, x)
+        losses = Losses({"match": self.loss_scale * value}, log)
+        if self.gan:
+            losses["gan"] = self.gan.generator(roles, batch, x)
+        yield losses
+
+    def loss(self, roles: Roles, batch: Batch, x: Tensor) -> tuple[Tensor, dict[str, Any]]:
+        """The inverse-matching loss of student samples x, and readings.
+
+        At the critic's optimum its expectation is (1 - alpha) times the weighted Fisher divergence: for
+        alpha > 1 it is negative and rises to 0, so it does not measure progress.
+        """
+        x_tau, tau = noised(self.times, roles, batch, x)
+        real = guided(roles.teacher, x_tau, tau, batch.cond, batch.null_cond, self.guidance)
+        fake = roles.critic(x_tau, tau, batch.cond)
+        value = obj.inverse_matching(real, fake, x, alpha=self.alpha, huber=self.huber)
+        if self.normalize and self.huber is None:
+            value = value * obj.dmd_normalizer(x.detach(), real.x0.detach(), floor=1e-5).flatten()
+        return value.mean(), readings(x.detach(), real, obj.score_difference(fake, real).detach())
+
+    def critic_losses(self, roles: Roles, batch: Batch) -> Iterator[Losses]:
+        x = rollout(roles.student, batch.draws, batch.shape, self.steps, batch.cond, grad=False).x
+        losses = Losses({"dsm": track(roles, batch, x, self.critic_times, self.critic_weight)})
+        if self.gan:
+            discriminator = self.gan.discriminator(roles, batch, x)
+            losses.update(discriminator)
+            losses.log.update(discriminator.log)
+        yield losses

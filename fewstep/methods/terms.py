@@ -1,0 +1,129 @@
+"""Terms that several methods share: the critic's regression, the adversarial pair, and readings of health."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from fewstep import objectives as obj
+from fewstep.config import choice, config
+from fewstep.methods.base import Batch, Losses
+from fewstep.objectives.regression import Weight, per_sample, x0_weight
+from fewstep.prediction import Prediction
+from fewstep.process import add_noise, bc
+from fewstep.roles import Roles
+from fewstep.times import Uniform
+
+
+def noised(times: Any, roles: Roles, batch: Batch, x: Tensor, **where: Any) -> tuple[Tensor, Tensor]:
+    """(x_tau, tau): x at a fresh level of `times` with fresh noise; `where` goes to times.sample."""
+    process: Any = roles.student.process
+    tau = times.sample(batch.draws, process, **where)
+    return add_noise(process, x, batch.noise(), tau)[0], tau
+
+
+def dropped(batch: Batch, probability: float) -> Any:
+    """The batch's condition with the null one in place of a random share of rows."""
+    if probability == 0 or batch.cond is None or batch.null_cond is None:
+        return batch.cond
+    drop = batch.draws.uniform() < probability
+
+    def mix(cond: Tensor, null: Tensor) -> Tensor:
+        return torch.where(drop.reshape(-1, *(1,) * (cond.ndim - 1)), null, cond)
+
+    if isinstance(batch.cond, Tensor):
+        return mix(batch.cond, batch.null_cond)
+    return {key: mix(value, batch.null_cond[key]) for key, value in batch.cond.items()}
+
+
+def track(
+    roles: Roles, batch: Batch, x: Tensor, times: Any, weight: Weight, drop_cond: float = 0.0
+) -> Tensor:
+    """The critic's denoising loss on detached student samples x (b, *d); a scalar."""
+    process: Any = roles.student.process
+    t, eps = times.sample(batch.draws, process), batch.noise()
+    return obj.dsm(roles.critic, x.detach(), t, eps, dropped(batch, drop_cond), weight=weight)
+
+
+@config
+class Gan:
+    """A discriminator on noised samples beside a score method: its weights, noise levels and loss."""
+
+    weight: float = 3e-3
+    """Weight of the generator's loss (DMD2: ImageNet-64 3e-3, SD1.5 1e-3, SDXL 5e-3)."""
+    discriminator_weight: float = 1e-2
+    """Weight of the discriminator's loss beside the critic's (DMD2: 1e-2)."""
+    times: choice("times") = Uniform(low=0.0, high=1.0)  # type: ignore[valid-type]
+    """Noise level at which the discriminator looks."""
+    loss: Literal["logistic", "hinge"] = "logistic"
+    r1_weight: float = 0.0
+    """Weight of the finite-difference R1 on real samples (APT, arXiv 2501.08316)."""
+
+    def __post_init__(self) -> None:
+        if self.weight <= 0 or self.discriminator_weight <= 0:
+            raise ValueError("weight and discriminator_weight must be positive; leave the gan out for none")
+        if self.r1_weight < 0:
+            raise ValueError(f"r1_weight must not be negative, not {self.r1_weight}")
+
+    def look(self, roles: Roles, batch: Batch, x: Tensor) -> Tensor:
+        """Logits (b, heads) of x at a fresh noise level."""
+        x_tau, tau = noised(self.times, roles, batch, x)
+        return roles.discriminator(x_tau, tau, batch.cond)
+
+    def generator(self, roles: Roles, batch: Batch, x: Tensor) -> Tensor:
+        """The student's weighted adversarial loss; the gradient flows through the discriminator into x."""
+        loss = obj.logistic_generator if self.loss == "logistic" else obj.hinge_generator
+        return self.weight * loss(self.look(roles, batch, x))
+
+    def discriminator(self, roles: Roles, batch: Batch, x: Tensor) -> Losses:
+        """The discriminator's weighted loss on real data against detached student samples, and its accuracy."""
+        fake_logits = self.look(roles, batch, x.detach())
+        seen, tau = noised(self.times, roles, batch, batch.data())
+        real_logits = roles.discriminator(seen, tau, batch.cond)
+        loss = obj.logistic_discriminator if self.loss == "logistic" else obj.hinge_discriminator
+        losses = Losses({"discriminator": self.discriminator_weight * loss(real_logits, fake_logits)})
+        if self.r1_weight:
+            penalty = obj.r1_finite(lambda z: roles.discriminator(z, tau, batch.cond), seen, batch.noise())
+            losses["r1"] = self.r1_weight * penalty
+        hits = (real_logits > 0).float().mean() + (fake_logits < 0).float().mean()
+        losses.log["discriminator_accuracy"] = (hits / 2).detach()
+        return losses
+
+
+BINS = 4
+
+
+@torch.no_grad()
+def readings(x: Tensor, real: Prediction, gradient: Tensor) -> dict[str, Tensor]:
+    """What `fewstep health` reads, from tensors that a score method has anyway.
+
+    health/contrast: root mean square of x over that of the teacher's denoiser at the least noisy quarter of
+    the levels drawn, where the teacher hardly moves a healthy sample; above 1 the student is oversaturated.
+    health/diversity: root mean square distance of x from the batch mean. health/gradient_k: root mean square
+    of the matching gradient in the k-th quarter of the angle atan2(sigma, alpha).
+    """
+    process, t = real.process, real.t
+    angle = torch.atan2(process.sigma(t), process.alpha(t))
+    clean = angle <= angle.quantile(1 / BINS)
+    out = {
+        "health/contrast": (per_sample(x**2)[clean].mean() / per_sample(real.x0**2)[clean].mean()).sqrt(),
+        "health/diversity": ((x - x.mean(0)) ** 2).mean().sqrt(),
+    }
+    size = per_sample(gradient**2)
+    quarter = (angle / (torch.pi / 2) * BINS).long().clamp(0, BINS - 1)
+    for k in range(BINS):
+        if bool((quarter == k).any()):
+            out[f"health/gradient_{k}"] = size[quarter == k].mean().sqrt()
+    return out
+
+
+def critic_error(prediction: Prediction, x: Tensor, weight: Weight) -> Tensor:
+    """Weighted x0 error of a prediction against x, a scalar."""
+    return obj.mse(prediction.x0, x, x0_weight(weight, prediction.process, prediction.t))
+
+
+def scaled(c: Tensor, x: Tensor) -> Tensor:
+    """c (b,) times x (b, *d)."""
+    return bc(c, x) * x

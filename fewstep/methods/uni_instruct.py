@@ -1,0 +1,101 @@
+"""Uni-Instruct: the time-expanded f-divergences as inverse matching with a density ratio (arXiv 2505.20755)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from fewstep import objectives as obj
+from fewstep.config import choice, part
+from fewstep.guidance import guided
+from fewstep.methods.base import Batch, Losses, Needs, Turn
+from fewstep.methods.terms import Gan, noised, readings, track
+from fewstep.objectives.divergence import Expanded
+from fewstep.objectives.reduce import global_mean
+from fewstep.objectives.regression import Weight
+from fewstep.roles import Roles
+from fewstep.rollout import rollout
+from fewstep.sampling import Sampler
+from fewstep.times import LogNormal, SiDTimes, check_steps
+
+
+@part("method", "uni_instruct")
+class UniInstruct:
+    """SiD with an alpha and a weight per sample that depend on the density ratio, plus the adversarial term."""
+
+    cites: ClassVar[tuple[str, ...]] = ("2505.20755",)
+
+    steps: tuple[float, ...] = (1.0,)
+    """Levels u of the student; the official runs start at sigma 2.5 as SiD does."""
+    divergence: Expanded = "fkl"
+    """fkl gave the best published FID; rkl needs no ratio and is SiD with alpha 1/2."""
+    times: choice("times") = SiDTimes()  # type: ignore[valid-type]
+    """Noise level of the loss."""
+    normalize: bool = True
+    """Divide by <|x - D_real|> per sample, as SiD does."""
+    ratio_clip: tuple[float, float] = (0.1, 20.0)
+    """Smallest and largest p_fake / p_real; where it is clipped it no longer varies with x_t."""
+    normalize_ratio: bool = False
+    """Divide the weight by its mean over the batch (the official "variance reduction", up to the batch size)."""
+    stop_grad_ratio: bool = False
+    """True detaches the ratio, as the released code does; the gradient is then not the divergence's."""
+    guidance: float = 1.0
+    """Guidance scale of the teacher."""
+    critic_steps: int = 1
+    """Critic updates per student update."""
+    critic_times: choice("times") = LogNormal()  # type: ignore[valid-type]
+    """Noise level of the critic's loss."""
+    critic_weight: Weight = "edm"
+    """Weight of the critic's x0 error."""
+    gan: Gan = Gan(weight=1e-2, discriminator_weight=1.0)
+    """The discriminator that gives the ratio and its adversarial loss; official weights 0.01 (of 100) and 1."""
+
+    def __post_init__(self) -> None:
+        check_steps(self.steps)
+        if self.critic_steps < 1:
+            raise ValueError(f"critic_steps must be at least 1, not {self.critic_steps}")
+        if not 0 < self.ratio_clip[0] < self.ratio_clip[1]:
+            raise ValueError(f"ratio_clip must be 0 < low < high, not {list(self.ratio_clip)}")
+
+    def needs(self) -> Needs:
+        roles = frozenset({"teacher", "student", "critic", "discriminator"})
+        return Needs(roles, data=True, teacher_grad=True)
+
+    def turns(self, roles: Roles, step: int) -> Iterator[Turn]:
+        updates = ("critic", "discriminator")
+        yield Turn(updates, lambda batch: self.critic_losses(roles, batch), times=self.critic_steps)
+        yield Turn(("student",), lambda batch: self.student_losses(roles, batch))
+
+    def sampler(self) -> Sampler:
+        return Sampler(kind="renoise", steps=self.steps)
+
+    def student_losses(self, roles: Roles, batch: Batch) -> Iterator[Losses]:
+        x = rollout(roles.student, batch.draws, batch.shape, self.steps, batch.cond).x
+        value, log = self.loss(roles, batch, x)
+        yield Losses({"match": value, "gan": self.gan.generator(roles, batch, x)}, log)
+
+    def loss(self, roles: Roles, batch: Batch, x: Tensor) -> tuple[Tensor, dict[str, Any]]:
+        """Inverse matching of student samples x with the divergence's alpha and weight, and readings."""
+        x_tau, tau = noised(self.times, roles, batch, x)
+        real = guided(roles.teacher, x_tau, tau, batch.cond, batch.null_cond, self.guidance)
+        fake = roles.critic(x_tau, tau, batch.cond)
+        ratio = (-roles.discriminator(x_tau, tau, batch.cond).mean(1)).exp().clamp(*self.ratio_clip)
+        alpha, weight = obj.expanded_divergence(
+            self.divergence, ratio.detach() if self.stop_grad_ratio else ratio
+        )
+        if self.normalize_ratio:
+            weight = weight / global_mean(weight)
+        value = obj.inverse_matching(real, fake, x, alpha=alpha, ratio=weight)
+        if self.normalize:
+            value = value * obj.dmd_normalizer(x.detach(), real.x0.detach(), floor=1e-5).flatten()
+        return value.mean(), readings(x.detach(), real, obj.score_difference(fake, real).detach())
+
+    def critic_losses(self, roles: Roles, batch: Batch) -> Iterator[Losses]:
+        x = rollout(roles.student, batch.draws, batch.shape, self.steps, batch.cond, grad=False).x
+        losses = Losses({"dsm": track(roles, batch, x, self.critic_times, self.critic_weight)})
+        discriminator = self.gan.discriminator(roles, batch, x)
+        losses.update(discriminator)
+        losses.log.update(discriminator.log)
+        yield losses

@@ -1,0 +1,98 @@
+"""Variational score distillation of a generator: SwiftBrush, Diff-Instruct and PG-SB (arXiv 2312.05239, 2305.18455)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from fewstep import objectives as obj
+from fewstep.config import choice, part
+from fewstep.guidance import guided
+from fewstep.methods.base import Batch, Losses, Needs, Turn
+from fewstep.methods.terms import noised, readings, track
+from fewstep.objectives.regression import Weight
+from fewstep.objectives.score import ScoreWeight
+from fewstep.roles import Roles
+from fewstep.rollout import rollout
+from fewstep.sampling import Sampler
+from fewstep.times import Uniform, check_steps
+
+
+@part("method", "vsd")
+class VSD:
+    """Follow teacher score minus critic score at noised student samples; the critic is a LoRA or a full copy."""
+
+    cites: ClassVar[tuple[str, ...]] = ("2312.05239", "2305.18455", "2412.02687")
+
+    steps: tuple[float, ...] = (1.0,)
+    """Levels u the student is sampled at; the papers have one."""
+    times: choice("times") = Uniform()  # type: ignore[valid-type]
+    """Re-noising level of the score difference; U(0.02, 0.98) in SwiftBrush's code."""
+    weight: ScoreWeight = "sigma2"
+    """Weight of the score difference: sigma2 is SwiftBrush's; kl makes it the gradient of KL (Diff-Instruct)."""
+    guidance: float | tuple[float, float] = 1.0
+    """Guidance scale w; a pair draws w uniformly between the two for each update (PG-SB: 0.5 to 4)."""
+    guide_critic: bool = True
+    """SwiftBrush and PG-SB guide the critic with the same w; False is Diff-Instruct and DMD."""
+    critic_steps: int = 1
+    """Critic updates per student update; 1 in the three papers."""
+    critic_times: choice("times") = Uniform(low=0.0, high=1.0)  # type: ignore[valid-type]
+    """Noise level of the critic's denoising loss."""
+    critic_weight: Weight = "x0"
+    """Weight of the critic's x0 error; SwiftBrush has alpha^2 times "eps"."""
+    drop_cond: float = 0.1
+    """Probability that the critic trains without its condition, which guiding it needs (SwiftBrush: 0.1)."""
+    real: str = "teacher"
+    """Role that plays the teacher; DisBack names a checkpoint of the teacher's degradation."""
+
+    def __post_init__(self) -> None:
+        check_steps(self.steps)
+        if self.critic_steps < 1:
+            raise ValueError(f"critic_steps must be at least 1, not {self.critic_steps}")
+        if isinstance(self.guidance, tuple) and not self.guidance[0] < self.guidance[1]:
+            raise ValueError(f"guidance {list(self.guidance)} must be one number or a pair low < high")
+        if not 0 <= self.drop_cond <= 1:
+            raise ValueError(f"drop_cond must lie in [0, 1], not {self.drop_cond}")
+
+    def needs(self) -> Needs:
+        return Needs(frozenset({self.real, "student", "critic"}), frozen=frozenset({"teacher", self.real}))
+
+    def turns(self, roles: Roles, step: int) -> Iterator[Turn]:
+        yield Turn(("student",), lambda batch: self.student_losses(roles, batch))
+        yield Turn(("critic",), lambda batch: self.critic_losses(roles, batch), times=self.critic_steps)
+
+    def sampler(self) -> Sampler:
+        return Sampler(kind="renoise", steps=self.steps)
+
+    def student_losses(self, roles: Roles, batch: Batch) -> Iterator[Losses]:
+        x = rollout(roles.student, batch.draws, batch.shape, self.steps, batch.cond).x
+        gradient, log = self.gradient(roles, batch, x.detach())
+        yield Losses({"match": obj.toward(x, gradient)}, log)
+
+    def gradient(self, roles: Roles, batch: Batch, x: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """w(tau) (D_fake - D_real) at a fresh noise level, and readings."""
+        process: Any = roles.student.process
+        x_tau, tau = noised(self.times, roles, batch, x)
+        scale = self.scale(batch)
+        with torch.no_grad():
+            real = guided(roles[self.real], x_tau, tau, batch.cond, batch.null_cond, scale)
+            critic_scale = scale if self.guide_critic else 1.0
+            fake = guided(roles.critic, x_tau, tau, batch.cond, batch.null_cond, critic_scale)
+        weight = obj.score_weight(self.weight, process, tau, x, real.x0)
+        gradient = obj.score_difference(fake, real) * weight
+        return gradient, readings(x, real, gradient)
+
+    def scale(self, batch: Batch) -> float:
+        """This update's guidance scale, the same for every sample of it."""
+        if not isinstance(self.guidance, tuple):
+            return self.guidance
+        low, high = self.guidance
+        return low + (high - low) * batch.draws.shared_integer(2**31) / 2**31
+
+    def critic_losses(self, roles: Roles, batch: Batch) -> Iterator[Losses]:
+        x = rollout(roles.student, batch.draws, batch.shape, self.steps, batch.cond, grad=False).x
+        drop = self.drop_cond if self.guide_critic else 0.0
+        yield Losses({"dsm": track(roles, batch, x, self.critic_times, self.critic_weight, drop)})
