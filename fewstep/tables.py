@@ -1,0 +1,52 @@
+"""Writes README's tables from data: python -m fewstep.tables"""
+
+from __future__ import annotations
+
+import json
+import re
+from importlib.resources import files
+from pathlib import Path
+
+from fewstep.recipe import read, shipped
+
+
+def demo_table() -> str:
+    """The main job's table, from assets/digits-dmd2.json, a copy of a run's report/results.json."""
+    report = json.loads((Path(str(files("fewstep.assets"))) / "digits-dmd2.json").read_text())
+    lines = [
+        "| | FD ± standard error | samples | network calls | s / 1000 images | class accuracy | diversity |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for r in report["rows"]:
+        lines.append(
+            f"| {r['title']} | {r['value']:.2f} ± {r['error']:.2f} | {r['samples']} | {r['calls']} "
+            f"| {r['seconds_per_1000']:.2f} | {100 * r['accuracy']:.1f} % | {r['diversity']:.2f} |"
+        )
+    return "\n".join(lines)
+
+
+def recipes_table() -> str:
+    """Every shipped recipe with its results."""
+    lines = ["| recipe | method | what | result |", "|---|---|---|---|"]
+    for name in shipped():
+        data = read(name).data
+        found = [f"{r['metric']} {r['value']} (N={r['samples']}, {r['source']})" for r in data.get("results", [])]
+        lines.append(f"| `{name}` | {data['method']['name']} | {data['about']} | {'; '.join(found)} |")
+    return "\n".join(lines)
+
+
+def fill(text: str, name: str, table: str) -> str:
+    """Replace what stands between <!-- name:begin --> and <!-- name:end -->."""
+    pattern = re.compile(rf"(<!-- {name}:begin -->\n).*?(<!-- {name}:end -->)", re.S)
+    if not pattern.search(text):
+        raise ValueError(f"README has no block {name}")
+    return pattern.sub(lambda m: f"{m[1]}{table}\n{m[2]}", text)
+
+
+def main(readme: Path = Path("README.md")) -> None:
+    text = fill(readme.read_text(), "demo", demo_table())
+    readme.write_text(fill(text, "recipes", recipes_table()))
+
+
+if __name__ == "__main__":
+    main()
