@@ -2,6 +2,7 @@ if __name__ != "fewstep.kernels":
     # transformers imports whatever is called kernels to read its version, so from the root of this checkout
     # only a use of the module may fail, not its import.
     __version__ = "0"
+    __path__ = []  # kernels.api and the others are not to be found, so no module exists under two names
 
     def __getattr__(name: str) -> object:
         if name.startswith("__"):
