@@ -16,6 +16,7 @@ from fewstep.config import UserError
 from fewstep.data.base import Data
 from fewstep.methods.base import Batch, Turn
 from fewstep.networks.adapters import enable_checkpointing
+from fewstep.objectives.trajectory import probe
 from fewstep.random import Draws, fold
 from fewstep.recipe import Recipe, Stage
 from fewstep.roles import Roles
@@ -168,8 +169,19 @@ class Trainer:
                 raise UserError(
                     f"copy: {target} and {source} are different networks; their weights cannot be copied"
                 ) from None
+        if stage.method.needs().jvp:  # type: ignore[attr-defined]
+            self._probe_tangent(stage)
         for ema in self.ema:
             ema.reset(self.roles.student)
+
+    def _probe_tangent(self, stage: Stage) -> None:
+        """Refuse to train on a forward-mode derivative that finite differences do not confirm."""
+        batch = self.batch(stage, (0, 0), 0)
+        process, rows = self.roles.student.process, min(len(batch), 8)
+        u = torch.linspace(0.3, 0.8, rows, dtype=torch.float64, device=self.device)
+        t = process.grid(u)
+        cond = None if batch.cond is None else tree_rows(batch.cond, rows)
+        probe(self.roles.student, batch.noise()[:rows], t, process.grid(u / 2), cond)
 
     def _make_state(self, stage: Stage) -> None:
         make = stage.method.needs().state  # type: ignore[attr-defined]
@@ -357,6 +369,11 @@ class Trainer:
             )
         if into > 0:
             progress.stage, progress.step = (last, into) if into < stages[last].steps else (last + 1, 0)
+
+
+def tree_rows(cond: Any, rows: int) -> Any:
+    """The first rows of a condition, a tensor or a mapping of tensors."""
+    return cond[:rows] if isinstance(cond, Tensor) else {k: v[:rows] for k, v in cond.items()}
 
 
 def _main_thread() -> bool:

@@ -1,0 +1,100 @@
+"""Consistency models (arXiv 2303.01469): CD, CT, iCT (2310.14189), ECT (2406.14548) and LCM (2310.04378) by switches."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from fewstep.config import choice, part
+from fewstep.jump import Solver, ask, clean
+from fewstep.legs import Teacher, between
+from fewstep.methods.base import Batch, Losses, Needs, Turn
+from fewstep.objectives.trajectory import Distance, distance, follow
+from fewstep.pairings import CTGrid, Grid, ct_decay, ct_points
+from fewstep.process import add_noise, bc
+from fewstep.roles import Roles
+from fewstep.sampling import Sampler
+from fewstep.times import check_steps
+
+
+@part("method", "consistency")
+class Consistency:
+    """Answers at two neighbouring times agree. source teacher: CD and LCM; source data: CT, iCT, ECT."""
+
+    cites: ClassVar[tuple[str, ...]] = ("2303.01469", "2310.14189", "2406.14548", "2310.04378")
+
+    source: Literal["teacher", "data"] = "teacher"
+    """How x_u follows from x_t: one step of the teacher's solver (CD), or the same data and noise (CT)."""
+    pairing: choice("pairing") = Grid()  # type: ignore[valid-type]
+    """The two times: grid (CD, LCM), ct, ict, ect."""
+    solver: Solver = "heun"
+    """CD: heun; LCM: ddim; ECT's distillation: euler."""
+    guidance: tuple[float, float] = (1.0, 1.0)
+    """Range of the teacher's guidance scale (LCM 6 to 16 in the w = 1 is none convention)."""
+    embed_guidance: bool = False
+    """True: the student takes the scale as its input w (LCM); it must be built with inputs: [w]."""
+    distance: Distance = "mse"
+    """CD mse or LPIPS, iCT and ECT huber_sample, LCM huber."""
+    c: float = 1e-3
+    """Constant of the Huber distances: LCM 1e-3; iCT .00054 and ECT 0 (1e-8), both on the root mean square."""
+    weight: Literal["one", "gap"] = "one"
+    """one (CD, CT, LCM), gap: 1 / (t - u) (iCT, ECT)."""
+    target_decay: float | Literal["ct"] | None = None
+    """None: the target is the student itself (iCT, ECT). A number: its EMA in the role `target` (CD .95, LCM
+    .95). ct: the curriculum mu(k) of CT."""
+    steps: tuple[float, ...] = (1.0,)
+    """Levels u at which it is sampled, with re-noising."""
+    sample_guidance: float | None = None
+    """Scale at sampling when it is embedded; the middle of `guidance` when left out."""
+
+    def __post_init__(self) -> None:
+        check_steps(self.steps)
+        if self.guidance[0] > self.guidance[1]:
+            raise ValueError(f"guidance must be a range low, high, not {list(self.guidance)}")
+        if self.target_decay == "ct" and not isinstance(self.pairing, CTGrid):
+            raise ValueError("target_decay: ct needs the pairing ct, whose grid sets it")
+
+    def needs(self) -> Needs:
+        roles = {"student"} | ({"teacher"} if self.source == "teacher" else set())
+        roles |= {"target"} if self.target_decay is not None else set()
+        return Needs(frozenset(roles), data=True, frozen=frozenset({"teacher", "target"}))
+
+    def turns(self, roles: Roles, step: int) -> Iterator[Turn]:
+        yield Turn(("student",), lambda batch: self.losses(roles, batch, step))
+        if self.target_decay is not None:
+            follow(roles.target, roles.student, self.decay(step))
+
+    def decay(self, step: int) -> float:
+        """The target's EMA decay at a step."""
+        if self.target_decay == "ct":
+            p = self.pairing
+            return ct_decay(ct_points(min(step, p.total), p.total, p.start, p.end), p.start)
+        return float(self.target_decay or 0.0)
+
+    def losses(self, roles: Roles, batch: Batch, step: int) -> Iterator[Losses]:
+        process: Any = roles.student.process
+        t, u = self.pairing.sample(batch.draws, process, step)
+        x0, eps = batch.data(), batch.noise()
+        x_t, _ = add_noise(process, x0, eps, t)
+        low, high = self.guidance
+        scale: float | Tensor = low if low == high else between(batch.draws, t * 0 + low, t * 0 + high)
+        call = {"w": t * 0 + scale} if self.embed_guidance else {}
+        target_net = roles.student if self.target_decay is None else roles.target
+        end = clean(process, t)
+        with torch.no_grad():
+            if self.source == "teacher":
+                x_u = Teacher(roles.teacher, batch, scale, self.solver).step(x_t, t, u)
+            else:
+                x_u, _ = add_noise(process, x0, eps, u)
+            target = ask(target_net, x_u, u, end, batch.cond, **call).x0
+            target = torch.where(bc(u, x_u) == bc(end, x_u), x_u.to(target.dtype), target)
+        weight = None if self.weight == "one" else 1 / (t - u).clamp_min(1e-6)
+        here = ask(roles.student, x_t, t, end, batch.cond, **call).x0
+        yield Losses({"consistency": distance(here, target, self.distance, self.c, weight)})
+
+    def sampler(self) -> Sampler:
+        middle = sum(self.guidance) / 2 if self.sample_guidance is None else self.sample_guidance
+        return Sampler(kind="renoise", steps=self.steps, guidance=middle if self.embed_guidance else None)

@@ -1,0 +1,116 @@
+"""FreeFlow: Flow Map Distillation Without Data (arXiv 2511.19428): the Lagrangian limit from the prior alone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from fewstep import objectives as obj
+from fewstep.config import choice, part
+from fewstep.guidance import guided
+from fewstep.legs import Teacher
+from fewstep.methods.base import Batch, Losses, Needs, Turn
+from fewstep.methods.meanflow import flow_only
+from fewstep.methods.terms import noised, track
+from fewstep.objectives import trajectory as tr
+from fewstep.process import bc
+from fewstep.roles import Roles
+from fewstep.sampling import Sampler
+from fewstep.times import LogitNormal, Uniform
+
+
+@part("method", "freeflow")
+class FreeFlow:
+    """Prediction: the jump from noise moves with the teacher's velocity at its end. Correction: a score difference."""
+
+    cites: ClassVar[tuple[str, ...]] = ("2511.19428",)
+
+    times: choice("times") = Uniform(low=1e-3, high=1.0)  # type: ignore[valid-type]
+    """End s of the jump from t = 1 (the paper's 1 - delta)."""
+    power: float = 1.0
+    """k of the adaptive weight of the prediction loss (ablation: k = 1)."""
+    c: float = 1e-3
+    guidance: float = 1.0
+    tangent: tr.Tangent = "jvp"
+    """Only along s, so it costs one cheap direction."""
+    correction: float = 1.0
+    """alpha: size of the correction relative to the prediction residual, in [.3, 3]; 0 trains no critic."""
+    fraction: float = 0.25
+    """Share of the batch given to the correction (paper .25)."""
+    critic_steps: int = 1
+    """Critic updates per student update."""
+    critic_times: choice("times") = Uniform(low=1e-3, high=1.0)  # type: ignore[valid-type]
+    correction_times: choice("times") = LogitNormal(mean=0.8, std=1.0)  # type: ignore[valid-type]
+    """Noise level r of the correction, biased to high noise."""
+    correction_guidance: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not 0 < self.fraction < 1:
+            raise ValueError(f"fraction must lie in (0, 1), not {self.fraction}")
+        if self.critic_steps < 1 or self.correction < 0:
+            raise ValueError(
+                f"critic_steps >= 1, correction >= 0, not {self.critic_steps}, {self.correction}"
+            )
+
+    def needs(self) -> Needs:
+        roles = {"teacher", "student"} | ({"critic"} if self.correction else set())
+        return Needs(frozenset(roles), jvp=self.tangent != "central")
+
+    def turns(self, roles: Roles, step: int) -> Iterator[Turn]:
+        flow_only(roles.student.process, "freeflow")
+        yield Turn(("student",), lambda batch: self.losses(roles, batch))
+        if self.correction:
+            yield Turn(("critic",), lambda batch: self.critic_losses(roles, batch), times=self.critic_steps)
+
+    def losses(self, roles: Roles, batch: Batch) -> Iterator[Losses]:
+        x = batch.noise()
+        s = self.times.sample(batch.draws, roles.student.process)
+        residual, error = self.residual(roles, batch, x, s)
+        losses = Losses({"predict": tr.adaptive(error, self.power, self.c)})
+        if self.correction:
+            rows = max(1, int(len(batch) * self.fraction))
+            sample, gradient = self.correct(roles, batch)
+            size = residual.flatten(1).norm(dim=1).mean() / (gradient.flatten(1).norm(dim=1).mean() + 1e-6)
+            losses["correct"] = obj.toward(sample[:rows], (self.correction * size * gradient)[:rows])
+        yield losses
+
+    def residual(self, roles: Roles, batch: Batch, x: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
+        """The Lagrangian residual of the jump 1 -> s (b, *d) and raw minus its target, with a gradient."""
+        process = roles.student.process
+        t = torch.ones_like(s)
+        here = tr.raw_of(roles.student, "velocity", batch.cond)
+        raw = here(x, t, s)
+        moved = tr.tangent(here, (x, t, s), (None, None, torch.ones_like(s)), self.tangent)
+        slope = tr.slopes(process, "velocity", t, s, "s")
+        with torch.no_grad():
+            end = bc(slope.a, x) * x + bc(slope.b, x) * raw
+            v = Teacher(roles.teacher, batch, self.guidance)(end.to(x.dtype), s).velocity()
+            residual = tr.lagrangian(slope, x, raw, moved, v)
+        return residual, raw - tr.toward_raw(raw, residual)
+
+    def correct(self, roles: Roles, batch: Batch) -> tuple[Tensor, Tensor]:
+        """(x, u_fake - u_real): the one-step sample with a gradient, and the difference of noising velocities."""
+        x = self.generate(roles, batch)
+        with torch.no_grad():
+            x_r, r = noised(self.correction_times, roles, batch, x)
+            real = guided(roles.teacher, x_r, r, batch.cond, batch.null_cond, self.correction_guidance)
+            fake = roles.critic(x_r, r, batch.cond)
+        # u = (x - D) / r toward the data, so u_fake - u_real of the paper is (D_fake - D_real) / r.
+        return x, (fake.x0 - real.x0) / bc(r.clamp_min(1e-2), x)
+
+    def generate(self, roles: Roles, batch: Batch) -> Tensor:
+        """One-step samples (b, *d)."""
+        x = batch.noise()
+        one = torch.ones(len(batch), dtype=torch.float64, device=x.device)
+        return roles.student(x, one, batch.cond, s=torch.zeros_like(one)).x0
+
+    def critic_losses(self, roles: Roles, batch: Batch) -> Iterator[Losses]:
+        with torch.no_grad():
+            x = self.generate(roles, batch)
+        yield Losses({"track": track(roles, batch, x, self.critic_times, "x0")})
+
+    def sampler(self) -> Sampler:
+        return Sampler(kind="map", steps=(1.0,))

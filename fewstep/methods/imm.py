@@ -1,0 +1,107 @@
+"""IMM: Inductive Moment Matching (arXiv 2503.07565)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import ClassVar, Literal
+
+import torch
+from pydantic import PositiveInt
+from torch import Tensor
+
+from fewstep.config import choice, part
+from fewstep.legs import between, student_leg
+from fewstep.methods.base import Batch, Losses, Needs, Turn
+from fewstep.process import Process, add_noise, angle_of
+from fewstep.roles import Roles
+from fewstep.sampling import Sampler
+from fewstep.times import Uniform, check_steps
+
+
+def mmd2(x: Tensor, y: Tensor, kind: Literal["laplace", "l2"], scale: Tensor) -> Tensor:
+    """Squared maximum mean discrepancy of groups x, y (g, m, d), diagonals included; (g,).
+
+    laplace: exp(-scale max(|a - b|, 1e-8) / d); l2: -|a - b|^2, whose MMD is twice the squared distance of means.
+    """
+    d = x.shape[-1]
+
+    def k(a: Tensor, b: Tensor) -> Tensor:
+        squared = ((a[:, :, None] - b[:, None]) ** 2).sum(-1)
+        if kind == "l2":
+            return -squared
+        return torch.exp(-scale[:, None, None] * torch.sqrt(squared.clamp_min(1e-16)) / d)
+
+    return (k(x, x) + k(y, y) - 2 * k(x, y)).mean((1, 2))
+
+
+@part("method", "imm")
+class IMM:
+    """Jumps t -> s and u -> s of particles that share (t, u, s) have the same distribution; no teacher."""
+
+    cites: ClassVar[tuple[str, ...]] = ("2503.07565",)
+
+    particles: PositiveInt = 4
+    """M, rows that share their times; must divide the micro-batch."""
+    times: choice("times") = Uniform(low=0.0, high=0.994)  # type: ignore[valid-type]
+    """t; the paper stops at .994 for flow."""
+    k: float = 12.0
+    """u = max(s, eta^-1(eta(t) - range / 2^k)) with eta = sigma / alpha over [0, 160]."""
+    kernel: Literal["laplace", "l2"] = "laplace"
+    """laplace (paper); l2 with one particle is consistency training."""
+    weight: Literal["paper", "one"] = "paper"
+    """paper: sigmoid(b - lambda) (-dlambda/dt) alpha^a / (alpha^2 + sigma^2) / 2 with the full logSNR lambda."""
+    a: int = 1
+    b: float = 5.0
+    clean_end: bool = False
+    """True: always s = 0."""
+    steps: tuple[float, ...] = (1.0,)
+    """Levels; 1.0 is sampled at, although t trains up to .994 of it."""
+
+    def __post_init__(self) -> None:
+        check_steps(self.steps)
+
+    def needs(self) -> Needs:
+        return Needs(frozenset({"student"}), data=True)
+
+    def turns(self, roles: Roles, step: int) -> Iterator[Turn]:
+        yield Turn(("student",), lambda batch: self.losses(roles, batch))
+
+    def shared(self, values: Tensor) -> Tensor:
+        """The first of every `particles` rows for all of them."""
+        if len(values) % self.particles:
+            raise ValueError(f"particles {self.particles} must divide the micro-batch of {len(values)}")
+        return values[:: self.particles].repeat_interleave(self.particles)
+
+    def triple(self, batch: Batch, process: Process) -> tuple[Tensor, Tensor, Tensor]:
+        """(t, u, s), each shared by a group of particles."""
+        t = self.shared(self.times.sample(batch.draws, process)).clamp_min(1e-3)
+        s = torch.zeros_like(t) if self.clean_end else self.shared(between(batch.draws, 0 * t, t))
+        eta = torch.tan(angle_of(process, t)) - 160 / 2**self.k
+        u = torch.maximum(s, process.t_of_angle(torch.atan(eta.clamp_min(0))))
+        return t, torch.minimum(u, t), s
+
+    def losses(self, roles: Roles, batch: Batch) -> Iterator[Losses]:
+        process = roles.student.process
+        t, u, s = self.triple(batch, process)
+        x0, eps = batch.data(), batch.noise()
+        x_t, x_u = (add_noise(process, x0, eps, time)[0] for time in (t, u))
+        own = student_leg(roles.student, batch.cond)
+        with torch.no_grad():
+            there = own(x_u, u, s)
+        here = own(x_t, t, s)
+        groups, first = (len(batch) // self.particles, self.particles, -1), slice(None, None, self.particles)
+        scale = 1 / (t - s)[first].clamp_min(1e-3).to(here.dtype)
+        gap = mmd2(here.reshape(groups), there.reshape(groups), self.kernel, scale)
+        yield Losses({"mmd": (gap * self.weights(process, t[first]).to(gap.dtype)).mean()})
+
+    def weights(self, process: Process, t: Tensor) -> Tensor:
+        """Loss weight (g,)."""
+        if self.weight == "one":
+            return torch.ones_like(t)
+        alpha, sigma = process.alpha(t), process.sigma(t)
+        log_snr = 2 * torch.log(alpha / sigma)
+        slope = 2 * (process.dalpha(t) / alpha - process.dsigma(t) / sigma)
+        return -0.5 * torch.sigmoid(self.b - log_snr) * slope * alpha**self.a / (alpha**2 + sigma**2)
+
+    def sampler(self) -> Sampler:
+        return Sampler(kind="map", steps=self.steps)

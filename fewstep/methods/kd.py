@@ -1,0 +1,64 @@
+"""Knowledge distillation: regress the student onto the end of the teacher's own trajectory (arXiv 2101.02388)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, ClassVar
+
+import torch
+from pydantic import PositiveInt
+
+from fewstep.config import part
+from fewstep.jump import Solver, ask, clean, times_of
+from fewstep.legs import Teacher
+from fewstep.methods.base import Batch, Losses, Needs, Turn
+from fewstep.objectives.trajectory import Distance, distance
+from fewstep.roles import Roles
+from fewstep.sampling import Sampler
+from fewstep.times import check_steps
+
+
+@part("method", "kd")
+class KD:
+    """Both legs are the teacher: from noise through the states at `steps` to the sample, all regressed onto it."""
+
+    cites: ClassVar[tuple[str, ...]] = ("2101.02388",)
+
+    steps: tuple[float, ...] = (1.0,)
+    """Levels u at which the student is trained and sampled; each sees the teacher's state there."""
+    teacher_steps: PositiveInt = 16
+    """Solver steps of the teacher from one level to the next."""
+    solver: Solver = "heun"
+    guidance: float = 1.0
+    """Guidance scale of the teacher; 1 is none."""
+    distance: Distance = "mse"
+
+    def __post_init__(self) -> None:
+        check_steps(self.steps)
+
+    def needs(self) -> Needs:
+        return Needs(frozenset({"teacher", "student"}))
+
+    def turns(self, roles: Roles, step: int) -> Iterator[Turn]:
+        yield Turn(("student",), lambda batch: self.losses(roles, batch))
+
+    def losses(self, roles: Roles, batch: Batch) -> Iterator[Losses]:
+        process: Any = roles.student.process
+        times = [
+            t.expand(len(batch)) for t in times_of(torch.tensor(self.steps), process).to(batch.draws.device)
+        ]
+        end = clean(process, times[0])
+        walk = Teacher(roles.teacher, batch, self.guidance, self.solver).walk(self.teacher_steps)
+        states = [process.prior(batch.noise(), times[0])]
+        with torch.no_grad():
+            for t, s in zip(times, [*times[1:], end], strict=True):
+                states.append(walk(states[-1], t, s))
+        total = sum(
+            distance(ask(roles.student, x, t, end, batch.cond).x0, states[-1], self.distance)
+            for x, t in zip(states[:-1], times, strict=True)
+        )
+        yield Losses({"regress": total / len(times)})
+
+    def sampler(self) -> Sampler:
+        # Re-noising the end gives the marginal at the next level, which is where its states came from.
+        return Sampler(kind="renoise", steps=self.steps)

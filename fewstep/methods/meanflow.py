@@ -1,0 +1,110 @@
+"""MeanFlow (arXiv 2505.13447), from scratch or distilled from a teacher's velocity."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from fewstep.config import UserError, choice, part
+from fewstep.legs import Teacher
+from fewstep.methods.base import Batch, Losses, Needs, Turn
+from fewstep.methods.terms import dropped
+from fewstep.objectives import trajectory as tr
+from fewstep.process import Flow, add_noise, bc
+from fewstep.roles import Roles
+from fewstep.sampling import Sampler
+from fewstep.times import LogitNormal, check_steps
+
+
+def flow_only(process: Any, who: str) -> None:
+    """Raise UserError unless the student speaks the flow process, in which average velocities are defined."""
+    if not isinstance(process, Flow):
+        raise UserError(
+            f"method {who} needs a student with process: {{name: flow}}, not {type(process).__name__}"
+        )
+
+
+@part("method", "meanflow")
+class MeanFlow:
+    """The average velocity u(x, t, s) obeys u = v - (t - s) du/dt; the Eulerian limit with gain -1."""
+
+    cites: ClassVar[tuple[str, ...]] = ("2505.13447",)
+
+    source: Literal["data", "teacher"] = "data"
+    """Velocity v: eps - x0 of the pair (from scratch), or the teacher's (distillation)."""
+    times: choice("times") = LogitNormal(mean=-0.4, std=1.0)  # type: ignore[valid-type]
+    """Distribution of both times; the larger is t (ImageNet; CIFAR: lognormal (-.6, 1.6) and (-4, 1.6))."""
+    apart: float = 0.75
+    """Share of the batch with s < t; the rest has s = t and is flow matching (CIFAR .75, ImageNet .25)."""
+    power: float = 1.0
+    """p of the adaptive weight 1 / (e + c)^p (ImageNet 1, CIFAR .75)."""
+    c: float = 1e-3
+    """c of the adaptive weight, for e a per-sample mean (the paper's 1e-3 is for a sum)."""
+    tangent: tr.Tangent = "jvp"
+    warmup: int = 0
+    """Updates over which du/dt is faded in (FastGen's Wan recipe: 2000)."""
+    guidance: float = 1.0
+    """Scale omega inside the target: the teacher's, or the student's own with kappa (eq. 19)."""
+    kappa: float = 0.0
+    """Share of the student's own conditional velocity in the guided target (ImageNet-XL .92 with omega .2)."""
+    drop_cond: float = 0.0
+    """Share of rows trained without their condition (official .1 with guidance)."""
+    steps: tuple[float, ...] = (1.0,)
+
+    def __post_init__(self) -> None:
+        check_steps(self.steps)
+        if not 0 <= self.apart <= 1 or not 0 <= self.drop_cond <= 1:
+            raise ValueError(f"apart and drop_cond must lie in [0, 1], not {self.apart}, {self.drop_cond}")
+
+    def needs(self) -> Needs:
+        roles = {"student"} | ({"teacher"} if self.source == "teacher" else set())
+        return Needs(frozenset(roles), data=True, jvp=self.tangent != "central")
+
+    def turns(self, roles: Roles, step: int) -> Iterator[Turn]:
+        flow_only(roles.student.process, "meanflow")
+        yield Turn(("student",), lambda batch: self.losses(roles, batch, step))
+
+    def pair(self, batch: Batch, process: Any) -> tuple[Tensor, Tensor]:
+        """(t, s), s <= t; s = t outside the share `apart`."""
+        a, b = (self.times.sample(batch.draws, process) for _ in range(2))
+        t, s = torch.maximum(a, b), torch.minimum(a, b)
+        return t, torch.where(batch.draws.uniform() < self.apart, s, t)
+
+    def losses(self, roles: Roles, batch: Batch, step: int) -> Iterator[Losses]:
+        student, process = roles.student, roles.student.process
+        t, s = self.pair(batch, process)
+        x0, eps = batch.data(), batch.noise()
+        x, _ = add_noise(process, x0, eps, t)
+        cond = dropped(batch, self.drop_cond)
+        with torch.no_grad():
+            v = self.velocity(roles, batch, cond, x, t, eps - x0)
+        here = tr.raw_of(student, "velocity", cond)
+        raw = here(x, t, s)
+        moved = tr.tangent(here, (x, t, s), (v, torch.ones_like(t), None), self.tangent)
+        fade = min(1.0, step / self.warmup) if self.warmup else 1.0
+        residual = tr.eulerian(tr.slopes(process, "velocity", t, s, "t"), x, v, raw.detach(), moved, fade)
+        target = tr.toward_raw(raw.detach(), residual, -1.0)
+        log = {"tangent_norm": moved.flatten(1).norm(dim=1).mean()}
+        yield Losses({"meanflow": tr.adaptive(raw - target, self.power, self.c)}, log)
+
+    def velocity(self, roles: Roles, batch: Batch, cond: Any, x: Tensor, t: Tensor, pair: Tensor) -> Tensor:
+        """The instantaneous velocity that the target follows, guided."""
+        if self.source == "teacher":
+            seen = Batch(batch.draws, batch.shape, batch.x0, cond, batch.null_cond)
+            return Teacher(roles.teacher, seen, self.guidance)(x, t).velocity()
+        if (self.guidance, self.kappa) == (1.0, 0.0) or cond is None or batch.null_cond is None:
+            return pair
+        empty = roles.student(x, t, batch.null_cond).velocity()
+        own = roles.student(x, t, cond).velocity()
+        guided = self.guidance * pair + (1 - self.guidance - self.kappa) * empty + self.kappa * own
+        if not isinstance(cond, Tensor):
+            return guided
+        # Rows without a condition learn the plain field, which the guided one is built from.
+        kept = (cond != batch.null_cond).reshape(len(x), -1).any(1)
+        return torch.where(bc(kept.to(t.dtype), x) > 0, guided, pair)
+
+    def sampler(self) -> Sampler:
+        return Sampler(kind="map", steps=self.steps)

@@ -1,0 +1,90 @@
+"""Reflow (arXiv 2209.03003) and SlimFlow's annealing reflow and flow-guided distillation (arXiv 2407.12718)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import ClassVar, Literal
+
+import torch
+from pydantic import PositiveInt
+from torch import Tensor
+
+from fewstep.config import choice, part
+from fewstep.jump import Solver
+from fewstep.legs import Teacher
+from fewstep.methods.base import Batch, Losses, Needs, Turn
+from fewstep.methods.meanflow import flow_only
+from fewstep.objectives import mse
+from fewstep.process import bc
+from fewstep.roles import Roles
+from fewstep.sampling import Sampler
+from fewstep.times import Uniform, check_steps
+
+
+@part("method", "reflow")
+class Reflow:
+    """Flow matching on the teacher's own (noise, sample) pairs straightens the flow; then one step is distilled."""
+
+    cites: ClassVar[tuple[str, ...]] = ("2209.03003", "2407.12718")
+
+    mode: Literal["reflow", "distill"] = "reflow"
+    """reflow: a velocity at all t; distill: only the one-step end point (SlimFlow's second stage)."""
+    times: choice("times") = Uniform(low=0.0, high=1.0)  # type: ignore[valid-type]
+    teacher_steps: PositiveInt = 16
+    """Solver steps that make a pair."""
+    solver: Solver = "heun"
+    guidance: float = 1.0
+    anneal: int = 0
+    """Updates over which beta falls from 1 to 0 (annealing reflow, 300k in SlimFlow); 0 is plain reflow."""
+    guide_weight: float = 0.0
+    """distill: weight of flow-guided distillation, one teacher step from the student's own straight line."""
+    guide_span: tuple[float, float] = (0.2, 0.8)
+    """Times (noise at 1) at which that teacher step starts."""
+    steps: tuple[float, ...] = (1.0,)
+
+    def __post_init__(self) -> None:
+        check_steps(self.steps)
+        if self.anneal < 0 or not 0 <= self.guide_span[0] < self.guide_span[1] <= 1:
+            raise ValueError("need anneal >= 0 and 0 <= guide_span low < high <= 1")
+
+    def needs(self) -> Needs:
+        return Needs(frozenset({"teacher", "student"}))
+
+    def turns(self, roles: Roles, step: int) -> Iterator[Turn]:
+        flow_only(roles.student.process, "reflow")
+        yield Turn(("student",), lambda batch: self.losses(roles, batch, step))
+
+    def beta(self, step: int) -> float:
+        """Share of fresh noise in z_beta = sqrt(1 - beta^2) z + beta xi, linear to 0."""
+        return max(0.0, 1 - step / self.anneal) if self.anneal else 0.0
+
+    def losses(self, roles: Roles, batch: Batch, step: int) -> Iterator[Losses]:
+        student, z = roles.student, batch.noise()
+        one = torch.ones(len(batch), dtype=torch.float64, device=z.device)
+        teacher = Teacher(roles.teacher, batch, self.guidance, self.solver)
+        with torch.no_grad():
+            x0 = teacher.walk(self.teacher_steps)(z, one, 0 * one).to(z.dtype)
+        if self.mode == "distill":
+            velocity = student(z, one, batch.cond).velocity()
+            losses = Losses({"distill": mse(z - velocity, x0)})
+            if self.guide_weight:
+                low, high = self.guide_span
+                t = low + (high - low) * batch.draws.uniform()
+                with torch.no_grad():
+                    on_line = z - bc(1 - t, z) * velocity
+                    end = teacher(on_line.to(z.dtype), t).x0
+                losses["guide"] = self.guide_weight * mse(z - velocity, end)
+            yield losses
+            return
+        z = interpolate(z, batch.noise(), self.beta(step))
+        t = self.times.sample(batch.draws, student.process)
+        x = bc(1 - t, z) * x0 + bc(t, z) * z
+        yield Losses({"reflow": mse(student(x, t, batch.cond).velocity(), z - x0)})
+
+    def sampler(self) -> Sampler:
+        return Sampler(kind="map", steps=self.steps)
+
+
+def interpolate(z: Tensor, fresh: Tensor, beta: float) -> Tensor:
+    """sqrt(1 - beta^2) z + beta fresh: unit variance at every beta."""
+    return (1 - beta**2) ** 0.5 * z + beta * fresh

@@ -1,0 +1,82 @@
+"""SCFM: velocity self-distillation of a pre-trained flow without a step embedding (arXiv 2510.17858)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import ClassVar
+
+import torch
+from pydantic import PositiveInt
+from torch import Tensor
+
+from fewstep.config import part
+from fewstep.legs import Teacher
+from fewstep.methods.base import Batch, Losses, Needs, Turn
+from fewstep.methods.meanflow import flow_only
+from fewstep.objectives import mse
+from fewstep.objectives.trajectory import follow
+from fewstep.process import add_noise, bc
+from fewstep.roles import Roles
+from fewstep.sampling import Sampler
+from fewstep.times import check_steps, shift
+
+
+@part("method", "scfm")
+class SCFM:
+    """The velocity at t equals that of two Euler steps below it, which straightens the field itself."""
+
+    cites: ClassVar[tuple[str, ...]] = ("2510.17858",)
+
+    nodes: PositiveInt = 32
+    """Intervals of the time grid."""
+    shift: tuple[float, float] = (2.5, 4.5)
+    """Range of the grid's flow shift, one per sample (Flux)."""
+    anchored: float = 0.4
+    """Share of the batch on adjacent nodes of the teacher; the rest follows the EMA over longer skips."""
+    target_decay: float = 0.999
+    """Decay of the EMA student in the role `target`."""
+    guidance: float = 1.0
+    steps: tuple[float, ...] = (1.0, 0.75, 0.5, 0.25)
+
+    def __post_init__(self) -> None:
+        check_steps(self.steps)
+        if self.nodes < 8 or not 0 <= self.anchored <= 1 or not 1 <= self.shift[0] <= self.shift[1]:
+            raise ValueError("need nodes >= 8, anchored in [0, 1] and 1 <= shift low <= high")
+
+    def needs(self) -> Needs:
+        roles = frozenset({"teacher", "student", "target"})
+        return Needs(roles, data=True, frozen=frozenset({"teacher", "target"}))
+
+    def turns(self, roles: Roles, step: int) -> Iterator[Turn]:
+        flow_only(roles.student.process, "scfm")
+        yield Turn(("student",), lambda batch: self.losses(roles, batch))
+        follow(roles.target, roles.student, self.target_decay)
+
+    def nodes_of(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """(anchored, t, middle, end): three nodes `skip` apart on a shifted grid; skip 1 where anchored."""
+        draws = batch.draws
+        anchored = draws.uniform() < self.anchored
+        longest = max(1, (self.nodes // 4).bit_length() - 1)
+        skip = torch.where(anchored, torch.ones(()), 2.0 ** (1 + draws.integers(longest)).double())
+        skip = skip.clamp_max(self.nodes // 2)
+        first = 2 * skip + ((self.nodes - 2 * skip + 1) * draws.uniform()).floor()
+        factor = self.shift[0] + (self.shift[1] - self.shift[0]) * draws.uniform()
+        return anchored, *(shift((first - k * skip) / self.nodes, factor) for k in range(3))
+
+    def losses(self, roles: Roles, batch: Batch) -> Iterator[Losses]:
+        process = roles.student.process
+        anchored, t, middle, end = self.nodes_of(batch)
+        x, _ = add_noise(process, batch.data(), batch.noise(), t)
+        teacher, mask = Teacher(roles.teacher, batch, self.guidance), bc(anchored.to(t.dtype), x) > 0
+
+        def velocity(x: Tensor, t: Tensor) -> Tensor:
+            return torch.where(mask, teacher(x, t).velocity(), roles.target(x, t, batch.cond).velocity())
+
+        with torch.no_grad():
+            first = velocity(x, t)
+            d, e = bc(t - middle, x), bc(middle - end, x)
+            target = (d * first + e * velocity((x - d * first).to(x.dtype), middle)) / (d + e)
+        yield Losses({"straighten": mse(roles.student(x, t, batch.cond).velocity(), target)})
+
+    def sampler(self) -> Sampler:
+        return Sampler(kind="map", steps=self.steps)

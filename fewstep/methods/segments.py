@@ -1,0 +1,105 @@
+"""Segmented consistency: TSCD of Hyper-SD (arXiv 2404.13686) and phased consistency, PCM (arXiv 2405.18407)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import ClassVar, Literal
+
+import torch
+from pydantic import PositiveInt
+from torch import Tensor
+
+from fewstep.config import part
+from fewstep.jump import Solver
+from fewstep.legs import Teacher, between, student_leg
+from fewstep.methods.base import Batch, Losses, Needs, Turn
+from fewstep.methods.terms import Gan, critic_error
+from fewstep.objectives.trajectory import Distance, distance, follow, two_leg
+from fewstep.process import add_noise
+from fewstep.random import Draws
+from fewstep.roles import Roles
+from fewstep.sampling import Sampler
+
+
+@part("method", "segments")
+class Segments:
+    """Consistency inside each of k segments of time; TSCD runs stages of k = 8, 4, 2, 1."""
+
+    cites: ClassVar[tuple[str, ...]] = ("2404.13686", "2405.18407")
+
+    segments: PositiveInt = 1
+    """k; the student then takes k steps, one per segment."""
+    to: Literal["inside", "edge"] = "inside"
+    """inside: s uniform down to the segment's lower edge (TSCD); edge: always the edge (PCM)."""
+    knots: PositiveInt = 64
+    """Points of the solver's grid; a multiple of `segments`."""
+    skip: PositiveInt = 1
+    """Knots between t and u; the leg ends at the edge where it would cross it."""
+    solver: Solver = "ddim"
+    guidance: float = 1.0
+    target_decay: float | None = None
+    """None: the target is the student itself; a number: its EMA in the role `target` (PCM .95)."""
+    distance: Distance = "mse"
+    c: float = 1e-3
+    gan: Gan | None = None
+    """Adversarial loss on the jump's end carried to x0 (late stages of TSCD, PCM); left out: none."""
+
+    def __post_init__(self) -> None:
+        if self.knots % self.segments:
+            raise ValueError(f"knots {self.knots} must be a multiple of segments {self.segments}")
+
+    def needs(self) -> Needs:
+        roles = {"teacher", "student"} | ({"target"} if self.target_decay is not None else set())
+        roles |= {"critic", "discriminator"} if self.gan else set()
+        return Needs(frozenset(roles), data=True, frozen=frozenset({"teacher", "target"}))
+
+    def turns(self, roles: Roles, step: int) -> Iterator[Turn]:
+        yield Turn(("student",), lambda batch: self.losses(roles, batch))
+        if self.target_decay is not None:
+            follow(roles.target, roles.student, self.target_decay)
+        if self.gan:
+            yield Turn(("critic", "discriminator"), lambda batch: self.critic_losses(roles, batch))
+
+    def levels(self, draws: Draws) -> tuple[Tensor, Tensor, Tensor]:
+        """Levels (t, u, s), float64 (b,): t a knot, u its neighbour below, s in [edge, u]."""
+        k = draws.integers(self.knots) + 1
+        size = self.knots // self.segments
+        edge = (k - 1) // size * size
+        u = torch.maximum(k - self.skip, edge)
+        low, high = edge.double() / self.knots, u.double() / self.knots
+        return k.double() / self.knots, high, low if self.to == "edge" else between(draws, low, high)
+
+    def losses(self, roles: Roles, batch: Batch) -> Iterator[Losses]:
+        process = roles.student.process
+        t, u, s = (process.grid(v) for v in self.levels(batch.draws))
+        x, _ = add_noise(process, batch.data(), batch.noise(), t)
+        teacher = Teacher(roles.teacher, batch, self.guidance, self.solver)
+        frozen = roles.student if self.target_decay is None else roles.target
+        target = two_leg(teacher.step, student_leg(frozen, batch.cond), x, t, u, s)
+        here = student_leg(roles.student, batch.cond)(x, t, s)
+        losses = Losses({"consistency": distance(here, target, self.distance, self.c)})
+        if self.gan:
+            losses["gan"] = self.gan.generator(roles, batch, self.sample(roles, batch, x, t))
+        yield losses
+
+    def sample(self, roles: Roles, batch: Batch, x: Tensor, t: Tensor) -> Tensor:
+        """The student's x0 on its way to the clean end."""
+        return student_leg(roles.student, batch.cond)(x, t, roles.student.process.grid(torch.zeros_like(t)))
+
+    def critic_losses(self, roles: Roles, batch: Batch) -> Iterator[Losses]:
+        process = roles.student.process
+        t, _, _ = (process.grid(v) for v in self.levels(batch.draws))
+        noised, _ = add_noise(process, batch.data(), batch.noise(), t)
+        with torch.no_grad():
+            x = self.sample(roles, batch, noised, t)
+        assert self.gan is not None
+        losses = self.gan.discriminator(roles, batch, x)
+        # The trunk keeps denoising the student's samples, so that its features stay those of images.
+        tau = self.gan.times.sample(batch.draws, process)
+        again, _ = add_noise(process, x, batch.noise(), tau)
+        losses["denoise"] = critic_error(roles.critic(again, tau, batch.cond), x, "x0")
+        yield losses
+
+    def sampler(self) -> Sampler:
+        levels = tuple(1 - i / self.segments for i in range(self.segments))
+        return Sampler(kind="map", steps=levels)

@@ -1,0 +1,100 @@
+"""SFD: Simple and Fast Distillation of Diffusion Models, and SFD-v with a variable number of steps (arXiv 2409.19681)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import pairwise
+from typing import Any, ClassVar
+
+import torch
+from pydantic import PositiveInt
+
+from fewstep.config import part
+from fewstep.jump import Solver, ask
+from fewstep.legs import Teacher
+from fewstep.methods.base import Batch, Losses, Needs, Turn
+from fewstep.objectives.trajectory import Distance, distance
+from fewstep.roles import Roles
+from fewstep.sampling import Sampler
+
+
+@part("method", "sfd")
+class SFD:
+    """Few Euler steps follow a finer solver; an optimiser step after each of them, along the student's own path."""
+
+    cites: ClassVar[tuple[str, ...]] = ("2409.19681",)
+
+    counts: tuple[PositiveInt, ...] = (4,)
+    """Numbers of steps; one is drawn per update. Several make SFD-v, whose student should take s."""
+    between: int = 3
+    """M, teacher nodes inside one student interval; 0 makes teacher and student the same."""
+    solver: Solver = "heun"
+    guidance: float = 1.0
+    distance: Distance = "l1"
+    """l1 (official)."""
+    skip_first: bool = False
+    """True: the first step is analytic, with D = 0 (AFS), and is neither called nor trained."""
+
+    def __post_init__(self) -> None:
+        if not self.counts or self.between < 0:
+            raise ValueError(
+                f"counts must not be empty and between not negative: {self.counts}, {self.between}"
+            )
+        if self.skip_first and min(self.counts) < 2:
+            raise ValueError(f"skip_first needs at least 2 steps, not {min(self.counts)}")
+
+    def needs(self) -> Needs:
+        return Needs(frozenset({"teacher", "student"}))
+
+    def turns(self, roles: Roles, step: int) -> Iterator[Turn]:
+        held: dict[str, Any] = {}
+        longest = max(self.counts)
+
+        def losses(batch: Batch, i: int) -> Iterator[Losses]:
+            if i == 0:
+                held.update(batch=batch, **self.path(roles, batch))
+            if i < len(held["times"]) - 1:
+                yield self.step_loss(roles, batch, held, i)
+            else:
+                # A shorter path has fewer steps than turns: the surplus ones retrain its last step.
+                yield self.step_loss(roles, batch, held, len(held["times"]) - 2)
+
+        for i in range(longest):
+            # Every later turn continues on the first one's batch: the path belongs to its noise.
+            yield Turn(("student",), lambda batch, i=i: losses(batch, i), batch=held.get("batch"))
+
+    def levels(self, count: int) -> tuple[float, ...]:
+        """Levels of `count` steps from the prior down, without the clean end."""
+        return tuple(1 - i / count for i in range(count))
+
+    @torch.no_grad()
+    def path(self, roles: Roles, batch: Batch) -> dict[str, Any]:
+        """Times, the teacher's states at them, and the student's start."""
+        process = roles.student.process
+        count = self.counts[batch.draws.shared_integer(len(self.counts))]
+        u = torch.tensor([*self.levels(count), 0.0], dtype=torch.float64, device=batch.draws.device)
+        times = [t.expand(len(batch)) for t in process.grid(u)]
+        walk = Teacher(roles.teacher, batch, self.guidance, self.solver).walk(self.between + 1)
+        states = [process.prior(batch.noise(), times[0])]
+        for t, s in pairwise(times):
+            states.append(walk(states[-1], t, s).to(states[0].dtype))
+        return {"times": times, "states": states, "student": list(states[:1])}
+
+    def step_loss(self, roles: Roles, batch: Batch, held: dict[str, Any], i: int) -> Losses:
+        """Euler step i of the student from its own detached state against the teacher's state; moves the path on."""
+        t, s, path = held["times"][i], held["times"][i + 1], held["student"]
+        x = path[i]
+        if self.skip_first and i == 0:
+            process = roles.student.process
+            with torch.no_grad():
+                moved = x * (process.sigma(s) / process.sigma(t)).to(x.dtype).reshape(
+                    -1, *(1,) * (x.ndim - 1)
+                )
+            path[1:] = [moved]
+            return Losses({"follow": 0.0 * sum(p.sum() for p in roles.student.parameters())})
+        moved = ask(roles.student, x, t, s, batch.cond).at(s)
+        path[i + 1 :] = [moved.detach().to(x.dtype)]
+        return Losses({"follow": distance(moved, held["states"][i + 1], self.distance)})
+
+    def sampler(self) -> Sampler:
+        return Sampler(kind="map", steps=self.levels(self.counts[0]), counts=self.counts)

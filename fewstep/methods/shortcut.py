@@ -1,0 +1,90 @@
+"""Shortcut models (arXiv 2410.12557): one jump equals two of half the length."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import ClassVar, Literal
+
+import torch
+from pydantic import PositiveInt
+from torch import Tensor
+
+from fewstep.config import part
+from fewstep.legs import Teacher, student_leg
+from fewstep.methods.base import Batch, Losses, Needs, Turn
+from fewstep.methods.meanflow import flow_only
+from fewstep.objectives import mse
+from fewstep.objectives.trajectory import follow, two_leg
+from fewstep.process import add_noise, bc
+from fewstep.random import Draws
+from fewstep.roles import Roles
+from fewstep.sampling import Sampler
+
+
+@part("method", "shortcut")
+class Shortcut:
+    """Both legs are the student; flow matching at s = t anchors the finest scale."""
+
+    cites: ClassVar[tuple[str, ...]] = ("2410.12557",)
+
+    finest: PositiveInt = 128
+    """Largest number of steps, a power of two: jumps of 1, 1/2, .. 1/finest."""
+    bootstrap: float = 0.25
+    """Share of the batch for the two-leg loss; the rest is flow matching (paper .25)."""
+    source: Literal["data", "teacher"] = "data"
+    """Flow matching onto eps - x0 (from scratch) or onto the teacher's velocity."""
+    guidance: float = 1.0
+    target_decay: float | None = None
+    """None: targets by the student itself; a number: by its EMA in the role `target` (paper .999)."""
+    counts: tuple[PositiveInt, ...] = (1, 2, 4, 8)
+    """Numbers of steps it may be sampled with, powers of two."""
+
+    def __post_init__(self) -> None:
+        if self.finest & (self.finest - 1) or any(n & (n - 1) or n > self.finest for n in self.counts):
+            raise ValueError(
+                f"finest and counts must be powers of two, not {self.finest}, {list(self.counts)}"
+            )
+        if not 0 <= self.bootstrap <= 1:
+            raise ValueError(f"bootstrap must lie in [0, 1], not {self.bootstrap}")
+
+    def needs(self) -> Needs:
+        roles = {"student"} | ({"teacher"} if self.source == "teacher" else set())
+        roles |= {"target"} if self.target_decay is not None else set()
+        return Needs(frozenset(roles), data=True, frozen=frozenset({"teacher", "target"}))
+
+    def turns(self, roles: Roles, step: int) -> Iterator[Turn]:
+        flow_only(roles.student.process, "shortcut")
+        yield Turn(("student",), lambda batch: self.losses(roles, batch))
+        if self.target_decay is not None:
+            follow(roles.target, roles.student, self.target_decay)
+
+    def jumps(self, draws: Draws) -> tuple[Tensor, Tensor, Tensor]:
+        """(t, middle, s) of dyadic length 1/n, n a power of two below `finest`, on the grid of that length."""
+        levels = self.finest.bit_length() - 1
+        n = 2.0 ** draws.integers(max(levels, 1)).double()
+        t = ((n * draws.uniform()).floor() + 1) / n
+        return t, t - 0.5 / n, t - 1 / n
+
+    def losses(self, roles: Roles, batch: Batch) -> Iterator[Losses]:
+        student, process = roles.student, roles.student.process
+        t, middle, s = self.jumps(batch.draws)
+        boot = batch.draws.uniform() < self.bootstrap
+        t = torch.where(boot, t, batch.draws.uniform())
+        middle, s = torch.where(boot, middle, t), torch.where(boot, s, t)
+        x0, eps = batch.data(), batch.noise()
+        x, _ = add_noise(process, x0, eps, t)
+        own = student_leg(student if self.target_decay is None else roles.target, batch.cond)
+        length = torch.where(boot, t - s, torch.ones_like(t))
+        chord = (x - two_leg(own, own, x, t, middle, s)) / bc(length, x)
+        with torch.no_grad():
+            if self.source == "teacher":
+                plain = Teacher(roles.teacher, batch, self.guidance)(x, t).velocity()
+            else:
+                plain = eps - x0
+        target = torch.where(bc(boot.to(t.dtype), x) > 0, chord, plain)
+        here = student(x, t, batch.cond, s=s).velocity()
+        both = mse(here, target, torch.where(boot, 1.0, 0.0)), mse(here, target, torch.where(boot, 0.0, 1.0))
+        yield Losses({"shortcut": both[0], "flow": both[1]})
+
+    def sampler(self) -> Sampler:
+        return Sampler(kind="map", steps=(1.0,), counts=self.counts)

@@ -1,0 +1,116 @@
+"""Single Trajectory Distillation: consistency along whole teacher trajectories kept in a bank (arXiv 2412.18945)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, ClassVar, Literal
+
+import torch
+from pydantic import PositiveInt
+from torch import Tensor, nn
+
+from fewstep.config import part
+from fewstep.data.base import Data
+from fewstep.legs import Teacher, between, student_leg
+from fewstep.methods.base import Batch, Losses, Needs, Turn
+from fewstep.objectives.trajectory import Distance, distance
+from fewstep.process import add_noise
+from fewstep.random import Draws
+from fewstep.roles import Roles
+from fewstep.sampling import Sampler
+from fewstep.times import check_steps
+
+
+class Bank(nn.Module):
+    """`slots` trajectories in progress: the state x, its knot (0: empty) and its class (-1: none)."""
+
+    def __init__(self, slots: int, shape: tuple[int, ...]) -> None:
+        super().__init__()
+        self.register_buffer("x", torch.zeros(slots, *shape))
+        self.register_buffer("knot", torch.zeros(slots, dtype=torch.long))
+        self.register_buffer("label", torch.full((slots,), -1))
+
+    def put(self, slot: Tensor, x: Tensor, knot: Tensor, label: Tensor | None) -> None:
+        """Store states; of several for one slot the last counts. A state at knot 1 or below has ended."""
+        done = knot <= 1
+        self.x[slot], self.knot[slot] = x.detach().float(), torch.where(done, torch.zeros_like(knot), knot)
+        if label is not None:
+            self.label[slot] = label
+
+
+@part("method", "std")
+class STD:
+    """A CD step at a banked state moves that state one teacher step on, so that training follows real trajectories."""
+
+    cites: ClassVar[tuple[str, ...]] = ("2412.18945",)
+
+    knots: PositiveInt = 50
+    """Knots of the DDIM grid."""
+    strength: float = 1.0
+    """Level at which trajectories start from noised data (.75 for image-to-image; 1 for noise)."""
+    slots: PositiveInt = 256
+    """States in the bank (official: 4 for a batch of 1)."""
+    rate: float = 0.8
+    """Probability of taking a row from its slot rather than from fresh data."""
+    target: Literal["random", "clean"] = "random"
+    """random: s uniform up to `reach` knots below; clean: s = 0, the consistency model (their mode lcm)."""
+    reach: PositiveInt = 19
+    guidance: tuple[float, float] = (1.0, 1.0)
+    distance: Distance = "huber"
+    c: float = 1e-3
+    steps: tuple[float, ...] = (1.0, 0.75, 0.5, 0.25)
+
+    def __post_init__(self) -> None:
+        check_steps(self.steps)
+        if not 0 < self.strength <= 1 or not 0 <= self.rate <= 1:
+            raise ValueError(
+                f"strength and rate must lie in (0, 1], [0, 1], not {self.strength}, {self.rate}"
+            )
+
+    def needs(self) -> Needs:
+        def state(data: Data) -> nn.Module:
+            return Bank(self.slots, tuple(data.shape))
+
+        return Needs(frozenset({"teacher", "student"}), data=True, state=state)
+
+    def turns(self, roles: Roles, step: int) -> Iterator[Turn]:
+        yield Turn(("student",), lambda batch: self.losses(roles, batch))
+
+    def start(self, bank: Bank, batch: Batch, process: Any) -> tuple[Tensor, Tensor, Tensor, Any]:
+        """(slot, x, knot, cond) of each row: its slot's state, or noised data at the start level."""
+        slot = batch.draws.index % self.slots
+        first = torch.full_like(slot, round(self.strength * self.knots))
+        fresh, _ = add_noise(process, batch.data(), batch.noise(), process.grid(first.double() / self.knots))
+        banked = (bank.knot[slot] > 0) & (batch.draws.uniform() < self.rate)
+        x = torch.where(banked.reshape(-1, *(1,) * (fresh.ndim - 1)), bank.x[slot].to(fresh.dtype), fresh)
+        cond = batch.cond
+        if isinstance(cond, Tensor):
+            cond = torch.where(banked, bank.label[slot], cond)
+        return slot, x, torch.where(banked, bank.knot[slot], first), cond
+
+    def destination(self, draws: Draws, knot: Tensor) -> Tensor:
+        """Knot to jump to, below `knot`."""
+        if self.target == "clean":
+            return torch.zeros_like(knot)
+        low = (knot - self.reach).clamp_min(0)
+        return low + ((knot - low) * draws.uniform()).long().clamp_max(knot - low - 1)
+
+    def losses(self, roles: Roles, batch: Batch) -> Iterator[Losses]:
+        process, bank = roles.student.process, roles["state"]
+        slot, x, knot, cond = self.start(bank, batch, process)  # type: ignore[arg-type]
+        t, u, s = (
+            process.grid(k.double() / self.knots)
+            for k in (knot, knot - 1, self.destination(batch.draws, knot))
+        )
+        low, high = self.guidance
+        scale = low if low == high else between(batch.draws, t * 0 + low, t * 0 + high)
+        seen = Batch(batch.draws, batch.shape, batch.x0, cond, batch.null_cond)
+        own = student_leg(roles.student, cond)
+        with torch.no_grad():
+            x_u = Teacher(roles.teacher, seen, scale).step(x, t, u)
+            target = own(x_u, u, s)
+            bank.put(slot, x_u, knot - 1, cond if isinstance(cond, Tensor) else None)  # type: ignore[operator]
+        yield Losses({"consistency": distance(own(x, t, s), target, self.distance, self.c)})
+
+    def sampler(self) -> Sampler:
+        return Sampler(kind="map" if self.target == "random" else "renoise", steps=self.steps)

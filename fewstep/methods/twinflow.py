@@ -1,0 +1,149 @@
+"""TwinFlow: one network with a mirrored side of time as its own critic (arXiv 2512.05150)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, ClassVar
+
+import torch
+from pydantic import PositiveInt
+from torch import Tensor
+
+from fewstep import objectives as obj
+from fewstep.config import UserError, choice, part
+from fewstep.methods.base import Batch, Losses, Needs, Turn
+from fewstep.methods.meanflow import flow_only
+from fewstep.objectives.regression import per_sample
+from fewstep.objectives.trajectory import follow
+from fewstep.process import add_noise, bc
+from fewstep.roles import Roles
+from fewstep.sampling import Sampler
+from fewstep.times import Beta, check_steps
+
+
+@part("method", "twinflow")
+class TwinFlow:
+    """Any-step training on data (RCGM), flow matching on own samples at mirrored times, and their difference as score."""
+
+    cites: ClassVar[tuple[str, ...]] = ("2512.05150",)
+
+    times: choice("times") = Beta()  # type: ignore[valid-type]
+    guidance_share: float = 0.0
+    """enr: strength of the guidance-enhanced target on the groups with 0 < t < 1 (official .5 to .8)."""
+    step: float = 0.01
+    """Length of the finite difference of the any-step target."""
+    order: PositiveInt = 2
+    """Sub-steps of the target network's path from there to the destination."""
+    clamp: float = 1.0
+    """Bound of the residual and of the rectifying difference."""
+    near: float = 0.05
+    """The group `mul` jumps at most this share of t."""
+    rectify: float = 0.5
+    """Weight of the self-adversarial term on the one-step group (official .5 to .75)."""
+    decay: float = 0.99
+    """Decay of the EMA network in the role `target`."""
+    image_free: bool = False
+    """True: own one-step samples in place of data."""
+    steps: tuple[float, ...] = (1.0,)
+
+    def __post_init__(self) -> None:
+        check_steps(self.steps)
+
+    def needs(self) -> Needs:
+        roles = frozenset({"student", "target"})
+        return Needs(roles, data=not self.image_free, frozen=frozenset({"teacher", "target"}))
+
+    def turns(self, roles: Roles, step: int) -> Iterator[Turn]:
+        flow_only(roles.student.process, "twinflow")
+        if set(roles.student.inputs) < {"s", "mirror"}:
+            raise UserError("method twinflow needs a student with inputs: [s, mirror]")
+        yield Turn(("student",), lambda batch: self.losses(roles, batch))
+        follow(roles.target, roles.student, self.decay)
+
+    def groups(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+        """(group 0..3, t, s): one-step (1, 0), near (t, t - U near t), any (t, t - U t), own samples (t, t)."""
+        group = batch.draws.index % 4
+        t = self.times.sample(batch.draws, _Plain()).clamp(1e-3, 1.0)
+        u = batch.draws.uniform()
+        t = torch.where(group == 0, torch.ones_like(t), t)
+        s = torch.where(group == 0, 0 * t, torch.where(group == 1, t - u * self.near * t, t - u * t))
+        return group, t, torch.where(group == 3, t, s)
+
+    def generate(self, net: Any, batch: Batch) -> Tensor:
+        """One-step samples (b, *d) without a gradient."""
+        noise = batch.noise()
+        one = torch.ones(len(batch), dtype=torch.float64, device=noise.device)
+        with torch.no_grad():
+            return net(noise, one, batch.cond, s=0 * one).x0
+
+    def losses(self, roles: Roles, batch: Batch) -> Iterator[Losses]:
+        student, process = roles.student, roles.student.process
+        if len(batch) < 4:
+            raise UserError(f"method twinflow needs a micro-batch of at least 4, not {len(batch)}")
+        group, t, s = self.groups(batch)
+        own = self.generate(student, batch)
+        real = own if self.image_free else batch.data()
+        mirrored = bc((group == 3).to(t.dtype), own)
+        x0, eps = torch.where(mirrored > 0, own, real), batch.noise()
+        x, _ = add_noise(process, x0, eps, t)
+        mirror = (group == 3).to(t.dtype)
+        here = student(x, t, batch.cond, s=s, mirror=mirror).velocity()
+        v = self.enhanced(roles, batch, x, t, group, eps - x0)
+        target = torch.where(mirrored > 0, v, self.target(roles, batch, x, t, s, v, here.detach()))
+        error = per_sample((here - target) ** 2)
+        # Barron's robust loss at alpha = 1: about the root of the mean square.
+        weight = torch.tan((1 - (t - s).clamp(0, 1)) * torch.pi / 2.5) + 1
+        weight = torch.where(group == 3, torch.ones_like(weight), weight).to(error.dtype)
+        c = 1e-3
+        losses = Losses({"any_step": (weight * error / (c * torch.sqrt(error.detach() / c**2 + 1))).mean()})
+        if self.rectify:
+            losses["rectify"] = self.rectify * self.rectifier(roles, batch, x, here, group)
+        yield losses
+
+    def enhanced(self, roles: Roles, batch: Batch, x: Tensor, t: Tensor, group: Tensor, v: Tensor) -> Tensor:
+        """The pair's velocity, pushed along conditional minus unconditional where 0 < t < 1."""
+        if not self.guidance_share or batch.cond is None or batch.null_cond is None:
+            return v
+        with torch.no_grad():
+            gap = roles.target(x, t, batch.cond).velocity() - roles.target(x, t, batch.null_cond).velocity()
+        # The official index excludes t = 1, so the one-step group has none, as well as own samples.
+        share = torch.where((group == 1) | (group == 2), self.guidance_share, 0.0)
+        return v + bc(share, x) * gap
+
+    @torch.no_grad()
+    def target(
+        self, roles: Roles, batch: Batch, x: Tensor, t: Tensor, s: Tensor, v: Tensor, here: Tensor
+    ) -> Tensor:
+        """raw - clamp(R), R = ((t - s) raw - path) / step - v: the Eulerian residual by a difference (RCGM)."""
+        close = (t - s) < self.step
+        below = torch.maximum(t - self.step, s)
+        x_m = (x - bc(t - below, x) * v).to(x.dtype)
+        path, at = torch.zeros_like(here), below
+        for k in range(1, self.order + 1):
+            to = below + (s - below) * (k / self.order)
+            f = roles.target(x_m, at, batch.cond, s=to).velocity()
+            path, x_m, at = path + bc(at - to, x) * f, (x_m - bc(at - to, x) * f).to(x.dtype), to
+        residual = (bc(t - s, x) * here - path) / self.step - v
+        residual = torch.where(bc(close.to(t.dtype), x) > 0, here - v, residual)
+        return here - residual.clamp(-self.clamp, self.clamp)
+
+    def rectifier(self, roles: Roles, batch: Batch, x: Tensor, here: Tensor, group: Tensor) -> Tensor:
+        """The one-step group moves along v_fake - v_real of the mirrored and the plain side of time."""
+        process = roles.student.process
+        tau = batch.draws.uniform()
+        with torch.no_grad():
+            sample = (x - here).to(x.dtype)
+            x_tau, _ = add_noise(process, sample, batch.noise(), tau)
+            fake = roles.student(x_tau, tau, batch.cond, mirror=torch.ones_like(tau)).velocity()
+            gap = (fake - roles.student(x_tau, tau, batch.cond).velocity()).clamp(-self.clamp, self.clamp)
+        rows = group == 0
+        return 2 * obj.toward(here[rows], gap[rows])
+
+    def sampler(self) -> Sampler:
+        return Sampler(kind="map", steps=self.steps)
+
+
+class _Plain:
+    @staticmethod
+    def grid(u: Tensor) -> Tensor:
+        return u
