@@ -73,7 +73,7 @@ def load_clip(
     digest = checked_digest(f"clip:{architecture}", source, sha256)
     try:
         model = open_clip.create_model(architecture, pretrained=str(source), weights_only=True)
-    except (RuntimeError, KeyError) as error:
+    except (RuntimeError, KeyError, AssertionError) as error:
         raise ValueError(f"{source}: not weights of {architecture} ({str(error).splitlines()[0]})") from None
     return model.requires_grad_(False).eval(), digest
 

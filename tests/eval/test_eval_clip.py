@@ -1,0 +1,78 @@
+"""CLIP by open-clip from a local file: the score's conventions, and prompts that do not fit."""
+
+import math
+
+import pytest
+import torch
+from fewstep.eval.clip import RECIPES, ClipRecipe, clip_images, clip_score, load_clip, tokenise
+
+open_clip = pytest.importorskip("open_clip", reason="extra clip: open-clip-torch")
+
+LONG = "a very long prompt " * 40
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("clip") / "random.pt"
+    torch.save(open_clip.create_model("ViT-S-32").state_dict(), path)
+    return path
+
+
+def test_local_checkpoint_gives_features_and_wrong_files_are_refused(checkpoint, tmp_path):
+    extractor = clip_images("ViT-S-32", checkpoint)
+    features = extractor(torch.randint(0, 256, (2, 3, 224, 224), dtype=torch.uint8))
+    assert features.shape == (2, extractor.dim)
+    with pytest.raises(FileNotFoundError, match=r"no weights at .*absent\.pt"):
+        load_clip("ViT-S-32", tmp_path / "absent.pt")
+    with pytest.raises(ValueError, match="unknown architecture 'ViT-S-33'"):
+        load_clip("ViT-S-33", checkpoint)
+    with pytest.raises(ValueError, match="expected 00"):
+        load_clip("ViT-S-32", checkpoint, sha256="00")
+    with pytest.raises(ValueError, match="not weights of ViT-M-32"):
+        load_clip("ViT-M-32", checkpoint)
+
+
+def test_long_prompts_are_errors_or_keep_their_end_token():
+    strict, lenient = ClipRecipe("ViT-S-32"), ClipRecipe("ViT-S-32", on_long_prompt="keep-eot")
+    with pytest.raises(ValueError, match=r"prompt 1: .* tokens, ViT-S-32 reads 77"):
+        tokenise(strict, ["short", LONG])
+    tokens = tokenise(lenient, ["short", LONG])
+    assert tokens.shape == (2, 77)
+    assert tokens[1, -1] == tokens[0].max() == tokens.max()
+    with pytest.raises(ValueError, match="expected 'error' or 'keep-eot'"):
+        tokenise(ClipRecipe("ViT-S-32", on_long_prompt="cut"), ["a"])
+
+
+class Text(torch.nn.Module):
+    """Encodes prompt i as a fixed direction, so that cosines are known."""
+
+    def __init__(self, rows):
+        super().__init__()
+        self.rows = rows
+
+    def encode_text(self, tokens):
+        return self.rows[: len(tokens)]
+
+
+def test_scores_follow_their_recipe():
+    text = torch.tensor([[1.0, 0.0], [0.0, 2.0], [1.0, 0.0]])
+    images = torch.tensor([[3.0, 0.0], [1.0, 1.0], [-2.0, 0.0]])
+    cosines = [1.0, math.sqrt(0.5), -1.0]
+    plain = clip_score(Text(text), ClipRecipe("ViT-S-32"), images, ["a", "b", "c"])
+    assert plain.value == pytest.approx(sum(cosines) / 3, rel=1e-6)
+    assert plain.standard_error == pytest.approx(torch.tensor(cosines).std().item() / math.sqrt(3), rel=1e-6)
+    floored = ClipRecipe("ViT-S-32", scale=2.5, clip_negative=True)
+    assert clip_score(Text(text), floored, images, ["a", "b", "c"]).value == pytest.approx(
+        2.5 * (1 + math.sqrt(0.5)) / 3, rel=1e-6
+    )
+    with pytest.raises(ValueError, match="prompts: 2 for 3 images"):
+        clip_score(Text(text), floored, images, ["a", "b"])
+
+
+def test_the_name_states_every_convention():
+    names = {recipe.name for recipe in RECIPES.values()}
+    assert len(names) == len(RECIPES)
+    assert RECIPES["clip-s"].name == (
+        "CLIP score (ViT-B-32, max(cos, 0), x2.5, prefix 'A photo depicts ', long prompts: error)"
+    )
