@@ -131,6 +131,11 @@ def _check_still(ranges: Ranges | None, tq: Tensor | None, tk: Tensor | None, tv
                 )
 
 
+def _product(left: Tensor, right: Tensor, scale: float, out: Tensor) -> Tensor:
+    """scale left right^T into out in one pass: with beta=0 what out held, NaN included, is not read."""
+    return torch.baddbmm(out, left, right.transpose(1, 2), beta=0, alpha=scale, out=out)
+
+
 class _Scores:
     """Blocks of scores and of their tangents, in two buffers that are reused from block to block."""
 
@@ -169,8 +174,7 @@ class _Scores:
     def probabilities(self, block: Block, keep_lse: bool) -> tuple[Tensor, Tensor | None]:
         keys = self.k.keys(block)
         s = self.buffer("s", block, keys.shape[1])
-        torch.bmm(self.q.rows(block), keys.transpose(1, 2), out=s)
-        s.mul_(self.scale)
+        _product(self.q.rows(block), keys, self.scale, s)
         self.mask.apply(s, block)
         if self.mask.dead_rows and not keep_lse:
             return _probabilities(s, True)[0], None
@@ -186,15 +190,15 @@ class _Scores:
             return None
         t = self.buffer("t", block, columns)
         if moving_q and moving_k and not split and self.q2 is not None and self.k2 is not None:
-            torch.bmm(self.q2.rows(block), self.k2.keys(block).transpose(1, 2), out=t)
-            return t.mul_(self.scale)
+            return _product(self.q2.rows(block), self.k2.keys(block), self.scale, t)
         if moving_q and self.tq is not None:
-            torch.bmm(self.tq.rows(block), self.k.keys(block).transpose(1, 2), out=t)
+            _product(self.tq.rows(block), self.k.keys(block), self.scale, t)
         else:
             t.zero_()
         if moving_k and self.tk is not None:
-            t[:, :, split:].baddbmm_(self.q.rows(block), self.tk.keys(block)[:, split:].transpose(1, 2))
-        return t.mul_(self.scale)
+            keys = self.tk.keys(block)[:, split:]
+            t[:, :, split:].baddbmm_(self.q.rows(block), keys.transpose(1, 2), alpha=self.scale)
+        return t
 
 
 def attention(
@@ -260,18 +264,22 @@ def attention_jvp(
         h, split = scores.tangent(b), b.split
         if both is not None and not split:
             wide = torch.bmm(p, both.keys(b))
-            out, tangent = wide[..., :width], wide[..., width:]
+            out: Tensor = wide[..., :width]
+            tangent: Tensor | None = wide[..., width:]
         else:
             out = torch.bmm(p, values.keys(b))
-            tangent = torch.zeros_like(out)
+            tangent = None
             if moving is not None and split < p.shape[-1]:
-                tangent.baddbmm_(p[..., split:], moving.keys(b)[:, split:])
+                tangent = torch.bmm(p[..., split:], moving.keys(b)[:, split:])
         if h is not None:
             shift = h.mul_(p).sum(-1, keepdim=True)
-            tangent = torch.baddbmm(tangent, h, values.keys(b)).sub_(shift * out)
+            rest = torch.bmm(h, values.keys(b)).addcmul_(shift, out, value=-1.0)
+            tangent = rest if tangent is None else rest.add_(tangent)
             if keep_lse:
                 mu[at] = shift.squeeze(-1)
-        o[at], to[at] = out, tangent
+        o[at] = out
+        if tangent is not None:
+            to[at] = tangent
         if part is not None:
             lse[at] = part
     shape, rows = (*q.shape[:3], width), q.shape[:3]
@@ -309,8 +317,7 @@ def attention_tangent(
         at = (slice(b.first, b.last), slice(b.start, b.stop))
         keys = scores.k.keys(b)
         p = scores.buffer("s", b, keys.shape[1])
-        torch.bmm(scores.q.rows(b), keys.transpose(1, 2), out=p)
-        p.mul_(scale)
+        _product(scores.q.rows(b), keys, scale, p)
         scores.mask.apply(p, b)
         p.sub_(stats[at].unsqueeze(-1)).exp_()
         tangent, split = to[at], b.split

@@ -1,5 +1,6 @@
 """Time and peak memory of competing calls, measured so that a ratio means something."""
 
+import os
 import re
 import time
 from collections.abc import Callable, Mapping
@@ -7,19 +8,60 @@ from pathlib import Path
 
 import torch
 
+Calls = Mapping[str, Callable[[], object]]
 
-def fastest(calls: Mapping[str, Callable[[], object]], repeats: int, device: str) -> dict[str, float]:
-    """Shortest time in seconds of each call over interleaved repeats, after one warm-up each.
 
-    Interleaving gives every call the same share of a noisy host; the minimum is what it can do undisturbed.
-    """
+class BusyHost(RuntimeError):
+    """Wall times mean nothing: other processes held the processors."""
+
+
+def _shortest(calls: Calls, repeats: int, once: Callable[[Callable[[], object]], float]) -> dict[str, float]:
     best = dict.fromkeys(calls, float("inf"))
     for call in calls.values():
         call()
     for _ in range(repeats):
         for name, call in calls.items():
-            best[name] = min(best[name], _once(call, device))
+            best[name] = min(best[name], once(call))
     return best
+
+
+def fastest(calls: Calls, repeats: int, device: str) -> dict[str, float]:
+    """Shortest wall time in seconds of each call over interleaved repeats, after one warm-up each.
+
+    Interleaving gives every call the same share of a noisy host; the minimum is what it can do undisturbed.
+    Raises BusyHost when the process did not get at least 0.8 of the processor time its threads could use.
+    """
+    if device != "cpu":
+        return _shortest(calls, repeats, lambda call: _once(call, device))
+    threads = torch.get_num_threads()
+    load, processors = os.getloadavg()[0], os.cpu_count() or 1
+    if load > 1.5 * processors:
+        raise BusyHost(f"load {load:.1f} on {processors} processors; repeat on a quiet host")
+    wall, used = time.perf_counter(), time.process_time()
+    best = _shortest(calls, repeats, lambda call: _once(call, device))
+    share = (time.process_time() - used) / (time.perf_counter() - wall) / threads
+    if share < 0.8:
+        raise BusyHost(
+            f"got {share:.0%} of {threads} threads (load {load:.1f} on {processors} processors); "
+            "repeat on a quiet host"
+        )
+    return best
+
+
+def least_cpu_seconds(calls: Calls, repeats: int) -> dict[str, float]:
+    """Smallest processor time in seconds of each call on one thread: a busy host hardly changes it."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        return _shortest(calls, repeats, _processor_seconds)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _processor_seconds(call: Callable[[], object]) -> float:
+    start = time.process_time()
+    call()
+    return time.process_time() - start
 
 
 def _once(call: Callable[[], object], device: str) -> float:
