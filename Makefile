@@ -8,7 +8,7 @@ demo: $(VENV)/.installed  ## the main job: distil the digits teacher to one step
 	$(BIN)/fewstep run digits-dmd2 --resume
 
 test: $(VENV)/.tested  ## the whole suite
-	$(BIN)/python -m pytest -q -n 2 --dist loadscope
+	$(BIN)/pytest -q -n 2 --dist loadscope
 
 lint: $(VENV)/.tested
 	$(BIN)/ruff check .
