@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fewstep.methods.base import Batch
 from fewstep.networks.analytic import flow_map, gaussian
 from fewstep.objectives.trajectory import chord_x0
 from fewstep.prediction import Prediction, from_x0
@@ -15,6 +16,8 @@ from fewstep.random import Draws, fold
 
 F64 = torch.float64
 MEAN, STD = 0.7, 0.4
+# sigma_min is almost 0: in EDM a sample stands at sigma_min while x0 stands at 0, and here they must agree.
+TIGHT = EDM(sigma_min=1e-6)
 FOUR: dict[str, Process] = {"flow": Flow(), "edm": EDM(), "vp": VP(), "trig": Trig()}
 
 
@@ -36,7 +39,7 @@ class ExactMap(nn.Module):
             return self.inner(x, t)
         there = s != t
         # A where would carry a zero tangent to s = 0, where VP's slope is infinite.
-        apart = s if bool(there.all()) else torch.where(there, s, t * 0.5)
+        apart = s if bool(there.all()) else torch.where(there, s, torch.where(t > 0, t * 0.5, t + 0.1))
         moved = flow_map(self.process, MEAN, STD, x, t, apart)
         x0 = chord_x0(self.process, x, t, moved, apart)
         here = self.inner(x, t).x0
@@ -58,3 +61,15 @@ def noisy(process: Process, t: Tensor, *name: int | str) -> Tensor:
     d = draws(len(t), *name)
     x0 = MEAN + STD * d.normal(1, dtype=F64)
     return process.alpha(t)[:, None] * x0 + process.sigma(t)[:, None] * d.normal(1, dtype=F64)
+
+
+class Batch64(Batch):
+    """A micro-batch in float64."""
+
+    @classmethod
+    def of(cls, count: int, dim: int = 1, *name: int | str) -> Batch64:
+        d = draws(count, "batch", *name)
+        return cls(d, (dim,), MEAN + STD * d.normal(dim, dtype=F64))
+
+    def noise(self) -> Tensor:
+        return self.draws.normal(*self.shape, dtype=F64)

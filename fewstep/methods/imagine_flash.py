@@ -12,7 +12,7 @@ from fewstep.config import part
 from fewstep.jump import ask, clean, times_of
 from fewstep.legs import Teacher
 from fewstep.methods.base import Batch, Losses, Needs, Turn
-from fewstep.methods.terms import Gan, critic_error
+from fewstep.methods.terms import Gan, track
 from fewstep.objectives import mse
 from fewstep.process import add_noise
 from fewstep.roles import Roles
@@ -85,9 +85,7 @@ class ImagineFlash:
         x, _ = self.backward(roles, batch, grad=False)
         losses = self.gan.discriminator(roles, batch, x)
         # The trunk keeps denoising the student's samples, so that its features stay those of images.
-        tau = self.gan.times.sample(batch.draws, roles.student.process)
-        seen, _ = add_noise(roles.student.process, x, batch.noise(), tau)
-        losses["denoise"] = critic_error(roles.critic(seen, tau, batch.cond), x, "x0")
+        losses["denoise"] = track(roles, batch, x, self.gan.times, "x0")
         yield losses
 
     def sampler(self) -> Sampler:

@@ -13,7 +13,7 @@ from fewstep.config import part
 from fewstep.jump import Solver
 from fewstep.legs import Teacher, between, student_leg
 from fewstep.methods.base import Batch, Losses, Needs, Turn
-from fewstep.methods.terms import Gan, critic_error
+from fewstep.methods.terms import Gan, track
 from fewstep.objectives.trajectory import Distance, distance, follow, two_leg
 from fewstep.process import add_noise
 from fewstep.random import Draws
@@ -95,9 +95,7 @@ class Segments:
         assert self.gan is not None
         losses = self.gan.discriminator(roles, batch, x)
         # The trunk keeps denoising the student's samples, so that its features stay those of images.
-        tau = self.gan.times.sample(batch.draws, process)
-        again, _ = add_noise(process, x, batch.noise(), tau)
-        losses["denoise"] = critic_error(roles.critic(again, tau, batch.cond), x, "x0")
+        losses["denoise"] = track(roles, batch, x, self.gan.times, "x0")
         yield losses
 
     def sampler(self) -> Sampler:

@@ -33,7 +33,10 @@ class Bank(nn.Module):
     def put(self, slot: Tensor, x: Tensor, knot: Tensor, label: Tensor | None) -> None:
         """Store states; of several for one slot the last counts. A state at knot 1 or below has ended."""
         done = knot <= 1
-        self.x[slot], self.knot[slot] = x.detach().float(), torch.where(done, torch.zeros_like(knot), knot)
+        self.x[slot], self.knot[slot] = (
+            x.detach().to(self.x.dtype),
+            torch.where(done, torch.zeros_like(knot), knot),
+        )
         if label is not None:
             self.label[slot] = label
 
