@@ -78,7 +78,7 @@ def parse_classes(text: str, classes: int) -> list[int]:
     out: list[int] = []
     for piece in text.split(","):
         first, dash, last = piece.strip().partition("-")
-        if not first.isdigit() or (dash and not last.isdigit()):
+        if not (first.isascii() and first.isdigit()) or (dash and not (last.isascii() and last.isdigit())):
             raise UserError(f"--classes {text!r}: expected numbers and ranges such as 0-9 or 1,4,7")
         out += range(int(first), int(last or first) + 1)
     wrong = [c for c in out if not 0 <= c < classes]
