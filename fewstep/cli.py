@@ -20,6 +20,8 @@ app = typer.Typer(
 )
 recipes = typer.Typer(no_args_is_help=True, help="List, show, copy and check recipes.")
 app.add_typer(recipes, name="recipes")
+methods = typer.Typer(no_args_is_help=True, help="List and show methods.")
+app.add_typer(methods, name="methods")
 
 Settings = Annotated[
     list[str] | None,
@@ -130,6 +132,38 @@ def recipes_check(name: str, settings: Settings = None) -> None:
     recipe = load(name, settings or [])
     for stage in recipe.stages():
         typer.echo(f"{name}: {stage.method.name}, {stage.steps} steps")
+
+
+@methods.command("ls")
+def methods_ls() -> None:
+    """List methods with what they need."""
+    from fewstep.listing import list_methods
+
+    list_methods()
+
+
+@methods.command("show", epilog="Example: `fewstep methods show phased_dmd`")
+def methods_show(name: str) -> None:
+    """Print a method's card: equation, roles, deviations from its paper, numbers, known failures."""
+    from fewstep.cards import show
+
+    typer.echo(show(name))
+
+
+@app.command(epilog="Example: `fewstep cite digits-dmd2`")
+def cite(recipe: str) -> None:
+    """Print BibTeX of the papers behind a recipe."""
+    from fewstep.cards import cite as entries
+
+    typer.echo(entries(recipe))
+
+
+@app.command(epilog="Example: `fewstep health runs/digits-dmd2`")
+def health(run: Annotated[Path, typer.Argument(help="A run directory.")]) -> None:
+    """Say in words whether a run is healthy, from its log, and which knob to turn."""
+    from fewstep.health import report
+
+    typer.echo(report(run))
 
 
 def main(argv: list[str] | None = None) -> Any:

@@ -8,6 +8,18 @@ from rich.table import Table
 from fewstep.recipe import read, shipped
 
 
+def list_methods() -> None:
+    """Name, title and needs of each method."""
+    from fewstep.cards import listing
+
+    out = Table(box=None, pad_edge=False)
+    for column in ("method", "what", "needs"):
+        out.add_column(column, no_wrap=column == "method")
+    for row in listing():
+        out.add_row(*row)
+    Console().print(out)
+
+
 def list_recipes() -> None:
     """Name, method, what it is about and the measured or published result of each shipped recipe."""
     out = Table(box=None, pad_edge=False)

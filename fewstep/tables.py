@@ -7,6 +7,7 @@ import re
 from importlib.resources import files
 from pathlib import Path
 
+from fewstep.cards import table
 from fewstep.recipe import read, shipped
 
 
@@ -35,6 +36,11 @@ def recipes_table() -> str:
     return "\n".join(lines)
 
 
+def methods_table() -> str:
+    """Every method card in one line."""
+    return table()
+
+
 def fill(text: str, name: str, table: str) -> str:
     """Replace what stands between <!-- name:begin --> and <!-- name:end -->."""
     pattern = re.compile(rf"(<!-- {name}:begin -->\n).*?(<!-- {name}:end -->)", re.S)
@@ -45,6 +51,7 @@ def fill(text: str, name: str, table: str) -> str:
 
 def main(readme: Path = Path("README.md")) -> None:
     text = fill(readme.read_text(), "demo", demo_table())
+    text = fill(text, "methods", methods_table())
     readme.write_text(fill(text, "recipes", recipes_table()))
 
 

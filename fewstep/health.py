@@ -1,0 +1,169 @@
+"""Is my run healthy? Verdicts in words from a run's log, each with the knob to turn.
+
+Every verdict compares readings over the last fifth of the last stage's records with the stage's own best or with
+what the reading is when all is well; the thresholds are constants below.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fewstep.config import UserError
+from fewstep.train.log import read_log
+
+FEWEST = 10
+"""Records of a stage below which nothing is said: a mean over fewer is mostly noise."""
+LAG = 2.0
+"""Critic's loss on fresh samples over its best window, above which the critic does not follow."""
+WIN = 0.95
+"""Discriminator accuracy above which the student sees no usable gradient."""
+LOSE = 0.45
+"""Discriminator accuracy below which it tells nothing (0.5 is a coin)."""
+SHRINK = 0.6
+"""Diversity over its best window, below which samples are collapsing."""
+SATURATE = 1.25
+"""Root mean square of samples over the teacher's denoiser of them at low noise, above which they oversaturate."""
+FADE = 0.75
+"""The same ratio, below which samples are washed out."""
+SKIPS = 0.01
+"""Share of refused updates above which numerics are in trouble."""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """One finding; `fine` verdicts have no advice."""
+
+    name: str
+    fine: bool
+    text: str
+    advice: str = ""
+
+
+def _series(records: Sequence[dict[str, Any]], key: str) -> list[float]:
+    return [float(r[key]) for r in records if isinstance(r.get(key), (int, float))]
+
+
+def _windows(values: Sequence[float]) -> list[float]:
+    """Means of five consecutive, nearly equal parts."""
+    n = len(values)
+    edges = [round(i * n / 5) for i in range(6)]
+    return [sum(values[a:b]) / (b - a) for a, b in zip(edges, edges[1:], strict=False)]
+
+
+def critic(records: Sequence[dict[str, Any]]) -> Verdict | None:
+    """Critic lag: its denoising loss on fresh student samples against its best window."""
+    values = _series(records, "dsm")
+    if len(values) < FEWEST:
+        return None
+    parts = _windows(values)
+    lag = parts[-1] / max(min(parts), 1e-12)
+    text = f"critic's loss on fresh samples is {lag:.2f} times its best"
+    if lag > LAG:
+        return Verdict(
+            "critic too slow",
+            False,
+            text,
+            "raise method.critic_steps or optim.critic.lr, or lower optim.student.lr",
+        )
+    return Verdict("critic", True, text)
+
+
+def discriminator(records: Sequence[dict[str, Any]]) -> Verdict | None:
+    """Discriminator accuracy on real and generated samples."""
+    values = _series(records, "discriminator_accuracy")
+    if len(values) < FEWEST:
+        return None
+    last = _windows(values)[-1]
+    text = f"discriminator is right on {100 * last:.0f} % of samples"
+    if last > WIN:
+        knob = "lower optim.discriminator.lr, add r1_weight, or show it noisier samples (gan_times)"
+        return Verdict("discriminator winning", False, text, knob)
+    if last < LOSE:
+        return Verdict(
+            "discriminator lost", False, text, "raise optim.discriminator.lr or discriminator_weight"
+        )
+    return Verdict("discriminator", True, text)
+
+
+def diversity(records: Sequence[dict[str, Any]]) -> Verdict | None:
+    """Spread of a batch of samples against the best it has had in this stage."""
+    values = _series(records, "health/diversity")
+    if len(values) < FEWEST:
+        return None
+    parts = _windows(values)
+    share = parts[-1] / max(max(parts), 1e-12)
+    text = f"spread of the samples is {share:.2f} of its best"
+    if share < SHRINK:
+        knob = "lower optim.student.lr or the guidance, raise critic_steps, or give the GAN less weight"
+        return Verdict("collapsing", False, text, knob)
+    return Verdict("diversity", True, text)
+
+
+def contrast(records: Sequence[dict[str, Any]]) -> Verdict | None:
+    """Size of samples against the teacher's opinion of them at low noise."""
+    values = _series(records, "health/contrast")
+    if len(values) < FEWEST:
+        return None
+    last = _windows(values)[-1]
+    text = f"samples are {last:.2f} times as large as the teacher's denoiser makes them"
+    if last > SATURATE:
+        return Verdict("oversaturated", False, text, "lower method.guidance, or strengthen the critic's term")
+    if last < FADE:
+        return Verdict(
+            "washed out", False, text, "train longer; check that the student's first level is the prior"
+        )
+    return Verdict("contrast", True, text)
+
+
+def skipped(records: Sequence[dict[str, Any]]) -> Verdict | None:
+    """Updates that were refused because a gradient was not finite."""
+    done = [r for r in records if "done" in r and isinstance(r.get("skips"), (int, float))]
+    if len(done) < FEWEST:
+        return None
+    steps = max(1, done[-1]["done"] - done[0]["done"])
+    share = (done[-1]["skips"] - done[0]["skips"]) / steps
+    text = f"{done[-1]['skips']:.0f} updates had a non-finite gradient"
+    if share > SKIPS:
+        return Verdict("non-finite gradients", False, text, "use train.precision=fp32 or lower optim.*.lr")
+    return Verdict("numerics", True, text)
+
+
+CHECKS: tuple[Callable[[Sequence[dict[str, Any]]], Verdict | None], ...] = (
+    critic,
+    discriminator,
+    diversity,
+    contrast,
+    skipped,
+)
+
+
+def verdicts(records: Sequence[dict[str, Any]]) -> list[Verdict]:
+    """Findings about the last stage of a log; empty when it is too short to say anything."""
+    training = [r for r in records if "stage" in r]
+    if not training:
+        return []
+    last = [r for r in training if r["stage"] == training[-1]["stage"]]
+    return [v for check in CHECKS if (v := check(last)) is not None]
+
+
+def report(run: Path) -> str:
+    """All findings of a run directory as text. UserError when there is no log or too little of it."""
+    path = run / "log.jsonl"
+    if not path.is_file():
+        raise UserError(f"{run}: has no log.jsonl; is it a run directory?")
+    found = verdicts(read_log(path))
+    if not found:
+        raise UserError(
+            f"{run}: fewer than {FEWEST} records in the last stage; train longer or lower train.log_every"
+        )
+    width = max(len(v.name) for v in found)
+    lines = []
+    for v in found:
+        lines.append(f"{'ok   ' if v.fine else 'ALARM'}  {v.name:<{width}}  {v.text}")
+        if v.advice:
+            lines.append(f"{'':<{9 + width}}-> {v.advice}")
+    wrong = [v.name for v in found if not v.fine]
+    return "\n".join([*lines, "", f"{run.name}: {', '.join(wrong) if wrong else 'fine'}"])
