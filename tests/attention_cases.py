@@ -67,7 +67,7 @@ def errors(
     if not grads:
         return result
     generator = torch.Generator().manual_seed(2)
-    w, u = (torch.randn(o.shape, generator=generator, dtype=torch.float64) for _ in "ou")
+    w, u = (torch.randn(o.shape, generator=generator, dtype=torch.float64).to(o.device) for _ in "ou")
     losses = {"primal": (1, 0), "tangent": (0, 1), "both": (1, 1)}
     names = [n for n, p in zip(("q", "k", "v", "tq", "tk", "tv"), (1, 1, 1, *present), strict=True) if p]
     for loss, (a, b) in losses.items():
