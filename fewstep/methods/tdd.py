@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any, ClassVar
 
@@ -29,7 +30,7 @@ def target_set(knots: int = 250, counts: Sequence[int] = (4, 5, 6, 7, 8), table:
     grid = [step * (i + 1) - 1 for i in range(knots)]
     merged = {0}
     for count in counts:
-        merged |= {grid[int(knots * j / count) - 1 if j else 0] for j in range(1, count)}
+        merged |= {grid[math.ceil(knots * j / count) - 1] for j in range(1, count)}
     return sorted(merged)
 
 
