@@ -28,10 +28,10 @@ def dmd_normalizer(x: Tensor, real: Tensor, floor: float = 1e-6) -> Tensor:
 def toward(x: Tensor, gradient: Tensor) -> Tensor:
     """A scalar whose gradient with respect to x is gradient / numel(x); its value is mean(gradient^2) / 2.
 
-    Non-finite entries of the gradient count as 0 (as in DMD2's public training code).
+    DMD2's public training code sets non-finite entries to 0; here they stay, so that the trainer refuses the
+    update and counts it instead of stepping on momentum alone.
     """
-    gradient = torch.nan_to_num(gradient.detach(), nan=0.0, posinf=0.0, neginf=0.0)
-    return 0.5 * ((x - (x - gradient).detach()) ** 2).mean()
+    return 0.5 * ((x - (x - gradient.detach()).detach()) ** 2).mean()
 
 
 ScoreWeight = Literal["dmd", "kl", "sigma2", "one"]
