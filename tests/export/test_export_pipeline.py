@@ -302,8 +302,16 @@ def test_students_without_a_stock_pipeline_are_refused(product: Product, tmp_pat
 
 @pytest.mark.parametrize(
     ("steps", "count"),
-    [((1.0,), 2), ((1.0, 0.5), 3), ((1.0, 0.75, 0.5, 0.25), 5), ((1.0, 0.9), 11), ((1.0, 0.6, 0.35), 21), ((0.5,), 2), ((0.8, 0.3), 9)],
-)  # fmt: skip
+    [
+        ((1.0,), 2),
+        ((1.0, 0.5), 3),
+        ((1.0, 0.75, 0.5, 0.25), 5),
+        ((1.0, 0.9), 11),
+        ((1.0, 0.6, 0.35), 21),
+        ((0.5,), 2),
+        ((0.8, 0.3), 9),
+    ],
+)
 def test_grids_of_step_lists(steps: tuple[float, ...], count: int):
     from diffusers import CMStochasticIterativeScheduler
 
