@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,8 @@ from fewstep.train.log import read_log
 
 FEWEST = 10
 """Records of a stage below which nothing is said: a mean over fewer is mostly noise."""
-LAG = 2.0
-"""Critic's loss on fresh samples over its best window, above which the critic does not follow."""
+LAG = 0.2
+"""Distance of the critic's slope on fresh samples from 1, above which the critic does not follow."""
 WIN = 0.95
 """Discriminator accuracy above which the student sees no usable gradient."""
 LOSE = 0.45
@@ -50,24 +51,22 @@ def _windows(values: Sequence[float]) -> list[float]:
     """Means of five consecutive, nearly equal parts."""
     n = len(values)
     edges = [round(i * n / 5) for i in range(6)]
-    return [sum(values[a:b]) / (b - a) for a, b in zip(edges, edges[1:], strict=False)]
+    return [sum(values[a:b]) / (b - a) for a, b in pairwise(edges)]
 
 
 def critic(records: Sequence[dict[str, Any]]) -> Verdict | None:
-    """Critic lag: its denoising loss on fresh student samples against its best window."""
-    values = _series(records, "dsm")
+    """Critic lag: a critic at its optimum for the present student has slope 1 on fresh samples.
+
+    Its denoising loss alone does not tell: that of a perfect critic grows as samples spread.
+    """
+    values = _series(records, "health/critic_slope")
     if len(values) < FEWEST:
         return None
-    parts = _windows(values)
-    lag = parts[-1] / max(min(parts), 1e-12)
-    text = f"critic's loss on fresh samples is {lag:.2f} times its best"
-    if lag > LAG:
-        return Verdict(
-            "critic too slow",
-            False,
-            text,
-            "raise method.critic_steps or optim.critic.lr, or lower optim.student.lr",
-        )
+    slope = _windows(values)[-1]
+    text = f"slope of fresh samples on the critic's answers is {slope:.2f}, 1 when it follows"
+    if abs(slope - 1) > LAG:
+        knob = "raise method.critic_steps or optim.critic.lr, or lower optim.student.lr"
+        return Verdict("critic too slow", False, text, knob)
     return Verdict("critic", True, text)
 
 
@@ -145,7 +144,9 @@ def verdicts(records: Sequence[dict[str, Any]]) -> list[Verdict]:
     training = [r for r in records if "stage" in r]
     if not training:
         return []
-    last = [r for r in training if r["stage"] == training[-1]["stage"]]
+    # The record at a stage's end carries the number of the next one.
+    stage = training[-1]["stage"] if len(training) < 2 else training[-2]["stage"]
+    last = [r for r in training if r["stage"] == stage]
     return [v for check in CHECKS if (v := check(last)) is not None]
 
 

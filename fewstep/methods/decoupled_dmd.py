@@ -121,7 +121,7 @@ class DecoupledDMD:
         own = weight if self.normalizer == "cfg" else obj.dmd_normalizer(x, at[2].x0)
         match = obj.score_difference(fake, at[2]) * own
         gradient = match + augment * (own if self.normalizer == "shared" else weight)
-        return gradient, readings(x, at[2], gradient)
+        return gradient, readings(x, at[2], gradient, fake)
 
     def critic_losses(self, roles: Roles, batch: Batch) -> Iterator[Losses]:
         x = rollout(roles.student, batch.draws, batch.shape, self.steps, batch.cond, grad=False).x

@@ -12,6 +12,7 @@ from fewstep import objectives as obj
 from fewstep.config import choice, part
 from fewstep.guidance import guided
 from fewstep.methods.base import Batch, Losses, Needs, Turn
+from fewstep.methods.terms import readings
 from fewstep.objectives.regression import Weight, x0_weight
 from fewstep.process import add_noise
 from fewstep.roles import Roles
@@ -73,21 +74,27 @@ class DMD2:
 
     def student_losses(self, roles: Roles, batch: Batch) -> Iterator[Losses]:
         x = rollout(roles.student, batch.draws, batch.shape, self.steps, batch.cond).x
-        losses = Losses({"match": obj.toward(x, self.gradient(roles, batch, x.detach()))})
+        log: dict[str, Tensor] = {}
+        losses = Losses({"match": obj.toward(x, self.gradient(roles, batch, x.detach(), log))}, log)
         if self.gan_weight:
             loss = obj.logistic_generator if self.gan_loss == "logistic" else obj.hinge_generator
             losses["gan"] = self.gan_weight * loss(self.look(roles, batch, x))
         yield losses
 
-    def gradient(self, roles: Roles, batch: Batch, x: Tensor) -> Tensor:
-        """(D_fake - D_real) / <|x - D_real|> at a fresh noise level (DMD eq. 7 and 8)."""
+    def gradient(
+        self, roles: Roles, batch: Batch, x: Tensor, log: dict[str, Tensor] | None = None
+    ) -> Tensor:
+        """(D_fake - D_real) / <|x - D_real|> at a fresh noise level (DMD eq. 7 and 8); readings go to `log`."""
         process: Any = roles.student.process
         tau = self.times.sample(batch.draws, process)
         x_tau, _ = add_noise(process, x, batch.noise(), tau)
         with torch.no_grad():
             real = guided(roles.teacher, x_tau, tau, batch.cond, batch.null_cond, self.guidance)
             fake = roles.critic(x_tau, tau, batch.cond)
-        return obj.score_difference(fake, real) * obj.dmd_normalizer(x, real.x0)
+        gradient = obj.score_difference(fake, real) * obj.dmd_normalizer(x, real.x0)
+        if log is not None:
+            log.update(readings(x, real, gradient, fake))
+        return gradient
 
     def look(self, roles: Roles, batch: Batch, x: Tensor) -> Tensor:
         """Discriminator logits of x at a fresh noise level."""

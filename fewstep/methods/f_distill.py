@@ -110,7 +110,7 @@ class FDistill:
         gradient = obj.score_difference(fake, real) * obj.dmd_normalizer(x, real.x0)
         h = self.weight(roles, x_tau, tau, batch.cond)
         gradient = scaled(h, gradient)
-        return gradient, {**readings(x, real, gradient), "h_largest": h.max()}
+        return gradient, {**readings(x, real, gradient, fake), "h_largest": h.max()}
 
     def weight(self, roles: Roles, x: Tensor, t: Tensor, cond: Any) -> Tensor:
         """h of the clipped and normalised density ratio at noised samples, (b,)."""

@@ -91,7 +91,7 @@ class SiD:
         value = obj.inverse_matching(real, fake, x, alpha=self.alpha, huber=self.huber)
         if self.normalize and self.huber is None:
             value = value * obj.dmd_normalizer(x.detach(), real.x0.detach(), floor=1e-5).flatten()
-        return value.mean(), readings(x.detach(), real, obj.score_difference(fake, real).detach())
+        return value.mean(), readings(x.detach(), real, obj.score_difference(fake, real).detach(), fake)
 
     def critic_losses(self, roles: Roles, batch: Batch) -> Iterator[Losses]:
         x = rollout(roles.student, batch.draws, batch.shape, self.steps, batch.cond, grad=False).x

@@ -96,13 +96,17 @@ BINS = 4
 
 
 @torch.no_grad()
-def readings(x: Tensor, real: Prediction, gradient: Tensor) -> dict[str, Tensor]:
+def readings(
+    x: Tensor, real: Prediction, gradient: Tensor, fake: Prediction | None = None
+) -> dict[str, Tensor]:
     """What `fewstep health` reads, from tensors that a score method has anyway.
 
     health/contrast: root mean square of x over that of the teacher's denoiser at the least noisy quarter of
     the levels drawn, where the teacher hardly moves a healthy sample; above 1 the student is oversaturated.
     health/diversity: root mean square distance of x from the batch mean. health/gradient_k: root mean square
-    of the matching gradient in the k-th quarter of the angle atan2(sigma, alpha).
+    of the matching gradient in the k-th quarter of the angle atan2(sigma, alpha). health/critic_slope: slope of
+    the regression of x on the unguided critic's D_F at these fresh samples, which is 1 for the posterior mean of
+    the present student; a critic that lags behind a spreading student has more, behind a shrinking one less.
     """
     process, t = real.process, real.t
     angle = torch.atan2(process.sigma(t), process.alpha(t))
@@ -112,6 +116,8 @@ def readings(x: Tensor, real: Prediction, gradient: Tensor) -> dict[str, Tensor]
         "health/contrast": contrast.sqrt(),
         "health/diversity": ((x - x.mean(0)) ** 2).mean().sqrt(),
     }
+    if fake is not None:
+        out["health/critic_slope"] = (x * fake.x0).sum() / (fake.x0**2).sum()
     # No branch on a value: it would make the accelerator wait. A quarter without samples reads 0.
     quarter = (angle / (torch.pi / 2) * BINS).long().clamp(0, BINS - 1)
     size = per_sample(gradient**2).double()

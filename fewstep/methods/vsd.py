@@ -83,7 +83,7 @@ class VSD:
             fake = guided(roles.critic, x_tau, tau, batch.cond, batch.null_cond, critic_scale)
         weight = obj.score_weight(self.weight, process, tau, x, real.x0)
         gradient = obj.score_difference(fake, real) * weight
-        return gradient, readings(x, real, gradient)
+        return gradient, readings(x, real, gradient, fake if critic_scale == 1.0 else None)
 
     def scale(self, batch: Batch) -> float:
         """This update's guidance scale, the same for every sample of it."""
