@@ -25,7 +25,7 @@ LOSE = 0.45
 """Discriminator accuracy below which it tells nothing (0.5 is a coin)."""
 SHRINK = 0.6
 """Diversity over its best window, below which samples are collapsing."""
-SATURATE = 1.25
+SATURATE = 1.35
 """Root mean square of samples over the teacher's denoiser of them at low noise, above which they oversaturate."""
 FADE = 0.75
 """The same ratio, below which samples are washed out."""
