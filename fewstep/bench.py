@@ -80,10 +80,10 @@ def by_hand(recipe: Recipe) -> Callable[[], None]:
         return (low ** (1 / rho) + u * (high ** (1 / rho) - low ** (1 / rho))) ** rho
 
     def step() -> None:
-        _require([student], [critic, head])
+        _require([student], [critic, head, teacher])
         real, c = batch()
         x = denoise(student, high * torch.randn_like(real), torch.full((b,), high), c)
-        t = karras(0.02 + 0.96 * torch.rand(b))
+        t = karras(m.times.low + (m.times.high - m.times.low) * torch.rand(b))
         noisy = x.detach() + t[:, None, None, None] * torch.randn_like(x)
         with torch.no_grad():
             d_real, d_fake = denoise(teacher, noisy, t, c), denoise(critic, noisy, t, c)
@@ -91,22 +91,22 @@ def by_hand(recipe: Recipe) -> Callable[[], None]:
         g = (d_fake - d_real) / scale
         match = 0.5 * F.mse_loss(x, (x - g).detach())
         t = lognormal(m.gan_times)
-        logit = head(encode(critic, x + t[:, None, None, None] * torch.randn_like(x), t, c))
+        logit = head(encode(teacher, x + t[:, None, None, None] * torch.randn_like(x), t, c))
         (match + m.gan_weight * F.softplus(-logit).mean()).backward()
         _clipped_step(adam_s, recipe.train.clip)
-        _require([critic, head], [student])
+        _require([critic, head], [student, teacher])
         for _ in range(m.critic_steps):
             real, c = batch()
             with torch.no_grad():
                 x = denoise(student, high * torch.randn_like(real), torch.full((b,), high), c)
             t = lognormal(m.critic_times)
-            kept: list[Tensor] = []
-            handle = critic.mid_block.register_forward_hook(lambda *a, kept=kept: kept.append(a[2]))
             d = denoise(critic, x + t[:, None, None, None] * torch.randn_like(x), t, c)
-            handle.remove()
             dsm = (((d - x) ** 2).mean((1, 2, 3)) * (t**2 + data**2) / (t * data) ** 2).mean()
-            real_logit = head(encode(critic, real + t[:, None, None, None] * torch.randn_like(real), t, c))
-            loss = F.softplus(head(kept[0])).mean() + F.softplus(-real_logit).mean()
+            logits = []
+            for seen in (real, x):
+                t = lognormal(m.gan_times)
+                logits.append(head(encode(teacher, seen + t[:, None, None, None] * torch.randn_like(x), t, c)))
+            loss = F.softplus(logits[1]).mean() + F.softplus(-logits[0]).mean()
             (dsm + m.discriminator_weight * loss).backward()
             _clipped_step(adam_c, recipe.train.clip)
         with torch.no_grad():

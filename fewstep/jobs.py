@@ -150,7 +150,7 @@ def _train(trainer: Trainer, run: Path, main: bool) -> None:
 
 def readings(record: dict[str, Any]) -> str:
     """The losses of a log record, short."""
-    skip = ("grad_norm", "lr/", "done", "stage", "skips", "seconds")
+    skip = ("grad_norm", "health/", "lr/", "done", "stage", "skips", "seconds")
     return "  ".join(f"{k} {v:.3g}" for k, v in record.items() if not k.startswith(skip))
 
 
@@ -159,7 +159,8 @@ def finish(trainer: Trainer, run: Path) -> None:
     recipe = trainer.recipe
     student = product_of(recipe, trainer.product.eval(), trainer.data, "student", trainer.progress.done)
     steps = len(student.sampler.steps)
-    student = replace(student, title=f"student, {steps} step{'s' * (steps > 1)}")
+    role = "teacher" if student.sampler.kind == "ode" else "student"
+    student = replace(student, title=f"{role}, {steps} step{'s' * (steps > 1)}")
     rows: list[Measured] = []
     if recipe.evaluate is not None:
         rows, panels = compare(student, recipe.evaluate, trainer.roles.get("teacher"))
@@ -209,10 +210,10 @@ def _panel(x: Any) -> Any:
 
 def table(rows: Sequence[Measured]) -> None:
     """Print measured rows."""
-    out = Table(title=f"{rows[0].metric} (± one standard error); lower is better")
-    columns = ["", "distance", "samples", "network calls", "s / 1000"]
+    out = Table(title=f"{rows[0].metric} (± one standard error; lower is better), network calls, seconds per 1000")
+    columns = ["", "distance", "samples", "calls", "s / 1000"]
     extra = rows[0].accuracy is not None
-    for name in columns + (["class accuracy", "diversity"] if extra else []):
+    for name in columns + (["accuracy", "diversity"] if extra else []):
         out.add_column(name, justify="left" if not name else "right")
     for r in rows:
         value = f"{r.value:.4g}" + (f" ± {r.error:.2g}" if r.error is not None else "")

@@ -7,6 +7,8 @@ from typing import Any
 
 import yaml
 
+from fewstep import __version__
+
 TEMPLATE = """---
 library_name: diffusers
 tags: [fewstep, {method}, few-step]
@@ -56,7 +58,8 @@ those of `scheduler/scheduler_config.json`. The last class embedding is the null
 
 | | |
 |---|---|
-| samples drawn with | Heun (arXiv 2206.00364, alg. 1) |
+| made by | `fewstep run` with the recipe below, fewstep {version} |
+| samples drawn with | Heun (arXiv 2206.00364, alg. 1), labels in turn |
 {rows}
 <details><summary>recipe</summary>
 
@@ -70,7 +73,7 @@ those of `scheduler/scheduler_config.json`. The last class embedding is the null
 def teacher_card(title: str, about: str, recipe: str, results: Sequence[tuple[str, str]], done: int) -> str:
     """The card of a teacher trained here."""
     rows = "".join(f"| {name} | {value} |\n" for name, value in results)
-    return TEACHER.format(title=title, about=about, done=done, rows=rows, recipe=recipe.strip())
+    return TEACHER.format(version=__version__, title=title, about=about, done=done, rows=rows, recipe=recipe.strip())
 
 
 def usage(pipeline: str, folder: str, call: str) -> str:

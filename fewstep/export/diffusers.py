@@ -192,7 +192,9 @@ def export(
             "done": product.done,
         }
         (aside / "README.md").write_text(model_card(facts, dump(product.recipe), results))
-        told = {"kind": "renoise", "steps": [u / product.sampler.steps[0] for u in product.sampler.steps], "classes": product.classes}
+        first = product.sampler.steps[0]
+        levels = [u / first for u in product.sampler.steps]  # on the grid below the scheduler's own sigma_max
+        told = {"kind": "renoise", "steps": levels, "classes": product.classes}
         (aside / "fewstep.json").write_text(json.dumps(told))
     return Exported(folder, lines, parity)
 
