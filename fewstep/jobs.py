@@ -205,7 +205,7 @@ def compare(student: Product, spec: Evaluate, teacher: Any) -> tuple[list[Measur
 
 
 def _panel(x: Any) -> Any:
-    return x[:GRID] if x.ndim > 2 else x[:2000]
+    return x[: GRID // 2] if x.ndim > 2 else x[:2000]
 
 
 def table(rows: Sequence[Measured]) -> None:
@@ -260,6 +260,8 @@ def draw(
 def export_run(run: Path, out: Path | None, force: bool) -> Exported:
     """`fewstep export`."""
     product = open_product(run)
+    if product.recipe is None:
+        raise UserError(f"{run}: is a diffusers folder already; export takes a run directory")
     folder = out or run / "export"
     if folder.exists() and any(folder.iterdir()) and not force and out is not None:
         raise UserError(f"{folder}: exists; overwrite it with --force")

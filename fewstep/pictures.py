@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -38,7 +39,8 @@ def _save(picture: Any, path: Path) -> None:
 def _image(x: Tensor, per_row: int, scale: int) -> Any:
     from PIL import Image
 
-    pixels = to_pixels(tile(x.cpu(), per_row)).permute(1, 2, 0).numpy()
+    framed = F.pad(x.cpu(), (1, 0, 1, 0), value=-0.4)  # a thin line between neighbours
+    pixels = to_pixels(tile(framed, per_row)).permute(1, 2, 0).numpy()
     if pixels.shape[2] not in (1, 3):
         raise ValueError(f"pictures have 1 or 3 channels, not {pixels.shape[2]}")
     image = Image.fromarray(pixels[..., 0] if pixels.shape[2] == 1 else pixels)
@@ -60,7 +62,7 @@ def save_side_by_side(sets: Sequence[tuple[str, Tensor]], path: Path, per_row: i
         return
     from PIL import Image, ImageDraw, ImageFont
 
-    panels = [_image(x, per_row, max(1, 24 // x.shape[-1])) for _, x in sets]
+    panels = [_image(x, per_row, max(1, 32 // x.shape[-1])) for _, x in sets]
     gap, top = 12, 22
     width = sum(p.width for p in panels) + gap * (len(panels) + 1)
     sheet = Image.new("RGB", (width, panels[0].height + top + gap), "white")

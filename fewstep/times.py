@@ -26,7 +26,7 @@ class TimeDist(Protocol):
         ...
 
 
-def shift(u: Tensor, factor: float) -> Tensor:
+def shift(u: Tensor, factor: float | Tensor) -> Tensor:
     """S_s(u) = s u / (1 + (s - 1) u), the time shift of flow models (arXiv 2403.03206, eq. 23)."""
     return factor * u / (1 + (factor - 1) * u)
 

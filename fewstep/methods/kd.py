@@ -53,11 +53,11 @@ class KD:
         with torch.no_grad():
             for t, s in zip(times, [*times[1:], end], strict=True):
                 states.append(walk(states[-1], t, s))
-        total = sum(
+        gaps = [
             distance(ask(roles.student, x, t, end, batch.cond).x0, states[-1], self.distance)
             for x, t in zip(states[:-1], times, strict=True)
-        )
-        yield Losses({"regress": total / len(times)})
+        ]
+        yield Losses({"regress": torch.stack(gaps).mean()})
 
     def sampler(self) -> Sampler:
         # Re-noising the end gives the marginal at the next level, which is where its states came from.

@@ -61,7 +61,8 @@ class SCFM:
         skip = skip.clamp_max(self.nodes // 2)
         first = 2 * skip + ((self.nodes - 2 * skip + 1) * draws.uniform()).floor()
         factor = self.shift[0] + (self.shift[1] - self.shift[0]) * draws.uniform()
-        return anchored, *(shift((first - k * skip) / self.nodes, factor) for k in range(3))
+        t, middle, end = (shift((first - k * skip) / self.nodes, factor) for k in range(3))
+        return anchored, t, middle, end
 
     def losses(self, roles: Roles, batch: Batch) -> Iterator[Losses]:
         process = roles.student.process

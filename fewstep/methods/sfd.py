@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from itertools import pairwise
 from typing import Any, ClassVar
 
@@ -61,7 +62,7 @@ class SFD:
 
         for i in range(longest):
             # Every later turn continues on the first one's batch: the path belongs to its noise.
-            yield Turn(("student",), lambda batch, i=i: losses(batch, i), batch=held.get("batch"))
+            yield Turn(("student",), partial(losses, i=i), batch=held.get("batch"))
 
     def levels(self, count: int) -> tuple[float, ...]:
         """Levels of `count` steps from the prior down, without the clean end."""

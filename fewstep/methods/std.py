@@ -26,6 +26,9 @@ class Bank(nn.Module):
 
     def __init__(self, slots: int, shape: tuple[int, ...]) -> None:
         super().__init__()
+        self.x: Tensor
+        self.knot: Tensor
+        self.label: Tensor
         self.register_buffer("x", torch.zeros(slots, *shape))
         self.register_buffer("knot", torch.zeros(slots, dtype=torch.long))
         self.register_buffer("label", torch.full((slots,), -1))

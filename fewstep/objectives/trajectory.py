@@ -98,8 +98,8 @@ def slopes(process: Process, kind: str, t: Tensor, s: Tensor, wrt: Literal["t", 
     def at(m: Tensor) -> tuple[Tensor, Tensor]:
         return coefficients(process, kind, m, s) if wrt == "t" else coefficients(process, kind, t, m)
 
-    (a, b), (da, db) = torch.func.jvp(at, (move,), (one,))
-    return Slopes(a, b, da, db)
+    primal, slope = torch.func.jvp(at, (move,), (one,))[:2]
+    return Slopes(primal[0], primal[1], slope[0], slope[1])
 
 
 def _attention() -> Any:
@@ -243,5 +243,5 @@ def probe(net: nn.Module, x: Tensor, t: Tensor, s: Tensor, cond: Any = None, kin
 @torch.no_grad()
 def follow(target: nn.Module, source: nn.Module, decay: float) -> None:
     """target := decay target + (1 - decay) source, parameter by parameter; decay 0 copies."""
-    mine, theirs = list(target.parameters()), [p.detach() for p in source.parameters()]
+    mine, theirs = [p.detach() for p in target.parameters()], [p.detach() for p in source.parameters()]
     torch._foreach_lerp_(mine, theirs, 1 - decay)
