@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from fewstep.config import RecipeError, UserError, plain
+from fewstep.config import REGISTRY, RecipeError, UserError, plain
 from fewstep.recipe import Recipe, differences, dump, find, load, load_run, read, shipped
 
 GOOD = """\
@@ -132,8 +132,8 @@ def test_extends_one_level_and_replaces_a_part_whose_name_changes(tmp_path: Path
     grandchild = write(tmp_path, "extends: mine.yaml\nabout: too deep\n", "grandchild.yaml")
     with pytest.raises(RecipeError, match=r"^mine\.yaml: extends another recipe; only one level is allowed$"):
         load(grandchild)
-    with pytest.raises(RecipeError, match=r"^recipe 'toy/dmd' is not shipped; did you mean 'toy/dmd2'\?$"):
-        load(write(tmp_path, "extends: toy/dmd\n", "lost.yaml"))
+    with pytest.raises(RecipeError, match=r"^recipe 'toy/dmd22' is not shipped; did you mean 'toy/dmd2'\?$"):
+        load(write(tmp_path, "extends: toy/dmd22\n", "lost.yaml"))
 
 
 def test_problems_of_an_extended_recipe_name_the_file_they_stand_in(tmp_path: Path):
@@ -206,7 +206,10 @@ def test_missing_keys_are_named(tmp_path: Path):
         ("data={name: ring, sdt: 1.0}", "data.sdt: unknown key; did you mean 'std'?"),
         ("train.zzzzz=1", "train.zzzzz: unknown key; allowed: steps, batch, accumulate, clip, precision, seed, ema, "
          "product, max_skips, checkpointing, log_every, sample_every, eval_every, checkpoint_every, keep, trackers"),
-        ("method.name=dmd3", "method.name: 'dmd3' is not one of denoise, dmd2; did you mean 'dmd2'?"),
+        (
+            "method.name=denoize",
+            f"method.name: 'denoize' is not one of {', '.join(REGISTRY['method'])}; did you mean 'denoise'?",
+        ),
         ("optim.default.lr=.nan", "optim.default.lr: expected float, got '.nan'"),
         ("optim.default.lr=1e999", "optim.default.lr: a finite number, got inf"),
         ("optim.default.lr=0", "optim.default.lr: lr must be positive, not 0.0"),
