@@ -27,13 +27,15 @@ def demo_table() -> str:
 
 
 def recipes_table() -> str:
-    """Every shipped recipe with its results."""
+    """Shipped recipes that have results, and how many there are in all."""
     lines = ["| recipe | method | what | result |", "|---|---|---|---|"]
     for name in shipped():
         data = read(name).data
+        if not data.get("results"):
+            continue
         found = [f"{r['metric']} {r['value']} (N={r['samples']}, {r['source']})" for r in data.get("results", [])]
         lines.append(f"| `{name}` | {data['method']['name']} | {data['about']} | {'; '.join(found)} |")
-    return "\n".join(lines)
+    return "\n".join([*lines, "", f"`fewstep recipes ls` lists all {len(shipped())}."])
 
 
 def methods_table() -> str:

@@ -104,7 +104,8 @@ def save_checkpoint(
         reason = "the disk is full; free some space and continue with --resume" if full else str(error)
         raise UserError(f"{final}: the checkpoint could not be written: {reason}") from None
     for old in checkpoints(folder)[:-keep]:
-        shutil.rmtree(old, ignore_errors=True)
+        # Renamed first: a kill within rmtree would leave a folder that no later pass recognises.
+        old.rename(folder / f".{old.name}.old.tmp")
     for stale in folder.glob(".step-*.tmp"):
         shutil.rmtree(stale, ignore_errors=True)
     return final

@@ -36,7 +36,8 @@ def agree(whole: tuple[Path, list[torch.Tensor]], run: Path, seen: list[torch.Te
             )
     for a, b in zip(records(reference), records(run), strict=True):
         assert a.keys() == b.keys()
-        for key in a:
+        # Health readings are spreads within a micro-batch, so they are the only ones that depend on its size.
+        for key in (k for k in a if not k.startswith("health/")):
             assert b[key] == pytest.approx(a[key], rel=2e-5, abs=1e-6), key
 
 
