@@ -2,7 +2,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint types conformance bench clean
+.PHONY: demo test lint types links conformance bench clean
 
 demo: $(VENV)/.installed  ## the main job: distil the digits teacher to one step, measure it, export it
 	$(BIN)/fewstep run digits-dmd2 --resume
@@ -13,7 +13,7 @@ test: $(VENV)/.tested  ## the whole suite
 lint: $(VENV)/.tested
 	$(BIN)/ruff check .
 
-types: $(VENV)/.tested .typing/fewstep
+types: $(VENV)/.tested links
 	$(BIN)/mypy
 
 conformance: $(VENV)/.tested  ## full-budget training of every method on the toy
@@ -35,10 +35,10 @@ $(VENV)/.tested: $(VENV)/bin/python pyproject.toml
 	touch $@ $(VENV)/.installed
 
 # Type checkers do not follow the mapped folders of an editable install; this tree of links shows them the package.
-.typing/fewstep:
-	mkdir -p $@
-	for f in fewstep/*; do ln -sf ../../$$f $@/; done
-	for d in kernels eval recipes assets; do ln -sfn ../../$$d $@/$$d; done
+links:
+	rm -rf .typing && mkdir -p .typing/fewstep
+	for f in fewstep/*; do ln -sf ../../$$f .typing/fewstep/; done
+	for d in kernels eval recipes assets; do ln -sfn ../../$$d .typing/fewstep/$$d; done
 
 clean:
 	rm -rf $(VENV) .typing build dist *.egg-info

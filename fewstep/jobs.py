@@ -101,6 +101,7 @@ def run_recipe(name: str, settings: Sequence[str], out: Path | None, resume: boo
     trainer.accelerator.wait_for_everyone()
     if main:
         finish(trainer, run)
+    trainer.accelerator.end_training()  # closes trackers and the process group, whose threads abort an open exit
     return run
 
 

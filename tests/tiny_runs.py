@@ -130,7 +130,7 @@ def drive_kill_points(folder: Path) -> None:
         rmtree, count = state.shutil.rmtree, [0]
 
         def stop(path: Path, **options: Any) -> None:
-            if path.name.startswith("step-"):
+            if path.name.endswith(".old.tmp"):
                 count[0] += 1
                 if count[0] == 10:
                     next(path.glob("student*")).unlink()
@@ -260,6 +260,7 @@ def launched(folder: Path) -> None:
         trainer.fit()
     except KeyboardInterrupt:
         (folder / f"stopped-{rank}.json").write_text(json.dumps(trainer.progress.done))
+    trainer.accelerator.end_training()  # gloo's threads abort a process that leaves with its group open
 
 
 if __name__ == "__main__":

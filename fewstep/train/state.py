@@ -105,7 +105,7 @@ def save_checkpoint(
         raise UserError(f"{final}: the checkpoint could not be written: {reason}") from None
     for old in checkpoints(folder)[:-keep]:
         # Renamed first: a kill within rmtree would leave a folder that no later pass recognises.
-        old.rename(folder / f".{old.name}.old.tmp")
+        os.rename(old, folder / f".{old.name}.old.tmp")
     for stale in folder.glob(".step-*.tmp"):
         shutil.rmtree(stale, ignore_errors=True)
     return final
