@@ -28,7 +28,6 @@ from fewstep.measure import Measured, measure, teacher_product
 from fewstep.pictures import save_grid, save_side_by_side
 from fewstep.product import Product, open_product, parse_classes, product_of
 from fewstep.recipe import Evaluate, Recipe, differences, dump, load, load_run, shipped
-from fewstep.train.build import build_roles
 from fewstep.train.trainer import Trainer
 
 console = Console()
@@ -275,9 +274,3 @@ def export_run(run: Path, out: Path | None, force: bool) -> Exported:
     done = write(product, folder, results=rows)
     show_export(done)
     return done
-
-
-def roles_of(run: Path) -> Any:
-    """All roles of a run's recipe, freshly built (for tools)."""
-    recipe = load_run(run)
-    return build_roles(recipe, recipe.data.open())  # type: ignore[attr-defined]

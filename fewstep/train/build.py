@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import nn
 
 from fewstep.config import RecipeError
@@ -37,7 +36,3 @@ def build_product(recipe: Recipe, data: Data) -> nn.Module:
 def trained_roles(recipe: Recipe) -> list[str]:
     """Roles with weights of their own that a run changes, in building order."""
     return [n for n in recipe.role_names() if n != "teacher"]
-
-
-def default_device() -> torch.device:
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -279,7 +279,8 @@ class Trainer:
 
     def _record(self) -> None:
         p = self.progress
-        readings = {k: self._mean(v) for k, v in sorted(self.meter.take().items())}
+        means = self._shared({k: [v] for k, v in sorted(self.meter.take().items())})
+        readings = {k: v for k, (v,) in means.items()}
         rates = {
             f"lr/{n}": o.rate(s) for o in self.optim.values() for n, s in zip(o.names, o.specs, strict=True)
         }
@@ -289,12 +290,6 @@ class Trainer:
                 self.log.write(self.last_record)
             if self.accelerator.trackers:
                 self.accelerator.log(self.last_record, step=p.done)
-
-    def _mean(self, value: float) -> float:
-        if self.accelerator.num_processes == 1:
-            return value
-        mean: Any = self.accelerator.reduce(torch.tensor(value, device=self.device), reduction="mean")
-        return float(mean)
 
     def _shared(self, values: dict[str, list[float]]) -> dict[str, list[float]]:
         """The mean over processes of each reading since the last record."""
