@@ -46,6 +46,7 @@ def student_settings(teacher: Path) -> list[str]:
         "method.critic_steps=1",
         "train.steps=2",
         "train.batch=6",
+        "train.ema=[0.98]",
         "train.sample_every=0",
         "evaluate=null",
     ]
