@@ -1,7 +1,8 @@
 """Trainer overhead: a DMD2 step of the digits recipe against a hand-written loop of the same mathematics.
 
 Both run in turn in one process, so the ratio does not depend on the machine's speed at the time. Peak memory is
-the growth of the resident set in a process of its own for each, at a batch where activations dominate.
+what torch's allocator holds at the worst moment of a warm step; the growth of the resident set, in a process of its
+own for each, is printed beside it: it adds what malloc fragments and what the first step imports.
 
     python -m fewstep.bench            both tables
     python -m fewstep.bench time       the time ratio only
@@ -46,7 +47,9 @@ def by_hand(recipe: Recipe) -> Callable[[], None]:
     """The same networks, losses, optimisers and averages, written as one function without fewstep's spine."""
     trainer = Trainer(recipe, cpu=True)
     m: Any = recipe.method
-    student, critic, teacher = (copy.deepcopy(trainer.roles[r].net.model) for r in ("student", "critic", "teacher"))
+    student, critic, teacher = (
+        copy.deepcopy(trainer.roles[r].net.model) for r in ("student", "critic", "teacher")
+    )
     head: nn.Module = copy.deepcopy(trainer.roles.discriminator.heads["mid"])  # type: ignore[union-attr,index]
     images, labels = trainer.data.all()
     assert labels is not None
@@ -60,7 +63,10 @@ def by_hand(recipe: Recipe) -> Callable[[], None]:
         s = t[:, None, None, None]
         skip = data**2 / ((s - low) ** 2 + data**2)
         out = (s - low) * data / (s**2 + data**2).sqrt()
-        return skip * x + out * net(x / (s**2 + data**2).sqrt(), 250 * t.log(), class_labels=c, return_dict=False)[0]
+        return (
+            skip * x
+            + out * net(x / (s**2 + data**2).sqrt(), 250 * t.log(), class_labels=c, return_dict=False)[0]
+        )
 
     def encode(net: Any, x: Tensor, t: Tensor, c: Tensor) -> Tensor:
         embedding = net.time_embedding(net.time_proj(250 * t.log())) + net.class_embedding(c)
@@ -105,7 +111,9 @@ def by_hand(recipe: Recipe) -> Callable[[], None]:
             logits = []
             for seen in (real, x):
                 t = lognormal(m.gan_times)
-                logits.append(head(encode(teacher, seen + t[:, None, None, None] * torch.randn_like(x), t, c)))
+                logits.append(
+                    head(encode(teacher, seen + t[:, None, None, None] * torch.randn_like(x), t, c))
+                )
             loss = F.softplus(logits[1]).mean() + F.softplus(-logits[0]).mean()
             (dsm + m.discriminator_weight * loss).backward()
             _clipped_step(adam_c, recipe.train.clip)
@@ -116,7 +124,9 @@ def by_hand(recipe: Recipe) -> Callable[[], None]:
 
 
 def _adam(groups: list[tuple[nn.Module, Any]]) -> torch.optim.AdamW:
-    specs = [{"params": list(n.parameters()), "lr": s.lr, "betas": s.betas, "weight_decay": 0.0} for n, s in groups]
+    specs = [
+        {"params": list(n.parameters()), "lr": s.lr, "betas": s.betas, "weight_decay": 0.0} for n, s in groups
+    ]
     return torch.optim.AdamW(specs, fused=True)
 
 
@@ -158,9 +168,24 @@ def _peak(which: str) -> None:
     recipe = load("digits-dmd2", [*SETTINGS, "train.batch=512"])
     step = {"ours": ours, "hand": by_hand}[which](recipe)
     before = _resident()
-    for _ in range(2):
+    step(), step()
+    grown = 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+    print(json.dumps({"tensors": _allocated(step), "resident": grown}))
+
+
+def _allocated(step: Callable[[], None]) -> int:
+    """Bytes of tensors alive at the worst moment of a step beyond those alive before it."""
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
+    ) as profile:
         step()
-    print(json.dumps(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before))
+    events: Any = profile.profiler.kineto_results.events()  # type: ignore[union-attr]
+    changes = [e for e in events if e.name() == "[memory]"]
+    now = peak = 0
+    for e in sorted(changes, key=lambda e: e.start_ns()):
+        now += e.nbytes()
+        peak = max(peak, now)
+    return peak
 
 
 def _resident() -> int:
@@ -169,13 +194,14 @@ def _resident() -> int:
         return int(f.read().split()[1]) * resource.getpagesize() // 1024
 
 
-def memory_ratio() -> tuple[float, float, float]:
-    """(ratio, MiB of ours, MiB of the hand-written loop): growth of the resident set, a process each."""
-    peaks = [
-        int(subprocess.run([sys.executable, "-m", "fewstep.bench", w], capture_output=True, check=True).stdout)
+def memory() -> dict[str, tuple[float, float]]:
+    """MiB of ours and of the hand-written loop, by {"tensors", "resident"}; a process each."""
+    command = [sys.executable, "-m", "fewstep.bench"]
+    ours, hand = (
+        json.loads(subprocess.run([*command, w], capture_output=True, check=True).stdout)
         for w in ("ours", "hand")
-    ]
-    return peaks[0] / peaks[1], peaks[0] / 1024, peaks[1] / 1024
+    )
+    return {k: (ours[k] / 2**20, hand[k] / 2**20) for k in ours}
 
 
 def main() -> None:
@@ -185,8 +211,10 @@ def main() -> None:
     ratio, a, b = time_ratio()
     print(f"DMD2 step, digits: {1000 * a:.0f} ms, by hand {1000 * b:.0f} ms, ratio {ratio:.3f}")
     if sys.argv[1:] != ["time"]:
-        ratio, a, b = memory_ratio()
-        print(f"peak memory of that step at batch 512: {a:.0f} MiB, by hand {b:.0f} MiB, ratio {ratio:.3f}")
+        for what, (a, b) in memory().items():
+            print(
+                f"peak memory of that step at batch 512, {what}: {a:.0f} MiB, by hand {b:.0f} MiB, {a / b:.3f}"
+            )
 
 
 if __name__ == "__main__":

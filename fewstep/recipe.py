@@ -94,6 +94,8 @@ class Train:
     """Non-finite updates in a row after which the run stops."""
     checkpointing: bool = False
     """Activation checkpointing in every diffusers model."""
+    attention: Literal["auto", "reference", "chunked", "triton", "sdpa", "xformers"] = "auto"
+    """Attention while training: auto gives calls with tangents to fewstep.kernels and leaves the rest to torch."""
     log_every: int = 10
     sample_every: int = 100
     """Steps between sample grids; 0 for none."""

@@ -12,9 +12,9 @@ if __name__ != "fewstep.kernels":
         )
 
 else:
-    from .api import Choice, attention, attention_jvp, attention_tangent, explain
+    from .api import Choice, attention, attention_jvp, attention_tangent, check_device, explain
     from .arguments import IMPLEMENTATIONS
-    from .context import register_diffusers_backend, use_fewstep_attention
+    from .context import attention_in_force, register_diffusers_backend, use_fewstep_attention
     from .ema import ema_update
     from .merge import merge
     from .ranges import KeyRange, Ranges, Segment, block_causal, teacher_forcing
@@ -26,9 +26,11 @@ else:
         "Ranges",
         "Segment",
         "attention",
+        "attention_in_force",
         "attention_jvp",
         "attention_tangent",
         "block_causal",
+        "check_device",
         "ema_update",
         "explain",
         "merge",

@@ -33,6 +33,14 @@ def _interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
+def check_device(impl: str, device: torch.device) -> None:
+    """ValueError when this implementation has no code for the device, whatever the shapes."""
+    check_names(impl, "bhnd")
+    if impl in ("triton", "xformers"):
+        example = torch.empty(1, 1, 1, 16, device=device)
+        _choose(example, example, "", None, impl)
+
+
 def _choose(q: Tensor, v: Tensor, moving: str, ranges: Ranges | None, impl: str) -> Choice:
     """The implementation for checked arguments; ValueError where the named one cannot run them."""
     wide = max(q.shape[3], v.shape[3])

@@ -135,6 +135,11 @@ def _dispatched(
 _ACTIVE: list["use_fewstep_attention"] = []
 
 
+def attention_in_force() -> bool:
+    """True inside a use_fewstep_attention."""
+    return bool(_ACTIVE)
+
+
 class use_fewstep_attention(TorchFunctionMode):
     """Context in which scaled_dot_product_attention has exact, memory-lean tangents.
 

@@ -13,7 +13,7 @@ raw would divide by B_t or B_s, which vanish (x0 at s = 0, Trig at the full jump
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from fewstep.config import UserError
 from fewstep.jump import ask
+from fewstep.kernels import attention_in_force, use_fewstep_attention
 from fewstep.objectives.regression import per_sample
 from fewstep.prediction import PAIRS, Prediction
 from fewstep.process import Process, bc
@@ -102,15 +103,9 @@ def slopes(process: Process, kind: str, t: Tensor, s: Tensor, wrt: Literal["t", 
     return Slopes(primal[0], primal[1], slope[0], slope[1])
 
 
-def _attention() -> Any:
-    """Attention with tangents for everything inside; torch's fused CPU attention has none."""
-    try:
-        from fewstep.kernels import use_fewstep_attention
-    except ImportError:
-        from torch.nn.attention import SDPBackend, sdpa_kernel
-
-        return sdpa_kernel(SDPBackend.MATH)
-    return use_fewstep_attention()
+def _attention() -> AbstractContextManager[Any]:
+    """Attention with tangents for everything inside, unless the recipe's own choice is already in force."""
+    return nullcontext() if attention_in_force() else use_fewstep_attention()
 
 
 def tangent(

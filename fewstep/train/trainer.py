@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 
 from fewstep.config import UserError
 from fewstep.data.base import Data
+from fewstep.kernels import check_device, use_fewstep_attention
 from fewstep.methods.base import Batch, Turn
 from fewstep.networks.adapters import enable_checkpointing
 from fewstep.objectives.trajectory import probe
@@ -65,6 +67,10 @@ class Trainer:
                 f"train.batch {train.batch} must be divisible by processes x train.accumulate "
                 f"= {world} x {train.accumulate}"
             )
+        try:
+            check_device(train.attention, self.device)
+        except ValueError as error:
+            raise UserError(f"train.attention: {error}") from None
         self.data: Data = recipe.data.open()  # type: ignore[attr-defined]
         self.roles: Roles = build_roles(recipe, self.data)
         for name, module in self.roles.items():
@@ -111,7 +117,10 @@ class Trainer:
         try:
             stages = self.recipe.stages()
             while self.progress.stage < len(stages) and not self._stop:
-                self._run_stage(stages[self.progress.stage])
+                # "auto" needs no context here: a method's tangent enters one, and the rest is torch's own.
+                impl = self.recipe.train.attention
+                with nullcontext() if impl == "auto" else use_fewstep_attention(impl):
+                    self._run_stage(stages[self.progress.stage])
         finally:
             for s, handler in before:
                 signal.signal(s, handler)
