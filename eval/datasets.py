@@ -28,7 +28,7 @@ def fashion_mnist(
     """Fashion-MNIST: images (60000 or 10000, 1, 28, 28) uint8 and labels.
 
     `folder` (or ``FEWSTEP_FASHION_MNIST``, or where the Debian package ``dataset-fashion-mnist`` puts it)
-    holds the four idx files, gzipped or not.
+    holds the four idx files, gzipped or not, or is torchvision's root (FashionMNIST/raw below it).
 
     Raises:
         FileNotFoundError: the files are not there; the message says how to get them.
@@ -46,7 +46,8 @@ def fashion_mnist(
 
 
 def _read_idx(root: Path, name: str, rank: int) -> np.ndarray:
-    for path in (root / f"{name}.gz", root / name):
+    folders = (root, root / "FashionMNIST" / "raw", root / "raw")
+    for path in (folder / file for folder in folders for file in (f"{name}.gz", name)):
         if path.is_file():
             break
     else:

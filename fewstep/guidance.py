@@ -11,15 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fewstep.cond import joined
 from fewstep.prediction import Prediction
 from fewstep.process import Process
-
-
-def concat_cond(a: Any, b: Any) -> Any:
-    """Two conditions of the same structure (a tensor or a mapping of tensors) as one batch."""
-    if isinstance(a, Tensor):
-        return torch.cat((a, b))
-    return {key: torch.cat((value, b[key])) for key, value in a.items()}
 
 
 def split(prediction: Prediction, n: int) -> tuple[Prediction, Prediction]:
@@ -57,7 +51,7 @@ def guided(
         return net(x, t, cond, **call)
     if cond is None or null is None:
         raise ValueError(f"guidance scale {scale} needs a condition and a null condition; this run has none")
-    both = net(torch.cat((x, x)), torch.cat((t, t)), concat_cond(cond, null), **call)
+    both = net(torch.cat((x, x)), torch.cat((t, t)), joined(cond, null), **call)
     conditional, unconditional = split(both, x.shape[0])
     if interval is not None:
         process = conditional.process

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import torch
@@ -11,11 +11,15 @@ from torch import Tensor
 
 from fewstep.config import UserError
 from fewstep.eval import (
+    FrechetResult,
+    Reference,
     class_accuracy,
     digits_reference,
     energy_distance,
+    fashion_reference,
     frechet_distance,
     house_digits,
+    house_fashion,
     within_class_diversity,
 )
 from fewstep.pictures import to_pixels
@@ -37,9 +41,27 @@ class Measured:
     seconds_per_1000: float
     accuracy: float | None = None
     diversity: float | None = None
+    frechet: FrechetResult | None = field(default=None, repr=False, compare=False)
+    """The full distance, with the influence of each sample, for paired differences."""
 
     def row(self) -> dict[str, Any]:
-        return asdict(self)
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.name != "frechet"}
+
+
+def judge(metric: str, shape: tuple[int, ...]) -> tuple[Any, Reference]:
+    """The house classifier of a metric and what it compares with; UserError when the samples have another size."""
+    made = {
+        "fd-house-digits": (house_digits, digits_reference),
+        "fd-house-fashion-mnist": (house_fashion, fashion_reference),
+    }
+    extractor = made[metric][0]()
+    size = extractor.input_size
+    if tuple(shape[-2:]) != (size, size):
+        raise UserError(f"metric {metric} is for {size} x {size} images; these samples are {list(shape)}")
+    try:
+        return extractor, made[metric][1](extractor)
+    except (FileNotFoundError, ValueError) as error:
+        raise UserError(f"metric {metric}: {error}") from None
 
 
 def teacher_product(product: Product, teacher: Any, steps: int) -> Product:
@@ -64,17 +86,13 @@ def measure(product: Product, spec: Evaluate, *, batch: int = 256) -> tuple[Meas
         real, _ = product.recipe.data.open().all()  # type: ignore[attr-defined]
         value = energy_distance(x.double(), real[: max(spec.samples, 4000)].double())
         return Measured(product.title, "energy x1000", 1000 * value, None, spec.samples, calls, seconds), x
-    if product.shape[-2:] != (8, 8):
-        raise UserError(f"metric {spec.metric} is for 8 x 8 digits; these samples are {list(product.shape)}")
-    extractor = house_digits()
-    pixels = to_pixels(x)
-    features = torch.cat([extractor(p) for p in pixels.split(512)])
-    reference = digits_reference(extractor)
+    extractor, reference = judge(spec.metric, product.shape)
+    features = torch.cat([extractor(p) for p in to_pixels(x).split(512)])
     result = frechet_distance(features, reference.statistics)
     accuracy = diversity = None
     labels = product.labels(spec.samples)
     if labels is not None:
-        logits = torch.cat([extractor.logits(p) for p in pixels.split(512)])
+        logits = extractor.from_features(features)
         accuracy = class_accuracy(logits, labels).value
         assert reference.features is not None
         assert reference.labels is not None
@@ -82,7 +100,7 @@ def measure(product: Product, spec: Evaluate, *, batch: int = 256) -> tuple[Meas
         diversity = sum(ratios.values()) / len(ratios)
     row = Measured(
         product.title,
-        "FD house-digits",
+        f"FD {extractor.name}",
         result.value,
         result.standard_error,
         spec.samples,
@@ -90,5 +108,6 @@ def measure(product: Product, spec: Evaluate, *, batch: int = 256) -> tuple[Meas
         seconds,
         accuracy,
         diversity,
+        result,
     )
     return row, x

@@ -137,5 +137,5 @@ def _open_folder(path: Path) -> Product:
     classes = int(net.net.classes)  # type: ignore[union-attr,arg-type]
     if "steps" not in told:
         return Product(net, many_step(18), shape, classes, path.name, None)
-    sampler = Sampler(kind=told["kind"], steps=tuple(told["steps"]))
+    sampler = Sampler(kind=told["kind"], steps=tuple(told["steps"]), eta=told.get("eta", Sampler().eta))
     return Product(net, sampler, shape, classes, path.name, (len(sampler.steps),))

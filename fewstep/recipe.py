@@ -128,8 +128,8 @@ class Train:
 class Evaluate:
     """What is measured at the end of a run, and how many samples."""
 
-    metric: Literal["fd-house-digits", "energy"] = "fd-house-digits"
-    """fd-house-digits: Frechet distance on the house classifier's features; energy: energy distance (vectors)."""
+    metric: Literal["fd-house-digits", "fd-house-fashion-mnist", "energy"] = "fd-house-digits"
+    """fd-house-...: Frechet distance on a house classifier's features; energy: energy distance (vectors)."""
     samples: int = 1797
     seed: int = 1000
     teacher_steps: tuple[int, ...] = (1, 8, 16, 32)

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from fewstep.networks.adapters import Adapted
+from fewstep.networks.adapters import own_parameters
 
 
 class Roles(Mapping[str, nn.Module]):
@@ -19,12 +19,7 @@ class Roles(Mapping[str, nn.Module]):
 
     def __init__(self, **modules: nn.Module) -> None:
         self._modules = dict(modules)
-        # peft puts an adapter's weights inside the base network; they belong to the adapter's role alone.
-        adapters = {id(p) for m in modules.values() if isinstance(m, Adapted) for p in m.parameters()}
-        self._own = {
-            name: [p for p in m.parameters() if isinstance(m, Adapted) or id(p) not in adapters]
-            for name, m in modules.items()
-        }
+        self._own = {name: own_parameters(m) for name, m in modules.items()}
         owners: dict[int, str] = {}
         for name, own in self._own.items():
             for p in own:

@@ -13,7 +13,7 @@ from torch import Tensor
 from fewstep.config import config
 from fewstep.jump import Solver, ask, calls, clean, solver_step, times_of
 from fewstep.prediction import Prediction
-from fewstep.process import Process, bc, transition
+from fewstep.process import DiscreteVP, Process, bc, transition
 from fewstep.random import Draws, fold
 from fewstep.rollout import renoise
 
@@ -99,14 +99,31 @@ def _aim(sampler: Sampler, process: Process, s: Tensor, last: bool) -> Tensor:
     """Where the call's answer is used: the next level, TCD's way point, or the clean end."""
     if sampler.kind == "renoise" or last:
         return clean(process, s)
-    return (1 - sampler.eta) * s if sampler.kind == "gamma" else s
+    return way_point(process, s, sampler.eta) if sampler.kind == "gamma" else s
+
+
+def way_point(process: Process, s: Tensor, eta: float) -> Tensor:
+    """s' = (1 - eta) s of TCD, at least the clean end; on a DDPM table rounded down to an index, 0 being clean.
+
+    The table's rule is that of the published sampler (floor of (1 - eta) times the index).
+    """
+    if isinstance(process, DiscreteVP):
+        # A level such as .75 of 1000 carries a rounding error that must not cost an index.
+        index = torch.floor((1 - eta) * (s - 1) + 1e-6)
+        return torch.where(index > 0, index + 1, torch.zeros_like(s))
+    return torch.maximum((1 - eta) * s, clean(process, s))
 
 
 def gamma_step(prediction: Prediction, s: Tensor, eta: float, noise: Tensor) -> Tensor:
-    """TCD's step: DDIM to s' = (1 - eta) s, then diffuse s' -> s (arXiv 2402.19159, alg. 4)."""
-    waypoint = (1 - eta) * s
-    x = prediction.at(waypoint)
-    alpha, sigma = transition(prediction.process, waypoint, s)
+    """TCD's step: DDIM to s' = (1 - eta) s, then diffuse s' -> s (arXiv 2402.19159, alg. 4).
+
+    eta = 1 is `renoise`: there s' is the clean end, at which x0 itself stands, also where that is sigma_min.
+    """
+    process = prediction.process
+    waypoint = way_point(process, s, eta)
+    there = bc(waypoint, prediction.x0) > bc(clean(process, s), prediction.x0)
+    x = torch.where(there, prediction.at(waypoint), prediction.x0)
+    alpha, sigma = transition(process, waypoint, s)
     return bc(alpha, x) * x + bc(sigma, x) * noise
 
 

@@ -1,9 +1,9 @@
-"""Image data sets: scikit-learn's digits and folders of pictures."""
+"""Image data sets: scikit-learn's digits, Fashion-MNIST and folders of pictures."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -44,6 +44,26 @@ class Digits:
         images, labels = load_digits(return_X_y=True)
         x = torch.from_numpy(images).float().reshape(-1, 1, 8, 8) / 8 - 1  # 0..16 -> [-1, 1]
         return InMemory(x, torch.from_numpy(labels).long(), 10)
+
+
+@part("data", "fashion-mnist")
+class FashionMNIST:
+    """Fashion-MNIST, 28 x 28 grey, ten classes, from its four idx files; nothing is downloaded."""
+
+    path: str | None = None
+    """Folder with the files, gzipped or not, or torchvision's root. Left out: $FEWSTEP_FASHION_MNIST, or where
+    Debian's package dataset-fashion-mnist puts them."""
+    split: Literal["train", "test"] = "train"
+    """60,000 or 10,000 images."""
+
+    def open(self) -> InMemory:
+        from fewstep.eval.datasets import fashion_mnist
+
+        try:
+            images, labels = fashion_mnist(self.split, self.path)
+        except (FileNotFoundError, ValueError) as error:
+            raise UserError(f"data fashion-mnist: {error}") from None
+        return InMemory(images.float() / 127.5 - 1, labels, 10)
 
 
 _SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}

@@ -26,7 +26,7 @@ A {calls}-call generator made by [fewstep](https://github.com/fewstep/fewstep) w
 
 | | |
 |---|---|
-| noise levels (sigma), first to last | {sigmas} |
+| noise levels (sigma / alpha), first to last | {sigmas} |
 | largest difference from fewstep's own sampler, same noise | {parity:.2e} |
 | steps trained | {done} |
 {rows}

@@ -2,15 +2,27 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
+from weakref import WeakKeyDictionary
 
+import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from fewstep.prediction import Prediction
 from fewstep.process import Process
+
+# Walking all modules of a large network at each call would cost more than switching; filled at injection.
+_LAYERS: WeakKeyDictionary[nn.Module, tuple[Any, ...]] = WeakKeyDictionary()
+
+
+def _layers(net: nn.Module) -> Sequence[Any]:
+    if net not in _LAYERS:
+        _LAYERS[net] = tuple(lora_layers(net))
+    return _LAYERS[net]
 
 
 def lora_layers(net: nn.Module) -> list[Any]:
@@ -18,6 +30,90 @@ def lora_layers(net: nn.Module) -> list[Any]:
     from peft.tuners.lora import LoraLayer
 
     return [m for m in net.modules() if isinstance(m, LoraLayer)]
+
+
+def _adapter_ids(net: nn.Module) -> set[int]:
+    """Parameters that adapters have hung into a network."""
+    return {
+        id(p)
+        for layer in lora_layers(net)
+        for name in layer.adapter_layer_names
+        for p in getattr(layer, name).parameters()
+    }
+
+
+def own_parameters(module: nn.Module) -> list[nn.Parameter]:
+    """The parameters of a role without those of adapters that sit inside it; an adapter's own are its LoRA set."""
+    if isinstance(module, Adapted):
+        return list(module.own.values())
+    foreign = _adapter_ids(module)
+    return [p for p in module.parameters() if id(p) not in foreign]
+
+
+def own_state(module: nn.Module) -> dict[str, Tensor]:
+    """state_dict of a role as it was before any adapter was hung into it; an adapter's holds its LoRA set alone."""
+    layers = {name: m for name, m in module.named_modules() if _is_lora(m)}
+    out = {}
+    for key, value in module.state_dict().items():
+        inside = _layer_of(key, layers)
+        if inside is None:
+            out[key] = value
+        elif key.startswith(f"{inside}.base_layer."):
+            out[inside + key.removeprefix(f"{inside}.base_layer")] = value
+    return out
+
+
+def load_own_state(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Load what `own_state` gives, strictly; adapters inside stay as they are. Raises RuntimeError as torch does."""
+    layers = {name: m for name, m in module.named_modules() if _is_lora(m)}
+    whole = {}
+    for key, value in module.state_dict().items():
+        if (inside := _layer_of(key, layers)) and not key.startswith(f"{inside}.base_layer."):
+            whole[key] = value
+    for key, value in tensors.items():
+        inside = _layer_of(key, layers)
+        whole[key if inside is None else f"{inside}.base_layer{key.removeprefix(inside)}"] = value
+    module.load_state_dict(whole, strict=True)
+
+
+def _is_lora(module: nn.Module) -> bool:
+    return hasattr(module, "base_layer") and hasattr(module, "adapter_layer_names")
+
+
+def _layer_of(key: str, layers: Mapping[str, nn.Module]) -> str | None:
+    parts = key.split(".")
+    return next((n for k in range(1, len(parts)) if (n := ".".join(parts[:k])) in layers), None)
+
+
+def plain_copy(module: nn.Module) -> nn.Module:
+    """An independent copy without adapters. Of an adapter: the base with its LoRA set merged into the weights."""
+    adapter = module.adapter if isinstance(module, Adapted) else None
+    source = module.base if isinstance(module, Adapted) else module
+    memo: dict[int, Any] = {}
+    for layer in lora_layers(source):
+        bare = copy.deepcopy(layer.base_layer, memo)
+        if adapter is not None and adapter in layer.lora_A:
+            with torch.no_grad():
+                bare.weight += layer.get_delta_weight(adapter).to(bare.weight.dtype)
+        memo[id(layer)] = bare  # deepcopy puts what the memo holds in the place of the layer
+    out = copy.deepcopy(source, memo)
+    for m in out.modules():
+        m.__dict__.pop("peft_config", None)
+    return out
+
+
+def apart(module: nn.Module) -> nn.Module:
+    """An independent copy that computes as the module does: an adapter comes with a base of its own, unmerged."""
+    if not isinstance(module, Adapted):
+        return plain_copy(module)
+    other = Adapted(copy.deepcopy(module.base), None)
+    other.adapter, other.rank, other.alpha, other.targets = module.adapter, module.rank, module.alpha, module.targets
+    return other.train(module.training)
+
+
+def twin(module: nn.Module) -> nn.Module:
+    """A copy to be averaged into: of an adapter another LoRA set on the same base, else `plain_copy`."""
+    return copy.deepcopy(module) if isinstance(module, Adapted) else plain_copy(module)
 
 
 @contextmanager
@@ -40,11 +136,16 @@ def active(layers: Sequence[Any], adapter: str | None) -> Iterator[None]:
 class Adapted(nn.Module):
     """A denoiser on a shared base with one LoRA set; only that set is its own parameters and state.
 
+    The base called by itself stays bare. Keys of the state name layers, not the adapter, so that one set of
+    equal rank and targets can be loaded from another.
+
     Args:
-        base: the denoiser that owns the weights; it belongs to its own role and stays frozen.
+        base: the denoiser that owns the weights; it belongs to its own role.
         adapter: a new name; None is the bare base with all adapters off.
-        rank, alpha: of LoRA (arXiv 2106.09685).
+        rank, alpha: of LoRA (arXiv 2106.09685); alpha is the rank when left out.
         targets: suffixes of the layers to adapt; None takes every Linear and Conv2d.
+
+    Raises ValueError for targets that match nothing and for a base without one network inside.
     """
 
     def __init__(
@@ -57,52 +158,106 @@ class Adapted(nn.Module):
         targets: Sequence[str] | None = None,
     ) -> None:
         super().__init__()
+        if isinstance(base, Adapted):
+            raise ValueError("an adapter cannot carry another adapter; name the role with the weights")
         self._base = (base,)
         self.adapter = adapter
+        self.rank, self.alpha, self.targets = rank, float(alpha if alpha is not None else rank), targets
         self.own = nn.ParameterDict()
         if adapter is not None:
-            self._inject(base, adapter, rank, alpha if alpha is not None else rank, targets)
+            self._inject(network_of(base), adapter)
 
-    def _inject(
-        self, base: nn.Module, adapter: str, rank: int, alpha: float, targets: Sequence[str] | None
-    ) -> None:
+    def _inject(self, net: nn.Module, adapter: str) -> None:
         from peft import LoraConfig, inject_adapter_in_model
 
-        net: nn.Module = base.net  # type: ignore[assignment]
-        names = list(targets or _adaptable(net))
+        names = _matching(net, self.targets)
         frozen = {p: p.requires_grad for p in net.parameters()}
-        spec = LoraConfig(r=rank, lora_alpha=alpha, target_modules=names, init_lora_weights=True)
+        spec = LoraConfig(r=self.rank, lora_alpha=self.alpha, target_modules=names, init_lora_weights=True)  # type: ignore[arg-type]
         inject_adapter_in_model(spec, net, adapter_name=adapter)
         for p, flag in frozen.items():
             p.requires_grad_(flag)
         for name, p in net.named_parameters():
             if f".{adapter}." in name and "lora_" in name:
-                self.own[name.replace(".", "/")] = p
+                self.own[name.replace(f".{adapter}.", ".").replace(".", "/")] = p
+        _LAYERS.clear()
+        for layer in _layers(net):
+            # peft leaves the newest adapter switched on, and the base would answer with it.
+            layer._active_adapter, layer._disable_adapters = [], True
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Adapted:
+        """Another LoRA set with the same values on the same base."""
+        name = None if self.adapter is None else fresh_name(self.base)
+        with torch.random.fork_rng(devices=[]):
+            other = Adapted(self.base, name, rank=self.rank, alpha=self.alpha, targets=self.targets)
+        with torch.no_grad():
+            for key, p in self.own.items():
+                other.own[key].data = p.detach().clone()
+                other.own[key].requires_grad_(p.requires_grad)
+        memo[id(self)] = other
+        return other.train(self.training)
 
     @property
     def base(self) -> nn.Module:
         return self._base[0]
 
     @property
+    def layers(self) -> Sequence[Any]:
+        return _layers(network_of(self.base))
+
+    @property
     def process(self) -> Process:
         return self.base.process  # type: ignore[return-value]
 
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        return getattr(self.base, "inputs", ())
+
+    @property
+    def takes_s(self) -> bool:
+        return "s" in self.inputs
+
     def forward(self, x: Tensor, t: Tensor, cond: Any = None, **call: Any) -> Prediction:
-        with active(lora_layers(self.base), self.adapter):
+        with active(self.layers, self.adapter):
             return self.base(x, t, cond, **call)
 
     def features(self, x: Tensor, t: Tensor, cond: Any, taps: Sequence[str]) -> Mapping[str, Tensor]:
-        with active(lora_layers(self.base), self.adapter):
+        with active(self.layers, self.adapter):
             return self.base.features(x, t, cond, taps)  # type: ignore[operator]
 
 
-def _adaptable(net: nn.Module) -> list[str]:
+def network_of(denoiser: nn.Module) -> nn.Module:
+    """The network inside a denoiser and its wrappers. Raises ValueError where there is not exactly one."""
+    here: Any = denoiser
+    while not isinstance(getattr(here, "net", None), nn.Module):
+        here = getattr(here, "denoiser", None)
+        if here is None:
+            raise ValueError(f"a {type(denoiser).__name__} has no single network that could carry an adapter")
+    return here.net
+
+
+def fresh_name(base: nn.Module) -> str:
+    """A name that no adapter on this base has."""
+    taken = {name for layer in lora_layers(base) for name in layer.lora_A}
+    return next(f"lora{k}" for k in range(len(taken) + 1) if f"lora{k}" not in taken)
+
+
+def _matching(net: nn.Module, targets: Sequence[str] | None) -> list[str]:
+    """Full names of the Linear and Conv2d layers that end in one of `targets`; all of them for None."""
     kinds = (nn.Linear, nn.Conv2d)
     names = []
     for name, m in net.named_modules():
         if isinstance(m, kinds) and "lora_" not in name:
             names.append(name.removesuffix(".base_layer"))
-    return names
+    if targets is None:
+        return names
+    unmatched = [t for t in targets if not any(n == t or n.endswith(f".{t}") for n in names)]
+    if unmatched or not targets:
+        ends = sorted({".".join(n.split(".")[-2 if n[-1].isdigit() else -1 :]) for n in names})
+        raise ValueError(
+            f"targets {unmatched} match no Linear or Conv2d layer of this network; its layers end in "
+            f"{', '.join(ends[:12])}"
+        )
+    return [n for n in names if any(n == t or n.endswith(f".{t}") for t in targets)]
 
 
 def checkpoint_function(net: nn.Module) -> Callable[..., Any]:
@@ -113,7 +268,7 @@ def checkpoint_function(net: nn.Module) -> Callable[..., Any]:
     """
 
     def run(block: Callable[..., Any], *args: Any) -> Any:
-        layers = lora_layers(net)
+        layers = _layers(net)
         chosen = layers[0]._active_adapter if layers else []
         disabled = layers[0]._disable_adapters if layers else True
         name = None if disabled or not chosen else chosen[0]
@@ -128,13 +283,16 @@ def checkpoint_function(net: nn.Module) -> Callable[..., Any]:
 
 
 def enable_checkpointing(net: nn.Module) -> int:
-    """Switch on adapter-safe activation checkpointing in every diffusers model inside `net`; their number."""
+    """Switch on adapter-safe activation checkpointing in every diffusers model inside `net`; their number.
+
+    Of an adapter, in its base: the base's activations are what an adapter keeps for its backward pass.
+    """
+    if isinstance(net, Adapted):
+        return enable_checkpointing(net.base)
     count = 0
     for m in net.modules():
         if callable(getattr(m, "enable_gradient_checkpointing", None)):
             m.enable_gradient_checkpointing(checkpoint_function(net))  # type: ignore[operator]
-            # diffusers checkpoints only in training mode of each block.
-            m.train()
             count += 1
     return count
 

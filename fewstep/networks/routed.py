@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -11,6 +10,7 @@ from pydantic import PositiveInt
 from torch import Tensor, nn
 
 from fewstep.config import RecipeError, choice, part
+from fewstep.networks.adapters import twin
 from fewstep.networks.specs import Site
 from fewstep.prediction import Prediction
 from fewstep.process import Process
@@ -86,7 +86,7 @@ class ByClass:
 def _members(of: Any, count: int, site: Site) -> list[nn.Module]:
     """`count` denoisers of one spec with the same initial weights, so that together they begin as one."""
     first = of.build(site)
-    return [first, *(copy.deepcopy(first) for _ in range(count - 1))]
+    return [first, *(twin(first) for _ in range(count - 1))]
 
 
 @part("network", "experts")

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -12,12 +12,13 @@ from pydantic import PositiveInt
 from torch import nn
 
 from fewstep.config import RecipeError, UserError, choice, config, part
-from fewstep.networks.adapters import Adapted, frozen
+from fewstep.networks.adapters import Adapted, fresh_name, frozen, plain_copy
 from fewstep.networks.analytic import ring
 from fewstep.networks.denoiser import Denoiser, Rescheduled
 from fewstep.networks.dit import DiT
 from fewstep.networks.extras import Input
 from fewstep.networks.heads import Discriminator, LogVar
+from fewstep.networks.lora_file import read_lora
 from fewstep.networks.mlp import MLP
 from fewstep.prediction import PAIRS
 from fewstep.process import EDM, Flow
@@ -54,7 +55,7 @@ def _check_prediction(prediction: str, process: Any) -> None:
 
 @part("network", "copy")
 class Copy:
-    """A full, trainable copy of another role's denoiser."""
+    """A full, trainable copy of another role's denoiser; of an adapter, the base with the adapter merged in."""
 
     of: str = "teacher"
     """Role to copy: teacher, student or one that is built before."""
@@ -67,7 +68,7 @@ class Copy:
             raise RecipeError(
                 f"copy.of: the {self.of} is analytic and has no weights to copy; name a network (mlp, dit, unet2d)"
             )
-        twin = copy.deepcopy(source)
+        twin = plain_copy(source)
         if self.inputs:
             try:
                 _seeded(site, lambda: twin.add_inputs(self.inputs))  # type: ignore[operator]
@@ -80,22 +81,32 @@ class Copy:
 
 @part("network", "lora")
 class Lora:
-    """A LoRA adapter (by peft) on the frozen weights of another role."""
+    """A LoRA adapter (by peft) on the weights of another role, which answers without it as before."""
 
     of: str = "teacher"
-    """Role whose weights carry the adapter."""
+    """Role whose weights carry the adapter; on the student's it follows their training."""
     rank: PositiveInt = 16
     alpha: float | None = None
     """Scale; the rank when left out."""
     targets: tuple[str, ...] | None = None
     """Suffixes of the layers to adapt; every Linear and Conv2d when left out."""
+    file: str | None = None
+    """A LoRA file to start from, as diffusers saves it; rank and targets must be the file's."""
 
     def build(self, site: Site) -> nn.Module:
         base = site.role(self.of, "lora.of")
-        name = f"lora{sum(isinstance(r, Adapted) for r in site.roles.values())}"
-        return _seeded(
-            site, lambda: Adapted(base, name, rank=self.rank, alpha=self.alpha, targets=self.targets)
-        )
+        if isinstance(base, Adapted):
+            raise RecipeError(f"lora.of: the {self.of} is an adapter itself; name the role with the weights")
+        if not list(base.parameters()):
+            raise RecipeError(f"lora.of: the {self.of} is analytic and has no weights to adapt")
+        sizes = {"rank": self.rank, "alpha": self.alpha, "targets": self.targets}
+        try:
+            adapted: Any = _seeded(site, lambda: Adapted(base, fresh_name(base), **sizes))  # type: ignore[arg-type]
+        except ValueError as error:
+            raise RecipeError(f"lora: {error}") from None
+        if self.file is not None:
+            read_lora(adapted, Path(self.file).expanduser())
+        return adapted
 
 
 @part("network", "mlp")

@@ -1,20 +1,18 @@
-"""diffusers' UNet2DModel as a fewstep network: class labels, feature taps, an early stop."""
+"""diffusers' UNet2DModel as a fewstep network: pixels or latents, with or without class labels."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from fewstep.networks.extras import Extras
+from fewstep.networks.wrappers.base import Wrapper, numbered, wraps
 
 
-class _Stop(Exception):
-    """Leaves the forward pass once all taps are known."""
-
-
-class UNet2D(nn.Module):
+@wraps("UNet2DModel")
+class UNet2D(Wrapper):
     """Wraps a `diffusers.UNet2DModel`.
 
     Args:
@@ -23,55 +21,25 @@ class UNet2D(nn.Module):
     Taps: "mid", "down0".., "up0".. (activations (b, c, h, w)).
     """
 
-    def __init__(self, model: nn.Module, classes: int) -> None:
-        super().__init__()
-        self.model = model
-        self.classes = classes
-        self.extras = Extras(model.time_embedding.linear_2.out_features)  # type: ignore[union-attr]
+    component = "unet"
+    takes = ("label",)
 
-    def _block(self, tap: str) -> nn.Module:
-        blocks: dict[str, nn.Module] = {"mid": self.model.mid_block}  # type: ignore[dict-item]
-        blocks |= {f"down{i}": m for i, m in enumerate(self.model.down_blocks)}  # type: ignore[arg-type]
-        blocks |= {f"up{i}": m for i, m in enumerate(self.model.up_blocks)}  # type: ignore[arg-type]
-        if tap not in blocks:
-            raise ValueError(f"tap {tap!r} is unknown to this UNet; allowed: {', '.join(blocks)}")
-        return blocks[tap]
+    @property
+    def width(self) -> int:
+        return int(self.model.time_embedding.linear_2.out_features)
 
-    def forward(
-        self,
-        x: Tensor,
-        time: Tensor,
-        cond: Any = None,
-        *,
-        taps: Sequence[str] = (),
-        stop: bool = False,
-        extras: Mapping[str, Tensor] | None = None,
-    ) -> tuple[Tensor | None, dict[str, Tensor]]:
-        """x (b, c, h, w), time (b,) as the model was trained, cond int (b,) or None -> (raw, features)."""
-        if self.classes and cond is None:
+    def embedders(self) -> list[nn.Module]:
+        return [self.model.time_embedding]
+
+    def blocks(self) -> dict[str, nn.Module]:
+        m = self.model
+        return {"mid": m.mid_block} | numbered("down", m.down_blocks) | numbered("up", m.up_blocks)
+
+    def call(self, x: Tensor, time: Tensor, cond: Mapping[str, Tensor]) -> Tensor:
+        if self.classes and "label" not in cond:
             raise ValueError("this UNet is class-conditional: cond is missing")
-        features: dict[str, Tensor] = {}
-        handles = []
+        labels = cond["label"] if self.classes else None
+        return self.model(x, time, class_labels=labels, return_dict=False)[0]
 
-        def watch(tap: str) -> Any:
-            def hook(_module: nn.Module, _args: Any, output: Any) -> None:
-                features[tap] = output[0] if isinstance(output, tuple) else output
-                if stop and len(features) == len(taps):
-                    raise _Stop
-
-            return hook
-
-        try:
-            handles = [self._block(tap).register_forward_hook(watch(tap)) for tap in taps]
-            further = self.extras.embed(extras)
-            if isinstance(further, Tensor):
-                # The time embedding is where diffusers adds all conditions; it has no argument for ours.
-                embedding: Any = self.model.time_embedding
-                handles.append(embedding.register_forward_hook(lambda _m, _a, out: out + further))
-            labels = cond if self.classes else None
-            return self.model(x, time, class_labels=labels, return_dict=False)[0], features
-        except _Stop:
-            return None, features
-        finally:
-            for handle in handles:
-                handle.remove()
+    def example(self, b: int, generator: torch.Generator | None = None) -> Any:
+        return torch.randint(self.classes, (b,), generator=generator) if self.classes else None

@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from fewstep.config import UserError
+from fewstep.networks.adapters import load_own_state, own_state
 
 
 @dataclass
@@ -62,7 +63,7 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
 def load_into(module: nn.Module, tensors: Mapping[str, Tensor], path: Path) -> None:
     """Load a state dict strictly; UserError says that the checkpoint belongs to another recipe."""
     try:
-        module.load_state_dict(tensors, strict=True)
+        load_own_state(module, tensors)
     except RuntimeError as error:
         first = str(error).splitlines()[1].strip() if len(str(error).splitlines()) > 1 else str(error)
         raise UserError(f"{path}: does not fit this recipe's network: {first}") from None
@@ -86,7 +87,7 @@ def save_checkpoint(
     try:
         aside.mkdir()
         for name, module in modules.items():
-            save_tensors(module.state_dict(), aside / f"{name}.safetensors")
+            save_tensors(own_state(module), aside / f"{name}.safetensors")
         for name, optimizer in optimizers.items():
             torch.save(optimizer.state_dict(), aside / f"optim-{name}.pt")
         manifest = {p.name: [p.stat().st_size, _checksum(p)] for p in sorted(aside.iterdir())}
