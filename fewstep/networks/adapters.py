@@ -107,8 +107,20 @@ def apart(module: nn.Module) -> nn.Module:
     if not isinstance(module, Adapted):
         return plain_copy(module)
     other = Adapted(copy.deepcopy(module.base), None)
-    other.adapter, other.rank, other.alpha, other.targets = module.adapter, module.rank, module.alpha, module.targets
+    other.adapter, other.rank, other.alpha, other.targets = (
+        module.adapter,
+        module.rank,
+        module.alpha,
+        module.targets,
+    )
     return other.train(module.training)
+
+
+def on_cpu(module: nn.Module) -> nn.Module:
+    """`apart`, in float32 on the CPU."""
+    other = apart(module)
+    (other.base if isinstance(other, Adapted) else other).cpu().float()
+    return other.eval()
 
 
 def twin(module: nn.Module) -> nn.Module:

@@ -17,7 +17,7 @@ from fewstep.config import UserError
 from fewstep.data.base import Data
 from fewstep.kernels import check_device, use_fewstep_attention
 from fewstep.methods.base import Batch, Turn
-from fewstep.networks.adapters import enable_checkpointing
+from fewstep.networks.adapters import enable_checkpointing, load_own_state, own_state
 from fewstep.objectives.trajectory import probe
 from fewstep.random import Draws, fold
 from fewstep.recipe import Recipe, Stage
@@ -77,7 +77,7 @@ class Trainer:
             module.to(self.device)
             if train.checkpointing and name != "teacher":
                 enable_checkpointing(module)
-        self.ema = [EMA(self.roles.student, decay) for decay in train.ema]
+        self.ema = [EMA(self.roles.student, decay, train.ema_warmup) for decay in train.ema]
         self.progress = Progress()
         self.optim: dict[str, TurnOptimizer] = {}
         self.meter = Meter()
@@ -173,7 +173,7 @@ class Trainer:
         self.progress.optim = {}
         for target, source in stage.copy.items():
             try:
-                self.roles[target].load_state_dict(self.roles[source].state_dict())
+                load_own_state(self.roles[target], own_state(self.roles[source]))
             except RuntimeError:
                 raise UserError(
                     f"copy: {target} and {source} are different networks; their weights cannot be copied"
