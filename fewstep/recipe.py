@@ -88,6 +88,8 @@ class Train:
     seed: int = 0
     ema: tuple[float, ...] = (0.999,)
     """Decays of the averages of the student that are kept; the first one is sampled, evaluated and exported."""
+    ema_warmup: float = 10.0
+    """w of min(decay, (1 + n) / (w + n)) after n updates; 3 and a decay near 1 average the last n / 2 of them."""
     product: Literal["ema", "student"] = "ema"
     """Which weights are sampled, evaluated and exported."""
     max_skips: int = 10
@@ -120,6 +122,8 @@ class Train:
                 raise ValueError(f"{name} must not be negative, not {getattr(self, name)}")
         if any(not 0 <= d < 1 for d in self.ema):
             raise ValueError(f"ema decays must lie in [0, 1), not {list(self.ema)}")
+        if not self.ema_warmup > 1:
+            raise ValueError(f"ema_warmup must be greater than 1, not {self.ema_warmup}")
         if len(set(self.ema)) < len(self.ema):
             raise ValueError(f"ema decays must differ, not {list(self.ema)}")
 

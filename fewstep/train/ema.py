@@ -12,11 +12,14 @@ class EMA:
     """One average: shadow := decay shadow + (1 - decay) weights, in float32; buffers are copied.
 
     Of an adapter it is a further LoRA set on the same base, whose factors are averaged one by one.
-    Warm-up (decay limited to (1 + n) / (10 + n) after n updates) keeps the initial weights from dominating.
+    The decay is limited to (1 + n) / (w + n) after n updates, w the warm-up, so that the initial weights do not
+    dominate: until `decay` is reached the window is n / (w - 1) updates, which makes it the power-function
+    average of EDM2 (arXiv 2312.02696, eq. 4) with gamma = w - 2.
     """
 
-    def __init__(self, module: nn.Module, decay: float) -> None:
+    def __init__(self, module: nn.Module, decay: float, warmup: float = 10.0) -> None:
         self.decay = decay
+        self.warmup = warmup
         self.updates = 0
         self.module = twin(module).eval()
         for p in own_parameters(self.module):
@@ -29,7 +32,7 @@ class EMA:
 
     @torch.no_grad()
     def update(self, module: nn.Module) -> None:
-        decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
+        decay = min(self.decay, (1 + self.updates) / (self.warmup + self.updates))
         self.updates += 1
         if self._lists[0] is not module:
             weights = [p.detach() for p in own_parameters(module)]

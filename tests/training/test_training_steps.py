@@ -213,9 +213,10 @@ def test_split_of_a_batch_over_micro_batches_keeps_rows() -> None:
     assert torch.equal(whole.null_cond, torch.full((12,), 4))
 
 
-def test_ema_closed_form() -> None:
+@pytest.mark.parametrize("warmup", [10.0, 2.5])
+def test_ema_closed_form(warmup: float) -> None:
     net = nn.Linear(3, 2).double()
-    average = EMA(net, 0.97)
+    average = EMA(net, 0.97, warmup)
     start = net.weight.detach().clone()
     history = []
     for n in range(60):
@@ -225,8 +226,8 @@ def test_ema_closed_form() -> None:
             )
         history.append(net.weight.detach().clone())
         average.update(net)
-    # shadow_N = prod d_i w_init + sum_k (1 - d_k) prod_{i > k} d_i w_k, d_n = min(d, (1 + n) / (10 + n)).
-    decays = torch.tensor([min(0.97, (1 + n) / (10 + n)) for n in range(60)], dtype=torch.float64)
+    # shadow_N = prod d_i w_init + sum_k (1 - d_k) prod_{i > k} d_i w_k, d_n = min(d, (1 + n) / (w + n)).
+    decays = torch.tensor([min(0.97, (1 + n) / (warmup + n)) for n in range(60)], dtype=torch.float64)
     tail = torch.flip(torch.cumprod(torch.flip(torch.cat((decays[1:], torch.ones(1))), (0,)), 0), (0,))
     want = decays.prod() * start + sum((1 - d) * c * w for d, c, w in zip(decays, tail, history, strict=True))
     assert torch.allclose(average.module.weight, want, rtol=1e-12, atol=1e-13)
@@ -248,6 +249,17 @@ def test_ema_with_constant_decay_after_warm_up() -> None:
     for _ in range(20):
         average.update(net)
     assert float(average.module.weight) == pytest.approx(0.5**20, rel=1e-12)
+
+
+def test_ema_with_a_short_warm_up_is_a_power_average() -> None:
+    # With w = gamma + 2 the weight of update k grows as (k / N)^gamma; a ramp's average is N (gamma+1)/(gamma+2).
+    net = nn.Linear(1, 1, bias=False).double()
+    average = EMA(net, 1 - 1e-9, 4.0)
+    for n in range(20_000):
+        with torch.no_grad():
+            net.weight.fill_(n / 20_000)
+        average.update(net)
+    assert float(average.module.weight) == pytest.approx(3 / 4, rel=1e-3)
 
 
 def test_ema_copies_buffers() -> None:
