@@ -52,7 +52,9 @@ def load_denoiser(
     if prediction is not None:
         said = schedule.get("prediction_type", prediction)
         if said != prediction or prediction not in PREDICTIONS:
-            allowed = f"{folder.scheduler_file} says {said!r}" if said != prediction else ", ".join(PREDICTIONS)
+            allowed = (
+                f"{folder.scheduler_file} says {said!r}" if said != prediction else ", ".join(PREDICTIONS)
+            )
             raise UserError(f"teacher {path}: prediction {prediction!r}: {allowed}")
         schedule["prediction_type"] = prediction
     read_scheduler(schedule, str(folder.scheduler_file), tokens=256)  # before the weights, which take long

@@ -20,6 +20,7 @@ from fewstep.networks.extras import Input
 from fewstep.networks.heads import Discriminator, LogVar
 from fewstep.networks.lora_file import read_lora
 from fewstep.networks.mlp import MLP
+from fewstep.networks.wrappers.base import Wrapper
 from fewstep.prediction import PAIRS
 from fewstep.process import EDM, Flow
 
@@ -51,6 +52,15 @@ def _check_prediction(prediction: str, process: Any) -> None:
         raise ValueError(f"prediction {prediction!r} is not one of {', '.join(PAIRS)}")
     if prediction in ("edm", "cm") and not isinstance(process, EDM):
         raise ValueError(f"prediction {prediction!r} needs the process edm, not {process.name}")
+
+
+def example_condition(net: Any) -> Any:
+    """A condition of one row with the shapes that a wrapped diffusers model takes; None for other networks."""
+    while not isinstance(net, Wrapper):
+        net = next((getattr(net, k) for k in ("base", "denoiser", "net") if hasattr(net, k)), None)
+        if net is None:
+            return None
+    return net.example(1)
 
 
 @part("network", "copy")
@@ -206,7 +216,7 @@ class UNet2DSpec:
 
 @part("teacher", "diffusers")
 class DiffusersTeacher:
-    """A frozen teacher from a diffusers folder; process and prediction are read from its scheduler config."""
+    """A frozen teacher from a diffusers folder; class, process and prediction are read from its own configs."""
 
     path: str
     """Folder, or assets:NAME for one that ships with fewstep."""
@@ -214,15 +224,32 @@ class DiffusersTeacher:
     """Real classes when the folder does not say (UNets with a null class have one embedding more)."""
     process: choice("process") | None = None  # type: ignore[valid-type]
     """Re-express it in this process by matching noise levels; its own when left out."""
+    prediction: Literal["epsilon", "v_prediction", "sample"] | None = None
+    """What the network predicts, for a scheduler config that does not say (early SD 1.x folders)."""
+    guidance: float | None = None
+    """Guidance scale that the network takes as an input (Flux-dev 3.5); not a guided call."""
+    wrapper: str | None = None
+    """A wrapper of your own, module:Class or file.py:Class, whose code is run; chosen by the class when left out."""
+    dtype: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """Of the weights; copies that are trained start in the same."""
 
     def build(self, site: Site) -> nn.Module:
         from fewstep.networks.diffusers import load_denoiser
 
-        teacher = load_denoiser(self.path, classes=self.classes or site.classes)
-        shape = tuple(teacher.net.model.config[k] for k in ("in_channels",))  # type: ignore[union-attr,index]
-        if shape[0] != site.shape[0]:
+        size = (site.shape[1], site.shape[2]) if len(site.shape) == 3 else None
+        teacher = load_denoiser(
+            self.path,
+            classes=self.classes or site.classes,
+            size=size,
+            prediction=self.prediction,
+            guidance=self.guidance,
+            wrapper=self.wrapper,
+            dtype=self.dtype,
+        )
+        channels = teacher.net.channels()  # type: ignore[union-attr,operator]
+        if channels != site.shape[0]:
             raise UserError(
-                f"teacher {self.path}: takes {shape[0]} channels, but the data has shape {list(site.shape)}"
+                f"teacher {self.path}: takes {channels} channels, but the data has shape {list(site.shape)}"
             )
         return frozen(teacher if self.process is None else Rescheduled(teacher, self.process))
 
@@ -272,7 +299,7 @@ class DiscriminatorSpec:
         example = (
             torch.zeros(1, *site.shape),
             process.grid(torch.tensor([0.5], dtype=torch.float64)),
-            torch.zeros(1, dtype=torch.long) if site.classes else None,
+            torch.zeros(1, dtype=torch.long) if site.classes else example_condition(trunk),
         )
         try:
             return _seeded(site, lambda: Discriminator(trunk, self.taps, example, self.width))

@@ -98,7 +98,7 @@ def missing_scheduler(folder: Path) -> None:
 
 
 def unsupported_class(folder: Path) -> None:
-    edit_json(folder / "unet" / "config.json", _class_name="UNet2DConditionModel")
+    edit_json(folder / "unet" / "config.json", _class_name="Kandinsky3UNet")
 
 
 def no_prediction(folder: Path) -> None:
@@ -156,7 +156,7 @@ TEACHERS: list[tuple[Callable[[Path], None], str]] = [
     (missing_scheduler, "teacher T: scheduler/scheduler_config.json is missing; a diffusers pipeline has it"),
     (
         unsupported_class,
-        "T/unet/config.json: class 'UNet2DConditionModel' is not supported; supported: UNet2DModel",
+        "T/unet/config.json: class 'Kandinsky3UNet' is not supported; supported: DiTTransformer2DModel, Flux",
     ),
     (
         no_prediction,

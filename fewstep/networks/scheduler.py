@@ -1,0 +1,114 @@
+"""What a scheduler_config.json says about the network it was trained with: process, prediction, time, spacing."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from fewstep.config import UserError
+from fewstep.networks.denoiser import TimeInput
+from fewstep.process import EDM, DiscreteVP, Flow, Process, ShiftedFlow
+
+DDPM_FAMILY = (
+    "DDPMScheduler",
+    "DDIMScheduler",
+    "PNDMScheduler",
+    "LMSDiscreteScheduler",
+    "EulerDiscreteScheduler",
+    "EulerAncestralDiscreteScheduler",
+    "HeunDiscreteScheduler",
+    "DPMSolverMultistepScheduler",
+    "DPMSolverSinglestepScheduler",
+    "DEISMultistepScheduler",
+    "UniPCMultistepScheduler",
+    "LCMScheduler",
+    "TCDScheduler",
+)
+FLOW_FAMILY = (
+    "FlowMatchEulerDiscreteScheduler",
+    "FlowMatchHeunDiscreteScheduler",
+    "FlowMatchLCMScheduler",
+)
+EDM_FAMILY = ("EDMEulerScheduler", "EDMDPMSolverMultistepScheduler")
+PREDICTIONS = {"epsilon": "eps", "v_prediction": "v", "sample": "x0"}
+
+
+def read_scheduler(
+    config: Mapping[str, Any], where: str, tokens: int | None = None
+) -> tuple[Process, str, TimeInput]:
+    """(process, prediction, time input) of a scheduler_config.json. Raises UserError where it is ambiguous.
+
+    tokens: number of image tokens, on which a dynamic flow shift depends.
+    """
+    name = config.get("_class_name")
+    if name == "CMStochasticIterativeScheduler" or name in EDM_FAMILY:
+        return _edm(config, where, str(name))
+    if name in FLOW_FAMILY:
+        return _flow(config, where, float(config.get("shift", 1.0)), tokens)
+    if name not in DDPM_FAMILY:
+        known = ("CMStochasticIterativeScheduler", *EDM_FAMILY, *FLOW_FAMILY, *DDPM_FAMILY)
+        raise UserError(f"{where}: scheduler {name!r} is not supported; known: {', '.join(known)}")
+    kind = config.get("prediction_type")
+    if kind is None:
+        raise UserError(
+            f"{where}: prediction_type is missing; add one of {', '.join(map(repr, PREDICTIONS))} as trained"
+        )
+    if kind == "flow_prediction" or config.get("use_flow_sigmas"):
+        if kind != "flow_prediction" or not config.get("use_flow_sigmas"):
+            raise UserError(
+                f"{where}: prediction_type {kind!r} with use_flow_sigmas {bool(config.get('use_flow_sigmas'))} is "
+                "ambiguous; a flow model has 'flow_prediction' and true"
+            )
+        return _flow(config, where, float(config.get("flow_shift", 1.0)), tokens)
+    if kind not in PREDICTIONS:
+        raise UserError(f"{where}: prediction_type {kind!r} is not one of {', '.join(PREDICTIONS)}")
+    schedule = config.get("beta_schedule", "linear")
+    if schedule not in ("linear", "scaled_linear"):
+        raise UserError(f"{where}: beta_schedule {schedule!r} is not one of 'linear', 'scaled_linear'")
+    if config.get("rescale_betas_zero_snr"):
+        raise UserError(f"{where}: rescale_betas_zero_snr is set, which is not supported")
+    process = DiscreteVP(
+        schedule=schedule,
+        beta_start=float(config.get("beta_start", 1e-4)),
+        beta_end=float(config.get("beta_end", 0.02)),
+        steps=int(config.get("num_train_timesteps", 1000)),
+    )
+    # An export for TCDScheduler carries the same table with a clean first index; anything else is unknown here.
+    if config.get("trained_betas") and config["trained_betas"] != process.clean_first_betas():
+        raise UserError(f"{where}: trained_betas is set, which is not supported")
+    return process, PREDICTIONS[kind], "index"
+
+
+def _edm(config: Mapping[str, Any], where: str, name: str) -> tuple[Process, str, TimeInput]:
+    keys = ("sigma_min", "sigma_max", "rho", "sigma_data")
+    process = EDM(**{k: float(config[k]) for k in keys if k in config})
+    if name not in EDM_FAMILY:
+        return process, "cm", "250log_sigma"
+    if config.get("prediction_type", "epsilon") != "epsilon":
+        raise UserError(f"{where}: {name} with prediction_type {config['prediction_type']!r}; only 'epsilon'")
+    return process, "edm", "log_sigma/4"
+
+
+def _flow(
+    config: Mapping[str, Any], where: str, shift: float, tokens: int | None
+) -> tuple[Process, str, TimeInput]:
+    if int(config.get("num_train_timesteps", 1000)) != 1000:
+        raise UserError(f"{where}: num_train_timesteps {config['num_train_timesteps']} of a flow; only 1000")
+    if config.get("invert_sigmas"):
+        raise UserError(f"{where}: invert_sigmas is set, which is not supported")
+    if config.get("use_dynamic_shifting"):
+        if tokens is None:
+            raise UserError(
+                f"{where}: use_dynamic_shifting is set, so the shift depends on the image size; give it"
+            )
+        mu = dynamic_mu(config, tokens)
+        shift = mu if config.get("time_shift_type") == "linear" else math.exp(mu)
+    return (Flow() if shift == 1.0 else ShiftedFlow(shift=shift)), "velocity", "1000t"
+
+
+def dynamic_mu(config: Mapping[str, Any], tokens: int) -> float:
+    """mu of a dynamic shift: linear in the number of image tokens (diffusers' calculate_shift)."""
+    low, high = config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096)
+    base, top = config.get("base_shift", 0.5), config.get("max_shift", 1.15)
+    return base + (top - base) * (tokens - low) / (high - low)

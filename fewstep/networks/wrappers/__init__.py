@@ -1,0 +1,12 @@
+"""diffusers classes as fewstep networks, one short file each; importing this registers them."""
+
+from fewstep.networks.wrappers.base import WRAPPERS as WRAPPERS
+from fewstep.networks.wrappers.base import Wrapper as Wrapper
+from fewstep.networks.wrappers.base import wraps as wraps
+from fewstep.networks.wrappers.dit import DiT as DiT
+from fewstep.networks.wrappers.flux import Flux as Flux
+from fewstep.networks.wrappers.generic import Generic as Generic
+from fewstep.networks.wrappers.pixart import PixArt as PixArt
+from fewstep.networks.wrappers.sana import Sana as Sana
+from fewstep.networks.wrappers.sd3 import SD3 as SD3
+from fewstep.networks.wrappers.unet_condition import UNetCondition as UNetCondition

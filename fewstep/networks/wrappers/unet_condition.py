@@ -1,0 +1,83 @@
+"""diffusers' UNet2DConditionModel: SD1.x, SD2.x (eps or v) and SDXL with its added conditions (arXiv 2307.01952)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fewstep.config import UserError
+from fewstep.networks.wrappers.base import Wrapper, noise, numbered, wraps
+
+
+@wraps("UNet2DConditionModel")
+class UNetCondition(Wrapper):
+    """Wraps a UNet2DConditionModel; taps "mid", "down0".., "up0".. (activations (b, c, h, w))."""
+
+    component = "unet"
+    needs = ("text",)
+    takes = ("pooled", "time_ids")
+
+    def __init__(self, model: nn.Module, classes: int = 0, **options: Any) -> None:
+        super().__init__(model, 0, **options)
+        c = self.config
+        for key, allowed in (("addition_embed_type", (None, "text_time")), ("class_embed_type", (None,))):
+            if getattr(c, key, None) not in allowed:
+                raise UserError(
+                    f"UNet2DConditionModel: {key} {getattr(c, key)!r} is not supported; allowed: "
+                    + ", ".join(map(repr, allowed))
+                )
+        if c.num_class_embeds or c.time_cond_proj_dim:
+            told = "num_class_embeds" if c.num_class_embeds else "time_cond_proj_dim"
+            raise UserError(f"UNet2DConditionModel: {told} is set, which is not supported for a teacher")
+        self.added = c.addition_embed_type == "text_time"
+        self.pipeline = "StableDiffusionXLPipeline" if self.added else "StableDiffusionPipeline"  # type: ignore[misc]
+        if self.added:
+            self.needs = ("text", "pooled")  # type: ignore[misc]
+
+    @property
+    def width(self) -> int:
+        return int(self.model.time_embedding.linear_2.out_features)
+
+    def embedders(self) -> list[nn.Module]:
+        return [self.model.time_embedding]
+
+    def blocks(self) -> dict[str, nn.Module]:
+        m = self.model
+        return {"mid": m.mid_block} | numbered("down", m.down_blocks) | numbered("up", m.up_blocks)
+
+    def call(self, x: Tensor, time: Tensor, cond: Mapping[str, Tensor]) -> Tensor:
+        added = None
+        if self.added:
+            ids = cond["time_ids"] if "time_ids" in cond else self.default_ids(x)
+            added = {"text_embeds": cond["pooled"], "time_ids": ids}
+        return self.model(x, time, cond["text"], added_cond_kwargs=added, return_dict=False)[0]
+
+    def default_ids(self, x: Tensor) -> Tensor:
+        """Sizes of an uncropped image (b, 6): what the pipeline fills in when nothing is said."""
+        h, w = self.pixels * x.shape[2], self.pixels * x.shape[3]
+        return torch.tensor([h, w, 0, 0, h, w], device=x.device, dtype=x.dtype).expand(x.shape[0], 6)
+
+    def example(self, b: int, generator: torch.Generator | None = None) -> dict[str, Tensor]:
+        c = self.config
+        wide = c.encoder_hid_dim or c.cross_attention_dim
+        cond = {"text": noise(generator, b, 7, wide if isinstance(wide, int) else wide[0])}
+        if self.added:
+            pooled = c.projection_class_embeddings_input_dim - 6 * c.addition_time_embed_dim
+            cond["pooled"] = noise(generator, b, pooled)
+        return cond
+
+    def arguments(self, cond: Mapping[str, Tensor], size: tuple[int, int]) -> dict[str, Any]:
+        out: dict[str, Any] = {"prompt_embeds": cond["text"]}
+        if self.added:
+            out["pooled_prompt_embeds"] = cond["pooled"]
+            if "time_ids" in cond:
+                h, w, top, left, high, wide = (int(v) for v in cond["time_ids"][0])
+                out |= {
+                    "original_size": (h, w),
+                    "crops_coords_top_left": (top, left),
+                    "target_size": (high, wide),
+                }
+        return out
