@@ -193,7 +193,7 @@ def evaluate(
 
 
 def comparison_rows(evaluations: Sequence[Evaluation]) -> tuple[list[str], list[list[str]]]:
-    """Header and rows of a table, best FD first.
+    """Header and rows of a table, the smallest distance first.
 
     Raises:
         PresetMismatch: the evaluations do not share one preset hash.
@@ -205,9 +205,7 @@ def comparison_rows(evaluations: Sequence[Evaluation]) -> tuple[list[str], list[
             + ", ".join(f"{preset} ({digest})" for digest, preset in sorted(hashes.items()))
         )
     names = list(dict.fromkeys(metric for e in evaluations for metric in e.metrics))
-    ranked = sorted(
-        evaluations, key=lambda e: next((v["value"] for k, v in e.metrics.items() if k[:2] == "FD"), 0)
-    )
+    ranked = sorted(evaluations, key=_distance)
     header = ["model", "N", *names, "s / 1,000 images", "calls"]
     rows = []
     for e in ranked:
@@ -216,6 +214,13 @@ def comparison_rows(evaluations: Sequence[Evaluation]) -> tuple[list[str], list[
         cells.append("" if e.calls is None else str(e.calls))
         rows.append(cells)
     return header, rows
+
+
+def _distance(e: Evaluation) -> float:
+    """What rows are sorted by: the first metric of which less is better."""
+    return next(
+        (v["value"] for k, v in e.metrics.items() if k.startswith(("FD", "energy", "CMMD", "KID"))), 0.0
+    )
 
 
 def format_entry(entry: Mapping[str, Any] | None) -> str:

@@ -139,13 +139,11 @@ def frechet_distance(
     eigenvalues, vectors = np.linalg.eigh(product)
     value = _clip(float(offset @ offset) + traces - 2 * _trace_of_root(eigenvalues, sample.n), traces)
     influence, curvature, bias = _sampling_error(features, sample, offset, root, eigenvalues, vectors)
-    standard_error = _standard_error(influence, curvature)
+    error = standard_error(influence, curvature)
     corrected = value - bias
     usable = bias <= corrected
     reason = "" if usable else f"N too small: b/N = {bias:.3g} exceeds the corrected value {corrected:.3g}"
-    return FrechetResult(
-        value, sample.n, sample.dim, standard_error, bias, usable, reason, influence, curvature
-    )
+    return FrechetResult(value, sample.n, sample.dim, error, bias, usable, reason, influence, curvature)
 
 
 def paired_difference(a: FrechetResult, b: FrechetResult) -> FrechetDifference:
@@ -159,7 +157,7 @@ def paired_difference(a: FrechetResult, b: FrechetResult) -> FrechetDifference:
     if len(a.influence) != len(b.influence):
         raise ValueError(f"a, b: {len(a.influence)} and {len(b.influence)} samples cannot be paired")
     n = len(a.influence)
-    error = _standard_error(a.influence - b.influence, a.curvature - b.curvature)
+    error = standard_error(a.influence - b.influence, a.curvature - b.curvature)
     return FrechetDifference(a.value - b.value, error, n)
 
 
@@ -229,7 +227,7 @@ def _pairs(n: int) -> tuple[np.ndarray, np.ndarray]:
     return left, (left + generator.integers(1, n, _PAIRS)) % n
 
 
-def _standard_error(influence: np.ndarray, curvature: np.ndarray) -> float:
+def standard_error(influence: np.ndarray, curvature: np.ndarray) -> float:
     """Square root of var(IF)/n - 2 E[h^2]/n^2, at least 2 E[h^2]/n^2.
 
     Var(FD) = var(IF)/n + 2 E[h^2]/n^2 to second order at the true law, but IF is taken at the sampled one, whose noise

@@ -36,6 +36,11 @@ figure { margin: 1rem 0; } figcaption { color: #777; font-size: .9rem; }
 .note { color: #777; font-size: .9rem; }
 """
 
+SAMPLING_NOTE = (
+    "± is one standard error of sampling. b/N is the expected excess of FD at this number of images; the corrected "
+    "value takes it off and is given only where b/N does not exceed it."
+)
+
 
 @dataclass
 class Entry:
@@ -52,8 +57,15 @@ class Entry:
     latency: Sequence[Latency] = field(default_factory=tuple)
 
 
-def write_report(entries: Sequence[Entry], folder: str | Path, title: str = "Evaluation") -> Path:
+def write_report(
+    entries: Sequence[Entry],
+    folder: str | Path,
+    title: str = "Evaluation",
+    notes: Sequence[str] = (SAMPLING_NOTE,),
+) -> Path:
     """Write ``report.html`` (no outside files) and ``report.json`` into `folder`; returns the page's path.
+
+    `notes` are paragraphs under the table: what its errors mean, what is missing from it.
 
     Raises:
         ValueError: no entries. PresetMismatch: entries of different protocols.
@@ -69,8 +81,7 @@ def write_report(entries: Sequence[Entry], folder: str | Path, title: str = "Eva
         f"features {html.escape(first.extractor)}, {first.number:,} images a row.</p>",
         "<h2>Results</h2>",
         _table(header, rows),
-        '<p class="note">± is one standard error of sampling. b/N is the expected excess of FD at this number of '
-        "images; the corrected value takes it off and is given only where b/N does not exceed it.</p>",
+        *(f'<p class="note">{html.escape(note)}</p>' for note in notes),
         *_notes(evaluations),
         *_grids(entries),
         *_plots(entries),

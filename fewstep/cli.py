@@ -80,6 +80,44 @@ def evaluate(
     job(path, steps, samples, seed, any_steps)
 
 
+@app.command(
+    epilog="Example: `fewstep compare digits-dmd2 digits-cd --budget updates=500 --out runs/compare`"
+)
+def compare(
+    recipes: Annotated[
+        list[str], typer.Argument(help="Shipped recipes or YAML files; they must share one metric.")
+    ],
+    budget: Annotated[
+        str,
+        typer.Option(
+            help="What every run may spend: updates=N (of the student), seconds=S (of training) or calls=C "
+            "(network forward passes of one sample; a backward pass counts two)."
+        ),
+    ],
+    seeds: Annotated[int, typer.Option(help="Runs of each recipe, with seeds 0, 1, ...")] = 2,
+    steps: Annotated[
+        str | None,
+        typer.Option(
+            help="Measure also at these numbers of steps, such as 1,2,4, where a student allows them."
+        ),
+    ] = None,
+    samples: Annotated[int | None, typer.Option(help="Samples of each measurement.")] = None,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="A change to every recipe, such as train.batch=32.", metavar="KEY=VALUE"),
+    ] = None,
+    out: Annotated[Path, typer.Option(help="Folder of all runs and the report.")] = Path("runs/compare"),
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Continue there; recipes and seeds may be added.")
+    ] = False,
+) -> None:
+    """Train several recipes under one budget, measure them alike and rank them with errors."""
+    from fewstep.compare import compare as job
+    from fewstep.product import parse_steps
+
+    job(recipes, budget, seeds, out, resume, settings or [], parse_steps(steps), samples)
+
+
 @app.command(epilog="Example: `fewstep export runs/digits-dmd2 --out my-pipeline`")
 def export(
     run: Annotated[Path, typer.Argument(help="A run directory.")],

@@ -89,6 +89,17 @@ def parse_classes(text: str, classes: int) -> list[int]:
     return out
 
 
+def parse_steps(text: str | None) -> tuple[int, ...]:
+    """'4' or '1,2,4' as numbers of steps; UserError names what is not one."""
+    pieces = [] if text is None else [p.strip() for p in text.split(",")]
+    wrong = [p for p in pieces if not (p.isascii() and p.isdigit() and int(p) > 0)]
+    if wrong:
+        raise UserError(
+            f"--steps {text!r}: expected whole numbers of at least 1 such as 1,2,4, not {wrong[0]!r}"
+        )
+    return tuple(sorted({int(p) for p in pieces}))
+
+
 def open_product(path: Path) -> Product:
     """Open a run directory or a diffusers folder (an export or a teacher). UserError when it is neither."""
     if (path / "recipe.yaml").is_file():
