@@ -5,7 +5,7 @@ Guidance is affine, so it is applied once, on (x0, eps), whatever the network pr
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -95,3 +95,7 @@ class Guided(nn.Module):
     ) -> Prediction:
         null = None if cond is None else self.null(cond)
         return guided(self.denoiser, x, t, cond, null, self.scale, interval=self.interval, taps=taps, **call)
+
+    def features(self, x: Tensor, t: Tensor, cond: Any, taps: Sequence[str]) -> Mapping[str, Tensor]:
+        """The tapped activations of the conditional half, which are those that a guided call returns."""
+        return self.denoiser.features(x, t, cond, taps)  # type: ignore[operator]

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fewstep.config import part
-from fewstep.process import Process
+from fewstep.process import DiscreteVP, Process
 from fewstep.random import Draws
 
 
@@ -66,19 +66,26 @@ class Uniform:
 
 @part("times", "index")
 class Index:
-    """A uniform integer index of an N-point grid, low..high inclusive (DMD2: 20..980 of 0..999)."""
+    """A uniform integer index of an N-point grid, low..high inclusive (DMD2: 20..980 of 0..999).
+
+    Index k stands at level k / (N - 1), from the clean end to the prior (Karras: sigma_min to sigma_max); on a DDPM
+    table it is the table's own index, at level (k + 1) / N, where index 0 is noisy already.
+    """
 
     low: int = 20
     high: int = 980
     count: int = 1000
 
     def __post_init__(self) -> None:
-        if not 0 <= self.low <= self.high < self.count:
-            raise ValueError(f"need 0 <= low <= high < count, not {self.low}, {self.high}, {self.count}")
+        if not 0 <= self.low <= self.high < self.count or self.count < 2:
+            raise ValueError(
+                f"need 0 <= low <= high < count and count >= 2, not {self.low}, {self.high}, {self.count}"
+            )
 
     def sample(self, draws: Draws, process: Process, span: tuple[float, float] = (0.0, 1.0)) -> Tensor:
-        k = self.low + draws.integers(self.high - self.low + 1)
-        return _place(k.double() / (self.count - 1), process, span)
+        k = (self.low + draws.integers(self.high - self.low + 1)).double()
+        on_table = isinstance(process, DiscreteVP)
+        return _place((k + 1) / self.count if on_table else k / (self.count - 1), process, span)
 
 
 @part("times", "lognormal")

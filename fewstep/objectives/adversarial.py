@@ -37,8 +37,10 @@ def r1_exact(logits: Callable[[Tensor], Tensor], real: Tensor) -> Tensor:
 
 
 def r1_finite(logits: Callable[[Tensor], Tensor], real: Tensor, noise: Tensor, step: float = 0.1) -> Tensor:
-    """mean (logits(x) - logits(x + step n))^2: R1 without double backward (APT, arXiv 2501.08316).
+    """mean_b (sum logits(x) - sum logits(x + step n))^2: R1 without double backward (APT, arXiv 2501.08316).
 
-    For n ~ N(0, I) it tends to step^2 |grad|^2 as step -> 0, so its weight is step^-2 times R1's.
+    Heads are summed before squaring, as in `r1_exact`. For n ~ N(0, I) it tends to step^2 times that as step -> 0,
+    so its weight is step^-2 times R1's.
     """
-    return ((logits(real) - logits(real + step * noise)) ** 2).mean()
+    change = logits(real) - logits(real + step * noise)
+    return (change.reshape(len(change), -1).sum(1) ** 2).mean()

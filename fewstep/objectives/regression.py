@@ -39,7 +39,8 @@ def pseudo_huber_sample(a: Tensor, b: Tensor, c: float) -> Tensor:
 def x0_weight(kind: Weight, process: Process, t: Tensor, sigma_data: float = 0.5) -> Tensor:
     """Weight (b,) of an x0 error at time t.
 
-    x0: 1. eps: alpha^2/sigma^2, the plain eps loss. v: its v-prediction form (alpha^2 + sigma^2)/sigma^2.
+    x0: 1. eps: SNR = alpha^2/sigma^2, the plain eps loss. v: SNR + 1 (arXiv 2202.00512, sec. 4), which is the plain
+    v loss where alpha^2 + sigma^2 = 1; elsewhere the v error is larger, (alpha^2 + sigma^2)(SNR + 1).
     edm: (sigma^2 + sigma_d^2)/(sigma sigma_d)^2 (arXiv 2206.00364, table 1). snr_truncated: max(SNR, 1)
     (arXiv 2202.00512, eq. 9).
     """
