@@ -319,6 +319,13 @@ class DiscreteVP(_VariancePreserving):
         above = 1 + k + (log_ratio - table[k]) / (table[k + 1] - table[k])
         return torch.where(ratio < table[0].exp(), ratio / table[0].exp(), above).clamp(0, self.steps)
 
+    def clean_first_betas(self) -> list[float]:
+        """The table's betas with index 0 made clean and its share moved into index 1; later levels are as before."""
+        table = _log_ratio_table(self.schedule, self.beta_start, self.beta_end, self.steps)
+        alpha_bar = torch.sigmoid(-2 * table)
+        alpha_bar[0] = 1.0
+        return [0.0, *(1 - alpha_bar[1:] / alpha_bar[:-1]).tolist()]
+
 
 def angle_of(process: Process, t: Tensor) -> Tensor:
     """atan2(sigma, alpha) in [0, pi/2]: the noise level that different processes share."""

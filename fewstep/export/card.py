@@ -73,7 +73,9 @@ those of `scheduler/scheduler_config.json`. The last class embedding is the null
 def teacher_card(title: str, about: str, recipe: str, results: Sequence[tuple[str, str]], done: int) -> str:
     """The card of a teacher trained here."""
     rows = "".join(f"| {name} | {value} |\n" for name, value in results)
-    return TEACHER.format(version=__version__, title=title, about=about, done=done, rows=rows, recipe=recipe.strip())
+    return TEACHER.format(
+        version=__version__, title=title, about=about, done=done, rows=rows, recipe=recipe.strip()
+    )
 
 
 def usage(pipeline: str, folder: str, call: str) -> str:

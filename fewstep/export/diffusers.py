@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import shutil
@@ -19,6 +20,7 @@ from fewstep.config import UserError
 from fewstep.export.card import model_card, teacher_card, usage
 from fewstep.export.fold import fold
 from fewstep.export.routes import pipeline_of, route
+from fewstep.networks.adapters import on_cpu, plain_copy
 from fewstep.networks.denoiser import Denoiser
 from fewstep.networks.routed import Routed
 from fewstep.networks.unet2d import UNet2D
@@ -47,7 +49,7 @@ def export_teacher(product: Product, folder: Path, results: Sequence[tuple[str, 
     """
     from diffusers import CMStochasticIterativeScheduler, ConsistencyModelPipeline
 
-    net = _teacher_unet(product.net)
+    net = _teacher_unet(plain_copy(product.net))
     process: Any = net.process
     unet: Any = copy.deepcopy(net.net.model).cpu().eval()  # type: ignore[operator]
     for p in unet.parameters():
@@ -69,7 +71,8 @@ def export_teacher(product: Product, folder: Path, results: Sequence[tuple[str, 
 @contextmanager
 def aside_of(folder: Path) -> Iterator[Path]:
     """A folder to write into that becomes `folder` when all went well and vanishes otherwise."""
-    if folder.exists() and any(folder.iterdir()) and not (folder / "model_index.json").is_file():
+    marks = ("model_index.json", "steps.json", "classes.json")
+    if folder.exists() and any(folder.iterdir()) and not any((folder / m).is_file() for m in marks):
         raise UserError(f"{folder}: exists and is not an earlier export; choose another folder")
     aside = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
     shutil.rmtree(aside, ignore_errors=True)
@@ -124,6 +127,7 @@ def export(
     plain = fold(product.net, product.sampler)
     found = route(plain.process, plain.prediction, plain.time_input, plain.sampler)
     name = pipeline_of(found.scheduler, product.classes)
+    plain.unet.conv_in.weight.data *= found.input_scale
     with aside_of(folder) as aside:
         pipe = getattr(diffusers, name)(unet=plain.unet, scheduler=found.scheduler)
         pipe.save_pretrained(aside, safe_serialization=True)
@@ -182,13 +186,6 @@ def measure_parity(product: Product, folder: Path, arguments: str, count: int = 
     net = on_cpu(product.net)
     ours = sample(product.sampler, net, noise(), labels, noise).clamp(-1, 1)
     return float((ours - theirs).abs().max())
-
-
-def on_cpu(net: nn.Module) -> nn.Module:
-    """An independent float32 copy on the CPU that computes as the net does, an adapter unmerged."""
-    other = apart(net)
-    (other.base if isinstance(other, Adapted) else other).cpu().float()
-    return other.eval()
 
 
 def _generators(count: int) -> list[torch.Generator]:

@@ -1,0 +1,118 @@
+"""What a student has beyond a stock UNet2DModel, folded into its weights where it is constant; else a refusal."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fewstep.config import UserError
+from fewstep.export.routes import INSTEAD
+from fewstep.jump import clean
+from fewstep.networks.adapters import plain_copy
+from fewstep.networks.denoiser import Denoiser, Rescheduled
+from fewstep.networks.extras import ANGLE
+from fewstep.networks.unet2d import UNet2D
+from fewstep.process import EDM, Process
+from fewstep.sampling import Sampler
+
+
+@dataclass(frozen=True)
+class Folded:
+    """A stock UNet2DModel (a copy, on the CPU), what it speaks, and the sampler in its own process."""
+
+    unet: Any
+    process: Any
+    prediction: str
+    time_input: str
+    sampler: Sampler
+
+
+def fold(net: nn.Module, sampler: Sampler) -> Folded:
+    """Fold an adapter, guidance, a constant destination time and a process that was changed by `Rescheduled`.
+
+    A destination time is constant where every call aims at the clean end: one step, or re-noising. A changed
+    process is undone for one step only: with several, levels and noise would not be the stock scheduler's.
+    """
+    net = plain_copy(net)  # an adapter is merged, adapters of other roles are left out
+    inner = net.denoiser if isinstance(net, Rescheduled) else net
+    if not (isinstance(inner, Denoiser) and isinstance(inner.net, UNet2D)):
+        raise UserError(
+            f"export: no stock diffusers pipeline runs a {type(getattr(inner, 'net', inner)).__name__} student"
+        )
+    unet: Any = inner.net.model.cpu().eval()
+    several = len(sampler.steps) > 1
+    if inner.takes_s and several and sampler.kind != "renoise":
+        counts = sampler.counts or ()
+        one = "; it was trained for 1 step as well, which exports (method.steps)" if 1 in counts else ""
+        raise UserError(
+            f"export: this student is told where each of its {len(sampler.steps)} steps ends, and no stock pipeline "
+            f"hands a UNet2DModel a destination time{one}; with one step it folds into the weights; {INSTEAD}"
+        )
+    if inner.inputs:
+        add_to_embedding(unet, constant_inputs(net, inner, sampler))
+    if isinstance(net, Rescheduled):
+        if several:
+            raise UserError(
+                f"export: a student of {len(sampler.steps)} steps that was trained in {type(net.process).__name__} "
+                f"on a network of {type(inner.process).__name__} has no stock scheduler; with one step it has, or "
+                f"train it in its teacher's own process; {INSTEAD}"
+            )
+        sampler = undo(net, inner.process, unet, sampler)
+    if inner.net.classes:
+        # The null class is for training; a pipeline that draws classes at random must not draw it.
+        table = unet.class_embedding.weight[: inner.net.classes].detach().clone()
+        unet.class_embedding = nn.Embedding.from_pretrained(table, freeze=False)
+        unet.register_to_config(num_class_embeds=inner.net.classes)
+    return Folded(unet, inner.process, inner.prediction, inner.time_input, sampler)
+
+
+@torch.no_grad()
+def constant_inputs(net: Any, inner: Denoiser, sampler: Sampler) -> Tensor:
+    """The sum of the input embeddings (width,) at the values that every call of the sampler has."""
+    process: Process = net.process
+    end = clean(process, process.grid(torch.ones(1, dtype=torch.float64)))
+    s = net._time(end) if isinstance(net, Rescheduled) else end
+    one = torch.ones(1, dtype=torch.float64)
+    scale = one if sampler.guidance is None else one * sampler.guidance
+    values = {"s": s, "w": scale, "mirror": 0 * one}
+    extras: Any = inner.net.extras
+    angles = {
+        n: ANGLE[n](inner.process, values[n]).to(extras[n].frequency.device, torch.float32)
+        for n in inner.inputs
+    }
+    return extras.embed(angles)[0].float().cpu()
+
+
+def add_to_embedding(unet: Any, constant: Tensor) -> None:
+    """Add a constant (width,) to the output of the time embedding."""
+    if getattr(unet.time_embedding, "post_act", None) is not None:
+        raise UserError(
+            "export: this UNet has an activation behind its time embedding, so inputs do not fold"
+        )
+    with torch.no_grad():
+        unet.time_embedding.linear_2.bias += constant
+
+
+@torch.no_grad()
+def undo(net: Rescheduled, base: Process, unet: Any, sampler: Sampler) -> Sampler:
+    """The one-step sampler of the base process; what is left of the input's scale goes into conv_in.
+
+    At the prior of a flow the base stands at its noisiest level with an input of size |(alpha, sigma)|, which
+    for EDM is sqrt(1 + 1 / sigma_max^2) times the noise that a scheduler starts from.
+    """
+    t = net.process.grid(torch.tensor([sampler.steps[0]], dtype=torch.float64))
+    noise = torch.ones(1, 1, dtype=torch.float64)
+    x, time = net._match(net.process.prior(noise, t), t)
+    unet.conv_in.weight *= float(x / base.prior(noise, time))
+    return Sampler(kind="renoise", steps=(level_of(base, time),))
+
+
+def level_of(process: Any, t: Tensor) -> float:
+    """The level u of one process time: the inverse of `grid`."""
+    if isinstance(process, EDM):
+        low, high = process.sigma_min ** (1 / process.rho), process.sigma_max ** (1 / process.rho)
+        return min(1.0, (float(t) ** (1 / process.rho) - low) / (high - low))
+    return float(t) / process.t_max
