@@ -117,12 +117,14 @@ def evaluate(
     seconds: float | None = None,
     calls: int | None = None,
     skipped: Mapping[str, str] | None = None,
+    omit: Mapping[str, str] | None = None,
 ) -> Evaluation:
     """All metrics of `preset` for generated `samples` (one per repetition).
 
     Args:
         name: what stands in tables, such as a run's name.
         labels: (N,) the classes asked for; by default the preset's.
+        omit: metrics to leave out, with the reason that is reported.
         seconds, calls: generation time per 1,000 images and network calls per image, if measured.
 
     Raises:
@@ -145,7 +147,9 @@ def evaluate(
     omitted: dict[str, str] = {}
     real = reference.features
     for metric in preset.metrics:
-        if metric in ("kid", "cmmd", "prdc3", "prdc5") and real is None:
+        if omit and metric in omit:
+            omitted[metric] = omit[metric]
+        elif metric in ("kid", "cmmd", "prdc3", "prdc5") and real is None:
             omitted[metric] = "the reference file holds moments only, this metric needs its features"
         elif metric == "clip-score":
             omitted[metric] = "needs a CLIP network and the prompts: fewstep.eval.clip.clip_score"

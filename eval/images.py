@@ -28,7 +28,8 @@ class ImageFolder:
         number: how many images are wanted, the first in order; None means all.
         allow_skips: leave out what does not fit instead of stopping; `skipped` then says what and why.
 
-    Iterating reads; `skipped` is complete once `images` has been exhausted.
+    Iterating reads; `skipped` is complete once `images` has been exhausted, and so is `kept`, the places in that
+    order of the images given.
     """
 
     path: Path
@@ -36,6 +37,7 @@ class ImageFolder:
     number: int | None = None
     allow_skips: bool = False
     skipped: dict[str, str] = field(default_factory=dict)
+    kept: list[int] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.path = Path(self.path)
@@ -63,7 +65,8 @@ class ImageFolder:
         self.skipped.clear()
         shape: tuple[int, ...] | None = None
         given = 0
-        for file in self.files:
+        self.kept.clear()
+        for index, file in enumerate(self.files):
             if given == self.number:
                 break
             try:
@@ -79,6 +82,7 @@ class ImageFolder:
                 continue
             shape = image.shape
             given += 1
+            self.kept.append(index)
             yield torch.from_numpy(image)
         if self.number is not None and given < self.number:
             raise ValueError(

@@ -198,6 +198,9 @@ def locate(file: File, kind: str) -> Path:
     if folder := os.environ.get("FEWSTEP_WEIGHTS"):
         tried.insert(0, Path(folder) / file.name)
     for path in tried:
+        # A transformers model is a folder; only its reader can check it.
+        if path.is_dir() and file.sha256 is None:
+            return path
         if path.is_file():
             if file.sha256 and not file_sha256(path).startswith(file.sha256):
                 raise ValueError(f"{path}: sha256 is not the protocol's {file.sha256}; another file")
@@ -205,8 +208,10 @@ def locate(file: File, kind: str) -> Path:
     raise MissingFiles(str(MissingFile(file, tried)))
 
 
-def require_files(preset: Preset) -> dict[str, Path]:
+def require_files(preset: Preset, weights: str | os.PathLike[str] | None = None) -> dict[str, Path]:
     """Paths of everything the preset needs, keyed ``prompts``, ``reference``, ``weights``.
+
+    `weights`, where given, is used for the extractor instead of a search; its reader checks it.
 
     Raises:
         MissingFiles: one line per missing file, all at once.
@@ -220,6 +225,9 @@ def require_files(preset: Preset) -> dict[str, Path]:
     missing = []
     for kind, file in needed.items():
         if file is None:
+            continue
+        if kind == "weights" and weights is not None:
+            found[kind] = Path(weights)
             continue
         try:
             found[kind] = locate(file, kind)

@@ -66,18 +66,107 @@ def sample(
     draw(path, steps, classes, count, seed, out, any_steps)
 
 
-@app.command(name="eval", epilog="Example: `fewstep eval runs/digits-dmd2 --samples 5000`")
+@app.command(
+    name="eval",
+    epilog="Examples:\n\n"
+    "`fewstep eval runs/digits-dmd2 --samples 5000`\n\n"
+    "`fewstep eval runs/digits-dmd2 --preset digits --teacher 1,12 --report report`\n\n"
+    "`fewstep eval my-pipeline --preset coco30k --steps 4 --call guidance_scale=1.0`\n\n"
+    "`fewstep eval --images folder --preset fashion-mnist --allow-skips`\n\n"
+    "`fewstep eval my-pipeline --preset geneval --steps 4 --out geneval-images`\n\n"
+    "`fewstep eval --selftest`\n\n"
+    "Several processes: `python -m torch.distributed.run --nproc-per-node 2 -m fewstep eval ...`",
+)
 def evaluate(
-    path: Annotated[Path, typer.Argument(help="A run directory, an export or a diffusers folder.")],
-    steps: Steps = None,
-    samples: Annotated[int | None, typer.Option(min=2, help="Number of samples.")] = None,
-    seed: Annotated[int | None, typer.Option(help="Seed of the noise.")] = None,
+    path: Annotated[
+        Path | None, typer.Argument(help="A run directory, an export or a diffusers folder.")
+    ] = None,
+    preset: Annotated[
+        str | None,
+        typer.Option(help="A protocol, shipped or a YAML file; left out: the recipe's `evaluate`."),
+    ] = None,
+    images: Annotated[
+        Path | None, typer.Option(help="Measure the images of this folder instead of sampling.")
+    ] = None,
+    steps: Annotated[
+        str | None, typer.Option(help="Network calls (a teacher: Heun steps); with --preset several: 1,2,4.")
+    ] = None,
+    teacher: Annotated[
+        str | None, typer.Option(help="With --preset: measure a run's teacher too, at these Heun steps.")
+    ] = None,
+    samples: Annotated[
+        int | None, typer.Option(min=2, help="Number of samples; another one is another protocol.")
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of the noise; a preset has its own.")] = None,
     any_steps: AnySteps = False,
+    allow_skips: Annotated[
+        bool, typer.Option("--allow-skips", help="Leave out images that do not fit, and list them.")
+    ] = False,
+    extractor_path: Annotated[
+        Path | None, typer.Option(help="Weights of the preset's feature network.")
+    ] = None,
+    call: Annotated[
+        list[str] | None, typer.Option(help="An argument of the pipeline's call.", metavar="KEY=VALUE")
+    ] = None,
+    batch: Annotated[int, typer.Option(min=1, help="With --preset: images of one call.")] = 64,
+    report: Annotated[
+        Path | None, typer.Option(help="With --preset: folder for report.html and report.json.")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder of the images that geneval and hpsv2 write.")
+    ] = None,
+    selftest: Annotated[
+        bool, typer.Option("--selftest", help="Check the harness itself on this machine.")
+    ] = False,
 ) -> None:
-    """Measure a run, an export or a diffusers folder."""
-    from fewstep.jobs import evaluate as job
+    """Measure a run, an export, a diffusers folder or a folder of images."""
+    from fewstep.config import UserError
 
-    job(path, steps, samples, seed, any_steps)
+    if selftest:
+        from fewstep.evaluation import check
+
+        check()
+        return
+    if preset is None:
+        alone = {"--images": images, "--report": report, "--out": out, "--call": call, "--teacher": teacher}
+        alone |= {"--extractor-path": extractor_path, "--allow-skips": allow_skips or None}
+        wanted = [name for name, value in alone.items() if value is not None]
+        if wanted:
+            raise UserError(f"{wanted[0]}: needs --preset NAME, such as digits")
+        if path is None:
+            raise UserError(
+                "eval: give a run, an export or a diffusers folder, or --images FOLDER --preset NAME"
+            )
+        from fewstep.jobs import evaluate as job
+        from fewstep.product import parse_steps
+
+        counts = parse_steps(steps)
+        if len(counts) > 1:
+            raise UserError(f"--steps {steps}: several numbers need --preset NAME, such as digits")
+        job(path, counts[0] if counts else None, samples, seed, any_steps)
+        return
+    if seed is not None:
+        raise UserError("--seed: a preset has seeds of its own; another seed is another protocol")
+    from fewstep.evaluation import Request, run
+    from fewstep.product import parse_steps
+
+    run(
+        Request(
+            preset,
+            path,
+            images,
+            parse_steps(steps),
+            any_steps,
+            parse_steps(teacher, "--teacher"),
+            samples,
+            batch,
+            tuple(call or ()),
+            extractor_path,
+            allow_skips,
+            report,
+            out,
+        )
+    )
 
 
 @app.command(
@@ -198,10 +287,15 @@ def cite(recipe: str) -> None:
 
 @app.command(epilog="Example: `fewstep health runs/digits-dmd2`")
 def health(run: Annotated[Path, typer.Argument(help="A run directory.")]) -> None:
-    """Say in words whether a run is healthy, from its log, and which knob to turn."""
-    from fewstep.health import report
+    """Say in words whether a run is healthy, from its log, and which knob to turn; plot it into RUN/report."""
+    from fewstep.health import last_stage, report
+    from fewstep.health_plots import save
+    from fewstep.train.log import read_log
 
     typer.echo(report(run))
+    picture = run / "report" / "health.png"
+    if save(last_stage(read_log(run / "log.jsonl")), picture):
+        typer.echo(f"readings {picture}")
 
 
 def main(argv: list[str] | None = None) -> Any:

@@ -89,13 +89,13 @@ def parse_classes(text: str, classes: int) -> list[int]:
     return out
 
 
-def parse_steps(text: str | None) -> tuple[int, ...]:
+def parse_steps(text: str | None, option: str = "--steps") -> tuple[int, ...]:
     """'4' or '1,2,4' as numbers of steps; UserError names what is not one."""
     pieces = [] if text is None else [p.strip() for p in text.split(",")]
     wrong = [p for p in pieces if not (p.isascii() and p.isdigit() and int(p) > 0)]
     if wrong:
         raise UserError(
-            f"--steps {text!r}: expected whole numbers of at least 1 such as 1,2,4, not {wrong[0]!r}"
+            f"{option} {text!r}: expected whole numbers of at least 1 such as 1,2,4, not {wrong[0]!r}"
         )
     return tuple(sorted({int(p) for p in pieces}))
 
