@@ -28,6 +28,7 @@ from fewstep.measure import Measured, measure, teacher_product
 from fewstep.pictures import save_grid, save_side_by_side
 from fewstep.product import Product, open_product, parse_classes, product_of
 from fewstep.recipe import Evaluate, Recipe, differences, dump, load, load_run, shipped
+from fewstep.train.build import build_roles
 from fewstep.train.trainer import Trainer
 
 console = Console()
@@ -163,7 +164,7 @@ def finish(trainer: Trainer, run: Path) -> None:
     student = replace(student, title=f"{role}, {steps} step{'s' * (steps > 1)}")
     rows: list[Measured] = []
     if recipe.evaluate is not None:
-        rows, panels = compare(student, recipe.evaluate, trainer.roles.get("teacher"))
+        rows, panels = compare(student, recipe.evaluate, first_teacher(trainer))
         save_side_by_side(panels, run / "report" / "side-by-side.png")
         table(rows)
         report = {"rows": [r.row() for r in rows], "recipe": recipe.about, "skips": trainer.progress.skipped}
@@ -177,6 +178,13 @@ def finish(trainer: Trainer, run: Path) -> None:
         console.print(f"not exported: {error}".replace("not exported: export: ", "not exported: "))
         return
     show_export(done)
+
+
+def first_teacher(trainer: Trainer) -> Any:
+    """The recipe's teacher, or None; built again where stages have written into its module."""
+    if not trainer.recipe.overwrites_teacher():
+        return trainer.roles.get("teacher")
+    return build_roles(trainer.recipe, trainer.data).teacher.to(trainer.device)
 
 
 def show_export(done: Exported) -> None:

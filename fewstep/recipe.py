@@ -202,8 +202,11 @@ class Recipe:
                         raise ValueError(
                             f"copy: role {role!r} is not in this recipe; it has {', '.join(sorted(have))}"
                         )
-                if target == "teacher":
-                    raise ValueError("copy: the teacher is frozen, nothing is copied into it")
+                if target == "teacher" and self._adapters_on_teacher():
+                    raise ValueError(
+                        f"copy: {self._adapters_on_teacher()[0]} is an adapter on the teacher's weights, which "
+                        "therefore cannot be overwritten"
+                    )
         unknown = sorted(set(self.optim) - have - {"default"})
         if unknown:
             raise ValueError(f"optim.{unknown[0]}: no such role; it has {', '.join(sorted(have))}")
@@ -216,6 +219,14 @@ class Recipe:
         """Roles in building order; what a role copies comes before it."""
         fixed = ("teacher", "student", *self.roles, "critic", "discriminator")
         return [r for r in fixed if r in self.roles or getattr(self, r, None) is not None]
+
+    def overwrites_teacher(self) -> bool:
+        """True when a stage copies into the teacher (progressive distillation in place): it is saved as well."""
+        return any("teacher" in stage.copy for stage in self.stages())
+
+    def _adapters_on_teacher(self) -> list[str]:
+        specs = {n: self.spec(n) for n in self.role_names()}
+        return [n for n, s in specs.items() if s.name == "lora" and s.of == "teacher"]
 
     def spec(self, role: str) -> Any:
         """The spec that builds a role."""

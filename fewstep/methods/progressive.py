@@ -29,7 +29,10 @@ class Progressive:
     steps: PositiveInt = 1
     """DDIM steps of the student; its teacher takes twice as many."""
     of: Literal["teacher", "previous"] = "previous"
-    """Who is halved: the frozen role `previous`, to which a stage copies the student, or the teacher itself."""
+    """Who is halved: the frozen role `previous`, to which a stage copies the student, or the teacher itself.
+
+    A stage with `copy: {teacher: student}` puts the student in the teacher's place, without a third network.
+    """
     weight: Weight = "snr_truncated"
     """Weight of the x0 error: snr_truncated max(SNR, 1), v SNR + 1, eps SNR, x0 1 (sec. 4)."""
     guidance: float = 1.0

@@ -35,4 +35,4 @@ def build_product(recipe: Recipe, data: Data) -> nn.Module:
 
 def trained_roles(recipe: Recipe) -> list[str]:
     """Roles with weights of their own that a run changes, in building order."""
-    return [n for n in recipe.role_names() if n != "teacher"]
+    return [n for n in recipe.role_names() if n != "teacher" or recipe.overwrites_teacher()]

@@ -226,7 +226,6 @@ def test_missing_keys_are_named(tmp_path: Path):
          "method.steps: steps [1.0, 0.0] must lie in (0, 1], the levels of the process grid"),
         ("method.steps=[]", "method.steps: steps is empty; give at least one level, such as [1.0]"),
         ("copy={critic: nobody}", "copy: role 'nobody' is not in this recipe; it has critic, student, teacher"),
-        ("copy={teacher: student}", "copy: the teacher is frozen, nothing is copied into it"),
         ("before.0.steps=0", "before.0.steps: steps must be at least 1, not 0"),
         ("train.batch=0", "train.batch: batch must be at least 1, not 0"),
         ("train.accumulate=3", "train.accumulate: accumulate 3 must divide batch 256"),
