@@ -141,13 +141,37 @@ CHECKS: tuple[Callable[[Sequence[dict[str, Any]]], Verdict | None], ...] = (
 
 def verdicts(records: Sequence[dict[str, Any]]) -> list[Verdict]:
     """Findings about the last stage of a log; empty when it is too short to say anything."""
+    last = last_stage(records)
+    return [v for check in CHECKS if (v := check(last)) is not None]
+
+
+LOOKS = 100
+"""Number of moments of a log at which `alarms` looks."""
+
+
+def alarms(records: Sequence[dict[str, Any]]) -> dict[str, int]:
+    """Each alarm that a stage's log raises while it grows, with the number of steps done when it came first.
+
+    `records` are those of one stage. Looks at no more than LOOKS evenly spaced moments.
+    """
+    first: dict[str, int] = {}
+    stride = max(1, len(records) // LOOKS)
+    for n in sorted({*range(FEWEST, len(records) + 1, stride), len(records)}):
+        for check in CHECKS:
+            v = check(records[:n])
+            if v is not None and not v.fine:
+                first.setdefault(v.name, int(records[n - 1].get("done", 0)))
+    return first
+
+
+def last_stage(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The records of a log's last stage."""
     training = [r for r in records if "stage" in r]
     if not training:
         return []
     # The record at a stage's end carries the number of the next one.
     stage = training[-1]["stage"] if len(training) < 2 else training[-2]["stage"]
-    last = [r for r in training if r["stage"] == stage]
-    return [v for check in CHECKS if (v := check(last)) is not None]
+    return [r for r in training if r["stage"] == stage]
 
 
 def report(run: Path) -> str:
@@ -155,15 +179,18 @@ def report(run: Path) -> str:
     path = run / "log.jsonl"
     if not path.is_file():
         raise UserError(f"{run}: has no log.jsonl; is it a run directory?")
-    found = verdicts(read_log(path))
+    records = read_log(path)
+    found = verdicts(records)
     if not found:
         raise UserError(
             f"{run}: fewer than {FEWEST} records in the last stage; train longer or lower train.log_every"
         )
     width = max(len(v.name) for v in found)
+    since = alarms(last_stage(records))
     lines = []
     for v in found:
-        lines.append(f"{'ok   ' if v.fine else 'ALARM'}  {v.name:<{width}}  {v.text}")
+        when = "" if v.fine or v.name not in since else f" (alarm since step {since[v.name]})"
+        lines.append(f"{'ok   ' if v.fine else 'ALARM'}  {v.name:<{width}}  {v.text}{when}")
         if v.advice:
             lines.append(f"{'':<{9 + width}}-> {v.advice}")
     wrong = [v.name for v in found if not v.fine]

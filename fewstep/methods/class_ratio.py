@@ -11,6 +11,7 @@ from torch import Tensor
 from fewstep import objectives as obj
 from fewstep.config import choice, part
 from fewstep.methods.base import Batch, Losses, Needs, Turn
+from fewstep.methods.readings import spread
 from fewstep.methods.terms import noised
 from fewstep.roles import Roles
 from fewstep.rollout import rollout
@@ -59,8 +60,7 @@ class ClassRatio:
         x = rollout(roles.student, batch.draws, batch.shape, self.steps, batch.cond).x
         logits = self.logits(roles, batch, x)
         loss = F.softplus(-logits).mean() if self.divergence == "js" else -logits.mean()
-        diversity = ((x.detach() - x.detach().mean(0)) ** 2).mean().sqrt()
-        yield Losses({"ratio": loss}, {"health/diversity": diversity})
+        yield Losses({"ratio": loss}, {"health/diversity": spread(x, batch.cond)})
 
     def classifier_losses(self, roles: Roles, batch: Batch) -> Iterator[Losses]:
         x = rollout(roles.student, batch.draws, batch.shape, self.steps, batch.cond, grad=False).x

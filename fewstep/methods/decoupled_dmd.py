@@ -12,7 +12,8 @@ from fewstep import objectives as obj
 from fewstep.config import part
 from fewstep.guidance import guided
 from fewstep.methods.base import Batch, Losses, Needs, Turn
-from fewstep.methods.terms import Gan, readings, track
+from fewstep.methods.readings import readings
+from fewstep.methods.terms import Gan, track
 from fewstep.objectives.regression import Weight
 from fewstep.prediction import Prediction
 from fewstep.process import add_noise
@@ -112,7 +113,7 @@ class DecoupledDMD:
         augment = cond.x0 - guide.x0
         weight = obj.dmd_normalizer(x, guide.x0 if self.normalizer == "cfg" else cond.x0)
         if self.regularizer != "dm":
-            return augment * weight, readings(x, cond, augment * weight)
+            return augment * weight, readings(x, cond, augment * weight, cond=batch.cond)
         at: tuple[Tensor, Tensor, Prediction] = (x_ca, t_ca, cond)
         if self.schedule != "coupled":
             x_dm, t_dm = self.renoise(roles, batch, x, level if self.schedule == "constrained" else 1.0)
@@ -121,7 +122,7 @@ class DecoupledDMD:
         own = weight if self.normalizer == "cfg" else obj.dmd_normalizer(x, at[2].x0)
         match = obj.score_difference(fake, at[2]) * own
         gradient = match + augment * (own if self.normalizer == "shared" else weight)
-        return gradient, readings(x, at[2], gradient, fake)
+        return gradient, readings(x, at[2], gradient, fake, batch.cond)
 
     def critic_losses(self, roles: Roles, batch: Batch) -> Iterator[Losses]:
         x = rollout(roles.student, batch.draws, batch.shape, self.steps, batch.cond, grad=False).x

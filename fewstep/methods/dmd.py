@@ -12,7 +12,8 @@ from fewstep.config import choice, part
 from fewstep.guidance import guided
 from fewstep.jump import Solver
 from fewstep.methods.base import Batch, Losses, Needs, Turn
-from fewstep.methods.terms import noised, readings, track
+from fewstep.methods.readings import readings
+from fewstep.methods.terms import noised, track
 from fewstep.objectives.regression import Weight
 from fewstep.pairs import Pairs
 from fewstep.roles import Roles
@@ -80,7 +81,9 @@ class DMD:
             real = guided(roles.teacher, x_tau, tau, batch.cond, batch.null_cond, self.guidance)
             fake = roles.critic(x_tau, tau, batch.cond)
         gradient = obj.score_difference(fake, real) * obj.dmd_normalizer(x.detach(), real.x0)
-        losses = Losses({"match": obj.toward(x, gradient)}, readings(x.detach(), real, gradient, fake))
+        losses = Losses(
+            {"match": obj.toward(x, gradient)}, readings(x.detach(), real, gradient, fake, batch.cond)
+        )
         if self.regression_weight:
             losses["regress"] = self.regression_weight * self.regression(roles, batch)
         yield losses

@@ -12,7 +12,7 @@ from fewstep import objectives as obj
 from fewstep.config import choice, part
 from fewstep.guidance import guided
 from fewstep.methods.base import Batch, Losses, Needs, Turn
-from fewstep.methods.terms import readings
+from fewstep.methods.readings import readings
 from fewstep.objectives.regression import Weight, x0_weight
 from fewstep.process import add_noise
 from fewstep.roles import Roles
@@ -81,9 +81,7 @@ class DMD2:
             losses["gan"] = self.gan_weight * loss(self.look(roles, batch, x))
         yield losses
 
-    def gradient(
-        self, roles: Roles, batch: Batch, x: Tensor, log: dict[str, Tensor] | None = None
-    ) -> Tensor:
+    def gradient(self, roles: Roles, batch: Batch, x: Tensor, log: dict[str, Tensor] | None = None) -> Tensor:
         """(D_fake - D_real) / <|x - D_real|> at a fresh noise level (DMD eq. 7 and 8); readings go to `log`."""
         process: Any = roles.student.process
         tau = self.times.sample(batch.draws, process)
@@ -93,7 +91,7 @@ class DMD2:
             fake = roles.critic(x_tau, tau, batch.cond)
         gradient = obj.score_difference(fake, real) * obj.dmd_normalizer(x, real.x0)
         if log is not None:
-            log.update(readings(x, real, gradient, fake))
+            log.update(readings(x, real, gradient, fake, batch.cond))
         return gradient
 
     def look(self, roles: Roles, batch: Batch, x: Tensor) -> Tensor:

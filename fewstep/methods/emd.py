@@ -14,7 +14,8 @@ from fewstep import objectives as obj
 from fewstep.config import choice, part
 from fewstep.guidance import guided
 from fewstep.methods.base import Batch, Losses, Needs, Turn
-from fewstep.methods.terms import readings, scaled, track
+from fewstep.methods.readings import readings
+from fewstep.methods.terms import scaled, track
 from fewstep.objectives.regression import Weight
 from fewstep.objectives.score import ScoreWeight
 from fewstep.prediction import Prediction
@@ -97,7 +98,9 @@ class EMD:
         gap = -scaled(process.sigma(tau) / (process.alpha(tau) * self.step_eps), drift)
         weight = obj.score_weight(self.weight, process, tau, x.detach(), chain.real.x0)
         gradient = gap * weight
-        yield Losses({"match": obj.toward(x, gradient)}, readings(x.detach(), chain.real, gradient))
+        yield Losses(
+            {"match": obj.toward(x, gradient)}, readings(x.detach(), chain.real, gradient, cond=batch.cond)
+        )
 
     def chain(self, roles: Roles, batch: Batch, z: Tensor, eps: Tensor, tau: Tensor) -> Chain:
         """K joint updates of (eps, z) from the student's own sample."""

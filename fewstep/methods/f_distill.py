@@ -12,7 +12,8 @@ from fewstep import objectives as obj
 from fewstep.config import choice, part
 from fewstep.guidance import guided
 from fewstep.methods.base import Batch, Losses, Needs, Turn
-from fewstep.methods.terms import Gan, noised, readings, scaled, track
+from fewstep.methods.readings import readings
+from fewstep.methods.terms import Gan, noised, scaled, track
 from fewstep.objectives.divergence import Divergence
 from fewstep.objectives.reduce import bin_means, global_mean
 from fewstep.objectives.regression import Weight
@@ -110,7 +111,7 @@ class FDistill:
         gradient = obj.score_difference(fake, real) * obj.dmd_normalizer(x, real.x0)
         h = self.weight(roles, x_tau, tau, batch.cond)
         gradient = scaled(h, gradient)
-        return gradient, {**readings(x, real, gradient, fake), "h_largest": h.max()}
+        return gradient, {**readings(x, real, gradient, fake, batch.cond), "h_largest": h.max()}
 
     def weight(self, roles: Roles, x: Tensor, t: Tensor, cond: Any) -> Tensor:
         """h of the clipped and normalised density ratio at noised samples, (b,)."""

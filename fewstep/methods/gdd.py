@@ -11,6 +11,7 @@ from torch import Tensor
 from fewstep import objectives as obj
 from fewstep.config import choice, part
 from fewstep.methods.base import Batch, Losses, Needs, Turn
+from fewstep.methods.readings import spread
 from fewstep.methods.terms import noised
 from fewstep.roles import Roles
 from fewstep.rollout import rollout
@@ -87,8 +88,7 @@ class GDD:
         x = rollout(roles.student, batch.draws, batch.shape, self.steps, batch.cond).x
         logits = roles.discriminator(*self.shown(roles, batch, x), batch.cond)
         loss = obj.logistic_generator if self.loss == "logistic" else obj.hinge_generator
-        diversity = ((x.detach() - x.detach().mean(0)) ** 2).mean().sqrt()
-        yield Losses({"gan": loss(logits)}, {"health/diversity": diversity})
+        yield Losses({"gan": loss(logits)}, {"health/diversity": spread(x, batch.cond)})
 
     def discriminator_losses(self, roles: Roles, batch: Batch, r1: bool) -> Iterator[Losses]:
         x = rollout(roles.student, batch.draws, batch.shape, self.steps, batch.cond, grad=False).x

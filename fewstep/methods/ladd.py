@@ -11,6 +11,7 @@ from torch import Tensor
 from fewstep import objectives as obj
 from fewstep.config import choice, part
 from fewstep.methods.base import Batch, Losses, Needs, Turn
+from fewstep.methods.readings import spread
 from fewstep.methods.terms import noised
 from fewstep.process import add_noise
 from fewstep.roles import Roles
@@ -80,8 +81,7 @@ class LADD:
     def student_losses(self, roles: Roles, batch: Batch) -> Iterator[Losses]:
         x = self.produce(roles, batch, grad=True)
         loss = obj.logistic_generator if self.loss == "logistic" else obj.hinge_generator
-        diversity = ((x.detach() - x.detach().mean(0)) ** 2).mean().sqrt()
-        yield Losses({"gan": loss(self.logits(roles, batch, x))}, {"health/diversity": diversity})
+        yield Losses({"gan": loss(self.logits(roles, batch, x))}, {"health/diversity": spread(x, batch.cond)})
 
     def discriminator_losses(self, roles: Roles, batch: Batch) -> Iterator[Losses]:
         x = self.produce(roles, batch, grad=False)

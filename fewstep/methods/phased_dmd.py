@@ -13,7 +13,8 @@ from fewstep.config import choice, part
 from fewstep.guidance import guided
 from fewstep.jump import times_of
 from fewstep.methods.base import Batch, Losses, Needs, Turn
-from fewstep.methods.terms import readings, scaled
+from fewstep.methods.readings import readings
+from fewstep.methods.terms import scaled
 from fewstep.objectives.regression import Weight
 from fewstep.process import add_noise, transition
 from fewstep.roles import Roles
@@ -132,7 +133,7 @@ class PhasedDMD:
             )
         else:
             gradient = gradient * obj.dmd_normalizer(x0, real.x0)
-        return gradient, readings(x0, real, gradient)
+        return gradient, readings(x0, real, gradient, cond=batch.cond)
 
     def critic_losses(self, roles: Roles, batch: Batch) -> Iterator[Losses]:
         x_s, _ = self.path(roles, batch, grad=False)

@@ -11,7 +11,8 @@ from fewstep import objectives as obj
 from fewstep.config import choice, part
 from fewstep.guidance import guided
 from fewstep.methods.base import Batch, Losses, Needs, Turn
-from fewstep.methods.terms import Gan, noised, readings, track
+from fewstep.methods.readings import readings
+from fewstep.methods.terms import Gan, noised, track
 from fewstep.objectives.regression import Weight
 from fewstep.roles import Roles
 from fewstep.rollout import rollout
@@ -91,7 +92,8 @@ class SiD:
         value = obj.inverse_matching(real, fake, x, alpha=self.alpha, huber=self.huber)
         if self.normalize and self.huber is None:
             value = value * obj.dmd_normalizer(x.detach(), real.x0.detach(), floor=1e-5).flatten()
-        return value.mean(), readings(x.detach(), real, obj.score_difference(fake, real).detach(), fake)
+        gap = obj.score_difference(fake, real).detach()
+        return value.mean(), readings(x.detach(), real, gap, fake, batch.cond)
 
     def critic_losses(self, roles: Roles, batch: Batch) -> Iterator[Losses]:
         x = rollout(roles.student, batch.draws, batch.shape, self.steps, batch.cond, grad=False).x

@@ -1,4 +1,4 @@
-"""Terms that several methods share: the critic's regression, the adversarial pair, and readings of health."""
+"""Terms that several methods share: the critic's regression and the adversarial pair."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 from fewstep import objectives as obj
 from fewstep.config import choice, config
 from fewstep.methods.base import Batch, Losses
-from fewstep.objectives.regression import Weight, per_sample, x0_weight
+from fewstep.objectives.regression import Weight, x0_weight
 from fewstep.prediction import Prediction
 from fewstep.process import add_noise, bc
 from fewstep.roles import Roles
@@ -90,42 +90,6 @@ class Gan:
         hits = (real_logits > 0).float().mean() + (fake_logits < 0).float().mean()
         losses.log["discriminator_accuracy"] = (hits / 2).detach()
         return losses
-
-
-BINS = 4
-
-
-@torch.no_grad()
-def readings(
-    x: Tensor, real: Prediction, gradient: Tensor, fake: Prediction | None = None
-) -> dict[str, Tensor]:
-    """What `fewstep health` reads, from tensors that a score method has anyway.
-
-    health/contrast: root mean square of x over that of the teacher's denoiser at the least noisy quarter of
-    the levels drawn, where the teacher hardly moves a healthy sample; above 1 the student is oversaturated.
-    health/diversity: root mean square distance of x from the batch mean. health/gradient_k: root mean square
-    of the matching gradient in the k-th quarter of the angle atan2(sigma, alpha). health/critic_slope: slope of
-    the regression of x on the unguided critic's D_F at these fresh samples, which is 1 for the posterior mean of
-    the present student; a critic that lags behind a spreading student has more, behind a shrinking one less.
-    """
-    process, t = real.process, real.t
-    angle = torch.atan2(process.sigma(t), process.alpha(t))
-    clean = (angle <= angle.quantile(1 / BINS)).to(x.dtype)
-    contrast = (per_sample(x**2) * clean).sum() / (per_sample(real.x0**2) * clean).sum()
-    out = {
-        "health/contrast": contrast.sqrt(),
-        "health/diversity": ((x - x.mean(0)) ** 2).mean().sqrt(),
-    }
-    if fake is not None:
-        out["health/critic_slope"] = (x * fake.x0).sum() / (fake.x0**2).sum()
-    # No branch on a value: it would make the accelerator wait. A quarter without samples reads 0.
-    quarter = (angle / (torch.pi / 2) * BINS).long().clamp(0, BINS - 1)
-    size = per_sample(gradient**2).double()
-    sums = torch.zeros(2, BINS, dtype=torch.float64, device=x.device).index_add_(
-        1, quarter, torch.stack((size, torch.ones_like(size)))
-    )
-    rms = (sums[0] / sums[1].clamp_min(1)).sqrt()
-    return out | {f"health/gradient_{k}": rms[k] for k in range(BINS)}
 
 
 def scaled(c: Tensor, x: Tensor) -> Tensor:

@@ -12,7 +12,8 @@ from fewstep import objectives as obj
 from fewstep.config import choice, part
 from fewstep.guidance import guided
 from fewstep.methods.base import Batch, Losses, Needs, Turn
-from fewstep.methods.terms import noised, readings, track
+from fewstep.methods.readings import readings
+from fewstep.methods.terms import noised, track
 from fewstep.objectives.regression import Weight
 from fewstep.objectives.score import ScoreWeight
 from fewstep.roles import Roles
@@ -83,7 +84,7 @@ class VSD:
             fake = guided(roles.critic, x_tau, tau, batch.cond, batch.null_cond, critic_scale)
         weight = obj.score_weight(self.weight, process, tau, x, real.x0)
         gradient = obj.score_difference(fake, real) * weight
-        return gradient, readings(x, real, gradient, fake if critic_scale == 1.0 else None)
+        return gradient, readings(x, real, gradient, fake if critic_scale == 1.0 else None, batch.cond)
 
     def scale(self, batch: Batch) -> float:
         """This update's guidance scale, the same for every sample of it."""

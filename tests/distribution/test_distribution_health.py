@@ -11,8 +11,10 @@ import torch
 from distribution_cases import F64, MEAN, STD, Affine, Follow
 
 from fewstep.config import UserError
-from fewstep.health import FEWEST, report, verdicts
-from fewstep.methods.terms import readings
+from fewstep.health import FEWEST, last_stage, report, verdicts
+from fewstep.health import alarms as first_alarms
+from fewstep.health_plots import points, save
+from fewstep.methods.readings import readings, spread
 from fewstep.networks.analytic import gaussian
 from fewstep.process import Flow, add_noise
 from fewstep.random import Draws, fold
@@ -121,3 +123,43 @@ def test_contrast_and_diversity_of_gaussian_students():
     bad = read(large, Follow(large))
     assert bad["health/contrast"] > 1.1
     assert all(bad[f"health/gradient_{k}"] > 1e-3 for k in range(4))
+
+
+def test_diversity_is_that_within_classes():
+    """Far classes of unit spread: 1 with labels, the distance between classes without; lone samples say nothing."""
+    generator = torch.Generator().manual_seed(7)
+    labels = torch.arange(3).repeat(400)
+    x = 100.0 * labels[:, None] + torch.randn(1200, 5, generator=generator, dtype=F64)
+    within = float(spread(x, labels))
+    assert abs(within - 1) < 4 / (2 * 1197 * 5) ** 0.5
+    assert abs(float(spread(x)) - (1e4 * 2 / 3 * 1200 / 1199 + 1) ** 0.5) < 1
+    # Two samples a class: the unbiased variance, (a - b)^2 / 2, whatever the classes' means.
+    pairs = torch.tensor([[0.0], [2.0], [50.0], [56.0], [900.0]], dtype=F64)
+    assert float(spread(pairs, torch.tensor([4, 4, 1, 1, 0]))) == pytest.approx(
+        ((2 + 2 + 18 + 18) / 4) ** 0.5
+    )
+    assert float(spread(pairs[:1], torch.tensor([4]))) == 0.0
+
+
+def test_alarms_say_when_a_failure_began():
+    rows = last_stage(records(60, **{"health/diversity": lambda p: 1.0 if p < 0.5 else 0.3}))
+    found = first_alarms(rows)
+    assert set(found) == {"collapsing"}
+    assert 300 < found["collapsing"] < 450
+    assert first_alarms(last_stage(records(60))) == {}
+
+
+def test_plots_hold_the_readings_that_a_log_has(tmp_path: Path):
+    from PIL import Image
+
+    rows = last_stage(records(30, **{"health/gradient_0": lambda p: 1 + p, "dsm": lambda p: 2 - p}))
+    titles = save(rows, tmp_path / "report" / "health.png")
+    assert len(titles) == 6
+    assert points(rows, "dsm") == ([10.0 * i for i in range(1, 30)], [2 - i / 30 for i in range(1, 30)])
+    image = Image.open(tmp_path / "report" / "health.png").convert("RGB")
+    # Red lines of alarm are drawn, and the curves in their colour.
+    pixels = torch.tensor(list(zip(*(c.tobytes() for c in image.split()), strict=True)))
+    assert int(((pixels - torch.tensor([214, 39, 40])).abs().sum(1) < 30).sum()) > 100
+    assert int(((pixels - torch.tensor([31, 119, 180])).abs().sum(1) < 30).sum()) > 300
+    assert save([{"done": 1, "stage": 0, "loss": 1.0}], tmp_path / "none.png") == []
+    assert [p.name for p in tmp_path.iterdir()] == ["report"]
