@@ -6,6 +6,7 @@ own for each, is printed beside it: it adds what malloc fragments and what the f
 
     python -m fewstep.bench            both tables
     python -m fewstep.bench time       the time ratio only
+    python -m fewstep.bench --methods  every method's step against its network calls (fewstep.bench_methods)
 """
 
 from __future__ import annotations
@@ -207,6 +208,11 @@ def memory() -> dict[str, tuple[float, float]]:
 def main() -> None:
     if sys.argv[1:] in (["ours"], ["hand"]):
         _peak(sys.argv[1])
+        return
+    if sys.argv[1:2] == ["--methods"]:
+        from fewstep.bench_methods import main as methods
+
+        methods(sys.argv[2:])
         return
     ratio, a, b = time_ratio()
     print(f"DMD2 step, digits: {1000 * a:.0f} ms, by hand {1000 * b:.0f} ms, ratio {ratio:.3f}")

@@ -219,6 +219,25 @@ def export(
     export_run(run, out, force)
 
 
+@app.command(epilog="Example: `fewstep invert runs/digits-icd pictures --out codes.safetensors --classes 3`")
+def invert(
+    run: Annotated[Path, typer.Argument(help="A run directory of the method icd.")],
+    images: Annotated[Path, typer.Argument(help="A picture, or a folder of them; sub-folders are classes.")],
+    out: Annotated[Path, typer.Option(help="Codes, as safetensors.")] = Path("codes.safetensors"),
+    classes: Annotated[
+        str | None, typer.Option(help="Classes of the pictures in turn, such as 3 or 0-9.")
+    ] = None,
+) -> None:
+    """Encode real images to noise that the run's student decodes to them again."""
+    from fewstep.invert import invert_run
+
+    error = invert_run(run, images, out, classes).error
+    typer.echo(
+        f"{len(error)} images in {out}; decoded again they differ by {float(error.mean()):.3g} (root mean square "
+        f"in [-1, 1]; worst {float(error.max()):.3g}): {out.with_suffix('.png')}"
+    )
+
+
 @recipes.command("ls")
 def recipes_ls() -> None:
     """List shipped recipes."""

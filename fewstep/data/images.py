@@ -79,8 +79,6 @@ class ImageFolder:
     """True: one channel, otherwise RGB."""
 
     def open(self) -> InMemory:
-        from PIL import Image, UnidentifiedImageError
-
         root = Path(self.path).expanduser()
         if not root.is_dir():
             raise UserError(f"data folder {root}: no such folder")
@@ -88,7 +86,19 @@ class ImageFolder:
         if not files:
             raise UserError(f"data folder {root}: no pictures ({', '.join(sorted(_SUFFIXES))}) in it")
         names = sorted({p.relative_to(root).parts[0] for p in files if len(p.relative_to(root).parts) > 1})
-        images, labels = [], []
+        labels = []
+        for p in files if names else ():
+            parts = p.relative_to(root).parts
+            if len(parts) == 1:
+                raise UserError(f"{p}: stands beside class folders ({', '.join(names[:3])}); give it a class")
+            labels.append(names.index(parts[0]))
+        return InMemory(self.read(files), torch.tensor(labels) if names else None, len(names))
+
+    def read(self, files: list[Path]) -> Tensor:
+        """Pictures of one size as float32 (n, c, h, w) in [-1, 1]."""
+        from PIL import Image, UnidentifiedImageError
+
+        images: list[Tensor] = []
         for p in files:
             try:
                 with Image.open(p) as picture:
@@ -102,12 +112,4 @@ class ImageFolder:
                 raise UserError(
                     f"{p}: is {size[0]} x {size[1]}, but {files[0].name} is {first[0]} x {first[1]}"
                 )
-            if names:
-                parts = p.relative_to(root).parts
-                if len(parts) == 1:
-                    raise UserError(
-                        f"{p}: stands beside class folders ({', '.join(names[:3])}); give it a class"
-                    )
-                labels.append(names.index(parts[0]))
-        x = torch.stack(images).float() / 127.5 - 1
-        return InMemory(x, torch.tensor(labels) if names else None, len(names))
+        return torch.stack(images).float() / 127.5 - 1

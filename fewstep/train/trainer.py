@@ -73,9 +73,11 @@ class Trainer:
             raise UserError(f"train.attention: {error}") from None
         self.data: Data = recipe.data.open()  # type: ignore[attr-defined]
         self.roles: Roles = build_roles(recipe, self.data)
+        # A teacher without gradients keeps no activations, so there is nothing to save.
+        through_teacher = any(stage.method.needs().teacher_grad for stage in recipe.stages())
         for name, module in self.roles.items():
             module.to(self.device)
-            if train.checkpointing and name != "teacher":
+            if train.checkpointing and (name != "teacher" or through_teacher):
                 enable_checkpointing(module)
         self.ema = [EMA(self.roles.student, decay, train.ema_warmup) for decay in train.ema]
         self.progress = Progress()
