@@ -90,7 +90,7 @@ def measure(product: Product, spec: Evaluate, *, batch: int = 256) -> tuple[Meas
     features = torch.cat([extractor(p) for p in to_pixels(x).split(512)])
     result = frechet_distance(features, reference.statistics)
     accuracy = diversity = None
-    labels = product.labels(spec.samples)
+    labels = product.labels(spec.samples) if product.classes else None
     if labels is not None:
         logits = extractor.from_features(features)
         accuracy = class_accuracy(logits, labels).value

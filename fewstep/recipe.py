@@ -44,6 +44,8 @@ class AdamW:
     """Updates over which the rate rises linearly from 0."""
     decay: Literal["constant", "linear", "cosine"] = "constant"
     """How the rate falls to 0 over the stage's updates."""
+    bits: Literal[32, 8] = 32
+    """Of Adam's moments; 8 needs bitsandbytes."""
 
     def __post_init__(self) -> None:
         if self.lr <= 0:
@@ -96,6 +98,14 @@ class Train:
     """Non-finite updates in a row after which the run stops."""
     checkpointing: bool = False
     """Activation checkpointing in every diffusers model."""
+    offload: bool = False
+    """Roles that a turn does not call, and moments that do not step, wait in main memory."""
+    compile: tuple[str, ...] = ()
+    """Roles whose networks go through torch.compile; an adapter's is the role that holds its weights."""
+    channels_last: bool = False
+    """Convolution weights with the channels innermost."""
+    parallel: Literal["ddp", "fsdp"] = "ddp"
+    """With several processes: every one holds everything, or the networks are sharded over them (FSDP2)."""
     attention: Literal["auto", "reference", "chunked", "triton", "sdpa", "xformers"] = "auto"
     """Attention while training: auto gives calls with tangents to fewstep.kernels and leaves the rest to torch."""
     log_every: int = 10
@@ -252,6 +262,8 @@ _FREE = {("about",), ("results",), ("evaluate",)} | {
         "keep",
         "trackers",
         "max_skips",
+        "offload",
+        "parallel",
     )
 }
 

@@ -2,4 +2,8 @@
 
 from fewstep.data import images as images
 from fewstep.data import toy as toy
+
+from fewstep.data import text as text  # isort: skip  pictures and latents choose among its encoders
+from fewstep.data import latents as latents
+from fewstep.data import pictures as pictures
 from fewstep.data.base import Data as Data

@@ -188,13 +188,18 @@ class Adapted(nn.Module):
         inject_adapter_in_model(spec, net, adapter_name=adapter)
         for p, flag in frozen.items():
             p.requires_grad_(flag)
-        for name, p in net.named_parameters():
-            if f".{adapter}." in name and "lora_" in name:
-                self.own[name.replace(f".{adapter}.", ".").replace(".", "/")] = p
+        self.rebind()
         _LAYERS.clear()
         for layer in _layers(net):
             # peft leaves the newest adapter switched on, and the base would answer with it.
             layer._active_adapter, layer._disable_adapters = [], True
+
+    def rebind(self) -> None:
+        """Look the LoRA set up in the base, at first and when something has replaced its parameters."""
+        mark = f".{self.adapter}."
+        for name, p in network_of(self.base).named_parameters():
+            if mark in name and "lora_" in name:
+                self.own[name.replace(mark, ".").replace(".", "/")] = p
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Adapted:
         """Another LoRA set with the same values on the same base."""

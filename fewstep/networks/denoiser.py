@@ -46,6 +46,7 @@ class Denoiser(nn.Module):
         self.process = process
         self.prediction = prediction
         self.time_input = time_input
+        self.stops_early = True
 
     def _inputs(self, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         if self.prediction in ("edm", "cm"):
@@ -108,7 +109,7 @@ class Denoiser(nn.Module):
         """Only the tapped activations; the network stops after the last of them."""
         scaled, time = self._inputs(x, t)
         extras = self._extras(t, {"s": None, "w": None, "mirror": None})
-        return self.net(scaled, time, cond, taps=taps, stop=True, **extras)[1]
+        return self.net(scaled, time, cond, taps=taps, stop=self.stops_early, **extras)[1]
 
 
 class Rescheduled(nn.Module):

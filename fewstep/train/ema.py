@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from fewstep.networks.adapters import load_own_state, own_parameters, own_state, twin
+from fewstep.train.parallel import local
 
 
 class EMA:
@@ -35,8 +36,8 @@ class EMA:
         decay = min(self.decay, (1 + self.updates) / (self.warmup + self.updates))
         self.updates += 1
         if self._lists[0] is not module:
-            weights = [p.detach() for p in own_parameters(module)]
-            self._lists = (module, list(own_parameters(self.module)), weights)
+            weights = [local(p.detach()) for p in own_parameters(module)]
+            self._lists = (module, [local(p) for p in own_parameters(self.module)], weights)
         torch._foreach_lerp_(self._lists[1], self._lists[2], 1 - decay)
         for mine, theirs in zip(self.module.buffers(), module.buffers(), strict=True):
             mine.copy_(theirs)

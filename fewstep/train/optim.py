@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 
+from fewstep.config import UserError
 from fewstep.recipe import AdamW
 from fewstep.roles import Roles
 
@@ -36,7 +38,7 @@ class TurnOptimizer:
             }
             for name, spec in zip(names, self.specs, strict=True)
         ]
-        self.adam = torch.optim.AdamW(groups, fused=True)
+        self.adam = _adam({spec.bits for spec in self.specs}, groups, names)
 
     def rate(self, spec: AdamW) -> float:
         """Learning rate of the next update."""
@@ -64,3 +66,18 @@ class TurnOptimizer:
 
     def zero(self) -> None:
         self.adam.zero_grad(set_to_none=True)
+
+
+def _adam(bits: set[int], groups: list[dict[str, Any]], names: tuple[str, ...]) -> torch.optim.Optimizer:
+    if bits == {32}:
+        return torch.optim.AdamW(groups, fused=True)
+    if len(bits) > 1:
+        raise UserError(f"optim: the roles {', '.join(names)} step together; give them the same bits")
+    try:
+        import bitsandbytes
+    except ImportError:
+        raise UserError(
+            "optim.bits: 8-bit moments need bitsandbytes, which is not installed: pip install bitsandbytes, or set "
+            "bits to 32"
+        ) from None
+    return bitsandbytes.optim.AdamW8bit(groups)

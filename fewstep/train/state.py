@@ -20,6 +20,13 @@ from torch import Tensor, nn
 
 from fewstep.config import UserError
 from fewstep.networks.adapters import load_own_state, own_state
+from fewstep.train.parallel import (
+    gathered_optimizer,
+    is_sharded,
+    read_sharded,
+    scattered_optimizer,
+    write_sharded,
+)
 
 
 @dataclass
@@ -75,21 +82,32 @@ def save_checkpoint(
     optimizers: Mapping[str, torch.optim.Optimizer],
     progress: Progress,
     keep: int,
+    sharded: bool | None = None,
 ) -> Path:
     """Write checkpoints/step-N, complete or not at all, then drop all but the newest `keep`.
+
+    sharded: None for one process that holds everything. Where networks are sharded every process calls this, one of
+    them with True: the parts are joined, so that any number of processes can read the checkpoint.
 
     Raises UserError when the disk is full; nothing half-written is left.
     """
     folder.mkdir(parents=True, exist_ok=True)
     final = folder / f"step-{progress.done:08d}"
-    aside = folder / f".{final.name}.{os.getpid()}.tmp"
-    shutil.rmtree(aside, ignore_errors=True)
+    aside = folder / f".{final.name}.{os.getpid() if sharded is None else 'shared'}.tmp"
+    if sharded is not False:
+        shutil.rmtree(aside, ignore_errors=True)
     try:
-        aside.mkdir()
-        for name, module in modules.items():
-            save_tensors(own_state(module), aside / f"{name}.safetensors")
-        for name, optimizer in optimizers.items():
-            torch.save(optimizer.state_dict(), aside / f"optim-{name}.pt")
+        if sharded is not False:
+            aside.mkdir()
+        if sharded is not None:
+            _write_parts(aside, modules, optimizers, sharded)
+            if not sharded:
+                return final
+        else:
+            for name, module in modules.items():
+                save_tensors(own_state(module), aside / f"{name}.safetensors")
+            for name, optimizer in optimizers.items():
+                torch.save(optimizer.state_dict(), aside / f"optim-{name}.pt")
         manifest = {p.name: [p.stat().st_size, _checksum(p)] for p in sorted(aside.iterdir())}
         state = {"progress": progress.__dict__, "files": manifest}
         (aside / "state.json").write_text(json.dumps(state, indent=1))
@@ -110,6 +128,22 @@ def save_checkpoint(
     for stale in folder.glob(".step-*.tmp"):
         shutil.rmtree(stale, ignore_errors=True)
     return final
+
+
+def _write_parts(
+    aside: Path, modules: Mapping[str, nn.Module], optimizers: Mapping[str, torch.optim.Optimizer], main: bool
+) -> None:
+    torch.distributed.barrier()  # the folder is there
+    for name, module in modules.items():
+        tensors = own_state(module)
+        if any(is_sharded(t) for t in tensors.values()):
+            write_sharded(tensors, aside / f"{name}.safetensors", main)
+        elif main:
+            save_tensors(tensors, aside / f"{name}.safetensors")
+    for name, optimizer in optimizers.items():
+        whole = gathered_optimizer(optimizer.state_dict())
+        if main:
+            torch.save(whole, aside / f"optim-{name}.pt")
 
 
 def checkpoints(folder: Path) -> list[Path]:
@@ -147,10 +181,16 @@ def load_checkpoint(
     """Restore modules and optimisers in place."""
     progress, _ = read_state(path)
     for name, module in modules.items():
-        load_into(module, load_tensors(path / f"{name}.safetensors"), path / f"{name}.safetensors")
+        file, tensors = path / f"{name}.safetensors", own_state(module)
+        if any(is_sharded(t) for t in tensors.values()):
+            read_sharded(tensors, file)
+        else:
+            load_into(module, load_tensors(file), file)
     for name, optimizer in optimizers.items():
         file = path / f"optim-{name}.pt"
         if not file.is_file():
             raise UserError(f"{file}: is missing from the checkpoint; it belongs to another recipe")
-        optimizer.load_state_dict(torch.load(file, weights_only=True, map_location="cpu"))
+        whole = torch.load(file, weights_only=True, map_location="cpu")
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        optimizer.load_state_dict(scattered_optimizer(whole, parameters))
     return progress

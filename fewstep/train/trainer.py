@@ -26,7 +26,9 @@ from fewstep.train.build import build_roles, trained_roles
 from fewstep.train.ema import EMA
 from fewstep.train.log import Log, Meter
 from fewstep.train.optim import TurnOptimizer
+from fewstep.train.parallel import clip_grad_norm, full, is_sharded, shard
 from fewstep.train.state import Progress, checkpoints, load_checkpoint, read_state, save_checkpoint
+from fewstep.train.switches import Offload, compile_roles, use_channels_last
 
 Hook = Callable[["Trainer"], None]
 
@@ -80,6 +82,14 @@ class Trainer:
             if train.checkpointing and (name != "teacher" or through_teacher):
                 enable_checkpointing(module)
         self.ema = [EMA(self.roles.student, decay, train.ema_warmup) for decay in train.ema]
+        self.sharded = train.parallel == "fsdp" and world > 1
+        if self.sharded:
+            shard([*self.roles.values(), *(e.module for e in self.ema)], self.device)
+            self.roles = Roles(**dict(self.roles))
+        if train.channels_last:
+            use_channels_last([*self.roles.values(), *(e.module for e in self.ema)])
+        compile_roles(self.roles, train.compile)
+        self.offload = Offload(self.roles, self.device) if train.offload else None
         self.progress = Progress()
         self.optim: dict[str, TurnOptimizer] = {}
         self.meter = Meter()
@@ -150,7 +160,9 @@ class Trainer:
                 self._record()
             if on_step:
                 on_step(self)
-            if self.accelerator.is_main_process:
+            if (
+                self.accelerator.is_main_process or self.sharded
+            ):  # the parts of a sharded network act together
                 if on_sample and train.sample_every and (p.done % train.sample_every == 0 or finished):
                     on_sample(self)
                 if on_eval and train.eval_every and p.done % train.eval_every == 0:
@@ -218,6 +230,8 @@ class Trainer:
         for number, turn in enumerate(stage.method.turns(self.roles, self.progress.step)):  # type: ignore[attr-defined]
             self.roles.train_only(*turn.updates)
             optimizer = self.optimizer(turn.updates, stage, turn.times)
+            if self.offload:
+                self.offload.begin(turn.updates, self.optim)
             for repeat in range(turn.times):
                 moved = self._update(turn, optimizer, stage, (number, repeat))
                 student_moved |= moved and "student" in turn.updates
@@ -236,7 +250,7 @@ class Trainer:
                     for name, value in {**losses, **losses.log}.items():
                         self.meter.add(name, value)
         self._reduce(optimizer.parameters)
-        norm = nn.utils.clip_grad_norm_(optimizer.parameters, self.recipe.train.clip)
+        norm = clip_grad_norm(optimizer.parameters, self.recipe.train.clip)
         finite = bool(torch.isfinite(norm))
         if finite:
             self.meter.add(f"grad_norm/{'+'.join(turn.updates)}", norm)
@@ -263,9 +277,10 @@ class Trainer:
         """Average gradients over processes in one flat buffer.
 
         Explicit rather than DistributedDataParallel: a turn may call one network several times, or leave a
-        head unused, and accelerate's accumulation keeps one counter for all roles.
+        head unused, and accelerate's accumulation keeps one counter for all roles. Sharded ones are averages already.
         """
-        if self.accelerator.num_processes == 1:
+        parameters = [p for p in parameters if not is_sharded(p)]
+        if self.accelerator.num_processes == 1 or not parameters:
             return
         for p in parameters:
             if p.grad is None:
@@ -326,10 +341,11 @@ class Trainer:
         self.progress.optim = {k: {"updates": o.updates, "skipped": o.skipped} for k, o in self.optim.items()}
         self.progress.ema = {e.name: e.updates for e in self.ema}
         self.progress.meter = self._shared(self.meter.values())
-        if self.accelerator.is_main_process:
-            adams = {k: o.adam for k, o in self.optim.items()}
+        adams = {k: o.adam for k, o in self.optim.items()}
+        if self.accelerator.is_main_process or self.sharded:
+            main = self.accelerator.is_main_process if self.sharded else None
             save_checkpoint(
-                self.run / "checkpoints", self.modules(), adams, self.progress, self.recipe.train.keep
+                self.run / "checkpoints", self.modules(), adams, self.progress, self.recipe.train.keep, main
             )
         self.accelerator.wait_for_everyone()
 
@@ -390,4 +406,4 @@ def _main_thread() -> bool:
 
 def gradients(parameters: list[nn.Parameter]) -> Tensor:
     """All gradients as one vector, zeros where there is none; for tests and readings."""
-    return torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in parameters])
+    return torch.cat([full(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in parameters])

@@ -1,0 +1,281 @@
+"""Adapters on one base against full copies, what switching them costs, cached against live encoders.
+
+python -m fewstep.bench_adapters memory | switching | encoders [--size tiny|small|sdxl] [--batch N]
+Random weights: nothing is loaded. Each number is printed with what it was taken on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fewstep.methods.base import Batch
+from fewstep.methods.dmd2 import DMD2
+from fewstep.networks import adapters
+from fewstep.networks.adapters import Adapted, enable_checkpointing, frozen, plain_copy
+from fewstep.networks.denoiser import Denoiser
+from fewstep.networks.wrappers.unet_condition import UNetCondition
+from fewstep.process import DiscreteVP
+from fewstep.random import Draws, fold
+from fewstep.recipe import AdamW
+from fewstep.roles import Roles
+from fewstep.train.live import Live, bytes_of
+from fewstep.train.optim import TurnOptimizer
+
+MIB = 2**20
+SIZES: dict[str, dict[str, Any]] = {
+    "tiny": {"channels": (8, 16), "depth": (0, 1), "text": 12, "side": 8, "groups": 4, "head": 4},
+    "small": {
+        "channels": (64, 128, 256),
+        "depth": (0, 1, 2),
+        "text": 256,
+        "side": 32,
+        "groups": 32,
+        "head": 32,
+    },
+    "sdxl": {
+        "channels": (320, 640, 1280),
+        "depth": (0, 2, 10),
+        "text": 2048,
+        "side": 128,
+        "groups": 32,
+        "head": 64,
+    },
+}
+"""UNets in SDXL's layout: no attention at the finest level, deeper transformers below."""
+TOKENS = 77
+
+
+def device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def place() -> str:
+    """What the numbers are taken on."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    return f"CPU, {torch.get_num_threads()} threads"
+
+
+def teacher(size: str) -> Denoiser:
+    """A frozen text-conditional UNet of random weights."""
+    from diffusers import UNet2DConditionModel
+
+    s = SIZES[size]
+    down = tuple("CrossAttnDownBlock2D" if d else "DownBlock2D" for d in s["depth"])
+    torch.manual_seed(0)
+    model = UNet2DConditionModel(
+        sample_size=s["side"],
+        block_out_channels=s["channels"],
+        down_block_types=down,
+        up_block_types=tuple(n.replace("Down", "Up") for n in down[::-1]),
+        layers_per_block=2,
+        transformer_layers_per_block=tuple(max(d, 1) for d in s["depth"]),
+        attention_head_dim=tuple(c // s["head"] for c in s["channels"]),
+        cross_attention_dim=s["text"],
+        norm_num_groups=s["groups"],
+        use_linear_projection=True,
+    )
+    return frozen(Denoiser(UNetCondition(model), DiscreteVP(), "eps", "index")).to(device())  # type: ignore[return-value]
+
+
+class Step:
+    """DMD2 without a GAN on roles of one kind: `full` copies, or two `adapters` on the teacher."""
+
+    def __init__(self, kind: str, size: str, batch: int, checkpointing: bool) -> None:
+        base = teacher(size)
+        if kind == "full":
+            student, critic = (plain_copy(base).to(device()) for _ in range(2))
+        else:
+            student, critic = (Adapted(base, name, rank=64, alpha=8.0) for name in ("student", "critic"))
+            for role in (student, critic):
+                role.to(device())
+        if checkpointing:
+            for role in (student, critic):
+                enable_checkpointing(role)
+        self.roles = Roles(teacher=base, student=student, critic=critic)
+        self.method = DMD2(gan_weight=0.0, critic_steps=1, guidance=8.0, critic_weight="eps")
+        self.size, self.batch, self.number = SIZES[size], batch, 0
+        self.optimizers: dict[tuple[str, ...], TurnOptimizer] = {}
+        self.on_cuda = torch.cuda.is_available()
+
+    def condition(self, draws: Draws) -> dict[str, Tensor]:
+        return {"text": draws.normal(TOKENS, self.size["text"])}
+
+    def __call__(self) -> None:
+        self.number += 1
+        side = self.size["side"]
+        for k, turn in enumerate(self.method.turns(self.roles, self.number)):
+            self.roles.train_only(*turn.updates)
+            draws = Draws(fold("bench", self.number, k), torch.arange(self.batch, device=device()))
+            cond = self.condition(draws)
+            null = {key: torch.zeros_like(v) for key, v in cond.items()}
+            with torch.autocast(device().type, torch.bfloat16, enabled=self.on_cuda):
+                for losses in turn.losses(Batch(draws, (4, side, side), None, cond, null)):
+                    losses.total().backward()
+            if turn.updates not in self.optimizers:
+                specs = {name: AdamW(lr=1e-6) for name in turn.updates}
+                self.optimizers[turn.updates] = TurnOptimizer(self.roles, turn.updates, specs, 100)
+            self.optimizers[turn.updates].step()
+            self.optimizers[turn.updates].zero()
+
+    def peak(self) -> int:
+        """Bytes of tensors at the worst moment of a step."""
+        self()
+        if self.on_cuda:
+            torch.cuda.reset_peak_memory_stats()
+            self()
+            return torch.cuda.max_memory_allocated()
+        stay = [t for m in self.roles.values() for t in (*m.parameters(), *m.buffers())]
+        stay += [
+            v for o in self.optimizers.values() for s in o.adam.state.values() for v in s.values() if v.ndim
+        ]
+        with Live(stay) as live:
+            self()
+        return bytes_of(stay) + live.peak
+
+
+def memory(given: argparse.Namespace) -> None:
+    """Peak of a DMD2 step, each kind in a process of its own."""
+    peaks = {}
+    for kind in ("full", "adapters"):
+        command = [sys.executable, "-m", "fewstep.bench_adapters", f"peak-{kind}", "--size", given.size]
+        command += ["--batch", str(given.batch)] + ["--checkpointing"] * given.checkpointing
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise SystemExit(done.stderr)
+        peaks[kind] = json.loads(done.stdout.splitlines()[-1])
+    ratio = peaks["adapters"] / peaks["full"]
+    print(
+        f"DMD2 step, {given.size} UNet, batch {given.batch}, {place()}: three full networks {peaks['full'] / MIB:.0f} "
+        f"MiB, two adapters on one base {peaks['adapters'] / MIB:.0f} MiB, ratio {ratio:.2f}"
+    )
+
+
+def switching(given: argparse.Namespace) -> None:
+    """Time of choosing adapters within a step, against the step."""
+    step = Step("adapters", given.size, given.batch, False)
+    layers, calls, inside = step.roles.student.layers, [0], adapters.active
+
+    def counted(*arguments: Any) -> Any:
+        calls[0] += 1
+        return inside(*arguments)
+
+    adapters.active = counted  # type: ignore[assignment]
+    step()
+    adapters.active = inside  # type: ignore[assignment]
+    whole = _median(step, given.repeats)
+    one = _median(lambda: _switch(layers), 50)
+    print(
+        f"{given.size} UNet, batch {given.batch}, {place()}: {calls[0]} switches of {len(layers)} layers a step, "
+        f"{1e6 * one:.0f} us each, {100 * calls[0] * one / whole:.2f} % of a step of {1000 * whole:.1f} ms"
+    )
+
+
+def _switch(layers: Any) -> None:
+    with adapters.active(layers, "student"):
+        pass
+
+
+class Encoders(nn.Module):
+    """A CLIP text encoder and a VAE of random weights, of Stable Diffusion's sizes or tiny."""
+
+    def __init__(self, size: str) -> None:
+        super().__init__()
+        from diffusers import AutoencoderKL
+        from transformers import CLIPTextConfig, CLIPTextModel
+
+        s = SIZES[size]
+        wide = size == "sdxl"
+        layers, heads = (24, 16) if wide else (2, 2)
+        self.text = CLIPTextModel(
+            CLIPTextConfig(
+                hidden_size=s["text"],
+                intermediate_size=4 * s["text"],
+                num_hidden_layers=layers,
+                num_attention_heads=heads,
+                vocab_size=49408 if wide else 100,
+            )
+        )
+        self.vae = AutoencoderKL(
+            block_out_channels=(128, 256, 512, 512) if wide else (s["groups"],) * 2,
+            down_block_types=("DownEncoderBlock2D",) * (4 if wide else 2),
+            up_block_types=("UpDecoderBlock2D",) * (4 if wide else 2),
+            norm_num_groups=32 if wide else s["groups"],
+            layers_per_block=2 if wide else 1,
+        )
+        self.factor = 8 if wide else 2
+
+    @torch.no_grad()
+    def forward(self, tokens: Tensor, pictures: Tensor) -> tuple[Tensor, Tensor]:
+        return self.text(tokens).last_hidden_state, self.vae.encode(pictures).latent_dist.mean
+
+
+def encoders(given: argparse.Namespace) -> None:
+    """A student's denoising step on cached tensors, and with both encoders run in it."""
+    s, where = SIZES[given.size], device()
+    student = plain_copy(teacher(given.size)).to(where).requires_grad_(True)
+    optimizer = torch.optim.AdamW(student.parameters(), lr=1e-6, fused=True)
+    live = Encoders(given.size).to(where).eval()
+    g = torch.Generator().manual_seed(0)
+    side = s["side"] * live.factor
+    tokens = torch.randint(0, 99, (given.batch, TOKENS), generator=g).to(where)
+    pictures = torch.randn(given.batch, 3, side, side, generator=g).to(where)
+    kept = live(tokens, pictures)
+    t = torch.full((given.batch,), 500.0, dtype=torch.float64, device=where)
+
+    def step(text: Tensor, z: Tensor) -> None:
+        with torch.autocast(where.type, torch.bfloat16, enabled=where.type == "cuda"):
+            loss = (student(z, t, {"text": text}).x0 - z).square().mean()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    cached = _median(lambda: step(*kept), given.repeats)
+    both = _median(lambda: step(*live(tokens, pictures)), given.repeats)
+    print(
+        f"{given.size} UNet, batch {given.batch}, {place()}: {1000 * cached:.1f} ms a step on cached text and latents, "
+        f"{1000 * both:.1f} ms with live encoders, ratio {cached / both:.2f}"
+    )
+
+
+def _median(run: Callable[[], None], repeats: int) -> float:
+    run()
+    seconds = []
+    for _ in range(repeats):
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        started = time.perf_counter()
+        run()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - started)
+    return statistics.median(seconds)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m fewstep.bench_adapters")
+    parser.add_argument("what", choices=["memory", "switching", "encoders", "peak-full", "peak-adapters"])
+    parser.add_argument("--size", choices=list(SIZES), default="small")
+    parser.add_argument("--batch", type=int, default=2)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--checkpointing", action="store_true")
+    given = parser.parse_args()
+    if given.what.startswith("peak-"):
+        step = Step(given.what.removeprefix("peak-"), given.size, given.batch, given.checkpointing)
+        print(json.dumps(step.peak()))
+        return
+    {"memory": memory, "switching": switching, "encoders": encoders}[given.what](given)
+
+
+if __name__ == "__main__":
+    main()

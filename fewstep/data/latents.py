@@ -1,0 +1,218 @@
+"""Latents computed once by a VAE and kept on disk; a cache is bound to the VAE that made it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fewstep.config import RecipeError, UserError, choice, part
+from fewstep.data.shards import Shards, read_index, sha256_of
+from fewstep.data.text import Text, embed
+from fewstep.random import Draws
+
+
+def vae_hash(path: str) -> str:
+    """sha256 over a VAE folder's config and weights. Raises UserError naming what is missing."""
+    root = vae_folder(path)
+    return sha256_of([root / "config.json", *root.glob("*.safetensors")], root)
+
+
+def vae_folder(path: str) -> Path:
+    """A folder with a VAE: itself, or vae/ of a pipeline."""
+    root = Path(path).expanduser()
+    for found in (root / "vae", root):
+        if (found / "config.json").is_file() and any(found.glob("*.safetensors")):
+            return found
+    raise UserError(
+        f"vae {path}: no config.json with .safetensors weights in it or in its vae/; name a VAE or a pipeline folder"
+    )
+
+
+class Encoder:
+    """Pictures in [-1, 1] to mean and deviation of scaled latents, both (b, c, h, w) in float32.
+
+    Scale and shift are the VAE's own: (z - shift_factor) * scaling_factor, as diffusion networks see them. Deviation
+    is zero for an encoder without one (AutoencoderDC).
+    """
+
+    def __init__(self, path: str, device: torch.device | str = "cpu") -> None:
+        import diffusers
+
+        root = vae_folder(path)
+        kind = json.loads((root / "config.json").read_text()).get("_class_name", "AutoencoderKL")
+        try:
+            self.vae: Any = getattr(diffusers, kind).from_pretrained(root, use_safetensors=True)
+        except (AttributeError, OSError, ValueError, RuntimeError) as error:
+            raise UserError(f"vae {path}: a {kind} cannot be loaded: {error}") from None
+        self.vae.to(device).eval()
+        self.device = device
+        self.scale = float(getattr(self.vae.config, "scaling_factor", 1.0) or 1.0)
+        self.shift = float(getattr(self.vae.config, "shift_factor", 0.0) or 0.0)
+
+    @torch.no_grad()
+    def __call__(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        out = self.vae.encode(x.to(self.device))
+        if hasattr(out, "latent_dist"):
+            mean, deviation = out.latent_dist.mean, out.latent_dist.std
+        else:
+            mean, deviation = out.latent, torch.zeros_like(out.latent)
+        return ((mean - self.shift) * self.scale).float().cpu(), (deviation * self.scale).float().cpu()
+
+
+@part("data", "latents")
+class Latents:
+    """A folder of `fewstep cache-latents`, with the captions or classes of the pictures."""
+
+    path: str
+    """The folder."""
+    vae: str
+    """The VAE or the pipeline that decodes them; one that did not make the cache is refused."""
+    encoder: choice("encoder") | None = None  # type: ignore[valid-type]
+    """Text encoder for the captions."""
+    sample: bool = True
+    """Draw from the VAE's posterior anew each time; False takes its mean."""
+    negative: str = ""
+    """Prompt that guidance moves away from."""
+    zeros: bool = False
+    """Guidance moves away from zeros in its place (SDXL)."""
+    text_cache: str | None = None
+    """Folder of the embeddings; the user's cache folder when left out."""
+
+    def open(self) -> LatentData:
+        root = Path(self.path).expanduser()
+        told = read_index(root)
+        remedy = f"make it again with `fewstep cache-latents RECIPE --vae {self.vae} --out NEW`, or name its own VAE"
+        shards = Shards(root, {"vae": vae_hash(self.vae)}, told["count"], remedy=remedy)
+        shards.check()
+        captions, text = told["made_with"].get("captions"), None
+        if self.encoder is not None:
+            if captions is None:
+                raise UserError(f"{root}: was made from pictures without captions; leave out data.encoder")
+            text = embed(
+                self.encoder, captions, negative=self.negative, zeros=self.zeros, cache=self.text_cache
+            )
+        return LatentData(shards, int(told["made_with"]["classes"]), text, self.sample)
+
+
+class LatentData:
+    """Latents by number, on average the posterior's samples."""
+
+    def __init__(self, shards: Shards, classes: int, text: Text | None, sample: bool) -> None:
+        self.shards, self.text, self.sample = shards, text, sample
+        self.classes = 0 if text is not None else classes
+        first = shards.take(torch.tensor([0]))
+        self.shape: tuple[int, ...] = tuple(first["mean"].shape[1:])
+
+    def __len__(self) -> int:
+        return len(self.shards)
+
+    def _condition(self, k: Tensor, rows: dict[str, Tensor]) -> Any:
+        if self.text is not None:
+            return self.text.take(k)
+        return rows["label"].to(k.device) if self.classes else None
+
+    def condition(self, k: Tensor) -> Any:
+        """The conditions of latents by number."""
+        return self._condition(k, self.shards.take(k) if self.classes else {})
+
+    def batch(self, draws: Draws) -> tuple[Tensor, Any]:
+        k = draws.integers(len(self.shards))
+        rows = self.shards.take(k)
+        x = rows["mean"].to(draws.device, torch.float32)
+        if self.sample:
+            x = x + rows["std"].to(x) * draws.normal_like(x)
+        return x, self._condition(k, rows)
+
+    def conditions(self, draws: Draws) -> Any:
+        if self.text is not None:
+            return self.text.take(draws.integers(len(self.shards)))
+        return draws.integers(self.classes) if self.classes else None
+
+    def null(self, cond: Any) -> Any:
+        if self.text is not None:
+            return self.text.null(cond)
+        return None if cond is None else torch.full_like(cond, self.classes)
+
+    def all(self) -> tuple[Tensor, Tensor | None]:
+        rows = self.shards.take(torch.arange(len(self.shards)))
+        return rows["mean"].float(), rows["label"] if self.classes else None
+
+
+def cache_latents(
+    name: str, settings: Sequence[str], vae: str, out: Path, *, batch: int = 8, rows: int = 256
+) -> Shards:
+    """`fewstep cache-latents`: encode the pictures of a recipe's data; goes on where it was stopped.
+
+    The data must give pictures by number (captions, webdataset, images, digits). Their captions or classes are kept
+    with the latents.
+    """
+    from fewstep.recipe import load
+
+    recipe = load(name, settings)
+    data: Any = recipe.data
+    if getattr(data, "encoder", None) is not None:
+        from dataclasses import replace
+
+        data = replace(data, encoder=None)  # captions are kept as text
+    opened: Any = data.open()
+    count, pictures = _pictures(opened, name)
+    captions = [i.caption for i in opened.items] if hasattr(opened, "items") else None
+    if captions is not None and any(c is None for c in captions):
+        captions = None
+    facts = {
+        "vae": vae_hash(vae),
+        "classes": opened.classes,
+        "pictures": repr(recipe.data),
+        "captions": captions,
+    }
+    shards = Shards(out, facts, count, rows, remedy="choose another --out, or delete this folder")
+    todo = shards.missing()
+    if not todo:
+        return shards
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    encoder = Encoder(vae, device)
+    channels = int(getattr(encoder.vae.config, "in_channels", opened.shape[0]))
+    if channels != opened.shape[0]:
+        raise RecipeError(
+            f"cache-latents: the VAE takes {channels} channels, the data has {opened.shape[0]}; set data.grey to "
+            f"{str(channels == 1).lower()}"
+        )
+    for span in todo:
+        parts = []
+        for a in range(span.start, span.stop, batch):
+            k = torch.arange(a, min(a + batch, span.stop))
+            x, label = pictures(k)
+            mean, deviation = encoder(x)
+            parts.append({"mean": mean, "std": deviation} | ({} if label is None else {"label": label}))
+        shards.write(span, {key: torch.cat([p[key] for p in parts]) for key in parts[0]})
+    return shards
+
+
+def _pictures(data: Any, name: str) -> tuple[int, Any]:
+    """(count, number -> (pictures, labels or None))."""
+    if hasattr(data, "pictures"):
+        return len(data), lambda k: (data.pictures(k), data.condition(k) if data.classes else None)
+    if hasattr(data, "images"):
+        labels = data.labels
+        return len(data.images), lambda k: (data.images[k], None if labels is None else labels[k])
+    raise UserError(f"{name}: its data holds no pictures to encode")
+
+
+def decoder(path: str, device: torch.device | str = "cpu") -> nn.Module:
+    """Scaled latents to pictures in [-1, 1], by the VAE that a cache names."""
+    return _Decoder(Encoder(path, device))
+
+
+class _Decoder(nn.Module):
+    def __init__(self, encoder: Encoder) -> None:
+        super().__init__()
+        self.vae, self.scale, self.shift = encoder.vae, encoder.scale, encoder.shift
+
+    @torch.no_grad()
+    def forward(self, z: Tensor) -> Tensor:
+        return self.vae.decode(z / self.scale + self.shift, return_dict=False)[0]

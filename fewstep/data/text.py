@@ -1,0 +1,259 @@
+"""Prompts as conditions: embeddings computed once, kept on disk, the encoder dropped from memory."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from pydantic import PositiveInt
+from torch import Tensor
+
+from fewstep.cond import moved, nulled, zeros_like
+from fewstep.config import UserError, part
+from fewstep.data.shards import Shards, sha256_of
+
+Encode = Callable[[Sequence[str]], dict[str, Tensor]]
+
+
+_STORE = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+def default_cache() -> Path:
+    """Where embeddings are kept: $FEWSTEP_CACHE, or fewstep/ in the user's cache folder."""
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(os.environ.get("FEWSTEP_CACHE") or Path(base) / "fewstep") / "text"
+
+
+def _folder(path: str, inside: str) -> Path:
+    root = Path(path).expanduser()
+    if not root.is_dir():
+        raise UserError(f"encoder {path}: no such folder")
+    if not (root / inside).exists():
+        raise UserError(
+            f"encoder {path}: {inside} is missing; a folder that save_pretrained wrote has it. Save the pipeline whole, "
+            "or name another folder with the encoder"
+        )
+    return root
+
+
+@part("encoder", "pipeline")
+class PipelineEncoder:
+    """The text encoders of a diffusers pipeline folder, called as the pipeline itself calls them."""
+
+    path: str
+    """The folder, usually the teacher's."""
+    length: PositiveInt | None = None
+    """Tokens, where the pipeline lets one choose (SD3, Flux, PixArt, SANA); its default when left out."""
+    store: Literal["fp32", "fp16", "bf16"] = "fp32"
+    """In the cache on disk."""
+
+    def key(self) -> str:
+        root = _folder(self.path, "model_index.json")
+        _folder(self.path, "text_encoder")
+        files = [
+            p
+            for d in root.glob("t*")
+            if d.name.startswith(("text_encoder", "tokenizer"))
+            for p in d.rglob("*")
+        ]
+        return (
+            sha256_of([*(p for p in files if p.is_file()), root / "model_index.json"], root)
+            + f"-{self.length}"
+        )
+
+    def open(self) -> Encode:
+        import inspect
+
+        from diffusers import DiffusionPipeline
+
+        told = json.loads((_folder(self.path, "model_index.json") / "model_index.json").read_text())
+        _folder(self.path, "text_encoder")
+        drop = {
+            k: None
+            for k in ("unet", "transformer", "vae", "safety_checker", "feature_extractor")
+            if k in told
+        }
+        try:
+            pipe: Any = DiffusionPipeline.from_pretrained(self.path, use_safetensors=True, **drop)
+        except (OSError, ValueError, ImportError) as error:
+            raise UserError(f"encoder {self.path}: cannot be loaded: {error}") from None
+        takes = inspect.signature(pipe.encode_prompt).parameters
+        options: dict[str, Any] = {"device": torch.device("cpu"), "do_classifier_free_guidance": False}
+        options["num_images_per_prompt"] = 1
+        if self.length is not None:
+            if "max_sequence_length" not in takes:
+                raise UserError(f"encoder.length: {type(pipe).__name__} has a fixed number of tokens")
+            options["max_sequence_length"] = self.length
+        options = {k: v for k, v in options.items() if k in takes}
+        extra = _time_ids(Path(self.path).expanduser(), type(pipe).__name__)
+
+        @torch.no_grad()
+        def encode(prompts: Sequence[str]) -> dict[str, Tensor]:
+            out = pipe.encode_prompt(prompt=list(prompts), **options)
+            named = _named(type(pipe).__name__, out)
+            return named | {k: v.repeat(len(prompts), 1) for k, v in extra.items()}
+
+        return encode
+
+
+_OUTPUTS: dict[str, tuple[str, ...]] = {
+    "StableDiffusionPipeline": ("text", ""),
+    "StableDiffusionXLPipeline": ("text", "", "pooled", ""),
+    "StableDiffusion3Pipeline": ("text", "", "pooled", ""),
+    "FluxPipeline": ("text", "pooled", ""),
+    "PixArtAlphaPipeline": ("text", "mask", "", ""),
+    "PixArtSigmaPipeline": ("text", "mask", "", ""),
+    "SanaPipeline": ("text", "mask", "", ""),
+    "SanaSprintPipeline": ("text", "mask"),
+}
+"""What encode_prompt returns, by condition key; "" is not used."""
+
+
+def _named(pipeline: str, out: Sequence[Any]) -> dict[str, Tensor]:
+    if pipeline not in _OUTPUTS:
+        known = ", ".join(_OUTPUTS)
+        raise UserError(
+            f"encoder: {pipeline} is not known; known: {known}. Use an encoder of your own, `sentence`"
+        )
+    return {k: v for k, v in zip(_OUTPUTS[pipeline], out, strict=True) if k and v is not None}
+
+
+def _time_ids(root: Path, pipeline: str) -> dict[str, Tensor]:
+    """SDXL's size conditions at the size the UNet was made for, without a crop."""
+    if pipeline != "StableDiffusionXLPipeline":
+        return {}
+    side = json.loads((root / "unet" / "config.json").read_text())["sample_size"]
+    vae = json.loads((root / "vae" / "config.json").read_text())
+    pixels = float(side * 2 ** (len(vae["block_out_channels"]) - 1))
+    return {"time_ids": torch.tensor([[pixels, pixels, 0.0, 0.0, pixels, pixels]])}
+
+
+@part("encoder", "sentence")
+class SentenceEncoder:
+    """Any text model of transformers: its last hidden states as tokens, their mean as the pooled embedding."""
+
+    path: str
+    """Folder with the model and its tokenizer."""
+    length: PositiveInt = 32
+    """Tokens; longer prompts are cut."""
+    store: Literal["fp32", "fp16", "bf16"] = "fp32"
+    """In the cache on disk."""
+
+    def key(self) -> str:
+        root = _folder(self.path, "config.json")
+        files = [p for p in root.iterdir() if p.suffix in (".json", ".txt", ".safetensors", ".model")]
+        return sha256_of(files, root) + f"-{self.length}"
+
+    def open(self) -> Encode:
+        root = _folder(self.path, "config.json")
+        try:
+            from transformers import AutoModel, AutoTokenizer
+        except ImportError:
+            raise UserError("encoder sentence: needs transformers: pip install 'fewstep[text]'") from None
+        try:
+            tokenizer: Any = AutoTokenizer.from_pretrained(root)
+            model: Any = AutoModel.from_pretrained(root, use_safetensors=True).eval()
+        except (OSError, ValueError) as error:
+            raise UserError(f"encoder {self.path}: cannot be loaded: {error}") from None
+
+        @torch.no_grad()
+        def encode(prompts: Sequence[str]) -> dict[str, Tensor]:
+            tokens = tokenizer(
+                list(prompts),
+                padding="max_length",
+                truncation=True,
+                max_length=self.length,
+                return_tensors="pt",
+            )
+            states = model(
+                input_ids=tokens["input_ids"], attention_mask=tokens["attention_mask"]
+            ).last_hidden_state
+            mask = tokens["attention_mask"].to(states.dtype)
+            pooled = (states * mask[..., None]).sum(1) / mask.sum(1, keepdim=True).clamp_min(1)
+            return {"text": states, "mask": mask, "pooled": pooled}
+
+        return encode
+
+
+class Text:
+    """Embeddings of a list of prompts, row by row, and what guidance puts in their place.
+
+    Args:
+        shards: rows of all prompts.
+        empty: one row (1, ...) for each key that guidance takes away.
+    """
+
+    def __init__(self, shards: Shards, empty: Mapping[str, Tensor]) -> None:
+        self.shards, self.empty = shards, dict(empty)
+
+    def __len__(self) -> int:
+        return len(self.shards) - 1
+
+    def take(self, k: Tensor) -> dict[str, Tensor]:
+        """The conditions of prompts by number, int64 (b,), on k's device in float32."""
+        return moved(self.shards.take(k), k.device, torch.float32)
+
+    def null(self, cond: Any) -> Any:
+        return nulled(cond, self.empty)
+
+
+def embed(
+    encoder: Any,
+    prompts: Sequence[str],
+    *,
+    negative: str = "",
+    zeros: bool = False,
+    cache: str | None = None,
+    batch: int = 32,
+) -> Text:
+    """The embeddings of prompts from the cache; what it lacks is computed, then the encoder is let go.
+
+    Args:
+        encoder: an encoder part.
+        negative: prompt that guidance moves away from.
+        zeros: guidance moves away from zeros in its place, as SDXL's `force_zeros_for_empty_prompt` has it.
+        cache: folder for the cache; `default_cache()` when left out.
+
+    A cache is of one encoder's files, one list of prompts and one negative: its name is their hash.
+    """
+    if not prompts:
+        raise UserError("prompts: there are none")
+    facts = {"encoder": encoder.key(), "prompts": _digest([*prompts, negative]), "store": encoder.store}
+    root = Path(cache).expanduser() if cache else default_cache()
+    shards = Shards(
+        root / _digest([json.dumps(facts)])[:32], facts, len(prompts) + 1, remedy="delete this folder"
+    )
+    rows = [*prompts, negative]
+    todo = shards.missing()
+    if todo:
+        encode = encoder.open()
+        for span in todo:
+            parts = [encode(rows[i : min(i + batch, span.stop)]) for i in range(span.start, span.stop, batch)]
+            whole = {k: torch.cat([p[k] for p in parts]) for k in parts[0]}
+            shards.write(span, moved(whole, None, _STORE[encoder.store]))
+        del encode
+    shards.check()
+    last = moved(shards.take(torch.tensor([len(prompts)])), None, torch.float32)
+    empty = {k: v for k, v in last.items() if k in ("text", "mask", "pooled")}
+    return Text(shards, empty | (zeros_like(last) if zeros else {}))
+
+
+def _digest(texts: Sequence[str]) -> str:
+    return hashlib.sha256(json.dumps(list(texts)).encode()).hexdigest()
+
+
+def read_prompts(path: Path) -> list[str]:
+    """One prompt a line; empty lines are left out. Raises UserError naming the file."""
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"prompts {path}: cannot be read: {error}") from None
+    prompts = [line.strip() for line in lines if line.strip()]
+    if not prompts:
+        raise UserError(f"prompts {path}: holds no prompt; write one a line")
+    return prompts

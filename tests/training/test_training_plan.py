@@ -1,0 +1,119 @@
+"""The memory estimate against what a real step takes, and what its rows count."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+from tiny_teacher import make_teacher, student_settings
+
+from fewstep.bench import _allocated
+from fewstep.config import UserError
+from fewstep.plan import plan
+from fewstep.recipe import load
+from fewstep.train.live import Live, bytes_of
+from fewstep.train.trainer import Trainer
+
+SETTINGS = ("train.batch=24", "train.ema=[0.9, 0.99]")
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_teacher(tmp_path_factory.mktemp("teacher") / "t")
+
+
+def recipe_of(teacher: Path, *settings: str) -> Any:
+    return load("digits-dmd2", [*student_settings(teacher), *SETTINGS, *settings])
+
+
+def measured(recipe: Any) -> int:
+    """Bytes of all tensors at the worst moment of a step: those that stay, by hand, and the profiler's peak."""
+    AcceleratorState._reset_state(True)  # a process has one precision otherwise
+    trainer = Trainer(recipe, cpu=True)
+    stage = recipe.stages()[-1]
+    trainer._make_state(stage)
+    trainer.step(stage)
+    modules = [*trainer.roles.values(), *(e.module for e in trainer.ema)]
+    stay = [t for m in modules for t in (*m.parameters(), *m.buffers())]
+    stay += [v for o in trainer.optim.values() for s in o.adam.state.values() for v in s.values()]
+    peak = bytes_of(stay) + _allocated(lambda: trainer.step(stage))
+    AcceleratorState._reset_state(True)
+    return peak
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        (),
+        ("student={name: lora, rank: 2}", "critic={name: lora, rank: 2}"),
+        ("train.checkpointing=true", "train.accumulate=2"),
+        ("train.precision=bf16",),
+    ],
+    ids=["full", "adapters", "checkpointing", "bf16"],
+)
+def test_the_estimate_is_within_15_percent_of_the_measured_peak(teacher: Path, settings: tuple[str, ...]):
+    recipe = recipe_of(teacher, *settings)
+    assert plan(recipe, ways=False).total == pytest.approx(measured(recipe), rel=0.15)
+
+
+def test_rows_count_what_there_is(teacher: Path):
+    recipe = recipe_of(teacher)
+    trainer = Trainer(recipe, cpu=True)
+    found = plan(recipe)
+    size = {n: sum(p.numel() for p in trainer.roles.parameters(n)) for n in trainer.roles}
+    for name, row in found.roles.items():
+        trained = name != "teacher"
+        buffers = sum(b.numel() * b.element_size() for b in trainer.roles[name].buffers())
+        assert row.weights == 4 * size[name] + buffers
+        assert row.gradients == 4 * size[name] * trained
+        assert row.optimizer == 8 * size[name] * trained
+        assert row.ema == (8 * size[name] if name == "student" else 0)
+    settings = [s for s, _ in found.ways]
+    assert "train.checkpointing=true" in settings
+    assert "train.accumulate=2" in settings
+    assert [b for _, b in found.ways] == sorted(b for _, b in found.ways)
+    assert all(b < found.total for _, b in found.ways)
+    ddp, fsdp = (plan(recipe_of(teacher, f"train.parallel={p}"), 2, ways=False) for p in ("ddp", "fsdp"))
+    assert ddp.micro_batch == fsdp.micro_batch == 12
+    assert fsdp.roles["student"].weights == ddp.roles["student"].weights // 2
+    assert fsdp.roles["discriminator"] == ddp.roles["discriminator"]
+
+
+def test_eight_bit_moments_take_a_quarter(teacher: Path):
+    recipe = recipe_of(teacher)
+    small = replace(recipe, optim={k: replace(o, bits=8) for k, o in recipe.optim.items()})
+    full, less = (plan(r, ways=False).roles["student"].optimizer for r in (recipe, small))
+    trainer = Trainer(recipe, cpu=True)
+    large = sum(p.numel() for p in trainer.roles.parameters("student") if p.numel() >= 4096)
+    assert full - less == pytest.approx(large * (8 - 2 * (1 + 4 / 256)), rel=1e-3)
+
+
+def test_a_batch_that_cannot_be_split_is_refused(teacher: Path):
+    with pytest.raises(
+        UserError, match=r"batch 24 must be divisible by processes x train\.accumulate = 5 x 1"
+    ):
+        plan(recipe_of(teacher), 5)
+
+
+def test_methods_that_look_at_values_are_traced_with_real_tensors():
+    recipe = load("toy/progressive", ["train.batch=64"])
+    found = plan(recipe, ways=False)
+    assert found.total == pytest.approx(measured(recipe), rel=0.15)
+
+
+def test_live_counts_storages_once_and_lets_them_go():
+    kept = torch.zeros(100)
+    with Live([kept]) as live:
+        kept.view(10, 10).t()
+        a = torch.ones(50)
+        b = a.view(5, 10)[1:]
+        assert live.now == 200
+        del a
+        assert live.now == 200
+        del b
+        assert live.now == 0
+    assert live.peak == 200

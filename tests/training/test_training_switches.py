@@ -1,0 +1,131 @@
+"""Switches that must not change a run: its weights with them are those without."""
+
+from __future__ import annotations
+
+import sys
+import types
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny_teacher import make_teacher, student_settings
+
+from fewstep.config import UserError
+from fewstep.networks.adapters import own_state
+from fewstep.recipe import load
+from fewstep.train import switches
+from fewstep.train.trainer import Trainer
+
+LINEAR = ("optim={default: {lr: 1e-2, eps: 1e-2}}",)
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_teacher(tmp_path_factory.mktemp("teacher") / "t")
+
+
+def trained(teacher: Path, *settings: str) -> Trainer:
+    trainer = Trainer(load("digits-dmd2", [*student_settings(teacher), *LINEAR, *settings]), cpu=True)
+    trainer.fit()
+    return trainer
+
+
+@pytest.fixture(scope="module")
+def plain(teacher: Path) -> Trainer:
+    return trained(teacher)
+
+
+def same(a: Trainer, b: Trainer, tolerance: float) -> None:
+    for role in ("student", "critic", "discriminator"):
+        left, right = own_state(a.roles[role]), own_state(b.roles[role])
+        assert left.keys() == right.keys()
+        for key, value in left.items():
+            torch.testing.assert_close(
+                right[key], value, rtol=0, atol=tolerance, msg=lambda m, k=key: f"{k}: {m}"
+            )
+    for x, y in zip(a.ema[0].module.parameters(), b.ema[0].module.parameters(), strict=True):
+        torch.testing.assert_close(y, x, rtol=0, atol=tolerance)
+
+
+def test_checkpointing_and_offload_change_no_bit(teacher: Path, plain: Trainer):
+    same(plain, trained(teacher, "train.checkpointing=true"), 0.0)
+    same(plain, trained(teacher, "train.offload=true"), 0.0)
+
+
+def test_channels_last_changes_the_layout_alone(teacher: Path, plain: Trainer):
+    other = trained(teacher, "train.channels_last=true")
+    weight = other.roles.student.net.model.conv_in.weight
+    assert weight.is_contiguous(memory_format=torch.channels_last)
+    assert not plain.roles.student.net.model.conv_in.weight.is_contiguous(memory_format=torch.channels_last)
+    same(plain, other, 2e-6)
+
+
+def test_compiled_roles_train_alike(teacher: Path, plain: Trainer, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(switches, "BACKEND", "aot_eager")
+    seen = []
+    compiled = torch.nn.Module.compile
+    monkeypatch.setattr(
+        torch.nn.Module,
+        "compile",
+        lambda self, *a, **k: (seen.append((type(self).__name__, k)), compiled(self, *a, **k)),
+    )
+    same(plain, trained(teacher, "train.compile=[student]"), 2e-6)
+    assert seen == [("UNet2DModel", {"backend": "aot_eager"})]
+
+
+def test_roles_that_cannot_be_compiled_are_named(teacher: Path):
+    for settings, message in (
+        (("train.compile=[studnet]",), "role 'studnet' is not in this recipe; it has teacher, student"),
+        (("train.compile=[discriminator]",), "the discriminator is a Discriminator, which has no network"),
+        (
+            ("student={name: lora}", "train.compile=[student]"),
+            "the student is an adapter; name the role that holds",
+        ),
+    ):
+        with pytest.raises(UserError, match=message):
+            trained(teacher, *settings)
+
+
+def test_idle_roles_leave_and_come_back_when_called(teacher: Path, monkeypatch: pytest.MonkeyPatch):
+    moves: list[tuple[Any, str]] = []
+    device = torch.device("cpu", 0)  # differs from "cpu", is the same memory
+    monkeypatch.setattr(switches, "move", lambda module, to: moves.append((module, str(to))))
+    recipe = load("digits-dmd2", [*student_settings(teacher), *LINEAR])
+    trainer = Trainer(recipe, cpu=True)
+    trainer.offload = switches.Offload(trainer.roles, device)
+    stage, name = recipe.stages()[-1], {id(m): n for n, m in trainer.roles.items()}
+    trainer.step(stage)
+    assert moves == []  # the first turn of each kind learns
+    trainer.step(stage)
+    told = [(name[id(m)], to) for m, to in moves]
+    # The student's turn calls all four; the critic's has no use for the teacher.
+    assert told == [("teacher", "cpu")]
+    trainer.step(stage)
+    told = [(name[id(m)], to) for m, to in moves]
+    assert told == [("teacher", "cpu"), ("teacher", "cpu:0"), ("teacher", "cpu")]
+    assert trainer.offload.called[("student",)] >= {"teacher", "student", "critic"}
+    assert "teacher" not in trainer.offload.called[("critic", "discriminator")]
+
+
+def test_eight_bit_moments_ask_for_their_package(teacher: Path, monkeypatch: pytest.MonkeyPatch):
+    eight = "optim={default: {lr: 1e-2, eps: 1e-2, bits: 8}}"
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    with pytest.raises(
+        UserError, match=r"need bitsandbytes, which is not installed: pip install bitsandbytes"
+    ):
+        trained(teacher, eight)
+    with pytest.raises(UserError, match="critic, discriminator step together; give them the same bits"):
+        trained(teacher, "optim={default: {lr: 1e-2}, critic: {lr: 1e-2, bits: 8}}", "before=[]")
+    made: list[Any] = []
+
+    class Stub(torch.optim.AdamW):
+        def __init__(self, groups: Any) -> None:
+            made.append(groups)
+            super().__init__(groups, fused=True)
+
+    package = types.SimpleNamespace(optim=types.SimpleNamespace(AdamW8bit=Stub))
+    monkeypatch.setitem(sys.modules, "bitsandbytes", package)
+    trained(teacher, eight)
+    assert len(made) == 2
+    assert made[0][0]["lr"] == 1e-2
