@@ -212,11 +212,41 @@ def export(
     run: Annotated[Path, typer.Argument(help="A run directory.")],
     out: Annotated[Path | None, typer.Option(help="Folder to write [default: RUN/export].")] = None,
     force: Force = False,
+    lora: Annotated[
+        bool, typer.Option("--lora", help="Write the adapter alone, as diffusers' load_lora_weights reads it.")
+    ] = False,
 ) -> None:
     """Write a folder that plain diffusers opens, checked against fewstep's own sampler."""
     from fewstep.jobs import export_run
 
-    export_run(run, out, force)
+    export_run(run, out, force, lora)
+
+
+@app.command(epilog="Example: `fewstep plan digits-dmd2 train.batch=512`")
+def plan(
+    recipe: Annotated[str, typer.Argument(help="A shipped recipe's name, or the path of a YAML file.")],
+    settings: Settings = None,
+    processes: Annotated[int, typer.Option(min=1, help="Processes of the launch.")] = 1,
+) -> None:
+    """Estimate the memory of a run before it is launched, and which switches lower it."""
+    from fewstep.plan import report
+
+    report(recipe, settings or [], processes)
+
+
+@app.command("cache-latents", epilog="Example: `fewstep cache-latents mine.yaml --vae my-sdxl --out latents`")
+def cache_latents(
+    recipe: Annotated[str, typer.Argument(help="A recipe whose data are pictures.")],
+    vae: Annotated[str, typer.Option(help="Folder of a VAE, or of a pipeline with one.")],
+    settings: Settings = None,
+    out: Annotated[Path, typer.Option(help="Folder to write; goes on where it was stopped.")] = Path("latents"),
+    batch: Annotated[int, typer.Option(min=1, help="Pictures encoded at once.")] = 8,
+) -> None:
+    """Encode a recipe's pictures once; `data: {name: latents}` reads them from then on."""
+    from fewstep.data.latents import cache_latents as job
+
+    made = job(recipe, settings or [], vae, out, batch=batch)
+    typer.echo(f"{out}: {len(made)} latents; use them with data: {{name: latents, path: {out}, vae: {vae}}}")
 
 
 @app.command(epilog="Example: `fewstep invert runs/digits-icd pictures --out codes.safetensors --classes 3`")
@@ -252,6 +282,20 @@ def recipes_show(name: str, settings: Settings = None) -> None:
     from fewstep.recipe import dump, load
 
     typer.echo(dump(load(name, settings or [])), nl=False)
+
+
+@recipes.command("diff", epilog="Example: `fewstep recipes diff digits-dmd2 --paper`")
+def recipes_diff(
+    a: Annotated[str, typer.Argument(help="A recipe.")],
+    b: Annotated[str | None, typer.Argument(help="Another one.")] = None,
+    paper: Annotated[
+        bool, typer.Option("--paper", help="Against the published settings of its method.")
+    ] = False,
+) -> None:
+    """Print what differs between two recipes, every default filled in."""
+    from fewstep.recipe_diff import diff
+
+    typer.echo(diff(a, b, paper))
 
 
 @recipes.command("cp", epilog="Example: `fewstep recipes cp digits-dmd2 mine.yaml`")

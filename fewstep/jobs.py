@@ -110,14 +110,16 @@ def _train(trainer: Trainer, run: Path, main: bool) -> None:
 
     def on_sample(t: Trainer) -> None:
         product = product_of(recipe, t.product.eval(), t.data, "student")
-        save_grid(product.draw(GRID, seed=0), run / "samples" / f"step-{t.progress.done:06d}.png")
+        x = product.draw(GRID, seed=0)
+        if main:
+            save_grid(x, run / "samples" / f"step-{t.progress.done:06d}.png")
 
     def on_eval(t: Trainer) -> None:
         if recipe.evaluate is None:
             return
         product = product_of(recipe, t.product.eval(), t.data, "student")
         row, _ = measure(product, recipe.evaluate)
-        if t.log:
+        if t.log and main:
             t.log.write({"done": t.progress.done, "evaluation": row.row()})
 
     trainer.hooks = (on_sample, on_eval, None)
@@ -158,7 +160,10 @@ def readings(record: dict[str, Any]) -> str:
 def finish(trainer: Trainer, run: Path) -> None:
     """Table, side-by-side picture, report and export of a finished run."""
     recipe = trainer.recipe
-    student = product_of(recipe, trainer.product.eval(), trainer.data, "student", trainer.progress.done)
+    if trainer.sharded:  # the parts act together only; this is one process
+        student = open_product(run)
+    else:
+        student = product_of(recipe, trainer.product.eval(), trainer.data, "student", trainer.progress.done)
     steps = len(student.sampler.steps)
     role = "teacher" if student.sampler.kind == "ode" else "student"
     student = replace(student, title=f"{role}, {steps} step{'s' * (steps > 1)}")
@@ -181,10 +186,11 @@ def finish(trainer: Trainer, run: Path) -> None:
 
 
 def first_teacher(trainer: Trainer) -> Any:
-    """The recipe's teacher, or None; built again where stages have written into its module."""
-    if not trainer.recipe.overwrites_teacher():
+    """The recipe's teacher, or None; built again where stages have written into its module, or it is sharded."""
+    if not trainer.recipe.overwrites_teacher() and not trainer.sharded:
         return trainer.roles.get("teacher")
-    return build_roles(trainer.recipe, trainer.data).teacher.to(trainer.device)
+    teacher = build_roles(trainer.recipe, trainer.data).get("teacher")
+    return teacher.to(trainer.device) if teacher is not None else None
 
 
 def show_export(done: Exported) -> None:
@@ -265,14 +271,20 @@ def draw(
     return out
 
 
-def export_run(run: Path, out: Path | None, force: bool) -> Exported:
-    """`fewstep export`."""
+def export_run(run: Path, out: Path | None, force: bool, lora: bool = False) -> Exported:
+    """`fewstep export`; with `lora` the adapter alone, as diffusers' `load_lora_weights` reads it."""
     product = open_product(run)
     if product.recipe is None:
         raise UserError(f"{run}: is a diffusers folder already; export takes a run directory")
-    folder = out or run / "export"
+    folder = out or run / ("lora" if lora else "export")
     if folder.exists() and any(folder.iterdir()) and not force and out is not None:
         raise UserError(f"{folder}: exists; overwrite it with --force")
+    if lora:
+        from fewstep.export.lora import export_lora
+
+        done = export_lora(product, folder)
+        console.print(f"adapter in {done.folder}; load it with\n    {done.usage}", highlight=False, soft_wrap=True)
+        return done
     rows: list[tuple[str, str]] = []
     results = run / "report" / "results.json"
     if results.is_file():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fewstep.cond import moved, rows
 from fewstep.config import UserError
 from fewstep.recipe import Recipe, load_run
 from fewstep.sampling import Sampler, many_step, sample, seeded
@@ -33,26 +34,30 @@ class Product:
     trained: tuple[int, ...] | None
     recipe: Recipe | None = None
     done: int = 0
+    prompted: Callable[[int], Any] | None = None
+    """The conditions of the first so many samples, for data whose conditions are not classes."""
 
     @torch.no_grad()
-    def images(self, index: Tensor, labels: Tensor | None, seed: int = 0) -> Tensor:
-        """Samples of global indices (b,) with labels (b,) or None: the same for any split into batches."""
+    def images(self, index: Tensor, labels: Any, seed: int = 0) -> Tensor:
+        """Samples of global indices (b,) with conditions or None: the same for any split into batches."""
         start, fresh = seeded(seed, index, self.shape)
         return sample(self.sampler, self.net, start, labels, fresh)
 
-    def draw(self, count: int, seed: int, labels: Tensor | None = None, batch: int = 256) -> Tensor:
+    def draw(self, count: int, seed: int, labels: Any = None, batch: int = 256) -> Tensor:
         """`count` samples on the CPU; labels default to index mod classes."""
         device = next((p.device for p in self.net.parameters()), torch.device("cpu"))
         index = torch.arange(count, device=device)
         labels = self.labels(count) if labels is None else labels
         out = []
         for i in range(0, count, batch):
-            part = None if labels is None else labels[i : i + batch].to(device)
+            part = moved(rows(labels, slice(i, i + batch)), device)
             out.append(self.images(index[i : i + batch], part, seed).cpu())
         return torch.cat(out)
 
-    def labels(self, count: int) -> Tensor | None:
-        """Classes in turn, so that every count is as balanced as it can be."""
+    def labels(self, count: int) -> Any:
+        """Classes in turn, so that every count is as balanced as it can be; or the data's first conditions."""
+        if self.prompted is not None:
+            return self.prompted(count)
         return torch.arange(count) % self.classes if self.classes else None
 
     def with_steps(self, steps: int | None, any_steps: bool = False) -> Product:
@@ -132,7 +137,13 @@ def product_of(recipe: Recipe, net: nn.Module, data: Any, title: str, done: int 
     """The product of a recipe around a trained net."""
     sampler = recipe.sampler()
     trained = sampler.counts or (None if sampler.kind == "ode" else (len(sampler.steps),))
-    return Product(net, sampler, data.shape, data.classes, title, trained, recipe, done)
+    prompted = None
+    if getattr(data, "text", None) is not None:
+
+        def prompted(count: int) -> Any:
+            return data.condition(torch.arange(count) % len(data.text))
+
+    return Product(net, sampler, data.shape, data.classes, title, trained, recipe, done, prompted)
 
 
 def _open_folder(path: Path) -> Product:

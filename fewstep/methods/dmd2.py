@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -49,6 +50,8 @@ class DMD2:
     """Official: logistic (softplus)."""
     gan_shares_noise: bool = False
     """True: the discriminator trains at the critic's levels, on the features of its denoising call: a pass less."""
+    share_rollout: bool = False
+    """True: the first critic update of a step trains on the samples of the student's turn: a rollout less."""
     r1_weight: float = 0.0
     """Weight of the finite-difference R1 of the discriminator (APT; FastGen uses 100 to 1000 on its scale)."""
 
@@ -64,16 +67,23 @@ class DMD2:
         return Needs(frozenset({"teacher", "student", "critic"}) | gan, data=bool(self.gan_weight))
 
     def turns(self, roles: Roles, step: int) -> Iterator[Turn]:
-        yield Turn(("student",), lambda batch: self.student_losses(roles, batch))
+        made: list[tuple[Tensor, Any]] | None = [] if self.share_rollout else None
+        yield Turn(("student",), lambda batch: self.student_losses(roles, batch, made))
         # One turn for critic and head: two optimisers over one trunk would cancel the weight of the GAN loss.
         updates = ("critic", "discriminator") if self.gan_weight else ("critic",)
-        yield Turn(updates, lambda batch: self.critic_losses(roles, batch), times=self.critic_steps)
+        again = lambda: (made.pop(0),) if made else ()  # noqa: E731
+        yield Turn(updates, lambda batch: self.critic_losses(roles, batch, *again()), times=self.critic_steps)
 
     def sampler(self) -> Sampler:
         return Sampler(kind="renoise", steps=self.steps)
 
-    def student_losses(self, roles: Roles, batch: Batch) -> Iterator[Losses]:
+    def student_losses(
+        self, roles: Roles, batch: Batch, made: list[tuple[Tensor, Any]] | None = None
+    ) -> Iterator[Losses]:
+        """The losses of the student's turn; its samples and their conditions are appended to `made`."""
         x = rollout(roles.student, batch.draws, batch.shape, self.steps, batch.cond).x
+        if made is not None:
+            made.append((x.detach(), batch.cond))
         log: dict[str, Tensor] = {}
         losses = Losses({"match": obj.toward(x, self.gradient(roles, batch, x.detach(), log))}, log)
         if self.gan_weight:
@@ -100,21 +110,28 @@ class DMD2:
         tau = self.gan_times.sample(batch.draws, process)
         return roles.discriminator(add_noise(process, x, batch.noise(), tau)[0], tau, batch.cond)
 
-    def critic_losses(self, roles: Roles, batch: Batch) -> Iterator[Losses]:
+    def critic_losses(
+        self, roles: Roles, batch: Batch, made: tuple[Tensor, Any] | None = None
+    ) -> Iterator[Losses]:
+        """The losses of critic and head, on fresh samples of the student or on given ones with their conditions."""
         process: Any = roles.student.process
-        x = rollout(roles.student, batch.draws, batch.shape, self.steps, batch.cond, grad=False).x
+        fakes = batch if made is None else replace(batch, cond=made[1])
+        if made is not None:
+            x = made[0]
+        else:
+            x = rollout(roles.student, batch.draws, batch.shape, self.steps, batch.cond, grad=False).x
         t, eps = self.critic_times.sample(batch.draws, process), batch.noise()
         x_t, _ = add_noise(process, x, eps, t)
         shared = bool(self.gan_weight) and self.gan_shares_noise
         taps = roles.discriminator.taps if shared else ()
-        denoised = roles.critic(x_t, t, batch.cond, taps=taps)
+        denoised = roles.critic(x_t, t, fakes.cond, taps=taps)
         losses = Losses({"dsm": obj.mse(denoised.x0, x, x0_weight(self.critic_weight, process, t))})
         if self.gan_weight:
             real = batch.data()
             if shared:
                 fake_logits = roles.discriminator.logits(denoised.features)
             else:
-                fake_logits = self.look(roles, batch, x)
+                fake_logits = self.look(roles, fakes, x)
             # Real and fake must come from one distribution of levels, or the logit learns the level's odds.
             tau = t if shared else self.gan_times.sample(batch.draws, process)
             seen, _ = add_noise(process, real, batch.noise(), tau)

@@ -55,9 +55,8 @@ def test_checkpointing_and_offload_change_no_bit(teacher: Path, plain: Trainer):
 
 def test_channels_last_changes_the_layout_alone(teacher: Path, plain: Trainer):
     other = trained(teacher, "train.channels_last=true")
-    weight = other.roles.student.net.model.conv_in.weight
-    assert weight.is_contiguous(memory_format=torch.channels_last)
-    assert not plain.roles.student.net.model.conv_in.weight.is_contiguous(memory_format=torch.channels_last)
+    weights = [t.roles.student.net.model.down_blocks[0].resnets[0].conv1.weight for t in (plain, other)]
+    assert [w.is_contiguous(memory_format=torch.channels_last) for w in weights] == [False, True]
     same(plain, other, 2e-6)
 
 
@@ -91,7 +90,8 @@ def test_idle_roles_leave_and_come_back_when_called(teacher: Path, monkeypatch: 
     moves: list[tuple[Any, str]] = []
     device = torch.device("cpu", 0)  # differs from "cpu", is the same memory
     monkeypatch.setattr(switches, "move", lambda module, to: moves.append((module, str(to))))
-    recipe = load("digits-dmd2", [*student_settings(teacher), *LINEAR])
+    heads = "discriminator={trunk: critic, taps: [mid], width: 8}"  # on the teacher they would call it in both turns
+    recipe = load("digits-dmd2", [*student_settings(teacher), *LINEAR, heads])
     trainer = Trainer(recipe, cpu=True)
     trainer.offload = switches.Offload(trainer.roles, device)
     stage, name = recipe.stages()[-1], {id(m): n for n, m in trainer.roles.items()}
@@ -129,3 +129,33 @@ def test_eight_bit_moments_ask_for_their_package(teacher: Path, monkeypatch: pyt
     trained(teacher, eight)
     assert len(made) == 2
     assert made[0][0]["lr"] == 1e-2
+
+
+def test_a_shared_rollout_saves_one_and_keeps_its_conditions(teacher: Path, monkeypatch: pytest.MonkeyPatch):
+    from fewstep.methods.dmd2 import DMD2
+
+    counts, given = [], []
+    critic_losses = DMD2.critic_losses
+
+    def watch(self: DMD2, roles: Any, batch: Any, *made: Any) -> Any:
+        given.append((batch, made))
+        return critic_losses(self, roles, batch, *made)
+
+    monkeypatch.setattr(DMD2, "critic_losses", watch)
+    for shared in ("false", "true"):
+        extra = (f"method.share_rollout={shared}", "method.critic_steps=3", "train.accumulate=2")
+        trainer = Trainer(load("digits-dmd2", [*student_settings(teacher), *LINEAR, *extra]), cpu=True)
+        calls: list[torch.Tensor] = []
+        trainer.roles.student.register_forward_hook(
+            lambda _m, _a, out, calls=calls: calls.append(out.x0.detach())
+        )
+        given.clear()
+        trainer.step(trainer.recipe.stages()[-1])
+        counts.append(len(calls))
+    # Two micro-batches: the student's own two calls, and those of the second and third critic update.
+    assert counts == [8, 6]
+    assert [len(made) for _, made in given] == [1, 1, 0, 0, 0, 0]
+    for k in (0, 1):
+        (x, cond), batch = given[k][1][0], given[k][0]
+        assert torch.equal(x, calls[k])
+        assert not torch.equal(cond, batch.cond)
