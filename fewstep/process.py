@@ -112,7 +112,8 @@ class Flow:
 class ShiftedFlow(Flow):
     """Flow whose levels u are spaced as the sampler of SD3, Flux or SANA does: t = s u / (1 + (s - 1) u).
 
-    Only the spacing differs, alpha and sigma are Flow's. A dynamic shift exp(mu) is this one at a fixed size.
+    Only the spacing differs, alpha and sigma are Flow's. A dynamic shift exp(mu) is this one at a fixed size. Every
+    level of a recipe goes through it: a `shift` of its `times` comes on top.
     """
 
     shift: float = 3.0

@@ -69,10 +69,11 @@ def load_denoiser(
             f"class), not {classes}"
         )
     net = cls(model, classes if rows and classes else 0, guidance=guidance, pixels=pixels)
-    if folder.component == "unet" and model.config.out_channels != model.config.in_channels:
+    sides = [getattr(getattr(model, "config", None), f"{k}_channels", None) for k in ("in", "out")]
+    if folder.component == "unet" and sides[0] != sides[1]:
         raise UserError(
-            f"teacher {path}: has {model.config.out_channels} output channels for {model.config.in_channels} input "
-            "channels; networks that also predict a variance are not supported"
+            f"teacher {path}: has {sides[1]} output channels for {sides[0]} input channels; "
+            "networks that also predict a variance are not supported"
         )
     if folder.latents and folder.latents.channels != net.channels():
         raise UserError(

@@ -251,6 +251,12 @@ class DiffusersTeacher:
             raise UserError(
                 f"teacher {self.path}: takes {channels} channels, but the data has shape {list(site.shape)}"
             )
+        own = int(teacher.net.classes)  # type: ignore[union-attr,arg-type]
+        if site.classes and own and own != site.classes:
+            raise UserError(
+                f"teacher {self.path}: has {own} classes, the data {site.classes}; their numbers (and the null class "
+                f"{own}) must mean the same"
+            )
         return frozen(teacher if self.process is None else Rescheduled(teacher, self.process))
 
 

@@ -56,6 +56,8 @@ class Wrapper(nn.Module):
     """The stock pipeline class that runs this network, for export and `check-teacher`."""
     levels: ClassVar[str] = "timesteps"
     """How that pipeline's call takes its own noise levels: timesteps, sigmas, or "" for their number only."""
+    even: ClassVar[bool] = False
+    """True: without levels of its own the pipeline's call spaces u as 1 - i / n and leaves the shift to the scheduler."""
     pick: ClassVar[int] = 0
     """Which output of a tapped block that returns several is the image's."""
 

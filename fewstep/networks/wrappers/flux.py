@@ -34,6 +34,7 @@ class Flux(Wrapper):
     takes = ("guidance",)
     pipeline = "FluxPipeline"
     levels = "sigmas"
+    even = True
     pick = 1
 
     @property

@@ -70,6 +70,4 @@ def masked_arguments(cond: Mapping[str, Tensor]) -> dict[str, Any]:
     """Text and mask as the PixArt and SANA pipelines take them."""
     text = cond["text"]
     mask = cond.get("mask", text.new_ones(text.shape[:2]))
-    return {"prompt_embeds": text, "prompt_attention_mask": mask, "use_resolution_binning": False} | (
-        {"negative_prompt": None}
-    )
+    return {"prompt_embeds": text, "prompt_attention_mask": mask, "use_resolution_binning": False}

@@ -1,0 +1,92 @@
+"""A stock diffusers pipeline run on given latents and conditions, without its text encoders: what others will get."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fewstep.cond import checked
+from fewstep.networks.folder import read_json
+from fewstep.networks.wrappers import Wrapper
+
+_LEFT_OUT = ("text_encoder", "tokenizer", "safety_checker", "feature_extractor", "image_encoder")
+
+
+def open_stock(root: Path, **components: Any) -> Any:
+    """The pipeline of a folder in float32, without text encoders; `components` replace its own."""
+    from diffusers import DiffusionPipeline
+
+    index = read_json(root / "model_index.json")
+    absent = [k for k, v in index.items() if k.startswith(_LEFT_OUT) or v == [None, None]]
+    none: dict[str, Any] = {k: None for k in absent if k not in components}
+    if "safety_checker" in none:
+        none["requires_safety_checker"] = False
+    pipe = DiffusionPipeline.from_pretrained(root, torch_dtype=torch.float32, **none, **components)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@torch.no_grad()
+def run_stock(
+    pipe: Any, net: Wrapper, start: Tensor, cond: Any, levels: Mapping[str, Any], seed: int = 0
+) -> Tensor:
+    """Latents (b, c, h, w) that the pipeline draws from the noise `start`, without guidance.
+
+    All further noise comes from torch's global generator with this seed, as pipelines that hand none to their
+    scheduler have it (SD3, Flux, DiT); `fresh_noise` draws the same. levels: num_inference_steps, timesteps or
+    sigmas.
+    """
+    size = (start.shape[2], start.shape[3])
+    given = checked(cond, net.needs, net.takes, type(net.model).__name__)
+    call = {"guidance_scale": 1.0, **net.arguments(given, size), **levels}
+    with torch.random.fork_rng(devices=[]):
+        if net.levels == "":
+            return _class_conditional(pipe, start, call, seed)
+        torch.manual_seed(seed)
+        scale = pipe.vae_scale_factor
+        out = pipe(
+            latents=net.to_pipeline(start),
+            height=size[0] * scale,
+            width=size[1] * scale,
+            output_type="latent",
+            **call,
+        ).images
+    return net.from_pipeline(out, size)
+
+
+def _class_conditional(pipe: Any, start: Tensor, call: Mapping[str, Any], seed: int) -> Tensor:
+    """DiTPipeline takes no latents and returns images: its draw and its decoder are stood in for."""
+    import diffusers.pipelines.dit.pipeline_dit as module
+
+    seen: list[Tensor] = []
+    decode, draw = pipe.vae.decode, module.randn_tensor
+
+    def capture(z: Tensor, *args: Any, **more: Any) -> Any:
+        seen.append(z * pipe.vae.config.scaling_factor)
+        return decode(z[:1], *args, **more)
+
+    pipe.vae.decode, module.randn_tensor = capture, lambda *_, **__: start.clone()
+    try:
+        torch.manual_seed(seed)
+        pipe(output_type="pt", **call)
+    finally:
+        del pipe.vae.decode
+        module.randn_tensor = draw
+    return seen[0]
+
+
+def fresh_noise(net: Wrapper, start: Tensor, seed: int = 0) -> Any:
+    """The noise that `run_stock` adds after step i, in order: a function for fewstep's sampler."""
+    generator = torch.Generator().manual_seed(seed)
+    shape, size = net.to_pipeline(start).shape, (start.shape[2], start.shape[3])
+    return lambda _: net.from_pipeline(torch.randn(shape, generator=generator), size)
+
+
+def difference(ours: Tensor, theirs: Tensor) -> float:
+    """max |ours - theirs| over the larger of 1 and the root mean square of theirs."""
+    scale = max(1.0, float(theirs.float().square().mean().sqrt()))
+    return float((ours.float() - theirs.float()).abs().max()) / scale

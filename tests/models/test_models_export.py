@@ -1,0 +1,291 @@
+"""A student of a text or latent pipeline runs in its stock class, at the trained levels, or is not written."""
+
+from __future__ import annotations
+
+import copy
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler, LCMScheduler
+from tiny_pipelines import FAMILIES, make_pipeline
+from tiny_runs import names
+from torch import Tensor
+
+from fewstep.config import UserError
+from fewstep.export import latent
+from fewstep.export.diffusers import PARITY, export
+from fewstep.export.stock import difference
+from fewstep.lint import Levels, agree, check_product, check_recipe, levels_of, levels_of_scheduler
+from fewstep.networks.adapters import Adapted, frozen
+from fewstep.networks.denoiser import Denoiser, Rescheduled
+from fewstep.networks.diffusers import load_denoiser
+from fewstep.process import EDM, DiscreteVP, Flow, ShiftedFlow, Trig
+from fewstep.product import Product, open_product
+from fewstep.recipe import load
+from fewstep.sampling import Sampler
+
+FOUR = (1.0, 0.75, 0.5, 0.25)
+UNEVEN = (1.0, 0.7, 0.312)
+
+
+def make_product(folder: Path, name: str, sampler: Sampler, *settings: str) -> Product:
+    """A student that is not its teacher, under a recipe that names the teacher's folder."""
+    family = FAMILIES[name]
+    net = load_denoiser(str(folder), size=family.shape[1:], guidance=2.5 if name == "flux" else None)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(9)
+        for p in net.parameters():
+            p.data.add_(0.03 * torch.randn_like(p))
+    recipe = load("digits-dmd2", [f"teacher.path={folder}", f"method.steps={list(sampler.steps)}", *settings])
+    return Product(net, sampler, family.shape, 0, "student", (len(sampler.steps),), recipe, 7)
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("pipelines")
+    return {name: make_pipeline(root / name, name) for name in FAMILIES}
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_each_class_is_written_and_drawn_alike_by_its_stock_pipeline(
+    folders: dict[str, Path], tmp_path: Path, name: str
+):
+    product = make_product(folders[name], name, Sampler(kind="renoise", steps=FOUR))
+    done = export(product, tmp_path / "out")
+    assert 0 < done.parity <= PARITY
+    index = json.loads((tmp_path / "out" / "model_index.json").read_text())
+    before = json.loads((folders[name] / "model_index.json").read_text())
+    assert index["_class_name"] == FAMILIES[name].pipeline == before["_class_name"]
+    changed = {k for k in before if index[k] != before[k]}
+    assert changed <= {"scheduler"}
+    if (folders[name] / "vae").is_dir():
+        for file in ("config.json", "diffusion_pytorch_model.safetensors"):
+            assert (tmp_path / "out" / "vae" / file).read_bytes() == (
+                folders[name] / "vae" / file
+            ).read_bytes()
+    assert done.usage.splitlines()[0] == f"from diffusers import {FAMILIES[name].pipeline}"
+    assert done.usage in (tmp_path / "out" / "README.md").read_text()
+    assert not [p for p in (tmp_path / "out").rglob("*") if p.suffix in (".bin", ".ckpt", ".pkl", ".pth")]
+
+
+def test_an_exported_folder_is_opened_again(folders: dict[str, Path], tmp_path: Path):
+    product = make_product(folders["dit"], "dit", Sampler(steps=FOUR))
+    export(product, tmp_path / "dit")
+    again = open_product(tmp_path / "dit")
+    assert (again.shape, again.classes, again.trained) == ((4, 8, 8), 1000, (4,))
+    labels = torch.tensor([3, 999, 0])
+    ours = product.draw(3, seed=2, labels=labels)
+    assert difference(again.draw(3, seed=2, labels=labels), ours) <= 1e-4
+    export(make_product(folders["sd3"], "sd3", Sampler(steps=(1.0,))), tmp_path / "sd3")
+    with pytest.raises(UserError, match="takes text; draw from it with diffusers' StableDiffusion3Pipeline"):
+        open_product(tmp_path / "sd3")
+    told = json.loads((tmp_path / "sd3" / "fewstep.json").read_text())
+    assert (told["steps"], told["size"]) == ([1.0], [8, 12])
+
+
+def drawn(product: Product, tmp_path: Path) -> Tensor:
+    """Latents of the exported folder, by the usage line's arguments and nothing of fewstep."""
+    from diffusers import DiffusionPipeline
+
+    export(product, tmp_path / "out")
+    encoders = [f"{part}{n}" for part in ("text_encoder", "tokenizer") for n in ("", "_2", "_3")]
+    pipe = DiffusionPipeline.from_pretrained(tmp_path / "out", **dict.fromkeys(encoders))
+    pipe.set_progress_bar_config(disable=True)
+    g = torch.Generator().manual_seed(3)
+    call: dict[str, Any] = json.loads((tmp_path / "out" / "fewstep.json").read_text())["call"]
+    start, text, pooled = (
+        torch.randn(2, 6, 8, 12, generator=g),
+        torch.randn(2, 7, 12, generator=g),
+        torch.randn(2, 10),
+    )
+    size = {"height": 16, "width": 24, "latents": start, "guidance_scale": 1.0, "output_type": "latent"}
+    torch.manual_seed(11)
+    theirs = pipe(prompt_embeds=text, pooled_prompt_embeds=pooled, **size, **call).images
+    # The same by hand: x0 = x - t v, then (1 - s) x0 + s noise, on the bare transformer.
+    torch.manual_seed(11)
+    x, times = start, [3 * u / (1 + 2 * u) for u in product.sampler.steps]
+    model: Any = product.net.net.model  # type: ignore[union-attr]
+    for i, t in enumerate(times):
+        with torch.no_grad():
+            v = model(x, text, pooled, torch.full((2,), 1000 * t), return_dict=False)[0]
+        x0 = x - t * v
+        if i + 1 == len(times):
+            break
+        s = times[i + 1]
+        renoised = (
+            (1 - s) * x0 + s * torch.randn(2, 6, 8, 12)
+            if product.sampler.kind == "renoise"
+            else x + (s - t) * v
+        )
+        x = renoised
+    assert difference(x0, theirs) <= 1e-4
+    return theirs
+
+
+def test_sd3_re_noises_and_follows_the_ode_at_shifted_levels(folders: dict[str, Path], tmp_path: Path):
+    torch.manual_seed(0)
+    noisy = drawn(make_product(folders["sd3"], "sd3", Sampler(kind="renoise", steps=UNEVEN)), tmp_path / "a")
+    plain = drawn(make_product(folders["sd3"], "sd3", Sampler(kind="map", steps=UNEVEN)), tmp_path / "b")
+    assert float((noisy - plain).abs().max()) > 0.1
+
+
+def test_kinds_of_samplers_find_their_scheduler(folders: dict[str, Path], tmp_path: Path):
+    def written(name: str, sampler: Sampler) -> tuple[str, dict[str, Any]]:
+        folder = tmp_path / f"{name}{len(list(tmp_path.iterdir()))}"
+        export(make_product(folders[name], name, sampler), folder)
+        index = json.loads((folder / "model_index.json").read_text())
+        return index["scheduler"][1], json.loads((folder / "fewstep.json").read_text())["call"]
+
+    assert written("sd15", Sampler(steps=(1.0,))) == ("DDIMScheduler", {"num_inference_steps": 1})
+    assert written("sd15", Sampler(steps=FOUR)) == ("LCMScheduler", {"num_inference_steps": 4})
+    assert written("sd21", Sampler(steps=UNEVEN)) == ("LCMScheduler", {"timesteps": [999, 699, 311]})
+    assert written("dit", Sampler(kind="map", steps=FOUR)) == ("DDIMScheduler", {"num_inference_steps": 4})
+    assert written("pixart", Sampler(kind="gamma", steps=FOUR, eta=0.3))[1] == {
+        "num_inference_steps": 4,
+        "eta": 0.3,
+    }
+    name, call = written("sana", Sampler(steps=(1.0, 0.5)))
+    assert name == "FlowMatchEulerDiscreteScheduler"
+    assert call == {"sigmas": [1.0, 0.75]}
+    assert written("flux", Sampler(kind="map", steps=FOUR))[1] == {"num_inference_steps": 4}
+    assert written("flux", Sampler(steps=(0.9, 0.4)))[1].keys() == {"sigmas"}
+    shift = json.loads((tmp_path / "flux6" / "scheduler" / "scheduler_config.json").read_text())["shift"]
+    assert shift == pytest.approx(1.58201273, rel=1e-8)
+
+
+def test_an_adapter_and_a_constant_input_are_merged(folders: dict[str, Path], tmp_path: Path):
+    product = make_product(folders["sd3"], "sd3", Sampler(steps=(1.0, 0.5)))
+    base = frozen(copy.deepcopy(product.net))
+    student = Adapted(base, "student", rank=2, targets=["to_q", "to_k"])
+    for p in student.own.values():
+        p.data.normal_(std=0.3)
+    done = export(replace(product, net=student), tmp_path / "lora")
+    assert done.parity <= PARITY
+    net: Any = copy.deepcopy(product.net)
+    net.add_inputs(("s",))
+    net.net.extras["s"].linear.weight.data.normal_(std=0.3)
+    assert export(replace(product, net=net), tmp_path / "folded").parity <= PARITY
+    with pytest.raises(
+        UserError, match="this student is told where each of its 2 steps ends, and no stock pipeline"
+    ):
+        export(replace(product, net=net, sampler=Sampler(kind="map", steps=(1.0, 0.5))), tmp_path / "no")
+
+
+def test_what_no_stock_pipeline_runs_is_refused(folders: dict[str, Path], tmp_path: Path):
+    def refused(product: Product) -> str:
+        with pytest.raises(UserError) as caught:
+            export(product, tmp_path / "out")
+        assert names(tmp_path) == []
+        return str(caught.value)
+
+    dit = make_product(folders["dit"], "dit", Sampler(steps=UNEVEN))
+    assert refused(dit).startswith(
+        "export: DiTPipeline takes no levels of its own, and [1.0, 0.7, 0.312] are not evenly spaced; train at 1 - i/3"
+    )
+    sd3 = make_product(folders["sd3"], "sd3", Sampler(steps=FOUR))
+    assert refused(replace(sd3, net=Rescheduled(sd3.net, Trig()))).startswith(
+        "export: a student inside Rescheduled has no stock scheduler; train it in its teacher's own process"
+    )
+    assert refused(replace(sd3, sampler=Sampler(kind="gamma", steps=FOUR, eta=0.5))) == (
+        "export: no stock flow scheduler takes steps of eta 0.5; set it to 0 or 1"
+    )
+    other = Denoiser(sd3.net.net, EDM(), "edm", "log_sigma/4")  # type: ignore[arg-type]
+    assert refused(replace(sd3, net=other)).startswith(
+        "export: StableDiffusion3Pipeline has no scheduler for a student"
+    )
+    assert refused(replace(sd3, recipe=load("toy/dmd2"))).startswith(
+        "export: the recipe's teacher is no diffusers folder"
+    )
+
+
+def test_a_wrong_schedule_or_a_parity_violation_leaves_nothing(
+    folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    product = make_product(folders["sd3"], "sd3", Sampler(steps=FOUR))
+    real = latent.plan
+
+    def moved(net: Any, sampler: Sampler) -> Any:
+        """The shift applied twice: what happens to sigmas that are handed to the teacher's own scheduler."""
+        found = real(net, sampler)
+        scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0, stochastic_sampling=True)
+        return latent.Plan(scheduler, found.levels, found.call)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(latent, "plan", moved)
+        with pytest.raises(UserError) as caught:
+            export(product, tmp_path / "out")
+        lines = str(caught.value).splitlines()
+        assert lines[0].startswith(
+            "schedule: evaluation and exported scheduler stand at different noise levels (by 0.1"
+        )
+        assert lines[1:] == [
+            "  training:           -",
+            "  evaluation:         inf, 9, 3, 1",
+            "  exported scheduler: inf, 27, 9, 3",
+        ]
+        patch.setattr(latent, "agree", lambda *_: None)
+        with pytest.raises(UserError, match="the pipeline differs from fewstep's sampler by"):
+            export(product, tmp_path / "out")
+    assert names(tmp_path) == []
+    broken = copy.deepcopy(product.net)
+    broken.net.model.proj_out.bias.data.fill_(float("nan"))  # type: ignore[union-attr]
+    with pytest.raises(UserError, match="differs from fewstep's sampler by nan"):
+        export(replace(product, net=broken), tmp_path / "out")
+    assert names(tmp_path) == []
+
+
+def test_lint_compares_three_lists_to_one_in_a_million():
+    p = DiscreteVP()
+    same = levels_of(p, FOUR)
+    agree(
+        same, same, levels_of_scheduler(DDIMScheduler(timestep_spacing="trailing"), p, num_inference_steps=4)
+    )
+    agree(None, same)
+    # One table index at pure noise: sigma differs by 4e-7 only, alpha gives it away.
+    near = levels_of(p, (0.999, 0.75, 0.5, 0.25))
+    assert float((near.sigma - same.sigma).abs().max()) < 1e-6
+    lists = {"training": near, "evaluation": same, "exported scheduler": same}
+    for wrong in lists:
+        given = [near if name == wrong else same for name in lists]
+        with pytest.raises(UserError) as caught:
+            agree(*given)
+        assert wrong in str(caught.value).splitlines()[0]
+        rows = [line.split(":")[1].strip() for line in str(caught.value).splitlines()[1:]]
+        assert [row == near.shown() for row in rows] == [name == wrong for name in lists]
+    with pytest.raises(UserError, match="by inf"):
+        agree(same, levels_of(p, FOUR[:3]))
+    with pytest.raises(UserError, match="by inf"):
+        agree(same, Levels(same.alpha * float("nan"), same.sigma))
+    flow = ShiftedFlow(shift=3.0)
+    moved = levels_of_scheduler(FlowMatchEulerDiscreteScheduler(shift=3.0), flow, sigmas=list(FOUR))
+    agree(None, levels_of(flow, FOUR), moved)
+    with pytest.raises(UserError, match=r"sigma / alpha, first to last:"):
+        agree(None, levels_of(Flow(), FOUR), moved)
+    # LCM's usual grid of 50 floors its indices: 4 steps are 999, 759, 499, 259.
+    lcm = LCMScheduler(beta_schedule="linear", beta_start=1e-4, beta_end=0.02)
+    floored = levels_of_scheduler(lcm, p, num_inference_steps=4)
+    agree(None, levels_of(p, (1.0, 0.76, 0.5, 0.26)), floored)
+    with pytest.raises(UserError, match="stand at different noise levels"):
+        agree(None, same, floored)
+
+
+def test_lint_of_products_and_recipes(folders: dict[str, Path]):
+    product = make_product(folders["sd15"], "sd15", Sampler(steps=FOUR))
+    check_product(product)
+    with pytest.raises(UserError, match="training and evaluation stand at different"):
+        check_product(replace(product, sampler=Sampler(steps=(1.0, 0.5))))
+    assert check_recipe(load("digits-dmd2")) == (
+        "schedule: training, evaluation and CMStochasticIterativeScheduler agree (sigma / alpha 80)"
+    )
+    told = check_recipe(
+        load("digits-dmd2", [f"teacher.path={folders['sd15']}", f"method.steps={list(FOUR)}"])
+    )
+    assert told.startswith("schedule: training, evaluation and LCMScheduler agree (sigma / alpha 14.6")
+    off = check_recipe(
+        load("digits-dmd2", [f"teacher.path={folders['sd15']}", "method.steps=[1.0, 0.1234567]"])
+    )
+    assert "fall between the 1000 indices of the table" in off
