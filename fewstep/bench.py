@@ -58,6 +58,7 @@ def by_hand(recipe: Recipe) -> Callable[[], None]:
     adam_s = _adam([(student, recipe.optimizer("student"))])
     adam_c = _adam([(critic, recipe.optimizer("critic")), (head, recipe.optimizer("discriminator"))])
     average = [p.detach().clone() for p in student.parameters()]
+    updates = [0]
     b = recipe.train.batch
 
     def denoise(net: Any, x: Tensor, t: Tensor, c: Tensor) -> Tensor:
@@ -119,7 +120,9 @@ def by_hand(recipe: Recipe) -> Callable[[], None]:
             (dsm + m.discriminator_weight * loss).backward()
             _clipped_step(adam_c, recipe.train.clip)
         with torch.no_grad():
-            torch._foreach_lerp_(average, [p.detach() for p in student.parameters()], 1 - recipe.train.ema[0])
+            decay = min(recipe.train.ema[0], (1 + updates[0]) / (recipe.train.ema_warmup + updates[0]))
+            torch._foreach_lerp_(average, [p.detach() for p in student.parameters()], 1 - decay)
+        updates[0] += 1
 
     return step
 
