@@ -95,8 +95,11 @@ def centre_crop(images: Tensor, size: int) -> Tensor:
 def resize_tensor(images: Tensor, size: int, mode: str, antialias: bool = True) -> Tensor:
     """Square resize on the images' own device: fp32, clamped to [0, 255], not rounded.
 
-    With bicubic and antialias this is clean-fid's PIL float path to within 0.01 of 255 levels.
+    With bicubic and antialias this is clean-fid's PIL float path to within 0.01 of 255 levels. Images of that size
+    stay as they are, as Pillow leaves them.
     """
+    if images.shape[-2:] == (size, size):
+        return images.float().clamp(0, 255)
     resized = functional.interpolate(
         images.float(), size=(size, size), mode=mode, antialias=antialias, align_corners=False
     )

@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from .cache import atomic_path, file_sha256
-from .features import FeatureExtractor
+from .features import FeatureExtractor, rows_at_once
 from .resize import Step, apply_chain, quantise
 from .statistics import FeatureStatistics
 
@@ -216,7 +216,8 @@ def _make_shard(
 
 def _features(extractor: FeatureExtractor, pixels: Tensor) -> dict[str, Tensor]:
     with torch.no_grad():
-        features = extractor(pixels)
+        chunks = pixels.split(rows_at_once(extractor, pixels))
+        features = torch.cat([extractor(chunk) for chunk in chunks])
         found = {"features": features.float().cpu()}
         if from_features := getattr(extractor, "from_features", None):
             found["logits"] = from_features(features).float().cpu()

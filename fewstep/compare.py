@@ -27,6 +27,9 @@ from fewstep.eval.latency import Latency
 from fewstep.ranking import Ranked, Scored
 from fewstep.recipe import Evaluate, Recipe, load, shipped
 
+PRELOADED = ("torch._dynamo", "peft", "torchvision", "sklearn.datasets", "diffusers.models.unets.unet_2d")
+"""What a run imports on its way, seconds in all: the server from which runs are forked does it once."""
+
 
 def compare(
     recipes: Sequence[str],
@@ -186,7 +189,7 @@ def start_method() -> Any:
     if "forkserver" not in multiprocessing.get_all_start_methods() or torch.cuda.is_available():
         return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["fewstep.compare"])
+    context.set_forkserver_preload(["fewstep.compare_run", *PRELOADED])
     return context
 
 

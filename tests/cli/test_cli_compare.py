@@ -1,0 +1,266 @@
+"""fewstep compare: exact budgets, accounts that survive kills, ranks with errors, failures that stay their own."""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from fewstep.eval.frechet import standard_error
+from tiny_compare import ARGUMENTS, train
+from tiny_runs import contents, environment, python, same
+
+from fewstep.budget import Budget, Spent, bank_key, counted, lengths, with_lengths
+from fewstep.cli import main
+from fewstep.config import UserError
+from fewstep.pairs import Pairs
+from fewstep.ranking import Ranked, Scored, join, rank, with_error
+from fewstep.recipe import load
+from fewstep.sampling import many_step
+
+
+@pytest.fixture
+def refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> Callable[..., str]:
+    monkeypatch.chdir(tmp_path)
+
+    def call(*arguments: Any) -> str:
+        capfd.readouterr()
+        before = sorted(p.name for p in tmp_path.iterdir())
+        with pytest.raises(SystemExit) as caught:
+            main(["compare", *map(str, arguments)])
+        out, err = capfd.readouterr()
+        assert caught.value.code == 2, err
+        assert "Traceback" not in out + err
+        assert sorted(p.name for p in tmp_path.iterdir()) == before
+        return err[err.index("error: ") :].removeprefix("error: ").strip()
+
+    return call
+
+
+def test_bad_arguments_are_named_before_anything_runs(refused: Callable[..., str], tmp_path: Path):
+    budget = ("--budget", "updates=4")
+    for text in ("updates=0", "updates=1.5", "steps=5", "seconds", "calls=-1", "seconds=nan", "calls=inf"):
+        assert refused("toy/cd", "--budget", text).startswith(f"--budget {text!r}: ")
+    assert refused("toy/cdd", *budget).startswith("recipe 'toy/cdd' is not shipped")
+    assert refused("toy/cd", *budget, "--set", "train.btach=3").startswith("argument 'train.btach=3'")
+    assert refused("toy/cd", "digits-cd", *budget) == (
+        "toy/cd is measured by energy and digits-cd by fd-house-digits: they cannot stand in one table"
+    )
+    assert refused("toy/cd", *budget, "--set", "evaluate=null").startswith("toy/cd: has evaluate: null")
+    assert refused("toy/cd", *budget, "--seeds", "0") == "--seeds must be at least 1, not 0"
+    assert refused("toy/cd", *budget, "--samples", "1") == "--samples must be at least 2, not 1"
+    assert refused("toy/cd", *budget, "--steps", "1,0").startswith("--steps '1,0': expected whole numbers")
+    mine = tmp_path / "mine.yaml"
+    mine.write_text("extends: toy/cd\nevaluate: {metric: energy, samples: 77}\n")
+    assert refused("toy/cd", mine, *budget).endswith("and " + str(mine) + " with 77; give one number to all with "
+                                                     "--samples")  # fmt: skip
+    (tmp_path / "toy-cd.yaml").write_text("extends: toy/cd\n")
+    assert "would use the folder 'toy-cd' of toy/cd; rename it" in refused("toy/cd", "toy-cd.yaml", *budget)
+    (tmp_path / "letters").mkdir()
+    (tmp_path / "letters" / "a.txt").write_text("dear")
+    assert refused("toy/cd", *budget, "--out", "letters") == (
+        "letters: is not empty and no comparison; choose another --out"
+    )
+    assert refused("toy/cd", *budget, "--out", "mine.yaml") == "mine.yaml: is a file; choose another --out"
+
+
+def test_updates_are_shared_out_exactly():
+    recipe = load("digits-disback")
+    flags = counted(recipe)
+    assert flags == [False, False, True, True, True]  # two stages train the critic alone
+    for amount in (3, 7, 100, 619, 620, 5000):
+        steps = lengths(recipe, Budget("updates", amount))
+        assert sum(n for n, f in zip(steps, flags, strict=True) if f) == amount
+        assert min(steps) >= 1
+    assert lengths(recipe, Budget("updates", 620)) == [stage.steps for stage in recipe.stages()]
+    with pytest.raises(UserError, match="2 updates are fewer"):
+        lengths(recipe, Budget("updates", 2))
+    # Costs of (first, further) step: 40 a + 40 a + 60 b + ... scaled to the amount.
+    costs = [(5.0, 1.0), (1.0, 1.0), (2.0, 2.0), (2.0, 2.0), (3.0, 3.0)]
+    steps = lengths(recipe, Budget("calls", 4000), costs)
+    spent = sum(a + b * (n - 1) for (a, b), n in zip(costs, steps, strict=True))
+    assert abs(spent - 4000) < 3 * len(steps)
+    with pytest.raises(UserError, match=r"ends before each stage has taken one step \(13 needed\)"):
+        lengths(recipe, Budget("calls", 13), costs)
+
+
+def test_a_curriculum_in_steps_is_shortened_with_its_stage():
+    recipe = with_lengths(load("digits-ict"), [50])
+    method: Any = recipe.method
+    assert (recipe.train.steps, method.pairing.total) == (50, 50)
+    assert with_lengths(recipe, [500]) == load("digits-ict")
+
+
+def test_calls_are_counted_as_the_method_makes_them():
+    # Knowledge distillation: 4 Heun steps of the teacher are 7 calls; the student's 1 with its backward pass is 3.
+    assert train("toy/kd", 5, "method.teacher_steps=4").spent.calls == 5 * 6 * (7 + 3)
+    # DMD2 with one critic turn: the student's call and its gradient, teacher and critic without; then the critic's
+    # turn: the student's sample without a gradient and the critic with one.
+    settings = ("method.gan_weight=0", "method.critic_steps=1", "method.steps=[1.0]")
+    assert train("toy/dmd2", 4, *settings).spent.calls == 4 * 6 * ((3 + 1 + 1) + (1 + 3))
+
+
+def test_an_account_continues_where_its_run_was_cut(tmp_path: Path):
+    code = "import sys, pathlib, tiny_compare; tiny_compare.drive_account(pathlib.Path(sys.argv[1]))"
+    told = json.loads(python(code, str(tmp_path)).stdout.splitlines()[-1])
+    # One teacher call and the student's 3 are 24 a step of 6 samples: 738 calls are 30.75 steps.
+    assert {name: account[:2] for name, account in told.items()} == {name: [31, 31 * 24] for name in told}
+    a, b = (contents(tmp_path / name / "checkpoints" / "step-00000031") for name in ("whole", "cut"))
+    for state in (a, b):
+        state["progress"]["meter"].pop("seconds", None)
+    assert same(a, b) == []
+    assert told["finished"][2] == pytest.approx(told["again"][2], abs=0.5)
+    (tmp_path / "cut" / "account.jsonl").write_text("{}\n")
+    with pytest.raises(UserError, match="does not tell what step 31 had cost"):
+        train("toy/kd", 60, "method.teacher_steps=1", "train.ema=[0.9]", run=tmp_path / "cut")
+
+
+def test_a_bank_of_pairs_is_made_once_and_charged_to_all(tmp_path: Path):
+    settings = ("method.pairs=50", "method.pair_steps=3")
+    first = train("toy/dmd", 2, *settings, "train.seed=0", banks=tmp_path)
+    made = list(tmp_path.iterdir())
+    second = train("toy/dmd", 2, *settings, "train.seed=1", banks=tmp_path)
+    alone = train("toy/dmd", 2, *settings, "train.seed=1")
+    assert list(tmp_path.iterdir()) == made
+    assert len(made) == 1
+    assert first.spent.calls == second.spent.calls == alone.spent.calls
+    for a, b in ((first, second), (second, alone)):
+        torch.testing.assert_close(a.roles.state.x0, b.roles.state.x0, rtol=0, atol=0)
+    assert torch.equal(
+        second.product.state_dict()["net.out.weight"], alone.product.state_dict()["net.out.weight"]
+    )
+    pairs = Pairs(50, second.data)
+    keys = {bank_key(second.roles.teacher, pairs, many_step(n), g) for n in (3, 4) for g in (1.0, 2.0)}
+    assert len(keys) == 4
+    made[0].write_bytes(made[0].read_bytes()[:-40])
+    again = train("toy/dmd", 2, *settings, banks=tmp_path)  # a damaged bank is made anew
+    assert again.spent.calls == alone.spent.calls
+
+
+def row(values: list[float], influences: list[np.ndarray] | None, curvature: np.ndarray | None) -> Ranked:
+    parts = []
+    for i, value in enumerate(values):
+        measured = {
+            "value": value,
+            "steps": 1,
+            "calls": 1,
+            "metric": "FD",
+            "samples": 40,
+            "accuracy": 0.5 + i / 10,
+        }
+        measured |= {"diversity": None, "seconds_per_1000": 1.0}
+        parts.append(Scored(measured, influences[i] if influences else None, curvature))
+    run = {"updates": 3, "seconds": 2.0, "network_calls": 7, "peak_memory_mib": 1.0}
+    return join("r", "m", [run] * len(values), parts)
+
+
+def test_errors_join_seeds_and_sampling_and_pairing_cancels_what_is_shared():
+    generator = np.random.default_rng(0)
+    noise, curvature = generator.normal(size=(2, 40)), np.zeros(6)
+    a = row([1.0, 3.0, 5.0], [noise[0] * s for s in (1, 2, 3)], curvature)
+    sampling = standard_error(2 * noise[0], curvature)
+    assert a.value == 3.0
+    assert a.spread == pytest.approx(2.0)
+    assert a.sampling_error == pytest.approx(sampling)
+    assert a.error == pytest.approx(math.sqrt(4 / 3 + sampling**2))
+    assert a.accuracy == pytest.approx(0.6)
+    b = row([2.0], [2 * noise[0]], curvature)
+    assert b.spread is None
+    assert b.error == pytest.approx(sampling)
+    first, second = rank([a, b])
+    assert [first.value, second.value, first.difference, second.rank] == [2.0, 3.0, None, 2]
+    # The influences agree, so only the seeds' spread is left of the difference's error.
+    assert second.difference == pytest.approx(1.0)
+    assert second.difference_error == pytest.approx(math.sqrt(4 / 3))
+    c = row([9.0], [noise[1]], curvature)
+    assert rank([b, c])[1].difference_error == pytest.approx(
+        standard_error(noise[1] - 2 * noise[0], curvature)
+    )
+    bare = row([4.0, 6.0], None, None)
+    assert bare.sampling_error is None
+    assert bare.error == pytest.approx(1.0)
+    assert rank([row([7.0], None, None)])[0].error is None
+
+
+def test_numbers_have_the_decimals_of_their_error():
+    assert [with_error(*x) for x in ((1.2345, 0.034), (123.456, 12.3), (0.5, None), (2.0, 0.0))] == [
+        "1.234 ± 0.034",
+        "123 ± 12",
+        "0.5",
+        "2.000 ± 0.000",
+    ]
+    assert with_error(1.0, 0.5, "+") == "+1.00 ± 0.50"
+
+
+def results(out: Path) -> Any:
+    return json.loads((out / "results.json").read_text())
+
+
+def but_for_the_clock(report: Any) -> list[dict[str, Any]]:
+    clock = ("seconds", "seconds_per_1000", "peak_memory_mib")
+    return [{k: v for k, v in r.items() if k not in clock} for r in report["rows"]]
+
+
+def test_a_comparison_survives_kills_and_failures(tmp_path: Path, capfd: pytest.CaptureFixture[str]):
+    bad = tmp_path / "bad.yaml"
+    # A learning rate that leaves only NaN behind: the trainer stops with the reason.
+    bad.write_text("extends: toy/kd\noptim: {default: {lr: 1e30}}\n")
+    recipes = ["toy/kd", "toy/cd", str(bad)]
+    code = "import sys, pathlib, tiny_compare; tiny_compare.drive_compare(pathlib.Path(sys.argv[1]), *sys.argv[2:])"
+    printed = python(code, str(tmp_path), *recipes).stdout
+    assert '["teachers/toy-kd/result.json", "toy-kd/seed-0/result.json"]' in printed
+    assert "toy/kd, seed 0: done before" in printed
+    assert printed.count("toy/kd, seed 0: started") == 2  # killed/ and straight/
+    out, straight = tmp_path / "killed", tmp_path / "straight"
+    report = results(out)
+    assert [r["recipe"] for r in report["failed"]] == [str(bad)] * 2
+    assert all("in a row had non-finite gradients" in r["message"] for r in report["failed"])
+    assert {r["recipe"] for r in report["rows"]} == {"toy/kd", "toy/cd"}
+    assert all(len(r["values"]) == 2 and r["updates"] == 40 for r in report["rows"])
+    assert but_for_the_clock(report) == but_for_the_clock(results(straight))
+    page = (out / "report.html").read_text()
+    assert "toy/kd" in page
+    assert "non-finite" in page
+
+    def refused(*more: str) -> str:
+        with pytest.raises(SystemExit) as caught:
+            main(["compare", *recipes, *ARGUMENTS, "--out", str(out), *more])
+        assert caught.value.code == 2
+        return capfd.readouterr().err
+
+    assert "is a comparison with another settings" in refused("--resume", "--set", "train.clip=4")
+    assert "holds a comparison; continue it with --resume" in refused()
+    run = out / "toy-kd" / "seed-0" / "recipe.yaml"
+    run.write_text(run.read_text().replace("teacher_steps: 16", "teacher_steps: 15"))
+    assert "toy-kd/seed-0: was trained with another recipe; delete" in refused("--resume")
+
+
+def test_runs_in_processes_of_their_own(tmp_path: Path):
+    arguments = ["-m", "fewstep", "compare", "toy/kd", *ARGUMENTS, "--budget", "calls=9000", "--seeds", "1"]
+    done = subprocess.run(
+        [sys.executable, *arguments, "--steps", "1,2", "--out", str(tmp_path / "out")],
+        capture_output=True,
+        text=True,
+        env=environment(),
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    (row,) = results(tmp_path / "out")["rows"]
+    assert (row["rank"], row["steps"], row["samples"]) == (1, 1, 64)
+    assert 9000 <= row["network_calls"] < 9000 + 6 * 40
+    assert 100 < row["peak_memory_mib"] < 5000
+    assert "| 1 | `toy/kd` |" in done.stdout
+
+
+def test_spent_reads_in_the_budgets_unit():
+    spent = Spent(3, 2.5, 70)
+    assert [spent.of(Budget(kind, 1)) for kind in ("seconds", "calls")] == [2.5, 70.0]
+    assert str(Budget.parse("calls=1e6")) == "1,000,000 network calls"

@@ -1,0 +1,82 @@
+"""Comparisons that are killed for real; driven in a process with one thread, so that forking is safe."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tiny_runs import in_child, killed
+
+SMALL = ("before=[]", "train.batch=6", "student.width=16", "student.depth=3", "evaluate.samples=64")
+ARGUMENTS = ["--budget", "updates=40", "--seeds", "2", *(x for s in SMALL for x in ("--set", s))]
+ARGUMENTS += ["--set", "evaluate.teacher_steps=[1]", "--set", "train.checkpoint_every=5"]
+ARGUMENTS += ["--set", "train.max_skips=3"]
+
+
+def train(name: str, steps: int, *settings: str, run: Path | None = None, **options: Any) -> Any:
+    """Train a small toy recipe under an account; a run directory is continued."""
+    from fewstep.budget import Accounted
+    from fewstep.recipe import load
+
+    recipe = load(name, [*SMALL, *settings, f"train.steps={steps}"])
+    if run is not None:
+        run.mkdir(parents=True, exist_ok=True)
+    trainer = Accounted(recipe, run, **options)
+    if run is not None:
+        trainer.resume()
+    trainer.fit()
+    return trainer
+
+
+def drive_account(folder: Path) -> None:
+    """whole/ under a budget of calls, and cut/ killed on the way and continued twice. Prints the accounts."""
+    from fewstep.budget import Budget
+
+    budget = Budget("calls", 41 * 18)
+    settings = ("method.teacher_steps=1", "train.checkpoint_every=7", "train.ema=[0.9]")
+
+    def cut(trainer: Any) -> None:
+        if trainer.progress.done == 19:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def go(name: str, **options: Any) -> list[float]:
+        trainer = train("toy/kd", 60, *settings, run=folder / name, budget=budget, **options)
+        return [trainer.progress.done, trainer.spent.calls, trainer.spent.seconds]
+
+    told = {"whole": go("whole")}
+    assert killed(in_child(lambda: go("cut", watch=cut)))
+    told |= {"again": go("cut"), "finished": go("cut")}
+    print(json.dumps(told))
+
+
+def drive_compare(folder: Path, *recipes: str) -> None:
+    """killed/ gets a SIGKILL in the second run and is continued; straight/ is left alone. Runs are forked."""
+    from fewstep import compare
+    from fewstep.cli import main
+
+    compare.start_method = lambda: multiprocessing.get_context("fork")
+
+    def run(out: str, *more: str, only: tuple[str, ...] = recipes) -> None:
+        with pytest.raises(SystemExit) as left:
+            main(["compare", *only, *ARGUMENTS, "--out", str(folder / out), *more])
+        assert left.value.code == 0
+
+    pid = os.fork()
+    if pid == 0:
+        run("killed")
+        os._exit(0)
+    cut = folder / "killed" / "toy-kd" / "seed-1" / "checkpoints" / "step-00000015"
+    while not cut.exists():
+        time.sleep(0.005)
+    os.kill(pid, signal.SIGKILL)
+    assert killed(os.waitpid(pid, 0)[1])
+    time.sleep(0.5)  # the orphaned run sees that nobody waits for it
+    print(json.dumps(sorted(str(p.relative_to(folder / "killed")) for p in folder.rglob("result.json"))))
+    run("killed", "--resume")
+    run("straight", only=recipes[:2])
