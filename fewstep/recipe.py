@@ -13,6 +13,7 @@ from pydantic import Field
 
 import fewstep.data
 import fewstep.methods
+import fewstep.networks.perceptual
 import fewstep.networks.routed
 import fewstep.networks.specs  # noqa: F401  registers networks and teachers
 from fewstep.config import (

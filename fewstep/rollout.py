@@ -51,6 +51,7 @@ def rollout(
     *,
     exit: int | None = None,
     grad: bool = True,
+    **call: Any,
 ) -> Rollout:
     """Backward simulation (DMD2, arXiv 2405.14867, sec. 4.5).
 
@@ -64,6 +65,7 @@ def rollout(
         steps: levels u, decreasing.
         exit: index of the step to stop at; None draws it from the shared stream.
         grad: False runs the last call without a graph too.
+        call: further arguments of every call of the student.
     """
     process: Process = student.process  # type: ignore[attr-defined]
     times = times_of(torch.tensor(steps, dtype=torch.float64), process).to(draws.device)
@@ -74,9 +76,39 @@ def rollout(
     x = process.prior(noise[0], t)
     for i in range(last):
         with torch.no_grad():
-            x0 = ask(student, x, t, clean(process, t), cond).x0
+            x0 = ask(student, x, t, clean(process, t), cond, **call).x0
         t = times[i + 1].expand(len(draws))
         x = renoise(process, x0, noise[i + 1], t)
     with nullcontext() if grad else torch.no_grad():
-        out = ask(student, x, t, clean(process, t), cond).x0
+        out = ask(student, x, t, clean(process, t), cond, **call).x0
     return Rollout(out, x, t)
+
+
+def chunked_rollout(
+    student: Callable[..., Prediction],
+    draws: Draws,
+    shape: tuple[int, ...],
+    steps: tuple[float, ...],
+    cond: Any = None,
+    *,
+    chunks: int = 1,
+    exit: int | None = None,
+    grad: bool = True,
+) -> Tensor:
+    """Self-forcing (arXiv 2506.08009): a sequence (b, frames, ...) drawn chunk by chunk, each after its own past.
+
+    Every chunk is backward simulation with one exit step for all; the chunks before it, drawn by the student itself
+    and cut from the graph, are given as `context` (b, earlier frames, ...), which the first chunk does not get. With
+    one chunk it is `rollout`.
+
+    Args:
+        shape: of one sequence; its first axis is cut into `chunks` equal parts. Others as in `rollout`.
+    """
+    if shape[0] % chunks:
+        raise ValueError(f"chunks {chunks} must divide the {shape[0]} frames")
+    last = exit_step(draws, len(steps)) if exit is None else exit
+    part, drawn = (shape[0] // chunks, *shape[1:]), []
+    for _ in range(chunks):
+        past = {"context": torch.cat([x.detach() for x in drawn], 1)} if drawn else {}
+        drawn.append(rollout(student, draws, part, steps, cond, exit=last, grad=grad, **past).x)
+    return torch.cat(drawn, 1)

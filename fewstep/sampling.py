@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fewstep.config import config
 from fewstep.jump import Solver, ask, calls, clean, solver_step, times_of
-from fewstep.prediction import Prediction
+from fewstep.prediction import Prediction, from_x0
 from fewstep.process import DiscreteVP, Process, bc, transition
 from fewstep.random import Draws, fold
 from fewstep.rollout import renoise
@@ -38,6 +38,9 @@ class Sampler:
     """Numbers of steps the student was trained for; left out: that of `steps`, and any number for kind ode."""
     guidance: float | None = None
     """Guidance scale handed to a student that has it as an input."""
+    clip: float | None = None
+    """Quantile in (0, 1] of |x0| within a sample: between steps x0 is limited to its size there, at least 1, and the
+    noise follows from it (x0 clipping of TDD, arXiv 2409.01347). Keeps high guidance from overshooting."""
     keep_noise: bool = False
     """Kind map: leave the first level with the start noise in place of the predicted one, which is exact at
     alpha = 0 (noise correction, Imagine Flash, arXiv 2405.05224, sec. 4.3)."""
@@ -53,6 +56,7 @@ def sample(
     noise: Tensor,
     cond: Any = None,
     fresh: Fresh | None = None,
+    start: Tensor | None = None,
 ) -> Tensor:
     """Draw samples.
 
@@ -60,6 +64,7 @@ def sample(
         net: denoiser with a `process`.
         noise: standard normal start noise (b, *d); scaled to the process's prior here.
         fresh: noise after step i, needed by renoise and gamma when there is more than one step.
+        start: a state (b, *d) at the first level to go on from, in place of the prior.
 
     Returns:
         x0 of shape (b, *d), not clamped. Raises ValueError when fresh noise is needed and not given.
@@ -67,7 +72,7 @@ def sample(
     process: Process = net.process  # type: ignore[attr-defined]
     times = times_of(torch.tensor(sampler.steps, dtype=torch.float64), process).to(noise.device)
     b = noise.shape[0]
-    x = process.prior(noise, times[0].expand(b))
+    x = process.prior(noise, times[0].expand(b)) if start is None else start
     if sampler.kind == "ode":
         for t, s in pairwise(times):
             x = solver_step(net, x, t.expand(b), s.expand(b), cond, sampler.solver)
@@ -83,6 +88,8 @@ def sample(
         prediction = ask(net, x, t, aim, cond, **call)
         if last:
             break
+        if sampler.clip is not None:
+            prediction = clipped(prediction, sampler.clip)
         if sampler.kind == "map":
             correct = sampler.keep_noise and i == 0
             x = (replace(prediction, eps=noise) if correct else prediction).at(s)
@@ -93,6 +100,14 @@ def sample(
         else:
             x = gamma_step(prediction, s, sampler.eta, fresh(i))
     return prediction.x0
+
+
+def clipped(prediction: Prediction, quantile: float) -> Prediction:
+    """x0 (b, *d) within the `quantile` of its own size, per sample and at least 1; eps such that x stays as it is."""
+    size = prediction.x0.flatten(1).abs().quantile(quantile, dim=1).clamp_min(1)
+    limit = bc(size, prediction.x0)
+    x0 = torch.maximum(torch.minimum(prediction.x0, limit), -limit)
+    return from_x0(prediction.process, prediction.x, prediction.t, x0)
 
 
 def _aim(sampler: Sampler, process: Process, s: Tensor, last: bool) -> Tensor:

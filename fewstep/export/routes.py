@@ -66,6 +66,8 @@ def _even(steps: Sequence[float]) -> bool:
 
 def plain_kind(sampler: Sampler, process: Process) -> str:
     """renoise, map or gamma; a kind whose switches make it another is called by that one's name."""
+    if sampler.clip is not None and len(sampler.steps) > 1:
+        raise UserError(f"export: no stock scheduler limits x0 to a quantile between steps; {INSTEAD}")
     if sampler.kind == "ode":
         if sampler.solver != "ddim":
             raise UserError(f"export: an ODE sampler with solver {sampler.solver} is a teacher's; {INSTEAD}")

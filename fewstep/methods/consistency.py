@@ -12,7 +12,8 @@ from fewstep.config import choice, part
 from fewstep.jump import Solver, ask, clean
 from fewstep.legs import Teacher, between
 from fewstep.methods.base import Batch, Losses, Needs, Turn
-from fewstep.objectives.trajectory import Distance, distance, follow
+from fewstep.methods.terms import Apart, apart, perceptual
+from fewstep.objectives.trajectory import follow
 from fewstep.pairings import CTGrid, Grid, ct_decay, ct_points
 from fewstep.process import add_noise, bc
 from fewstep.roles import Roles
@@ -36,8 +37,8 @@ class Consistency:
     """Range of the teacher's guidance scale (LCM 6 to 16 in the w = 1 is none convention)."""
     embed_guidance: bool = False
     """True: the student takes the scale as its input w (LCM); it must be built with inputs: [w]."""
-    distance: Distance = "mse"
-    """CD mse or LPIPS, iCT and ECT huber_sample, LCM huber."""
+    distance: Apart = "mse"
+    """CD mse or lpips (with a role `perceptual` of network lpips), iCT and ECT huber_sample, LCM huber."""
     c: float = 1e-3
     """Constant of the Huber distances: LCM 1e-3; iCT .00054 and ECT 0 (1e-8), both on the root mean square."""
     weight: Literal["one", "gap"] = "one"
@@ -59,8 +60,8 @@ class Consistency:
 
     def needs(self) -> Needs:
         roles = {"student"} | ({"teacher"} if self.source == "teacher" else set())
-        roles |= {"target"} if self.target_decay is not None else set()
-        return Needs(frozenset(roles), data=True, frozen=frozenset({"teacher", "target"}))
+        roles |= perceptual(self.distance) | ({"target"} if self.target_decay is not None else set())
+        return Needs(frozenset(roles), data=True, frozen=frozenset({"teacher", "target", "perceptual"}))
 
     def turns(self, roles: Roles, step: int) -> Iterator[Turn]:
         yield Turn(("student",), lambda batch: self.losses(roles, batch, step))
@@ -93,7 +94,7 @@ class Consistency:
             target = torch.where(bc(u, x_u) == bc(end, x_u), x_u.to(target.dtype), target)
         weight = None if self.weight == "one" else 1 / (t - u).clamp_min(1e-6)
         here = ask(roles.student, x_t, t, end, batch.cond, **call).x0
-        yield Losses({"consistency": distance(here, target, self.distance, self.c, weight)})
+        yield Losses({"consistency": apart(roles, here, target, self.distance, self.c, weight)})
 
     def sampler(self) -> Sampler:
         middle = sum(self.guidance) / 2 if self.sample_guidance is None else self.sample_guidance

@@ -12,6 +12,7 @@ from fewstep.config import choice, part
 from fewstep.jump import Solver, ask, clean
 from fewstep.legs import Teacher, between, student_leg
 from fewstep.methods.base import Batch, Losses, Needs, Turn
+from fewstep.methods.terms import Gan, discriminate
 from fewstep.objectives.regression import dsm
 from fewstep.objectives.trajectory import Distance, distance, two_leg
 from fewstep.process import add_noise
@@ -44,6 +45,10 @@ class CTM:
     """TraFlow: the chord's velocity against the teacher's path, (x_t - J) / (t - s)."""
     denoise_weight: float = 1.0
     """Denoising at s = t on data (CTM, eq. 12)."""
+    gan: Gan | None = None
+    """Adversarial loss on the jump carried to the clean end; left out: none."""
+    gan_from: int = 0
+    """Update from which the student sees it (the paper begins after 10k)."""
     steps: tuple[float, ...] = (1.0,)
     eta: float = 0.0
     """Sampling: 0 follows the map, 1 re-noises (CTM's gamma)."""
@@ -52,12 +57,18 @@ class CTM:
         check_steps(self.steps)
 
     def needs(self) -> Needs:
-        return Needs(frozenset({"teacher", "student"}), data=True)
+        roles = {"teacher", "student"} | ({"critic", "discriminator"} if self.gan else set())
+        return Needs(frozenset(roles), data=True)
 
     def turns(self, roles: Roles, step: int) -> Iterator[Turn]:
-        yield Turn(("student",), lambda batch: self.losses(roles, batch))
+        gan = self.gan if step >= self.gan_from else None
+        yield Turn(("student",), lambda batch: self.losses(roles, batch, gan))
+        if self.gan:
+            yield Turn(
+                ("critic", "discriminator"), lambda batch: discriminate(self.gan, roles, batch, self.times)
+            )
 
-    def losses(self, roles: Roles, batch: Batch) -> Iterator[Losses]:
+    def losses(self, roles: Roles, batch: Batch, gan: Gan | None = None) -> Iterator[Losses]:
         student, process = roles.student, roles.student.process
         t = self.times.sample(batch.draws, process)
         end = clean(process, t)
@@ -90,6 +101,8 @@ class CTM:
         if self.denoise_weight:
             loss = dsm(student, batch.data(), t.clamp_min(1e-3), batch.noise(), batch.cond)
             losses["denoise"] = self.denoise_weight * loss
+        if gan:
+            losses["gan"] = gan.generator(roles, batch, own(x, t, end))
         yield losses
 
     def sampler(self) -> Sampler:

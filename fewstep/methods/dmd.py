@@ -13,7 +13,7 @@ from fewstep.guidance import guided
 from fewstep.jump import Solver
 from fewstep.methods.base import Batch, Losses, Needs, Turn
 from fewstep.methods.readings import readings
-from fewstep.methods.terms import noised, track
+from fewstep.methods.terms import apart, noised, perceptual, track
 from fewstep.objectives.regression import Weight
 from fewstep.pairs import Pairs
 from fewstep.roles import Roles
@@ -42,8 +42,8 @@ class DMD:
     """Weight of the critic's x0 error: "edm" for EDM networks."""
     regression_weight: float = 0.25
     """Weight of the regression: 0.25 with LPIPS for CIFAR-10 and ImageNet."""
-    distance: Literal["mse", "pseudo_huber"] = "mse"
-    """Distance of the regression in pixels or latents. The paper has LPIPS, a network this one does without."""
+    distance: Literal["mse", "pseudo_huber", "lpips"] = "mse"
+    """Distance of the regression; the paper's is lpips, which needs a role `perceptual` of network lpips."""
     pairs: int = 512
     """Size of the pair bank, solved by the teacher when the method starts and kept in the checkpoints."""
     pair_steps: int = 18
@@ -63,7 +63,9 @@ class DMD:
         roles = frozenset({"teacher", "student", "critic"})
         if not self.regression_weight:
             return Needs(roles)
-        return Needs(roles, pairs=True, state=lambda data: Pairs(self.pairs, data))
+        frozen = frozenset({"teacher", "perceptual"})
+        roles |= perceptual(self.distance)
+        return Needs(roles, pairs=True, frozen=frozen, state=lambda data: Pairs(self.pairs, data))
 
     def turns(self, roles: Roles, step: int) -> Iterator[Turn]:
         if self.regression_weight:
@@ -95,8 +97,8 @@ class DMD:
         level = torch.tensor(self.level, dtype=torch.float64, device=noise.device)
         t = process.grid(level).expand(len(noise))
         x = roles.student(process.prior(noise, t), t, cond).x0
-        if self.distance == "mse":
-            return obj.mse(x, target)
+        if self.distance != "pseudo_huber":
+            return apart(roles, x, target, self.distance)
         return obj.pseudo_huber_element(x, target, 0.03)
 
     def critic_losses(self, roles: Roles, batch: Batch) -> Iterator[Losses]:

@@ -12,7 +12,7 @@ from fewstep.config import part
 from fewstep.jump import Solver, ask, clean, times_of
 from fewstep.legs import Teacher
 from fewstep.methods.base import Batch, Losses, Needs, Turn
-from fewstep.objectives.trajectory import Distance, distance
+from fewstep.methods.terms import Apart, apart, perceptual
 from fewstep.roles import Roles
 from fewstep.sampling import Sampler
 from fewstep.times import check_steps
@@ -31,13 +31,15 @@ class KD:
     solver: Solver = "heun"
     guidance: float = 1.0
     """Guidance scale of the teacher; 1 is none."""
-    distance: Distance = "mse"
+    distance: Apart = "mse"
+    """lpips needs a role `perceptual` of network lpips."""
 
     def __post_init__(self) -> None:
         check_steps(self.steps)
 
     def needs(self) -> Needs:
-        return Needs(frozenset({"teacher", "student"}))
+        roles = frozenset({"teacher", "student"} | perceptual(self.distance))
+        return Needs(roles, frozen=frozenset({"teacher", "perceptual"}))
 
     def turns(self, roles: Roles, step: int) -> Iterator[Turn]:
         yield Turn(("student",), lambda batch: self.losses(roles, batch))
@@ -54,7 +56,7 @@ class KD:
             for t, s in zip(times, [*times[1:], end], strict=True):
                 states.append(walk(states[-1], t, s))
         gaps = [
-            distance(ask(roles.student, x, t, end, batch.cond).x0, states[-1], self.distance)
+            apart(roles, ask(roles.student, x, t, end, batch.cond).x0, states[-1], self.distance)
             for x, t in zip(states[:-1], times, strict=True)
         ]
         yield Losses({"regress": torch.stack(gaps).mean()})

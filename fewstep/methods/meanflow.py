@@ -1,4 +1,4 @@
-"""MeanFlow (arXiv 2505.13447), from scratch or distilled from a teacher's velocity."""
+"""MeanFlow (arXiv 2505.13447), from scratch or distilled from a teacher's velocity, and Align Your Flow by switches."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def flow_only(process: Any, who: str) -> None:
 class MeanFlow:
     """The average velocity u(x, t, s) obeys u = v - (t - s) du/dt; the Eulerian limit with gain -1."""
 
-    cites: ClassVar[tuple[str, ...]] = ("2505.13447",)
+    cites: ClassVar[tuple[str, ...]] = ("2505.13447", "2506.14603")
 
     source: Literal["data", "teacher"] = "data"
     """Velocity v: eps - x0 of the pair (from scratch), or the teacher's (distillation)."""
@@ -44,6 +44,9 @@ class MeanFlow:
     c: float = 1e-3
     """c of the adaptive weight, for e a per-sample mean (the paper's 1e-3 is for a sum)."""
     tangent: tr.Tangent = "jvp"
+    normalize: float | None = None
+    """c of the residual's normalisation R / (|R| + c): Align Your Flow's Eulerian distillation has .1, with
+    source: teacher, apart: 1 and power: 0 (arXiv 2506.14603, sec. 3.2)."""
     warmup: int = 0
     """Updates over which du/dt is faded in (FastGen's Wan recipe: 2000)."""
     guidance: float = 1.0
@@ -86,6 +89,8 @@ class MeanFlow:
         moved = tr.tangent(here, (x, t, s), (v, torch.ones_like(t), None), self.tangent)
         fade = min(1.0, step / self.warmup) if self.warmup else 1.0
         residual = tr.eulerian(tr.slopes(process, "velocity", t, s, "t"), x, v, raw.detach(), moved, fade)
+        if self.normalize is not None:
+            residual = tr.bounded(residual, self.normalize)
         target = tr.toward_raw(raw.detach(), residual, -1.0)
         log = {"tangent_norm": moved.flatten(1).norm(dim=1).mean()}
         yield Losses({"meanflow": tr.adaptive(raw - target, self.power, self.c)}, log)

@@ -27,7 +27,7 @@ class TCM:
     boundary: float = 0.4
     """Level u of t' (sigma 1.0 on CIFAR is u = .47 of the Karras grid)."""
     pairing: choice("pairing") = ECTPairs(times=Uniform(low=0.0, high=1.0))  # type: ignore[valid-type]
-    """Times of the consistency part; those below t' are moved to the boundary part."""
+    """Times of the consistency part; those below t' are moved to the boundary part (paper: ect with log_student_t)."""
     boundary_fraction: float = 0.25
     """Share of the batch that stands exactly at t' (official: .25)."""
     boundary_weight: float = 0.1

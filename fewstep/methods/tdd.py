@@ -62,9 +62,13 @@ class TDD:
     steps: tuple[float, ...] = (1.0, 0.75, 0.5, 0.25)
     eta: float = 0.3
     """Stochasticity of the TCD sampler."""
+    clip: float | None = None
+    """Quantile of x0 clipping at sampling; left out: none."""
 
     def __post_init__(self) -> None:
         check_steps(self.steps)
+        if self.clip is not None and not 0 < self.clip <= 1:
+            raise ValueError(f"clip must be a quantile in (0, 1], not {self.clip}")
         if TABLE % self.knots:
             raise ValueError(f"knots must divide {TABLE}, not {self.knots}")
         if not 0 <= self.shrink <= 1:
@@ -101,4 +105,4 @@ class TDD:
 
     def sampler(self) -> Sampler:
         kind: Any = "gamma" if self.eta else "map"
-        return Sampler(kind=kind, steps=self.steps, eta=self.eta)
+        return Sampler(kind=kind, steps=self.steps, eta=self.eta, clip=self.clip)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any, Literal
 
 import torch
@@ -9,8 +10,10 @@ from torch import Tensor
 
 from fewstep import objectives as obj
 from fewstep.config import choice, config
+from fewstep.jump import ask, clean
 from fewstep.methods.base import Batch, Losses
 from fewstep.objectives.regression import Weight, x0_weight
+from fewstep.objectives.trajectory import distance
 from fewstep.prediction import Prediction
 from fewstep.process import add_noise, bc
 from fewstep.roles import Roles
@@ -90,6 +93,39 @@ class Gan:
         hits = (real_logits > 0).float().mean() + (fake_logits < 0).float().mean()
         losses.log["discriminator_accuracy"] = (hits / 2).detach()
         return losses
+
+
+Apart = Literal["mse", "l1", "huber", "huber_sample", "lpips"]
+"""A distance of trajectory methods, or LPIPS by the frozen role `perceptual`."""
+
+
+def apart(
+    roles: Roles, a: Tensor, b: Tensor, kind: Apart, c: float = 1e-3, weight: Tensor | None = None
+) -> Tensor:
+    """The batch mean of weight (b,) times a distance of samples a and b (b, *d), a scalar."""
+    if kind != "lpips":
+        return distance(a, b, kind, c, weight)
+    value = roles.perceptual(a, b)
+    return (value if weight is None else value * weight.to(value.dtype)).mean()
+
+
+def perceptual(kind: Any) -> set[str]:
+    """The roles that a distance needs."""
+    return {"perceptual"} if kind == "lpips" else set()
+
+
+def discriminate(gan: Gan | None, roles: Roles, batch: Batch, times: Any) -> Iterator[Losses]:
+    """The critic turn of a trajectory method: its discriminator on the student's jumps from noised data to clean."""
+    assert gan is not None
+    process: Any = roles.student.process
+    with torch.no_grad():
+        noised_data, t = noised(times, roles, batch, batch.data())
+        end = clean(process, t)
+        x = ask(roles.student, noised_data, t, end, batch.cond).at(end)
+    losses = gan.discriminator(roles, batch, x)
+    # The trunk keeps denoising the student's samples, so that its features stay those of images.
+    losses["denoise"] = track(roles, batch, x, gan.times, "x0")
+    yield losses
 
 
 def scaled(c: Tensor, x: Tensor) -> Tensor:

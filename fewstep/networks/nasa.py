@@ -1,0 +1,55 @@
+"""NASA, negative prompts for one-step text-to-image students, without training (SNOOPI, arXiv 2412.02687)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor, nn
+
+
+class NegativeAway:
+    """A diffusers attention processor: cross-attention gives Z+ - a Z-, Z- with the negative prompt's keys and values.
+
+    The difference is taken in front of the output projection; as that is affine, out+ - a (out- - bias) is the same.
+    """
+
+    def __init__(self, inner: Any, negative: Tensor, weight: float) -> None:
+        self.inner, self.negative, self.weight = inner, negative, weight
+
+    def __call__(
+        self,
+        attn: Any,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        *args: Any,
+        **call: Any,
+    ) -> Tensor:
+        out = self.inner(attn, hidden_states, encoder_hidden_states, *args, **call)
+        if encoder_hidden_states is None or self.weight == 0:
+            return out
+        if attn.residual_connection or attn.rescale_output_factor != 1:
+            raise ValueError("NASA needs attention whose output is the projection alone")
+        rows = encoder_hidden_states.shape[0]
+        negative = self.negative.to(encoder_hidden_states).expand(rows, -1, -1)
+        other = self.inner(attn, hidden_states, negative)
+        bias = attn.to_out[0].bias
+        return out - self.weight * (other if bias is None else other - bias)
+
+
+@contextmanager
+def negative_away(model: nn.Module, negative: Tensor, weight: float) -> Iterator[None]:
+    """Run a diffusers model's cross-attention with a negative prompt inside.
+
+    Args:
+        model: with `attn_processors` and `set_attn_processor` (UNet2DConditionModel, PixArtTransformer2DModel).
+        negative: embedding of the negative prompt (1, tokens, width) or (b, tokens, width), as the model takes it.
+        weight: a; .1 for SD1.5, .2 for SD2.1, .5 for PixArt-alpha in the paper. 0 changes nothing.
+    """
+    before: dict[str, Any] = dict(model.attn_processors)  # type: ignore[arg-type]
+    model.set_attn_processor({k: NegativeAway(p, negative, weight) for k, p in before.items()})  # type: ignore[operator]
+    try:
+        yield
+    finally:
+        model.set_attn_processor(before)  # type: ignore[operator]
