@@ -25,7 +25,7 @@ h1 { font-size: 1.6rem; } h2 { font-size: 1.2rem; margin-top: 2.2rem; }
 .scroll { overflow-x: auto; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
 th, td { padding: .35rem .7rem; border-bottom: 1px solid var(--line); text-align: right; }
-th:first-child, td:first-child { text-align: left; white-space: nowrap; }
+td { white-space: nowrap; } th:first-child, td:first-child { text-align: left; }
 thead th { border-bottom: 2px solid var(--line); vertical-align: bottom; }
 tbody tr:first-child { background: var(--soft); }
 figure { margin: 1rem 0; } figcaption { color: #777; font-size: .9rem; }
@@ -44,7 +44,7 @@ SAMPLING_NOTE = (
 
 @dataclass
 class Entry:
-    """One row of the report: a model at a number of steps.
+    """One row of the report: a model at a number of network calls, `steps`.
 
     `images` are pixels (N, C, H, W) uint8 of the first global indices, the same for every entry; `group` joins entries of
     one model in the plots.
@@ -125,10 +125,14 @@ def image_grid(images: Tensor, columns: int = 8, gap: int = 1) -> Tensor:
 
 def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     head = "".join(f"<th>{html.escape(cell)}</th>" for cell in header)
-    body = "".join(
-        "<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in rows
-    )
+    body = "".join("<tr>" + "".join(f"<td>{_cell(cell)}</td>" for cell in row) + "</tr>" for row in rows)
     return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+
+
+def _cell(text: str) -> str:
+    """What stands in brackets after a number goes under it."""
+    value, bracket, rest = html.escape(text).partition(" (b/N")
+    return f"{value}<br><small>(b/N{rest}</small>" if bracket else value
 
 
 def _notes(evaluations: Sequence[Evaluation]) -> list[str]:
@@ -161,10 +165,10 @@ def _grids(entries: Sequence[Entry]) -> list[str]:
         buffer = io.BytesIO()
         Image.fromarray(picture[..., 0] if picture.shape[2] == 1 else picture).save(buffer, "png")
         name = html.escape(entry.evaluation.name)
-        plural = "" if entry.steps == 1 else "s"
+        calls = f"{entry.steps} network call{'' if entry.steps == 1 else 's'}"
         parts.append(
             f'<figure><img src="{_png(buffer.getvalue())}" alt="samples of {name}">'
-            f"<figcaption>{name}, {entry.steps} step{plural}</figcaption></figure>"
+            f"<figcaption>{name} ({calls})</figcaption></figure>"
         )
     return [*parts, "</div>"]
 
@@ -181,7 +185,7 @@ def _plots(entries: Sequence[Entry]) -> list[str]:
     figures = []
     if len({entry.steps for entry in entries}) > 1:
         for metric in metrics[:6]:
-            figures.append((f"{metric} against steps", _lines(entries, metric)))
+            figures.append((f"{metric} against network calls", _lines(entries, metric)))
     timed = [entry for entry in entries if entry.evaluation.seconds]
     if len(timed) > 1 and metrics:
         figures.append((f"{metrics[0]} against time: lower left is better", _pareto(timed, metrics[0])))
