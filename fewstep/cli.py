@@ -322,6 +322,36 @@ def recipes_check(name: str, settings: Settings = None) -> None:
     recipe = load(name, settings or [])
     for stage in recipe.stages():
         typer.echo(f"{name}: {stage.method.name}, {stage.steps} steps")
+    from fewstep.lint import check_recipe
+
+    typer.echo(f"{name}: {check_recipe(recipe)}")
+
+
+@app.command("check-teacher", epilog="Example: `fewstep check-teacher my-sdxl --size 128x128`")
+def check_teacher(
+    path: Annotated[str, typer.Argument(help="A diffusers pipeline folder, or assets:NAME.")],
+    size: Annotated[
+        str | None, typer.Option(help="Height x width of x (latents, where there is a VAE), such as 64x64.")
+    ] = None,
+    prediction: Annotated[
+        str | None, typer.Option(help="epsilon, v_prediction or sample, where the scheduler does not say.")
+    ] = None,
+    guidance: Annotated[
+        float | None, typer.Option(help="Guidance scale that the network takes as an input.")
+    ] = None,
+    wrapper: Annotated[
+        str | None, typer.Option(help="A wrapper of your own, file.py:Class; its code is run.")
+    ] = None,
+    classes: Annotated[int | None, typer.Option(help="Classes beside the null class.")] = None,
+) -> None:
+    """Try every convention of a teacher: schedule, prediction, time, guidance, latents, samples, tangents.
+
+    Prints each finding and a verdict in words. Exit code 0 when the folder is read right, 1 when it is not.
+    """
+    from fewstep.check import main as check
+
+    told = {"prediction": prediction, "guidance": guidance, "wrapper": wrapper, "classes": classes}
+    raise typer.Exit(check(path, size=size, **told))
 
 
 @methods.command("ls")

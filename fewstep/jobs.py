@@ -24,6 +24,7 @@ from rich.table import Table
 
 from fewstep.config import UserError
 from fewstep.export.diffusers import Exported, export, export_teacher
+from fewstep.lint import check_product
 from fewstep.measure import Measured, measure, teacher_product
 from fewstep.pictures import save_grid, save_side_by_side
 from fewstep.product import Product, open_product, parse_classes, product_of
@@ -178,6 +179,7 @@ def finish(trainer: Trainer, run: Path) -> None:
     numbers = [(f"{r.metric}, {r.title}, {r.samples} samples", f"{r.value:.4g}") for r in rows]
     write = export_teacher if student.sampler.kind == "ode" else export
     try:
+        check_product(student)
         done = write(replace(student, title=run.name), run / "export", results=numbers)
     except UserError as error:
         console.print(f"not exported: {error}".replace("not exported: export: ", "not exported: "))
@@ -290,6 +292,7 @@ def export_run(run: Path, out: Path | None, force: bool, lora: bool = False) -> 
     if results.is_file():
         for r in json.loads(results.read_text())["rows"]:
             rows.append((f"{r['metric']}, {r['title']}", f"{r['value']:.4g}"))
+    check_product(product)
     write = export_teacher if product.sampler.kind == "ode" else export
     done = write(product, folder, results=rows)
     show_export(done)

@@ -39,16 +39,19 @@ def _save(picture: Any, path: Path) -> None:
 def _image(x: Tensor, per_row: int, scale: int) -> Any:
     from PIL import Image
 
+    if x.shape[1] not in (1, 3):  # latents without a VAE at hand: their first channels
+        x = x[:, : 3 if x.shape[1] > 3 else 1]
     framed = F.pad(x.cpu(), (1, 0, 1, 0), value=-0.4)  # a thin line between neighbours
     pixels = to_pixels(tile(framed, per_row)).permute(1, 2, 0).numpy()
-    if pixels.shape[2] not in (1, 3):
-        raise ValueError(f"pictures have 1 or 3 channels, not {pixels.shape[2]}")
     image = Image.fromarray(pixels[..., 0] if pixels.shape[2] == 1 else pixels)
     return image.resize((image.width * scale, image.height * scale), Image.Resampling.NEAREST)
 
 
 def save_grid(x: Tensor, path: Path, per_row: int = 10) -> None:
-    """Samples as one PNG: images (n, c, h, w) in [-1, 1] as a grid, vectors (n, 2) as a scatter plot."""
+    """Samples as one PNG: images (n, c, h, w) in [-1, 1] as a grid, vectors (n, 2) as a scatter plot.
+
+    Of latents, with neither 1 nor 3 channels, the first channels are shown as they are.
+    """
     if x.ndim == 2:
         save_scatter([("samples", x)], path)
         return

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -36,6 +36,8 @@ class Product:
     done: int = 0
     prompted: Callable[[int], Any] | None = None
     """The conditions of the first so many samples, for data whose conditions are not classes."""
+    vae: str | None = None
+    """Folder of the VAE that turns latents into pictures."""
 
     @torch.no_grad()
     def images(self, index: Tensor, labels: Any, seed: int = 0) -> Tensor:
@@ -44,15 +46,24 @@ class Product:
         return sample(self.sampler, self.net, start, labels, fresh)
 
     def draw(self, count: int, seed: int, labels: Any = None, batch: int = 256) -> Tensor:
-        """`count` samples on the CPU; labels default to index mod classes."""
+        """`count` samples on the CPU, decoded where there is a VAE; labels default to index mod classes."""
         device = next((p.device for p in self.net.parameters()), torch.device("cpu"))
         index = torch.arange(count, device=device)
         labels = self.labels(count) if labels is None else labels
+        decode = self._decoder(device)
         out = []
         for i in range(0, count, batch):
             part = moved(rows(labels, slice(i, i + batch)), device)
-            out.append(self.images(index[i : i + batch], part, seed).cpu())
+            out.append(decode(self.images(index[i : i + batch], part, seed)).cpu())
         return torch.cat(out)
+
+    def _decoder(self, device: Any) -> Callable[[Tensor], Tensor]:
+        if self.vae is None:
+            return lambda x: x
+        from fewstep.data.latents import decoder
+
+        net = decoder(self.vae, device)
+        return lambda z: torch.cat([net(part) for part in z.split(8)])
 
     def labels(self, count: int) -> Any:
         """Classes in turn, so that every count is as balanced as it can be; or the data's first conditions."""
@@ -143,7 +154,8 @@ def product_of(recipe: Recipe, net: nn.Module, data: Any, title: str, done: int 
         def prompted(count: int) -> Any:
             return data.condition(torch.arange(count) % len(data.text))
 
-    return Product(net, sampler, data.shape, data.classes, title, trained, recipe, done, prompted)
+    vae = getattr(recipe.data, "vae", None)
+    return Product(net, sampler, data.shape, data.classes, title, trained, recipe, done, prompted, vae)
 
 
 def _open_folder(path: Path) -> Product:
@@ -151,12 +163,13 @@ def _open_folder(path: Path) -> Product:
 
     note = path / "fewstep.json"
     told = json.loads(note.read_text()) if note.is_file() else {}
-    net = load_denoiser(str(path), classes=told.get("classes"))
-    unet: Any = net.net.model  # type: ignore[union-attr]
-    size = unet.config.sample_size
-    side: Sequence[int] = (size, size) if isinstance(size, int) else size
-    shape = (unet.config.in_channels, *side)
-    classes = int(net.net.classes)  # type: ignore[union-attr,arg-type]
+    size = tuple(told["size"]) if "size" in told else None
+    net = load_denoiser(str(path), classes=told.get("classes"), size=size)
+    wrapper: Any = net.net
+    if "text" in wrapper.needs:
+        raise UserError(f"{path}: takes text; draw from it with diffusers' {wrapper.pipeline}, as its card shows")
+    shape = (wrapper.channels(), *(size or wrapper.sample_size()))
+    classes = int(wrapper.classes)
     if "steps" not in told:
         return Product(net, many_step(18), shape, classes, path.name, None)
     sampler = Sampler(kind=told["kind"], steps=tuple(told["steps"]), eta=told.get("eta", Sampler().eta))

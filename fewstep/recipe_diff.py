@@ -17,7 +17,7 @@ _TRAIN = ("steps", "batch", "clip", "precision", "ema", "product")
 def diff(a: str, b: str | None, paper: bool, settings: Sequence[str] = ()) -> str:
     """`fewstep recipes diff`: one line `key: a -> b` for every setting that differs, defaults filled in.
 
-    With `paper`, b is the shipped recipe of published settings whose method is a's and differs least; its data, teacher
+    With `paper`, b is the shipped recipe of published settings that is nearest (`published`); its data, teacher
     and evaluation are not compared. Raises UserError when there is none.
     """
     left = load(a, settings)
@@ -36,7 +36,7 @@ def diff(a: str, b: str | None, paper: bool, settings: Sequence[str] = ()) -> st
 
 
 def published(recipe: Recipe, name: str) -> tuple[str, list[str]]:
-    """The recipe of published settings that is nearest, and the others of the same method."""
+    """The recipe of published settings that is nearest, by number of steps first, and the others of the method."""
     method = _method(recipe)
     names = [n for n in shipped() if n.startswith(PAPER) and n != name]
     found = [n for n in names if _method(load(n)) == method]
@@ -45,7 +45,8 @@ def published(recipe: Recipe, name: str) -> tuple[str, list[str]]:
         raise UserError(
             f"no published settings of the method {method} are shipped; there are {', '.join(have)}"
         )
-    found.sort(key=lambda n: (len(_compared(recipe, load(n))), n))
+    steps = len(recipe.sampler().steps)
+    found.sort(key=lambda n: (len(load(n).sampler().steps) != steps, len(_compared(recipe, load(n))), n))
     return found[0], found[1:]
 
 

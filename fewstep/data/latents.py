@@ -215,4 +215,4 @@ class _Decoder(nn.Module):
 
     @torch.no_grad()
     def forward(self, z: Tensor) -> Tensor:
-        return self.vae.decode(z / self.scale + self.shift, return_dict=False)[0]
+        return self.vae.decode(z.float() / self.scale + self.shift, return_dict=False)[0]

@@ -295,6 +295,8 @@ class Prompts:
     """Of one sample, channels, height, width; latents for a latent teacher."""
     encoder: choice("encoder")  # type: ignore[valid-type]
     """Text encoder."""
+    vae: str | None = None
+    """Folder of the VAE, or of a pipeline with one, that turns samples into pictures where they are latents."""
     negative: str = ""
     """Prompt that guidance moves away from."""
     zeros: bool = False

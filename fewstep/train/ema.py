@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from fewstep.networks.adapters import load_own_state, own_parameters, own_state, twin
 from fewstep.train.parallel import local
@@ -25,7 +25,7 @@ class EMA:
         self.module = twin(module).eval()
         for p in own_parameters(self.module):
             p.requires_grad_(False)
-        self._lists: tuple[nn.Module | None, list[Tensor], list[Tensor]] = (None, [], [])
+        self._lists: tuple[nn.Module | None, list[nn.Parameter], list[nn.Parameter]] = (None, [], [])
 
     @property
     def name(self) -> str:
@@ -36,9 +36,9 @@ class EMA:
         decay = min(self.decay, (1 + self.updates) / (self.warmup + self.updates))
         self.updates += 1
         if self._lists[0] is not module:
-            weights = [local(p.detach()) for p in own_parameters(module)]
-            self._lists = (module, [local(p) for p in own_parameters(self.module)], weights)
-        torch._foreach_lerp_(self._lists[1], self._lists[2], 1 - decay)
+            self._lists = (module, own_parameters(self.module), own_parameters(module))
+        _, shadows, weights = self._lists
+        torch._foreach_lerp_([local(p) for p in shadows], [local(p.detach()) for p in weights], 1 - decay)
         for mine, theirs in zip(self.module.buffers(), module.buffers(), strict=True):
             mine.copy_(theirs)
 

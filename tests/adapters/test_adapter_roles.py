@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from tiny_condition import condition_unet
 from tiny_runs import contents, same
 from tiny_teacher import make_run, make_teacher, student_settings
 
@@ -179,24 +180,6 @@ def test_copies_answer_alike_and_stand_apart(teacher: Path):
         assert torch.equal(far(x, t, labels).x0, mine)
         assert torch.equal(near(x, t, labels).x0, mine)
         assert not torch.equal(one(x, t, labels).x0, mine)
-
-
-def condition_unet() -> Any:
-    from diffusers import UNet2DConditionModel
-
-    torch.manual_seed(1)
-    return UNet2DConditionModel(
-        sample_size=8,
-        in_channels=4,
-        out_channels=4,
-        block_out_channels=(8, 16),
-        layers_per_block=1,
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-        norm_num_groups=4,
-        attention_head_dim=4,
-        cross_attention_dim=12,
-    )
 
 
 class Bare(torch.nn.Module):

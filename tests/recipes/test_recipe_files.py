@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from fewstep.config import REGISTRY, RecipeError, UserError, plain
-from fewstep.recipe import Recipe, differences, dump, find, load, load_run, read, shipped
+from fewstep.recipe import Recipe, Train, differences, dump, find, load, load_run, read, shipped
 
 GOOD = """\
 about: a test
@@ -166,7 +166,7 @@ train:
 """
     assert problems(tmp_path, text) == [
         "mine.yaml:1: about: expected text, got 3",
-        "mine.yaml:2: data.name: 'rings' is not one of digits, images, ring; did you mean 'ring'?",
+        f"mine.yaml:2: data.name: 'rings' is not one of {', '.join(REGISTRY['data'])}; did you mean 'ring'?",
         "mine.yaml:3: teacher.st: unknown key; did you mean 'std'?",
         "mine.yaml:4: student.width: expected int, got 8.0",
         "mine.yaml:5: critc: unknown key; did you mean 'critic'?",
@@ -204,8 +204,10 @@ def test_missing_keys_are_named(tmp_path: Path):
         ("before.0.stpes=1", "before.0.stpes: unknown key; did you mean 'steps'?"),
         ("method.times={name: uniform, lo: 0.1}", "method.times.lo: unknown key; did you mean 'low'?"),
         ("data={name: ring, sdt: 1.0}", "data.sdt: unknown key; did you mean 'std'?"),
-        ("train.zzzzz=1", "train.zzzzz: unknown key; allowed: steps, batch, accumulate, clip, precision, seed, ema, "
-         "product, max_skips, checkpointing, log_every, sample_every, eval_every, checkpoint_every, keep, trackers"),
+        (
+            "train.zzzzz=1",
+            f"train.zzzzz: unknown key; allowed: {', '.join(f.name for f in dataclasses.fields(Train))}",
+        ),
         (
             "method.name=denoize",
             f"method.name: 'denoize' is not one of {', '.join(REGISTRY['method'])}; did you mean 'denoise'?",
