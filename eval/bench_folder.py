@@ -1,6 +1,6 @@
 """Time of a whole evaluation of a folder against clean-fid on the same folder and extractor.
 
-``python -m fewstep.eval.bench_folder --images 10000 --extractor house-fashion-mnist``
+``python -m fewstep.eval.bench_folder --images 10000``
 """
 
 from __future__ import annotations

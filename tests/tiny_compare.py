@@ -58,6 +58,7 @@ def drive_account(folder: Path) -> None:
 def drive_compare(folder: Path, *recipes: str) -> None:
     """killed/ gets a SIGKILL in the second run and is continued; straight/ is left alone. Runs are forked."""
     from fewstep import compare
+    from fewstep.budget import Accounted
     from fewstep.cli import main
 
     compare.start_method = lambda: multiprocessing.get_context("fork")
@@ -67,15 +68,17 @@ def drive_compare(folder: Path, *recipes: str) -> None:
             main(["compare", *only, *ARGUMENTS, "--out", str(folder / out), *more])
         assert left.value.code == 0
 
-    pid = os.fork()
-    if pid == 0:
-        run("killed")
-        os._exit(0)
-    cut = folder / "killed" / "toy-kd" / "seed-1" / "checkpoints" / "step-00000015"
-    while not cut.exists():
-        time.sleep(0.005)
-    os.kill(pid, signal.SIGKILL)
-    assert killed(os.waitpid(pid, 0)[1])
+    save, struck = Accounted.save, folder / "struck"
+
+    def strike(self: Any) -> None:
+        """Kill the process that compares when the second run has its third checkpoint."""
+        save(self)
+        if self.run.parts[-2:] == ("toy-kd", "seed-1") and self.progress.done == 15 and not struck.exists():
+            struck.touch()
+            os.kill(os.getppid(), signal.SIGKILL)
+
+    Accounted.save = strike  # type: ignore[method-assign]
+    assert killed(in_child(lambda: run("killed")))
     time.sleep(0.5)  # the orphaned run sees that nobody waits for it
     print(json.dumps(sorted(str(p.relative_to(folder / "killed")) for p in folder.rglob("result.json"))))
     run("killed", "--resume")
