@@ -20,6 +20,7 @@ from fewstep.config import UserError
 from fewstep.export.card import model_card, teacher_card, usage
 from fewstep.export.fold import fold
 from fewstep.export.routes import pipeline_of, route
+from fewstep.lint import check_export
 from fewstep.networks.adapters import on_cpu, plain_copy
 from fewstep.networks.denoiser import Denoiser
 from fewstep.networks.routed import Routed
@@ -122,11 +123,16 @@ def export(
         from fewstep.export.experts import export_routed
 
         return export_routed(product, folder, results=results, shown=shown)
+    from fewstep.export.latent import export_latent, wrapped
+
+    if wrapped(product.net):
+        return export_latent(product, folder, results=results, shown=shown)
     import diffusers
 
     plain = fold(product.net, product.sampler)
     found = route(plain.process, plain.prediction, plain.time_input, plain.sampler)
     name = pipeline_of(found.scheduler, product.classes)
+    check_export(plain.process, plain.sampler.steps, found.scheduler, found.arguments)
     plain.unet.conv_in.weight.data *= found.input_scale
     with aside_of(folder) as aside:
         pipe = getattr(diffusers, name)(unet=plain.unet, scheduler=found.scheduler)

@@ -99,17 +99,22 @@ def wrapper_of(folder: Folder, name: str | None = None) -> type[Wrapper]:
 
 def import_wrapper(name: str) -> type[Wrapper]:
     """The Wrapper subclass `module:Class` or `file.py:Class`. This runs that module's code."""
-    source, colon, attribute = name.partition(":")
-    if not colon or not attribute:
-        raise UserError(f"wrapper {name!r}: expected module:Class or file.py:Class")
-    try:
-        module = _from_file(Path(source)) if source.endswith(".py") else importlib.import_module(source)
-        cls = getattr(module, attribute)
-    except (ImportError, OSError, AttributeError) as error:
-        raise UserError(f"wrapper {name!r}: cannot be imported: {error}") from None
+    cls = import_name(name, "wrapper")
     if not (isinstance(cls, type) and issubclass(cls, Wrapper)):
         raise UserError(f"wrapper {name!r}: is not a subclass of fewstep.networks.wrappers.Wrapper")
     return cls
+
+
+def import_name(name: str, what: str) -> Any:
+    """What `module:Name` or `file.py:Name` is; UserError calls it `what`. This runs that module's code."""
+    source, colon, attribute = name.partition(":")
+    if not colon or not attribute:
+        raise UserError(f"{what} {name!r}: expected module:Name or file.py:Name")
+    try:
+        module = _from_file(Path(source)) if source.endswith(".py") else importlib.import_module(source)
+        return getattr(module, attribute)
+    except (ImportError, OSError, AttributeError) as error:
+        raise UserError(f"{what} {name!r}: cannot be imported: {error}") from None
 
 
 def _from_file(path: Path) -> Any:

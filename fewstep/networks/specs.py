@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from pydantic import PositiveInt
+from pydantic import Field, PositiveInt
 from torch import nn
 
 from fewstep.config import RecipeError, UserError, choice, config, part
 from fewstep.networks.adapters import Adapted, fresh_name, frozen, plain_copy
 from fewstep.networks.analytic import ring
-from fewstep.networks.denoiser import Denoiser, Rescheduled
+from fewstep.networks.denoiser import Denoiser, Rescheduled, TimeInput
 from fewstep.networks.dit import DiT
 from fewstep.networks.extras import Input
 from fewstep.networks.heads import Discriminator, LogVar
@@ -258,6 +258,40 @@ class DiffusersTeacher:
                 f"{own}) must mean the same"
             )
         return frozen(teacher if self.process is None else Rescheduled(teacher, self.process))
+
+
+@part("teacher", "module")
+class ModuleTeacher:
+    """A frozen teacher from a function of yours, for networks that are in no diffusers folder."""
+
+    factory: str
+    """module:function or file.py:function, called without arguments; returns the loaded network. Its code is run."""
+    arguments: dict[str, str]
+    """Names of the network's arguments by x, time and the keys of fewstep.cond: {x: sample, time: t, label: y}."""
+    prediction: str
+    """What it predicts: eps, v, x0, velocity, psi, score, edm, trig."""
+    time_input: TimeInput
+    """What it takes as its time."""
+    process: choice("process")  # type: ignore[valid-type]
+    taps: dict[str, str] = Field(default_factory=dict)
+    """Sub-modules that a discriminator may look at, by tap name, as dotted paths."""
+
+    def __post_init__(self) -> None:
+        _check_prediction(self.prediction, self.process)
+
+    def build(self, site: Site) -> nn.Module:
+        from fewstep.networks.diffusers import import_name
+        from fewstep.networks.wrappers import Generic
+
+        model = import_name(self.factory, "teacher.factory")()
+        if not isinstance(model, nn.Module):
+            raise UserError(
+                f"teacher.factory {self.factory!r}: returned a {type(model).__name__}, not a torch module"
+            )
+        net = Generic(
+            model, self.arguments, self.taps, classes=site.classes if "label" in self.arguments else 0
+        )
+        return frozen(Denoiser(net, self.process, self.prediction, self.time_input))
 
 
 @part("teacher", "ring")

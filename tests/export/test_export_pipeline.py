@@ -219,6 +219,9 @@ def test_a_wrong_schedule_is_caught_by_the_real_comparison(
     export(product, tmp_path / "out")
     before = (tmp_path / "out" / "README.md").read_text()
     monkeypatch.setattr(routes, "schedule", lambda _: (3, "num_inference_steps=2"))
+    with pytest.raises(UserError, match=r"^schedule: evaluation and exported scheduler stand at different noise"):
+        export(product, tmp_path / "out")
+    monkeypatch.setattr(exporting, "check_export", lambda *_: None)
     with pytest.raises(UserError, match="differs from fewstep's sampler by"):
         export(product, tmp_path / "out")
     # The earlier export is still there, untouched.

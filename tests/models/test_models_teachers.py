@@ -27,7 +27,7 @@ from fewstep.networks.diffusers import load_denoiser
 from fewstep.networks.folder import read_folder, read_latents
 from fewstep.networks.heads import Discriminator
 from fewstep.networks.scheduler import read_scheduler
-from fewstep.networks.specs import DiffusersTeacher, Site, example_condition
+from fewstep.networks.specs import DiffusersTeacher, ModuleTeacher, Site, example_condition
 from fewstep.networks.wrappers import Generic
 from fewstep.networks.wrappers.flux import pack, unpack
 from fewstep.process import DiscreteVP, Flow, ShiftedFlow
@@ -306,6 +306,30 @@ def config_of(scheduler: Any) -> dict[str, Any]:
     return json.loads(scheduler.to_json_string())
 
 
+def test_a_function_of_ones_own_as_a_teacher(tmp_path: Path):
+    (tmp_path / "net.py").write_text(
+        "import torch\n\n\nclass Net(torch.nn.Module):\n    def __init__(self):\n        super().__init__()\n"
+        "        self.block = torch.nn.Linear(4, 4)\n\n    def forward(self, z, y, seconds):\n"
+        "        return (self.block(z) + y[:, None, None, None] * seconds[:, None, None, None],)\n\n\n"
+        "def build():\n    torch.manual_seed(0)\n    return Net()\n\n\ndef nothing():\n    return 3\n"
+    )
+    spec: dict[str, Any] = {
+        "arguments": {"x": "z", "time": "seconds", "label": "y"}, "prediction": "velocity", "time_input": "t",
+        "process": Flow(), "taps": {"mid": "block"},
+    }  # fmt: skip
+    site = Site((3, 5, 4), 10, {}, 0)
+    net: Any = ModuleTeacher(factory=f"{tmp_path}/net.py:build", **spec).build(site)
+    x, t, y = torch.randn(2, 3, 5, 4), torch.tensor([0.25, 0.5]).double(), torch.tensor([7, 2])
+    raw = net.net.model.block(x) + torch.tensor([7 * 0.25, 2 * 0.5])[:, None, None, None]
+    torch.testing.assert_close(net(x, t, y).x0, x - t.float()[:, None, None, None] * raw)
+    assert net.features(x, t, y, ("mid",))["mid"].shape == (2, 3, 5, 4)
+    assert not any(p.requires_grad for p in net.parameters())
+    with pytest.raises(UserError, match="returned a int, not a torch module"):
+        ModuleTeacher(factory=f"{tmp_path}/net.py:nothing", **spec).build(site)
+    with pytest.raises(ValueError, match="prediction 'edm' needs the process edm"):
+        ModuleTeacher(factory="a:b", **(spec | {"prediction": "edm"}))
+
+
 def test_flow_shifts_are_those_of_the_scheduler():
     for shift in (1.0, 3.0, 6.5):
         process = read_scheduler(config_of(FlowMatchEulerDiscreteScheduler(shift=shift)), "f")[0]
@@ -434,7 +458,7 @@ def test_sizes_and_wrappers_that_are_not_given_right(folders: dict[str, Path], t
     (tmp_path / "empty.py").write_text("X = 3\n")
     path = str(folders["sana"])
     for name, message in (
-        ("empty.py", "expected module:Class or file.py:Class"),
+        ("empty.py", "expected module:Name or file.py:Name"),
         (f"{tmp_path}/empty.py:Mine", "cannot be imported: module .* has no attribute 'Mine'"),
         (f"{tmp_path}/empty.py:X", "is not a subclass of fewstep.networks.wrappers.Wrapper"),
         (f"{tmp_path}/none.py:X", "cannot be imported: .*none.py: no such file"),
