@@ -213,7 +213,8 @@ def export(
     out: Annotated[Path | None, typer.Option(help="Folder to write [default: RUN/export].")] = None,
     force: Force = False,
     lora: Annotated[
-        bool, typer.Option("--lora", help="Write the adapter alone, as diffusers' load_lora_weights reads it.")
+        bool,
+        typer.Option("--lora", help="Write the adapter alone, as diffusers' load_lora_weights reads it."),
     ] = False,
 ) -> None:
     """Write a folder that plain diffusers opens, checked against fewstep's own sampler."""
@@ -239,7 +240,9 @@ def cache_latents(
     recipe: Annotated[str, typer.Argument(help="A recipe whose data are pictures.")],
     vae: Annotated[str, typer.Option(help="Folder of a VAE, or of a pipeline with one.")],
     settings: Settings = None,
-    out: Annotated[Path, typer.Option(help="Folder to write; goes on where it was stopped.")] = Path("latents"),
+    out: Annotated[Path, typer.Option(help="Folder to write; goes on where it was stopped.")] = Path(
+        "latents"
+    ),
     batch: Annotated[int, typer.Option(min=1, help="Pictures encoded at once.")] = 8,
 ) -> None:
     """Encode a recipe's pictures once; `data: {name: latents}` reads them from then on."""

@@ -179,7 +179,9 @@ def test_the_card_states_levels_parity_usage_and_a_recipe_that_parses(product: P
     assert yaml.safe_load(text.split("---")[1])["library_name"] == "diffusers"
     assert "A 4-call generator" in text
     sigmas = [(0.002 ** (1 / 7) + u * (80 ** (1 / 7) - 0.002 ** (1 / 7))) ** 7 for u in STEPS["four"]]
-    assert f"| noise levels (sigma / alpha), first to last | {', '.join(f'{s:.6g}' for s in sigmas)} |" in text
+    assert (
+        f"| noise levels (sigma / alpha), first to last | {', '.join(f'{s:.6g}' for s in sigmas)} |" in text
+    )
     assert f"| largest difference from fewstep's own sampler, same noise | {done.parity:.2e} |" in text
     assert "| FD, 1797 samples | 3.21 |" in text
     assert done.usage in text
@@ -219,7 +221,9 @@ def test_a_wrong_schedule_is_caught_by_the_real_comparison(
     export(product, tmp_path / "out")
     before = (tmp_path / "out" / "README.md").read_text()
     monkeypatch.setattr(routes, "schedule", lambda _: (3, "num_inference_steps=2"))
-    with pytest.raises(UserError, match=r"^schedule: evaluation and exported scheduler stand at different noise"):
+    with pytest.raises(
+        UserError, match=r"^schedule: evaluation and exported scheduler stand at different noise"
+    ):
         export(product, tmp_path / "out")
     monkeypatch.setattr(exporting, "check_export", lambda *_: None)
     with pytest.raises(UserError, match="differs from fewstep's sampler by"):
@@ -288,7 +292,9 @@ def test_students_without_a_stock_pipeline_are_refused(product: Product, tmp_pat
     assert refused(Denoiser(MLP(2, 8, 2), Flow(), "velocity", "angle")) == (
         "export: no stock diffusers pipeline runs a MLP student"
     )
-    assert refused(Denoiser(net.net, net.process, "edm", "log_sigma/4"), Sampler(steps=(1.0, 0.5))).startswith(
+    assert refused(
+        Denoiser(net.net, net.process, "edm", "log_sigma/4"), Sampler(steps=(1.0, 0.5))
+    ).startswith(
         "export: EDMEulerScheduler has no noise to add between steps as this student needs it; train with prediction "
         "'cm'"
     )
