@@ -5,7 +5,7 @@ import pytest
 import torch
 from fewstep.eval.cache import cache_dir
 from fewstep.eval.datasets import digits, fashion_mnist
-from fewstep.eval.features import FeatureExtractor, as_pixels, extract, random_conv, wrap
+from fewstep.eval.features import FeatureExtractor, as_pixels, extract, random_conv, rows_at_once, wrap
 from fewstep.eval.house import HouseDigits, HouseFashion, accuracy, house_digits, parameter_count
 from fewstep.eval.reference import digits_reference, reference_of
 from fewstep.eval.train_house import PLANS, augment, split_digits, train
@@ -227,3 +227,12 @@ def test_idx_files_are_read_and_damage_is_named(tmp_path):
         fashion_mnist("train", tmp_path)
     with pytest.raises(ValueError, match="expected 'train' or 'test'"):
         fashion_mnist("val", tmp_path)
+
+
+def test_calls_on_a_cpu_are_cut_to_its_caches_and_features_stay_the_same():
+    extractor = random_conv(0, dim=6)
+    images = torch.rand(50, 3, 40, 33, generator=torch.Generator().manual_seed(1)) * 255
+    assert rows_at_once(extractor, images) == 12
+    assert rows_at_once(extractor, images[..., :8, :8]) == 256
+    assert rows_at_once(extractor, torch.zeros(2, 3, 299, 299)) == 4
+    torch.testing.assert_close(extract(extractor, images), extractor(images))

@@ -187,3 +187,11 @@ def test_chains_run_in_order_and_refuse_unknown_steps():
         apply_chain(image, [Step("nearest", 3)])
     with pytest.raises(ValueError, match="'bilinear' needs a size"):
         apply_chain(image, [Step("bilinear")])
+
+
+@pytest.mark.parametrize("mode", ["bicubic", "bilinear"])
+def test_a_resize_to_the_same_size_changes_nothing_as_in_pillow(mode):
+    images = noise(2, 3, 9, 9)
+    assert torch.equal(resize_tensor(images, 9, mode), images.float())
+    assert torch.equal(resize_pil(images, 9, mode), images.float())
+    assert torch.equal(resize_tensor(images.float() * 2, 9, mode), (images.float() * 2).clamp(0, 255))
