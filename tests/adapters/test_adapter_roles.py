@@ -80,6 +80,7 @@ def test_the_product_samples_merges_and_exports(run: tuple[str, Path], tmp_path:
     assert not any("lora" in k or "base_layer" in k for k in weights)
 
 
+@pytest.mark.parametrize("run", ["two sets", "critic on student"], indirect=True)
 def test_resumed_is_the_same_run(run: tuple[str, Path], teacher: Path, tmp_path: Path):
     import shutil
 
