@@ -14,7 +14,12 @@ if __name__ != "fewstep.kernels":
 else:
     from .api import Choice, attention, attention_jvp, attention_tangent, check_device, explain
     from .arguments import IMPLEMENTATIONS
-    from .context import attention_in_force, register_diffusers_backend, use_fewstep_attention
+    from .context import (
+        attention_contexts,
+        attention_in_force,
+        register_diffusers_backend,
+        use_fewstep_attention,
+    )
     from .ema import ema_update
     from .merge import merge
     from .ranges import KeyRange, Ranges, Segment, block_causal, teacher_forcing
@@ -26,6 +31,7 @@ else:
         "Ranges",
         "Segment",
         "attention",
+        "attention_contexts",
         "attention_in_force",
         "attention_jvp",
         "attention_tangent",

@@ -92,14 +92,13 @@ def _unpack(name: str, tensor: Tensor) -> tuple[Tensor, Tensor | None]:
     primal, tangent = forward_ad.unpack_dual(tensor)
     if tangent is not None and not torch.compiler.is_compiling() and tangent._is_zerotensor():
         return primal, None
-    return primal, tangent
+    # functionalize hides a tangent here and would drop it from `primal`; the operator's own check still sees it
+    return (tensor, None) if tangent is None else (primal, tangent)
 
 
-def _constant(mask: Tensor | None) -> None:
-    if isinstance(mask, Tensor) and forward_ad.unpack_dual(mask).tangent is not None:
-        raise ValueError(
-            "mask: has a tangent, but a mask is a constant here; use impl='reference' without it"
-        )
+def _constant(mask: Tensor | None, impl: str) -> None:
+    if impl != "reference" and isinstance(mask, Tensor) and forward_ad.unpack_dual(mask).tangent is not None:
+        raise ValueError(f"mask: has a tangent, but is a constant with impl={impl!r}; use impl='reference'")
 
 
 def _moving(tangents: dict[str, Tensor | None]) -> str:
@@ -142,7 +141,8 @@ def attention(
     q: (B, H, N, D), k: (B, H, M, D), v: (B, H, M, Dv), one floating dtype and device; with layout="bnhd"
     heads and sequence are exchanged, in the result too. Returns (B, H, N, Dv).
 
-    mask: bool (True = attend) or floating (added), broadcastable to (B, H, N, M), without gradient.
+    mask: bool (True = attend) or floating (added), broadcastable to (B, H, N, M), without gradient or tangent
+    except with "reference". "triton" takes finite values below -2e4 for -2e4.
     ranges: block ranges (see Ranges). causal: row i sees keys j <= i. At most one of the three.
     scale: default 1/sqrt(D). Rows that see no key give zero.
 
@@ -158,7 +158,7 @@ def attention(
     """
     check_names(impl, layout)
     (q_, tq), (k_, tk), (v_, tv) = _unpack("q", q), _unpack("k", k), _unpack("v", v)
-    _constant(mask)
+    _constant(mask, impl)
     if layout == "bnhd":
         q_, k_, v_, tq, tk, tv = _swap(q_, k_, v_, tq, tk, tv)  # type: ignore[assignment]
     tangents = {"tq": tq, "tk": tk, "tv": tv}
@@ -211,7 +211,7 @@ def attention_jvp(
     Arguments as attention(); tq, tk, tv have the shapes of q, k, v, and None means zero and is skipped. At
     least one is needed. o, to: (B, H, N, Dv); lse, the logsumexp of the scaled scores (natural logarithm),
     and mu, its tangent: (B, H, N), float32 (float64 for float64). Gradients flow through o and to;
-    differentiating lse or mu raises. impl: "auto", "chunked", "triton" or "reference".
+    differentiating lse or mu raises, except with "reference". impl: "auto", "chunked", "triton" or "reference".
     """
     check_names(impl, layout)
     inputs = {"q": q, "k": k, "v": v, "tq": tq, "tk": tk, "tv": tv}
@@ -220,6 +220,8 @@ def attention_jvp(
             raise ValueError(f"{name}: already carries a tangent; attention_jvp takes plain tensors")
     if impl in ("sdpa", "xformers"):
         raise ValueError(f"impl: {impl!r} has no explicit jvp; allowed are auto, chunked, triton, reference")
+    if isinstance(mask, Tensor) and forward_ad.unpack_dual(mask).tangent is not None:
+        raise ValueError("mask: already carries a tangent; attention_jvp takes plain tensors")
     if tq is None and tk is None and tv is None:
         raise ValueError("tq, tk, tv: at least one tangent is needed; without any, call attention()")
     if layout == "bnhd":
@@ -232,6 +234,8 @@ def attention_jvp(
     if choice.impl == "reference":
         dense = reference.dense_mask(q, k, mask, ranges, causal)
         o, to, lse, mu = reference.attention_jvp(q, k, v, tq, tk, tv, mask=dense, scale=c)
+        wide = torch.promote_types(lse.dtype, torch.float32)
+        lse, mu = lse.to(wide), mu.to(wide)
     else:
         flat = [] if ranges is None else ranges.encode()
         o, to, lse, mu = OPERATORS.attention_jvp(
@@ -310,7 +314,7 @@ def explain(
     if set(tangents) - set("qkv"):
         raise ValueError(f"tangents: letters of 'qkv' expected, got {tangents!r}")
     pairs = [_unpack("q", q), _unpack("k", k), _unpack("v", v)]
-    _constant(mask)
+    _constant(mask, impl)
     plain = [p for p, _ in pairs]
     if layout == "bnhd":
         plain = _swap(*plain)  # type: ignore[assignment]

@@ -82,7 +82,7 @@ def check_call(
     if (mask is not None) + (ranges is not None) + bool(causal) > 1:
         raise ValueError("mask, ranges, causal: give at most one of them")
     if mask is not None:
-        _check_mask(mask, q, k)
+        _check_mask(mask, q, k, impl)
     if ranges is not None:
         if not isinstance(ranges, Ranges):
             raise ValueError(f"ranges: expected fewstep.kernels.Ranges, got {type(ranges).__name__}")
@@ -94,7 +94,7 @@ def check_call(
     if not isinstance(causal, bool):
         raise ValueError(f"causal: expected True or False, got {causal!r}")
     if scale is not None and (
-        isinstance(scale, bool) or not isinstance(scale, int | float) or not math.isfinite(scale)
+        isinstance(scale, bool) or not isinstance(scale, int | float) or not -math.inf < scale < math.inf
     ):
         raise ValueError(f"scale: expected a finite number or None for 1/sqrt(D), got {scale!r}")
 
@@ -106,7 +106,7 @@ def _same_kind(name: str, tensor: Tensor, q: Tensor) -> None:
         raise ValueError(f"{name}: device must be that of q, {q.device}, got {tensor.device}")
 
 
-def _check_mask(mask: Tensor, q: Tensor, k: Tensor) -> None:
+def _check_mask(mask: Tensor, q: Tensor, k: Tensor, impl: str) -> None:
     if not isinstance(mask, Tensor):
         raise ValueError(f"mask: expected a tensor, got {type(mask).__name__}")
     if mask.dtype != torch.bool and mask.dtype not in DTYPES:
@@ -117,7 +117,5 @@ def _check_mask(mask: Tensor, q: Tensor, k: Tensor) -> None:
     tail = full[4 - mask.dim() :] if mask.dim() <= 4 else ()
     if mask.dim() > 4 or any(m not in (1, f) for m, f in zip(mask.shape, tail, strict=True)):
         raise ValueError(f"mask: shape must broadcast to (B, H, Nq, Nk) = {full}, got {_shape(mask)}")
-    if mask.requires_grad:
-        raise ValueError(
-            "mask: a mask is a constant here; detach it, or use impl='sdpa' outside this function"
-        )
+    if mask.requires_grad and impl != "reference":
+        raise ValueError(f"mask: a constant with impl={impl!r}; detach it, or use impl='reference'")

@@ -309,6 +309,7 @@ def attention_tangent(
     moving = _operand(tv)
     stats = lse.reshape(scores.groups, -1).to(values.data.dtype)
     stats = stats.masked_fill(torch.isneginf(stats), 0.0)
+    additive = mask is not None and mask.dtype != torch.bool
     to = torch.zeros_like(outputs.data, memory_format=torch.contiguous_format)
     mu = to.new_zeros(scores.groups, q.shape[2])
     for b in scores.blocks():
@@ -319,7 +320,11 @@ def attention_tangent(
         p = scores.buffer("s", b, keys.shape[1])
         _product(scores.q.rows(b), keys, scale, p)
         scores.mask.apply(p, b)
-        p.sub_(stats[at].unsqueeze(-1)).exp_()
+        if additive:
+            # rows with every entry at -1e9 or so: their lse has no digits left for the scores
+            p, _ = _probabilities(p, True)
+        else:
+            p.sub_(stats[at].unsqueeze(-1)).exp_()
         tangent, split = to[at], b.split
         if moving is not None and split < p.shape[-1]:
             tangent.baddbmm_(p[..., split:], moving.keys(b)[:, split:])

@@ -5,8 +5,11 @@ the end; and the diffusers dispatcher gets a backend named "fewstep" for the mod
 """
 
 import sys
+import threading
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -27,9 +30,37 @@ def _is_moving(tensor: Tensor) -> bool:
     return forward_ad.unpack_dual(tensor).tangent is not None
 
 
-def _lead(tensor: Tensor, like: Tensor) -> Tensor:
-    """tensor with batch and heads of size 1 expanded to those of like."""
-    return tensor if tensor.shape[:2] == like.shape[:2] else tensor.expand(*like.shape[:2], -1, -1)
+def _repeated(name: str, tensor: Tensor, query: Tensor) -> Tensor:
+    """tensor with its heads repeated to those of query (grouped-query attention)."""
+    mine, theirs = tensor.shape[-3], query.shape[-3]
+    if theirs % mine:
+        raise ValueError(
+            f"{name}: enable_gqa needs a number of heads that divides the query's {theirs}, got {mine}"
+        )
+    return tensor if mine == theirs else tensor.repeat_interleave(theirs // mine, -3)
+
+
+def _four(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, tuple[int, ...]]:
+    """(B, H, N, D) views of tensors whose leading dimensions broadcast, the mask to match, those dimensions."""
+    leads = [tuple(x.shape[:-2]) for x in (query, key, value)]
+    if len(leads[0]) == 2 and leads[0] == leads[1] == leads[2]:
+        return query, key, value, mask, leads[0]
+    try:
+        lead = tuple(torch.broadcast_shapes(*leads))
+    except RuntimeError:
+        raise ValueError(
+            f"query, key, value: leading dimensions must broadcast, got {', '.join(map(str, leads))}"
+        ) from None
+
+    def four(x: Tensor) -> Tensor:
+        x = x.expand(*lead, *x.shape[-2:])
+        return x.flatten(0, -4) if len(lead) > 2 else x[(None,) * (2 - len(lead))]
+
+    if mask is not None and len(lead) > 2 and mask.dim() > 3:
+        mask = mask.expand(*lead, *mask.shape[-2:]).flatten(0, -4)
+    return four(query), four(key), four(value), mask, lead
 
 
 def sdpa(
@@ -46,7 +77,7 @@ def sdpa(
     ranges: Ranges | None = None,
     calls: Counter[str] | None = None,
 ) -> Tensor:
-    """F.scaled_dot_product_attention with tangents. Arguments as there, (B, H, N, D) or (B, N, D).
+    """F.scaled_dot_product_attention with tangents. Arguments as there, any leading dimensions that broadcast.
 
     ranges apply where the lengths match and there is no other mask. With impl="auto" a call without tangents
     and ranges is torch's own, dropout included. Raises ValueError for dropout under a jvp.
@@ -63,19 +94,18 @@ def sdpa(
             f"dropout_p: must be 0 with tangents, ranges or impl={impl!r}, got {dropout_p}; "
             "put the network in eval mode or set its attention dropout to 0"
         )
-    flat = query.dim() == 3
-    if flat:
-        query, key, value = (x.unsqueeze(1) for x in (query, key, value))
-        attn_mask = attn_mask.unsqueeze(1) if attn_mask is not None and attn_mask.dim() == 3 else attn_mask
+    for name, x in (("query", query), ("key", key), ("value", value)):
+        if x.dim() < (3 if enable_gqa else 2):
+            raise ValueError(
+                f"{name}: expected (..., N, D) with a head dimension for enable_gqa, got {x.shape}"
+            )
     device = query.device.type
     if torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
         query, key, value = (x if x.dtype == torch.float64 else x.to(dtype) for x in (query, key, value))
-    if enable_gqa and key.dim() == 4 and key.shape[1] != query.shape[1]:
-        repeats = query.shape[1] // key.shape[1]
-        key, value = (x.repeat_interleave(repeats, 1) for x in (key, value))
-    if key.dim() == query.dim() == value.dim() == 4:
-        key, value = _lead(key, query), _lead(value, query)
+    if enable_gqa:
+        key, value = _repeated("key", key, query), _repeated("value", value, query)
+    query, key, value, attn_mask, lead = _four(query, key, value, attn_mask)
     chosen = impl
     if impl == "auto" and max(query.shape[-1], value.shape[-1]) > MAX_HEAD_DIM:
         chosen = "chunked"
@@ -84,7 +114,9 @@ def sdpa(
     )
     if calls is not None and not torch.compiler.is_compiling():
         calls["fewstep"] += 1
-    return out.squeeze(1) if flat else out
+    if len(lead) == 2:
+        return out
+    return out.unflatten(0, lead[:-1]) if len(lead) > 2 else out[(0,) * (2 - len(lead))]
 
 
 def register_diffusers_backend() -> str:
@@ -133,11 +165,31 @@ def _dispatched(
 
 
 _ACTIVE: list["use_fewstep_attention"] = []
+_SWAP = threading.RLock()
 
 
 def attention_in_force() -> bool:
     """True inside a use_fewstep_attention."""
     return bool(_ACTIVE)
+
+
+def attention_contexts() -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
+    """`context_fn` for torch.utils.checkpoint: the recompute gets the attention its forward had.
+
+    torch runs the backward, and with it the recompute, outside every TorchFunctionMode; a block checkpointed
+    inside use_fewstep_attention without this fails with CheckpointError.
+
+        checkpoint(block, x, use_reentrant=False, context_fn=attention_contexts)
+    """
+    return nullcontext(), _again(tuple(_ACTIVE))
+
+
+@contextmanager
+def _again(contexts: tuple["use_fewstep_attention", ...]) -> Iterator[None]:
+    with ExitStack() as stack:
+        for context in contexts:
+            stack.enter_context(context)
+        yield
 
 
 class use_fewstep_attention(TorchFunctionMode):
@@ -173,8 +225,17 @@ class use_fewstep_attention(TorchFunctionMode):
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
+        mine = partial(sdpa, impl=self.impl, ranges=self.ranges, calls=self.calls)
         if func is _SDPA:
-            return sdpa(*args, **(kwargs or {}), impl=self.impl, ranges=self.ranges, calls=self.calls)
+            return mine(*args, **(kwargs or {}))
+        if func is F.multi_head_attention_forward and not torch.compiler.is_compiling():
+            # This function of Python is overridden as a whole: no mode sees the attention inside it.
+            with _SWAP:
+                before, F.scaled_dot_product_attention = F.scaled_dot_product_attention, mine
+                try:
+                    return func(*args, **(kwargs or {}))
+                finally:
+                    F.scaled_dot_product_attention = before
         return func(*args, **(kwargs or {}))
 
     def __enter__(self) -> "use_fewstep_attention":

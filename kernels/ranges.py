@@ -37,8 +37,9 @@ class Segment:
 class Ranges:
     """Allowed (query, key) pairs of an attention call with `queries` rows and `keys` columns.
 
-    Segments must tile [0, queries) in order; key ranges of one segment must be sorted and disjoint. A
-    segment without keys is allowed: its output and tangent are zero. Raises ValueError otherwise.
+    Segments must tile [0, queries) in order; key ranges of one segment must be sorted and disjoint; a key is
+    still in every range that holds it or in none. A segment without keys is allowed: its output and tangent
+    are zero. Raises ValueError otherwise.
 
     A tangent handed to the attention at a still position is a contradiction: the CPU path raises
     ValueError for it, the Triton path never reads it, that is, takes it as zero.
@@ -66,6 +67,16 @@ class Ranges:
                 column = keys.stop
         if row != self.queries:
             raise ValueError(f"ranges: query segments end at {row}, but queries is {self.queries}")
+        seen = sorted({keys for segment in self.segments for keys in segment.keys})
+        reach = {False: 0, True: 0}
+        for keys in seen:
+            if keys.start < reach[not keys.still]:
+                stop = min(keys.stop, reach[not keys.still])
+                raise ValueError(
+                    f"ranges: keys [{keys.start}, {stop}) are still for some queries and moving for others; "
+                    "the tangent of a key is zero for all queries or for none"
+                )
+            reach[keys.still] = max(reach[keys.still], keys.stop)
 
     def encode(self) -> list[int]:
         """Flat integer list, the form in which ranges pass through a torch operator."""
@@ -101,11 +112,6 @@ class Ranges:
                 for keys in segment.keys:
                     if keys.start <= start and stop <= keys.stop:
                         seen[keys.still].append(KeyRange(segment.start, segment.stop, segment.still))
-            if seen[True] and seen[False]:
-                raise ValueError(
-                    f"ranges: keys [{start}, {stop}) are still for some queries and moving for others; "
-                    "the tangent of a key is zero for all queries or for none"
-                )
             still = bool(seen[True])
             result.append(Segment(start, stop, tuple(seen[still]), still))
         return tuple(result)

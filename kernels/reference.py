@@ -36,7 +36,8 @@ def _softmax(s: Tensor) -> tuple[Tensor, Tensor]:
     dead = torch.isneginf(s).all(-1, keepdim=True)
     s = s.masked_fill(dead, 0.0)
     lse = torch.logsumexp(s, -1, keepdim=True)
-    p = torch.exp(s - lse).masked_fill(dead, 0.0)
+    # not exp(s - lse): a row masked by -1e9 throughout has an lse without digits for its scores
+    p = torch.softmax(s, -1).masked_fill(dead, 0.0)
     return p, lse.masked_fill(dead, float("-inf"))
 
 

@@ -66,17 +66,18 @@ def backward_query_kernel(
     stride_dob, stride_doh, stride_don, stride_dod, stride_gb, stride_gh, stride_gn, stride_gd,
     stride_dqb, stride_dqh, stride_dqn, stride_dqd, stride_dtqb, stride_dtqh, stride_dtqn, stride_dtqd,
     stride_mb, stride_mh, stride_mn, stride_mm,
-    scale, H, N, M, D, DV,
+    scale, H, N, M, D, DV, TILES,
     HAS_O: tl.constexpr, HAS_G: tl.constexpr, HAS_TQ: tl.constexpr, HAS_TK: tl.constexpr,
     HAS_TV: tl.constexpr, CAUSAL: tl.constexpr, MASK: tl.constexpr, RANGES: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
     UP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dq and dtq of one query tile of one head."""
-    tile = tl.program_id(0)
-    b = (tl.program_id(1) // H).to(tl.int64)
-    h = (tl.program_id(1) % H).to(tl.int64)
-    head = tl.program_id(1).to(tl.int64) * N
+    tile = tl.program_id(0) % TILES
+    group = tl.program_id(0) // TILES
+    b = (group // H).to(tl.int64)
+    h = (group % H).to(tl.int64)
+    head = group.to(tl.int64) * N
     K += b * stride_kb + h * stride_kh
     V += b * stride_vb + h * stride_vh
     TK += b * stride_tkb + h * stride_tkh
@@ -227,17 +228,18 @@ def backward_key_kernel(
     stride_dkb, stride_dkh, stride_dkn, stride_dkd, stride_dvb, stride_dvh, stride_dvn, stride_dvd,
     stride_dtkb, stride_dtkh, stride_dtkn, stride_dtkd, stride_dtvb, stride_dtvh, stride_dtvn, stride_dtvd,
     stride_mb, stride_mh, stride_mn, stride_mm,
-    scale, H, N, M, D, DV,
+    scale, H, N, M, D, DV, TILES,
     HAS_O: tl.constexpr, HAS_G: tl.constexpr, HAS_TQ: tl.constexpr, HAS_TK: tl.constexpr,
     HAS_TV: tl.constexpr, CAUSAL: tl.constexpr, MASK: tl.constexpr, RANGES: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
     UP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dk, dv, dtk and dtv of one key tile of one head."""
-    tile = tl.program_id(0)
-    b = (tl.program_id(1) // H).to(tl.int64)
-    h = (tl.program_id(1) % H).to(tl.int64)
-    head = tl.program_id(1).to(tl.int64) * N
+    tile = tl.program_id(0) % TILES
+    group = tl.program_id(0) // TILES
+    b = (group // H).to(tl.int64)
+    h = (group % H).to(tl.int64)
+    head = group.to(tl.int64) * N
     Q += b * stride_qb + h * stride_qh
     TQ += b * stride_tqb + h * stride_tqh
     DO += b * stride_dob + h * stride_doh

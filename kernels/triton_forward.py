@@ -13,6 +13,8 @@ import triton.language as tl
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
+# A row all of whose entries are -1e9 is still a softmax of its scores, but lse = -1e9 cannot hold them.
+LEAST = tl.constexpr(-20000.0)
 
 
 @triton.jit
@@ -31,7 +33,7 @@ def mask_scores(
 ):
     """Base 2 scores with disallowed entries at -inf. rows and columns are broadcastable index tensors.
 
-    MASK: 0 none, 1 boolean bytes, 2 additive values in natural units.
+    MASK: 0 none, 1 boolean bytes, 2 additive values in natural units, finite ones at least LEAST.
     """
     valid = (columns < stop) & (rows < row_stop)
     if CAUSAL:
@@ -43,7 +45,9 @@ def mask_scores(
         if MASK == 1:
             valid = valid & (entry != 0)
         else:
-            s = s + entry.to(tl.float32) * LOG2E
+            bias = entry.to(tl.float32)
+            bias = tl.where(bias == float("-inf"), bias, tl.maximum(bias, LEAST))
+            s = s + bias * LOG2E
     return tl.where(valid, s, float("-inf"))
 
 
@@ -131,17 +135,18 @@ def attention_kernel(
     stride_tkb, stride_tkh, stride_tkn, stride_tkd, stride_tvb, stride_tvh, stride_tvn, stride_tvd,
     stride_ob, stride_oh, stride_on, stride_od, stride_tob, stride_toh, stride_ton, stride_tod,
     stride_mb, stride_mh, stride_mn, stride_mm,
-    scale, H, N, M, D, DV,
+    scale, H, N, M, D, DV, TILES,
     HAS_TQ: tl.constexpr, HAS_TK: tl.constexpr, HAS_TV: tl.constexpr, TANGENT: tl.constexpr,
     GIVEN: tl.constexpr, CAUSAL: tl.constexpr, MASK: tl.constexpr, RANGES: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
     UP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One query tile of one head. With GIVEN, Out and LSE are inputs and only TO and MU are written."""
-    tile = tl.program_id(0)
-    b = (tl.program_id(1) // H).to(tl.int64)
-    h = (tl.program_id(1) % H).to(tl.int64)
-    head = tl.program_id(1).to(tl.int64) * N
+    tile = tl.program_id(0) % TILES
+    group = tl.program_id(0) // TILES
+    b = (group // H).to(tl.int64)
+    h = (group % H).to(tl.int64)
+    head = group.to(tl.int64) * N
     Q += b * stride_qb + h * stride_qh
     K += b * stride_kb + h * stride_kh
     V += b * stride_vb + h * stride_vh

@@ -156,11 +156,12 @@ def _run_forward(
             moving_q = tq if table is None or not table.still else None
             tensors = (q, k, v, *(q if t is None else t for t in (moving_q, tk, tv)), o, to)
             tiles, spans = (lse, lse) if table is None else (table.tiles, table.spans)
-            grid = (triton.cdiv(n, blocks.rows) if table is None else len(tiles), b * h)
-            attention_kernel[grid](
+            count = triton.cdiv(n, blocks.rows) if table is None else len(tiles)
+            # one dimension: the second holds 65,535 blocks, which temporal attention exceeds
+            attention_kernel[(count * b * h,)](
                 *tensors[:6], masks, o, to, lse, mu, tiles, spans,
                 *(s for t in tensors for s in _strides(t)), *mask_strides,
-                scale, h, n, m, d, v.shape[3],
+                scale, h, n, m, d, v.shape[3], count,
                 HAS_TQ=moving_q is not None, HAS_TK=tk is not None, HAS_TV=tv is not None,
                 TANGENT=tangent, GIVEN=given, CAUSAL=causal, MASK=kind, RANGES=table is not None,
                 BLOCK_M=blocks.rows, BLOCK_N=blocks.columns,
@@ -236,12 +237,12 @@ def backward(
             outs = [dk, dv, dtk, dtv] if transposed else [dq, dtq]
             outs = [dq if t is None else t for t in outs]
             tiles, spans = (lse, lse) if table is None else (table.tiles, table.spans)
-            grid = (triton.cdiv(length, size) if table is None else len(tiles), b * h)
+            count = triton.cdiv(length, size) if table is None else len(tiles)
             kernel = backward_key_kernel if transposed else backward_query_kernel
-            kernel[grid](
+            kernel[(count * b * h,)](
                 *inputs, masks, *outs, lse, sub, beta, stat, tiles, spans,
                 *(s for t in (*inputs, *outs) for s in _strides(t)), *mask_strides,
-                scale, h, n, m, d, width,
+                scale, h, n, m, d, width, count,
                 HAS_TQ=a is not None, HAS_TK=c is not None, HAS_TV=e is not None, RANGES=table is not None,
                 BLOCK_M=blocks.rows, BLOCK_N=blocks.columns,
                 num_warps=blocks.warps, num_stages=blocks.stages, **common,

@@ -5,7 +5,16 @@ import json
 import sys
 
 import torch
-from fewstep.kernels import attention_jvp, attention_tangent, block_causal, reference, teacher_forcing
+from fewstep.kernels import (
+    KeyRange,
+    Ranges,
+    Segment,
+    attention_jvp,
+    attention_tangent,
+    block_causal,
+    reference,
+    teacher_forcing,
+)
 
 SUBSETS = [s for s in itertools.product((False, True), repeat=3) if any(s)]
 
@@ -103,6 +112,8 @@ def interpreter_cases():
         half = i % 2 == 1
         dtype, limit = (torch.float16, 2e-3) if half else (torch.float32, 3e-6)
         add(f"D={d} {n}x{m} {dtype}", limit, tensors(n, m, d, heads=1, batch=1 + i % 2, dtype=dtype, seed=i))
+        other, limit = (torch.float32, 3e-6) if half else (torch.float16, 2e-3)
+        add(f"D={d} 17x33 {other}", limit, tensors(17, 33, d, heads=1, batch=1, dtype=other), grads=False)
     one = tensors(17, 1, 8, 12, batch=1, heads=2, dtype=torch.float32)
     add("one key", 3e-6, one, (False, False, True), grads=False)
     for n, m in ((200, 49), (49, 200), (256, 77)):
@@ -123,6 +134,18 @@ def interpreter_cases():
         x = tensors(ranges.queries, ranges.keys, 16, 20, batch=1, heads=2, dtype=torch.float32)
         for present in ((True, True, True), (False, True, True), (True, False, False), (False, False, True)):
             add(f"{name} {present}", 3e-6, x, present, ranges=ranges, still=(rows, keys))
+        x = tensors(ranges.queries, ranges.keys, 16, 20, batch=1, heads=1, dtype=torch.float16)
+        add(f"{name} float16", 2e-3, x, ranges=ranges, still=(rows, keys))
+    hollow = Ranges(9, 12, (Segment(0, 4, ()), Segment(4, 9, (KeyRange(2, 7), KeyRange(9, 12)))))
+    add("rows without keys", 3e-6, tensors(9, 12, 8, batch=1, heads=2, dtype=torch.float32), ranges=hollow)
+    bias = torch.zeros(33, 40)
+    bias[:, 20:] = bias[5] = -1e9
+    x = tensors(33, 40, 16, 20, heads=2, batch=1, dtype=torch.float32)
+    # such a row is the softmax of its scores; of its lse only the value is given up
+    cases["row of -1e9"] = (
+        2e-4,
+        lambda: {n: e for n, e in errors(x, (True,) * 3, mask=bias, impl="triton").items() if n != "lse"},
+    )
     common = tensors(64, 96, 32, batch=1, heads=1, dtype=torch.float16)
     common[1] += 10.0
     add("float16, keys with common mode 10", 2e-3, common, grads=False)

@@ -45,7 +45,7 @@ def good():
         ({"mask": torch.zeros(6, 8, dtype=torch.bool)}, r"mask: shape must broadcast to .* \(2, 3, 6, 9\)"),
         ({"mask": torch.zeros(1, 2, 3, 6, 9)}, r"mask: shape must broadcast"),
         ({"mask": torch.zeros(6, 9, dtype=torch.int32)}, r"mask: dtype must be bool .* got torch.int32"),
-        ({"mask": torch.zeros(6, 9, requires_grad=True)}, r"mask: a mask is a constant"),
+        ({"mask": torch.zeros(6, 9, requires_grad=True)}, r"mask: a constant with impl='auto'; detach it"),
         ({"mask": torch.ones(6, 9, dtype=torch.bool, device="meta")}, r"mask: device"),
         ({"mask": [1]}, r"mask: expected a tensor"),
         (
@@ -128,6 +128,24 @@ def test_a_mask_or_explicit_input_with_a_tangent_is_refused():
             attention(q, k, v, mask=mask)
         with pytest.raises(ValueError, match="q: already carries a tangent"):
             attention_jvp(forward_ad.make_dual(q, tq), k, v, tq)
+
+
+def test_the_reference_differentiates_a_mask():
+    q, k, v, tq, _, _ = tensors(6, 9, 4, 5)
+    bias, dbias = torch.randn(2, 6, 9, dtype=torch.float64)
+    _, to = torch.func.jvp(lambda b: attention(q, k, v, mask=b, impl="reference"), (bias,), (dbias,))
+
+    def exact(b):
+        return torch.softmax(0.5 * q @ k.mT + b, -1) @ v
+
+    assert relative(to, torch.func.jvp(exact, (bias,), (dbias,))[1]) < 1e-13
+    bias.requires_grad_(True)
+    (got,) = torch.autograd.grad(attention(q, k, v, mask=bias, impl="reference").square().sum(), bias)
+    assert relative(got, torch.autograd.grad(exact(bias).square().sum(), bias)[0]) < 1e-13
+    with forward_ad.dual_level():
+        mask = forward_ad.make_dual(bias.detach(), dbias)
+        with pytest.raises(ValueError, match="mask: already carries a tangent"):
+            attention_jvp(q, k, v, tq, mask=mask, impl="reference")
 
 
 def test_triton_and_xformers_say_why_they_cannot_run_on_a_cpu():

@@ -2,8 +2,18 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 from attention_cases import SUBSETS, errors, layouts, masks, relative, tensors
-from fewstep.kernels import Ranges, attention, attention_jvp, chunked, reference, teacher_forcing
+from fewstep.kernels import (
+    Ranges,
+    attention,
+    attention_jvp,
+    attention_tangent,
+    chunked,
+    reference,
+    teacher_forcing,
+)
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 
 def worst(result):
@@ -48,6 +58,31 @@ def test_half_precision_only_rounds_the_result(dtype, limit, common):
     assert o.dtype == to.dtype == dtype
     assert relative(o, exact[0]) < limit
     assert relative(to, exact[1]) < limit
+
+
+@pytest.mark.parametrize("least", [-1e4, -1e9, torch.finfo(torch.float32).min])
+def test_rows_masked_throughout_by_a_finite_value_keep_their_weights(least):
+    """Their lse has no digits left for the scores, so nothing may be recomputed from it."""
+    q, k, v, *tangents = tensors(6, 40, 8, dtype=torch.float32)
+    mask = torch.zeros(6, 40)
+    mask[:, 30:] = mask[2] = least
+    for impl in ("reference", "chunked"):
+        o, to, lse = attention_jvp(q, k, v, *tangents, mask=mask, impl=impl, return_lse=True)
+        with sdpa_kernel(SDPBackend.MATH):
+            exact = torch.func.jvp(
+                lambda *x: F.scaled_dot_product_attention(*x, mask), (q, k, v), tuple(tangents)
+            )
+        assert relative(o, exact[0]) < 1e-6
+        assert relative(to, exact[1]) < 1e-6
+        if impl == "chunked":
+            assert relative(attention_tangent(q, k, v, o, lse, *tangents, mask=mask)[0], to) < 1e-6
+
+
+def test_statistics_of_half_precision_are_float32():
+    x = tensors(6, 9, 4, 5, dtype=torch.float16)
+    for impl in ("reference", "chunked"):
+        out = attention_jvp(*x, impl=impl, return_lse=True, return_mu=True)
+        assert [t.dtype for t in out] == [torch.float16] * 2 + [torch.float32] * 2
 
 
 def test_a_row_without_keys_in_ranges_is_zero():

@@ -196,6 +196,27 @@ def test_second_order_raises_instead_of_giving_zeros():
         torch.autograd.grad(grad.square().sum(), q)
 
 
+def test_functionalize_hides_tangents_and_is_refused_rather_than_zero():
+    primals, tangents = halves()
+    with pytest.raises(NotImplementedError, match="forward-mode AD of the operator"):
+        torch.func.jvp(torch.func.functionalize(mine), primals, tangents)
+    _, to = torch.func.jvp(torch.func.functionalize(exact), primals, tangents)
+    assert relative(to, torch.func.jvp(exact, primals, tangents)[1]) < 1e-13
+
+
+def test_a_scale_computed_from_a_dynamic_shape_compiles():
+    def work(primals, tangents):
+        return torch.func.jvp(
+            lambda *x: attention(*x, scale=primals[0].shape[-1] ** -0.5, impl="chunked"), primals, tangents
+        )
+
+    compiled = torch.compile(work, backend="aot_eager", fullgraph=True, dynamic=True)
+    for n, m, d in ((6, 9, 4), (7, 11, 5)):
+        x = tensors(n, m, d)
+        got = compiled(tuple(x[:3]), tuple(x[3:]))[1]
+        assert relative(got, reference.attention_jvp(*x, scale=d**-0.5)[1]) < 1e-13
+
+
 def test_the_bare_operator_refuses_tangents():
     (q, k, v), (tq, _, _) = halves()
 
