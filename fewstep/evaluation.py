@@ -122,6 +122,7 @@ def run(request: Request) -> list[Evaluation]:
             export(preset, request)
             return []
         files = require_files(preset, request.extractor_path)
+        check_source(preset, request)
         extractor = build_extractor(preset.extractor, files.get("weights", request.extractor_path))
         reference = preset_reference(preset, extractor)
         if request.images is not None:
@@ -135,6 +136,14 @@ def run(request: Request) -> list[Evaluation]:
             page = write_report(found, request.report, title)
             console.print(f"report {page}", soft_wrap=True, highlight=False)
         return [entry.evaluation for entry in found]
+
+
+def check_source(preset: Preset, request: Request) -> None:
+    """Refuse what cannot be measured before a reference is computed for it, which may take minutes."""
+    if request.images is not None:
+        ImageFolder(request.images, preset.channels, preset.number, request.allow_skips)
+    elif request.path is not None and not (request.path / "model_index.json").is_file():
+        check_size(preset, open_product(request.path).shape, str(request.path))
 
 
 def entry_of_folder(
