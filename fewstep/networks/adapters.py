@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from fewstep.kernels import attention_contexts, attention_in_force
 from fewstep.prediction import Prediction
 from fewstep.process import Process
 
@@ -294,7 +295,9 @@ def checkpoint_function(net: nn.Module) -> Callable[..., Any]:
             with active(layers, name):
                 return block(*inner)
 
-        return checkpoint(again, *args, use_reentrant=False)
+        # The recompute runs outside every mode: without its contexts it would save what other attention saves.
+        options: dict[str, Any] = {"context_fn": attention_contexts} if attention_in_force() else {}
+        return checkpoint(again, *args, use_reentrant=False, **options)
 
     return run
 

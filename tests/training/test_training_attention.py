@@ -56,3 +56,25 @@ def test_a_choice_without_code_for_the_device_is_refused_before_anything_is_buil
         Trainer(meanflow("triton"), cpu=True)
     with pytest.raises(RecipeError, match=r"'flash' is not one of auto, .*, xformers"):
         meanflow("flash")
+
+
+def test_checkpointing_recomputes_with_the_attention_of_the_forward() -> None:
+    unet = ["student={name: unet2d, channels: [8, 16], layers: 1, attention: true}", "train.batch=6"]
+    plain, saved = (
+        Trainer(
+            load("digits-teacher", [*unet, *SHORT[:-1], "train.attention=chunked", f"train.checkpointing={on}"]),
+            cpu=True,
+        )
+        for on in ("false", "true")
+    )
+    plain.fit(), saved.fit()
+    for a, b in zip(plain.roles.student.parameters(), saved.roles.student.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_an_implementation_without_tangents_is_refused_for_a_method_that_needs_them(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("fewstep.train.trainer.check_device", lambda impl, device: None)
+    with pytest.raises(UserError, match=r"^train\.attention: 'xformers' has no tangent.*use auto"):
+        Trainer(meanflow("xformers"), cpu=True)
