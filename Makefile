@@ -17,7 +17,7 @@ types: $(VENV)/.tested links
 	$(BIN)/mypy
 
 conformance: $(VENV)/.tested  ## full-budget training of every method on the toy
-	$(BIN)/python -m fewstep.conformance
+	$(BIN)/python -m fewstep.conformance --out assets/conformance.jsonl
 
 bench: $(VENV)/.tested  ## trainer overhead: ratios taken in one run
 	$(BIN)/python -m fewstep.bench

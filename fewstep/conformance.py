@@ -1,7 +1,7 @@
 """Full-budget training of the toy recipes: `python -m fewstep.conformance [NAMES] [--steps N] [--seed S] [--out FILE]`.
 
 Prints the energy distance x1000 to the ring at each recipe's own sampler, beside that of the student at the start
-of the method and that of two exact sets, and appends one JSON object per recipe to FILE.
+of the method and that of two exact sets, and puts one JSON object per recipe into FILE.
 """
 
 from __future__ import annotations
@@ -40,10 +40,14 @@ class Outcome:
     floor: float
     seconds: float
     commit: str
+    guided: bool = False
+    """The recipe aims at a guided distribution, which is not the ring's: its energy is no verdict."""
 
     @property
     def verdict(self) -> str:
         """Whether training helped; a method that ends worse than it began is a failure."""
+        if self.guided:
+            return "guided: aims elsewhere"
         return "better than its start" if self.energy < self.initial else "WORSE THAN ITS START"
 
 
@@ -87,7 +91,19 @@ def train(name: str, steps: int, seed: int) -> Outcome:
     seconds = time.perf_counter() - started
     calls = recipe.sampler().network_calls()
     method = recipe.method.name  # type: ignore[attr-defined]
-    return Outcome(name, method, calls, steps, seed, energy, initial, floor, round(seconds, 1), _commit())
+    guided = getattr(recipe.method, "guidance", 1.0) != 1.0
+    return Outcome(
+        name, method, calls, steps, seed, energy, initial, floor, round(seconds, 1), _commit(), guided
+    )
+
+
+def record(path: Path, outcome: Outcome) -> None:
+    """Put an outcome into a file of JSON lines, in place of that recipe's earlier one."""
+    lines = path.read_text().splitlines() if path.exists() else []
+    kept = [line for line in lines if json.loads(line)["recipe"] != outcome.recipe]
+    aside = path.with_name(f".{path.name}.tmp")
+    aside.write_text("\n".join([*kept, json.dumps(asdict(outcome))]) + "\n")
+    aside.replace(path)
 
 
 def _commit() -> str:
@@ -116,8 +132,7 @@ def main(argv: list[str] | None = None) -> None:
     print(f"{'recipe':28}{'calls':>6}{'energy':>10}{'start':>10}{'floor':>8}{'seconds':>9}")
     for name in names:
         o = train(name, given.steps, given.seed)
-        with given.out.open("a") as f:
-            f.write(json.dumps(asdict(o)) + "\n")
+        record(given.out, o)
         print(
             f"{o.recipe:28}{o.calls:>6}{o.energy:>10.3f}{o.initial:>10.3f}{o.floor:>8.3f}{o.seconds:>9.0f}  {o.verdict}",
             flush=True,
