@@ -18,12 +18,15 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 
 from fewstep import ranking
 from fewstep.budget import Budget
 from fewstep.compare_run import NEVER, Task, read_json, refuse_changes, say, work, write_json
 from fewstep.config import UserError, plain
 from fewstep.eval.latency import Latency
+from fewstep.measure import check_metric
+from fewstep.product import product_of
 from fewstep.ranking import Ranked, Scored
 from fewstep.recipe import Evaluate, Recipe, load, shipped
 
@@ -49,6 +52,12 @@ def compare(
         raise UserError(f"--steps: must be at least 1, not {min(steps)}")
     loaded = {name: load(name, [*settings, *NEVER]) for name in dict.fromkeys(recipes)}
     evaluation = common(loaded, samples)
+    for name, recipe in loaded.items():
+        data: Any = recipe.data.open()  # type: ignore[attr-defined]
+        try:
+            check_metric(product_of(recipe, nn.Identity(), data, name), evaluation)
+        except UserError as error:
+            raise UserError(f"{name}: {error}") from None
     names = folders(loaded)
     claim(out, resume, {"budget": str(amount), "settings": list(settings), "evaluation": asdict(evaluation)})
     tasks = [

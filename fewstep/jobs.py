@@ -25,7 +25,7 @@ from rich.table import Table
 from fewstep.config import UserError
 from fewstep.export.diffusers import Exported, export, export_teacher
 from fewstep.lint import check_product
-from fewstep.measure import Measured, measure, teacher_product
+from fewstep.measure import Measured, check_metric, measure, teacher_product
 from fewstep.pictures import save_grid, save_side_by_side
 from fewstep.product import Product, open_product, parse_classes, product_of
 from fewstep.recipe import Evaluate, Recipe, differences, dump, load, load_run, shipped
@@ -76,6 +76,7 @@ def run_recipe(name: str, settings: Sequence[str], out: Path | None, resume: boo
     trainer = Trainer(
         recipe, None
     )  # builds every role: what is missing is said before the directory is claimed
+    _check_evaluation(trainer)
     main = trainer.accelerator.is_main_process
     if main:
         prepare(recipe, run, resume, force)
@@ -104,6 +105,19 @@ def run_recipe(name: str, settings: Sequence[str], out: Path | None, resume: boo
         finish(trainer, run)
     trainer.accelerator.end_training()  # closes trackers and the process group, whose threads abort an open exit
     return run
+
+
+def _check_evaluation(trainer: Trainer) -> None:
+    """Refuse before training what could not be measured after it."""
+    recipe = trainer.recipe
+    if recipe.evaluate is None:
+        return
+    try:
+        check_metric(product_of(recipe, trainer.product, trainer.data, "student"), recipe.evaluate)
+    except UserError as error:
+        raise UserError(
+            f"evaluate: {error}; give another metric, or evaluate=null to measure nothing"
+        ) from None
 
 
 def _train(trainer: Trainer, run: Path, main: bool) -> None:
@@ -226,7 +240,9 @@ def _panel(x: Any) -> Any:
 
 def table(rows: Sequence[Measured]) -> None:
     """Print measured rows."""
-    out = Table(title=f"{rows[0].metric} (± one standard error; lower is better), network calls, seconds per 1000")
+    out = Table(
+        title=f"{rows[0].metric} (± one standard error; lower is better), network calls, seconds per 1000"
+    )
     columns = ["", "distance", "samples", "calls", "s / 1000"]
     extra = rows[0].accuracy is not None
     for name in columns + (["accuracy", "diversity"] if extra else []):
@@ -285,7 +301,9 @@ def export_run(run: Path, out: Path | None, force: bool, lora: bool = False) -> 
         from fewstep.export.lora import export_lora
 
         done = export_lora(product, folder)
-        console.print(f"adapter in {done.folder}; load it with\n    {done.usage}", highlight=False, soft_wrap=True)
+        console.print(
+            f"adapter in {done.folder}; load it with\n    {done.usage}", highlight=False, soft_wrap=True
+        )
         return done
     rows: list[tuple[str, str]] = []
     results = run / "report" / "results.json"

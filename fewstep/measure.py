@@ -48,20 +48,37 @@ class Measured:
         return {f.name: getattr(self, f.name) for f in fields(self) if f.name != "frechet"}
 
 
-def judge(metric: str, shape: tuple[int, ...]) -> tuple[Any, Reference]:
-    """The house classifier of a metric and what it compares with; UserError when the samples have another size."""
+def judge(metric: str, shape: tuple[int, ...], classes: int) -> tuple[Any, Reference]:
+    """The house classifier of a metric and what it compares with; UserError when it is not for such samples."""
     made = {
         "fd-house-digits": (house_digits, digits_reference),
         "fd-house-fashion-mnist": (house_fashion, fashion_reference),
     }
     extractor = made[metric][0]()
     size = extractor.input_size
-    if tuple(shape[-2:]) != (size, size):
+    if tuple(shape[-2:]) != (size, size) or len(shape) != 3 or shape[0] not in (1, 3):
         raise UserError(f"metric {metric} is for {size} x {size} images; these samples are {list(shape)}")
+    if classes not in (0, extractor.classes):
+        raise UserError(
+            f"metric {metric} knows {extractor.classes} classes; these samples are of {classes} other ones"
+        )
     try:
         return extractor, made[metric][1](extractor)
     except (FileNotFoundError, ValueError) as error:
         raise UserError(f"metric {metric}: {error}") from None
+
+
+def check_metric(product: Product, spec: Evaluate) -> tuple[Any, Reference] | None:
+    """What `measure` compares with, None for the energy distance, before a sample is drawn.
+
+    Raises UserError when the metric is not for this product's samples or a file that it needs is missing.
+    """
+    shape = product.picture_shape()
+    if spec.metric != "energy":
+        return judge(spec.metric, shape, product.classes)
+    if len(shape) != 1:
+        raise UserError(f"metric energy is for vectors; these samples are {list(shape)}")
+    return None
 
 
 def teacher_product(product: Product, teacher: Any, steps: int) -> Product:
@@ -72,6 +89,7 @@ def teacher_product(product: Product, teacher: Any, steps: int) -> Product:
 
 def measure(product: Product, spec: Evaluate, *, batch: int = 256) -> tuple[Measured, Tensor]:
     """Draw spec.samples samples of spec.seed on and measure them; returns the row and the samples."""
+    judged = check_metric(product, spec)
     started = time.perf_counter()
     x = product.draw(spec.samples, spec.seed, batch=batch)
     seconds = (time.perf_counter() - started) * 1000 / spec.samples
@@ -81,12 +99,12 @@ def measure(product: Product, spec: Evaluate, *, batch: int = 256) -> tuple[Meas
         raise UserError(
             f"{product.title}: {bad} of {spec.samples} samples are not finite; nothing was measured"
         )
-    if spec.metric == "energy":
+    if judged is None:
         assert product.recipe is not None
         real, _ = product.recipe.data.open().all()  # type: ignore[attr-defined]
         value = energy_distance(x.double(), real[: max(spec.samples, 4000)].double())
         return Measured(product.title, "energy x1000", 1000 * value, None, spec.samples, calls, seconds), x
-    extractor, reference = judge(spec.metric, product.shape)
+    extractor, reference = judged
     features = torch.cat([extractor(p) for p in to_pixels(x).split(512)])
     result = frechet_distance(features, reference.statistics)
     accuracy = diversity = None

@@ -57,6 +57,14 @@ class Product:
             out.append(decode(self.images(index[i : i + batch], part, seed)).cpu())
         return torch.cat(out)
 
+    def picture_shape(self) -> tuple[int, ...]:
+        """Shape of what `draw` gives: of one sample, decoded where there is a VAE."""
+        if self.vae is None:
+            return self.shape
+        latents, *size = self.shape
+        small = self._decoder(torch.device("cpu"))(torch.zeros(1, latents, 4, 4))
+        return (small.shape[1], *(n * small.shape[-1] // 4 for n in size))
+
     def _decoder(self, device: Any) -> Callable[[Tensor], Tensor]:
         if self.vae is None:
             return lambda x: x
@@ -167,7 +175,9 @@ def _open_folder(path: Path) -> Product:
     net = load_denoiser(str(path), classes=told.get("classes"), size=size)
     wrapper: Any = net.net
     if "text" in wrapper.needs:
-        raise UserError(f"{path}: takes text; draw from it with diffusers' {wrapper.pipeline}, as its card shows")
+        raise UserError(
+            f"{path}: takes text; draw from it with diffusers' {wrapper.pipeline}, as its card shows"
+        )
     shape = (wrapper.channels(), *(size or wrapper.sample_size()))
     classes = int(wrapper.classes)
     if "steps" not in told:

@@ -6,10 +6,13 @@ import json
 import os
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
+
+from fewstep.config import UserError
 
 
 class Meter:
@@ -73,3 +76,24 @@ def read_log(path: Path) -> list[dict[str, Any]]:
         except json.JSONDecodeError:
             continue
     return records
+
+
+def check_trackers(names: Sequence[str]) -> None:
+    """UserError when the package of a tracker is not installed: accelerate would leave it out in silence."""
+    for name in names:
+        spec = find_spec(name)
+        # A folder of that name imports too, and wandb leaves one behind where it has run.
+        if spec is None or spec.origin is None:
+            raise UserError(f"train.trackers: {name} is not installed; pip install {name}, or leave it out")
+
+
+def start_trackers(accelerator: Any, names: Sequence[str], run: Path) -> None:
+    """Start trackers in a run directory; `accelerator.log` writes to them from now on. UserError when one cannot."""
+    from accelerate.tracking import filter_trackers
+
+    accelerator.project_configuration.set_directories(str(run))
+    accelerator.log_with = filter_trackers(list(names), run)
+    try:
+        accelerator.init_trackers("fewstep")
+    except Exception as error:  # wandb without an account, a proxy in the way: of the tracker's own kinds
+        raise UserError(f"train.trackers: {', '.join(names)} cannot start: {error}") from None

@@ -9,6 +9,7 @@ import re
 import shutil
 import zlib
 from collections.abc import Mapping
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -44,6 +45,17 @@ class Progress:
     """Updates of each average."""
     meter: dict[str, list[float]] = field(default_factory=dict)
     """Readings since the last log record."""
+
+
+def _flush(path: Path) -> None:
+    """Make a file or folder outlive a loss of power."""
+    # Not every system can open or flush a folder; its files are safe then, but not the order of what happens to it.
+    with suppress(OSError) if path.is_dir() else nullcontext():
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
 
 
 def _checksum(path: Path) -> int:
@@ -111,12 +123,14 @@ def save_checkpoint(
         manifest = {p.name: [p.stat().st_size, _checksum(p)] for p in sorted(aside.iterdir())}
         state = {"progress": progress.__dict__, "files": manifest}
         (aside / "state.json").write_text(json.dumps(state, indent=1))
-        for p in aside.iterdir():
-            with p.open("rb") as f:
-                os.fsync(f.fileno())
+        for p in (*aside.iterdir(), aside):
+            _flush(p)
         if final.exists():
             shutil.rmtree(final)
         aside.rename(final)
+        _flush(
+            folder
+        )  # the new name is on the disk before an older checkpoint goes, so keep = 1 always has one
     except (OSError, RuntimeError, SafetensorError) as error:
         shutil.rmtree(aside, ignore_errors=True)
         full = getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error)
@@ -162,17 +176,22 @@ def read_state(path: Path) -> tuple[Progress, dict[str, Any]]:
         state = json.loads((path / "state.json").read_text())
         progress, manifest = Progress(**state["progress"]), state["files"]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path / 'state.json'}: cannot be read: {error}") from None
+        raise UserError(f"{path / 'state.json'}: cannot be read: {error}; {_remedy(path)}") from None
     for name, (size, crc) in manifest.items():
         p = path / name
         if not p.is_file():
-            raise UserError(f"{p}: is missing from the checkpoint; delete {path.name} to use an older one")
+            raise UserError(f"{p}: is missing from the checkpoint; {_remedy(path)}")
         if p.stat().st_size != size or _checksum(p) != crc:
             raise UserError(
-                f"{p}: is damaged ({p.stat().st_size} of {size} bytes, checksum differs); delete {path.name} "
-                "to use an older one"
+                f"{p}: is damaged ({p.stat().st_size} of {size} bytes, checksum differs); {_remedy(path)}"
             )
     return progress, manifest
+
+
+def _remedy(path: Path) -> str:
+    if any(p.name < path.name for p in checkpoints(path.parent)):
+        return f"delete {path.name} to use an older one"
+    return "no older checkpoint was kept (train.keep), so the run has to start again with --force"
 
 
 def load_checkpoint(

@@ -24,7 +24,7 @@ from fewstep.recipe import Recipe, Stage
 from fewstep.roles import Roles
 from fewstep.train.build import build_roles, trained_roles
 from fewstep.train.ema import EMA
-from fewstep.train.log import Log, Meter
+from fewstep.train.log import Log, Meter, check_trackers, start_trackers
 from fewstep.train.optim import TurnOptimizer
 from fewstep.train.parallel import clip_grad_norm, full, is_sharded, shard
 from fewstep.train.state import Progress, checkpoints, load_checkpoint, read_state, save_checkpoint
@@ -58,11 +58,8 @@ class Trainer:
         self.log: Log | None = None
         self.hooks = (on_sample, on_eval, on_step)
         train = recipe.train
-        self.accelerator = Accelerator(
-            cpu=cpu,
-            mixed_precision="bf16" if train.precision == "bf16" else "no",
-            log_with=list(train.trackers) or None,
-        )
+        check_trackers(train.trackers)
+        self.accelerator = Accelerator(cpu=cpu, mixed_precision="bf16" if train.precision == "bf16" else "no")
         world = self.accelerator.num_processes
         if train.batch % (world * train.accumulate):
             raise UserError(
@@ -73,6 +70,8 @@ class Trainer:
             check_device(train.attention, self.device)
         except ValueError as error:
             raise UserError(f"train.attention: {error}") from None
+        if train.attention == "xformers" and any(s.method.needs().jvp for s in recipe.stages()):  # type: ignore[attr-defined]
+            raise UserError("train.attention: 'xformers' has no tangent, which this method needs; use auto")
         self.data: Data = recipe.data.open()  # type: ignore[attr-defined]
         self.roles: Roles = build_roles(recipe, self.data)
         # A teacher without gradients keeps no activations, so there is nothing to save.
@@ -102,8 +101,7 @@ class Trainer:
         """Log and save in this directory from now on."""
         self.run, self.log = run, Log(run / "log.jsonl")
         if self.recipe.train.trackers and self.accelerator.is_main_process:
-            self.accelerator.project_configuration.set_directories(str(run))
-            self.accelerator.init_trackers("fewstep")
+            start_trackers(self.accelerator, self.recipe.train.trackers, run)
 
     @property
     def device(self) -> torch.device:

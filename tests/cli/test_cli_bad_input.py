@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -72,7 +73,8 @@ def test_recipes_and_settings(refused: Call):
         "teacher.process: Flow(name='flow')"
     )
     assert (
-        refused("recipes", "show", "toy/dmd22") == "recipe 'toy/dmd22' is not shipped; did you mean 'toy/dmd2'?"
+        refused("recipes", "show", "toy/dmd22")
+        == "recipe 'toy/dmd22' is not shipped; did you mean 'toy/dmd2'?"
     )
     assert refused("recipes", "check", "toy/dmd2", "train.steps=x").endswith(
         "train.steps: expected int, got 'x'"
@@ -230,7 +232,10 @@ def test_what_can_be_sampled(refused: Call, trained: Path, teacher: Path, tmp_pa
             f"--classes {text!r}: expected numbers and ranges such as 0-9 or 1,4,7"
         )
     assert refused("sample", trained, "--out", "grid.jpg") == "--out grid.jpg: must end in .png"
-    assert refused("export", teacher) == f"{teacher}: is a diffusers folder already; export takes a run directory"
+    assert (
+        refused("export", teacher)
+        == f"{teacher}: is a diffusers folder already; export takes a run directory"
+    )
     assert "export" not in names(teacher)
 
 
@@ -241,7 +246,8 @@ def test_damaged_runs(refused: Call, trained: Path, tmp_path: Path):
     file.write_bytes(whole[:3000])
     for command in ("sample", "eval", "export"):
         assert refused(command, run) == (
-            f"{file}: is damaged (3000 of {len(whole)} bytes, checksum differs); delete step-00000002 to use an older one"
+            f"{file}: is damaged (3000 of {len(whole)} bytes, checksum differs); no older checkpoint was "
+            "kept (train.keep), so the run has to start again with --force"
         )
     file.write_bytes(whole)
     text = (run / "recipe.yaml").read_text()
@@ -249,6 +255,44 @@ def test_damaged_runs(refused: Call, trained: Path, tmp_path: Path):
     assert refused("sample", run).startswith(f"{file.with_name('ema_0.97.safetensors')}: ")
     (run / "recipe.yaml").write_text(text.replace("name: dmd2", "name: dmd9"))
     assert "recipe.yaml:" in refused("sample", run)
+
+
+def test_a_metric_that_does_not_fit_is_refused_before_training(refused: Call, tmp_path: Path):
+    from PIL import Image
+
+    digits, fashion = "evaluate.metric=fd-house-digits", "evaluate.metric=fd-house-fashion-mnist"
+    remedy = "; give another metric, or evaluate=null to measure nothing"
+    assert refused("run", "toy/dmd2", digits) == (
+        f"evaluate: metric fd-house-digits is for 8 x 8 images; these samples are [2]{remedy}"
+    )
+    assert refused("run", "digits-teacher", "evaluate.metric=energy") == (
+        f"evaluate: metric energy is for vectors; these samples are [1, 8, 8]{remedy}"
+    )
+    assert refused("run", "digits-teacher", fashion) == (
+        f"evaluate: metric fd-house-fashion-mnist is for 28 x 28 images; these samples are [1, 8, 8]{remedy}"
+    )
+    folder = tmp_path / "pictures"
+    for name in ("a", "b", "c"):
+        (folder / name).mkdir(parents=True)
+        Image.new("L", (8, 8)).save(folder / name / "0.png")
+    data = f"data={{name: images, path: {folder}, grey: true}}"
+    assert refused("run", "digits-teacher", data, digits) == (
+        f"evaluate: metric fd-house-digits knows 10 classes; these samples are of 3 other ones{remedy}"
+    )
+    assert refused("compare", "toy/dmd2", "toy/sid", "--budget", "updates=4", "--set", digits) == (
+        "toy/dmd2: metric fd-house-digits is for 8 x 8 images; these samples are [2]"
+    )
+
+
+def test_a_tracker_that_is_not_installed(refused: Call, teacher: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setitem(sys.modules, "tensorboard", None)
+    settings = [*student_settings(teacher), "train.trackers=[tensorboard]"]
+    assert refused("run", "digits-dmd2", *settings) == (
+        "train.trackers: tensorboard is not installed; pip install tensorboard, or leave it out"
+    )
+    assert refused("run", "digits-dmd2", "train.trackers=[aim]").endswith(
+        "train.trackers.0: 'aim' is not one of tensorboard, wandb"
+    )
 
 
 def test_run_directories(refused: Call, trained: Path, teacher: Path, tmp_path: Path):

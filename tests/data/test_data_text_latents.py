@@ -20,7 +20,9 @@ from fewstep.data.latents import Encoder, Latents, cache_latents, decoder
 from fewstep.data.pictures import Captions, Prompts, WebDataset, decode, expand
 from fewstep.data.shards import Shards
 from fewstep.data.text import PipelineEncoder, SentenceEncoder, embed
+from fewstep.product import Product
 from fewstep.random import Draws
+from fewstep.sampling import Sampler
 
 PROMPTS = ("a red square", "two green dots", "blue", "a yellow line on grey")
 
@@ -168,6 +170,8 @@ def test_latents_are_the_vaes_and_bound_to_it(tmp_path: Path):
         torch.testing.assert_close(mean, (raw - 0.25) * 0.5, rtol=0, atol=1e-6)
         torch.testing.assert_close(decoder(str(vae))(mean), model.decode(raw).sample, rtol=0, atol=1e-5)
     assert latents.shape == (5, 4, 4)
+    product = Product(torch.nn.Identity(), Sampler(), (5, 6, 4), 0, "x", None, vae=str(vae))
+    assert product.picture_shape() == decoder(str(vae))(torch.zeros(1, 5, 6, 4)).shape[1:]
     draws = Draws(7, torch.arange(3))
     chosen = Draws(7, torch.arange(3))
     picked = chosen.integers(5)

@@ -61,6 +61,23 @@ def test_shipped_recipe_validates_and_round_trips(name: str, tmp_path: Path):
     assert differences(recipe, again, all_keys=True) == []
 
 
+@pytest.mark.parametrize("name", sorted(shipped()))
+def test_a_shipped_recipe_is_measured_by_what_fits_its_data(name: str):
+    recipe = load(name)
+    fitting = {
+        "ring": "energy",
+        "digits": "fd-house-digits",
+        "fashion-mnist": "fd-house-fashion-mnist",
+    }
+    metric = None if recipe.evaluate is None else recipe.evaluate.metric
+    assert metric == fitting.get(recipe.data.name)  # type: ignore[attr-defined]
+
+
+def test_four_steps_are_trained_as_one_is():
+    found = differences(load("digits-dmd2"), load("digits-dmd2-4step"))
+    assert found == ["method.steps: [1.0] -> [1.0, 0.75, 0.5, 0.25]"]
+
+
 def test_a_dumped_recipe_spells_every_default(tmp_path: Path):
     data = yaml.safe_load(dump(load(write(tmp_path, GOOD))))
     assert set(data) == {f.name for f in dataclasses.fields(Recipe)}

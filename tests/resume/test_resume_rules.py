@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -173,6 +174,67 @@ def test_a_full_disk_leaves_the_older_checkpoint_and_nothing_else(
         assert names(run / "checkpoints") == ["step-00000020", "step-00000030"]
         assert state.read_state(run / "checkpoints" / "step-00000030")[0].done == 30
         assert train(run, *SHORT, "train.steps=30").progress.done == 40
+
+
+class Killed(BaseException):
+    """Passes every `except`, as a kill does."""
+
+
+def test_the_one_checkpoint_that_is_kept_is_whole_wherever_the_next_is_cut_off(
+    copied: Path, monkeypatch: pytest.MonkeyPatch
+):
+    from fewstep.train import state
+
+    save, rename, rmtree = state.save_tensors, os.rename, shutil.rmtree
+
+    def half_written(tensors: Any, path: Path) -> None:
+        save(tensors, path)
+        path.write_bytes(path.read_bytes()[:200])
+        raise Killed
+
+    def before_the_rename(source: Any, target: Any) -> None:
+        raise Killed
+
+    def before_the_old_one_goes(source: Any, target: Any) -> None:
+        if str(target).endswith(".old.tmp"):
+            raise Killed
+        rename(source, target)
+
+    def while_the_old_one_goes(path: Path, **options: Any) -> None:
+        if path.name.endswith(".old.tmp"):
+            (path / "student.safetensors").unlink()
+            raise Killed
+        rmtree(path, **options)
+
+    rmtree(copied / "checkpoints" / "step-00000020")
+    points = (
+        ("fewstep.train.state.save_tensors", half_written, 30),
+        ("os.rename", before_the_rename, 30),
+        ("os.rename", before_the_old_one_goes, 40),
+        ("shutil.rmtree", while_the_old_one_goes, 40),
+    )
+    for target, point, left in points:
+        run = Path(shutil.copytree(copied, copied.parent / point.__name__))
+        with monkeypatch.context() as patch:
+            patch.setattr(target, point)
+            with pytest.raises(Killed):
+                train(run, *SHORT, "train.steps=30", "train.keep=1")
+        newest = checkpoints(run / "checkpoints")[-1]
+        assert read_state(newest)[0].done == left, point.__name__
+        assert train(run, *SHORT, "train.steps=40", "train.keep=1").progress.done == 50
+        assert names(run / "checkpoints") == ["step-00000050"]
+
+
+def test_damage_to_the_only_checkpoint_says_that_there_is_no_other(copied: Path):
+    shutil.rmtree(copied / "checkpoints" / "step-00000020")
+    path = copied / "checkpoints" / "step-00000030" / "student.safetensors"
+    path.unlink()
+    with pytest.raises(UserError) as caught:
+        train(copied, *SHORT, "train.steps=30")
+    assert str(caught.value) == (
+        f"{path}: is missing from the checkpoint; no older checkpoint was kept (train.keep), so the run has to start "
+        "again with --force"
+    )
 
 
 def test_sigterm_saves_and_exits_130(tmp_path: Path):
