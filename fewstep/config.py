@@ -278,12 +278,23 @@ def _problem(error: Mapping[str, Any], root: type, source: Source) -> str:
         return f"{where}: {dotted}: expected {_EXPECTED[kind]}, got {error['input']!r}"
     message = error["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
     if kind == "value_error" and isinstance(here, dict):
-        # A check over several keys blames the part; the first key that it speaks of is nearer to the mistake.
-        word = next((w for w in re.findall(r"\w+", message) if w in here), None)
-        if word:
-            dotted, where = ".".join(map(str, (*path, word))), source.where((*path, word))
-            message = message.removeprefix(f"{word}: ")
+        # A check over several keys blames the part; the key that it names, or the first that it speaks of, is nearer.
+        lead = re.match(r"[\w.]+(?=: )", message)
+        keys = lead[0].split(".") if lead else []
+        if not _holds(here, keys):
+            keys = [w for w in re.findall(r"\w+", message) if w in here][:1]
+        if keys:
+            dotted, where = ".".join(map(str, (*path, *keys))), source.where((*path, *keys))
+            message = message.removeprefix(f"{'.'.join(keys)}: ")
     return f"{where}: {dotted}: {message}" + ("" if kind == "value_error" else f", got {error['input']!r}")
+
+
+def _holds(data: Any, keys: Sequence[str]) -> bool:
+    for key in keys:
+        if not isinstance(data, dict) or key not in data:
+            return False
+        data = data[key]
+    return bool(keys)
 
 
 def validate(root: type, source: Source) -> Any:
@@ -298,7 +309,9 @@ def validate(root: type, source: Source) -> Any:
     except (TypeError, ValueError) as error:
         raise RecipeError(f"{source.where(())}: {error}") from None
     if problems:
-        unique = sorted(dict.fromkeys(problems), key=lambda p: [int(n) for n in re.findall(r":(\d+):", p)[:1]] or [0])
+        unique = sorted(
+            dict.fromkeys(problems), key=lambda p: [int(n) for n in re.findall(r":(\d+):", p)[:1]] or [0]
+        )
         raise RecipeError("\n".join(unique))
     return built
 

@@ -253,6 +253,10 @@ def table(rows: Sequence[Measured]) -> None:
         if extra:
             cells += [f"{100 * (r.accuracy or 0):.1f} %", f"{r.diversity:.3f}"]
         out.add_row(*cells)
+    if any(r.frechet is not None and r.error is None for r in rows):
+        out.caption = (
+            "without ±: no more samples than features, far too few for a distance that says anything"
+        )
     console.print(out)
 
 

@@ -220,7 +220,8 @@ class Recipe:
                     )
         unknown = sorted(set(self.optim) - have - {"default"})
         if unknown:
-            raise ValueError(f"optim.{unknown[0]}: no such role; it has {', '.join(sorted(have))}")
+            hint = _close(unknown[0], have) or f"; it has {', '.join(sorted(have))}"
+            raise ValueError(f"optim.{unknown[0]}: no such role{hint}")
 
     def stages(self) -> tuple[Stage, ...]:
         """All stages in order; the last one is the recipe's method."""

@@ -72,7 +72,7 @@ def export_teacher(product: Product, folder: Path, results: Sequence[tuple[str, 
 @contextmanager
 def aside_of(folder: Path) -> Iterator[Path]:
     """A folder to write into that becomes `folder` when all went well and vanishes otherwise."""
-    marks = ("model_index.json", "steps.json", "classes.json")
+    marks = ("fewstep.json", "steps.json", "classes.json")  # a teacher's folder has none of them
     if folder.exists() and any(folder.iterdir()) and not any((folder / m).is_file() for m in marks):
         raise UserError(f"{folder}: exists and is not an earlier export; choose another folder")
     aside = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")

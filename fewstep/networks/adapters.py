@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -186,7 +187,9 @@ class Adapted(nn.Module):
         names = _matching(net, self.targets)
         frozen = {p: p.requires_grad for p in net.parameters()}
         spec = LoraConfig(r=self.rank, lora_alpha=self.alpha, target_modules=names, init_lora_weights=True)  # type: ignore[arg-type]
-        inject_adapter_in_model(spec, net, adapter_name=adapter)
+        with warnings.catch_warnings():  # several sets on one base are what is wanted here
+            warnings.filterwarnings("ignore", message="Already found a `peft_config`")
+            inject_adapter_in_model(spec, net, adapter_name=adapter)
         for p, flag in frozen.items():
             p.requires_grad_(flag)
         self.rebind()

@@ -236,7 +236,11 @@ def test_what_can_be_sampled(refused: Call, trained: Path, teacher: Path, tmp_pa
         refused("export", teacher)
         == f"{teacher}: is a diffusers folder already; export takes a run directory"
     )
-    assert "export" not in names(teacher)
+    assert refused("export", trained, "--out", teacher) == f"{teacher}: exists; overwrite it with --force"
+    assert refused("export", trained, "--out", teacher, "--force") == (
+        f"{teacher}: exists and is not an earlier export; choose another folder"
+    )
+    assert names(teacher) == ["model_index.json", "scheduler", "unet"]
 
 
 def test_damaged_runs(refused: Call, trained: Path, tmp_path: Path):
@@ -356,6 +360,14 @@ def test_samples_are_drawn_as_asked(trained: Path, tmp_path: Path):
     width, height = Image.open(out).size
     assert width * 3 == height * 5  # five classes a row, three rows for twelve samples
     assert names(tmp_path) == ["grid.png"]
+
+
+def test_a_distance_of_too_few_samples_is_called_so(trained: Path, capfd: pytest.CaptureFixture[str]):
+    for count, told in ((64, True), (65, False)):
+        with pytest.raises(SystemExit) as caught:
+            main(["eval", str(trained), "--samples", str(count)])
+        assert caught.value.code == 0
+        assert ("without ±: no more samples than features" in capfd.readouterr().out) == told
 
 
 def test_samples_do_not_depend_on_the_batch(trained: Path):

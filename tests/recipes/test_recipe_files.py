@@ -123,7 +123,7 @@ def test_settings_reach_every_depth_and_leave_the_rest(tmp_path: Path):
     assert differences(base, new, all_keys=True) == [
         "method.steps: [1.0] -> [1.0, 0.25]",
         "optim.student: None -> {'lr': 0.002, 'betas': [0.9, 0.999], 'eps': 1e-08, 'weight_decay': 0.0, 'warmup': 0, "
-        "'decay': 'constant'}",
+        "'decay': 'constant', 'bits': 32}",
         "train.steps: 40 -> 8",
     ]
     # A changed length may be continued, changed mathematics may not.
@@ -278,6 +278,15 @@ def test_a_bad_setting_is_blamed_on_the_argument(setting: str, message: str):
 )
 def test_a_setting_that_fits_nowhere(setting: str, message: str):
     assert toy("train.steps=5", setting) == [f"argument {setting!r}: {message}"]
+
+
+def test_a_role_that_is_not_there_is_blamed_on_its_own_key(tmp_path: Path):
+    assert toy("optim.critc.lr=1e-3") == [
+        "argument 'optim.critc.lr=1e-3': optim.critc: no such role; did you mean 'critic'?"
+    ]
+    assert problems(tmp_path, GOOD.replace("lr: 1e-3}", "lr: 1e-3}\n  zebra: {lr: 1}")) == [
+        "mine.yaml:11: optim.zebra: no such role; it has critic, student, teacher"
+    ]
 
 
 def test_a_role_that_the_method_needs_is_asked_for(tmp_path: Path):
