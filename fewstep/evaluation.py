@@ -141,6 +141,14 @@ def run(request: Request) -> list[Evaluation]:
 def check_source(preset: Preset, request: Request) -> None:
     """Refuse what cannot be measured before a reference is computed for it, which may take minutes."""
     if request.images is not None:
+        if preset.repetitions > 1:
+            raise UserError(
+                f"--images: preset {preset.name} wants {preset.repetitions} sets of {preset.number} images"
+            )
+        if request.steps or request.teacher or request.call:
+            raise UserError(
+                "--images: the samples are there already, --steps, --teacher and --call change nothing"
+            )
         ImageFolder(request.images, preset.channels, preset.number, request.allow_skips)
     elif request.path is not None and not (request.path / "model_index.json").is_file():
         check_size(preset, open_product(request.path).shape, str(request.path))
@@ -151,14 +159,6 @@ def entry_of_folder(
 ) -> Entry:
     """Evaluate ready images, taken in the order of their names."""
     assert request.images is not None
-    if preset.repetitions > 1:
-        raise UserError(
-            f"--images: preset {preset.name} wants {preset.repetitions} sets of {preset.number} images"
-        )
-    if request.steps or request.teacher or request.call:
-        raise UserError(
-            "--images: the samples are there already, --steps, --teacher and --call change nothing"
-        )
     folder = ImageFolder(request.images, preset.channels, preset.number, request.allow_skips)
     shown: list[Tensor] = []
 

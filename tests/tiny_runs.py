@@ -55,8 +55,8 @@ def train(run: Path, *settings: str) -> Any:
     return trainer
 
 
-def in_child(job: Callable[[], Any], kill_after: float | None = None) -> int:
-    """Run a job in a forked process; SIGKILL it after some seconds. Returns its wait status."""
+def in_child(job: Callable[[], Any], kill_when: Callable[[], bool] | None = None, after: float = 0.0) -> int:
+    """Run a job in a forked process; SIGKILL it some seconds after a condition holds. Returns its wait status."""
     pid = os.fork()
     if pid == 0:
         try:
@@ -67,8 +67,13 @@ def in_child(job: Callable[[], Any], kill_after: float | None = None) -> int:
 
             traceback.print_exc()
             os._exit(1)
-    if kill_after is not None:
-        time.sleep(kill_after)
+    if kill_when is not None:
+        while not kill_when():
+            ended, status = os.waitpid(pid, os.WNOHANG)
+            if ended:
+                return status
+            time.sleep(0.002)
+        time.sleep(after)
         os.kill(pid, signal.SIGKILL)
     return os.waitpid(pid, 0)[1]
 
@@ -85,16 +90,21 @@ def drive_random_kills(folder: Path, seed: int, kills: int = 4) -> None:
     """reference/ without a break; killed/ with kill -9 at random moments, then left alone. Prints where they came."""
     import fewstep.train.trainer  # noqa: F401  imported once, before the forks
 
-    started = time.perf_counter()
     assert in_child(lambda: train(folder / "reference")) == 0
-    whole = time.perf_counter() - started
     draw, log, left = random.Random(seed), folder / "killed" / "log.jsonl", []
-    for _ in range(kills):
-        status = in_child(lambda: train(folder / "killed"), kill_after=draw.uniform(0.3, 0.8) * whole)
+
+    def lines() -> int:
+        return len(log.read_text().splitlines()) if log.exists() else 0
+
+    # By progress and not by the clock: on a busy host every kill would come before the first step.
+    for goal in sorted(draw.sample(range(1, 38), kills)):
+        status = in_child(
+            lambda: train(folder / "killed"), lambda goal=goal: lines() >= goal, draw.uniform(0, 0.05)
+        )
         assert killed(status) or status == 0
         if status == 0:
             break
-        left.append(len(log.read_text().splitlines()) if log.exists() else 0)
+        left.append(lines())
     assert in_child(lambda: train(folder / "killed")) == 0
     print(json.dumps({"log lines at each kill": left}))
 

@@ -47,6 +47,7 @@ def student_settings(teacher: Path) -> list[str]:
         "train.steps=2",
         "train.batch=6",
         "train.ema=[0.98]",
+        "train.ema_warmup=10",
         "train.sample_every=0",
         "evaluate=null",
     ]

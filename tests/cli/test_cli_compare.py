@@ -136,7 +136,7 @@ def test_a_bank_of_pairs_is_made_once_and_charged_to_all(tmp_path: Path):
     for a, b in ((first, second), (second, alone)):
         torch.testing.assert_close(a.roles.state.x0, b.roles.state.x0, rtol=0, atol=0)
     assert torch.equal(
-        second.product.state_dict()["net.out.weight"], alone.product.state_dict()["net.out.weight"]
+        second.product.state_dict()["net.last.weight"], alone.product.state_dict()["net.last.weight"]
     )
     pairs = Pairs(50, second.data)
     keys = {bank_key(second.roles.teacher, pairs, many_step(n), g) for n in (3, 4) for g in (1.0, 2.0)}
@@ -255,7 +255,8 @@ def test_runs_in_processes_of_their_own(tmp_path: Path):
     assert done.returncode == 0, done.stderr[-2000:]
     (row,) = results(tmp_path / "out")["rows"]
     assert (row["rank"], row["steps"], row["samples"]) == (1, 1, 64)
-    assert 9000 <= row["network_calls"] < 9000 + 6 * 40
+    # A step is 24 calls, and each of the two stages rounds to a whole one.
+    assert abs(row["network_calls"] - 9000) <= 2 * 24
     assert 100 < row["peak_memory_mib"] < 5000
     assert "| 1 | `toy/kd` |" in done.stdout
 
