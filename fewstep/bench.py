@@ -103,10 +103,13 @@ def by_hand(recipe: Recipe) -> Callable[[], None]:
         (match + m.gan_weight * F.softplus(-logit).mean()).backward()
         _clipped_step(adam_s, recipe.train.clip)
         _require([critic, head], [student, teacher])
-        for _ in range(m.critic_steps):
-            real, c = batch()
-            with torch.no_grad():
-                x = denoise(student, high * torch.randn_like(real), torch.full((b,), high), c)
+        for repeat in range(m.critic_steps):
+            real, labels_now = batch()
+            if repeat or not m.share_rollout:
+                c = labels_now
+                with torch.no_grad():
+                    x = denoise(student, high * torch.randn_like(real), torch.full((b,), high), c)
+            x = x.detach()
             t = lognormal(m.critic_times)
             d = denoise(critic, x + t[:, None, None, None] * torch.randn_like(x), t, c)
             dsm = (((d - x) ** 2).mean((1, 2, 3)) * (t**2 + data**2) / (t * data) ** 2).mean()
