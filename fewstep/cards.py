@@ -93,7 +93,7 @@ def conformance(names: frozenset[str]) -> list[tuple[str, Ours]]:
         own = r["recipe"].split("/")[-1].replace("-", "_")
         steps = f"{r['calls']} step{'s' * (r['calls'] > 1)}"
         result = Ours(
-            setting=r["recipe"],
+            setting=r["recipe"] + " (guided, so not at the ring)" * r["guided"],
             metric="energy distance x1000",
             value=round(r["energy"], 2),
             updates=r["updates"],
