@@ -8,7 +8,7 @@ demo: $(VENV)/.installed  ## the main job: distil the digits teacher to one step
 	$(BIN)/fewstep run digits-dmd2 --resume
 
 test: $(VENV)/.tested  ## the whole suite
-	$(BIN)/pytest -q -n 2 --dist loadscope
+	$(BIN)/pytest -q -n 2 --dist loadscope --no-loadscope-reorder
 
 lint: $(VENV)/.tested
 	$(BIN)/ruff check .

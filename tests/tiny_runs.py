@@ -86,7 +86,7 @@ def die() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def drive_random_kills(folder: Path, seed: int, kills: int = 4) -> None:
+def drive_random_kills(folder: Path, seed: int, kills: int = 3) -> None:
     """reference/ without a break; killed/ with kill -9 at random moments, then left alone. Prints where they came."""
     import fewstep.train.trainer  # noqa: F401  imported once, before the forks
 
