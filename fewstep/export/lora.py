@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,8 @@ def export_lora(product: Product, folder: Path) -> Exported:
                 f"export: diffusers fuses {NAME} to weights that differ by {parity:.1e} > {PARITY:.0e}"
             )
         (aside / "README.md").write_text(_card(product, net, parity))
+        how = {"kind": product.sampler.kind, "steps": list(product.sampler.steps)}
+        (aside / "fewstep.json").write_text(json.dumps(how))
     return Exported(folder, f'pipe.load_lora_weights("{folder}")', parity)
 
 

@@ -97,6 +97,7 @@ def test_two_adapters_train_on_prompts_alone(folder: Path, tmp_path: Path, monke
     torch.testing.assert_close(product.draw(5, seed=0, batch=5), x, rtol=0, atol=1e-5 * float(x.abs().max()))
     done = export_lora(product, tmp_path / "lora")
     assert done.parity <= 1e-6
+    assert export_lora(product, tmp_path / "lora") == done  # an earlier export is replaced
     again = Trainer(load(str(folder / "mine.yaml"), [f"student.file={tmp_path / 'lora'}"]), cpu=True)
     for key, value in own_state(trainer.roles.student).items():
         assert torch.equal(own_state(again.roles.student)[key], value), key
