@@ -69,6 +69,8 @@ class Spent:
     done: int = 0
     seconds: float = 0.0
     calls: int = 0
+    cpu_seconds: float = 0.0
+    """Processor time of all threads: unlike `seconds`, what other programs do on the machine does not change it."""
 
     def of(self, budget: Budget) -> float:
         """In the budget's unit, seconds or calls."""
@@ -206,8 +208,8 @@ class Accounted(Trainer):
         self.spent = Spent()
         self._calls = Calls(self.roles.values())
         self._calls_before = 0
-        self._seconds_before = 0.0
-        self._started = time.perf_counter()
+        self._seconds_before = self._cpu_before = 0.0
+        self._started, self._cpu_started = time.perf_counter(), time.process_time()
         self.hooks = (None, None, Accounted._stepped)  # type: ignore[assignment]
         if run is not None:
             self.attach(run)
@@ -218,17 +220,19 @@ class Accounted(Trainer):
             self.progress.done,
             self._seconds_before + time.perf_counter() - self._started,
             self._calls_before + self._calls.total,
+            self._cpu_before + time.process_time() - self._cpu_started,
         )
         return self.spent
 
-    def charge(self, seconds: float, calls: int) -> None:
+    def charge(self, seconds: float, calls: int, cpu_seconds: float) -> None:
         """Add what was not spent here but must count."""
         self._seconds_before += seconds
         self._calls_before += calls
+        self._cpu_before += cpu_seconds
 
     def fit(self) -> None:
         """Train to the end or until the budget is spent."""
-        self._started = time.perf_counter()
+        self._started, self._cpu_started = time.perf_counter(), time.process_time()
         try:
             if not self.used_up():
                 super().fit()
@@ -267,8 +271,9 @@ class Accounted(Trainer):
                 raise UserError(
                     f"{self.run}: account.jsonl does not tell what step {self.progress.done} had cost"
                 )
-            self._seconds_before, self._calls_before = entries[-1].seconds, entries[-1].calls
             self.spent = entries[-1]
+            self._seconds_before, self._calls_before = self.spent.seconds, self.spent.calls
+            self._cpu_before = self.spent.cpu_seconds
         return found
 
     def _make_state(self, stage: Stage) -> None:
@@ -292,7 +297,11 @@ class Accounted(Trainer):
             before = self.settle()
             make(roles, sampler, guidance, batch)
             after = self.settle()
-            cost = (after.seconds - before.seconds, after.calls - before.calls)
+            cost = (
+                after.seconds - before.seconds,
+                after.calls - before.calls,
+                after.cpu_seconds - before.cpu_seconds,
+            )
             with atomic_path(path) as temporary:
                 tensors = {"x0": pairs.x0.cpu().contiguous()}
                 save_file(tensors, temporary, metadata={"cost": json.dumps(cost)})
@@ -310,16 +319,16 @@ def bank_key(teacher: nn.Module, pairs: Pairs, sampler: Sampler, guidance: float
     return digest.hexdigest()[:32]
 
 
-def _load_bank(path: Path, pairs: Pairs) -> tuple[float, int] | None:
+def _load_bank(path: Path, pairs: Pairs) -> tuple[float, int, float] | None:
     """Fill `pairs` from a file and tell what making it had cost; None where there is no whole file."""
     try:
         with safe_open(path, framework="pt") as archive:
-            seconds, calls = json.loads(archive.metadata()["cost"])
+            seconds, calls, cpu_seconds = json.loads(archive.metadata()["cost"])
             pairs.x0.copy_(archive.get_tensor("x0"))
     except (OSError, SafetensorError, TypeError, KeyError, ValueError):
         return None
     pairs.filled.fill_(len(pairs.x0))
-    return seconds, calls
+    return seconds, calls, cpu_seconds
 
 
 def _account(run: Path) -> list[Spent]:

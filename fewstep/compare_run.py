@@ -143,6 +143,7 @@ def train(task: Task) -> None:
             "planned_updates": total,
             "refused_updates": trainer.progress.skipped,
             "seconds": spent.seconds,
+            "cpu_seconds": spent.cpu_seconds,
             "network_calls": spent.calls,
             "peak_memory_mib": peak,
             "rows": [s.row for s in scored],

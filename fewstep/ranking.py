@@ -61,6 +61,7 @@ class Ranked:
     seconds_per_1000: float
     updates: int
     seconds: float
+    cpu_seconds: float
     network_calls: int
     peak_memory_mib: float
     rank: int = 0
@@ -101,6 +102,7 @@ def join(recipe: str, method: str, runs: Sequence[Mapping[str, Any]], scored: Se
         float(np.mean([r["seconds_per_1000"] for r in rows])),
         round(np.mean([r["updates"] for r in runs])),
         float(np.mean([r["seconds"] for r in runs])),
+        float(np.mean([r["cpu_seconds"] for r in runs])),
         round(np.mean([r["network_calls"] for r in runs])),
         float(np.max([r["peak_memory_mib"] for r in runs])),
         influence=influence,
@@ -147,14 +149,15 @@ def markdown(
     classes = any(r.accuracy is not None for r in rows)
     head = ["rank", "recipe", "method", "calls", f"{metric} ±", "spread over seeds", "from the best"]
     head += ["accuracy", "diversity"] if classes else []
-    head += ["updates", "training s", "network calls", "peak MiB", "s / 1000"]
+    head += ["updates", "training s", "CPU s", "network calls", "peak MiB", "s / 1000"]
     lines = [f"# {title}", "", _facts(about), "", _cells(head), _cells(["---"] * len(head))]
     for r in rows:
         cells = [str(r.rank), f"`{r.recipe}`", r.method, str(r.calls), with_error(r.value, r.error)]
         cells += ["" if r.spread is None else f"{r.spread:.2g} ({len(r.values)})"]
         cells += ["" if r.difference is None else with_error(r.difference, r.difference_error, "+")]
         cells += [share(r.accuracy), "" if r.diversity is None else f"{r.diversity:.2f}"] if classes else []
-        cells += [str(r.updates), f"{r.seconds:.0f}", f"{r.network_calls:.3g}", f"{r.peak_memory_mib:.0f}"]
+        cells += [str(r.updates), f"{r.seconds:.0f}", f"{r.cpu_seconds:.0f}"]
+        cells += [f"{r.network_calls:.3g}", f"{r.peak_memory_mib:.0f}"]
         lines.append(_cells([*cells, f"{r.seconds_per_1000:.2f}"]))
     for t in teachers:
         cells = ["", t["title"], "", str(t["calls"]), with_error(t["value"], t["error"]), "", ""]
@@ -232,6 +235,7 @@ def page(
             "diversity": r.diversity,
             "updates": float(r.updates),
             "training seconds": r.seconds,
+            "training CPU seconds": r.cpu_seconds,
             "training network calls": float(r.network_calls),
         }
         entries.append(entry(r.recipe, r.calls, r.as_json(), more, shown[r.recipe, r.steps]))

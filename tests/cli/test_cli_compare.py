@@ -159,7 +159,7 @@ def row(values: list[float], influences: list[np.ndarray] | None, curvature: np.
         }
         measured |= {"diversity": None, "seconds_per_1000": 1.0}
         parts.append(Scored(measured, influences[i] if influences else None, curvature))
-    run = {"updates": 3, "seconds": 2.0, "network_calls": 7, "peak_memory_mib": 1.0}
+    run = {"updates": 3, "seconds": 2.0, "cpu_seconds": 1.5, "network_calls": 7, "peak_memory_mib": 1.0}
     return join("r", "m", [run] * len(values), parts)
 
 
