@@ -7,7 +7,6 @@ from __future__ import annotations
 import json
 import math
 import platform
-import subprocess
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -16,6 +15,8 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+
+from fewstep.checkout import commit
 
 from . import metrics
 from .cache import atomic_path
@@ -254,13 +255,7 @@ def environment() -> dict[str, str]:
             found[package] = "absent"
     found["threads"] = str(torch.get_num_threads())
     found["device"] = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
-    commit = subprocess.run(
-        ["git", "-C", str(Path(__file__).resolve().parent), "rev-parse", "HEAD"],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    found["commit"] = commit.stdout.strip() or "unknown"
+    found["commit"] = commit()
     return found
 
 

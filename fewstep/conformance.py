@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import Any
 
 import torch
 
+from fewstep.checkout import commit
 from fewstep.config import UserError
 from fewstep.eval import energy_distance
 from fewstep.product import product_of
@@ -93,7 +93,7 @@ def train(name: str, steps: int, seed: int) -> Outcome:
     method = recipe.method.name  # type: ignore[attr-defined]
     guided = getattr(recipe.method, "guidance", 1.0) != 1.0
     return Outcome(
-        name, method, calls, steps, seed, energy, initial, floor, round(seconds, 1), _commit(), guided
+        name, method, calls, steps, seed, energy, initial, floor, round(seconds, 1), commit()[:7], guided
     )
 
 
@@ -104,21 +104,6 @@ def record(path: Path, outcome: Outcome) -> None:
     aside = path.with_name(f".{path.name}.tmp")
     aside.write_text("\n".join([*kept, json.dumps(asdict(outcome))]) + "\n")
     aside.replace(path)
-
-
-def _commit() -> str:
-    """The checkout's commit, or "unknown" outside one."""
-    here = Path(__file__).parent
-    try:
-        out = subprocess.run(
-            ["git", "-C", str(here), "rev-parse", "--short", "HEAD"],
-            capture_output=True,
-            text=True,
-            check=True,
-        )
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-    return out.stdout.strip()
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -33,7 +33,9 @@ def recipes_table() -> str:
         data = read(name).data
         if not data.get("results"):
             continue
-        found = [f"{r['metric']} {r['value']} (N={r['samples']}, {r['source']})" for r in data.get("results", [])]
+        found = [
+            f"{r['metric']} {r['value']} (N={r['samples']}, {r['source']})" for r in data.get("results", [])
+        ]
         lines.append(f"| `{name}` | {data['method']['name']} | {data['about']} | {'; '.join(found)} |")
     return "\n".join([*lines, "", f"`fewstep recipes ls` lists all {len(shipped())}."])
 

@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 from fewstep.config import UserError, part
+from fewstep.data.conditions import ClassConditions
 from fewstep.random import Draws
 
 
-class InMemory:
+class InMemory(ClassConditions):
     """A set of images held as one tensor, float32 (n, c, h, w) in [-1, 1], with optional labels int64 (n,)."""
 
     def __init__(self, images: Tensor, labels: Tensor | None, classes: int) -> None:
@@ -23,12 +24,6 @@ class InMemory:
         k = draws.integers(len(self.images)).to(self.images.device)
         cond = None if self.labels is None else self.labels[k].to(draws.device)
         return self.images[k].to(draws.device), cond
-
-    def conditions(self, draws: Draws) -> Any:
-        return draws.integers(self.classes) if self.classes else None
-
-    def null(self, cond: Any) -> Any:
-        return None if cond is None else torch.full_like(cond, self.classes)
 
     def all(self) -> tuple[Tensor, Tensor | None]:
         return self.images, self.labels

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fewstep.config import RecipeError, UserError, choice, part
+from fewstep.data.conditions import TextConditions
 from fewstep.data.shards import Shards, read_index, sha256_of
 from fewstep.data.text import Text, embed
 from fewstep.random import Draws
@@ -99,7 +100,7 @@ class Latents:
         return LatentData(shards, int(told["made_with"]["classes"]), text, self.sample)
 
 
-class LatentData:
+class LatentData(TextConditions):
     """Latents by number, on average the posterior's samples."""
 
     def __init__(self, shards: Shards, classes: int, text: Text | None, sample: bool) -> None:
@@ -127,16 +128,6 @@ class LatentData:
         if self.sample:
             x = x + rows["std"].to(x) * draws.normal_like(x)
         return x, self._condition(k, rows)
-
-    def conditions(self, draws: Draws) -> Any:
-        if self.text is not None:
-            return self.text.take(draws.integers(len(self.shards)))
-        return draws.integers(self.classes) if self.classes else None
-
-    def null(self, cond: Any) -> Any:
-        if self.text is not None:
-            return self.text.null(cond)
-        return None if cond is None else torch.full_like(cond, self.classes)
 
     def all(self) -> tuple[Tensor, Tensor | None]:
         rows = self.shards.take(torch.arange(len(self.shards)))

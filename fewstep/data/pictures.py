@@ -16,6 +16,7 @@ from pydantic import PositiveInt
 from torch import Tensor
 
 from fewstep.config import UserError, choice, part
+from fewstep.data.conditions import TextConditions
 from fewstep.data.text import Text, embed, read_prompts
 from fewstep.random import Draws
 
@@ -54,7 +55,7 @@ def decode(data: bytes, size: int, grey: bool, name: str) -> Tensor:
     return pixels.reshape(size, size, -1).permute(2, 0, 1).float() / 127.5 - 1
 
 
-class Pictures:
+class Pictures(TextConditions):
     """Pictures by number, with captions as text conditions, or with classes, or with neither."""
 
     def __init__(
@@ -83,16 +84,6 @@ class Pictures:
     def batch(self, draws: Draws) -> tuple[Tensor, Any]:
         k = draws.integers(len(self.items))
         return self.pictures(k).to(draws.device), self.condition(k)
-
-    def conditions(self, draws: Draws) -> Any:
-        if self.text is not None:
-            return self.text.take(draws.integers(len(self.items)))
-        return draws.integers(self.classes) if self.classes else None
-
-    def null(self, cond: Any) -> Any:
-        if self.text is not None:
-            return self.text.null(cond)
-        return None if cond is None else torch.full_like(cond, self.classes)
 
     def all(self) -> tuple[Tensor, Tensor | None]:
         k = torch.arange(len(self.items))
@@ -310,10 +301,11 @@ class Prompts:
         return PromptData(self.path, self.shape, text)
 
 
-class PromptData:
+class PromptData(TextConditions):
     """Conditions without samples."""
 
     classes = 0
+    text: Text
 
     def __init__(self, path: str, shape: tuple[int, ...], text: Text) -> None:
         self.path, self.shape, self.text = path, shape, text
@@ -324,14 +316,8 @@ class PromptData:
             "webdataset or latents, or a method without data (gan_weight: 0)"
         )
 
-    def conditions(self, draws: Draws) -> Any:
-        return self.text.take(draws.integers(len(self.text)))
-
     def condition(self, k: Tensor) -> Any:
         return self.text.take(k)
-
-    def null(self, cond: Any) -> Any:
-        return self.text.null(cond)
 
     def all(self) -> tuple[Tensor, Tensor | None]:
         return self.batch(Draws(0, torch.arange(1)))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import zlib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from fewstep.config import UserError
+from fewstep.files import crc32_of
 
 
 def sha256_of(files: Iterable[Path], root: Path) -> str:
@@ -27,14 +27,6 @@ def sha256_of(files: Iterable[Path], root: Path) -> str:
             while chunk := f.read(1 << 20):
                 digest.update(chunk)
     return digest.hexdigest()
-
-
-def _crc(path: Path) -> int:
-    value = 0
-    with path.open("rb") as f:
-        while chunk := f.read(1 << 20):
-            value = zlib.crc32(chunk, value)
-    return value
 
 
 class Shards:
@@ -96,7 +88,7 @@ class Shards:
         path, aside = self._path(n), self._path(n).with_suffix(".tmp")
         save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, aside)
         os.replace(aside, path)
-        self.done[str(n)] = [path.stat().st_size, _crc(path)]
+        self.done[str(n)] = [path.stat().st_size, crc32_of(path)]
         told = {"made_with": self.made_with, "count": self.count, "rows": self.rows, "shards": self.done}
         aside = self.folder / "index.tmp"
         aside.write_text(json.dumps(told, indent=1))
@@ -112,7 +104,7 @@ class Shards:
             )
         for n, (size, crc) in self.done.items():
             path = self._path(int(n))
-            if path.stat().st_size != size or _crc(path) != crc:
+            if path.stat().st_size != size or crc32_of(path) != crc:
                 raise UserError(
                     f"{path}: is damaged, its checksum differs; delete this file and make it again"
                 )

@@ -9,6 +9,7 @@ from pydantic import PositiveInt
 from torch import Tensor
 
 from fewstep.config import part
+from fewstep.data.conditions import ClassConditions
 from fewstep.networks.analytic import ring
 from fewstep.process import Flow
 from fewstep.random import Draws, fold
@@ -28,7 +29,7 @@ class Ring:
         return RingData(self)
 
 
-class RingData:
+class RingData(ClassConditions):
     """Samples of the ring, float32 (b, 2)."""
 
     def __init__(self, spec: Ring) -> None:
@@ -40,12 +41,6 @@ class RingData:
         self.mixture.to(draws.device)
         x, label = self.mixture.draw(draws)
         return x, label if self.classes else None
-
-    def conditions(self, draws: Draws) -> Any:
-        return draws.integers(self.classes) if self.classes else None
-
-    def null(self, cond: Any) -> Any:
-        return None if cond is None else torch.full_like(cond, self.classes)
 
     def all(self) -> tuple[Tensor, Tensor | None]:
         """20,000 samples of a fixed seed."""

@@ -6,13 +6,14 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from fewstep.networks.wrappers.base import Wrapper, numbered, wraps
+from fewstep.networks.wrappers.base import wraps
+from fewstep.networks.wrappers.unet import UNet
 
 
 @wraps("UNet2DModel")
-class UNet2D(Wrapper):
+class UNet2D(UNet):
     """Wraps a `diffusers.UNet2DModel`.
 
     Args:
@@ -21,19 +22,7 @@ class UNet2D(Wrapper):
     Taps: "mid", "down0".., "up0".. (activations (b, c, h, w)).
     """
 
-    component = "unet"
     takes = ("label",)
-
-    @property
-    def width(self) -> int:
-        return int(self.model.time_embedding.linear_2.out_features)
-
-    def embedders(self) -> list[nn.Module]:
-        return [self.model.time_embedding]
-
-    def blocks(self) -> dict[str, nn.Module]:
-        m = self.model
-        return {"mid": m.mid_block} | numbered("down", m.down_blocks) | numbered("up", m.up_blocks)
 
     def call(self, x: Tensor, time: Tensor, cond: Mapping[str, Tensor]) -> Tensor:
         if self.classes and "label" not in cond:

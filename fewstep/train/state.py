@@ -7,7 +7,6 @@ import json
 import os
 import re
 import shutil
-import zlib
 from collections.abc import Mapping
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
@@ -20,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from fewstep.config import UserError
+from fewstep.files import crc32_of
 from fewstep.networks.adapters import load_own_state, own_state
 from fewstep.train.parallel import (
     gathered_optimizer,
@@ -56,14 +56,6 @@ def _flush(path: Path) -> None:
             os.fsync(handle)
         finally:
             os.close(handle)
-
-
-def _checksum(path: Path) -> int:
-    value = 0
-    with path.open("rb") as f:
-        while chunk := f.read(1 << 20):
-            value = zlib.crc32(chunk, value)
-    return value
 
 
 def save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
@@ -120,7 +112,7 @@ def save_checkpoint(
                 save_tensors(own_state(module), aside / f"{name}.safetensors")
             for name, optimizer in optimizers.items():
                 torch.save(optimizer.state_dict(), aside / f"optim-{name}.pt")
-        manifest = {p.name: [p.stat().st_size, _checksum(p)] for p in sorted(aside.iterdir())}
+        manifest = {p.name: [p.stat().st_size, crc32_of(p)] for p in sorted(aside.iterdir())}
         state = {"progress": progress.__dict__, "files": manifest}
         (aside / "state.json").write_text(json.dumps(state, indent=1))
         for p in (*aside.iterdir(), aside):
@@ -181,7 +173,7 @@ def read_state(path: Path) -> tuple[Progress, dict[str, Any]]:
         p = path / name
         if not p.is_file():
             raise UserError(f"{p}: is missing from the checkpoint; {_remedy(path)}")
-        if p.stat().st_size != size or _checksum(p) != crc:
+        if p.stat().st_size != size or crc32_of(p) != crc:
             raise UserError(
                 f"{p}: is damaged ({p.stat().st_size} of {size} bytes, checksum differs); {_remedy(path)}"
             )

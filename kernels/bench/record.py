@@ -9,6 +9,8 @@ from pathlib import Path
 
 import torch
 
+from fewstep.checkout import commit
+
 FOLDER = Path(__file__).parent
 RESULTS = FOLDER / "results.csv"
 UNMEASURED = "unmeasured"
@@ -63,7 +65,7 @@ def environment(device: str) -> dict[str, str]:
         "threads": "" if gpu else str(torch.get_num_threads()),
         "torch": torch.__version__,
         "triton": version,
-        "commit": _command("git", "rev-parse", "--short", "HEAD") or "unknown",
+        "commit": commit()[:7],
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
     }
 

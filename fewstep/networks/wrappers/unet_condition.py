@@ -9,14 +9,14 @@ import torch
 from torch import Tensor, nn
 
 from fewstep.config import UserError
-from fewstep.networks.wrappers.base import Wrapper, noise, numbered, wraps
+from fewstep.networks.wrappers.base import noise, wraps
+from fewstep.networks.wrappers.unet import UNet
 
 
 @wraps("UNet2DConditionModel")
-class UNetCondition(Wrapper):
+class UNetCondition(UNet):
     """Wraps a UNet2DConditionModel; taps "mid", "down0".., "up0".. (activations (b, c, h, w))."""
 
-    component = "unet"
     needs = ("text",)
     takes = ("pooled", "time_ids")
 
@@ -36,17 +36,6 @@ class UNetCondition(Wrapper):
         self.pipeline = "StableDiffusionXLPipeline" if self.added else "StableDiffusionPipeline"  # type: ignore[misc]
         if self.added:
             self.needs = ("text", "pooled")  # type: ignore[misc]
-
-    @property
-    def width(self) -> int:
-        return int(self.model.time_embedding.linear_2.out_features)
-
-    def embedders(self) -> list[nn.Module]:
-        return [self.model.time_embedding]
-
-    def blocks(self) -> dict[str, nn.Module]:
-        m = self.model
-        return {"mid": m.mid_block} | numbered("down", m.down_blocks) | numbered("up", m.up_blocks)
 
     def call(self, x: Tensor, time: Tensor, cond: Mapping[str, Tensor]) -> Tensor:
         added = None
