@@ -9,13 +9,13 @@ from typing import Any
 import torch
 
 
-def make_teacher(folder: Path, classes: int = 10) -> Path:
-    """A class-conditional pixel UNet with a null class, random weights, in a stock pipeline folder."""
-    from diffusers import CMStochasticIterativeScheduler, ConsistencyModelPipeline, UNet2DModel
+def tiny_unet(classes: int, seed: int) -> Any:
+    """An 8 x 8 grey UNet2DModel with random weights; beyond its classes it has the null class."""
+    from diffusers import UNet2DModel
 
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(3)
-        unet = UNet2DModel(
+        torch.manual_seed(seed)
+        return UNet2DModel(
             sample_size=8,
             in_channels=1,
             out_channels=1,
@@ -28,6 +28,13 @@ def make_teacher(folder: Path, classes: int = 10) -> Path:
             num_class_embeds=classes + 1 if classes else None,
             resnet_time_scale_shift="scale_shift",
         )
+
+
+def make_teacher(folder: Path, classes: int = 10) -> Path:
+    """A class-conditional pixel UNet with random weights, in a stock pipeline folder."""
+    from diffusers import CMStochasticIterativeScheduler, ConsistencyModelPipeline
+
+    unet = tiny_unet(classes, 3)
     ConsistencyModelPipeline(unet=unet, scheduler=CMStochasticIterativeScheduler()).save_pretrained(folder)
     return folder
 

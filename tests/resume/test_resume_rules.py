@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from tiny_runs import TINY, contents, environment, names, records, same, tiny, train
 
 from fewstep.config import UserError
@@ -21,15 +20,9 @@ from fewstep.jobs import prepare
 from fewstep.train.state import checkpoints, read_state
 from fewstep.train.trainer import Trainer
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 SHORT = ("before.0.steps=10", "train.checkpoint_every=10", "optim.default.decay=constant")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

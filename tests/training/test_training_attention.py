@@ -62,7 +62,9 @@ def test_checkpointing_recomputes_with_the_attention_of_the_forward() -> None:
     unet = ["student={name: unet2d, channels: [8, 16], layers: 1, attention: true}", "train.batch=6"]
     plain, saved = (
         Trainer(
-            load("digits-teacher", [*unet, *SHORT[:-1], "train.attention=chunked", f"train.checkpointing={on}"]),
+            load(
+                "digits-teacher", [*unet, *SHORT[:-1], "train.attention=chunked", f"train.checkpointing={on}"]
+            ),
             cpu=True,
         )
         for on in ("false", "true")
