@@ -37,9 +37,9 @@ class Fourier(nn.Module):
 class Extras(nn.ModuleDict):
     """One embedding (b,) -> (b, width) per further input; each starts at zero, so a copied network is unchanged."""
 
-    def __init__(self, width: int, names: tuple[str, ...] = ()) -> None:
+    def __init__(self, width: int, names: tuple[str, ...] = (), count: int = 16) -> None:
         super().__init__()
-        self.width = width
+        self.width, self.count = width, count
         self.add(names)
 
     def add(self, names: tuple[str, ...]) -> None:
@@ -48,7 +48,7 @@ class Extras(nn.ModuleDict):
             if name not in ANGLE:
                 raise ValueError(f"inputs {name!r} is not one of {', '.join(ANGLE)}")
             if name not in self:
-                self[name] = Fourier(self.width)
+                self[name] = Fourier(self.width, self.count)
                 nn.init.zeros_(self[name].linear.weight)
                 nn.init.zeros_(self[name].linear.bias)
 

@@ -18,6 +18,7 @@ class MLP(nn.Module):
         width, depth: of the hidden layers.
         classes: number of classes, 0 for none; class index `classes` is the null class.
         inputs: scalar inputs beside the time, see fewstep.networks.extras.
+        frequencies: sines and cosines of 2 k angle, k = 1..frequencies, by which the time and each input enter.
     Tap: "mid", the activation of the middle layer, (b, width).
     """
 
@@ -28,16 +29,17 @@ class MLP(nn.Module):
         depth: int = 5,
         classes: int = 0,
         inputs: tuple[str, ...] = (),
+        frequencies: int = 16,
     ) -> None:
         super().__init__()
         self.first = nn.Linear(dim, width)
-        self.time = Fourier(width)
+        self.time = Fourier(width, frequencies)
         self.label = nn.Embedding(classes + 1, width) if classes else None
         self.layers = nn.ModuleList(nn.Linear(width, width) for _ in range(depth - 1))
         self.shift = nn.ModuleList(nn.Linear(width, width) for _ in range(depth - 1))
         self.last = nn.Linear(width, dim)
         self.act = nn.SiLU()
-        self.extras = Extras(width, inputs)
+        self.extras = Extras(width, inputs, frequencies)
 
     def forward(
         self,

@@ -20,9 +20,10 @@ from fewstep.networks.extras import Input
 from fewstep.networks.heads import Discriminator, LogVar
 from fewstep.networks.lora_file import read_lora
 from fewstep.networks.mlp import MLP
+from fewstep.networks.slow_time import slow_time
 from fewstep.networks.wrappers.base import Wrapper
 from fewstep.prediction import PAIRS
-from fewstep.process import EDM, Flow
+from fewstep.process import EDM, DiscreteVP, Flow
 
 
 @dataclass(frozen=True)
@@ -71,6 +72,9 @@ class Copy:
     """Role to copy: teacher, student or one that is built before."""
     inputs: tuple[Input, ...] = ()
     """Further inputs that the copy takes: s (destination time), w (guidance), mirror; without effect at first."""
+    max_frequency: float | None = None
+    """Cut time features of a diffusers network that turn faster than this, in radians per unit of its own time input
+    (1 to 1e-4): they make d/dt explode in sCM, MeanFlow and whatever else takes a tangent (sCM, sec. 4.1)."""
 
     def build(self, site: Site) -> nn.Module:
         source = site.role(self.of, "copy.of")
@@ -86,6 +90,13 @@ class Copy:
                 raise RecipeError(f"copy.inputs: the {self.of} cannot take further inputs: {error}") from None
         for p in twin.parameters():
             p.requires_grad_(True)
+        if self.max_frequency is not None:
+            try:
+                slow_time(twin, self.max_frequency)
+            except ValueError as error:
+                raise RecipeError(
+                    f"copy.max_frequency {self.max_frequency}: the {self.of}: {error}"
+                ) from None
         return twin.eval()
 
 
@@ -129,6 +140,8 @@ class MLPSpec:
     prediction: str = "velocity"
     inputs: tuple[Input, ...] = ()
     """Scalar inputs beside the time: s (destination time), w (embedded guidance), mirror (TwinFlow)."""
+    frequencies: PositiveInt = 16
+    """Fourier features 2 k angle of the time; 3 or 4 for methods that differentiate in it (sCM, sec. 4.1)."""
 
     def __post_init__(self) -> None:
         _check_prediction(self.prediction, self.process)
@@ -136,7 +149,8 @@ class MLPSpec:
     def build(self, site: Site) -> nn.Module:
         if len(site.shape) != 1:
             raise RecipeError(f"network mlp is for vectors; the data has shape {list(site.shape)}")
-        net = _seeded(site, lambda: MLP(site.shape[0], self.width, self.depth, site.classes, self.inputs))
+        sizes = (self.width, self.depth, site.classes, self.inputs, self.frequencies)
+        net = _seeded(site, lambda: MLP(site.shape[0], *sizes))
         return Denoiser(net, self.process, self.prediction, "angle")
 
 
@@ -212,6 +226,62 @@ class UNet2DSpec:
         )
         process = EDM(sigma_data=self.sigma_data)
         return Denoiser(UNet2D(model, site.classes), process, "cm", "250log_sigma")
+
+
+@part("network", "unet-text")
+class UNetTextSpec:
+    """A small text-conditional UNet of pixels in the form of DeepFloyd IF, a diffusers UNet2DConditionModel.
+
+    The text is pooled into the time embedding and attended to at the coarsest level. It predicts v on a DDPM
+    table, so that diffusers' IFPipeline runs teacher and students without conversion.
+    """
+
+    text: PositiveInt
+    """Width of the text encoder's tokens."""
+    channels: tuple[PositiveInt, ...] = (16, 32, 64, 96)
+    layers: PositiveInt = 1
+    groups: PositiveInt = 8
+    heads: PositiveInt = 4
+    """Of the attention and of the pooling; must divide the last of `channels` and `text`."""
+
+    def __post_init__(self) -> None:
+        if len(self.channels) < 2 or any(c % self.groups for c in self.channels):
+            raise ValueError(f"channels {list(self.channels)} must be two or more multiples of {self.groups}")
+        if self.channels[-1] % self.heads or self.text % self.heads:
+            raise ValueError(
+                f"heads {self.heads} must divide channels {self.channels[-1]} and text {self.text}"
+            )
+
+    def build(self, site: Site) -> nn.Module:
+        from diffusers import UNet2DConditionModel
+
+        from fewstep.networks.wrappers.unet_condition import UNetCondition
+
+        if len(site.shape) != 3:
+            raise RecipeError(f"network unet-text is for images; the data has shape {list(site.shape)}")
+        finer = len(self.channels) - 1
+        model = _seeded(
+            site,
+            lambda: UNet2DConditionModel(
+                sample_size=site.shape[1] if site.shape[1] == site.shape[2] else tuple(site.shape[1:]),
+                in_channels=site.shape[0],
+                out_channels=site.shape[0],
+                block_out_channels=self.channels,
+                layers_per_block=self.layers,
+                down_block_types=(*["DownBlock2D"] * finer, "CrossAttnDownBlock2D"),
+                up_block_types=("CrossAttnUpBlock2D", *["UpBlock2D"] * finer),
+                norm_num_groups=self.groups,
+                # What diffusers calls the dimension of a head is for this class their number.
+                attention_head_dim=self.heads,
+                cross_attention_dim=self.channels[-1],
+                encoder_hid_dim=self.text,
+                encoder_hid_dim_type="text_proj",
+                addition_embed_type="text",
+                addition_embed_type_num_heads=self.heads,
+                resnet_time_scale_shift="scale_shift",
+            ),
+        )
+        return Denoiser(UNetCondition(model), DiscreteVP(), "v", "index")
 
 
 @part("teacher", "diffusers")
