@@ -42,11 +42,13 @@ class SCM:
     normalize: Literal["rms", "l2"] = "l2"
     """Norm of the tangent normalisation g / (|g| + c)."""
     c: float = 0.1
-    """Its constant."""
+    """Its constant. Below |g| it makes every g a direction: right in many dimensions, where all |g| are alike; in two
+    a c near |g| keeps the mean of a noisy g (sCT) where it was."""
     weighting: Literal["learned", "one"] = "one"
     """learned: e^-l error + l with the role `weighting` (a logvar network), the paper's adaptive weighting."""
     prior_weight: bool = True
-    """Multiply by 1 / tan t, the paper's prior weight 1 / sigma."""
+    """Multiply by 1 / tan t once more than g = cos t df/dt has it already (sin t / tan t). A learned weighting
+    undoes it in time; a run of hundreds of updates spends itself on small t, so leave it out there."""
     steps: tuple[float, ...] = (1.0,)
     """Levels u of the student's own process; the paper's second step is t = 1.1 of TrigFlow."""
 
