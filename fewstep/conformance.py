@@ -91,7 +91,7 @@ def train(name: str, steps: int, seed: int) -> Outcome:
     seconds = time.perf_counter() - started
     calls = recipe.sampler().network_calls()
     method = recipe.method.name  # type: ignore[attr-defined]
-    guided = getattr(recipe.method, "guidance", 1.0) != 1.0
+    guided = getattr(recipe.method, "guidance", 1.0) not in (1.0, (1.0, 1.0))
     return Outcome(
         name, method, calls, steps, seed, energy, initial, floor, round(seconds, 1), commit()[:7], guided
     )
