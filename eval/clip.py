@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from .metrics import Estimate
 from .networks import CLIP_MEAN, CLIP_STD, PixelNetwork, checked_digest, find_weights
+from .protocol import ClipScore
 
 
 @dataclass(frozen=True)
@@ -78,11 +79,11 @@ def load_clip(
     return model.requires_grad_(False).eval(), digest
 
 
-def clip_images(architecture: str, path: str | os.PathLike[str]) -> PixelNetwork:
+def clip_images(architecture: str, path: str | os.PathLike[str], sha256: str | None = None) -> PixelNetwork:
     """Image features of CLIP as a FeatureExtractor (for FD-CLIP, KID and CMMD): not normalised to unit
     length.
     """
-    model, digest = load_clip(architecture, path)
+    model, digest = load_clip(architecture, path, sha256)
     size = model.visual.image_size
     return PixelNetwork(
         model,
@@ -118,6 +119,24 @@ def tokenise(recipe: ClipRecipe, prompts: Sequence[str]) -> Tensor:
     return tokenizer([recipe.prefix + prompt for prompt in prompts])
 
 
+@dataclass(frozen=True)
+class ClipScorer:
+    """A recipe with its network; `images` gives the features that `score` takes."""
+
+    recipe: ClipRecipe
+    images: PixelNetwork
+
+    def score(self, features: Tensor, prompts: Sequence[str]) -> Estimate:
+        """See `clip_score`."""
+        return clip_score(self.images.network, self.recipe, features, prompts)
+
+
+def preset_clip(clip: ClipScore, path: str | os.PathLike[str]) -> ClipScorer:
+    """What a preset's section `clip` asks for, with the checkpoint at `path`; raises as `load_clip`."""
+    recipe = ClipRecipe(clip.architecture, clip.prefix, clip.scale, clip.clip_negative, clip.on_long_prompt)
+    return ClipScorer(recipe, clip_images(clip.architecture, path, clip.file.sha256))
+
+
 @torch.no_grad()
 def clip_score(
     model: nn.Module,
@@ -130,7 +149,9 @@ def clip_score(
     if len(image_features) != len(prompts):
         raise ValueError(f"prompts: {len(prompts)} for {len(image_features)} images")
     tokens = tokenise(recipe, prompts)
-    text = torch.cat([model.encode_text(chunk).float() for chunk in tokens.split(batch_size)])
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    chunks = tokens.to(device).split(batch_size)
+    text = torch.cat([model.encode_text(chunk).float() for chunk in chunks]).to(image_features.device)
     cosines = nn.functional.cosine_similarity(image_features.double(), text.double(), dim=1)
     if recipe.clip_negative:
         cosines = cosines.clamp(min=0)

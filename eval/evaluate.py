@@ -20,9 +20,10 @@ from fewstep.checkout import commit
 
 from . import metrics
 from .cache import atomic_path
+from .clip import ClipScorer
 from .features import FeatureExtractor
 from .frechet import FrechetResult, frechet_distance
-from .protocol import Preset, labels_of, require_files
+from .protocol import Preset, labels_of, locate
 from .reference import Reference, digits_reference, fashion_reference
 from .runner import Samples
 from .statistics import FeatureStatistics
@@ -97,7 +98,8 @@ def preset_reference(preset: Preset, extractor: FeatureExtractor) -> Reference:
         if wanted.name not in builtin:
             raise ValueError(f"reference.name: unknown {wanted.name!r}, expected one of {sorted(builtin)}")
         return builtin[wanted.name](extractor)
-    path = require_files(preset)["reference"]
+    assert wanted.file is not None  # a Preset checks it
+    path = locate(wanted.file, "reference")
     statistics = FeatureStatistics.load(path)
     if statistics.dim != extractor.dim:
         raise ValueError(f"{path}: dimension {statistics.dim}, but {extractor.name} gives {extractor.dim}")
@@ -119,6 +121,8 @@ def evaluate(
     calls: int | None = None,
     skipped: Mapping[str, str] | None = None,
     omit: Mapping[str, str] | None = None,
+    clip: ClipScorer | None = None,
+    prompts: Sequence[str] | None = None,
 ) -> Evaluation:
     """All metrics of `preset` for generated `samples` (one per repetition).
 
@@ -126,6 +130,7 @@ def evaluate(
         name: what stands in tables, such as a run's name.
         labels: (N,) the classes asked for; by default the preset's.
         omit: metrics to leave out, with the reason that is reported.
+        clip, prompts: for the metric clip-score, beside `samples` with CLIP's features.
         seconds, calls: generation time per 1,000 images and network calls per image, if measured.
 
     Raises:
@@ -153,7 +158,9 @@ def evaluate(
         elif metric in ("kid", "cmmd", "prdc3", "prdc5") and real is None:
             omitted[metric] = "the reference file holds moments only, this metric needs its features"
         elif metric == "clip-score":
-            omitted[metric] = "needs a CLIP network and the prompts: fewstep.eval.clip.clip_score"
+            if clip is None or prompts is None or first.clip is None:
+                raise ValueError(f"{metric}: needs CLIP, the prompts and CLIP's features of the samples")
+            found[clip.recipe.name] = asdict(clip.score(first.clip, prompts))
         elif metric == "fd":
             found[f"FD ({prefix})"] = _frechet_entry(frechet, preset)
         elif metric == "kid":

