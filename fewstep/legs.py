@@ -33,12 +33,14 @@ class Teacher:
         return torch.where(bc(s, x) == bc(t, x), x.to(moved.dtype), moved)
 
     def walk(self, steps: int) -> Leg:
-        """A leg of `steps` solver steps, evenly spaced in process time."""
+        """A leg of `steps` solver steps, evenly spaced in levels u as a sampler's are."""
+        process = self.process
 
         def leg(x: Tensor, t: Tensor, s: Tensor) -> Tensor:
-            here = t
+            first, last, here = process.level(t), process.level(s), t
             for k in range(1, steps + 1):
-                there = s if k == steps else t + (s - t) * (k / steps)
+                # Even steps in time would leave EDM with one step for all levels below sigma_max / steps.
+                there = s if k == steps else process.grid(first + (last - first) * (k / steps))
                 x, here = self.step(x, here, there), there
             return x
 
@@ -53,3 +55,10 @@ def student_leg(net: Any, cond: Any, **call: Any) -> Leg:
 def between(draws: Any, low: Tensor, high: Tensor) -> Tensor:
     """U(low, high) per sample, float64 (b,)."""
     return low + (high - low) * draws.uniform()
+
+
+def time_between(process: Any, draws: Any, s: Tensor, t: Tensor) -> Tensor:
+    """A time whose level is uniform between those of s and t, float64 (b,)."""
+    u = between(draws, process.level(s), process.level(t))
+    # Rounding of the two maps must not put it outside.
+    return process.grid(u).clamp(torch.minimum(s, t), torch.maximum(s, t))

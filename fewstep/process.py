@@ -43,6 +43,10 @@ class Process(Protocol):
         """Process time of the method time u in [0, 1]; u = 1 is t_max."""
         ...
 
+    def level(self, t: Tensor) -> Tensor:
+        """The method time of process time t: the inverse of `grid`."""
+        ...
+
     def t_of_angle(self, angle: Tensor) -> Tensor:
         """Time at which atan2(sigma, alpha) equals `angle`, clamped to the process's range."""
         ...
@@ -100,6 +104,9 @@ class Flow:
     def grid(self, u: Tensor) -> Tensor:
         return u
 
+    def level(self, t: Tensor) -> Tensor:
+        return t
+
     def t_of_angle(self, angle: Tensor) -> Tensor:
         s, c = torch.sin(angle), torch.cos(angle)
         return (s / (s + c)).clamp(0, 1)
@@ -125,6 +132,9 @@ class ShiftedFlow(Flow):
 
     def grid(self, u: Tensor) -> Tensor:
         return self.shift * u / (1 + (self.shift - 1) * u)
+
+    def level(self, t: Tensor) -> Tensor:
+        return t / (self.shift - (self.shift - 1) * t)
 
 
 @part("process", "edm")
@@ -160,6 +170,10 @@ class EDM:
         t = (low + u * (high - low)) ** self.rho
         return torch.where(u >= 1, self.sigma_max, torch.where(u <= 0, self.sigma_min, t)).to(u.dtype)
 
+    def level(self, t: Tensor) -> Tensor:
+        low, high = self.sigma_min ** (1 / self.rho), self.sigma_max ** (1 / self.rho)
+        return ((t.clamp_min(0) ** (1 / self.rho) - low) / (high - low)).clamp(0, 1)
+
     def t_of_angle(self, angle: Tensor) -> Tensor:
         high = math.atan2(self.sigma_max, 1.0)
         return torch.tan(angle.clamp(0, high)).clamp(self.sigma_min, self.sigma_max)
@@ -187,6 +201,9 @@ class Trig(_VariancePreserving):
     def grid(self, u: Tensor) -> Tensor:
         return u * (math.pi / 2)
 
+    def level(self, t: Tensor) -> Tensor:
+        return t / (math.pi / 2)
+
     def t_of_angle(self, angle: Tensor) -> Tensor:
         return angle.clamp(0, math.pi / 2)
 
@@ -213,6 +230,9 @@ class Cosine(_VariancePreserving):
 
     def grid(self, u: Tensor) -> Tensor:
         return u
+
+    def level(self, t: Tensor) -> Tensor:
+        return t
 
     def t_of_angle(self, angle: Tensor) -> Tensor:
         low, high = self._ends
@@ -251,6 +271,9 @@ class VP(_VariancePreserving):
 
     def grid(self, u: Tensor) -> Tensor:
         return u
+
+    def level(self, t: Tensor) -> Tensor:
+        return t
 
     def t_of_angle(self, angle: Tensor) -> Tensor:
         b = -2 * torch.log(torch.cos(angle).clamp_min(1e-30))
@@ -311,6 +334,9 @@ class DiscreteVP(_VariancePreserving):
 
     def grid(self, u: Tensor) -> Tensor:
         return u * self.steps
+
+    def level(self, t: Tensor) -> Tensor:
+        return t / self.steps
 
     def t_of_angle(self, angle: Tensor) -> Tensor:
         table = self._table(angle)

@@ -10,7 +10,7 @@ from pydantic import PositiveInt
 
 from fewstep.config import choice, part
 from fewstep.jump import Solver, ask, clean
-from fewstep.legs import Teacher, between, student_leg
+from fewstep.legs import Teacher, student_leg, time_between
 from fewstep.methods.base import Batch, Losses, Needs, Turn
 from fewstep.methods.terms import Gan, discriminate
 from fewstep.objectives.regression import dsm
@@ -72,8 +72,8 @@ class CTM:
         student, process = roles.student, roles.student.process
         t = self.times.sample(batch.draws, process)
         end = clean(process, t)
-        s = between(batch.draws, end, t)
-        u = between(batch.draws, s, t)
+        s = time_between(process, batch.draws, end, t)
+        u = time_between(process, batch.draws, s, t)
         x, _ = add_noise(process, batch.data(), batch.noise(), t)
         teacher = Teacher(roles.teacher, batch, self.guidance, self.solver).walk(self.teacher_steps)
         own = student_leg(student, batch.cond)

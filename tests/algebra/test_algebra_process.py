@@ -11,7 +11,19 @@ from helpers_core import F64, PROCESSES, col, inner_times
 from scipy.integrate import quad
 
 from fewstep.networks.analytic import Mixture
-from fewstep.process import EDM, VP, Cosine, DiscreteVP, Flow, Trig, add_noise, angle_of, bc, transition
+from fewstep.process import (
+    EDM,
+    VP,
+    Cosine,
+    DiscreteVP,
+    Flow,
+    ShiftedFlow,
+    Trig,
+    add_noise,
+    angle_of,
+    bc,
+    transition,
+)
 
 MIX = ([0.3, 0.7], [[-1.2], [0.8]], [0.25, 0.35])
 
@@ -57,6 +69,13 @@ def test_grid_ends_and_inverse_angle(name: str) -> None:
     assert torch.isfinite(beyond).all()
     assert float(beyond[1]) == pytest.approx(p.t_max, rel=1e-9)
     assert float(beyond[0]) == pytest.approx(float(p.grid(col(0.0))), abs=1e-12 * p.t_max)
+
+
+@pytest.mark.parametrize("name", [*PROCESSES, "shifted"])
+def test_level_is_the_inverse_of_the_grid(name: str) -> None:
+    p = ShiftedFlow(shift=3.0) if name == "shifted" else PROCESSES[name]
+    u = torch.linspace(0, 1, 41, dtype=F64)
+    assert torch.allclose(p.level(p.grid(u)), u, rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("name", ["trig", "cosine", "vp", "ddpm", "sd"])

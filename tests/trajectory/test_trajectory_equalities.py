@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -9,8 +10,8 @@ import torch
 from torch import Tensor
 from trajectory_helpers import F64, MEAN, STD, Batch64, ExactMap, draws
 
-from fewstep.jump import ask, jump
-from fewstep.legs import Teacher, student_leg
+from fewstep.jump import ask, jump, solver_step
+from fewstep.legs import Teacher, student_leg, time_between
 from fewstep.methods.consistency import Consistency
 from fewstep.methods.icd import ICD
 from fewstep.methods.imm import IMM, mmd2
@@ -185,6 +186,28 @@ def test_progressive_phase_to_one_step_is_distillation_of_a_two_step_teacher() -
     z, one = Batch64.of(9, 3).noise(), torch.ones(9, dtype=F64)
     target = Progressive.target(teacher, process, z, one, one / 2, 0 * one)
     assert torch.allclose(target, teacher.walk(2)(z, one, 0 * one), atol=1e-12)
+
+
+@pytest.mark.parametrize("process", [Flow(), EDM()], ids=["flow", "edm"])
+def test_a_walk_takes_the_levels_of_a_sampler(process: Process) -> None:
+    net = gaussian(process, MEAN, STD)
+    levels = [process.grid(torch.full((9,), u, dtype=F64)) for u in (1.0, 0.75, 0.5, 0.25, 0.0)]
+    x = process.prior(Batch64.of(9, 3).noise(), levels[0])
+    walked = Teacher(net, Batch64.of(9, 3), solver="heun").walk(4)(x, levels[0], levels[-1])
+    for t, s in pairwise(levels):
+        x = solver_step(net, x, t, s, None, "heun")
+    assert torch.allclose(walked, x, rtol=0, atol=1e-9)
+
+
+def test_times_between_two_have_even_levels() -> None:
+    process, n = EDM(), 40_000
+    s, t = (process.grid(torch.full((n,), u, dtype=F64)) for u in (0.2, 0.9))
+    u = process.level(time_between(process, draws(n, "between"), s, t))
+    assert float(u.min()) > 0.2 - 1e-9
+    assert float(u.max()) < 0.9 + 1e-9
+    found = torch.histc(u, 7, 0.2, 0.9) / n
+    # Seven standard errors of a share of 1/7.
+    assert float((found - 1 / 7).abs().max()) < 7 * (6 / 49 / n) ** 0.5
 
 
 def test_sfd_without_nodes_between_starts_at_zero() -> None:
