@@ -91,6 +91,13 @@ def _padded(tokens: Tensor, length: int) -> Tensor:
     return torch.cat((tokens, tokens.new_zeros(tokens.shape[0], missing, *tokens.shape[2:])), 1)
 
 
+def replaced(cond: Any, where: Tensor, by: Any) -> Any:
+    """The condition with the rows of `by`, of the same structure, where the mask (b,) is true."""
+    if isinstance(cond, Tensor):
+        return torch.where(where.reshape(-1, *(1,) * (cond.ndim - 1)), by, cond)
+    return {k: replaced(v, where, by[k]) for k, v in cond.items()}
+
+
 def moved(cond: Any, device: Any = None, dtype: torch.dtype | None = None) -> Any:
     """The condition on a device; floating-point tensors also in a dtype, integers as they are."""
     if cond is None:

@@ -24,6 +24,7 @@ from rich.table import Table
 
 from fewstep.config import UserError
 from fewstep.export.diffusers import Exported, export, export_teacher
+from fewstep.guidance import Guided
 from fewstep.lint import check_product
 from fewstep.measure import Measured, check_metric, measure, teacher_product
 from fewstep.pictures import save_grid, save_side_by_side
@@ -184,7 +185,10 @@ def finish(trainer: Trainer, run: Path) -> None:
     student = replace(student, title=f"{role}, {steps} step{'s' * (steps > 1)}")
     rows: list[Measured] = []
     if recipe.evaluate is not None:
-        rows, panels = compare(student, recipe.evaluate, first_teacher(trainer))
+        teacher = first_teacher(trainer)
+        if teacher is not None and recipe.evaluate.guidance != 1.0:
+            teacher = Guided(teacher, recipe.evaluate.guidance, trainer.data.null)
+        rows, panels = compare(student, recipe.evaluate, teacher)
         save_side_by_side(panels, run / "report" / "side-by-side.png")
         table(rows)
         report = {"rows": [r.row() for r in rows], "recipe": recipe.about, "skips": trainer.progress.skipped}
@@ -245,13 +249,16 @@ def table(rows: Sequence[Measured]) -> None:
     )
     columns = ["", "distance", "samples", "calls", "s / 1000"]
     extra = rows[0].accuracy is not None
-    for name in columns + (["accuracy", "diversity"] if extra else []):
+    found = rows[0].retrieval is not None
+    for name in columns + (["accuracy", "diversity"] if extra else []) + (["caption found"] if found else []):
         out.add_column(name, justify="left" if not name else "right")
     for r in rows:
         value = f"{r.value:.4g}" + (f" ± {r.error:.2g}" if r.error is not None else "")
         cells = [r.title, value, str(r.samples), str(r.calls), f"{r.seconds_per_1000:.2f}"]
         if extra:
             cells += [f"{100 * (r.accuracy or 0):.1f} %", f"{r.diversity:.3f}"]
+        if found:
+            cells.append(f"{100 * (r.retrieval or 0):.1f} %")
         out.add_row(*cells)
     if any(r.frechet is not None and r.error is None for r in rows):
         out.caption = (

@@ -22,6 +22,7 @@ from fewstep.eval import (
     house_fashion,
     within_class_diversity,
 )
+from fewstep.eval.resize import resize_tensor
 from fewstep.pictures import to_pixels
 from fewstep.product import Product
 from fewstep.recipe import Evaluate
@@ -41,6 +42,8 @@ class Measured:
     seconds_per_1000: float
     accuracy: float | None = None
     diversity: float | None = None
+    retrieval: float | None = None
+    """Share of samples whose caption is found among 100."""
     frechet: FrechetResult | None = field(default=None, repr=False, compare=False)
     """The full distance, with the influence of each sample, for paired differences."""
 
@@ -68,12 +71,72 @@ def judge(metric: str, shape: tuple[int, ...], classes: int) -> tuple[Any, Refer
         raise UserError(f"metric {metric}: {error}") from None
 
 
+def judge_of_data(product: Product) -> tuple[Any, Reference]:
+    """EfficientNet-lite0 on pictures enlarged to 224, and the run's own data seen by it; UserError without either."""
+    from fewstep.eval.networks import effnet_lite0
+    from fewstep.eval.reference import reference_of
+
+    if product.recipe is None:
+        raise UserError("metric fd-effnet-lite0 compares with a run's data; this folder does not say which")
+    if len(product.picture_shape()) != 3 or product.picture_shape()[0] not in (1, 3):
+        raise UserError(
+            f"metric fd-effnet-lite0 is for pictures; these samples are {list(product.picture_shape())}"
+        )
+    try:
+        extractor = Enlarged(effnet_lite0())
+    except (ModuleNotFoundError, ValueError) as error:
+        raise UserError(f"metric fd-effnet-lite0: {error}") from None
+    real, _ = product.recipe.data.open().all()  # type: ignore[attr-defined]
+    return extractor, reference_of("data", to_pixels(real), None, extractor)
+
+
+class Enlarged:
+    """A feature extractor behind clean-fid's bicubic resize to its own size."""
+
+    def __init__(self, network: Any) -> None:
+        self.network, self.dim, self.input_size = network, network.dim, None
+        self.name, self.sha256 = f"{network.name}-enlarged", network.sha256
+
+    @torch.no_grad()
+    def __call__(self, images: Tensor) -> Tensor:
+        """(N, 1 or 3, h, w) in [0, 255] -> (N, dim) fp32."""
+        size = self.network.input_size
+        return torch.cat([self.network(resize_tensor(x, size, "bicubic")) for x in images.split(8)])
+
+
+def judge_of_captions(product: Product, folder: str) -> Any:
+    """The retrieval model of a folder; UserError when its captions are not those of the product's data."""
+    from fewstep.eval.retrieval import Retrieval
+
+    try:
+        found = Retrieval.load(folder)
+    except (FileNotFoundError, ValueError) as error:
+        raise UserError(f"evaluate.retrieval: {error}") from None
+    data: Any = product.recipe.data.open() if product.recipe else None  # type: ignore[attr-defined]
+    captions = tuple(getattr(item, "caption", None) for item in getattr(data, "items", ()))
+    if captions != found.captions:
+        raise UserError(
+            f"evaluate.retrieval: {folder} was trained on {len(found.captions)} captions, which are not the "
+            f"{len(captions)} of this run's data; train it on them with `python -m fewstep.train_retrieval`"
+        )
+    if tuple(product.picture_shape()[-2:]) != (found.network.size,) * 2:
+        raise UserError(
+            f"evaluate.retrieval: {folder} takes pictures of {found.network.size} x {found.network.size}, these are "
+            f"{list(product.picture_shape())}"
+        )
+    return found
+
+
 def check_metric(product: Product, spec: Evaluate) -> tuple[Any, Reference] | None:
     """What `measure` compares with, None for the energy distance, before a sample is drawn.
 
     Raises UserError when the metric is not for this product's samples or a file that it needs is missing.
     """
     shape = product.picture_shape()
+    if spec.retrieval is not None:
+        judge_of_captions(product, spec.retrieval)
+    if spec.metric == "fd-effnet-lite0":
+        return judge_of_data(product)
     if spec.metric != "energy":
         return judge(spec.metric, shape, product.classes)
     if len(shape) != 1:
@@ -116,6 +179,12 @@ def measure(product: Product, spec: Evaluate, *, batch: int = 256) -> tuple[Meas
         assert reference.labels is not None
         ratios = within_class_diversity(features, labels, reference.features, reference.labels)
         diversity = sum(ratios.values()) / len(ratios)
+    retrieval = None
+    if spec.retrieval is not None:
+        found = judge_of_captions(product, spec.retrieval)
+        count = len(found.captions)
+        own = torch.arange(spec.samples) % count  # as `Product.labels` hands them out
+        retrieval = found.accuracy(to_pixels(x), own, min(100, count)).value
     row = Measured(
         product.title,
         f"FD {extractor.name}",
@@ -126,6 +195,7 @@ def measure(product: Product, spec: Evaluate, *, batch: int = 256) -> tuple[Meas
         seconds,
         accuracy,
         diversity,
+        retrieval,
         result,
     )
     return row, x

@@ -143,12 +143,19 @@ class Train:
 class Evaluate:
     """What is measured at the end of a run, and how many samples."""
 
-    metric: Literal["fd-house-digits", "fd-house-fashion-mnist", "energy"] = "fd-house-digits"
-    """fd-house-...: Frechet distance on a house classifier's features; energy: energy distance (vectors)."""
+    metric: Literal["fd-house-digits", "fd-house-fashion-mnist", "fd-effnet-lite0", "energy"] = (
+        "fd-house-digits"
+    )
+    """fd-house-...: Frechet distance on a house classifier's features; fd-effnet-lite0: on EfficientNet-lite0's, from
+    the recipe's own data; energy: energy distance (vectors)."""
     samples: int = 1797
     seed: int = 1000
     teacher_steps: tuple[int, ...] = (1, 8, 16, 32)
     """Heun steps at which the teacher is measured."""
+    guidance: float = 1.0
+    """Guidance scale at which the teacher is measured; 1 is none."""
+    retrieval: str | None = None
+    """Folder of a model by `python -m fewstep.train_retrieval`: also the share of captions found among 100."""
 
     def __post_init__(self) -> None:
         if self.samples < 2:

@@ -141,13 +141,20 @@ class SentenceEncoder:
     """Folder with the model and its tokenizer."""
     length: PositiveInt = 32
     """Tokens; longer prompts are cut."""
+    keys: tuple[Literal["text", "mask", "pooled"], ...] = ("text", "mask", "pooled")
+    """What becomes the condition; UNets take `text` alone, padding and all."""
     store: Literal["fp32", "fp16", "bf16"] = "fp32"
     """In the cache on disk."""
+
+    def __post_init__(self) -> None:
+        if not self.keys:
+            raise ValueError("keys is empty; name at least one of text, mask, pooled")
 
     def key(self) -> str:
         root = _folder(self.path, "config.json")
         files = [p for p in root.iterdir() if p.suffix in (".json", ".txt", ".safetensors", ".model")]
-        return sha256_of(files, root) + f"-{self.length}"
+        chosen = "" if len(self.keys) == 3 else "-" + "-".join(sorted(self.keys))
+        return sha256_of(files, root) + f"-{self.length}{chosen}"
 
     def open(self) -> Encode:
         root = _folder(self.path, "config.json")
@@ -175,7 +182,8 @@ class SentenceEncoder:
             ).last_hidden_state
             mask = tokens["attention_mask"].to(states.dtype)
             pooled = (states * mask[..., None]).sum(1) / mask.sum(1, keepdim=True).clamp_min(1)
-            return {"text": states, "mask": mask, "pooled": pooled}
+            whole = {"text": states, "mask": mask, "pooled": pooled}
+            return {k: v for k, v in whole.items() if k in self.keys}
 
         return encode
 

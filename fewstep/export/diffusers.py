@@ -50,6 +50,10 @@ def export_teacher(product: Product, folder: Path, results: Sequence[tuple[str, 
     """
     from diffusers import CMStochasticIterativeScheduler, ConsistencyModelPipeline
 
+    from fewstep.export.text import export_text_teacher, is_text_teacher
+
+    if is_text_teacher(product.net):
+        return export_text_teacher(product, folder, results)
     net = _teacher_unet(plain_copy(product.net))
     process: Any = net.process
     unet: Any = copy.deepcopy(net.net.model).cpu().eval()  # type: ignore[operator]

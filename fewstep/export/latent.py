@@ -23,6 +23,7 @@ from fewstep.export.diffusers import PARITY, Exported, aside_of, facts_of
 from fewstep.export.fold import constant_inputs
 from fewstep.export.routes import INSTEAD, plain_kind, route
 from fewstep.export.stock import difference, fresh_noise, open_stock, run_stock
+from fewstep.export.text import without_variance
 from fewstep.lint import agree, levels_of, levels_of_scheduler
 from fewstep.networks.adapters import Adapted, on_cpu, plain_copy
 from fewstep.networks.denoiser import Denoiser
@@ -158,6 +159,8 @@ def export_latent(
     if not wrapper.pipeline:
         raise UserError(f"export: no stock pipeline is known for {type(wrapper.model).__name__}; {INSTEAD}")
     way = plan(net, product.sampler)
+    if source.index["_class_name"] == "IFPipeline":
+        without_variance(way.scheduler)
     levels = levels_of(net.process, product.sampler.steps)
     agree(None, levels, levels_of_scheduler(way.scheduler, net.process, **way.levels))
     with aside_of(folder) as aside:

@@ -47,6 +47,8 @@ def run_stock(
         if net.levels == "":
             return _class_conditional(pipe, start, call, seed)
         torch.manual_seed(seed)
+        if not hasattr(pipe, "vae_scale_factor"):
+            return _pixels(pipe, start, call)
         scale = pipe.vae_scale_factor
         out = pipe(
             latents=net.to_pipeline(start),
@@ -56,6 +58,15 @@ def run_stock(
             **call,
         ).images
     return net.from_pipeline(out, size)
+
+
+def _pixels(pipe: Any, start: Tensor, call: Mapping[str, Any]) -> Tensor:
+    """IFPipeline takes no start: what draws it is stood in for. Its images, neither clamped nor rounded."""
+    pipe.prepare_intermediate_images = lambda *_: start * pipe.scheduler.init_noise_sigma
+    try:
+        return pipe(height=start.shape[2], width=start.shape[3], output_type="pt", **call).images
+    finally:
+        del pipe.prepare_intermediate_images
 
 
 def _class_conditional(pipe: Any, start: Tensor, call: Mapping[str, Any], seed: int) -> Tensor:

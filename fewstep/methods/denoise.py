@@ -7,6 +7,7 @@ from typing import Any, ClassVar, Literal
 
 import torch
 
+from fewstep.cond import replaced
 from fewstep.config import choice, part
 from fewstep.methods.base import Batch, Losses, Needs, Turn
 from fewstep.objectives import dsm, mse
@@ -53,8 +54,7 @@ class Denoise:
         t, eps = self.times.sample(batch.draws, process), batch.noise()
         cond = batch.cond
         if cond is not None and batch.null_cond is not None:
-            drop = batch.draws.uniform() < self.drop_cond
-            cond = torch.where(drop.reshape(-1, *(1,) * (cond.ndim - 1)), batch.null_cond, cond)
+            cond = replaced(cond, batch.draws.uniform() < self.drop_cond, batch.null_cond)
         if self.target == "data":
             yield Losses({"dsm": dsm(student, x0, t, eps, cond, weight=self.weight)})
             return

@@ -1,4 +1,4 @@
-"""diffusers' UNet2DConditionModel: SD1.x, SD2.x (eps or v) and SDXL with its added conditions (arXiv 2307.01952)."""
+"""diffusers' UNet2DConditionModel: SD1.x, SD2.x (eps or v), SDXL with its added conditions (arXiv 2307.01952), IF's."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class UNetCondition(UNet):
     def __init__(self, model: nn.Module, classes: int = 0, **options: Any) -> None:
         super().__init__(model, 0, **options)
         c = self.config
-        for key, allowed in (("addition_embed_type", (None, "text_time")), ("class_embed_type", (None,))):
+        for key, allowed in (("addition_embed_type", (None, "text_time", "text")), ("class_embed_type", (None,))):
             if getattr(c, key, None) not in allowed:
                 raise UserError(
                     f"UNet2DConditionModel: {key} {getattr(c, key)!r} is not supported; allowed: "
@@ -36,6 +36,8 @@ class UNetCondition(UNet):
         self.pipeline = "StableDiffusionXLPipeline" if self.added else "StableDiffusionPipeline"  # type: ignore[misc]
         if self.added:
             self.needs = ("text", "pooled")  # type: ignore[misc]
+        if c.addition_embed_type == "text":
+            self.pipeline = "IFPipeline"  # type: ignore[misc]
 
     def call(self, x: Tensor, time: Tensor, cond: Mapping[str, Tensor]) -> Tensor:
         added = None

@@ -1,0 +1,112 @@
+"""Export of a text-to-image teacher of pixels trained here: an IFPipeline folder, with its text encoder."""
+
+from __future__ import annotations
+
+import copy
+import json
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from fewstep.config import UserError
+from fewstep.export.card import teacher_card
+from fewstep.export.diffusers import Exported, aside_of
+from fewstep.networks.adapters import plain_copy
+from fewstep.networks.denoiser import Denoiser
+from fewstep.networks.wrappers.unet_condition import UNetCondition
+from fewstep.process import DiscreteVP
+from fewstep.product import Product
+from fewstep.recipe import dump
+
+IF_TOKENS = 77
+"""IFPipeline pads every prompt to so many tokens."""
+
+
+def is_text_teacher(net: nn.Module) -> bool:
+    """True for a text-conditional UNet of pixels that predicts v on a DDPM table, as `unet-text` builds it."""
+    return (
+        isinstance(net, Denoiser)
+        and isinstance(net.net, UNetCondition)
+        and net.net.pipeline == "IFPipeline"
+        and isinstance(net.process, DiscreteVP)
+        and (net.prediction, net.time_input) == ("v", "index")
+    )
+
+
+def without_variance(scheduler: Any) -> Any:
+    """The scheduler as IFPipeline wants it for a network that predicts no variance beside the image.
+
+    The pipeline cuts the network's output in halves unless the config says "learned"; then the scheduler gets it
+    whole, and those used here do not look at the key.
+    """
+    scheduler.register_to_config(variance_type="learned")
+    return scheduler
+
+
+def export_text_teacher(product: Product, folder: Path, results: Sequence[tuple[str, str]] = ()) -> Exported:
+    """Write the teacher as a folder that `teacher: {name: diffusers}` and, without guidance, IFPipeline open.
+
+    The recipe's `sentence` encoder goes along where its conditions are those that the pipeline makes of a prompt
+    (77 tokens, `keys: [text]`); otherwise the folder takes `prompt_embeds`.
+    """
+    from diffusers import DDIMScheduler, IFPipeline
+
+    assert product.recipe is not None
+    net: Any = plain_copy(product.net)
+    if not is_text_teacher(net):
+        raise UserError("export: only a text teacher of the network unet-text is written as an IFPipeline")
+    process = net.process
+    scheduler = DDIMScheduler(
+        num_train_timesteps=process.steps,
+        beta_schedule=process.schedule,
+        beta_start=process.beta_start,
+        beta_end=process.beta_end,
+        prediction_type="v_prediction",
+        clip_sample=False,
+        timestep_spacing="trailing",
+    )
+    parts: Any = dict.fromkeys(
+        ("tokenizer", "text_encoder", "safety_checker", "feature_extractor", "watermarker")
+    )
+    with aside_of(folder) as aside:
+        pipe = IFPipeline(
+            **parts,
+            unet=copy.deepcopy(net.net.model).cpu().eval(),
+            scheduler=without_variance(scheduler),
+            requires_safety_checker=False,
+        )
+        pipe.save_pretrained(aside, safe_serialization=True)
+        encoder: Any = getattr(product.recipe.data, "encoder", None)
+        if getattr(encoder, "name", None) == "sentence" and (encoder.length, encoder.keys) == (
+            IF_TOKENS,
+            ("text",),
+        ):
+            _add_encoder(aside, Path(encoder.path).expanduser())
+        (aside / "fewstep.json").write_text(json.dumps({"classes": 0}))
+        text = teacher_card(product.title, product.recipe.about, dump(product.recipe), results, product.done)
+        (aside / "README.md").write_text(text)
+    return Exported(folder, f"teacher: {{name: diffusers, path: {folder}}}", 0.0)
+
+
+def _add_encoder(to: Path, root: Path) -> None:
+    """The encoder's folder as the pipeline's text_encoder/ and tokenizer/."""
+    from transformers import AutoTokenizer
+
+    config = json.loads((root / "config.json").read_text())
+    names = config.get("architectures") or []
+    if len(names) != 1:
+        raise UserError(
+            f"{root / 'config.json'}: architectures is {names}; expected the one class of the model"
+        )
+    (to / "text_encoder").mkdir()
+    for name in ("config.json", "model.safetensors"):
+        shutil.copyfile(root / name, to / "text_encoder" / name)
+    tokenizer = AutoTokenizer.from_pretrained(root)
+    tokenizer.save_pretrained(to / "tokenizer")
+    index = json.loads((to / "model_index.json").read_text())
+    index["text_encoder"] = ["transformers", names[0]]
+    index["tokenizer"] = ["transformers", type(tokenizer).__name__]
+    (to / "model_index.json").write_text(json.dumps(index, indent=2))
