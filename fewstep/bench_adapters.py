@@ -2,6 +2,11 @@
 
 python -m fewstep.bench_adapters memory | switching | encoders [--size tiny|small|sdxl] [--batch N]
 Random weights: nothing is loaded. Each number is printed with what it was taken on.
+
+Measured on 2 threads of an AMD EPYC (2 cores, otherwise idle), size small, batch 2: peak of a DMD2 step 592 MiB with two
+adapters against 1024 MiB with three networks, ratio 0.58 (batch 1 with --checkpointing 483 against 1003 MiB, 0.48);
+switching 0.38 % of a step (tiny: 0.97 %); cached against live encoders 0.85, whose two-layer encoders are small
+beside the UNet (tiny: 1.11, encoders too small to matter).
 """
 
 from __future__ import annotations
@@ -154,6 +159,7 @@ def memory(given: argparse.Namespace) -> None:
         if done.returncode:
             raise SystemExit(done.stderr)
         peaks[kind] = json.loads(done.stdout.splitlines()[-1])
+        print(f"{kind}: {peaks[kind] / MIB:.0f} MiB", flush=True)
     ratio = peaks["adapters"] / peaks["full"]
     print(
         f"DMD2 step, {given.size} UNet, batch {given.batch}, {place()}: three full networks {peaks['full'] / MIB:.0f} "
