@@ -216,6 +216,13 @@ def _saved(figure: Any) -> bytes:
     return buffer.getvalue()
 
 
+def _scale(axes: Any, found: Sequence[tuple[float, float]]) -> None:
+    """Logarithmic where values of one sign are so far apart that a line would hide the small ones."""
+    lowest = min(value - error for value, error in found)
+    if lowest > 0 and max(value for value, _ in found) > 20 * min(value for value, _ in found):
+        axes.set_yscale("log")
+
+
 def _lines(entries: Sequence[Entry], metric: str) -> bytes:
     figure, axes = _figure()
     for group in dict.fromkeys(entry.group for entry in entries):
@@ -227,10 +234,11 @@ def _lines(entries: Sequence[Entry], metric: str) -> bytes:
         if points:
             steps, values, errors = zip(*points, strict=True)
             axes.errorbar(steps, values, yerr=errors, marker="o", capsize=3, label=group or None)
+    _scale(axes, [v for e in entries if (v := _value_of(e.evaluation, metric)) is not None])
     ticks = sorted({entry.steps for entry in entries})
     axes.set_xscale("log", base=2)
     axes.set_xticks(ticks, [str(tick) for tick in ticks])
-    axes.minorticks_off()
+    axes.xaxis.minorticks_off()
     axes.set_xlabel("network calls")
     axes.set_ylabel(metric)
     if any(entry.group for entry in entries):
@@ -257,6 +265,7 @@ def _pareto(entries: Sequence[Entry], metric: str) -> bytes:
             front.append((seconds, value))
     axes.plot(*zip(*front, strict=True), color="tab:orange", zorder=0, label="best at its speed or faster")
     axes.set_xscale("log")
+    _scale(axes, [v for e in entries if (v := _value_of(e.evaluation, metric)) is not None])
     axes.margins(0.2)
     axes.set_xlabel("seconds per 1,000 images")
     axes.set_ylabel(metric)
