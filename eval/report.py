@@ -36,6 +36,8 @@ figure { margin: 1rem 0; } figcaption { color: #777; font-size: .9rem; }
 .note { color: #777; font-size: .9rem; }
 """
 
+LEGEND = 12
+"""Models that a plot can name; of more only the best are."""
 SAMPLING_NOTE = (
     "± is one standard error of sampling. b/N is the expected excess of FD at this number of images; the corrected "
     "value takes it off and is given only where b/N does not exceed it."
@@ -223,8 +225,18 @@ def _scale(axes: Any, found: Sequence[tuple[float, float]]) -> None:
         axes.set_yscale("log")
 
 
+def _named(entries: Sequence[Entry], metric: str) -> list[str]:
+    """The groups that a legend has room for: all, or those of the best values."""
+    best: dict[str, float] = {}
+    for entry in entries:
+        if (found := _value_of(entry.evaluation, metric)) is not None:
+            best[entry.group] = min(found[0], best.get(entry.group, found[0]))
+    return sorted(best, key=lambda group: best[group])[:LEGEND] if len(best) > LEGEND else list(best)
+
+
 def _lines(entries: Sequence[Entry], metric: str) -> bytes:
     figure, axes = _figure()
+    named = _named(entries, metric)
     for group in dict.fromkeys(entry.group for entry in entries):
         points = sorted(
             (entry.steps, *found)
@@ -233,7 +245,8 @@ def _lines(entries: Sequence[Entry], metric: str) -> bytes:
         )
         if points:
             steps, values, errors = zip(*points, strict=True)
-            axes.errorbar(steps, values, yerr=errors, marker="o", capsize=3, label=group or None)
+            look = {"label": group or None} if group in named else {"color": "lightgrey", "zorder": 0}
+            axes.errorbar(steps, values, yerr=errors, marker="o", capsize=3, **look)
     _scale(axes, [v for e in entries if (v := _value_of(e.evaluation, metric)) is not None])
     ticks = sorted({entry.steps for entry in entries})
     axes.set_xscale("log", base=2)
@@ -242,7 +255,7 @@ def _lines(entries: Sequence[Entry], metric: str) -> bytes:
     axes.set_xlabel("network calls")
     axes.set_ylabel(metric)
     if any(entry.group for entry in entries):
-        axes.legend(frameon=False)
+        axes.legend(frameon=False, fontsize=7 if len(named) > 6 else None)
     return _saved(figure)
 
 
@@ -255,15 +268,15 @@ def _pareto(entries: Sequence[Entry], metric: str) -> bytes:
             continue
         value, error = found
         axes.errorbar(entry.evaluation.seconds, value, yerr=error, marker="o", color="tab:blue", capsize=3)
-        axes.annotate(
-            entry.evaluation.name, (entry.evaluation.seconds, value), (6, 5), textcoords="offset points"
-        )
-        points.append((entry.evaluation.seconds, value))
-    front = []
-    for seconds, value in sorted(points):
-        if not front or value < front[-1][1]:
-            front.append((seconds, value))
-    axes.plot(*zip(*front, strict=True), color="tab:orange", zorder=0, label="best at its speed or faster")
+        points.append((entry.evaluation.seconds, value, entry.evaluation.name))
+    front: list[tuple[float, float, str]] = []
+    for point in sorted(points):
+        if not front or point[1] < front[-1][1]:
+            front.append(point)
+    for seconds, value, name in points if len(points) <= LEGEND else front:
+        axes.annotate(name, (seconds, value), (6, 5), textcoords="offset points")
+    seconds, values, _ = zip(*front, strict=True)
+    axes.plot(seconds, values, color="tab:orange", zorder=0, label="best at its speed or faster")
     axes.set_xscale("log")
     _scale(axes, [v for e in entries if (v := _value_of(e.evaluation, metric)) is not None])
     axes.margins(0.2)

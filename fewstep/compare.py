@@ -86,6 +86,8 @@ def compare(
         str(out),
         "--resume",
     ]
+    again += ["--steps", ",".join(map(str, steps))] if steps else []
+    again += ["--samples", str(samples)] if samples is not None else []
     again += [part for s in settings for part in ("--set", s)]
     say(f"{len(loaded)} recipes x {seeds} seeds, {amount} each, in {out}")
     with interrupted(shlex.join(again)):

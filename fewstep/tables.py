@@ -8,6 +8,7 @@ from importlib.resources import files
 from pathlib import Path
 
 from fewstep.cards import table
+from fewstep.ranking import share, with_error
 from fewstep.recipe import read, shipped
 
 
@@ -24,6 +25,39 @@ def demo_table() -> str:
             f"| {r['seconds_per_1000']:.2f} | {100 * r['accuracy']:.1f} % | {r['diversity']:.2f} |"
         )
     return "\n".join(lines)
+
+
+def comparison_table(path: Path) -> str:
+    """The rows of a results.json of `fewstep compare` (its copy is assets/compare-NAME.json), best first."""
+    told = json.loads(path.read_text())
+    rows, about = told["rows"], told["environment"]
+    lines = [
+        "| recipe | method | calls | FD ± | seeds | accuracy | diversity | CPU s | peak MiB |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for r in rows:
+        lines.append(
+            f"| `{r['recipe']}` | {r['method']} | {r['calls']} | {with_error(r['value'], r['error'])} "
+            f"| {len(r['values'])} | {share(r['accuracy'])} | {_two(r['diversity'])} | {r['cpu_seconds']:.0f} "
+            f"| {r['peak_memory_mib']:.0f} |"
+        )
+    for r in told["teachers"]:
+        lines.append(
+            f"| {r['title']} | | {r['calls']} | {with_error(r['value'], r['error'])} "
+            f"| | {share(r['accuracy'])} | {_two(r['diversity'])} | | |"
+        )
+    settings = "".join(f", {s}" for s in told["settings"])
+    failed = "".join(f" Failed: `{f['recipe']}` ({f['message'].splitlines()[0]})." for f in told["failed"])
+    lines += [
+        "",
+        f"{told['budget']} each{settings}, {rows[0]['samples']} samples, {rows[0]['metric']}; "
+        f"{about['device']}, torch {about['torch']}, commit {about['commit'][:7]}.{failed}",
+    ]
+    return "\n".join(lines)
+
+
+def _two(value: float | None) -> str:
+    return "" if value is None else f"{value:.2f}"
 
 
 def recipes_table() -> str:
@@ -56,6 +90,8 @@ def fill(text: str, name: str, table: str) -> str:
 def main(readme: Path = Path("README.md")) -> None:
     text = fill(readme.read_text(), "demo", demo_table())
     text = fill(text, "methods", methods_table())
+    for path in sorted(Path(str(files("fewstep.assets"))).glob("compare-*.json")):
+        text = fill(text, path.stem, comparison_table(path))
     readme.write_text(fill(text, "recipes", recipes_table()))
 
 

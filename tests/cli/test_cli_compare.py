@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -24,6 +25,7 @@ from fewstep.pairs import Pairs
 from fewstep.ranking import Ranked, Scored, join, rank, with_error
 from fewstep.recipe import load
 from fewstep.sampling import many_step
+from fewstep.tables import comparison_table
 
 
 @pytest.fixture
@@ -206,7 +208,7 @@ def results(out: Path) -> Any:
 
 
 def but_for_the_clock(report: Any) -> list[dict[str, Any]]:
-    clock = ("seconds", "seconds_per_1000", "peak_memory_mib")
+    clock = ("seconds", "cpu_seconds", "seconds_per_1000", "peak_memory_mib")
     return [{k: v for k, v in r.items() if k not in clock} for r in report["rows"]]
 
 
@@ -227,6 +229,14 @@ def test_a_comparison_survives_kills_and_failures(tmp_path: Path, capfd: pytest.
     assert {r["recipe"] for r in report["rows"]} == {"toy/kd", "toy/cd"}
     assert all(len(r["values"]) == 2 and r["updates"] == 40 for r in report["rows"])
     assert but_for_the_clock(report) == but_for_the_clock(results(straight))
+    best = report["rows"][0]
+    table = comparison_table(out / "results.json").splitlines()
+    assert table[2].startswith(
+        f"| `{best['recipe']}` | {best['method']} | 1 | {with_error(best['value'], best['error'])} | 2 |"
+    )
+    assert "40 updates each, " in table[-1]
+    assert "64 samples, energy" in table[-1]
+    assert f"Failed: `{bad}`" in table[-1]
     page = (out / "report.html").read_text()
     assert "toy/kd" in page
     assert "non-finite" in page
@@ -258,6 +268,7 @@ def test_runs_in_processes_of_their_own(tmp_path: Path):
     # A step is 24 calls, and each of the two stages rounds to a whole one.
     assert abs(row["network_calls"] - 9000) <= 2 * 24
     assert 100 < row["peak_memory_mib"] < 5000
+    assert 0 < row["cpu_seconds"] <= (os.cpu_count() or 1) * row["seconds"] + 0.1
     assert "| 1 | `toy/kd` |" in done.stdout
 
 
