@@ -87,13 +87,16 @@ def check_trackers(names: Sequence[str]) -> None:
             raise UserError(f"train.trackers: {name} is not installed; pip install {name}, or leave it out")
 
 
-def start_trackers(accelerator: Any, names: Sequence[str], run: Path) -> None:
-    """Start trackers in a run directory; `accelerator.log` writes to them from now on. UserError when one cannot."""
+def start_trackers(accelerator: Any, names: Sequence[str], run: Path, done: int = 0) -> None:
+    """Start trackers in a run directory; `accelerator.log` writes to them from now on. UserError when one cannot.
+
+    What an interrupted run told TensorBoard of steps after `done` is taken back: they are made again.
+    """
     from accelerate.tracking import filter_trackers
 
     accelerator.project_configuration.set_directories(str(run))
     accelerator.log_with = filter_trackers(list(names), run)
     try:
-        accelerator.init_trackers("fewstep")
+        accelerator.init_trackers("fewstep", init_kwargs={"tensorboard": {"purge_step": done + 1}})
     except Exception as error:  # wandb without an account, a proxy in the way: of the tracker's own kinds
         raise UserError(f"train.trackers: {', '.join(names)} cannot start: {error}") from None

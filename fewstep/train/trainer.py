@@ -100,8 +100,6 @@ class Trainer:
     def attach(self, run: Path) -> None:
         """Log and save in this directory from now on."""
         self.run, self.log = run, Log(run / "log.jsonl")
-        if self.recipe.train.trackers and self.accelerator.is_main_process:
-            start_trackers(self.accelerator, self.recipe.train.trackers, run)
 
     @property
     def device(self) -> torch.device:
@@ -119,6 +117,14 @@ class Trainer:
 
     def fit(self) -> None:
         """Train to the end of the last stage. SIGTERM and Ctrl-C save a checkpoint at the next step's end."""
+        names = self.recipe.train.trackers
+        if (
+            names
+            and self.run is not None
+            and self.accelerator.is_main_process
+            and not self.accelerator.trackers
+        ):
+            start_trackers(self.accelerator, names, self.run, self.progress.done)
         before = [
             (s, signal.signal(s, self._ask_to_stop))
             for s in (signal.SIGTERM, signal.SIGINT)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -29,7 +30,23 @@ def test_tensorboard_has_every_reading_of_the_log(tmp_path: Path):
         assert found == pytest.approx({r["done"]: r[name] for r in log}, rel=1e-6), name
 
 
+def test_a_resumed_run_tells_every_step_once(tmp_path: Path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    for kept in (3, 2):
+        trainer = Trainer(tiny(*SHORT, "train.checkpoint_every=1", "train.keep=3"), tmp_path, cpu=True)
+        assert trainer.resume() == (kept == 2)
+        assert trainer.progress.done == (2 if kept == 2 else 0)
+        trainer.fit()
+        trainer.accelerator.end_training()
+        # As if it had been killed after step 3 was logged and before it was saved.
+        shutil.rmtree(tmp_path / "checkpoints" / "step-00000003")
+    events = EventAccumulator(str(tmp_path / "fewstep"))
+    events.Reload()
+    assert [e.step for e in events.Scalars("match")] == [1, 2, 3]
+
+
 def test_a_tracker_that_cannot_start_says_so(tmp_path: Path):
     (tmp_path / "fewstep").write_text("in the way")
     with pytest.raises(UserError, match=r"^train\.trackers: tensorboard cannot start: .*fewstep"):
-        Trainer(tiny(*SHORT), tmp_path, cpu=True)
+        Trainer(tiny(*SHORT), tmp_path, cpu=True).fit()
