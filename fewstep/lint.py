@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fewstep.config import UserError
-from fewstep.process import EDM, Process
+from fewstep.process import EDM, DiscreteVP, Process
 
 TOLERANCE = 1e-6
 """Largest difference of alpha and sigma; relative where sigma is above 1."""
@@ -121,6 +121,8 @@ def process_of(recipe: Any, role: str = "student") -> tuple[Any, str, str] | Non
         return read_scheduler(schedule, str(folder.scheduler_file), tokens=256)
     if spec.name == "unet2d":
         return EDM(sigma_data=spec.sigma_data), "cm", "250log_sigma"
+    if spec.name == "unet-text":
+        return DiscreteVP(), "v", "index"
     return None
 
 

@@ -108,6 +108,7 @@ _OUTPUTS: dict[str, tuple[str, ...]] = {
     "FluxPipeline": ("text", "pooled", ""),
     "PixArtAlphaPipeline": ("text", "mask", "", ""),
     "PixArtSigmaPipeline": ("text", "mask", "", ""),
+    "IFPipeline": ("text", ""),
     "SanaPipeline": ("text", "mask", "", ""),
     "SanaSprintPipeline": ("text", "mask"),
 }

@@ -17,6 +17,7 @@ from typer.testing import CliRunner
 from fewstep.cli import app
 from fewstep.cond import replaced
 from fewstep.config import UserError
+from fewstep.data.text import PipelineEncoder
 from fewstep.emoji import prepare_emoji
 from fewstep.export.diffusers import PARITY, export, export_teacher
 from fewstep.gallery import LEFT, TOP, captioned, rows_of
@@ -181,6 +182,15 @@ def test_the_teacher_s_folder_answers_as_the_teacher_does(made: Path):
         assert (again(x, t, other).x0 - again(x, t, cond).x0).abs().max() > 1e-4
 
 
+def test_the_folder_s_own_encoder_gives_the_conditions_of_the_data(made: Path):
+    encode = PipelineEncoder(path=str(made / "teacher" / "export")).open()
+    live = encode(KEPT[1:3])
+    assert set(live) == {"text"}
+    torch.testing.assert_close(
+        live["text"], open_product(made / "teacher").labels(3)["text"][1:], rtol=0, atol=1e-6
+    )
+
+
 class Real(Product):
     """Samples that are the data themselves, each under its own caption."""
 
@@ -234,7 +244,7 @@ def test_a_student_trains_and_its_pipeline_draws_from_a_prompt_what_fewstep_draw
     from diffusers import IFPipeline
 
     teacher = made / "teacher" / "export"
-    changes = [f"teacher.path={teacher}", "discriminator.width=8", "method.critic_steps=1"]
+    changes = [f"teacher.path={teacher}", "method.critic_steps=1"]
     trainer = train(load(name, [*common(made), *changes]), tmp_path / "run")
     assert trainer.progress.skipped == 0
     gradients = {k: v for k, v in trainer.last_record.items() if k.startswith("grad_norm/")}
