@@ -23,7 +23,8 @@ class ClipRecipe:
     """What makes two CLIP scores comparable.
 
     Attributes:
-        architecture: open-clip's name, such as ``ViT-B-32``.
+        architecture: open-clip's name, such as ``ViT-B-32``. OpenAI's own weights want ``-quickgelu`` behind it: a local
+            file does not say with which activation it was trained, and the wrong one gives other numbers in silence.
         prefix: text put before every prompt.
         scale: factor on the cosine.
         clip_negative: count negative cosines as zero.
@@ -48,9 +49,9 @@ class ClipRecipe:
 
 
 RECIPES = {
-    "clip-s": ClipRecipe("ViT-B-32", prefix="A photo depicts ", scale=2.5, clip_negative=True),
-    "torchmetrics": ClipRecipe("ViT-L-14", scale=100.0, clip_negative=True),
-    "dmd2": ClipRecipe("ViT-g-14", on_long_prompt="keep-eot"),
+    "clip-s": ClipRecipe("ViT-B-32-quickgelu", prefix="A photo depicts ", scale=2.5, clip_negative=True),
+    "torchmetrics": ClipRecipe("ViT-L-14-quickgelu", scale=100.0, clip_negative=True),
+    "dmd2": ClipRecipe("ViT-g-14", prefix="A photo depicts ", on_long_prompt="keep-eot"),
 }
 
 
@@ -74,8 +75,9 @@ def load_clip(
     digest = checked_digest(f"clip:{architecture}", source, sha256)
     try:
         model = open_clip.create_model(architecture, pretrained=str(source), weights_only=True)
-    except (RuntimeError, KeyError, AssertionError) as error:
-        raise ValueError(f"{source}: not weights of {architecture} ({str(error).splitlines()[0]})") from None
+    except Exception as error:  # torch, pickle and safetensors have error types of their own
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise ValueError(f"{source}: not weights of {architecture} ({reason})") from None
     return model.requires_grad_(False).eval(), digest
 
 
@@ -145,9 +147,15 @@ def clip_score(
     prompts: Sequence[str],
     batch_size: int = 256,
 ) -> Estimate:
-    """Mean scaled cosine between image features (N, D) and the N prompts, with its standard error."""
+    """Mean scaled cosine between image features (N, D) and the N prompts, with its standard error.
+
+    Raises ValueError for another number of prompts, or features that are not finite.
+    """
     if len(image_features) != len(prompts):
         raise ValueError(f"prompts: {len(prompts)} for {len(image_features)} images")
+    bad = ~torch.isfinite(image_features).all(dim=1)
+    if bad.any():
+        raise ValueError(f"{recipe.architecture}: features of image {int(bad.int().argmax())} are not finite")
     tokens = tokenise(recipe, prompts)
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     chunks = tokens.to(device).split(batch_size)

@@ -4,6 +4,7 @@ to be mixed.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import platform
@@ -19,7 +20,7 @@ from torch import Tensor
 from fewstep.checkout import commit
 
 from . import metrics
-from .cache import atomic_path
+from .cache import atomic_path, file_sha256
 from .clip import ClipScorer
 from .features import FeatureExtractor
 from .frechet import FrechetResult, frechet_distance
@@ -35,7 +36,8 @@ class Evaluation:
 
     `metrics` maps a full metric name to a dict with at least ``value``; ``standard_error`` where one is
     known; `omitted` says which of the preset's metrics are not there and why, `skipped` which images were
-    left out; `frechet` keeps the full results (one per repetition) for paired differences.
+    left out; `files` are the digests of what the preset may leave open (extractor, reference, prompts, clip);
+    `frechet` keeps the full results (one per repetition) for paired differences.
     """
 
     name: str
@@ -49,6 +51,7 @@ class Evaluation:
     calls: int | None = None
     skipped: dict[str, str] = field(default_factory=dict)
     omitted: dict[str, str] = field(default_factory=dict)
+    files: dict[str, str] = field(default_factory=dict)
     frechet: list[FrechetResult] = field(default_factory=list, repr=False)
 
     def as_json(self) -> dict[str, Any]:
@@ -106,7 +109,7 @@ def preset_reference(preset: Preset, extractor: FeatureExtractor) -> Reference:
     made_with = statistics.provenance.get("extractor_sha256")
     if made_with is not None and made_with != extractor.sha256:
         raise ValueError(f"{path}: made with another extractor ({statistics.provenance.get('extractor')})")
-    return Reference(wanted.name, statistics)
+    return Reference(wanted.name, statistics, digest=file_sha256(path))
 
 
 def evaluate(
@@ -200,15 +203,33 @@ def evaluate(
         calls=calls,
         skipped=dict(skipped or {}),
         omitted=omitted,
+        files=_digests(extractor, reference, prompts, clip),
         frechet=frechet,
     )
+
+
+def prompts_digest(prompts: Sequence[str]) -> str:
+    """SHA-256 over the prompts in their order."""
+    return hashlib.sha256(json.dumps(list(prompts)).encode()).hexdigest()
+
+
+def _digests(
+    extractor: FeatureExtractor,
+    reference: Reference,
+    prompts: Sequence[str] | None,
+    clip: ClipScorer | None,
+) -> dict[str, str]:
+    found = {"extractor": extractor.sha256, "reference": reference.digest}
+    found["prompts"] = "" if prompts is None else prompts_digest(prompts)
+    found["clip"] = clip.images.sha256 if clip else ""
+    return {kind: digest for kind, digest in found.items() if digest}
 
 
 def comparison_rows(evaluations: Sequence[Evaluation]) -> tuple[list[str], list[list[str]]]:
     """Header and rows of a table, the smallest distance first.
 
     Raises:
-        PresetMismatch: the evaluations do not share one preset hash.
+        PresetMismatch: the evaluations do not share one preset hash, or were made with different files.
     """
     hashes = {e.preset_hash: e.preset for e in evaluations}
     if len(hashes) > 1:
@@ -216,6 +237,13 @@ def comparison_rows(evaluations: Sequence[Evaluation]) -> tuple[list[str], list[
             "results of different protocols do not compare: "
             + ", ".join(f"{preset} ({digest})" for digest, preset in sorted(hashes.items()))
         )
+    for kind in ("extractor", "reference", "prompts", "clip"):
+        files = {e.files[kind]: e.name for e in evaluations if kind in e.files}
+        if len(files) > 1:
+            raise PresetMismatch(
+                f"results with different files ({kind}) do not compare: "
+                + ", ".join(f"{name} ({digest[:12]})" for digest, name in sorted(files.items()))
+            )
     names = list(dict.fromkeys(metric for e in evaluations for metric in e.metrics))
     ranked = sorted(evaluations, key=_distance)
     header = ["model", "N", *names, "s / 1,000 images", "calls"]
@@ -229,14 +257,17 @@ def comparison_rows(evaluations: Sequence[Evaluation]) -> tuple[list[str], list[
 
 
 def _distance(e: Evaluation) -> float:
-    """What rows are sorted by: the first metric of which less is better."""
-    return next(
-        (v["value"] for k, v in e.metrics.items() if k.startswith(("FD", "energy", "CMMD", "KID"))), 0.0
-    )
+    metric = distance_of(e)
+    return 0.0 if metric is None else e.metrics[metric]["value"]
+
+
+def distance_of(e: Evaluation) -> str | None:
+    """What rows are sorted by: the first metric of which less is better, None where there is none."""
+    return next((k for k in e.metrics if k.lower().startswith(("fd", "energy", "cmmd", "kid"))), None)
 
 
 def format_entry(entry: Mapping[str, Any] | None) -> str:
-    """One metric as text: value ± error, for FD also b/N and the corrected value or why there is none."""
+    """One metric as text: value ± error, for FD also b/N and the corrected value or that N is too small."""
     if entry is None:
         return "-"
     text = f"{entry['value']:.4g}"
@@ -246,7 +277,10 @@ def format_entry(entry: Mapping[str, Any] | None) -> str:
     if entry.get("bias") is not None:
         text += f" (b/N {entry['bias']:.2g}"
         corrected = entry.get("corrected")
-        text += f", corrected {corrected:.4g})" if corrected is not None else ", N too small to correct)"
+        small = ", N too small to correct: see KID or CMMD)"
+        text += f", corrected {corrected:.4g})" if corrected is not None else small
+    elif str(entry.get("reason", "")).startswith("N too small"):
+        text += " (b/N unknown, N too small: see KID or CMMD)"
     return text
 
 

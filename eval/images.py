@@ -110,11 +110,15 @@ class ImageFolder:
             with warnings.catch_warnings():
                 warnings.simplefilter("error", Image.DecompressionBombWarning)
                 with Image.open(file) as picture:
+                    # Pillow halves 16-bit colour to mode RGB; only the name of the raw mode tells.
+                    deep = any(";16" in str(tile[3]) for tile in getattr(picture, "tile", ()))
                     picture.load()
                     mode, pixels = picture.mode, np.asarray(picture)
         except (OSError, SyntaxError, Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
             raise ValueError(f"cannot be read ({error})") from None
         wanted = _MODES[self.channels]
+        if mode == "RGB" and deep:
+            mode = "RGB;16"
         if mode != wanted:
             kind = {
                 "L": "grey",
@@ -124,6 +128,7 @@ class ImageFolder:
                 "1": "black and white",
                 "I;16": "16-bit grey",
                 "RGB": "colour",
+                "RGB;16": "16-bit colour",
                 "CMYK": "CMYK",
             }.get(mode, mode)
             raise ValueError(f"is {kind}, expected 8-bit {'colour' if wanted == 'RGB' else 'grey'}")

@@ -18,6 +18,19 @@ from .resize import quantise
 HPSV2_STYLES = ("anime", "concept-art", "paintings", "photo")
 
 
+def _lines(source: Path) -> list[str]:
+    # str.splitlines also breaks at U+2028 and its like, which may stand inside a prompt.
+    lines = source.read_text(encoding="utf-8").split("\n")
+    return lines[:-1] if not lines[-1] else lines
+
+
+def prompts_of(preset: Preset, path: str | os.PathLike[str]) -> list[str]:
+    """The prompt of every global index: prompt i // images_per_prompt; raises as `read_prompts`."""
+    per = preset.images_per_prompt
+    found = read_prompts(path, -(-preset.number // per))
+    return [prompt for prompt in found for _ in range(per)][: preset.number]
+
+
 def read_prompts(path: str | os.PathLike[str], number: int) -> list[str]:
     """The first `number` prompts of a file: one a line, or a ``.jsonl`` whose objects have a ``prompt``.
 
@@ -26,7 +39,7 @@ def read_prompts(path: str | os.PathLike[str], number: int) -> list[str]:
     """
     source = Path(path)
     try:
-        lines = source.read_text(encoding="utf-8").splitlines()
+        lines = _lines(source)
     except UnicodeDecodeError as error:
         raise ValueError(f"{source}: is not UTF-8 text ({error})") from None
     if len(lines) < number:
@@ -80,7 +93,7 @@ def export_images(
         ValueError: a preset without a layout, or too few prompts.
     """
     targets = places(preset, folder)
-    lines = prompts_file.read_text(encoding="utf-8").splitlines()
+    lines = _lines(prompts_file)
     wanted = [i for i in range(rank, preset.number, world_size) if not targets[i].is_file()]
     for start in range(0, len(wanted), batch_size):
         indices = wanted[start : start + batch_size]

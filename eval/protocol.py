@@ -112,9 +112,12 @@ class Preset:
         problems = []
         if self.quantiser not in QUANTISERS:
             problems.append(f"quantiser: {self.quantiser!r} is not one of {sorted(QUANTISERS)}")
-        for step in [*self.chain, *(self.clip.chain if self.clip else ())]:
-            if step.op not in OPERATIONS:
-                problems.append(f"chain: {step.op!r} is not one of {sorted(OPERATIONS)}")
+        for name, chain in (("chain", self.chain), ("clip.chain", self.clip.chain if self.clip else ())):
+            for step in chain:
+                if step.op not in OPERATIONS:
+                    problems.append(f"{name}: {step.op!r} is not one of {sorted(OPERATIONS)}")
+                elif step.op != "centre-square" and (step.size is None or step.size < 1):
+                    problems.append(f"{name}: {step.op!r} needs a size of at least 1")
         for metric in self.metrics:
             if metric not in METRICS:
                 problems.append(f"metrics: {metric!r} is not one of {sorted(METRICS)}")
@@ -197,7 +200,7 @@ def load_preset(name_or_path: str | os.PathLike[str]) -> Preset:
     try:
         content: dict[str, Any] = yaml.safe_load(path.read_text())
         # Strict mode takes mappings for dataclasses only from JSON.
-        return TypeAdapter(Preset).validate_json(json.dumps(content))
+        return TypeAdapter(Preset).validate_json(json.dumps(content, default=str))
     except yaml.YAMLError as error:
         raise ValueError(f"{path}: not YAML ({error})") from None
     except ValidationError as error:
@@ -220,7 +223,7 @@ def locate(file: File, kind: str) -> Path:
         tried.insert(0, Path(folder) / file.name)
     for path in tried:
         # A transformers model is a folder; only its reader can check it.
-        if path.is_dir() and file.sha256 is None:
+        if path.is_dir():
             return path
         if path.is_file():
             if file.sha256 and not file_sha256(path).startswith(file.sha256):

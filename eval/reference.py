@@ -24,12 +24,16 @@ REFERENCE_VERSION = 1
 
 @dataclass(frozen=True)
 class Reference:
-    """What samples are measured against: statistics, and if at hand features (N, D) and labels (N,)."""
+    """What samples are measured against: statistics, and if at hand features (N, D) and labels (N,).
+
+    `digest` identifies it: the sha256 of a file, or the key of what it was computed from.
+    """
 
     name: str
     statistics: FeatureStatistics
     features: Tensor | None = None
     labels: Tensor | None = None
+    digest: str = ""
 
 
 def digits_reference(extractor: FeatureExtractor) -> Reference:
@@ -62,7 +66,7 @@ def reference_of(name: str, images: Tensor, labels: Tensor | None, extractor: Fe
     features = stored["features"]
     statistics = FeatureStatistics(extractor.dim, provenance(name, key, extractor, len(features)))
     statistics.update(features)
-    return Reference(name, statistics, features, stored.get("labels"))
+    return Reference(name, statistics, features, stored.get("labels"), key)
 
 
 def reference_key(images: Tensor, labels: Tensor | None, extractor: FeatureExtractor) -> str:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .cache import atomic_path
-from .evaluate import Evaluation, comparison_rows
+from .evaluate import Evaluation, comparison_rows, distance_of
 from .latency import Latency
 
 _STYLE = """
@@ -46,14 +46,14 @@ SAMPLING_NOTE = (
 
 @dataclass
 class Entry:
-    """One row of the report: a model at a number of network calls, `steps`.
+    """One row of the report: a model at a number of network calls, `steps`; None where it is not known.
 
     `images` are pixels (N, C, H, W) uint8 of the first global indices, the same for every entry; `group` joins entries of
     one model in the plots.
     """
 
     evaluation: Evaluation
-    steps: int
+    steps: int | None
     group: str = ""
     images: Tensor | None = None
     latency: Sequence[Latency] = field(default_factory=tuple)
@@ -89,7 +89,7 @@ def write_report(
         *_plots(entries),
         *_latency(entries),
         "<h2>Environment</h2>",
-        _table(["", "value"], [[key, str(value)] for key, value in first.environment.items()]),
+        _table(["", "value"], [*map(list, first.environment.items()), *_files(evaluations)]),
     ]
     page = (
         f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{html.escape(title)}</title>'
@@ -150,6 +150,11 @@ def _notes(evaluations: Sequence[Evaluation]) -> list[str]:
     return ["<h2>Left out</h2><ul>" + "".join(f"<li>{html.escape(note)}</li>" for note in notes) + "</ul>"]
 
 
+def _files(evaluations: Sequence[Evaluation]) -> list[list[str]]:
+    found = {kind: digest for e in evaluations for kind, digest in e.files.items()}
+    return [[f"sha256 of {kind}", digest] for kind, digest in found.items()]
+
+
 def _png(data: bytes) -> str:
     return "data:image/png;base64," + base64.b64encode(data).decode()
 
@@ -167,10 +172,10 @@ def _grids(entries: Sequence[Entry]) -> list[str]:
         buffer = io.BytesIO()
         Image.fromarray(picture[..., 0] if picture.shape[2] == 1 else picture).save(buffer, "png")
         name = html.escape(entry.evaluation.name)
-        calls = f"{entry.steps} network call{'' if entry.steps == 1 else 's'}"
+        calls = f" ({entry.steps} network call{'' if entry.steps == 1 else 's'})" if entry.steps else ""
         parts.append(
             f'<figure><img src="{_png(buffer.getvalue())}" alt="samples of {name}">'
-            f"<figcaption>{name} ({calls})</figcaption></figure>"
+            f"<figcaption>{name}{calls}</figcaption></figure>"
         )
     return [*parts, "</div>"]
 
@@ -185,12 +190,14 @@ def _value_of(evaluation: Evaluation, metric: str) -> tuple[float, float] | None
 def _plots(entries: Sequence[Entry]) -> list[str]:
     metrics = list(entries[0].evaluation.metrics)
     figures = []
-    if len({entry.steps for entry in entries}) > 1:
+    counted = [entry for entry in entries if entry.steps]
+    if len({entry.steps for entry in counted}) > 1:
         for metric in metrics[:6]:
-            figures.append((f"{metric} against network calls", _lines(entries, metric)))
+            figures.append((f"{metric} against network calls", _lines(counted, metric)))
+    distance = distance_of(entries[0].evaluation)
     timed = [entry for entry in entries if entry.evaluation.seconds]
-    if len(timed) > 1 and metrics:
-        figures.append((f"{metrics[0]} against time: lower left is better", _pareto(timed, metrics[0])))
+    if len(timed) > 1 and distance:
+        figures.append((f"{distance} against time: lower left is better", _pareto(timed, distance)))
     if not figures:
         return []
     parts = ['<h2>Plots</h2><div class="plots">']
@@ -219,8 +226,8 @@ def _saved(figure: Any) -> bytes:
 
 
 def _scale(axes: Any, found: Sequence[tuple[float, float]]) -> None:
-    """Logarithmic where values of one sign are so far apart that a line would hide the small ones."""
-    lowest = min(value - error for value, error in found)
+    """Logarithmic where positive values are so far apart that a line would hide the small ones."""
+    lowest = min((value - error for value, error in found), default=0.0)
     if lowest > 0 and max(value for value, _ in found) > 20 * min(value for value, _ in found):
         axes.set_yscale("log")
 

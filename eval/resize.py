@@ -127,6 +127,7 @@ OPERATIONS = {
     "bilinear-antialias": lambda x, size: resize_tensor(x, size, "bilinear"),
     "bilinear": lambda x, size: resize_tensor(x, size, "bilinear", antialias=False),
     "pil-bicubic": lambda x, size: resize_pil(x, size, "bicubic"),
+    "pil-bicubic-8bit": lambda x, size: resize_pil(x, size, "bicubic", rounded=True),
     "pil-lanczos": lambda x, size: resize_pil(x, size, "lanczos", rounded=True),
     "pil-bilinear": lambda x, size: resize_pil(x, size, "bilinear", rounded=True),
 }

@@ -222,10 +222,11 @@ def _make_shard(
         except ValueError as error:
             raise ValueError(f"generate: samples {wanted[0]}..{wanted[-1]}: {error}") from None
         found = _features(extractor, apply_chain(pixels, job.chain))
-        if not torch.isfinite(found["features"]).all():
-            raise ValueError(f"{extractor.name}: NaN features for samples {wanted[0]}..{wanted[-1]}")
         if clip is not None:
             found["clip"] = _features(clip, apply_chain(pixels, job.clip_chain))["features"]
+        for name, network in (("features", extractor), ("clip", clip)):
+            if network is not None and not torch.isfinite(found[name]).all():
+                raise ValueError(f"{network.name}: NaN features for samples {wanted[0]}..{wanted[-1]}")
         if job.keep_images:
             found["images"] = pixels.cpu()
         for name, value in found.items():

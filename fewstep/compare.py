@@ -59,7 +59,8 @@ def compare(
         except UserError as error:
             raise UserError(f"{name}: {error}") from None
     names = folders(loaded)
-    claim(out, resume, {"budget": str(amount), "settings": list(settings), "evaluation": asdict(evaluation)})
+    content = {"budget": str(amount), "settings": list(settings), "steps": list(steps)}
+    claim(out, resume, {**content, "evaluation": asdict(evaluation)})
     tasks = [
         Task(
             name, out / names[name] / f"seed-{seed}", tuple(settings), amount, evaluation, tuple(steps), seed
@@ -86,6 +87,8 @@ def compare(
         str(out),
         "--resume",
     ]
+    again += ["--steps", ",".join(map(str, steps))] if steps else []
+    again += ["--samples", str(samples)] if samples is not None else []
     again += ["--steps", ",".join(map(str, steps))] if steps else []
     again += ["--samples", str(samples)] if samples is not None else []
     again += [part for s in settings for part in ("--set", s)]
@@ -156,9 +159,9 @@ def claim(out: Path, resume: bool, content: Mapping[str, Any]) -> None:
         before, now = dict(found["evaluation"]), dict(content["evaluation"])
         # Teachers stand beside the ranking; how many of their rows there are changes no student's.
         before.pop("teacher_steps"), now.pop("teacher_steps")
-        wrong = [k for k in ("budget", "settings") if found[k] != content[k]] + ["evaluation"] * (
-            before != now
-        )
+        found.setdefault("steps", content["steps"])  # not told by older comparisons
+        wrong = [k for k in ("budget", "settings", "steps") if found[k] != content[k]]
+        wrong += ["evaluation"] * (before != now)
         if wrong:
             told = "; ".join(f"{k}: {found[k]} -> {content[k]}" for k in wrong)
             raise UserError(

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import re
+import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +18,12 @@ from torch import Tensor
 from fewstep.config import UserError
 from fewstep.eval.cache import cache_dir
 from fewstep.eval.clip import ClipScorer, preset_clip, tokenise
-from fewstep.eval.evaluate import Evaluation, evaluate, format_entry, preset_reference
+from fewstep.eval.evaluate import Evaluation, evaluate, format_entry, preset_reference, prompts_digest
 from fewstep.eval.features import FeatureExtractor
 from fewstep.eval.images import ImageFolder
 from fewstep.eval.latency import Latency, measure_latency
 from fewstep.eval.networks import build_extractor
-from fewstep.eval.prompts import export_images, places, read_prompts
+from fewstep.eval.prompts import export_images, places, prompts_of
 from fewstep.eval.protocol import Preset, load_preset, require_files
 from fewstep.eval.reference import Reference
 from fewstep.eval.report import Entry, write_report
@@ -112,12 +115,12 @@ def run(request: Request) -> list[Evaluation]:
         if preset.reference.kind == "none":
             export(preset, request)
             return []
-        check_omitted(preset, request)
+        check_options(preset, request)
         files = require_files(preset, request.extractor_path, request.clip_path, request.omit)
         check_source(preset, request)
-        prompts = read_prompts(files["prompts"], preset.number) if "prompts" in files else None
+        prompts = prompts_of(preset, files["prompts"]) if "prompts" in files else None
         clip = clip_of(preset, files.get("clip"), prompts)
-        extractor = build_extractor(preset.extractor, files.get("weights", request.extractor_path))
+        extractor = extractor_of(preset, files.get("weights", request.extractor_path))
         by = Judge(preset, request, extractor, preset_reference(preset, extractor), prompts, clip)
         found = [entry_of_folder(by)] if request.images is not None else entries_of_models(by)
         if found:
@@ -129,7 +132,21 @@ def run(request: Request) -> list[Evaluation]:
         return [entry.evaluation for entry in found]
 
 
-def check_omitted(preset: Preset, request: Request) -> None:
+def extractor_of(preset: Preset, path: Path | None) -> FeatureExtractor:
+    """The preset's feature network; ValueError when its weights are not the ones the preset pins."""
+    extractor = build_extractor(preset.extractor, path)
+    pinned = preset.extractor_file.sha256 if preset.extractor_file else None
+    if pinned and not extractor.sha256.startswith(pinned):
+        raise ValueError(f"{path}: sha256 {extractor.sha256} is not the {pinned} of preset {preset.name}")
+    return extractor
+
+
+def check_options(preset: Preset, request: Request) -> None:
+    """Refuse what would change nothing, or name no metric of the preset."""
+    if request.out is not None:
+        raise UserError(f"--out: preset {preset.name} measures; only geneval and hpsv2 write images")
+    if request.allow_skips and request.images is None:
+        raise UserError("--allow-skips: is for a folder of images (--images); samples are never left out")
     unknown = [m for m in request.omit if m not in preset.metrics]
     if unknown:
         raise UserError(f"--omit {unknown[0]}: preset {preset.name} measures {', '.join(preset.metrics)}")
@@ -155,13 +172,30 @@ def check_source(preset: Preset, request: Request) -> None:
             raise UserError(
                 f"--images: preset {preset.name} wants {preset.repetitions} sets of {preset.number} images"
             )
-        if request.steps or request.teacher or request.call:
+        if request.steps or request.teacher or request.call or request.any_steps:
             raise UserError(
-                "--images: the samples are there already, --steps, --teacher and --call change nothing"
+                "--images: the samples are there already, --steps, --any, --teacher and --call change nothing"
             )
-        ImageFolder(request.images, preset.channels, preset.number, request.allow_skips)
+        folder = ImageFolder(request.images, preset.channels, preset.number, request.allow_skips)
+        if "clip-score" in preset.metrics and "clip-score" not in request.omit:
+            check_order([f.relative_to(folder.path) for f in folder.files[: preset.number]])
     elif request.path is not None and not (request.path / "model_index.json").is_file():
         check_size(preset, open_product(request.path).shape, str(request.path))
+
+
+def check_order(files: Sequence[Path]) -> None:
+    """UserError where names such as 10.png and 9.png sort otherwise than their numbers: image i has prompt i."""
+
+    def numbers(file: Path) -> list[list[Any]]:
+        pieces = [re.split(r"([0-9]+)", part) for part in file.parts]
+        return [[int(p) if i % 2 else p for i, p in enumerate(piece)] for piece in pieces]
+
+    for a, b in pairwise(files):
+        if numbers(a) > numbers(b):
+            raise UserError(
+                f"--images: {a} comes before {b} by name and after it by number, so it is not known which prompt "
+                "belongs to which image; pad the numbers with zeros, or give --omit clip-score"
+            )
 
 
 def entry_of_folder(by: Judge) -> Entry:
@@ -183,7 +217,7 @@ def entry_of_folder(by: Judge) -> Entry:
     if folder.skipped:
         omit["clip-score"] = "images were skipped, so it is not known which prompt belongs to which"
     result = by.evaluate(request.images.name, samples, skipped=folder.skipped, omit=omit)
-    return Entry(result, 1, images=torch.cat(shown))
+    return Entry(result, None, images=torch.cat(shown))
 
 
 def entries_of_models(by: Judge) -> list[Entry]:
@@ -196,7 +230,7 @@ def entries_of_models(by: Judge) -> list[Entry]:
             if place.device.type != "cpu" and isinstance(network, torch.nn.Module):
                 network.to(place.device)
         for model in models(preset, request, by.prompts, place.device):
-            jobs = [job_of(preset, model, r, request.batch) for r in range(preset.repetitions)]
+            jobs = [job_of(by, model, r) for r in range(preset.repetitions)]
             for number, job in enumerate(jobs):
                 run_shards(
                     job,
@@ -223,10 +257,16 @@ def entry_of_samples(by: Judge, model: Model, sets: list[Samples]) -> Entry:
     latency: list[Latency] = []
     images = None
     if request.report is not None:
-        generate = model.generate(0)
+        make = model.generate(0)
+
+        def generate(indices: list[int]) -> Tensor:
+            # A small set has fewer conditions than the clock asks for.
+            return make([i % preset.number for i in indices])
+
+        first = torch.arange(min(SHOWN, preset.number)).split(request.batch)
         with torch.no_grad():
-            images = quantise(generate(list(range(min(SHOWN, preset.number)))).cpu(), preset.quantiser)
-            images = images.round().to(torch.uint8)
+            images = torch.cat([generate(part.tolist()).cpu() for part in first])
+            images = quantise(images, preset.quantiser).round().to(torch.uint8)
             for batch in sorted({1, request.batch}):
                 latency.append(measure_latency(generate, batch, repeats=5, warm_up=1))
     seconds = 1000 / latency[-1].images_per_second if latency else None
@@ -234,15 +274,18 @@ def entry_of_samples(by: Judge, model: Model, sets: list[Samples]) -> Entry:
     return Entry(result, model.calls, model.group, images, tuple(latency))
 
 
-def job_of(preset: Preset, model: Model, repetition: int, batch: int) -> Job:
+def job_of(by: Judge, model: Model, repetition: int) -> Job:
+    preset = by.preset
     identity = {"preset": preset.hash, "model": model.digest, "repetition": repetition}
+    if by.prompts is not None:
+        identity["prompts"] = prompts_digest(by.prompts)
     # Small enough that several processes share a small set, and the same for any number of them.
     shard = max(1, min(500, -(-preset.number // 8)))
     return Job(
         preset.number,
         identity,
         shard,
-        batch,
+        by.request.batch,
         preset.quantiser,
         chain(preset),
         clip_chain=clip_chain(preset),
@@ -255,10 +298,8 @@ def shards_of(job: Job, extractor: FeatureExtractor, clip: FeatureExtractor | No
 
 def discard(samples: Samples) -> None:
     """Remove the shards of a finished evaluation from the cache."""
-    folder = samples.shards[0].parent
-    for file in [*folder.glob("shard-*"), folder / "job.json"]:
-        file.unlink(missing_ok=True)
-    folder.rmdir()
+    # A killed attempt may have left temporary files; a folder that stays must not cost the result.
+    shutil.rmtree(samples.shards[0].parent, ignore_errors=True)
 
 
 def chain(preset: Preset) -> list[Step]:
@@ -275,13 +316,15 @@ def export(preset: Preset, request: Request) -> None:
         raise UserError(f"preset {preset.name}: writes images of a diffusers folder; give the path of one")
     if request.out is None:
         raise UserError(f"preset {preset.name}: only writes images; say where with --out FOLDER")
-    if request.report is not None:
-        raise UserError(
-            f"--report: preset {preset.name} measures nothing, it writes images for another package"
-        )
+    unused = {"--report": request.report, "--omit": request.omit, "--clip-path": request.clip_path}
+    unused |= {"--extractor-path": request.extractor_path, "--allow-skips": request.allow_skips}
+    for option, value in unused.items():
+        if value:
+            raise UserError(
+                f"{option}: preset {preset.name} measures nothing, it writes images for another package"
+            )
     file = require_files(preset)["prompts"]
-    per = preset.images_per_prompt
-    prompts = [p for p in read_prompts(file, -(-preset.number // per)) for _ in range(per)]
+    prompts = prompts_of(preset, file)
     places(preset, request.out)
     with world() as (place, barrier):
         if len(request.steps) > 1:

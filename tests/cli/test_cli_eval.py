@@ -18,9 +18,10 @@ import torch
 from fewstep.eval.datasets import digits
 from fewstep.eval.house import HouseDigits, house_digits
 from fewstep.eval.images import save_image
-from fewstep.eval.prompts import export_images, missing, read_prompts
-from fewstep.eval.protocol import load_preset
+from fewstep.eval.prompts import export_images, missing, prompts_of, read_prompts
+from fewstep.eval.protocol import Preset, labels_of, load_preset
 from fewstep.eval.reference import digits_reference
+from fewstep.eval.runner import Samples
 from fewstep.eval.statistics import FeatureStatistics
 from PIL import Image
 from tiny_runs import environment
@@ -28,6 +29,8 @@ from tiny_teacher import make_run, make_teacher
 
 from fewstep.cli import main
 from fewstep.config import UserError
+from fewstep.evaluation import Judge, discard, job_of
+from fewstep.sources import Model, Request
 
 N = 80
 
@@ -102,6 +105,9 @@ def test_arguments_that_make_no_sense(
     assert refused(trained, *preset, "--seed", "3").startswith("--seed: a preset has seeds of its own")
     assert refused(*preset).startswith("eval: give either a run or diffusers folder")
     assert refused(trained, *preset, "--images", pictures).startswith("eval: give either")
+    assert refused(trained, *preset, "--out", "x").startswith("--out: preset digits measures")
+    assert refused(trained, *preset, "--allow-skips").startswith("--allow-skips: is for a folder of images")
+    assert refused("--images", pictures, *preset, "--any").startswith("--images: the samples are there")
     assert refused("--images", pictures, *preset, "--steps", "2").startswith(
         "--images: the samples are there"
     )
@@ -259,6 +265,9 @@ def test_a_folder_of_real_images_is_measured(ok: Call, pictures: Path, tmp_path:
 
     expected = frechet_distance(features, digits_reference(extractor).statistics).value
     assert row["metrics"]["FD (house-digits)"]["value"] == pytest.approx(expected, rel=1e-5)
+    page = (tmp_path / "report" / "report.html").read_text()
+    assert extractor.sha256 in page
+    assert "network call" not in page  # nothing is known of how a folder was made
     assert row["number"] == N
     assert row["preset_hash"] == replace(load_preset("digits"), number=N).hash
     assert row["preset_hash"] in told
@@ -310,6 +319,44 @@ def test_a_pipeline_is_called_as_diffusers_calls_it(ok: Call, teacher: Path, tmp
     assert sorted((r["name"], r["calls"]) for r in rows) == [("teacher, 1 step", 1), ("teacher, 2 steps", 2)]
 
 
+def test_a_report_asks_for_the_samples_of_the_set_in_the_batches_asked_for(
+    ok: Call, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    asked: list[list[int]] = []
+
+    def labels(preset: Preset, indices: list[int]) -> list[int]:
+        asked.append(indices)
+        return labels_of(preset, indices)
+
+    monkeypatch.setattr("fewstep.sources.labels_of", labels)
+    ok(trained, "--preset", "digits", "--samples", 30, "--batch", 9, "--report", tmp_path / "report")
+    assert max(map(len, asked)) == 9
+    assert {i for part in asked for i in part} == set(range(30))
+
+
+def test_what_a_killed_attempt_left_does_not_cost_the_result(tmp_path: Path):
+    folder = tmp_path / "job"
+    folder.mkdir()
+    for name in ("shard-00000.safetensors", ".shard-00001-abc.safetensors", "job.json"):
+        (folder / name).write_bytes(b"")
+    features = torch.zeros(2, 3)
+    discard(Samples(features, None, FeatureStatistics(3), [folder / "shard-00000.safetensors"]))
+    assert not folder.exists()
+
+
+def test_shards_of_other_prompts_are_not_taken_up():
+    preset = load_preset("digits")
+    model = Model("m", "m", 1, 1, "digest", lambda repetition: noise)
+
+    def key(prompts: list[str] | None) -> str:
+        extractor = house_digits()
+        by = Judge(preset, Request("digits"), extractor, digits_reference(extractor), prompts)
+        return job_of(by, model, 0).key(extractor)
+
+    assert len({key(None), key(["a"]), key(["b"])}) == 3
+    assert key(["a"]) == key(["a"])
+
+
 def test_prompt_files(tmp_path: Path):
     lines = tmp_path / "prompts.txt"
     lines.write_text("a cat\n a dog \n\nlast\n")
@@ -323,6 +370,11 @@ def test_prompt_files(tmp_path: Path):
     assert read_prompts(objects, 1) == ["a cat"]
     with pytest.raises(ValueError, match="line 2 is no JSON object with a prompt"):
         read_prompts(objects, 2)
+    lines.write_text("one\u2028line\r\na dog\x85\n", encoding="utf-8")
+    assert read_prompts(lines, 2) == ["one\u2028line", "a dog"]
+    assert (
+        prompts_of(replace(load_preset("geneval"), number=7), lines) == ["one\u2028line"] * 4 + ["a dog"] * 3
+    )
 
 
 def noise(indices: list[int]) -> torch.Tensor:
@@ -360,6 +412,9 @@ def test_export_presets_say_what_they_need(refused: Call, trained: Path, teacher
         "preset geneval: writes images of a diffusers folder"
     )
     assert refused(teacher, "--preset", "geneval").endswith("say where with --out FOLDER")
+    for option in (("--omit", "fd"), ("--clip-path", "x"), ("--extractor-path", "x"), ("--allow-skips",)):
+        told = refused(teacher, "--preset", "geneval", "--out", "x", *option)
+        assert told.startswith(f"{option[0]}: preset geneval measures nothing")
     assert "evaluation_metadata.jsonl: missing" in refused(teacher, "--preset", "geneval", "--out", "x")
 
 

@@ -73,5 +73,35 @@ def test_the_name_states_every_convention():
     names = {recipe.name for recipe in RECIPES.values()}
     assert len(names) == len(RECIPES)
     assert RECIPES["clip-s"].name == (
-        "CLIP score (ViT-B-32, max(cos, 0), x2.5, prefix 'A photo depicts ', long prompts: error)"
+        "CLIP score (ViT-B-32-quickgelu, max(cos, 0), x2.5, prefix 'A photo depicts ', long prompts: error)"
     )
+
+
+def test_each_recipe_has_the_activation_its_weights_were_trained_with():
+    for name, tag in (("clip-s", "openai"), ("torchmetrics", "openai"), ("dmd2", "laion2b_s12b_b42k")):
+        architecture = RECIPES[name].architecture
+        built = open_clip.get_model_config(architecture).get("quick_gelu", False)
+        trained = open_clip.get_pretrained_cfg(architecture, tag).get("quick_gelu", False)
+        assert built is trained
+
+
+def test_dmd2_puts_its_prefix_behind_the_start_token():
+    for prompt in ("two cats", LONG):
+        (whole,) = tokenise(RECIPES["dmd2"], [prompt])
+        (words,) = tokenise(ClipRecipe("ViT-g-14", on_long_prompt="keep-eot"), [prompt])
+        (prefix,) = tokenise(ClipRecipe("ViT-g-14"), ["A photo depicts "])
+        expected = torch.cat([words[:1], prefix[1:4], words[1:]])[:77]
+        if expected[-1] > 0:
+            expected[-1] = words.max()  # the end token, the largest of all
+        assert torch.equal(whole, expected)
+
+
+def test_damaged_checkpoints_and_features_are_refused(tmp_path):
+    for name in ("a.bin", "a.safetensors"):
+        (tmp_path / name).write_bytes(b"no network at all")
+        with pytest.raises(ValueError, match=rf"{name}: not weights of ViT-S-32 \("):
+            load_clip("ViT-S-32", tmp_path / name)
+    text, images = torch.eye(3), torch.eye(3)
+    images[1, 2] = torch.nan
+    with pytest.raises(ValueError, match="ViT-S-32: features of image 1 are not finite"):
+        clip_score(Text(text), ClipRecipe("ViT-S-32"), images, ["a", "b", "c"])

@@ -63,7 +63,14 @@ def test_shipped_presets_follow_the_named_conventions():
         wanted = RECIPES["dmd2"]
         for key in ("architecture", "prefix", "scale", "clip_negative", "on_long_prompt"):
             assert getattr(clip, key) == getattr(wanted, key)
-        assert [(s.op, s.size) for s in clip.chain] == [("pil-lanczos", 256), ("pil-bicubic", 224)]
+        assert [(s.op, s.size) for s in clip.chain] == [
+            ("centre-square", None),
+            ("pil-lanczos", 256),
+            ("pil-bicubic-8bit", 224),
+        ]
+    clip, wanted = load_preset("mjhq30k").clip, RECIPES["torchmetrics"]
+    assert clip is not None
+    assert (clip.architecture, clip.scale, clip.clip_negative) == (wanted.architecture, 100.0, True)
 
 
 def test_the_section_enters_the_hash_and_its_absence_does_not():
@@ -89,7 +96,11 @@ def test_a_checkpoint_is_asked_for_unless_the_score_is_left_out(
 
 
 def test_shards_carry_clip_features_and_know_the_network(
-    tmp_path: Path, checkpoint: Path, pixels: torch.Tensor, expected: float
+    tmp_path: Path,
+    checkpoint: Path,
+    pixels: torch.Tensor,
+    expected: float,
+    monkeypatch: pytest.MonkeyPatch,
 ):
     clip = preset_clip(section(checkpoint), checkpoint)
     job = Job(N, {"model": "a"}, shard_size=10, batch_size=7, clip_chain=CHAIN)
@@ -104,6 +115,9 @@ def test_shards_carry_clip_features_and_know_the_network(
     assert job.key(EXTRACTOR) != job.key(EXTRACTOR, clip.images)
     with pytest.raises(ValueError, match="holds shards of another job"):
         collect(job, tmp_path, EXTRACTOR)
+    monkeypatch.setattr(clip.images, "encode", lambda x: torch.full((len(x), clip.images.dim), torch.nan))
+    with pytest.raises(ValueError, match=r"clip:ViT-S-32: NaN features for samples 0\.\.6"):
+        run_shards(job, tmp_path / "nan", generate, EXTRACTOR, clip=clip.images)
 
 
 def test_evaluate_names_the_score_and_refuses_to_do_without(
@@ -190,6 +204,18 @@ def test_command_scores_a_folder(
     out = told(capsys, 0, *images, "--clip-path", checkpoint)
     assert "CLIP score (ViT-S-32, cos, x1, prefix '', long prompts: error)" in out
     assert f"{expected:.4g}" in out
+
+
+def test_prompts_belong_to_images_by_number(
+    protocol: Path, checkpoint: Path, capsys: pytest.CaptureFixture[str]
+):
+    pictures = protocol.parent / "pictures"
+    for path in pictures.iterdir():
+        path.rename(pictures / f"{int(path.stem)}.png")
+    images = ("--images", pictures, "--preset", protocol)
+    out = told(capsys, 2, *images, "--clip-path", checkpoint)
+    assert "19.png comes before 2.png by name and after it by number" in out
+    assert "FD (random-conv-0-32)" in told(capsys, 0, *images, "--omit", "clip-score")
 
 
 def test_command_says_what_is_missing_or_wrong(

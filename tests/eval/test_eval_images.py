@@ -1,5 +1,8 @@
 """Image folders, quantisers and resize chains: known pixels, Pillow, and every kind of file that must be refused."""
 
+import struct
+import zlib
+
 import numpy as np
 import pytest
 import torch
@@ -47,6 +50,23 @@ def test_arrays_stand_beside_pictures(tmp_path):
         list(ImageFolder(tmp_path).images())
 
 
+def deep_png(pixels):
+    """A colour PNG of 16 bits a channel, which Pillow reads but does not write."""
+
+    def chunk(name, data):
+        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+
+    height, width = pixels.shape[:2]
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in pixels)
+    head = struct.pack(">IIBBBBB", width, height, 16, 2, 0, 0, 0)
+    return (
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", head)
+        + chunk(b"IDAT", zlib.compress(rows))
+        + chunk(b"IEND", b"")
+    )
+
+
 def write_bad(path, kind):
     grey = noise(5, 7).numpy()
     colour = noise(5, 7, 3).numpy()
@@ -56,6 +76,8 @@ def write_bad(path, kind):
         Image.fromarray(np.dstack([colour, grey])).save(path)
     elif kind == "sixteen":
         Image.fromarray(grey.astype(np.uint16) * 257).save(path)
+    elif kind == "deep":
+        path.write_bytes(deep_png(noise(5, 7, 3).numpy().astype(np.uint16) * 257))
     elif kind == "palette":
         Image.fromarray(colour).convert("P").save(path)
     elif kind == "size":
@@ -71,6 +93,7 @@ BAD = {
     "grey": "is grey, expected 8-bit colour",
     "alpha": "is colour with alpha, expected 8-bit colour",
     "sixteen": "is 16-bit grey, expected 8-bit colour",
+    "deep": "is 16-bit colour, expected 8-bit colour",
     "palette": "is palette, expected 8-bit colour",
     "size": "7x5 pixels, the first image has 5x7",
     "cut": "cannot be read",

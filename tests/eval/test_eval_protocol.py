@@ -12,6 +12,7 @@ from fewstep.eval import evaluate as evaluation
 from fewstep.eval.convert import read_pickled_statistics
 from fewstep.eval.datasets import digits
 from fewstep.eval.features import random_conv
+from fewstep.eval.frechet import frechet_distance
 from fewstep.eval.house import house_digits
 from fewstep.eval.latency import measure_latency
 from fewstep.eval.protocol import MissingFiles, Preset, labels_of, load_preset, preset_names, require_files
@@ -73,7 +74,9 @@ def test_the_hash_changes_with_what_changes_the_number(tmp_path, old, new, chang
         ("metrics: [fd,", "metrics: [fid,", "metrics: 'fid' is not one of"),
         ("classes: 10", "classes: null", "conditions.classes: needed for labels"),
         ("chain: []", "chain: [{op: nearest}]", "chain: 'nearest' is not one of"),
+        ("chain: []", "chain: [{op: pil-lanczos}]", "chain: 'pil-lanczos' needs a size"),
         ("chain: []", "chain: [", "not YAML"),
+        ("number: 5000", "number: 2024-01-01", "number: Input should be a valid integer"),
     ],
 )
 def test_broken_presets_say_what_is_wrong(tmp_path, old, new, message):
@@ -192,6 +195,30 @@ def test_the_table_ranks_by_fd_and_refuses_mixed_protocols(evaluations):
     evaluations[1].preset_hash = "0" * 16
     with pytest.raises(evaluation.PresetMismatch, match="different protocols do not compare"):
         evaluation.comparison_rows(evaluations)
+
+
+def test_results_of_other_files_are_not_tabulated(evaluations):
+    a, b = evaluations
+    assert a.files == {
+        "extractor": house_digits().sha256,
+        "reference": digits_reference(house_digits()).digest,
+    }
+    a.files["clip"] = "1" * 64  # a score that the other row leaves out mixes nothing
+    evaluation.comparison_rows([a, b])
+    b.files["extractor"] = "2" * 64
+    with pytest.raises(evaluation.PresetMismatch, match=r"different files \(extractor\) .*noise 25 \(22222"):
+        evaluation.comparison_rows([a, b])
+
+
+def test_too_few_samples_are_said_to_be_too_few():
+    reference = digits_reference(house_digits()).statistics
+    noise = np.random.default_rng(0).normal(size=(70, reference.root.shape[1]))
+    features = reference.mean + noise @ reference.root.T
+    texts = [
+        evaluation.format_entry(frechet_distance(features[:n], reference).as_dict()) for n in (60, 64, 70)
+    ]
+    assert all(text.endswith("N too small: see KID or CMMD)") for text in texts[:2])
+    assert texts[2].endswith("N too small to correct: see KID or CMMD)")
 
 
 def test_wrong_numbers_of_samples_are_refused(tmp_path):
