@@ -23,7 +23,10 @@ class UNetCondition(UNet):
     def __init__(self, model: nn.Module, classes: int = 0, **options: Any) -> None:
         super().__init__(model, 0, **options)
         c = self.config
-        for key, allowed in (("addition_embed_type", (None, "text_time", "text")), ("class_embed_type", (None,))):
+        for key, allowed in (
+            ("addition_embed_type", (None, "text_time", "text")),
+            ("class_embed_type", (None,)),
+        ):
             if getattr(c, key, None) not in allowed:
                 raise UserError(
                     f"UNet2DConditionModel: {key} {getattr(c, key)!r} is not supported; allowed: "
