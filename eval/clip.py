@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from .features import state_sha256
 from .metrics import Estimate
 from .networks import CLIP_MEAN, CLIP_STD, PixelNetwork, checked_digest, find_weights
 from .protocol import ClipScore
@@ -58,7 +59,10 @@ RECIPES = {
 def load_clip(
     architecture: str, path: str | os.PathLike[str], sha256: str | None = None
 ) -> tuple[nn.Module, str]:
-    """An open-clip model from a local checkpoint, and the file's sha256.
+    """An open-clip model and its sha256: from a local checkpoint, or by one of open-clip's tags.
+
+    A tag, such as ``laion2b_s12b_b42k``, is what `path` names when there is no such file; open-clip downloads it, and
+    the digest is that of the weights in memory.
 
     Raises:
         ModuleNotFoundError: open-clip is not installed.
@@ -71,7 +75,20 @@ def load_clip(
 
     if architecture not in open_clip.list_models():
         raise ValueError(f"CLIP: unknown architecture {architecture!r}; see open_clip.list_models()")
-    source = find_weights(f"clip:{architecture}", Path(path).name, path, "Give an open-clip checkpoint file.")
+    if str(path) in open_clip.list_pretrained_tags_by_model(architecture) and not Path(path).exists():
+        if sha256 is not None:
+            raise ValueError(
+                f"clip:{architecture}: this protocol names a file by its sha256 {sha256}, give that file "
+                f"and not the tag {path}"
+            )
+        model = open_clip.create_model(architecture, pretrained=str(path), weights_only=True)
+        return model.requires_grad_(False).eval(), state_sha256(model)
+    source = find_weights(
+        f"clip:{architecture}",
+        Path(path).name,
+        path,
+        "Give an open-clip checkpoint file or one of its tags for this architecture.",
+    )
     digest = checked_digest(f"clip:{architecture}", source, sha256)
     try:
         model = open_clip.create_model(architecture, pretrained=str(source), weights_only=True)

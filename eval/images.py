@@ -27,6 +27,8 @@ class ImageFolder:
         channels: 3 takes 8-bit RGB files only, 1 takes 8-bit grey files only; nothing is converted.
         number: how many images are wanted, the first in order; None means all.
         allow_skips: leave out what does not fit instead of stopping; `skipped` then says what and why.
+        any_size: images may have different sizes; `batches` cannot be used then.
+        grey_to_colour: with 3 channels take 8-bit grey files too, their value in all channels.
 
     Iterating reads; `skipped` is complete once `images` has been exhausted, and so is `kept`, the places in that
     order of the images given.
@@ -36,6 +38,8 @@ class ImageFolder:
     channels: int = 3
     number: int | None = None
     allow_skips: bool = False
+    any_size: bool = False
+    grey_to_colour: bool = False
     skipped: dict[str, str] = field(default_factory=dict)
     kept: list[int] = field(default_factory=list)
 
@@ -56,7 +60,7 @@ class ImageFolder:
             raise ValueError(f"{self.path}: {len(self.files)} images, but {self.number} are asked for")
 
     def images(self) -> Iterator[Tensor]:
-        """uint8 (C, H, W) images, all of one size.
+        """uint8 (C, H, W) images, all of one size unless `any_size`.
 
         Raises:
             ValueError: an unreadable file, another size than the first image's, another mode or depth, or too
@@ -71,7 +75,7 @@ class ImageFolder:
                 break
             try:
                 image = self._read(file)
-                if shape is not None and image.shape != shape:
+                if shape is not None and image.shape != shape and not self.any_size:
                     raise ValueError(
                         f"{image.shape[1]}x{image.shape[2]} pixels, the first image has {shape[1]}x{shape[2]}"
                     )
@@ -117,6 +121,8 @@ class ImageFolder:
         except (OSError, SyntaxError, Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
             raise ValueError(f"cannot be read ({error})") from None
         wanted = _MODES[self.channels]
+        if self.grey_to_colour and wanted == "RGB" and mode == "L":
+            mode, pixels = "RGB", np.repeat(pixels[..., None], 3, axis=2)
         if mode == "RGB" and deep:
             mode = "RGB;16"
         if mode != wanted:

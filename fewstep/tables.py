@@ -50,7 +50,8 @@ def comparison_table(path: Path) -> str:
     failed = "".join(f" Failed: `{f['recipe']}` ({f['message'].splitlines()[0]})." for f in told["failed"])
     lines += [
         "",
-        f"{told['budget']} each{settings}, {rows[0]['samples']} samples, {rows[0]['metric']}; "
+        f"{told['budget']} each{settings}, {told['evaluation']['samples']} samples, {told['evaluation']['metric']}; "
+        "CPU s and accuracy are means over seeds; "
         f"{about['device']}, torch {about['torch']}, commit {about['commit'][:7]}.{failed}",
     ]
     return "\n".join(lines)

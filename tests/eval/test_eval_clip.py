@@ -6,6 +6,7 @@ import open_clip
 import pytest
 import torch
 from fewstep.eval.clip import RECIPES, ClipRecipe, clip_images, clip_score, load_clip, tokenise
+from fewstep.eval.features import state_sha256
 
 LONG = "a very long prompt " * 40
 
@@ -30,6 +31,24 @@ def test_local_checkpoint_gives_features_and_wrong_files_are_refused(checkpoint,
         load_clip("ViT-S-32", checkpoint, sha256="00")
     with pytest.raises(ValueError, match="not weights of ViT-M-32"):
         load_clip("ViT-M-32", checkpoint)
+
+
+def test_a_tag_is_handed_to_open_clip(monkeypatch):
+    asked = []
+
+    def create_model(architecture, pretrained, weights_only):
+        asked.append((architecture, pretrained, weights_only))
+        return torch.nn.Linear(2, 3)
+
+    monkeypatch.setattr(open_clip, "create_model", create_model)
+    model, digest = load_clip("ViT-B-32", "laion2b_s34b_b79k")
+    assert asked == [("ViT-B-32", "laion2b_s34b_b79k", True)]
+    assert digest == state_sha256(model)
+    assert not any(p.requires_grad for p in model.parameters())
+    with pytest.raises(ValueError, match="names a file by its sha256 00"):
+        load_clip("ViT-B-32", "laion2b_s34b_b79k", sha256="00")
+    with pytest.raises(FileNotFoundError, match="or one of its tags"):
+        load_clip("ViT-B-32", "laion2b_s12b_b42k")  # ViT-g-14's
 
 
 def test_long_prompts_are_errors_or_keep_their_end_token():
