@@ -22,7 +22,7 @@ from .images import ImageFolder
 from .networks import build_extractor
 from .protocol import Preset, load_preset, locate
 from .reference import provenance
-from .resize import Step, apply_chain
+from .resize import apply_chain
 from .statistics import FeatureStatistics
 
 
@@ -47,10 +47,9 @@ def folder_statistics(
 
 
 def _chained(folder: ImageFolder, preset: Preset, batch: int) -> Iterator[Tensor]:
-    chain = [Step(step.op, step.size) for step in preset.chain]
     waiting: list[Tensor] = []
     for image in folder.images():
-        waiting.append(apply_chain(image[None], chain)[0].float())
+        waiting.append(apply_chain(image[None], preset.steps)[0].float())
         if waiting[0].shape != waiting[-1].shape:
             raise ValueError(
                 f"{folder.path}: the chain of preset {preset.name} leaves images of different sizes, "

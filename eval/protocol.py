@@ -7,7 +7,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -17,7 +17,7 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass as checked_dataclass
 
 from .cache import cache_dir, file_sha256
-from .resize import OPERATIONS, QUANTISERS
+from .resize import OPERATIONS, QUANTISERS, Step
 
 FOLDER = Path(__file__).parent / "presets"
 _STRICT = ConfigDict(extra="forbid", strict=True)
@@ -135,6 +135,16 @@ class Preset:
             raise ValueError("; ".join(problems))
 
     @property
+    def steps(self) -> list[Step]:
+        """The chain before the feature network."""
+        return _steps(self.chain)
+
+    @property
+    def clip_steps(self) -> list[Step]:
+        """The chain before CLIP, empty without a CLIP score."""
+        return _steps(self.clip.chain) if self.clip else []
+
+    @property
     def hash(self) -> str:
         """16 hex digits over everything that can change the number."""
         content = asdict(self)
@@ -148,6 +158,10 @@ class Preset:
         """Seeds of one repetition: consecutive, as EDM numbers them."""
         start = self.first_seed + repetition * self.number
         return range(start, start + self.number)
+
+
+def _steps(chain: Iterable[ResizeStep]) -> list[Step]:
+    return [Step(step.op, step.size) for step in chain]
 
 
 METRICS = (

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import os
 import tarfile
 import zipfile
 from collections.abc import Callable, Sequence
@@ -12,6 +11,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from fewstep.config import UserError
+from fewstep.eval.cache import atomic_path
 
 CATEGORIES = ("Food & Drink",)
 """Of the shipped recipes: 131 pictures that differ in colour and shape, few enough for minutes on one core."""
@@ -210,8 +210,5 @@ def _copy_encoder(source: Package, to: Path) -> None:
 
 
 def _write(path: Path, data: bytes) -> None:
-    """Whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.tmp")
-    aside.write_bytes(data)
-    os.replace(aside, path)
+    with atomic_path(path) as aside:
+        aside.write_bytes(data)

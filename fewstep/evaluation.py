@@ -27,7 +27,7 @@ from fewstep.eval.prompts import export_images, places, prompts_of
 from fewstep.eval.protocol import Preset, load_preset, require_files
 from fewstep.eval.reference import Reference
 from fewstep.eval.report import Entry, write_report
-from fewstep.eval.resize import Step, quantise
+from fewstep.eval.resize import quantise
 from fewstep.eval.runner import Job, Samples, collect, extract_images, run_shards
 from fewstep.product import open_product
 from fewstep.sources import Model, Request, check_size, models
@@ -211,7 +211,7 @@ def entry_of_folder(by: Judge) -> Entry:
             shown.append(batch[: max(0, SHOWN - sum(map(len, shown)))])
             yield batch
 
-    samples = extract_images(batches(), by.extractor, chain(preset), by.clip_images, clip_chain(preset))
+    samples = extract_images(batches(), by.extractor, preset.steps, by.clip_images, preset.clip_steps)
     reason = "a folder of images does not say which class was asked for"
     omit = dict.fromkeys(("class-accuracy", "diversity"), reason)
     if folder.skipped:
@@ -287,8 +287,8 @@ def job_of(by: Judge, model: Model, repetition: int) -> Job:
         shard,
         by.request.batch,
         preset.quantiser,
-        chain(preset),
-        clip_chain=clip_chain(preset),
+        preset.steps,
+        clip_chain=preset.clip_steps,
     )
 
 
@@ -300,14 +300,6 @@ def discard(samples: Samples) -> None:
     """Remove the shards of a finished evaluation from the cache."""
     # A killed attempt may have left temporary files; a folder that stays must not cost the result.
     shutil.rmtree(samples.shards[0].parent, ignore_errors=True)
-
-
-def chain(preset: Preset) -> list[Step]:
-    return [Step(step.op, step.size) for step in preset.chain]
-
-
-def clip_chain(preset: Preset) -> list[Step]:
-    return [Step(step.op, step.size) for step in preset.clip.chain] if preset.clip else []
 
 
 def export(preset: Preset, request: Request) -> None:

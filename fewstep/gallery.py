@@ -7,7 +7,6 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +15,9 @@ from torch import Tensor
 
 from fewstep.config import UserError
 from fewstep.guidance import Guided
-from fewstep.pictures import _save, to_pixels
+from fewstep.measure import teacher_product
+from fewstep.pictures import save_picture, to_pixels
 from fewstep.product import Product, open_product
-from fewstep.sampling import many_step
 from fewstep.train.build import build_roles
 
 LEFT, TOP = 96, 30
@@ -84,8 +83,8 @@ def rows_of(
     if teacher is not None:
         if guidance != 1.0:
             teacher = Guided(teacher, guidance, data.null)
-        many = replace(products[0], net=teacher, sampler=many_step(steps), trained=None)
-        drawn.append((f"teacher, {steps} steps", many))
+        many = teacher_product(products[0], teacher, steps)
+        drawn.append((many.title, many))
     for run, product in zip(runs, products, strict=True):
         drawn.append((run.name, product))
     rows = [(name, p.images(torch.arange(len(where)), cond, seed)) for name, p in drawn]
@@ -107,7 +106,7 @@ def main(arguments: list[str] | None = None) -> None:
         rows = rows_of(o.runs, captions, o.steps, o.guidance, o.seed)
     except UserError as error:
         sys.exit(f"error: {error}")
-    _save(captioned(rows, captions), o.out)
+    save_picture(captioned(rows, captions), o.out)
     print(f"{o.out}: {len(rows)} rows of {len(captions)}")
 
 

@@ -127,21 +127,25 @@ def judge_of_captions(product: Product, folder: str) -> Any:
     return found
 
 
-def check_metric(product: Product, spec: Evaluate) -> tuple[Any, Reference] | None:
-    """What `measure` compares with, None for the energy distance, before a sample is drawn.
+def judges(product: Product, spec: Evaluate) -> tuple[tuple[Any, Reference] | None, Any]:
+    """What `measure` compares with: None for the energy distance; and the retrieval model, None without one.
 
     Raises UserError when the metric is not for this product's samples or a file that it needs is missing.
     """
     shape = product.picture_shape()
-    if spec.retrieval is not None:
-        judge_of_captions(product, spec.retrieval)
+    captions = None if spec.retrieval is None else judge_of_captions(product, spec.retrieval)
     if spec.metric == "fd-effnet-lite0":
-        return judge_of_data(product)
+        return judge_of_data(product), captions
     if spec.metric != "energy":
-        return judge(spec.metric, shape, product.classes)
+        return judge(spec.metric, shape, product.classes), captions
     if len(shape) != 1:
         raise UserError(f"metric energy is for vectors; these samples are {list(shape)}")
-    return None
+    return None, captions
+
+
+def check_metric(product: Product, spec: Evaluate) -> None:
+    """Refuse before a sample is drawn what `measure` would refuse; raises as `judges`."""
+    judges(product, spec)
 
 
 def teacher_product(product: Product, teacher: Any, steps: int) -> Product:
@@ -152,7 +156,7 @@ def teacher_product(product: Product, teacher: Any, steps: int) -> Product:
 
 def measure(product: Product, spec: Evaluate, *, batch: int = 256) -> tuple[Measured, Tensor]:
     """Draw spec.samples samples of spec.seed on and measure them; returns the row and the samples."""
-    judged = check_metric(product, spec)
+    judged, captions = judges(product, spec)
     started = time.perf_counter()
     x = product.draw(spec.samples, spec.seed, batch=batch)
     seconds = (time.perf_counter() - started) * 1000 / spec.samples
@@ -180,11 +184,10 @@ def measure(product: Product, spec: Evaluate, *, batch: int = 256) -> tuple[Meas
         ratios = within_class_diversity(features, labels, reference.features, reference.labels)
         diversity = sum(ratios.values()) / len(ratios)
     retrieval = None
-    if spec.retrieval is not None:
-        found = judge_of_captions(product, spec.retrieval)
-        count = len(found.captions)
+    if captions is not None:
+        count = len(captions.captions)
         own = torch.arange(spec.samples) % count  # as `Product.labels` hands them out
-        retrieval = found.accuracy(to_pixels(x), own, min(100, count)).value
+        retrieval = captions.accuracy(to_pixels(x), own, min(100, count)).value
     row = Measured(
         product.title,
         f"FD {extractor.name}",

@@ -26,7 +26,8 @@ def tile(x: Tensor, per_row: int) -> Tensor:
     return canvas.reshape(rows, per_row, c, h, w).permute(2, 0, 3, 1, 4).reshape(c, rows * h, per_row * w)
 
 
-def _save(picture: Any, path: Path) -> None:
+def save_picture(picture: Any, path: Path) -> None:
+    """A Pillow picture as a file, whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
     try:
@@ -55,7 +56,7 @@ def save_grid(x: Tensor, path: Path, per_row: int = 10) -> None:
     if x.ndim == 2:
         save_scatter([("samples", x)], path)
         return
-    _save(_image(x, per_row, max(1, 32 // x.shape[-1])), path)
+    save_picture(_image(x, per_row, max(1, 32 // x.shape[-1])), path)
 
 
 def save_side_by_side(sets: Sequence[tuple[str, Tensor]], path: Path, per_row: int = 10) -> None:
@@ -74,7 +75,7 @@ def save_side_by_side(sets: Sequence[tuple[str, Tensor]], path: Path, per_row: i
         draw.text((left, 4), title, fill="black", font=font)
         sheet.paste(panel, (left, top))
         left += panel.width + gap
-    _save(sheet, path)
+    save_picture(sheet, path)
 
 
 def save_scatter(sets: Sequence[tuple[str, Tensor]], path: Path) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 
-def tiny_unet(classes: int, seed: int) -> Any:
+def tiny_unet(classes: int, seed: int, **settings: Any) -> Any:
     """An 8 x 8 grey UNet2DModel with random weights; beyond its classes it has the null class."""
     from diffusers import UNet2DModel
 
@@ -27,6 +27,7 @@ def tiny_unet(classes: int, seed: int) -> Any:
             add_attention=False,
             num_class_embeds=classes + 1 if classes else None,
             resnet_time_scale_shift="scale_shift",
+            **settings,
         )
 
 

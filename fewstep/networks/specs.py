@@ -179,6 +179,15 @@ class DiTSpec:
         return Denoiser(net, self.process, self.prediction, "angle")
 
 
+def _pixels(site: Site, name: str) -> dict[str, Any]:
+    """Size and channels of a diffusers UNet for the site's images. RecipeError for anything else."""
+    if len(site.shape) != 3:
+        raise RecipeError(f"network {name} is for images; the data has shape {list(site.shape)}")
+    channels, height, width = site.shape
+    size = height if height == width else (height, width)
+    return {"sample_size": size, "in_channels": channels, "out_channels": channels}
+
+
 @part("network", "unet2d")
 class UNet2DSpec:
     """A diffusers UNet2DModel on the EDM process in the parametrisation of consistency models.
@@ -203,16 +212,13 @@ class UNet2DSpec:
 
         from fewstep.networks.unet2d import UNet2D
 
-        if len(site.shape) != 3:
-            raise RecipeError(f"network unet2d is for images; the data has shape {list(site.shape)}")
+        pixels = _pixels(site, "unet2d")
         inner = "Attn" if self.attention else ""
         deeper = len(self.channels) - 1
         model = _seeded(
             site,
             lambda: UNet2DModel(
-                sample_size=site.shape[1] if site.shape[1] == site.shape[2] else tuple(site.shape[1:]),
-                in_channels=site.shape[0],
-                out_channels=site.shape[0],
+                **pixels,
                 block_out_channels=self.channels,
                 layers_per_block=self.layers,
                 down_block_types=("DownBlock2D", *[f"{inner}DownBlock2D"] * deeper),
@@ -257,15 +263,12 @@ class UNetTextSpec:
 
         from fewstep.networks.wrappers.unet_condition import UNetCondition
 
-        if len(site.shape) != 3:
-            raise RecipeError(f"network unet-text is for images; the data has shape {list(site.shape)}")
+        pixels = _pixels(site, "unet-text")
         finer = len(self.channels) - 1
         model = _seeded(
             site,
             lambda: UNet2DConditionModel(
-                sample_size=site.shape[1] if site.shape[1] == site.shape[2] else tuple(site.shape[1:]),
-                in_channels=site.shape[0],
-                out_channels=site.shape[0],
+                **pixels,
                 block_out_channels=self.channels,
                 layers_per_block=self.layers,
                 down_block_types=(*["DownBlock2D"] * finer, "CrossAttnDownBlock2D"),

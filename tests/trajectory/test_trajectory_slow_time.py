@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import UNet2DModel
+from tiny_teacher import tiny_unet
 from torch import nn
 
 from fewstep.config import RecipeError
@@ -16,25 +16,10 @@ from fewstep.networks.slow_time import slow_time
 from fewstep.networks.specs import Copy, MLPSpec, Site
 
 
-def unet(shift: int = 0) -> UNet2DModel:
-    torch.manual_seed(3)
-    return UNet2DModel(
-        sample_size=8,
-        in_channels=1,
-        out_channels=1,
-        block_out_channels=(8, 16),
-        layers_per_block=1,
-        down_block_types=("DownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "UpBlock2D"),
-        norm_num_groups=4,
-        freq_shift=shift,
-    )
-
-
 @pytest.mark.parametrize(("shift", "fastest", "cut"), [(0, 0.2, 1), (0, 0.05, 2), (1, 0.05, 1), (1, 1.0, 0)])
 def test_only_slow_sinusoids_are_read(shift: int, fastest: float, cut: int) -> None:
     """Frequencies 10^-4i/(4 - shift): the layer's slope in the time is that of the kept ones, in closed form."""
-    model: Any = unet(shift)
+    model: Any = tiny_unet(0, 3, freq_shift=shift)
     others = {n: p.clone() for n, p in model.named_parameters() if "time_embedding.linear_1.weight" not in n}
     first = model.time_embedding.linear_1
     before = first.weight.detach().double().clone()
@@ -54,7 +39,7 @@ def test_only_slow_sinusoids_are_read(shift: int, fastest: float, cut: int) -> N
 
 
 def test_training_does_not_bring_them_back() -> None:
-    model: Any = unet()
+    model: Any = tiny_unet(0, 3)
     slow_time(model, 0.2)
     weight = model.time_embedding.linear_1.weight
     kept = weight[:, 1].detach().clone()
@@ -67,7 +52,7 @@ def test_training_does_not_bring_them_back() -> None:
 
 def test_what_cannot_be_cut_is_said() -> None:
     with pytest.raises(ValueError, match=r"frequency 0\.001"):
-        slow_time(unet(), 1e-4)
+        slow_time(tiny_unet(0, 3), 1e-4)
     with pytest.raises(ValueError, match="no sinusoidal time embedding"):
         slow_time(nn.Linear(2, 2), 0.1)
     teacher = MLPSpec(width=8, depth=2).build(Site((2,), 0, {}, 0))
