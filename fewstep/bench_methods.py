@@ -176,6 +176,8 @@ class Cost:
     step_ms: float
     calls_ms: float
     ratio: float
+    relative: float | None = None
+    """Median over pairs of its step and another recipe's (`--against`)."""
 
 
 def prepare(name: str, settings: Sequence[str] = ()) -> tuple[Trainer, Callable[[], None]]:
@@ -217,20 +219,31 @@ def replay_of(trainer: Trainer, step: Callable[[], None]) -> tuple[list[Call], C
     return calls, replay
 
 
-def cost(name: str, settings: Sequence[str] = (), rounds: int = 8) -> Cost:
-    """Measure one recipe's method."""
+def in_turn(
+    first: Callable[[], object], second: Callable[[], object], rounds: int
+) -> list[tuple[float, float]]:
+    """Seconds of both, `rounds` times, each going first every other time."""
+    pairs = []
+    for i in range(rounds):
+        seconds = {}
+        for f in (first, second) if i % 2 else (second, first):
+            start = time.perf_counter()
+            f()
+            seconds[f] = time.perf_counter() - start
+        pairs.append((seconds[first], seconds[second]))
+    return pairs
+
+
+def cost(
+    name: str, settings: Sequence[str] = (), rounds: int = 8, other: Callable[[], None] | None = None
+) -> Cost:
+    """Measure one recipe's method; `other` is a step of another recipe to compare it with."""
     trainer, step = prepare(name, settings)
     step()
     calls, replay = replay_of(trainer, step)
     replay()
-    pairs = []
-    for i in range(rounds):
-        seconds = {}
-        for f in (step, replay) if i % 2 else (replay, step):
-            start = time.perf_counter()
-            f()
-            seconds[f] = time.perf_counter() - start
-        pairs.append((seconds[step], seconds[replay]))
+    pairs = in_turn(step, replay, rounds)
+    relative = statistics.median(a / b for a, b in in_turn(step, other, rounds)) if other else None
     method: Any = trainer.recipe.method
     return Cost(
         name,
@@ -242,6 +255,7 @@ def cost(name: str, settings: Sequence[str] = (), rounds: int = 8) -> Cost:
         1000 * statistics.median(a for a, _ in pairs),
         1000 * statistics.median(b for _, b in pairs),
         statistics.median(a / b for a, b in pairs),
+        relative,
     )
 
 
@@ -265,6 +279,7 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="changes to every recipe"
     )
+    parser.add_argument("--against", metavar="NAME", help="a recipe whose step each one's is divided by")
     parser.add_argument("--out", type=Path, default=Path("methods-bench.jsonl"))
     given = parser.parse_args(argv)
     names = given.names or [n for n in shipped() if n.startswith("digits-")]
@@ -274,13 +289,18 @@ def main(argv: Sequence[str]) -> None:
         else f"CPU, {torch.get_num_threads()} threads"
     )
     print(f"{where}, torch {torch.__version__}")
-    print(f"{'recipe':26}{'calls':>7}{'back':>6}{'jvp':>5}{'step ms':>10}{'calls ms':>10}{'ratio':>8}")
+    other = prepare(given.against, given.set)[1] if given.against else None
+    if other:
+        other()
+    head = f"{'recipe':26}{'calls':>7}{'back':>6}{'jvp':>5}{'step ms':>10}{'calls ms':>10}{'ratio':>8}"
+    print(head + (f"  step / {given.against}" if other else ""))
     with given.out.open("a") as out:
         for name in names:
-            c = cost(name, given.set, given.rounds)
+            c = cost(name, given.set, given.rounds, other)
             out.write(json.dumps({**asdict(c), "device": where, "torch": torch.__version__}) + "\n")
             row = f"{c.recipe:26}{c.forward:>7}{c.backward:>6}{c.moving:>5}{c.step_ms:>10.1f}{c.calls_ms:>10.1f}"
-            print(f"{row}{c.ratio:>8.3f}", flush=True)
+            beside = "" if c.relative is None else f"{c.relative:>10.2f}"
+            print(f"{row}{c.ratio:>8.3f}{beside}", flush=True)
         plain, saved = checkpointing_memory(settings=given.set)
         print(f"SiD step, digits: {plain:.0f} MiB, with activation checkpointing {saved:.0f} MiB")
         out.write(json.dumps({"recipe": "digits-sid", "mib": plain, "mib_checkpointing": saved}) + "\n")

@@ -17,10 +17,10 @@ from fewstep.random import Draws, fold
 
 @part("data", "ring")
 class Ring:
-    """Eight Gaussians on a circle with weights 1..8 (see fewstep.networks.analytic.ring)."""
+    """Eight Gaussians on a circle, every second one twice as heavy (see fewstep.networks.analytic.ring)."""
 
     modes: PositiveInt = 8
-    radius: float = 1.0
+    radius: float = 1.25
     std: float = 0.1
     conditional: bool = False
     """True: the mode's number is the condition."""

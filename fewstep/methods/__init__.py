@@ -25,6 +25,7 @@ from fewstep.methods import reflow as reflow
 from fewstep.methods import scfm as scfm
 from fewstep.methods import scm as scm
 from fewstep.methods import segments as segments
+from fewstep.methods import self_e as self_e
 from fewstep.methods import sfd as sfd
 from fewstep.methods import shortcut as shortcut
 from fewstep.methods import sid as sid

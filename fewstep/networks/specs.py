@@ -372,7 +372,7 @@ class RingTeacher:
     """The exact denoiser of the ring data set, in EDM coordinates or re-expressed in another process."""
 
     modes: PositiveInt = 8
-    radius: float = 1.0
+    radius: float = 1.25
     std: float = 0.1
     process: choice("process") = Flow()  # type: ignore[valid-type]
 

@@ -20,7 +20,7 @@ from fewstep.train.trainer import Trainer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-WARM, STEPS, COUNT = 80, 60, 800
+WARM, STEPS, COUNT = 400, 120, 800
 FACTOR = 0.6
 """Energy distance after the method over that of the warm start, at the recipe's own sampler."""
 NAMES = ["class-ratio", "diff-instruct", "dmd", "imm", "inverse-matching", "kd", "ict", "progressive"]

@@ -248,7 +248,7 @@ def test_missing_keys_are_named(tmp_path: Path):
         ("copy={critic: nobody}", "copy: role 'nobody' is not in this recipe; it has critic, student, teacher"),
         ("before.0.steps=0", "before.0.steps: steps must be at least 1, not 0"),
         ("train.batch=0", "train.batch: batch must be at least 1, not 0"),
-        ("train.accumulate=3", "train.accumulate: accumulate 3 must divide batch 256"),
+        ("train.accumulate=5", "train.accumulate: accumulate 5 must divide batch 384"),
         ("train.ema=[0.9, 0.9]", "train.ema: ema decays must differ, not [0.9, 0.9]"),
         ("train.ema=[1.0]", "train.ema: ema decays must lie in [0, 1), not [1.0]"),
         ("train.precision=fp16", "train.precision: 'fp16' is not one of fp32, bf16; did you mean 'bf16'?"),

@@ -85,7 +85,21 @@ def test_the_table_and_its_lines(
     printed = capsys.readouterr().out
     assert "toy/kd" in printed
     assert "SiD step, digits: 3 MiB, with activation checkpointing 2 MiB" in printed
+    assert "step / " not in printed
     assert cost("toy/cd", SMALL, rounds=1).batch == 12
+
+
+def test_a_step_beside_another_recipes(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: Any
+) -> None:
+    monkeypatch.setattr(bench_methods, "checkpointing_memory", lambda settings: (3.0, 2.0))
+    settings = [f"--set={s}" for s in SMALL]
+    out = tmp_path / "out.jsonl"
+    bench_methods.main(["toy/dmd2", "toy/cd", "--against=toy/cd", "--rounds=5", f"--out={out}", *settings])
+    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    assert rows[0]["relative"] > 0
+    assert rows[1]["relative"] > 0
+    assert "step / toy/cd" in capsys.readouterr().out
 
 
 def test_checkpointing_saves_memory_of_sid() -> None:
