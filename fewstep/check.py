@@ -323,6 +323,9 @@ def _first_order(case: Case, steps: int) -> tuple[Any, Tensor]:
         own = {k: config[k] for k in kept if k in config}
         own["prediction_type"] = {"eps": "epsilon", "v": "v_prediction", "x0": "sample"}[case.net.prediction]
         scheduler = diffusers.DDIMScheduler(**own, **changes)
+        if "variance_type" in config:
+            # DDIM has none, but IFPipeline reads it to tell how many channels are the mean's.
+            scheduler.register_to_config(variance_type=config["variance_type"])
         scheduler.set_timesteps(steps)
     elif name in EDM_FAMILY:
         scheduler = diffusers.EDMEulerScheduler.from_config(config)

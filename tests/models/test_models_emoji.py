@@ -14,6 +14,7 @@ from PIL import Image
 from tiny_emoji import FOOD, make_package, make_text, packed
 from typer.testing import CliRunner
 
+from fewstep.check import check_teacher
 from fewstep.cli import app
 from fewstep.cond import replaced
 from fewstep.config import UserError
@@ -180,6 +181,12 @@ def test_the_teacher_s_folder_answers_as_the_teacher_does(made: Path):
         torch.testing.assert_close(again(x, t, cond).x0, product.net(x, t, cond).x0, rtol=0, atol=0)
         other = {"text": cond["text"].flip(0)}
         assert (again(x, t, other).x0 - again(x, t, cond).x0).abs().max() > 1e-4
+
+
+def test_check_teacher_runs_the_folder_in_its_own_pipeline(made: Path):
+    report = check_teacher(str(made / "teacher" / "export"))
+    assert report.ok, report.text()
+    assert "from IFPipeline with DDIMScheduler" in report.text()
 
 
 def test_the_folder_s_own_encoder_gives_the_conditions_of_the_data(made: Path):
