@@ -21,6 +21,7 @@ from fewstep.config import UserError
 from fewstep.data.text import PipelineEncoder
 from fewstep.emoji import prepare_emoji
 from fewstep.export.diffusers import PARITY, export, export_teacher
+from fewstep.export.lora import export_lora
 from fewstep.gallery import LEFT, TOP, captioned, rows_of
 from fewstep.measure import measure
 from fewstep.networks.diffusers import load_denoiser
@@ -278,3 +279,13 @@ def test_a_student_trains_and_its_pipeline_draws_from_a_prompt_what_fewstep_draw
     )
     assert len(pipe.scheduler.timesteps) == steps
     torch.testing.assert_close(theirs, ours, rtol=0, atol=1e-4)
+    if name == "emoji-dmd2-lora":
+        done = export_lora(product, tmp_path / "lora")
+        assert done.parity <= 1e-5
+        other: Any = IFPipeline.from_pretrained(teacher)
+        call = (start, torch.tensor(700), torch.randn(1, 77, 8, generator=torch.Generator().manual_seed(1)))
+        with torch.no_grad():
+            plain = other.unet(*call).sample
+            other.load_lora_weights(str(tmp_path / "lora"))
+            assert (other.unet(*call).sample - plain).abs().max() > 1e-5
+            torch.testing.assert_close(other.unet(*call).sample, pipe.unet(*call).sample, rtol=0, atol=1e-5)
