@@ -1,6 +1,6 @@
 """Adapters on one base against full copies, what switching them costs, cached against live encoders.
 
-python -m fewstep.bench_adapters memory | switching | encoders [--size tiny|small|sdxl] [--batch N]
+python -m fewstep.bench_adapters memory | switching | encoders [--size tiny|small|sdxl] [--batch N] [--layout pixart]
 Random weights: nothing is loaded. Each number is printed with what it was taken on.
 
 Measured on 2 threads of an AMD EPYC (2 cores, otherwise idle), size small, batch 2: peak of a DMD2 step 592 MiB with two
@@ -28,6 +28,7 @@ from fewstep.methods.dmd2 import DMD2
 from fewstep.networks import adapters
 from fewstep.networks.adapters import Adapted, enable_checkpointing, frozen, plain_copy
 from fewstep.networks.denoiser import Denoiser
+from fewstep.networks.wrappers.pixart import PixArt
 from fewstep.networks.wrappers.unet_condition import UNetCondition
 from fewstep.process import DiscreteVP
 from fewstep.random import Draws, fold
@@ -226,15 +227,59 @@ class Encoders(nn.Module):
         return self.text(tokens).last_hidden_state, self.vae.encode(pictures).latent_dist.mean
 
 
+class PixArtEncoders(nn.Module):
+    """PixArt-alpha's T5-XXL (24 layers of 4096) and 8x VAE, a quarter as wide, the text encoder a quarter as deep."""
+
+    factor, side, tokens = 8, 32, 120
+
+    def __init__(self) -> None:
+        super().__init__()
+        from diffusers import AutoencoderKL
+        from transformers import T5Config, T5EncoderModel
+
+        sizes = {"d_model": 1024, "d_ff": 2560, "num_layers": 6, "num_heads": 16, "d_kv": 64}
+        self.text = T5EncoderModel(T5Config(vocab_size=100, feed_forward_proj="gated-gelu", **sizes))
+        self.vae = AutoencoderKL(
+            block_out_channels=(32, 64, 128, 128),
+            down_block_types=("DownEncoderBlock2D",) * 4,
+            up_block_types=("UpDecoderBlock2D",) * 4,
+            layers_per_block=2,
+        )
+
+    forward = Encoders.forward
+
+    @staticmethod
+    def student() -> Denoiser:
+        """PixArt-XL/2 (28 layers of 1152) at 256 pixels, a quarter as wide and deep."""
+        from diffusers import PixArtTransformer2DModel
+
+        torch.manual_seed(0)
+        heads = {"num_attention_heads": 4, "attention_head_dim": 72, "num_layers": 7}
+        model = PixArtTransformer2DModel(
+            **heads,
+            sample_size=32,
+            cross_attention_dim=288,
+            caption_channels=1024,
+            use_additional_conditions=False,
+        )
+        return Denoiser(PixArt(model), DiscreteVP(), "eps", "index")
+
+
 def encoders(given: argparse.Namespace) -> None:
     """A student's denoising step on cached tensors, and with both encoders run in it."""
-    s, where = SIZES[given.size], device()
-    student = plain_copy(teacher(given.size)).to(where).requires_grad_(True)
+    where = device()
+    live: Any
+    if given.layout == "pixart":
+        live, student, name = PixArtEncoders(), PixArtEncoders.student(), "PixArt-alpha at a quarter"
+        count, latent = live.tokens, live.side
+    else:
+        live, student, name = Encoders(given.size), plain_copy(teacher(given.size)), f"{given.size} UNet"
+        count, latent = TOKENS, SIZES[given.size]["side"]
+    student, live = student.to(where).requires_grad_(True), live.to(where).eval()
     optimizer = torch.optim.AdamW(student.parameters(), lr=1e-6, fused=True)
-    live = Encoders(given.size).to(where).eval()
     g = torch.Generator().manual_seed(0)
-    side = s["side"] * live.factor
-    tokens = torch.randint(0, 99, (given.batch, TOKENS), generator=g).to(where)
+    side = latent * live.factor
+    tokens = torch.randint(0, 99, (given.batch, count), generator=g).to(where)
     pictures = torch.randn(given.batch, 3, side, side, generator=g).to(where)
     kept = live(tokens, pictures)
     t = torch.full((given.batch,), 500.0, dtype=torch.float64, device=where)
@@ -249,7 +294,7 @@ def encoders(given: argparse.Namespace) -> None:
     cached = _median(lambda: step(*kept), given.repeats)
     both = _median(lambda: step(*live(tokens, pictures)), given.repeats)
     print(
-        f"{given.size} UNet, batch {given.batch}, {place()}: {1000 * cached:.1f} ms a step on cached text and latents, "
+        f"{name}, batch {given.batch}, {place()}: {1000 * cached:.1f} ms a step on cached text and latents, "
         f"{1000 * both:.1f} ms with live encoders, ratio {cached / both:.2f}"
     )
 
@@ -275,6 +320,12 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--checkpointing", action="store_true")
+    parser.add_argument(
+        "--layout",
+        choices=["unet", "pixart"],
+        default="unet",
+        help="of `encoders`: pixart has real proportions",
+    )
     given = parser.parse_args()
     if given.what.startswith("peak-"):
         step = Step(given.what.removeprefix("peak-"), given.size, given.batch, given.checkpointing)

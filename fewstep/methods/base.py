@@ -22,7 +22,8 @@ class Needs:
     data: bool = False
     """True: batch.x0 holds real samples. False: the data set is never read."""
     pairs: bool = False
-    jvp: bool = False
+    jvp: str = ""
+    """Directions of x, t, s in which the student is differentiated in forward mode, such as "xt"; "" is none."""
     teacher_grad: bool = False
     """True: gradients flow through the teacher to its input (SiD, LADD)."""
     frozen: frozenset[str] = frozenset({"teacher"})

@@ -57,7 +57,7 @@ class FreeFlow:
 
     def needs(self) -> Needs:
         roles = {"teacher", "student"} | ({"critic"} if self.correction else set())
-        return Needs(frozenset(roles), jvp=self.tangent != "central")
+        return Needs(frozenset(roles), jvp=tr.forward_directions(self.tangent, "s"))
 
     def turns(self, roles: Roles, step: int) -> Iterator[Turn]:
         flow_only(roles.student.process, "freeflow")

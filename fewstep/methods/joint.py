@@ -57,7 +57,7 @@ class Joint:
             roles,
             data=any(n.data for n in every),
             pairs=any(n.pairs for n in every),
-            jvp=any(n.jvp for n in every),
+            jvp="".join(sorted({d for n in every for d in n.jvp})),
             teacher_grad=any(n.teacher_grad for n in every),
             frozen=roles - trained,
             state=state if states else None,

@@ -64,7 +64,7 @@ class MeanFlow:
 
     def needs(self) -> Needs:
         roles = {"student"} | ({"teacher"} if self.source == "teacher" else set())
-        return Needs(frozenset(roles), data=True, jvp=self.tangent != "central")
+        return Needs(frozenset(roles), data=True, jvp=tr.forward_directions(self.tangent, "xt"))
 
     def turns(self, roles: Roles, step: int) -> Iterator[Turn]:
         flow_only(roles.student.process, "meanflow")

@@ -196,19 +196,20 @@ class Trainer:
                 raise UserError(
                     f"copy: {target} and {source} are different networks; their weights cannot be copied"
                 ) from None
-        if stage.method.needs().jvp:  # type: ignore[attr-defined]
-            self._probe_tangent(stage)
+        along = stage.method.needs().jvp  # type: ignore[attr-defined]
+        if along:
+            self._probe_tangent(stage, along)
         for ema in self.ema:
             ema.reset(self.roles.student)
 
-    def _probe_tangent(self, stage: Stage) -> None:
+    def _probe_tangent(self, stage: Stage, along: str) -> None:
         """Refuse to train on a forward-mode derivative that finite differences do not confirm."""
         batch = self.batch(stage, (0, 0), 0)
         process, rows = self.roles.student.process, min(len(batch), 8)
         u = torch.linspace(0.3, 0.8, rows, dtype=torch.float64, device=self.device)
         t = process.grid(u)
         cond = None if batch.cond is None else tree_rows(batch.cond, rows)
-        probe(self.roles.student, batch.noise()[:rows], t, process.grid(u / 2), cond)
+        probe(self.roles.student, batch.noise()[:rows], t, process.grid(u / 2), cond, along=along)
 
     def _make_state(self, stage: Stage) -> None:
         make = stage.method.needs().state  # type: ignore[attr-defined]

@@ -13,6 +13,7 @@ from fewstep.methods.base import Batch
 from fewstep.methods.scm import SCM
 from fewstep.networks.adapters import enable_checkpointing
 from fewstep.networks.denoiser import Denoiser
+from fewstep.networks.extras import Extras, Fourier
 from fewstep.networks.mlp import MLP
 from fewstep.networks.unet2d import UNet2D
 from fewstep.objectives.trajectory import tangent
@@ -131,3 +132,40 @@ def test_the_trainer_refuses_a_network_whose_tangent_is_lost(monkeypatch: pytest
     trainer = tiny("method.tangent=central")
     trainer.fit()
     assert trainer.progress.done == 3
+
+
+def test_half_a_forward_mode_is_enough_where_only_the_time_has_no_rule(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """semi takes the times by differences, so a time embedding without a forward rule is not refused."""
+    original = Fourier.forward
+
+    def broken(self: Fourier, angle: torch.Tensor) -> torch.Tensor:
+        return lost(original(self, angle))
+
+    monkeypatch.setattr(Fourier, "forward", broken)
+    with pytest.raises(UserError, match="disagree"):
+        tiny().fit()
+    trainer = tiny("method.tangent=semi")
+    trainer.fit()
+    assert trainer.progress.done == 3
+
+
+def test_the_trainer_looks_along_s_where_the_method_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    """FreeFlow's only tangent is along s, through an input that starts at zero."""
+
+    def free() -> Trainer:
+        small = ["student.width=16", "student.depth=3", "critic.width=16", "critic.depth=3", "train.batch=8"]
+        rest = ["train.steps=1", "before.0.steps=1", "train.sample_every=0"]
+        return Trainer(load("toy/freeflow", [*small, *rest]), cpu=True)
+
+    free().fit()
+    original = Extras.embed
+
+    def broken(self: Extras, angles: Any) -> Any:
+        out = original(self, angles)
+        return lost(out) if isinstance(out, torch.Tensor) else out
+
+    monkeypatch.setattr(Extras, "embed", broken)
+    with pytest.raises(UserError, match="disagree by 100%"):
+        free().fit()
