@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import pairwise
 from typing import Any, Literal
@@ -38,6 +38,8 @@ class Sampler:
     """Numbers of steps the student was trained for; left out: that of `steps`, and any number for kind ode."""
     guidance: float | None = None
     """Guidance scale handed to a student that has it as an input."""
+    dynamic: tuple[float, float] | None = None
+    """Levels (low, high) of dynamic guidance: the scale holds up to low and falls to 1 at high (iCD, sec. 3.3)."""
     clip: float | None = None
     """Quantile in (0, 1] of |x0| within a sample: between steps x0 is limited to its size there, at least 1, and the
     noise follows from it (x0 clipping of TDD, arXiv 2409.01347). Keeps high guidance from overshooting."""
@@ -45,9 +47,26 @@ class Sampler:
     """Kind map: leave the first level with the start noise in place of the predicted one, which is exact at
     alpha = 0 (noise correction, Imagine Flash, arXiv 2405.05224, sec. 4.3)."""
 
+    def guidance_at(self, level: float) -> float | None:
+        """The scale handed to the student at a level u in [0, 1]."""
+        if self.guidance is None or self.dynamic is None:
+            return self.guidance
+        return dynamic_guidance(level, self.guidance, *self.dynamic)
+
     def network_calls(self) -> int:
         """Network calls per sample (guidance not counted)."""
         return calls(len(self.steps), self.solver) if self.kind == "ode" else len(self.steps)
+
+
+def any_steps(steps: Sequence[float]) -> tuple[int, ...]:
+    """Numbers of steps of a student that trains on all times: 1, 2, 4, 8 and that of its own levels."""
+    return tuple(sorted({1, 2, 4, 8, len(steps)}))
+
+
+def dynamic_guidance(level: float, scale: float, low: float, high: float) -> float:
+    """`scale` up to level low, 1 from high on, linear between (iCD, arXiv 2406.14539, sec. 3.3)."""
+    share = min(max((high - level) / (high - low), 0.0), 1.0)
+    return 1 + (scale - 1) * share
 
 
 def sample(
@@ -79,9 +98,9 @@ def sample(
         return net(x, times[-1].expand(b), cond).x0
     if len(sampler.steps) > 1 and fresh is None and sampler.kind != "map":
         raise ValueError(f"a {sampler.kind} sampler of {len(sampler.steps)} steps needs `fresh` noise")
-    call = {} if sampler.guidance is None else {"w": times.new_full((b,), sampler.guidance)}
     for i, t in enumerate(times):
-        t = t.expand(b)
+        t, scale = t.expand(b), sampler.guidance_at(sampler.steps[i])
+        call = {} if scale is None else {"w": times.new_full((b,), scale)}
         last = i + 1 == len(times)
         s = clean(process, t) if last else times[i + 1].expand(b)
         aim = _aim(sampler, process, s, last)

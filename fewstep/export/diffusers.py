@@ -123,6 +123,11 @@ def export(
     """
     if product.recipe is None or product.sampler.kind == "ode":
         raise UserError(f"export: {product.title} is not a few-step student")
+    if product.sampler.dynamic is not None and len(product.sampler.steps) > 1:
+        raise UserError(
+            "export: dynamic guidance hands the student another scale at each step, which no stock pipeline does; "
+            "set method.dynamic=null for one scale"
+        )
     if isinstance(product.net, Routed):
         from fewstep.export.experts import export_routed
 

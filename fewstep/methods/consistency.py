@@ -17,7 +17,7 @@ from fewstep.objectives.trajectory import follow
 from fewstep.pairings import CTGrid, Grid, ct_decay, ct_points
 from fewstep.process import add_noise, bc
 from fewstep.roles import Roles
-from fewstep.sampling import Sampler
+from fewstep.sampling import Sampler, any_steps
 from fewstep.times import check_steps
 
 
@@ -98,4 +98,9 @@ class Consistency:
 
     def sampler(self) -> Sampler:
         middle = sum(self.guidance) / 2 if self.sample_guidance is None else self.sample_guidance
-        return Sampler(kind="renoise", steps=self.steps, guidance=middle if self.embed_guidance else None)
+        return Sampler(
+            kind="renoise",
+            steps=self.steps,
+            guidance=middle if self.embed_guidance else None,
+            counts=any_steps(self.steps),
+        )

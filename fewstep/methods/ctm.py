@@ -17,7 +17,7 @@ from fewstep.objectives.regression import dsm
 from fewstep.objectives.trajectory import Distance, distance, two_leg
 from fewstep.process import add_noise
 from fewstep.roles import Roles
-from fewstep.sampling import Sampler
+from fewstep.sampling import Sampler, any_steps
 from fewstep.times import Uniform, check_steps
 
 
@@ -107,7 +107,7 @@ class CTM:
 
     def sampler(self) -> Sampler:
         kind: Any = "gamma" if self.eta else "map"
-        return Sampler(kind=kind, steps=self.steps, eta=self.eta)
+        return Sampler(kind=kind, steps=self.steps, eta=self.eta, counts=any_steps(self.steps))
 
 
 def _without_gradient(net: Any) -> Any:

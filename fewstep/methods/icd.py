@@ -26,12 +26,6 @@ def boundaries(knots: int = 50, count: int = 4, table: int = 1000) -> tuple[list
     return [0, *ends[:-1]], ends
 
 
-def dynamic_guidance(t: Tensor, scale: float, low: float, high: float) -> Tensor:
-    """w(t): `scale` up to t = low, 1 from t = high on, linear between (iCD, sec. 3.3); t in [0, 1]."""
-    share = ((high - t) / (high - low)).clamp(0, 1)
-    return 1 + (scale - 1) * share
-
-
 @part("method", "icd")
 class ICD:
     """Consistency to the nearest boundary in both directions; cycles through both students return."""
@@ -46,12 +40,23 @@ class ICD:
     """Range of the decoder's teacher scale; the encoder's is always unguided, which inversion needs (sec. 3.2)."""
     embed_guidance: bool = False
     """True: the decoder takes the scale as its input w."""
+    dynamic: tuple[float, float] | None = None
+    """Sampling with dynamic guidance between these levels (see Sampler); needs embed_guidance."""
     distance: Distance = "huber"
     c: float = 1e-3
     preserve_forward: float = 0.0
     """Weight of decode-then-encode returning to its start."""
     preserve_reverse: float = 0.0
     """Weight of encode-then-decode returning to its start."""
+
+    def __post_init__(self) -> None:
+        if self.dynamic is not None:
+            if not self.embed_guidance:
+                raise ValueError(
+                    "dynamic needs embed_guidance: true, so that the scale can change from step to step"
+                )
+            if not 0 <= self.dynamic[0] < self.dynamic[1] <= 1:
+                raise ValueError(f"dynamic must satisfy 0 <= low < high <= 1, not {list(self.dynamic)}")
 
     def needs(self) -> Needs:
         return Needs(frozenset({"teacher", "student", "forward"}), data=True)
@@ -103,7 +108,9 @@ class ICD:
     def sampler(self) -> Sampler:
         levels = tuple((e + 1) / 1000 for e in reversed(boundaries(self.knots, self.count)[1]))
         middle = sum(self.guidance) / 2 if self.embed_guidance else None
-        return Sampler(kind="map", steps=levels, guidance=middle)
+        # With a scale that falls, the largest trained one is what it falls from.
+        top = middle if self.dynamic is None else self.guidance[1]
+        return Sampler(kind="map", steps=levels, guidance=top, dynamic=self.dynamic)
 
 
 @torch.no_grad()

@@ -14,7 +14,7 @@ from fewstep.legs import between, student_leg
 from fewstep.methods.base import Batch, Losses, Needs, Turn
 from fewstep.process import Process, add_noise, angle_of
 from fewstep.roles import Roles
-from fewstep.sampling import Sampler
+from fewstep.sampling import Sampler, any_steps
 from fewstep.times import Uniform, check_steps
 
 
@@ -104,4 +104,4 @@ class IMM:
         return -0.5 * torch.sigmoid(self.b - log_snr) * slope * alpha**self.a / (alpha**2 + sigma**2)
 
     def sampler(self) -> Sampler:
-        return Sampler(kind="map", steps=self.steps)
+        return Sampler(kind="map", steps=self.steps, counts=any_steps(self.steps))

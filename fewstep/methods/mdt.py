@@ -15,7 +15,7 @@ from fewstep.methods.base import Batch, Losses, Needs, Turn
 from fewstep.methods.meanflow import flow_only
 from fewstep.process import add_noise, bc
 from fewstep.roles import Roles
-from fewstep.sampling import Sampler
+from fewstep.sampling import Sampler, any_steps
 from fewstep.times import LogitNormal, check_steps
 
 
@@ -80,4 +80,4 @@ class MDT:
         yield losses
 
     def sampler(self) -> Sampler:
-        return Sampler(kind="renoise", steps=self.steps)
+        return Sampler(kind="renoise", steps=self.steps, counts=any_steps(self.steps))

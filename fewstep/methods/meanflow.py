@@ -15,7 +15,7 @@ from fewstep.methods.terms import dropped
 from fewstep.objectives import trajectory as tr
 from fewstep.process import Flow, add_noise, bc
 from fewstep.roles import Roles
-from fewstep.sampling import Sampler
+from fewstep.sampling import Sampler, any_steps
 from fewstep.times import LogitNormal, check_steps
 
 
@@ -112,4 +112,4 @@ class MeanFlow:
         return torch.where(bc(kept.to(t.dtype), x) > 0, guided, pair)
 
     def sampler(self) -> Sampler:
-        return Sampler(kind="map", steps=self.steps)
+        return Sampler(kind="map", steps=self.steps, counts=any_steps(self.steps))

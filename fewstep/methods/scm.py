@@ -18,7 +18,7 @@ from fewstep.objectives import trajectory as tr
 from fewstep.objectives.regression import per_sample
 from fewstep.process import Trig, add_noise, bc
 from fewstep.roles import Roles
-from fewstep.sampling import Sampler
+from fewstep.sampling import Sampler, any_steps
 from fewstep.times import TrigLogNormal, check_steps
 
 
@@ -116,7 +116,7 @@ class SCM:
         return tr.bounded(g, self.c, self.normalize)
 
     def sampler(self) -> Sampler:
-        return Sampler(kind="renoise", steps=self.steps)
+        return Sampler(kind="renoise", steps=self.steps, counts=any_steps(self.steps))
 
 
 def trig_view(net: Any) -> Any:

@@ -17,7 +17,7 @@ from fewstep.objectives import mse
 from fewstep.objectives.trajectory import follow
 from fewstep.process import Process, add_noise, bc
 from fewstep.roles import Roles
-from fewstep.sampling import Sampler
+from fewstep.sampling import Sampler, any_steps
 from fewstep.times import LogitNormal, check_steps
 
 
@@ -85,7 +85,7 @@ class SelfE:
         return (moved * bc(size, x0)).to(x0.dtype)
 
     def sampler(self) -> Sampler:
-        return Sampler(kind="map", steps=self.steps)
+        return Sampler(kind="map", steps=self.steps, counts=any_steps(self.steps))
 
 
 def reach(process: Process, t: Tensor, s: Tensor) -> Tensor:

@@ -105,4 +105,10 @@ class TDD:
 
     def sampler(self) -> Sampler:
         kind: Any = "gamma" if self.eta else "map"
-        return Sampler(kind=kind, steps=self.steps, eta=self.eta, clip=self.clip)
+        return Sampler(
+            kind=kind,
+            steps=self.steps,
+            eta=self.eta,
+            clip=self.clip,
+            counts=tuple(sorted({*self.counts, len(self.steps)})),
+        )

@@ -9,7 +9,7 @@ import torch
 from pydantic import PositiveInt
 from torch import Tensor
 
-from fewstep import objectives as obj
+from fewstep.cond import rows as cond_rows
 from fewstep.config import UserError, choice, part
 from fewstep.methods.base import Batch, Losses, Needs, Turn
 from fewstep.methods.meanflow import flow_only
@@ -17,7 +17,7 @@ from fewstep.objectives.regression import per_sample
 from fewstep.objectives.trajectory import follow
 from fewstep.process import add_noise, bc
 from fewstep.roles import Roles
-from fewstep.sampling import Sampler
+from fewstep.sampling import Sampler, any_steps
 from fewstep.times import Beta, check_steps
 
 
@@ -43,14 +43,14 @@ class TwinFlow:
     decay: float = 0.99
     """Decay of the EMA network in the role `target`."""
     image_free: bool = False
-    """True: own one-step samples in place of data."""
+    """True: own one-step samples in place of data, and the velocity of the frozen role `teacher` (official emd 1)."""
     steps: tuple[float, ...] = (1.0,)
 
     def __post_init__(self) -> None:
         check_steps(self.steps)
 
     def needs(self) -> Needs:
-        roles = frozenset({"student", "target"})
+        roles = frozenset({"student", "target", *(("teacher",) if self.image_free else ())})
         return Needs(roles, data=not self.image_free, frozen=frozenset({"teacher", "target"}))
 
     def turns(self, roles: Roles, step: int) -> Iterator[Turn]:
@@ -81,31 +81,36 @@ class TwinFlow:
         if len(batch) < 4:
             raise UserError(f"method twinflow needs a micro-batch of at least 4, not {len(batch)}")
         group, t, s = self.groups(batch)
-        own = self.generate(student, batch)
-        real = own if self.image_free else batch.data()
-        mirrored = bc((group == 3).to(t.dtype), own)
-        x0, eps = torch.where(mirrored > 0, own, real), batch.noise()
+        fake, own = group == 3, self.generate(student, batch)
+        x0, eps = own if self.image_free else pick(fake, own, batch.data()), batch.noise()
         x, _ = add_noise(process, x0, eps, t)
-        mirror = (group == 3).to(t.dtype)
-        here = student(x, t, batch.cond, s=s, mirror=mirror).velocity()
-        v = self.enhanced(roles, batch, x, t, group, eps - x0)
-        target = torch.where(mirrored > 0, v, self.target(roles, batch, x, t, s, v, here.detach()))
-        error = per_sample((here - target) ** 2)
-        # Barron's robust loss at alpha = 1: about the root of the mean square.
+        here = student(x, t, batch.cond, s=s, mirror=fake.to(t.dtype)).velocity()
+        v = self.enhanced(roles, batch, x, t, group, self.velocity(roles, batch, x, t, fake, eps - x0))
+        target = pick(fake, v, self.target(roles, batch, x, t, s, v, here.detach()))
         weight = torch.tan((1 - (t - s).clamp(0, 1)) * torch.pi / 2.5) + 1
-        weight = torch.where(group == 3, torch.ones_like(weight), weight).to(error.dtype)
-        c = 1e-3
-        losses = Losses({"any_step": (weight * error / (c * torch.sqrt(error.detach() / c**2 + 1))).mean()})
+        losses = Losses({"any_step": robust(here - target, torch.where(fake, 1.0, weight))})
         if self.rectify:
             losses["rectify"] = self.rectify * self.rectifier(roles, batch, x, here, group)
         yield losses
+
+    @torch.no_grad()
+    def velocity(
+        self, roles: Roles, batch: Batch, x: Tensor, t: Tensor, fake: Tensor, pair: Tensor
+    ) -> Tensor:
+        """eps - x0; image_free: the teacher's outside the mirrored rows, as a student fed on itself drifts."""
+        if self.image_free:
+            rows = ~fake
+            v = roles.teacher(x[rows], t[rows], cond_rows(batch.cond, rows)).velocity()
+            pair = pair.index_put((rows,), v.to(pair.dtype))
+        return pair
 
     def enhanced(self, roles: Roles, batch: Batch, x: Tensor, t: Tensor, group: Tensor, v: Tensor) -> Tensor:
         """The pair's velocity, pushed along conditional minus unconditional where 0 < t < 1."""
         if not self.guidance_share or batch.cond is None or batch.null_cond is None:
             return v
+        net = roles.teacher if self.image_free else roles.target
         with torch.no_grad():
-            gap = roles.target(x, t, batch.cond).velocity() - roles.target(x, t, batch.null_cond).velocity()
+            gap = net(x, t, batch.cond).velocity() - net(x, t, batch.null_cond).velocity()
         # The official index excludes t = 1, so the one-step group has none, as well as own samples.
         share = torch.where((group == 1) | (group == 2), self.guidance_share, 0.0)
         return v + bc(share, x) * gap
@@ -136,11 +141,26 @@ class TwinFlow:
             x_tau, _ = add_noise(process, sample, batch.noise(), tau)
             fake = roles.student(x_tau, tau, batch.cond, mirror=torch.ones_like(tau)).velocity()
             gap = (fake - roles.student(x_tau, tau, batch.cond).velocity()).clamp(-self.clamp, self.clamp)
-        rows = group == 0
-        return 2 * obj.toward(here[rows], gap[rows])
+        return robust((here - (here - gap).detach())[group == 0])
 
     def sampler(self) -> Sampler:
-        return Sampler(kind="map", steps=self.steps)
+        return Sampler(kind="map", steps=self.steps, counts=any_steps(self.steps))
+
+
+def robust(error: Tensor, weight: Tensor | None = None, c: float = 1e-3) -> Tensor:
+    """Barron's loss at alpha = 1, about the root of e: the batch mean of weight (b,) times e / (c sqrt(sg[e] / c^2 + 1)).
+
+    e is the mean square of a row of error (b, *d); a scalar.
+    """
+    e = per_sample(error**2)
+    return (
+        (e if weight is None else weight.to(e.dtype) * e) / (c * torch.sqrt(e.detach() / c**2 + 1))
+    ).mean()
+
+
+def pick(rows: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """a (b, *d) in the rows of a mask (b,), b elsewhere."""
+    return torch.where(rows.reshape(-1, *(1,) * (a.ndim - 1)), a, b)
 
 
 class _Plain:
