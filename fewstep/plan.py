@@ -214,7 +214,7 @@ class _Tracer:
             live = Live(known)
             try:
                 with mode, live, cast:
-                    for losses in turn.losses(turn.batch or trainer.batch(stage, (number, 0), 0)):
+                    for losses in turn.losses(turn.batch(0) or trainer.batch(stage, (number, 0), 0)):
                         losses.total().backward()
             finally:
                 for hook in hooks:

@@ -86,8 +86,12 @@ class Turn:
     updates: tuple[str, ...]
     losses: Callable[[Batch], Iterable[Losses]]
     times: int = 1
-    batch: Batch | None = field(default=None, compare=False)
-    """Use this batch instead of a fresh one (methods that walk along one trajectory)."""
+    batches: tuple[Batch, ...] = field(default=(), compare=False)
+    """Use these, one for each micro-batch, instead of fresh ones (methods that walk along one trajectory)."""
+
+    def batch(self, micro: int) -> Batch | None:
+        """The batch of a micro-batch, None for a fresh one."""
+        return self.batches[micro] if self.batches else None
 
 
 class Method(Protocol):

@@ -12,6 +12,7 @@ from torch import Tensor
 from fewstep.config import choice, part
 from fewstep.legs import between, student_leg
 from fewstep.methods.base import Batch, Losses, Needs, Turn
+from fewstep.methods.meanflow import flow_only
 from fewstep.process import Process, add_noise, angle_of
 from fewstep.roles import Roles
 from fewstep.sampling import Sampler, any_steps
@@ -64,6 +65,7 @@ class IMM:
         return Needs(frozenset({"student"}), data=True)
 
     def turns(self, roles: Roles, step: int) -> Iterator[Turn]:
+        flow_only(roles.student.process, "imm")
         yield Turn(("student",), lambda batch: self.losses(roles, batch))
 
     def shared(self, values: Tensor) -> Tensor:

@@ -72,7 +72,7 @@ class Joint:
                 if turn is None:
                     del running[i]
                 else:
-                    key = (turn.updates, turn.times, id(turn.batch) if turn.batch else None)
+                    key = (turn.updates, turn.times, tuple(map(id, turn.batches)))
                     groups.setdefault(key, []).append((i, turn))
             for members in groups.values():
                 yield self._merged(members)
@@ -88,7 +88,7 @@ class Joint:
         def losses(batch: Batch) -> Iterator[Losses]:
             for i, turn in members:
                 key = fold(batch.draws.key, "joint", i)
-                own = batch if i == 0 else replace(batch, draws=Draws(key, batch.draws.index))
+                own = batch if i == 0 or turn.batches else replace(batch, draws=Draws(key, batch.draws.index))
                 for term in turn.losses(own):
                     yield self._weighted(i, term)
 

@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from fewstep.config import choice, part
+from fewstep.config import UserError, choice, part
 from fewstep.legs import between
 from fewstep.methods.base import Batch, Losses, Needs, Turn
 from fewstep.methods.meanflow import flow_only
@@ -65,6 +65,8 @@ class SelfE:
     def losses(self, roles: Roles, batch: Batch, step: int) -> Iterator[Losses]:
         student, process = roles.student, roles.student.process
         t, s = self.pair(batch, process, step)
+        if batch.cond is None:
+            raise UserError("method self_e judges by its condition: it needs data with classes or captions")
         x0, cond = batch.data(), dropped(batch, self.drop_cond)
         x, _ = add_noise(process, x0, batch.noise(), t)
         here = student(x, t, cond, s=s).x0
@@ -76,7 +78,7 @@ class SelfE:
     def target(self, roles: Roles, batch: Batch, own: Tensor, t: Tensor, s: Tensor, cond: object) -> Tensor:
         """The pair's x0 plus lambda times own - (D(no c) - D(c)) at x_s, scaled back to the length of x0; (b, *d)."""
         x0, process = batch.data(), roles.student.process
-        if cond is None or not self.strength:
+        if not self.strength:
             return x0
         landed, _ = add_noise(process, own, batch.noise(), s)
         gap = roles.student(landed, s, batch.null_cond, s=s).x0 - roles.target(landed, s, cond, s=s).x0

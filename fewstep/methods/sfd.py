@@ -33,36 +33,29 @@ class SFD:
     guidance: float = 1.0
     distance: Distance = "l1"
     """l1 (official)."""
-    skip_first: bool = False
-    """True: the first step is analytic, with D = 0 (AFS), and is neither called nor trained."""
 
     def __post_init__(self) -> None:
         if not self.counts or self.between < 0:
             raise ValueError(
                 f"counts must not be empty and between not negative: {self.counts}, {self.between}"
             )
-        if self.skip_first and min(self.counts) < 2:
-            raise ValueError(f"skip_first needs at least 2 steps, not {min(self.counts)}")
 
     def needs(self) -> Needs:
         return Needs(frozenset({"teacher", "student"}))
 
     def turns(self, roles: Roles, step: int) -> Iterator[Turn]:
-        held: dict[str, Any] = {}
-        longest = max(self.counts)
+        held: list[tuple[Batch, dict[str, Any]]] = []
 
         def losses(batch: Batch, i: int) -> Iterator[Losses]:
             if i == 0:
-                held.update(batch=batch, **self.path(roles, batch))
-            if i < len(held["times"]) - 1:
-                yield self.step_loss(roles, batch, held, i)
-            else:
-                # A shorter path has fewer steps than turns: the surplus ones retrain its last step.
-                yield self.step_loss(roles, batch, held, len(held["times"]) - 2)
+                held.append((batch, self.path(roles, batch)))
+            path = next(p for b, p in held if b is batch)
+            # A shorter path has fewer steps than turns: the surplus ones retrain its last step.
+            yield self.step_loss(roles, batch, path, min(i, len(path["times"]) - 2))
 
-        for i in range(longest):
-            # Every later turn continues on the first one's batch: the path belongs to its noise.
-            yield Turn(("student",), partial(losses, i=i), batch=held.get("batch"))
+        for i in range(max(self.counts)):
+            # Every later turn continues on the first one's batches: a path belongs to its noise.
+            yield Turn(("student",), partial(losses, i=i), batches=tuple(b for b, _ in held))
 
     def levels(self, count: int) -> tuple[float, ...]:
         """Levels of `count` steps from the prior down, without the clean end."""
@@ -85,14 +78,6 @@ class SFD:
         """Euler step i of the student from its own detached state against the teacher's state; moves the path on."""
         t, s, path = held["times"][i], held["times"][i + 1], held["student"]
         x = path[i]
-        if self.skip_first and i == 0:
-            process = roles.student.process
-            with torch.no_grad():
-                moved = x * (process.sigma(s) / process.sigma(t)).to(x.dtype).reshape(
-                    -1, *(1,) * (x.ndim - 1)
-                )
-            path[1:] = [moved]
-            return Losses({"follow": 0.0 * sum(p.sum() for p in roles.student.parameters())})
         moved = ask(roles.student, x, t, s, batch.cond).at(s)
         path[i + 1 :] = [moved.detach().to(x.dtype)]
         return Losses({"follow": distance(moved, held["states"][i + 1], self.distance)})

@@ -9,7 +9,7 @@ import torch
 from pydantic import PositiveInt
 from torch import Tensor, nn
 
-from fewstep.config import part
+from fewstep.config import UserError, part
 from fewstep.data.base import Data
 from fewstep.legs import Teacher, between, student_leg
 from fewstep.methods.base import Batch, Losses, Needs, Turn
@@ -91,7 +91,9 @@ class STD:
         banked = (bank.knot[slot] > 0) & (batch.draws.uniform() < self.rate)
         x = torch.where(banked.reshape(-1, *(1,) * (fresh.ndim - 1)), bank.x[slot].to(fresh.dtype), fresh)
         cond = batch.cond
-        if isinstance(cond, Tensor):
+        if cond is not None and not isinstance(cond, Tensor):
+            raise UserError("method std keeps labels beside its banked states, no text: train it on classes")
+        if cond is not None:
             cond = torch.where(banked, bank.label[slot], cond)
         return slot, x, torch.where(banked, bank.knot[slot], first), cond
 

@@ -15,7 +15,7 @@ from fewstep.methods.base import Batch, Losses, Needs, Turn
 from fewstep.methods.meanflow import flow_only
 from fewstep.objectives.regression import per_sample
 from fewstep.objectives.trajectory import follow
-from fewstep.process import add_noise, bc
+from fewstep.process import Flow, add_noise, bc
 from fewstep.roles import Roles
 from fewstep.sampling import Sampler, any_steps
 from fewstep.times import Beta, check_steps
@@ -43,7 +43,7 @@ class TwinFlow:
     decay: float = 0.99
     """Decay of the EMA network in the role `target`."""
     image_free: bool = False
-    """True: own one-step samples in place of data, and the velocity of the frozen role `teacher` (official emd 1)."""
+    """True: own one-step samples in place of data, with the frozen role `teacher`'s velocity (official emd 1)."""
     steps: tuple[float, ...] = (1.0,)
 
     def __post_init__(self) -> None:
@@ -63,7 +63,7 @@ class TwinFlow:
     def groups(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
         """(group 0..3, t, s): one-step (1, 0), near (t, t - U near t), any (t, t - U t), own samples (t, t)."""
         group = batch.draws.index % 4
-        t = self.times.sample(batch.draws, _Plain()).clamp(1e-3, 1.0)
+        t = self.times.sample(batch.draws, Flow()).clamp(1e-3, 1.0)
         u = batch.draws.uniform()
         t = torch.where(group == 0, torch.ones_like(t), t)
         s = torch.where(group == 0, 0 * t, torch.where(group == 1, t - u * self.near * t, t - u * t))
@@ -82,35 +82,30 @@ class TwinFlow:
             raise UserError(f"method twinflow needs a micro-batch of at least 4, not {len(batch)}")
         group, t, s = self.groups(batch)
         fake, own = group == 3, self.generate(student, batch)
-        x0, eps = own if self.image_free else pick(fake, own, batch.data()), batch.noise()
+        mirrored = bc(fake.to(t.dtype), own) > 0
+        x0, eps = own if self.image_free else torch.where(mirrored, own, batch.data()), batch.noise()
         x, _ = add_noise(process, x0, eps, t)
         here = student(x, t, batch.cond, s=s, mirror=fake.to(t.dtype)).velocity()
-        v = self.enhanced(roles, batch, x, t, group, self.velocity(roles, batch, x, t, fake, eps - x0))
-        target = pick(fake, v, self.target(roles, batch, x, t, s, v, here.detach()))
+        v = self.velocity(roles, batch, x, t, group, eps - x0)
+        target = torch.where(mirrored, v, self.target(roles, batch, x, t, s, v, here.detach()))
         weight = torch.tan((1 - (t - s).clamp(0, 1)) * torch.pi / 2.5) + 1
-        losses = Losses({"any_step": robust(here - target, torch.where(fake, 1.0, weight))})
+        losses = Losses({"any_step": robust(here - target, torch.where(fake, 1.0, weight).to(here.dtype))})
         if self.rectify:
             losses["rectify"] = self.rectify * self.rectifier(roles, batch, x, here, group)
         yield losses
 
     @torch.no_grad()
-    def velocity(
-        self, roles: Roles, batch: Batch, x: Tensor, t: Tensor, fake: Tensor, pair: Tensor
-    ) -> Tensor:
-        """eps - x0; image_free: the teacher's outside the mirrored rows, as a student fed on itself drifts."""
+    def velocity(self, roles: Roles, batch: Batch, x: Tensor, t: Tensor, group: Tensor, v: Tensor) -> Tensor:
+        """The pair's, or image_free the teacher's off group 3, along cond minus uncond where 0 < t < 1."""
+        net, rows = roles.target, group != 3
         if self.image_free:
-            rows = ~fake
-            v = roles.teacher(x[rows], t[rows], cond_rows(batch.cond, rows)).velocity()
-            pair = pair.index_put((rows,), v.to(pair.dtype))
-        return pair
-
-    def enhanced(self, roles: Roles, batch: Batch, x: Tensor, t: Tensor, group: Tensor, v: Tensor) -> Tensor:
-        """The pair's velocity, pushed along conditional minus unconditional where 0 < t < 1."""
+            # A student that is fed on nothing but its own samples drifts.
+            net = roles.teacher
+            real = net(x[rows], t[rows], cond_rows(batch.cond, rows)).velocity()
+            v = v.index_put((rows,), real.to(v.dtype))
         if not self.guidance_share or batch.cond is None or batch.null_cond is None:
             return v
-        net = roles.teacher if self.image_free else roles.target
-        with torch.no_grad():
-            gap = net(x, t, batch.cond).velocity() - net(x, t, batch.null_cond).velocity()
+        gap = net(x, t, batch.cond).velocity() - net(x, t, batch.null_cond).velocity()
         # The official index excludes t = 1, so the one-step group has none, as well as own samples.
         share = torch.where((group == 1) | (group == 2), self.guidance_share, 0.0)
         return v + bc(share, x) * gap
@@ -134,11 +129,9 @@ class TwinFlow:
 
     def rectifier(self, roles: Roles, batch: Batch, x: Tensor, here: Tensor, group: Tensor) -> Tensor:
         """The one-step group moves along v_fake - v_real of the mirrored and the plain side of time."""
-        process = roles.student.process
         tau = batch.draws.uniform()
         with torch.no_grad():
-            sample = (x - here).to(x.dtype)
-            x_tau, _ = add_noise(process, sample, batch.noise(), tau)
+            x_tau, _ = add_noise(roles.student.process, (x - here).to(x.dtype), batch.noise(), tau)
             fake = roles.student(x_tau, tau, batch.cond, mirror=torch.ones_like(tau)).velocity()
             gap = (fake - roles.student(x_tau, tau, batch.cond).velocity()).clamp(-self.clamp, self.clamp)
         return robust((here - (here - gap).detach())[group == 0])
@@ -147,23 +140,10 @@ class TwinFlow:
         return Sampler(kind="map", steps=self.steps, counts=any_steps(self.steps))
 
 
-def robust(error: Tensor, weight: Tensor | None = None, c: float = 1e-3) -> Tensor:
-    """Barron's loss at alpha = 1, about the root of e: the batch mean of weight (b,) times e / (c sqrt(sg[e] / c^2 + 1)).
+def robust(error: Tensor, weight: Tensor | float = 1.0, c: float = 1e-3) -> Tensor:
+    """Barron's loss at alpha = 1: the batch mean of weight (b,) times e / (c sqrt(sg[e] / c^2 + 1)), about sqrt(e).
 
-    e is the mean square of a row of error (b, *d); a scalar.
+    e is the mean square of a row of error (b, *d). A scalar.
     """
     e = per_sample(error**2)
-    return (
-        (e if weight is None else weight.to(e.dtype) * e) / (c * torch.sqrt(e.detach() / c**2 + 1))
-    ).mean()
-
-
-def pick(rows: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    """a (b, *d) in the rows of a mask (b,), b elsewhere."""
-    return torch.where(rows.reshape(-1, *(1,) * (a.ndim - 1)), a, b)
-
-
-class _Plain:
-    @staticmethod
-    def grid(u: Tensor) -> Tensor:
-        return u
+    return (weight * e / (c * torch.sqrt(e.detach() / c**2 + 1))).mean()

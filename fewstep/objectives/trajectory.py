@@ -114,12 +114,13 @@ def tangent(
     along: tuple[Tensor | None, Tensor | None, Tensor | None],
     mode: Tangent = "jvp",
     step: float = 5e-3,
+    floor: Tensor | None = None,
 ) -> Tensor:
     """Derivative of raw(x, t, s) along (dx, dt, ds), without a gradient; (b, *d). None is a direction held fixed.
 
     jvp: forward mode. central: (f(+h) - f(-h)) / 2h with h = step. semi: forward mode in x and a backward
     difference in the times (rCM, arXiv 2510.08431, fd_type 1), for networks whose time embedding has no
-    forward rule.
+    forward rule. Rows whose moving time would fall below `floor` (b,) look ahead, (f(+h) - f) / h, in both.
     """
     moving = [i for i, d in enumerate(along) if d is not None]
     steps = [along[i].to(at[i].dtype) for i in moving]  # type: ignore[union-attr]
@@ -133,20 +134,30 @@ def tangent(
 
         return torch.func.jvp(some, tuple(at[i] for i in which), tuple(by))[1]
 
-    def shifted(h: float, which: list[int]) -> list[Tensor]:
+    def rowwise(h: float | Tensor, like: Tensor) -> float | Tensor:
+        return bc(h, like).to(like.dtype) if isinstance(h, Tensor) else h
+
+    def shifted(h: float | Tensor, which: list[int]) -> list[Tensor]:
         full = list(at)
         for i, d in zip(moving, steps, strict=True):
-            full[i] = at[i] + h * d if i in which else at[i]
+            full[i] = at[i] + rowwise(h, d) * d if i in which else at[i]
         return full
+
+    room: float | Tensor = 1.0
+    if floor is not None and moving[-1] > 0:
+        behind = [at[i] - step * d >= floor for i, d in zip(moving, steps, strict=True) if i]
+        room = torch.stack(behind).all(0).double()
 
     with torch.no_grad(), _attention() if mode != "central" else nullcontext():
         if mode == "jvp":
             return move(raw, moving, steps)
         if mode == "central":
-            return (raw(*shifted(step, moving)) - raw(*shifted(-step, moving))) / (2 * step)
+            change = raw(*shifted(step, moving)) - raw(*shifted(-step * room, moving))
+            return change / rowwise(step + step * room, change)
         if mode == "semi":
-            behind = raw(*shifted(-step, [1, 2]))
-            change = (raw(*at) - behind) / step
+            back = step * (2 * room - 1)
+            change = raw(*at) - raw(*shifted(-back, [1, 2]))
+            change = change / rowwise(back, change)
             return change + move(raw, [0], steps[:1]) if 0 in moving else change
     raise ValueError(f"tangent {mode!r} is not one of jvp, central, semi")
 

@@ -248,7 +248,7 @@ class Trainer:
         """One optimiser step over all micro-batches; False when it was refused as non-finite."""
         count = self.recipe.train.accumulate
         for micro in range(count):
-            batch = turn.batch or self.batch(stage, place, micro)
+            batch = turn.batch(micro) or self.batch(stage, place, micro)
             with self.accelerator.autocast():
                 for losses in turn.losses(batch):
                     (losses.total() / count).backward()

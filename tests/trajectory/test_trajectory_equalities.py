@@ -218,7 +218,7 @@ def test_sfd_without_nodes_between_starts_at_zero() -> None:
         method = SFD(counts=(3,), between=between, solver="euler")
         batch, held, values = Batch64.of(8, 3), None, []
         for turn in method.turns(who, 0):
-            held = turn.batch or batch
+            held = turn.batch(0) or batch
             values += [float(losses["follow"]) for losses in turn.losses(held)]
         assert len(values) == 3
         # The EDM grid ends at sigma_min, where one Euler step and one DDIM step are the same.

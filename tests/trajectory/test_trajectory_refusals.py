@@ -1,0 +1,63 @@
+"""What trajectory methods cannot do is refused, and a path keeps to its own micro-batch."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from trajectory_helpers import F64, MEAN, STD, Batch64
+
+from fewstep.config import UserError
+from fewstep.methods.base import Batch
+from fewstep.methods.imm import IMM
+from fewstep.methods.self_e import SelfE
+from fewstep.methods.sfd import SFD
+from fewstep.methods.std import STD as SingleTrajectory
+from fewstep.methods.std import Bank
+from fewstep.networks.analytic import gaussian
+from fewstep.process import EDM, Flow
+from fewstep.random import Draws, fold
+from fewstep.recipe import load
+from fewstep.roles import Roles
+from fewstep.train.trainer import Trainer
+
+
+def test_each_micro_batch_walks_its_own_path() -> None:
+    """Two micro-batches of SFD: every turn sees both, in their order, and none sees one of them twice."""
+    settings = ["student.width=8", "student.depth=2", "train.steps=1", "before.0.steps=1", "train.batch=8"]
+    recipe = load("toy/sfd", [*settings, "train.accumulate=2", "train.sample_every=0"])
+    trainer = Trainer(recipe, cpu=True)
+    seen: list[tuple[int, list[int]]] = []
+    method = type(recipe.method)
+    original = method.step_loss
+
+    def listen(self: SFD, roles: Roles, batch: Batch, held: dict, i: int):
+        seen.append((i, batch.draws.index.tolist()))
+        return original(self, roles, batch, held, i)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(method, "step_loss", listen)
+        trainer.fit()
+    count = len(recipe.method.sampler().steps)
+    first, second = [0, 1, 2, 3], [4, 5, 6, 7]
+    rows = [[r % 8 for r in index] for _, index in seen]
+    assert [i for i, _ in seen] == [i for i in range(count) for _ in range(2)]
+    assert rows == [first, second] * count
+
+
+def test_imm_speaks_the_flow_process_alone() -> None:
+    with pytest.raises(UserError, match="method imm needs a student with process"):
+        next(IMM().turns(Roles(student=gaussian(EDM(), MEAN, STD)), 0))
+
+
+def test_self_e_needs_a_condition() -> None:
+    exact = gaussian(Flow(), MEAN, STD)
+    with pytest.raises(UserError, match="it needs data with classes or captions"):
+        next(iter(SelfE().losses(Roles(student=exact, target=exact), Batch64.of(6, 1), 0)))
+
+
+def test_std_keeps_no_text_beside_its_states() -> None:
+    draws = Draws(fold("std text"), torch.arange(4))
+    x0 = torch.randn(4, 1, dtype=F64)
+    batch = Batch64(draws, (1,), x0, {"text": torch.zeros(4, 3, 2)}, {"text": torch.zeros(4, 3, 2)})
+    with pytest.raises(UserError, match="method std keeps labels"):
+        SingleTrajectory().start(Bank(8, (1,)), batch, Flow())
