@@ -15,6 +15,7 @@ from fewstep.legs import Teacher, student_leg, time_between
 from fewstep.methods.consistency import Consistency
 from fewstep.methods.icd import ICD
 from fewstep.methods.imm import IMM, mmd2
+from fewstep.methods.kd import KD
 from fewstep.methods.mdt import MDT
 from fewstep.methods.meanflow import MeanFlow
 from fewstep.methods.progressive import Progressive
@@ -30,7 +31,7 @@ from fewstep.networks.mlp import MLP
 from fewstep.objectives import mse
 from fewstep.objectives import trajectory as tr
 from fewstep.pairings import Grid
-from fewstep.process import EDM, Flow, Process, Trig, add_noise
+from fewstep.process import EDM, VP, Flow, Process, Trig, add_noise
 from fewstep.roles import Roles
 
 
@@ -180,12 +181,37 @@ def test_mmd_is_zero_for_equal_groups_and_the_distance_of_means_for_l2() -> None
     assert torch.allclose(mmd2(x, y, "l2", scale), 2 * ((x.mean(1) - y.mean(1)) ** 2).sum(-1), atol=1e-12)
 
 
-def test_progressive_phase_to_one_step_is_distillation_of_a_two_step_teacher() -> None:
-    process = Flow()
-    teacher = Teacher(gaussian(process, MEAN, STD), Batch64.of(9, 3))
-    z, one = Batch64.of(9, 3).noise(), torch.ones(9, dtype=F64)
-    target = Progressive.target(teacher, process, z, one, one / 2, 0 * one)
-    assert torch.allclose(target, teacher.walk(2)(z, one, 0 * one), atol=1e-12)
+class OneNoise(Batch64):
+    """A batch with one noise, whenever it is asked: methods draw their times before or after it."""
+
+    def noise(self) -> Tensor:
+        return draws(len(self), "one noise").normal(*self.shape, dtype=F64)
+
+
+@pytest.mark.parametrize(
+    ("process", "prediction", "equal"),
+    [(Flow(), "velocity", True), (Trig(), "trig", True), (VP(), "v", False), (EDM(), "edm", False)],
+    ids=["flow", "trig", "vp", "edm"],
+)
+def test_progressive_phase_to_one_step_is_distillation_of_a_two_step_teacher(
+    process: Process, prediction: str, equal: bool
+) -> None:
+    # Equal where the first level is pure noise (alpha = 0), as KD starts there and PD at noised data, and the last
+    # one is clean (sigma = 0), where the chord's x0 is the state itself. VP breaks the first, EDM both.
+    student = network(process, prediction)
+    teacher = gaussian(process, MEAN, STD)
+    who = Roles(teacher=teacher, student=student)
+    kd = only(KD(teacher_steps=2, solver="ddim").losses(who, OneNoise.of(9, 3)))
+    pd = only(Progressive(steps=1, of="teacher", weight="x0").losses(who, OneNoise.of(9, 3)))
+    if not equal:
+        assert not torch.allclose(kd, pd, rtol=1e-6)
+        return
+    assert float(kd.detach()) > 1e-3
+    assert torch.allclose(kd, pd, rtol=1e-12)
+    assert torch.allclose(gradient(kd, student), gradient(pd, student), rtol=1e-9, atol=1e-13)
+    # A teacher with another number of steps is another target.
+    other = only(KD(teacher_steps=3, solver="ddim").losses(who, OneNoise.of(9, 3)))
+    assert not torch.allclose(other, pd, rtol=1e-6)
 
 
 @pytest.mark.parametrize("process", [Flow(), EDM()], ids=["flow", "edm"])
