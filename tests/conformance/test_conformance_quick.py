@@ -20,7 +20,7 @@ from fewstep.train.trainer import Trainer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-WARM, STEPS, COUNT = 400, 120, 800
+WARM, STEPS, COUNT = 300, 80, 800
 FACTOR = 0.6
 """Energy distance after the method over that of the warm start, at the recipe's own sampler."""
 NAMES = ["class-ratio", "diff-instruct", "dmd", "imm", "inverse-matching", "kd", "ict", "progressive"]
@@ -31,7 +31,7 @@ def run(name: str, steps: int) -> tuple[float, float]:
     """(energy distance x1000 of the warm start, of the product) of a small version of a toy recipe."""
     whole = load(f"toy/{name}")
     wide = "student.of" if hasattr(whole.student, "of") and whole.student.name != "copy" else "student"
-    settings = [f"{wide}.width=48", f"{wide}.depth=4", "train.batch=64", f"train.steps={steps}"]
+    settings = [f"{wide}.width=32", f"{wide}.depth=4", "train.batch=64", f"train.steps={steps}"]
     settings += [
         "train.sample_every=0",
         "train.log_every=1000",

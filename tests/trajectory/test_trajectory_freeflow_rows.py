@@ -1,0 +1,199 @@
+"""Rows of a batch: FreeFlow's two parts, MeanFlow's guided rows, and differences that stay inside the times."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from trajectory_helpers import F64, MEAN, STD, Batch64, ExactMap, draws
+
+from fewstep.config import UserError
+from fewstep.methods.base import Batch
+from fewstep.methods.freeflow import FreeFlow, split
+from fewstep.methods.meanflow import MeanFlow
+from fewstep.networks.analytic import gaussian
+from fewstep.objectives import trajectory as tr
+from fewstep.prediction import Prediction, from_raw, from_x0
+from fewstep.process import Flow, bc
+from fewstep.roles import Roles
+
+
+class Seen(nn.Module):
+    """A network with an error of .05 cos 3x in its x0 that remembers the rows and times of its calls."""
+
+    process = Flow()
+
+    def __init__(self, inner: nn.Module, off: float = 0.05) -> None:
+        super().__init__()
+        self.inner, self.off = inner, off
+        self.takes_s = isinstance(inner, ExactMap)
+        self.rows: list[int] = []
+        self.ends: list[float] = []
+        self.lengths: list[float] = []
+
+    def forward(self, x: Tensor, t: Tensor, cond: Any = None, **call: Any) -> Prediction:
+        self.rows.append(len(x))
+        if "s" in call:
+            self.ends.append(float(call["s"].detach().min()))
+            self.lengths.append(float((t - call["s"]).detach().min()))
+        return from_x0(self.process, x, t, self.inner(x, t, **call).x0 + self.off * torch.cos(3 * x))
+
+
+def cast() -> Roles:
+    """Student, teacher and critic that disagree."""
+    teacher, critic = gaussian(Flow(), MEAN, STD), gaussian(Flow(), MEAN + 0.2, STD)
+    return Roles(student=Seen(ExactMap(Flow())), teacher=Seen(teacher, 0.0), critic=Seen(critic, 0.0))
+
+
+@pytest.mark.parametrize("count", [1, 3, 6])
+def test_split_rows_draw_what_they_draw_in_the_whole_batch(count: int) -> None:
+    shape = (2, 3, 5)
+    cond = {"text": torch.arange(42.0).reshape(7, 3, 2), "label": torch.arange(7)}
+    null = {key: 0 * value for key, value in cond.items()}
+    x0 = draws(7, "x0").normal(*shape)
+
+    def whole() -> Batch:
+        batch = Batch(draws(7, "split"), shape, x0, cond, null)
+        batch.draws.uniform()
+        return batch
+
+    batch = whole()
+    noise, u, w = batch.noise(), batch.draws.uniform(), batch.draws.uniform(4)
+    first, rest = split(whole(), count)
+    assert (len(first), len(rest)) == (count, 7 - count)
+    for part, which in ((first, slice(None, count)), (rest, slice(count, None))):
+        assert torch.equal(part.noise(), noise[which])
+        assert torch.equal(part.draws.uniform(), u[which])
+        assert torch.equal(part.draws.uniform(4), w[which])
+        assert torch.equal(part.data(), x0[which])
+        for key in cond:
+            assert torch.equal(part.cond[key], cond[key][which])
+            assert torch.equal(part.null_cond[key], null[key][which])
+
+
+def test_freeflow_networks_see_their_own_part_of_the_batch() -> None:
+    who = cast()
+    list(FreeFlow(fraction=0.25).losses(who, Batch64.of(12, 3)))
+    # The value and the tangent of the prediction, then the sample of the correction.
+    assert who.student.rows == [9, 9, 3]
+    assert who.teacher.rows == [9, 3]
+    assert who.critic.rows == [3]
+    alone = cast()
+    list(FreeFlow(correction=0.0).losses(alone, Batch64.of(1, 3)))
+    assert alone.student.rows == [1, 1]
+    with pytest.raises(UserError, match="micro-batch of at least 2"):
+        list(FreeFlow().losses(cast(), Batch64.of(1, 3)))
+
+
+def test_freeflow_losses_are_those_of_the_parts() -> None:
+    method, who = FreeFlow(fraction=0.25, correction=0.7), cast()
+    (got,) = method.losses(who, Batch64.of(12, 3))
+    chosen, rest = split(Batch64.of(12, 3), 3)
+    x = rest.noise()
+    s = method.times.sample(rest.draws, Flow())
+    residual, error = method.residual(who, rest, x, s)
+    _, gradient = method.correct(who, chosen)
+    e = (error**2).mean(1)
+    assert torch.allclose(got["predict"], (e / (e + 1e-3)).mean(), rtol=1e-12)
+    push = 0.7 * gradient * residual.norm(dim=1).mean() / (gradient.norm(dim=1).mean() + 1e-6)
+    assert torch.allclose(got["correct"], (push**2).mean() / 2, rtol=1e-9)
+    assert float(got["correct"]) > 1e-6
+
+
+@pytest.mark.parametrize("mode", ["central", "semi"])
+def test_differences_look_ahead_where_the_floor_is_near(mode: tr.Tangent) -> None:
+    d = draws(5, "floor")
+    x, dx = d.normal(2, 3, dtype=F64), d.normal(2, 3, dtype=F64)
+    t = torch.tensor([0.9, 0.5, 0.304, 0.3, 0.001], dtype=F64)
+    s = torch.tensor([0.1, 0.4951, 0.3, 0.3, 0.0], dtype=F64)
+    seen: list[Tensor] = []
+
+    def raw(x: Tensor, t: Tensor, s: Tensor) -> Tensor:
+        seen.append(t.detach())
+        return torch.sin(2 * x) * bc(torch.exp(t), x) + bc(s, x)
+
+    h = 5e-3
+    got = tr.tangent(raw, (x, t, s), (dx, torch.ones_like(t), None), mode, h, floor=s)
+    assert all(bool((u >= s).all()) for u in seen)
+    assert torch.equal(torch.stack(seen).amin(0) < t, torch.tensor([True, False, False, False, False]))
+
+    def at(k: float) -> Tensor:
+        moved = x + k * dx if mode == "central" else x
+        return torch.sin(2 * moved) * bc(torch.exp(t + k), x)
+
+    side = (at(h) - at(0)) / h
+    back = (at(h) - at(-h)) / (2 * h) if mode == "central" else (at(0) - at(-h)) / h
+    along_x = 0 if mode == "central" else 2 * torch.cos(2 * x) * dx * bc(torch.exp(t), x)
+    near = torch.tensor([0, 1, 1, 1, 1], dtype=F64)
+    want = torch.where(bc(near, x) > 0, side, back) + along_x
+    assert torch.allclose(got, want, atol=1e-11, rtol=0)
+    exact = 2 * torch.cos(2 * x) * dx * bc(torch.exp(t), x) + torch.sin(2 * x) * bc(torch.exp(t), x)
+    assert float((got - exact).abs().max()) < 0.2
+
+
+def test_without_a_floor_the_difference_is_central_everywhere() -> None:
+    t = torch.tensor([0.5, 0.001], dtype=F64)
+    x = torch.ones(2, 3, dtype=F64)
+    seen: list[Tensor] = []
+
+    def raw(x: Tensor, t: Tensor, s: Tensor) -> Tensor:
+        seen.append(t)
+        return x * bc(t**2, x)
+
+    got = tr.tangent(raw, (x, t, 0 * t), (None, torch.ones_like(t), None), "central", 1e-2)
+    assert torch.allclose(got, x * bc(2 * t, x), atol=1e-14)
+    assert float(torch.stack(seen).min()) == pytest.approx(-0.009)
+
+
+@pytest.mark.parametrize("mode", ["central", "semi"])
+def test_meanflow_asks_for_no_jump_that_ends_after_its_start(mode: tr.Tangent) -> None:
+    who = Roles(student=Seen(ExactMap(Flow())), teacher=gaussian(Flow(), MEAN, STD))
+    list(MeanFlow(source="teacher", apart=0.5, tangent=mode).losses(who, Batch64.of(64, 1, "inside"), 1))
+    assert min(who.student.ends) >= 0
+    assert min(who.student.lengths) == 0
+
+
+def test_freeflow_asks_for_no_negative_time() -> None:
+    batch = Batch64.of(1024, 1, "inside")
+    ends = FreeFlow().times.sample(split(batch, 1)[1].draws, Flow())
+    assert float(ends.min()) < 5e-3
+    who = Roles(student=Seen(ExactMap(Flow())), teacher=gaussian(Flow(), MEAN, STD))
+    list(FreeFlow(correction=0.0, tangent="central").losses(who, batch))
+    assert len(who.student.ends) == 3
+    assert min(who.student.ends) > 0
+
+
+class Told(nn.Module):
+    """Velocity of (1 + label) in every element."""
+
+    process, takes_s = Flow(), True
+
+    def forward(self, x: Tensor, t: Tensor, cond: Any = None, **call: Any) -> Prediction:
+        label = cond if isinstance(cond, Tensor) else cond["label"]
+        return from_raw(self.process, "velocity", x, t, torch.ones_like(x) * bc(1 + label.to(F64), x))
+
+
+@pytest.mark.parametrize("mapping", [False, True])
+def test_meanflow_guides_the_told_rows_below_its_last_time(mapping: bool) -> None:
+    d = draws(6, "guided")
+    x, pair = d.normal(2, 3, 5, dtype=F64), d.normal(2, 3, 5, dtype=F64)
+    t = torch.tensor([0.1, 0.75, 0.76, 1.0, 0.3, 0.5], dtype=F64)
+    label = torch.tensor([2, 1, 3, 1, 0, 2])
+    size = torch.full((6, 2), 64.0)
+    cond: Any = {"label": label, "resolution": size} if mapping else label
+    null: Any = {"label": 0 * label, "resolution": size} if mapping else 0 * label
+    batch, who = Batch(d, (2, 3, 5), None, cond, null), Roles(student=Told())
+    got = MeanFlow(guidance=0.2, kappa=0.6).velocity(who, batch, cond, x, t, pair)
+    want = 0.2 * pair + 0.2 + 0.6 * (1 + bc(label.to(F64), x))
+    # Rows 2 and 3 lie above .75, row 4 has no condition.
+    for row in range(6):
+        assert torch.allclose(got[row], pair[row] if row in (2, 3, 4) else want[row], atol=1e-14)
+    later = MeanFlow(guidance=0.2, kappa=0.6, guided_until=1.0).velocity(who, batch, cond, x, t, pair)
+    assert torch.allclose(later[3], want[3], atol=1e-14)
+
+
+def test_meanflow_guided_until_is_a_time() -> None:
+    with pytest.raises(ValueError, match="guided_until is a time"):
+        MeanFlow(guided_until=1.5)
