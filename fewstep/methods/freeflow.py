@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from copy import copy
+from dataclasses import replace
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from fewstep import objectives as obj
-from fewstep.config import choice, part
+from fewstep.cond import rows
+from fewstep.config import UserError, choice, part
 from fewstep.guidance import guided
 from fewstep.legs import Teacher
 from fewstep.methods.base import Batch, Losses, Needs, Turn
@@ -39,7 +42,7 @@ class FreeFlow:
     correction: float = 1.0
     """alpha: size of the correction relative to the prediction residual, in [.3, 3]; 0 trains no critic."""
     fraction: float = 0.25
-    """Share of the batch given to the correction (paper .25)."""
+    """Share of the batch given to the correction (paper .25); the prediction has the rest, all of it at correction 0."""
     critic_steps: int = 1
     """Critic updates per student update."""
     critic_times: choice("times") = Uniform(low=1e-3, high=1.0)  # type: ignore[valid-type]
@@ -66,15 +69,21 @@ class FreeFlow:
             yield Turn(("critic",), lambda batch: self.critic_losses(roles, batch), times=self.critic_steps)
 
     def losses(self, roles: Roles, batch: Batch) -> Iterator[Losses]:
-        x = batch.noise()
-        s = self.times.sample(batch.draws, roles.student.process)
-        residual, error = self.residual(roles, batch, x, s)
+        rest = batch
+        if self.correction:
+            if len(batch) < 2:
+                raise UserError(
+                    "method freeflow needs a micro-batch of at least 2, a row for either of its losses"
+                )
+            chosen, rest = split(batch, max(1, int(len(batch) * self.fraction)))
+        x = rest.noise()
+        s = self.times.sample(rest.draws, roles.student.process)
+        residual, error = self.residual(roles, rest, x, s)
         losses = Losses({"predict": tr.adaptive(error, self.power, self.c)})
         if self.correction:
-            rows = max(1, int(len(batch) * self.fraction))
-            sample, gradient = self.correct(roles, batch)
+            sample, gradient = self.correct(roles, chosen)
             size = residual.flatten(1).norm(dim=1).mean() / (gradient.flatten(1).norm(dim=1).mean() + 1e-6)
-            losses["correct"] = obj.toward(sample[:rows], (self.correction * size * gradient)[:rows])
+            losses["correct"] = obj.toward(sample, self.correction * size * gradient)
         yield losses
 
     def residual(self, roles: Roles, batch: Batch, x: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
@@ -83,7 +92,7 @@ class FreeFlow:
         t = torch.ones_like(s)
         here = tr.raw_of(roles.student, "velocity", batch.cond)
         raw = here(x, t, s)
-        moved = tr.tangent(here, (x, t, s), (None, None, torch.ones_like(s)), self.tangent)
+        moved = tr.tangent(here, (x, t, s), (None, None, torch.ones_like(s)), self.tangent, floor=0 * s)
         slope = tr.slopes(process, "velocity", t, s, "s")
         with torch.no_grad():
             end = bc(slope.a, x) * x + bc(slope.b, x) * raw
@@ -114,3 +123,15 @@ class FreeFlow:
 
     def sampler(self) -> Sampler:
         return Sampler(kind="map", steps=(1.0,))
+
+
+def split(batch: Batch, count: int) -> tuple[Batch, Batch]:
+    """The first `count` rows and the others as batches; each row draws what it would draw in the whole batch."""
+
+    def some(which: slice) -> Batch:
+        draws = copy(batch.draws)
+        draws.index = batch.draws.index[which]
+        cond, null = rows(batch.cond, which), rows(batch.null_cond, which)
+        return replace(batch, draws=draws, x0=rows(batch.x0, which), cond=cond, null_cond=null)
+
+    return some(slice(None, count)), some(slice(count, None))

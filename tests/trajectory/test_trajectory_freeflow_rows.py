@@ -156,9 +156,9 @@ def test_meanflow_asks_for_no_jump_that_ends_after_its_start(mode: tr.Tangent) -
 
 
 def test_freeflow_asks_for_no_negative_time() -> None:
-    batch = Batch64.of(1024, 1, "inside")
-    ends = FreeFlow().times.sample(split(batch, 1)[1].draws, Flow())
-    assert float(ends.min()) < 5e-3
+    batch, again = Batch64.of(1024, 1, "inside"), Batch64.of(1024, 1, "inside")
+    again.noise()
+    assert float(FreeFlow().times.sample(again.draws, Flow()).min()) < 5e-3
     who = Roles(student=Seen(ExactMap(Flow())), teacher=gaussian(Flow(), MEAN, STD))
     list(FreeFlow(correction=0.0, tangent="central").losses(who, batch))
     assert len(who.student.ends) == 3
