@@ -2,6 +2,11 @@
 
 Every verdict compares readings over the last fifth of the last stage's records with the stage's own best or with
 what the reading is when all is well; the thresholds are constants below.
+
+Critic lag is read as a slope, that of fresh student samples on the critic's answers, and not as the critic's denoising
+loss against its running best: the least loss there is moves with the student (it grows as samples spread and falls as
+they collapse), so that a best of the past says nothing of today's critic, whereas the slope of a critic at its optimum
+is 1 for every student. Methods without a critic, and a Phased DMD phase that ends above clean samples, have none.
 """
 
 from __future__ import annotations

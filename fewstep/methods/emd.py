@@ -27,12 +27,16 @@ from fewstep.times import Uniform
 
 @dataclass(frozen=True)
 class Chain:
-    """State of a chain: latents z and eps (b, *d), the share of eps that is injected noise, the last score gap."""
+    """State of a chain: latents z and eps (b, *d), the share of eps that is injected noise, the teacher's last answer.
+
+    start: the student's own sample x and what the teacher and the critic said of it, before anything moved.
+    """
 
     z: Tensor
     eps: Tensor
     noise: Tensor
     real: Prediction
+    start: tuple[Tensor, Prediction, Prediction]
 
 
 @part("method", "emd")
@@ -98,14 +102,13 @@ class EMD:
         gap = -scaled(process.sigma(tau) / (process.alpha(tau) * self.step_eps), drift)
         weight = obj.score_weight(self.weight, process, tau, x.detach(), chain.real.x0)
         gradient = gap * weight
-        yield Losses(
-            {"match": obj.toward(x, gradient)}, readings(x.detach(), chain.real, gradient, cond=batch.cond)
-        )
+        own, real, fake = chain.start
+        yield Losses({"match": obj.toward(x, gradient)}, readings(own, real, gradient, fake, batch.cond))
 
     def chain(self, roles: Roles, batch: Batch, z: Tensor, eps: Tensor, tau: Tensor) -> Chain:
         """K joint updates of (eps, z) from the student's own sample."""
         process: Any = roles.student.process
-        noise = eps
+        noise, start = eps, None
         for _ in range(self.langevin):
             moved = z.detach().requires_grad_(bool(self.step_z))
             with torch.set_grad_enabled(bool(self.step_z)):
@@ -113,7 +116,9 @@ class EMD:
             with torch.no_grad():
                 x_tau = scaled(process.alpha(tau), x) + scaled(process.sigma(tau), eps)
                 real = guided(roles.teacher, x_tau, tau, batch.cond, batch.null_cond, self.guidance)
-                gap = real.x0 - roles.critic(x_tau, tau, batch.cond).x0
+                fake = roles.critic(x_tau, tau, batch.cond)
+            start = start or (x.detach(), real, fake)
+            gap = real.x0 - fake.x0
             # sigma (s_T - s_F) = (alpha / sigma)(D_T - D_F), finite at any level above 0.
             push = scaled(process.alpha(tau) / process.sigma(tau), gap)
             fresh = math.sqrt(2 * self.step_eps) * batch.noise()
@@ -123,7 +128,8 @@ class EMD:
                 z = z + self.step_z * (pull - z) + math.sqrt(2 * self.step_z) * batch.noise()
             eps = eps + self.step_eps * (push - eps) + fresh
             noise = (1 - self.step_eps) * noise + fresh
-        return Chain(z.detach(), eps, noise, real)
+        assert start is not None
+        return Chain(z.detach(), eps, noise, real, start)
 
     def critic_losses(self, roles: Roles, batch: Batch) -> Iterator[Losses]:
         x = rollout(roles.student, batch.draws, batch.shape, (self.level,), batch.cond, grad=False).x

@@ -126,14 +126,16 @@ class PhasedDMD:
         t, s = self.level(roles, batch, self.times)
         x_t, _ = add_noise(process, x_s, batch.noise(), t, s)
         real = guided(roles.teacher, x_t, t, batch.cond, batch.null_cond, self.guidance)
-        gradient = obj.score_difference(roles.critic(x_t, t, batch.cond), real)
+        fake = roles.critic(x_t, t, batch.cond)
+        gradient = obj.score_difference(fake, real)
         if self.weight == "kl":
             gradient = scaled(
                 process.alpha(t) * transition(process, s, t)[0] / process.sigma(t) ** 2, gradient
             )
         else:
             gradient = gradient * obj.dmd_normalizer(x0, real.x0)
-        return gradient, readings(x0, real, gradient, cond=batch.cond)
+        # Only in the last phase is x0 the sample that the critic denoises towards.
+        return gradient, readings(x0, real, gradient, fake if s is None else None, batch.cond)
 
     def critic_losses(self, roles: Roles, batch: Batch) -> Iterator[Losses]:
         x_s, _ = self.path(roles, batch, grad=False)

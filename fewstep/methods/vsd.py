@@ -9,13 +9,15 @@ import torch
 from torch import Tensor
 
 from fewstep import objectives as obj
+from fewstep.cond import joined
 from fewstep.config import choice, part
-from fewstep.guidance import guided
+from fewstep.guidance import guided, split
 from fewstep.methods.base import Batch, Losses, Needs, Turn
 from fewstep.methods.readings import readings
 from fewstep.methods.terms import noised, track
 from fewstep.objectives.regression import Weight
 from fewstep.objectives.score import ScoreWeight
+from fewstep.prediction import Prediction
 from fewstep.roles import Roles
 from fewstep.rollout import rollout
 from fewstep.sampling import Sampler
@@ -80,11 +82,21 @@ class VSD:
         scale = self.scale(batch)
         with torch.no_grad():
             real = guided(roles[self.real], x_tau, tau, batch.cond, batch.null_cond, scale)
-            critic_scale = scale if self.guide_critic else 1.0
-            fake = guided(roles.critic, x_tau, tau, batch.cond, batch.null_cond, critic_scale)
+            fake, own = self.critic(roles, batch, x_tau, tau, scale if self.guide_critic else 1.0)
         weight = obj.score_weight(self.weight, process, tau, x, real.x0)
         gradient = obj.score_difference(fake, real) * weight
-        return gradient, readings(x, real, gradient, fake if critic_scale == 1.0 else None, batch.cond)
+        return gradient, readings(x, real, gradient, own, batch.cond)
+
+    def critic(
+        self, roles: Roles, batch: Batch, x: Tensor, t: Tensor, scale: float
+    ) -> tuple[Prediction, Prediction]:
+        """The critic's guided answer and its conditional half, from one call; the same without guidance."""
+        if scale == 1.0:
+            own = roles.critic(x, t, batch.cond)
+            return own, own
+        twice = torch.cat((x, x)), torch.cat((t, t)), joined(batch.cond, batch.null_cond)
+        own, null = split(roles.critic(*twice), len(x))
+        return own.mix(null, scale), own
 
     def scale(self, batch: Batch) -> float:
         """This update's guidance scale, the same for every sample of it."""
