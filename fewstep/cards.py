@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import ast
 import json
+import re
+from collections.abc import Iterable
 from dataclasses import replace
 from functools import lru_cache
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import yaml
-from pydantic import TypeAdapter, ValidationError
+from pydantic import BeforeValidator, TypeAdapter, ValidationError
 
 from fewstep.config import REGISTRY, RecipeError, _close, config
-from fewstep.recipe import load
+from fewstep.recipe import load, read, shipped
 
 
 @config
@@ -22,8 +25,9 @@ class Claim:
 
     setting: str
     metric: str
-    value: str
+    value: Annotated[str, BeforeValidator(str)]
     source: str = "paper"
+    """paper, or "paper, from memory" where the number was not looked up again."""
 
 
 @config
@@ -52,11 +56,16 @@ class Card:
     roles: tuple[str, ...]
     needs: str
     code: str
+    """Where the equation is: `fewstep/FILE.py:NAME`, NAME a function or Class.method, with recipes after it."""
     deviations: tuple[str, ...]
     paper_results: tuple[Claim, ...] = ()
     our_results: tuple[Ours, ...] = ()
     memory: str
     failures: tuple[str, ...] = ()
+    aliases: tuple[str, ...] = ()
+    """Names of papers and settings that this card covers."""
+    networks: tuple[int, int] | None = None
+    """(held, trained) networks of the teacher's size, by the roles; heads and EMA copies are not among them."""
 
 
 def _folder() -> Path:
@@ -68,12 +77,10 @@ def cards() -> dict[str, Card]:
     """Every card by name. Raises RecipeError naming the file of a card that does not fit."""
     out = {}
     for path in sorted((_folder() / "cards").glob("*.yaml")):
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
-        for claim in data.get("paper_results") or ():
-            claim["value"] = str(claim["value"])
         try:
+            data = yaml.safe_load(path.read_text(encoding="utf-8"))
             card = TypeAdapter(Card).validate_python(data, strict=False)
-        except ValidationError as error:
+        except (ValidationError, UnicodeDecodeError, yaml.YAMLError) as error:
             raise RecipeError(f"{path.name}: {error}") from None
         out[card.name] = card
     for name, result in conformance(frozenset(out)):
@@ -90,7 +97,6 @@ def conformance(names: frozenset[str]) -> list[tuple[str, Ours]]:
     found = []
     for line in path.read_text().splitlines():
         r = json.loads(line)
-        own = r["recipe"].split("/")[-1].replace("-", "_")
         steps = f"{r['calls']} step{'s' * (r['calls'] > 1)}"
         result = Ours(
             setting=r["recipe"] + " (guided, so not at the ring)" * r["guided"],
@@ -100,16 +106,85 @@ def conformance(names: frozenset[str]) -> list[tuple[str, Ours]]:
             commit=r["commit"],
             note=f"{steps}; {r['initial']:.3g} at the start",
         )
-        found.append((own if own in names else r["method"], result))
+        found.append((_owner(r["recipe"], r["method"], names), result))
     return found
 
 
+def _owner(recipe: str, method: str, names: Iterable[str]) -> str:
+    """The card of a recipe: that of its own name if there is one, else its method's."""
+    own = recipe.split("/")[-1].replace("-", "_")
+    return own if own in names else method
+
+
+@lru_cache(maxsize=1)
+def other_names() -> dict[str, str]:
+    """Card of every other name that `card` takes: aliases, and toy recipes by the method they end with."""
+    toys = {n.removeprefix("toy/"): n for n in shipped() if n.startswith("toy/")}
+    out = {n: _owner(n, read(recipe).data["method"]["name"], cards()) for n, recipe in toys.items()}
+    return out | {alias: c.name for c in cards().values() for alias in c.aliases}
+
+
 def card(name: str) -> Card:
-    """One card; RecipeError suggests the nearest name."""
-    if name not in cards():
-        hint = _close(name, cards()) or "; see `fewstep methods ls`"
+    """One card, by its name, an alias or a toy recipe's name; RecipeError suggests the nearest name."""
+    if name in cards():
+        return cards()[name]
+    if name not in other_names():
+        hint = _close(name, [*cards(), *other_names()]) or "; see `fewstep methods ls`"
         raise RecipeError(f"method {name!r} has no card{hint}")
-    return cards()[name]
+    return cards()[other_names()[name]]
+
+
+_PLACE = re.compile(r"(fewstep/[\w/]+\.py)(?::([A-Za-z_][\w.]*))?")
+
+
+@lru_cache
+def definitions(file: str) -> dict[str, int]:
+    """Line of each class, function and method of fewstep/FILE.py, by its dotted name."""
+    found = {}
+
+    def walk(body: list[ast.stmt], outer: str) -> None:
+        for node in body:
+            if isinstance(node, (ast.ClassDef, ast.FunctionDef)):
+                found[outer + node.name] = node.lineno
+                walk(node.body, f"{outer}{node.name}.")
+
+    walk(ast.parse((_folder().parents[1] / file).read_text(encoding="utf-8")).body, "")
+    return found
+
+
+def places(c: Card) -> list[tuple[str, str, int | None]]:
+    """(file, name, line) of what `code` points at; a file alone stands for the card's method if that is in it.
+
+    Raises RecipeError for a name that the file does not define.
+    """
+    out = []
+    method = REGISTRY["method"].get(c.name)
+    for file, name in _PLACE.findall(c.code):
+        lines = definitions(file)
+        if name and name not in lines:
+            raise RecipeError(f"{c.name}.yaml: code: {file} defines no {name!r}{_close(name, lines)}")
+        if not name and method is not None and method.__name__ in lines:
+            name = method.__name__
+        out.append((file, name, lines.get(name)))
+    return out
+
+
+def _code(c: Card) -> str:
+    found = iter(places(c))
+
+    def told(_: re.Match[str]) -> str:
+        file, name, line = next(found)
+        return file if line is None else f"{file}:{line} {name}"
+
+    return _PLACE.sub(told, c.code)
+
+
+def _memory(c: Card) -> str:
+    if c.networks is None:
+        return c.memory
+    held, trained = c.networks
+    nets = f"{held} network{'s' * (held > 1)}, {trained} trained"
+    return f"{nets}: {held}x weights, {trained}x gradients and moments; {c.memory}"
 
 
 def show(name: str) -> str:
@@ -122,7 +197,8 @@ def show(name: str) -> str:
         f"  roles      {', '.join(c.roles)}",
         f"  needs      {c.needs}",
     ]
-    lines += [f"  code       {c.code}", f"  memory     {c.memory}"]
+    lines += [f"  code       {_code(c)}", f"  memory     {_memory(c)}"]
+    lines += [f"  covers     {', '.join(c.aliases)}"] if c.aliases else []
     lines += [f"  papers     {', '.join(f'arXiv {i}' for i in c.cites)}"]
     for title, rows in (
         ("differs from paper or official code", c.deviations),

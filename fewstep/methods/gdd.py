@@ -42,7 +42,7 @@ class GDD:
     """Discriminator updates per student update."""
     freeze: tuple[str, ...] = ()
     """GDD-I: student parameters whose name holds one of these never move (official: conv, proj, then qkv, skip
-    inside the blocks, so that norms, embeddings and attention projections learn)."""
+    inside the blocks). Norms learn, conv_norm_out too, unless an entry names them."""
     train_trunk: bool = False
     """True trains the critic that carries the heads with them, for runs without a pre-trained trunk."""
 
@@ -72,7 +72,7 @@ class GDD:
     def hold(self, roles: Roles) -> None:
         """Take the frozen parameters out of this turn's graph; without a gradient no optimiser moves them."""
         for name, parameter in roles.student.named_parameters():
-            if any(part in name for part in self.freeze):
+            if any(part in name and ("norm" in part or "norm" not in name) for part in self.freeze):
                 parameter.requires_grad_(False)
 
     def shown(self, roles: Roles, batch: Batch, x: Tensor) -> tuple[Tensor, Tensor]:

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
 from typer.testing import CliRunner
 
 import fewstep
-from fewstep.cards import card, cards, cite, listing, show, table
+from fewstep.cards import card, cards, cite, listing, places, show, table
 from fewstep.cli import app
 from fewstep.config import REGISTRY, RecipeError
-from fewstep.recipe import shipped
+from fewstep.recipe import load, shipped
 
 ROOT = Path(fewstep.__file__).parent
 
@@ -24,6 +26,8 @@ def test_every_method_has_a_card_and_every_card_points_at_code_that_exists():
         files = re.findall(r"fewstep/[a-z_0-9/]+\.py", c.code)
         assert files, c.name
         assert all((ROOT.parent / f).is_file() for f in files), c.code
+        # `places` raises for a name that its file does not define.
+        assert any(line for _, _, line in places(c)), c.code
         for recipe in re.findall(r"toy/[a-z0-9-]+", c.code):
             assert recipe in shipped(), c.code
         if c.name in REGISTRY["method"]:
@@ -32,7 +36,7 @@ def test_every_method_has_a_card_and_every_card_points_at_code_that_exists():
 
 def test_a_number_in_a_card_says_where_it_comes_from():
     for c in cards().values():
-        assert all(r.source == "paper" for r in c.paper_results)
+        assert all(r.source in ("paper", "paper, from memory") for r in c.paper_results)
         assert all(r.commit and r.updates > 0 and r.seeds > 0 for r in c.our_results)
 
 
@@ -44,6 +48,89 @@ def test_show_prints_the_deviations_and_says_when_nothing_was_measured():
     assert "none measured yet" in show(unmeasured)
     with pytest.raises(RecipeError, match="did you mean 'phased_dmd'"):
         card("phased_dm")
+
+
+def test_code_is_shown_with_the_line_of_the_function():
+    for name, want in (("dmd2", "DMD2.gradient"), ("self_e", "SelfE"), ("phased_dmd", "add_noise")):
+        file, line = re.search(rf"(fewstep/[\w/]+\.py):(\d+) {want}\b", show(name)).groups()
+        text = (ROOT.parent / file).read_text().splitlines()[int(line) - 1]
+        assert re.match(rf"\s*(def|class) {want.split('.')[-1]}\b", text), text
+    gone = replace(card("dmd2"), code="fewstep/methods/dmd2.py:DMD2.gradiant")
+    with pytest.raises(
+        RecipeError, match=r"dmd2.yaml: code: .*dmd2.py defines no 'DMD2.gradiant'.*DMD2.gradient"
+    ):
+        places(gone)
+
+
+ALIASES = {
+    "vsd": "swiftbrush diff-instruct pg-sb",
+    "track": "disback",
+    "sid": "sim inverse-matching sida",
+    "consistency": "cd ct ict ect lcm",
+    "ctm": "traflow",
+    "segments": "tscd pcm",
+    "meanflow": "ayf",
+    "joint": "rcm",
+    "scm": "scd sct tbcm",
+    "multi_student": "multi-student",
+}
+
+
+def test_a_card_is_found_by_the_names_of_the_papers_and_of_the_toy_recipes():
+    for name, others in ALIASES.items():
+        assert {card(other).name for other in others.split()} == {name}
+    every = [a for c in cards().values() for a in c.aliases]
+    assert len(every) == len(set(every))
+    assert not set(every) & set(cards())
+    for recipe in shipped():
+        assert not recipe.startswith("toy/") or card(recipe.removeprefix("toy/"))
+    assert "covers     swiftbrush" in show("swiftbrush")
+    with pytest.raises(RecipeError, match="did you mean 'swiftbrush'"):
+        card("swiftbrsh")
+
+
+SCORE = [
+    "class_ratio",
+    "decoupled_dmd",
+    "dmd",
+    "dmd2",
+    "emd",
+    "f_distill",
+    "gdd",
+    "ladd",
+    "sid",
+    "track",
+    "uni_instruct",
+    "vsd",
+]
+
+
+def test_the_networks_of_a_score_method_are_those_of_its_roles():
+    for name in SCORE:
+        needs = REGISTRY["method"][name]().needs()
+        heads = {"discriminator"} & needs.roles
+        # Heads stand on a network: the critic where there is one, else the frozen teacher.
+        trunk = {"teacher"} if heads and "critic" not in needs.roles else set()
+        held, trained = needs.roles - heads | trunk, needs.trained - heads
+        assert cards()[name].networks == (len(held), len(trained)), name
+        assert f"{len(held)} networks, {len(trained)} trained: {len(held)}x weights" in show(name)
+    phased: Any = load("toy/phased-dmd").student
+    assert cards()["phased_dmd"].networks == (2 + len(phased.boundaries) + 1, 2)
+    several: Any = load("toy/multi-student").student
+    assert cards()["multi_student"].networks == (1 + 2 * several.members, 2 * several.members)
+
+
+@pytest.mark.parametrize("text", ["a: [1", "just words", "name: x", "name: 3\ntitle: [", "paper_results: 5"])
+def test_a_card_that_cannot_be_read_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str):
+    (tmp_path / "cards").mkdir()
+    (tmp_path / "cards" / "mine.yaml").write_text(text)
+    monkeypatch.setattr("fewstep.cards._folder", lambda: tmp_path)
+    cards.cache_clear()
+    try:
+        with pytest.raises(RecipeError, match=r"^mine\.yaml: "):
+            cards()
+    finally:
+        cards.cache_clear()
 
 
 def test_cite_covers_every_stage_and_the_parts_of_a_joint_method():
