@@ -4,20 +4,27 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from diffusers import UNet2DModel
+from tiny_teacher import make_teacher
 
+from fewstep.export.diffusers import PARITY, export
 from fewstep.methods.base import Needs
-from fewstep.recipe import Recipe, load, shipped
+from fewstep.methods.gdd import GDD
+from fewstep.networks.adapters import own_state
+from fewstep.product import open_product
+from fewstep.recipe import Recipe, dump, load, shipped
 from fewstep.sampling import sample, seeded
 from fewstep.train.trainer import Trainer
 
 NAMES = [
-    "class-ratio", "decoupled-dmd", "diff-instruct", "disback", "dmd", "emd", "f-distill", "gdd", "gdd-i",
-    "inverse-matching", "joint", "ladd", "multi-student", "pg-sb", "phased-dmd", "sid", "sida", "sim", "swiftbrush",
-    "uni-instruct",
+    "class-ratio", "decoupled-dmd", "diff-instruct", "disback", "dmd", "dmd2", "dmd2-4step", "emd", "f-distill", "gdd",
+    "gdd-i", "inverse-matching", "joint", "ladd", "multi-student", "pg-sb", "phased-dmd", "rcm", "sid", "sida", "sim",
+    "swiftbrush", "uni-instruct",
 ]  # fmt: skip
 
 
@@ -92,6 +99,71 @@ def test_phases_begin_with_a_fresh_critic_and_train_one_expert_each():
     assert all(torch.equal(start[k], v) for k, v in again.roles.critic.state_dict().items())
 
 
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_teacher(tmp_path_factory.mktemp("teacher") / "t")
+
+
+def digits(name: str, teacher: Path, *settings: str) -> Recipe:
+    """One step of a digits recipe on a tiny teacher."""
+    cut = (
+        "train.steps=1",
+        "train.batch=6",
+        "train.sample_every=0",
+        "evaluate=null",
+        f"teacher.path={teacher}",
+    )
+    return load(name, [*cut, "train.ema=[]", "train.product=student", *settings])
+
+
+def test_experts_of_lora_train_one_adapter_a_phase_and_export(teacher: Path, tmp_path: Path):
+    lora = "student={name: experts, of: {name: lora, of: teacher, rank: 2}, boundaries: [0.5]}"
+    rate = "optim={default: {lr: 1e-2}}"
+    # Two steps: in the first one the critic is the teacher, and there is nothing to learn.
+    cut = ("before=[]", "train.steps=2", "method.critic_steps=1")
+    recipe = digits("digits-phased-dmd", teacher, lora, rate, *cut)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "recipe.yaml").write_text(dump(recipe))
+    trainer = Trainer(recipe, tmp_path / "run", cpu=True)
+    assert recipe.method.phase == 2
+    trainer.fit()
+    own = own_state(trainer.roles.student)
+    assert own
+    assert all("lora_" in k for k in own)
+    moved = {k.split("members.")[1][0] for k, v in own.items() if "lora_B" in k and v.any()}
+    assert moved == {"1"}
+    product = open_product(tmp_path / "run")
+    done = export(product, tmp_path / "out")
+    assert done.parity <= PARITY
+    # Merged, expert 1 is the teacher plus its adapter; expert 0 has not been trained yet.
+    base, first, second = (
+        UNet2DModel.from_pretrained(folder).state_dict()
+        for folder in (teacher / "unet", tmp_path / "out" / "expert-0", tmp_path / "out" / "expert-1")
+    )
+    assert not any("lora" in k for k in second)
+    weights = [k for k in base if "class_embedding" not in k]
+    assert all(torch.equal(base[k], first[k]) for k in weights)
+    assert any(not torch.equal(base[k], second[k]) for k in weights)
+
+
+def test_gdd_i_on_digits_freezes_convolutions_and_moves_every_norm(teacher: Path):
+    recipe = digits("digits-gdd-i", teacher, "discriminator.width=8", "optim.student={lr: 1e-3}")
+    trainer = Trainer(recipe, None, cpu=True)
+    before = {k: p.detach().clone() for k, p in trainer.roles.student.named_parameters()}
+    trainer.fit()
+    equal = {k: torch.equal(before[k], p) for k, p in trainer.roles.student.named_parameters()}
+    norms = {k for k in equal if "norm" in k}
+    convolutions = {k for k in equal if "conv" in k} - norms
+    assert any("conv_norm_out" in k for k in norms)
+    assert any("resnets.0.conv1" in k for k in convolutions)
+    assert not any(equal[k] for k in norms)
+    assert all(equal[k] for k in convolutions)
+    assert any("conv" not in k and "norm" not in k and not same for k, same in equal.items())
+    for name in ("norm", "conv_norm_out"):
+        GDD(freeze=(name,)).hold(trainer.roles)
+    assert not any(p.requires_grad for k, p in trainer.roles.student.named_parameters() if "norm" in k)
+
+
 def test_disback_follows_the_recorded_teachers_back():
     recipe = load("toy/disback")
     reals = [getattr(s.method, "real", None) for s in recipe.stages()]
@@ -126,11 +198,11 @@ def recipe_sampler() -> Any:
 def test_needs_say_what_a_method_reads():
     told: dict[str, Needs] = {n: load(f"toy/{n}").method.needs() for n in NAMES}
     assert {n for n in NAMES if told[n].data} == {
-        "sida", "f-distill", "uni-instruct", "gdd", "gdd-i", "ladd", "class-ratio", "joint"
+        "sida", "f-distill", "uni-instruct", "gdd", "gdd-i", "ladd", "class-ratio", "joint", "rcm"
     }  # fmt: skip
     assert {n for n in NAMES if told[n].pairs} == {"dmd"}
     assert {n for n in NAMES if told[n].teacher_grad} == {
         "sid", "sim", "inverse-matching", "sida", "uni-instruct", "ladd"
     }  # fmt: skip
-    assert not any(told[n].jvp for n in NAMES)
+    assert {n for n in NAMES if told[n].jvp} == {"rcm"}
     assert all(f"toy/{n}" in shipped() for n in NAMES)
