@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fewstep import objectives as obj
 from fewstep.cond import rows
-from fewstep.config import UserError, choice, part
+from fewstep.config import choice, part
 from fewstep.guidance import guided
 from fewstep.legs import Teacher
 from fewstep.methods.base import Batch, Losses, Needs, Turn
@@ -42,7 +42,7 @@ class FreeFlow:
     correction: float = 1.0
     """alpha: size of the correction relative to the prediction residual, in [.3, 3]; 0 trains no critic."""
     fraction: float = 0.25
-    """Share of the batch given to the correction (paper .25); the prediction has the rest, all of it at correction 0."""
+    """Share of the batch given to the correction (paper .25). The prediction has all of it, in the paper the rest."""
     critic_steps: int = 1
     """Critic updates per student update."""
     critic_times: choice("times") = Uniform(low=1e-3, high=1.0)  # type: ignore[valid-type]
@@ -69,19 +69,12 @@ class FreeFlow:
             yield Turn(("critic",), lambda batch: self.critic_losses(roles, batch), times=self.critic_steps)
 
     def losses(self, roles: Roles, batch: Batch) -> Iterator[Losses]:
-        rest = batch
-        if self.correction:
-            if len(batch) < 2:
-                raise UserError(
-                    "method freeflow needs a micro-batch of at least 2, a row for either of its losses"
-                )
-            chosen, rest = split(batch, max(1, int(len(batch) * self.fraction)))
-        x = rest.noise()
-        s = self.times.sample(rest.draws, roles.student.process)
-        residual, error = self.residual(roles, rest, x, s)
+        x = batch.noise()
+        s = self.times.sample(batch.draws, roles.student.process)
+        residual, error = self.residual(roles, batch, x, s)
         losses = Losses({"predict": tr.adaptive(error, self.power, self.c)})
         if self.correction:
-            sample, gradient = self.correct(roles, chosen)
+            sample, gradient = self.correct(roles, first(batch, max(1, int(len(batch) * self.fraction))))
             size = residual.flatten(1).norm(dim=1).mean() / (gradient.flatten(1).norm(dim=1).mean() + 1e-6)
             losses["correct"] = obj.toward(sample, self.correction * size * gradient)
         yield losses
@@ -125,13 +118,9 @@ class FreeFlow:
         return Sampler(kind="map", steps=(1.0,))
 
 
-def split(batch: Batch, count: int) -> tuple[Batch, Batch]:
-    """The first `count` rows and the others as batches; each row draws what it would draw in the whole batch."""
-
-    def some(which: slice) -> Batch:
-        draws = copy(batch.draws)
-        draws.index = batch.draws.index[which]
-        cond, null = rows(batch.cond, which), rows(batch.null_cond, which)
-        return replace(batch, draws=draws, x0=rows(batch.x0, which), cond=cond, null_cond=null)
-
-    return some(slice(None, count)), some(slice(count, None))
+def first(batch: Batch, count: int) -> Batch:
+    """The first `count` rows as a batch; each draws next what it would draw in the whole batch."""
+    draws = copy(batch.draws)
+    draws.index = batch.draws.index[:count]
+    x0, cond, null = (rows(part, slice(count)) for part in (batch.x0, batch.cond, batch.null_cond))
+    return replace(batch, draws=draws, x0=x0, cond=cond, null_cond=null)

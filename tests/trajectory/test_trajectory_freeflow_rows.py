@@ -1,4 +1,4 @@
-"""Rows of a batch: FreeFlow's two parts, MeanFlow's guided rows, and differences that stay inside the times."""
+"""Rows of a batch: FreeFlow's corrected ones, MeanFlow's guided rows, and differences that stay inside the times."""
 
 from __future__ import annotations
 
@@ -9,9 +9,8 @@ import torch
 from torch import Tensor, nn
 from trajectory_helpers import F64, MEAN, STD, Batch64, ExactMap, draws
 
-from fewstep.config import UserError
 from fewstep.methods.base import Batch
-from fewstep.methods.freeflow import FreeFlow, split
+from fewstep.methods.freeflow import FreeFlow, first
 from fewstep.methods.meanflow import MeanFlow
 from fewstep.networks.analytic import gaussian
 from fewstep.objectives import trajectory as tr
@@ -48,7 +47,7 @@ def cast() -> Roles:
 
 
 @pytest.mark.parametrize("count", [1, 3, 6])
-def test_split_rows_draw_what_they_draw_in_the_whole_batch(count: int) -> None:
+def test_first_rows_draw_what_they_draw_in_the_whole_batch(count: int) -> None:
     shape = (2, 3, 5)
     cond = {"text": torch.arange(42.0).reshape(7, 3, 2), "label": torch.arange(7)}
     null = {key: 0 * value for key, value in cond.items()}
@@ -61,42 +60,41 @@ def test_split_rows_draw_what_they_draw_in_the_whole_batch(count: int) -> None:
 
     batch = whole()
     noise, u, w = batch.noise(), batch.draws.uniform(), batch.draws.uniform(4)
-    first, rest = split(whole(), count)
-    assert (len(first), len(rest)) == (count, 7 - count)
-    for part, which in ((first, slice(None, count)), (rest, slice(count, None))):
-        assert torch.equal(part.noise(), noise[which])
-        assert torch.equal(part.draws.uniform(), u[which])
-        assert torch.equal(part.draws.uniform(4), w[which])
-        assert torch.equal(part.data(), x0[which])
-        for key in cond:
-            assert torch.equal(part.cond[key], cond[key][which])
-            assert torch.equal(part.null_cond[key], null[key][which])
+    part = first(whole(), count)
+    assert len(part) == count
+    assert torch.equal(part.noise(), noise[:count])
+    assert torch.equal(part.draws.uniform(), u[:count])
+    assert torch.equal(part.draws.uniform(4), w[:count])
+    assert torch.equal(part.data(), x0[:count])
+    for key in cond:
+        assert torch.equal(part.cond[key], cond[key][:count])
+        assert torch.equal(part.null_cond[key], null[key][:count])
 
 
-def test_freeflow_networks_see_their_own_part_of_the_batch() -> None:
+def test_freeflow_networks_see_no_row_that_is_not_used() -> None:
     who = cast()
     list(FreeFlow(fraction=0.25).losses(who, Batch64.of(12, 3)))
     # The value and the tangent of the prediction, then the sample of the correction.
-    assert who.student.rows == [9, 9, 3]
-    assert who.teacher.rows == [9, 3]
+    assert who.student.rows == [12, 12, 3]
+    assert who.teacher.rows == [12, 3]
     assert who.critic.rows == [3]
-    alone = cast()
-    list(FreeFlow(correction=0.0).losses(alone, Batch64.of(1, 3)))
-    assert alone.student.rows == [1, 1]
-    with pytest.raises(UserError, match="micro-batch of at least 2"):
-        list(FreeFlow().losses(cast(), Batch64.of(1, 3)))
+    few = cast()
+    list(FreeFlow().losses(few, Batch64.of(3, 3)))
+    assert few.critic.rows == [1]
 
 
-def test_freeflow_losses_are_those_of_the_parts() -> None:
+def test_freeflow_losses_are_those_of_their_rows() -> None:
     method, who = FreeFlow(fraction=0.25, correction=0.7), cast()
     (got,) = method.losses(who, Batch64.of(12, 3))
-    chosen, rest = split(Batch64.of(12, 3), 3)
-    x = rest.noise()
-    s = method.times.sample(rest.draws, Flow())
-    residual, error = method.residual(who, rest, x, s)
-    _, gradient = method.correct(who, chosen)
+    batch = Batch64.of(12, 3)
+    x = batch.noise()
+    s = method.times.sample(batch.draws, Flow())
+    residual, error = method.residual(who, batch, x, s)
     e = (error**2).mean(1)
     assert torch.allclose(got["predict"], (e / (e + 1e-3)).mean(), rtol=1e-12)
+    # The whole batch corrected, and cut afterwards.
+    _, gradient = method.correct(who, batch)
+    gradient = gradient[:3]
     push = 0.7 * gradient * residual.norm(dim=1).mean() / (gradient.norm(dim=1).mean() + 1e-6)
     assert torch.allclose(got["correct"], (push**2).mean() / 2, rtol=1e-9)
     assert float(got["correct"]) > 1e-6
