@@ -37,7 +37,10 @@ class Reflow:
     anneal: int = 0
     """Updates over which beta falls from 1 to 0 (annealing reflow, 300k in SlimFlow); 0 is plain reflow."""
     guide_weight: float = 0.0
-    """distill: weight of flow-guided distillation, one teacher step from the student's own straight line."""
+    """distill: weight of flow-guided distillation, one step of `guide` from the student's own straight line."""
+    guide: Literal["teacher", "straight"] = "teacher"
+    """Whose step that is: the teacher's, or that of the role `straight`, a frozen copy of the reflowed student. The
+    paper's is straight; a curved flow never passes through points of a straight line and draws samples together."""
     guide_span: tuple[float, float] = (0.2, 0.8)
     """Times (noise at 1) at which that teacher step starts."""
     steps: tuple[float, ...] = (1.0,)
@@ -48,7 +51,8 @@ class Reflow:
             raise ValueError("need anneal >= 0 and 0 <= guide_span low < high <= 1")
 
     def needs(self) -> Needs:
-        return Needs(frozenset({"teacher", "student"}))
+        own = {"straight"} if self.guide_weight and self.guide == "straight" else set()
+        return Needs(frozenset({"teacher", "student", *own}), frozen=frozenset({"teacher", *own}))
 
     def turns(self, roles: Roles, step: int) -> Iterator[Turn]:
         flow_only(roles.student.process, "reflow")
@@ -72,7 +76,10 @@ class Reflow:
                 t = low + (high - low) * batch.draws.uniform()
                 with torch.no_grad():
                     on_line = z - bc(1 - t, z) * velocity
-                    end = teacher(on_line.to(z.dtype), t).x0
+                    if self.guide == "straight":
+                        end = roles["straight"](on_line.to(z.dtype), t, batch.cond).x0
+                    else:
+                        end = teacher(on_line.to(z.dtype), t).x0
                 losses["guide"] = self.guide_weight * mse(z - velocity, end)
             yield losses
             return

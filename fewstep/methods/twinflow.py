@@ -107,7 +107,7 @@ class TwinFlow:
             return v
         gap = net(x, t, batch.cond).velocity() - net(x, t, batch.null_cond).velocity()
         # The official index excludes t = 1, so the one-step group has none, as well as own samples.
-        share = torch.where((group == 1) | (group == 2), self.guidance_share, 0.0)
+        share = self.guidance_share * ((group == 1) | (group == 2)).to(t.dtype)
         return v + bc(share, x) * gap
 
     @torch.no_grad()
