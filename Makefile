@@ -19,8 +19,9 @@ types: $(VENV)/.tested links
 conformance: $(VENV)/.tested  ## full-budget training of every method on the toy
 	$(BIN)/python -m fewstep.conformance --out assets/conformance.jsonl
 
-bench: $(VENV)/.tested  ## trainer overhead: ratios taken in one run
+bench: $(VENV)/.tested  ## overhead of trainer and methods: ratios taken in one run
 	$(BIN)/python -m fewstep.bench
+	$(BIN)/python -m fewstep.bench --methods --against digits-cd
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
