@@ -117,7 +117,7 @@ def _bare(value: Any) -> Any:
     # Inside a transform even a clone would be wrapped again.
     with torch._C._DisableFuncTorch():
         plain = forward_ad.unpack_dual(value).primal.detach().clone()
-        return plain if moving else plain.requires_grad_(asks)
+        return plain if moving or not asks else plain.requires_grad_()
 
 
 def _is_moving(values: Sequence[Any]) -> bool:
