@@ -4,6 +4,11 @@ One step is recorded: every call of a network, with its inputs, whether it had a
 its output was backpropagated. The replay makes the same calls one after the other, forward, backward or forward
 mode, on their own. Step and replay run in turn, so their ratio does not depend on the machine's speed at the time;
 what it holds beyond 1 is sampling of noise, losses, clipping, optimisers and averages.
+
+Measured on one thread of an AMD EPYC, digits, batch 64 (wall time of 25 recipes, 5 pairs each, another process on the
+second core): median 1.05, CD 1.00, DMD2 1.06, sCM 1.05 and 1.4 times a CD step. Above 1.10, in CPU time with 6 pairs:
+SiD 1.13, of whose step 95 % lies inside the networks' own passes all the same, and two students 1.13, since each has an
+optimiser and averages for half a batch.
 """
 
 from __future__ import annotations
@@ -222,14 +227,14 @@ def replay_of(trainer: Trainer, step: Callable[[], None]) -> tuple[list[Call], C
 def in_turn(
     first: Callable[[], object], second: Callable[[], object], rounds: int
 ) -> list[tuple[float, float]]:
-    """Seconds of both, `rounds` times, each going first every other time."""
-    pairs = []
+    """Seconds of both, `rounds` times, each going first every other time; on a CPU of this process's own time."""
+    clock, pairs = time.perf_counter if torch.cuda.is_available() else time.process_time, []
     for i in range(rounds):
         seconds = {}
         for f in (first, second) if i % 2 else (second, first):
-            start = time.perf_counter()
+            start = clock()
             f()
-            seconds[f] = time.perf_counter() - start
+            seconds[f] = clock() - start
         pairs.append((seconds[first], seconds[second]))
     return pairs
 
