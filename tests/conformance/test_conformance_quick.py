@@ -39,10 +39,11 @@ LONGER = {
     "tdd": 3,
 }
 """Times STEPS."""
-ELSEWHERE = {"decoupled-dmd", "meanflow-scratch"}
-"""Guided, so not at the ring (decoupled-dmd-unguided is here); from scratch, for minutes (its method is meanflow's)."""
+ELSEWHERE = {"decoupled-dmd", "meanflow-scratch", "disback", "gdd-i", "pg-sb", "sct", "sfd-v", "sida", "tbcm"}
+"""Guided, so not at the ring (decoupled-dmd-unguided is here); from scratch, for minutes; variants of methods that are
+here, left to the full budget to keep the suite short."""
 NAMES = [n.removeprefix("toy/") for n in shipped() if n.startswith("toy/")]
-FAR = {"ayf", "boot", "class-ratio", "ctm", "freeflow", "gdd", "gdd-i", "icd", "imagine-flash", "imm", "ladd", "lcm",
+FAR = {"ayf", "boot", "class-ratio", "ctm", "freeflow", "gdd", "icd", "imagine-flash", "imm", "ladd", "lcm",
        "meanflow", "pcm", "shortcut", "std", "tdd", "traflow", "tscd", "twinflow"}  # fmt: skip
 """Their warm start is trained on the x0 error, which is soon at the mean; on the velocity error a student that reads
 s or learns slowly is still near the noise, and that is near the ring."""
