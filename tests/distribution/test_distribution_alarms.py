@@ -29,6 +29,10 @@ WORSE = 1.35
 """Energy distance over its best, from which on a run has visibly got worse."""
 
 
+FAR = "before.0.method.weight=x0"
+"""A start at the mean of the data: the x0 error finds it soon, the velocity error is near the noise as long."""
+
+
 @dataclass
 class Story:
     """What a run's health said, and when its energy distance (x1000) was how large; steps of the last stage."""
@@ -70,7 +74,8 @@ def test_healthy_runs_raise_no_alarm(name: str):
 
 
 def test_a_critic_that_is_too_slow_and_the_saturation_that_follows():
-    story = told("toy/dmd2", 240, "optim.critic={lr: 1e-4}", "optim.student={lr: 4e-3}", every=12)
+    slow = ("method.critic_steps=5", "method.critic_weight=x0", "optim.critic={lr: 1e-4}")
+    story = told("toy/dmd2", 240, *slow, FAR, "optim.student={lr: 4e-3}", every=12)
     assert {"critic too slow", "oversaturated"} <= set(story.alarms), story
     assert story.alarms["critic too slow"] < story.worse_from() < 10**9, story
     assert story.alarms["oversaturated"] < story.worse_from(), story
@@ -88,7 +93,7 @@ def test_a_discriminator_that_wins():
     clean = "method.times={name: uniform, low: 0.0, high: 0.1}"
     stiff = "method.freeze=[first, time, layers, shift, last.weight]"
     strong = ("method.discriminator_steps=5", "optim.discriminator={lr: 1e-2}", "optim.critic={lr: 5e-3}")
-    story = told("toy/gdd", 40, clean, stiff, *strong, every=20)
+    story = told("toy/gdd", 40, clean, stiff, *strong, FAR, every=20)
     assert set(story.alarms) == {"discriminator winning"}, story
     assert story.alarms["discriminator winning"] <= 24
     assert story.energy[-1][1] > 400, story  # where it began; a healthy run is far below
