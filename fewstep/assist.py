@@ -40,7 +40,7 @@ class Corrected(nn.Module):
             raise ValueError(f"weight must lie in [0, 1], not {weight}")
         self.student, self.teacher, self.weight, self.fresh = student, teacher, weight, fresh
         self.process: Process = student.process
-        self.times = times_of(torch.tensor(sampler.steps, dtype=torch.float64), self.process)
+        self.times = times_of(sampler.steps, self.process)
         self.first = min(first, len(sampler.steps) - 1)
 
     @property
@@ -81,7 +81,7 @@ def after_teacher(
     if not 0 <= steps <= len(sampler.steps):
         raise UserError(f"the teacher's steps must lie in 0..{len(sampler.steps)}, not {steps}")
     process: Process = student.process
-    times = times_of(torch.tensor(sampler.steps, dtype=torch.float64), process).to(noise.device)
+    times = times_of(sampler.steps, process).to(noise.device)
     b = len(noise)
     x = process.prior(noise, times[0].expand(b))
     for i in range(min(steps, len(times) - 1)):

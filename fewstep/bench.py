@@ -26,6 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fewstep.recipe import Recipe, load
+from fewstep.train.live import allocated
 from fewstep.train.trainer import Trainer
 
 SETTINGS = ["train.batch=64", "train.steps=1000000", "train.log_every=1000000"]
@@ -150,20 +151,39 @@ def _require(trained: list[nn.Module], frozen: list[nn.Module]) -> None:
             net.requires_grad_(wanted)
 
 
+def in_turn(
+    first: Callable[[], object], second: Callable[[], object], rounds: int, repeat: int = 1
+) -> list[tuple[float, float]]:
+    """Seconds of a call of both, `rounds` times, each going first every other time.
+
+    On a CPU they are this process's own time, which another process's load changes less than the wall's.
+    """
+    pairs = []
+    for i in range(rounds):
+        order = (first, second) if i % 2 else (second, first)
+        seconds = {f: seconds_of(f, repeat) for f in order}
+        pairs.append((seconds[first], seconds[second]))
+    return pairs
+
+
+def seconds_of(call: Callable[[], object], repeat: int = 1) -> float:
+    """Seconds of one call, the mean of `repeat`: of this process's own time, with a GPU of the wall, until it is idle."""
+    on_cuda = torch.cuda.is_available()
+    clock, wait = (time.perf_counter, torch.cuda.synchronize) if on_cuda else (time.process_time, int)
+    wait()
+    start = clock()
+    for _ in range(repeat):
+        call()
+    wait()
+    return (clock() - start) / repeat
+
+
 def time_ratio(rounds: int = 12) -> tuple[float, float, float]:
     """(median of pairwise ratios, median seconds of ours, of the hand-written loop)."""
     recipe = load("digits-dmd2", SETTINGS)
     a, b = ours(recipe), by_hand(recipe)
     a(), b()
-    pairs = []
-    for i in range(rounds):
-        first, second = (a, b) if i % 2 else (b, a)
-        seconds = []
-        for f in (first, second):
-            start = time.perf_counter()
-            f(), f()
-            seconds.append((time.perf_counter() - start) / 2)
-        pairs.append(tuple(seconds) if i % 2 else tuple(seconds[::-1]))
+    pairs = in_turn(a, b, rounds, repeat=2)
     return (
         statistics.median(x / y for x, y in pairs),
         statistics.median(x for x, _ in pairs),
@@ -177,22 +197,7 @@ def _peak(which: str) -> None:
     before = _resident()
     step(), step()
     grown = 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
-    print(json.dumps({"tensors": _allocated(step), "resident": grown}))
-
-
-def _allocated(step: Callable[[], None]) -> int:
-    """Bytes of tensors alive at the worst moment of a step beyond those alive before it."""
-    with torch.profiler.profile(
-        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
-    ) as profile:
-        step()
-    events: Any = profile.profiler.kineto_results.events()  # type: ignore[union-attr]
-    changes = [e for e in events if e.name() == "[memory]"]
-    now = peak = 0
-    for e in sorted(changes, key=lambda e: e.start_ns()):
-        now += e.nbytes()
-        peak = max(peak, now)
-    return peak
+    print(json.dumps({"tensors": allocated(step), "resident": grown}))
 
 
 def _resident() -> int:

@@ -1,12 +1,12 @@
 """Adapters on one base against full copies, what switching them costs, cached against live encoders.
 
-python -m fewstep.bench_adapters memory | switching | encoders [--size tiny|small|sdxl] [--batch N] [--layout pixart]
+python -m fewstep.bench_adapters memory | switching | encoders [--size NAME] [--batch N] [--layout pixart]
 Random weights: nothing is loaded. Each number is printed with what it was taken on.
 
-Measured on 2 threads of an AMD EPYC (2 cores, otherwise idle), size small, batch 2: peak of a DMD2 step 592 MiB with two
-adapters against 1024 MiB with three networks, ratio 0.58 (batch 1 with --checkpointing 483 against 1003 MiB, 0.48);
-switching 0.38 % of a step (tiny: 0.97 %); cached against live encoders 0.85, whose two-layer encoders are small
-beside the UNet (tiny: 1.11, encoders too small to matter).
+Measured on one core of an AMD EPYC (a training run on the other): a DMD2 step on the `scaled` UNet, batch 1, peaks at
+3659 MiB with two adapters and 7518 MiB with three networks, ratio 0.49; with --checkpointing 2537 and 7139 MiB, 0.36
+(`small`, whose activations outweigh its weights: 0.58 and 0.48). Switching 0.38 % of a step of `small`. Cached against
+live encoders in PixArt-alpha's proportions 0.33.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ import json
 import statistics
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from fewstep.bench import in_turn, seconds_of
 from fewstep.methods.base import Batch
 from fewstep.methods.dmd2 import DMD2
 from fewstep.networks import adapters
@@ -48,6 +48,14 @@ SIZES: dict[str, dict[str, Any]] = {
         "groups": 32,
         "head": 32,
     },
+    "scaled": {
+        "channels": (96, 192, 384),
+        "depth": (0, 2, 10),
+        "text": 640,
+        "side": 72,
+        "groups": 32,
+        "head": 64,
+    },
     "sdxl": {
         "channels": (320, 640, 1280),
         "depth": (0, 2, 10),
@@ -57,7 +65,11 @@ SIZES: dict[str, dict[str, Any]] = {
         "head": 64,
     },
 }
-"""UNets in SDXL's layout: no attention at the finest level, deeper transformers below."""
+"""UNets in SDXL's layout: no attention at the finest level, deeper transformers below.
+
+`scaled` has SDXL's proportions for a CPU: its depths, 0.3 of its width, and so 0.09 of its weights and, with 0.3 of
+its latent pixels, 0.09 of its activations.
+"""
 TOKENS = 77
 
 
@@ -194,75 +206,66 @@ def _switch(layers: Any) -> None:
 
 
 class Encoders(nn.Module):
-    """A CLIP text encoder and a VAE of random weights, of Stable Diffusion's sizes or tiny."""
+    """A text encoder and a VAE, run as one on tokens (b, n) and pictures (b, 3, h, w)."""
 
-    def __init__(self, size: str) -> None:
+    def __init__(self, text: nn.Module, vae: nn.Module) -> None:
         super().__init__()
-        from diffusers import AutoencoderKL
-        from transformers import CLIPTextConfig, CLIPTextModel
-
-        s = SIZES[size]
-        wide = size == "sdxl"
-        layers, heads = (24, 16) if wide else (2, 2)
-        self.text = CLIPTextModel(
-            CLIPTextConfig(
-                hidden_size=s["text"],
-                intermediate_size=4 * s["text"],
-                num_hidden_layers=layers,
-                num_attention_heads=heads,
-                vocab_size=49408 if wide else 100,
-            )
-        )
-        self.vae = AutoencoderKL(
-            block_out_channels=(128, 256, 512, 512) if wide else (s["groups"],) * 2,
-            down_block_types=("DownEncoderBlock2D",) * (4 if wide else 2),
-            up_block_types=("UpDecoderBlock2D",) * (4 if wide else 2),
-            norm_num_groups=32 if wide else s["groups"],
-            layers_per_block=2 if wide else 1,
-        )
-        self.factor = 8 if wide else 2
+        self.text, self.vae = text, vae
 
     @torch.no_grad()
     def forward(self, tokens: Tensor, pictures: Tensor) -> tuple[Tensor, Tensor]:
         return self.text(tokens).last_hidden_state, self.vae.encode(pictures).latent_dist.mean
 
 
-class PixArtEncoders(nn.Module):
+def _vae(channels: tuple[int, ...], **options: int) -> nn.Module:
+    from diffusers import AutoencoderKL
+
+    n = len(channels)
+    blocks = {"down_block_types": ("DownEncoderBlock2D",) * n, "up_block_types": ("UpDecoderBlock2D",) * n}
+    return AutoencoderKL(block_out_channels=channels, **blocks, **options)
+
+
+def clip_and_vae(size: str) -> Encoders:
+    """CLIP and a VAE of random weights, of Stable Diffusion's sizes or tiny."""
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    s = SIZES[size]
+    wide = size == "sdxl"
+    text = CLIPTextConfig(
+        hidden_size=s["text"],
+        intermediate_size=4 * s["text"],
+        num_hidden_layers=24 if wide else 2,
+        num_attention_heads=16 if wide else 2,
+        vocab_size=49408 if wide else 100,
+    )
+    channels = (128, 256, 512, 512) if wide else (s["groups"],) * 2
+    vae = _vae(channels, norm_num_groups=32 if wide else s["groups"], layers_per_block=2 if wide else 1)
+    return Encoders(CLIPTextModel(text), vae)
+
+
+def t5_and_vae() -> Encoders:
     """PixArt-alpha's T5-XXL (24 layers of 4096) and 8x VAE, a quarter as wide, the text encoder a quarter as deep."""
+    from transformers import T5Config, T5EncoderModel
 
-    factor, side, tokens = 8, 32, 120
+    sizes = {"d_model": 1024, "d_ff": 2560, "num_layers": 6, "num_heads": 16, "d_kv": 64}
+    text = T5EncoderModel(T5Config(vocab_size=100, feed_forward_proj="gated-gelu", **sizes))
+    return Encoders(text, _vae((32, 64, 128, 128), layers_per_block=2))
 
-    def __init__(self) -> None:
-        super().__init__()
-        from diffusers import AutoencoderKL
-        from transformers import T5Config, T5EncoderModel
 
-        sizes = {"d_model": 1024, "d_ff": 2560, "num_layers": 6, "num_heads": 16, "d_kv": 64}
-        self.text = T5EncoderModel(T5Config(vocab_size=100, feed_forward_proj="gated-gelu", **sizes))
-        self.vae = AutoencoderKL(
-            block_out_channels=(32, 64, 128, 128),
-            down_block_types=("DownEncoderBlock2D",) * 4,
-            up_block_types=("UpDecoderBlock2D",) * 4,
-            layers_per_block=2,
-        )
+def pixart() -> Denoiser:
+    """PixArt-XL/2 (28 layers of 1152) at 256 pixels, a quarter as wide and deep."""
+    from diffusers import PixArtTransformer2DModel
 
-    forward = Encoders.forward
-
-    @staticmethod
-    def student() -> Denoiser:
-        """PixArt-XL/2 (28 layers of 1152) at 256 pixels, a quarter as wide and deep."""
-        from diffusers import PixArtTransformer2DModel
-
-        torch.manual_seed(0)
-        heads = {"num_attention_heads": 4, "attention_head_dim": 72, "num_layers": 7}
-        model = PixArtTransformer2DModel(
-            **heads,
-            sample_size=32,
-            cross_attention_dim=288,
-            caption_channels=1024,
-            use_additional_conditions=False,
-        )
-        return Denoiser(PixArt(model), DiscreteVP(), "eps", "index")
+    torch.manual_seed(0)
+    heads = {"num_attention_heads": 4, "attention_head_dim": 72, "num_layers": 7}
+    model = PixArtTransformer2DModel(
+        **heads,
+        sample_size=32,
+        cross_attention_dim=288,
+        caption_channels=1024,
+        use_additional_conditions=False,
+    )
+    return Denoiser(PixArt(model), DiscreteVP(), "eps", "index")
 
 
 def encoders(given: argparse.Namespace) -> None:
@@ -270,15 +273,15 @@ def encoders(given: argparse.Namespace) -> None:
     where = device()
     live: Any
     if given.layout == "pixart":
-        live, student, name = PixArtEncoders(), PixArtEncoders.student(), "PixArt-alpha at a quarter"
-        count, latent = live.tokens, live.side
+        live, student, name = t5_and_vae(), pixart(), "PixArt-alpha at a quarter"
+        count, latent = 120, 32
     else:
-        live, student, name = Encoders(given.size), plain_copy(teacher(given.size)), f"{given.size} UNet"
+        live, student, name = clip_and_vae(given.size), plain_copy(teacher(given.size)), f"{given.size} UNet"
         count, latent = TOKENS, SIZES[given.size]["side"]
     student, live = student.to(where).requires_grad_(True), live.to(where).eval()
     optimizer = torch.optim.AdamW(student.parameters(), lr=1e-6, fused=True)
     g = torch.Generator().manual_seed(0)
-    side = latent * live.factor
+    side = latent * 2 ** (len(live.vae.config.block_out_channels) - 1)
     tokens = torch.randint(0, 99, (given.batch, count), generator=g).to(where)
     pictures = torch.randn(given.batch, 3, side, side, generator=g).to(where)
     kept = live(tokens, pictures)
@@ -291,26 +294,19 @@ def encoders(given: argparse.Namespace) -> None:
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
-    cached = _median(lambda: step(*kept), given.repeats)
-    both = _median(lambda: step(*live(tokens, pictures)), given.repeats)
+    on_cache, on_live = lambda: step(*kept), lambda: step(*live(tokens, pictures))
+    on_cache(), on_live()
+    pairs = in_turn(on_cache, on_live, given.repeats)
+    cached, both = (statistics.median(p[i] for p in pairs) for i in range(2))
     print(
         f"{name}, batch {given.batch}, {place()}: {1000 * cached:.1f} ms a step on cached text and latents, "
-        f"{1000 * both:.1f} ms with live encoders, ratio {cached / both:.2f}"
+        f"{1000 * both:.1f} ms with live encoders, ratio {statistics.median(a / b for a, b in pairs):.2f}"
     )
 
 
-def _median(run: Callable[[], None], repeats: int) -> float:
+def _median(run: Callable[[], object], repeats: int) -> float:
     run()
-    seconds = []
-    for _ in range(repeats):
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        started = time.perf_counter()
-        run()
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        seconds.append(time.perf_counter() - started)
-    return statistics.median(seconds)
+    return statistics.median(seconds_of(run) for _ in range(repeats))
 
 
 def main() -> None:

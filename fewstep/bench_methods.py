@@ -16,7 +16,6 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -27,12 +26,14 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
+from fewstep.bench import in_turn
 from fewstep.networks.adapters import active, lora_layers
 from fewstep.networks.denoiser import Denoiser
 from fewstep.networks.heads import Discriminator, LogVar
 from fewstep.objectives.trajectory import tangent
 from fewstep.recipe import load, shipped
 from fewstep.roles import Roles
+from fewstep.train.live import allocated
 from fewstep.train.trainer import Trainer
 
 SETTINGS = ("train.steps=1000000", "train.log_every=1000000", "train.sample_every=0", "train.ema=[0.98]")
@@ -195,16 +196,7 @@ def prepare(name: str, settings: Sequence[str] = ()) -> tuple[Trainer, Callable[
     # Step 1: what comes at every n-th step (R1, curricula's first) has been at step 0.
     trainer.progress.step = 1
 
-    def step() -> None:
-        trainer.step(stage)
-        _wait()
-
-    return trainer, step
-
-
-def _wait() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
+    return trainer, lambda: trainer.step(stage)
 
 
 def replay_of(trainer: Trainer, step: Callable[[], None]) -> tuple[list[Call], Callable[[], None]]:
@@ -219,24 +211,8 @@ def replay_of(trainer: Trainer, step: Callable[[], None]) -> tuple[list[Call], C
         for module in modules:
             for p in module.parameters():
                 p.grad = None
-        _wait()
 
     return calls, replay
-
-
-def in_turn(
-    first: Callable[[], object], second: Callable[[], object], rounds: int
-) -> list[tuple[float, float]]:
-    """Seconds of both, `rounds` times, each going first every other time; on a CPU of this process's own time."""
-    clock, pairs = time.perf_counter if torch.cuda.is_available() else time.process_time, []
-    for i in range(rounds):
-        seconds = {}
-        for f in (first, second) if i % 2 else (second, first):
-            start = clock()
-            f()
-            seconds[f] = clock() - start
-        pairs.append((seconds[first], seconds[second]))
-    return pairs
 
 
 def cost(
@@ -266,13 +242,11 @@ def cost(
 
 def checkpointing_memory(name: str = "digits-sid", settings: Sequence[str] = ()) -> tuple[float, float]:
     """MiB of tensors at the worst moment of a step, without and with activation checkpointing."""
-    from fewstep.bench import _allocated
-
     sizes = []
     for switch in ("false", "true"):
         _, step = prepare(name, [*settings, f"train.checkpointing={switch}"])
         step()
-        sizes.append(_allocated(step) / 2**20)
+        sizes.append(allocated(step) / 2**20)
     return sizes[0], sizes[1]
 
 

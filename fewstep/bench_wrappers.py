@@ -11,13 +11,13 @@ from __future__ import annotations
 
 import statistics
 import sys
-import time
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from fewstep.bench import in_turn
 from fewstep.networks.denoiser import Denoiser
 from fewstep.networks.wrappers import WRAPPERS
 from fewstep.process import DiscreteVP, Flow
@@ -102,14 +102,8 @@ def overhead(name: str, rounds: int = ROUNDS) -> tuple[float, float]:
     calls = (lambda: net(x, t, cond), bare(net, x, t, cond))
     for call in calls:
         call()
-    seconds: list[list[float]] = [[], []]
-    for i in range(rounds):
-        for which in (0, 1) if i % 2 else (1, 0):
-            start = time.perf_counter()
-            calls[which]()
-            seconds[which].append(time.perf_counter() - start)
-    ratios = [a / b for a, b in zip(*seconds, strict=True)]
-    return statistics.median(ratios), statistics.median(seconds[1])
+    pairs = in_turn(*calls, rounds)
+    return statistics.median(a / b for a, b in pairs), statistics.median(b for _, b in pairs)
 
 
 def main() -> None:

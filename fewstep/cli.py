@@ -238,11 +238,12 @@ def plan(
     recipe: Annotated[str, typer.Argument(help="A shipped recipe's name, or the path of a YAML file.")],
     settings: Settings = None,
     processes: Annotated[int, typer.Option(min=1, help="Processes of the launch.")] = 1,
+    measure: Annotated[bool, typer.Option("--measure", help="Also take two real steps and compare.")] = False,
 ) -> None:
     """Estimate the memory of a run before it is launched, and which switches lower it."""
     from fewstep.plan import report
 
-    report(recipe, settings or [], processes)
+    report(recipe, settings or [], processes, measure)
 
 
 @app.command("cache-latents", epilog="Example: `fewstep cache-latents mine.yaml --vae my-sdxl --out latents`")

@@ -98,6 +98,13 @@ def replaced(cond: Any, where: Tensor, by: Any) -> Any:
     return {k: replaced(v, where, by[k]) for k, v in cond.items()}
 
 
+def differs(a: Any, b: Any) -> Tensor:
+    """Mask (b,) of the rows in which two conditions of the same structure differ."""
+    if isinstance(a, Tensor):
+        return (a != b).reshape(len(a), -1).any(1)
+    return torch.stack([differs(v, b[k]) for k, v in a.items()]).any(0)
+
+
 def moved(cond: Any, device: Any = None, dtype: torch.dtype | None = None) -> Any:
     """The condition on a device; floating-point tensors also in a dtype, integers as they are."""
     if cond is None:

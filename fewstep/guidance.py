@@ -27,6 +27,21 @@ def split(prediction: Prediction, n: int) -> tuple[Prediction, Prediction]:
     return rows(slice(None, n)), rows(slice(n, None))
 
 
+def halves(
+    net: Callable[..., Prediction],
+    x: Tensor,
+    t: Tensor,
+    cond: Any,
+    null: Any,
+    scale: float | Tensor,
+    **call: Any,
+) -> tuple[Prediction, Prediction]:
+    """The conditional and the unconditional answer of one call; ValueError, naming the scale, without conditions."""
+    if cond is None or null is None:
+        raise ValueError(f"guidance scale {scale} needs a condition and a null condition; this run has none")
+    return split(net(torch.cat((x, x)), torch.cat((t, t)), joined(cond, null), **call), x.shape[0])
+
+
 def guided(
     net: Callable[..., Prediction],
     x: Tensor,
@@ -49,10 +64,7 @@ def guided(
     """
     if isinstance(scale, (int, float)) and scale == 1.0:
         return net(x, t, cond, **call)
-    if cond is None or null is None:
-        raise ValueError(f"guidance scale {scale} needs a condition and a null condition; this run has none")
-    both = net(torch.cat((x, x)), torch.cat((t, t)), joined(cond, null), **call)
-    conditional, unconditional = split(both, x.shape[0])
+    conditional, unconditional = halves(net, x, t, cond, null, scale, **call)
     if interval is not None:
         process = conditional.process
         ratio = process.sigma(t) / process.alpha(t)

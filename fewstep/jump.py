@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import Any, Literal
 
@@ -76,6 +76,6 @@ def calls(steps: int, solver: Solver) -> int:
     return 2 * steps - 1 if solver == "heun" else steps
 
 
-def times_of(levels: Tensor, process: Any) -> Tensor:
+def times_of(levels: Sequence[float] | Tensor, process: Any) -> Tensor:
     """Process times float64 of levels u."""
     return process.grid(torch.as_tensor(levels, dtype=torch.float64))

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+import subprocess
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
@@ -14,10 +17,12 @@ from fewstep.config import UserError
 from fewstep.networks.adapters import Adapted, enable_checkpointing, own_parameters
 from fewstep.recipe import Recipe, Stage, load
 from fewstep.roles import Roles
-from fewstep.train.live import Live, bytes_of, fake_mode, make_fake
+from fewstep.train.live import Live, allocated, bytes_of, fake_mode, make_fake
 from fewstep.train.trainer import Trainer
 
 MIB = 2**20
+TINY = (1, 2, 4)
+"""Micro-batches that are traced with real tensors."""
 
 
 @dataclass
@@ -36,6 +41,12 @@ class Turns:
 
     peak: dict[tuple[str, ...], int] = field(default_factory=dict)
     called: dict[tuple[str, ...], set[str]] = field(default_factory=dict)
+    courses: list[tuple[tuple[str, ...], list[int]]] = field(default_factory=list)
+    """Of every turn: the roles it trains, and the bytes after each of its operations."""
+
+    def add(self, updates: tuple[str, ...], course: list[int]) -> None:
+        self.courses.append((updates, course))
+        self.peak[updates] = max(self.peak.get(updates, 0), *course)
 
 
 @dataclass(frozen=True)
@@ -75,6 +86,39 @@ def plan(recipe: Recipe, processes: int = 1, *, ways: bool = True) -> Plan:
         if less < 0.98 * first.total:
             found.append((setting, less))
     return replace(first, ways=tuple(sorted(found, key=lambda w: w[1])))
+
+
+def measured(recipe: Recipe, *, cpu: bool = False) -> int:
+    """Bytes of tensors at the worst moment of a real step, the second of each stage, in this process.
+
+    A GPU's allocator says it itself; on a CPU torch's profiler does, and what stays between steps is counted.
+    """
+    trainer, worst = Trainer(recipe, cpu=cpu), 0
+    for number, stage in enumerate(recipe.stages()):
+        trainer.progress.stage = number
+        trainer._begin(stage)
+        trainer.step(stage)
+        if trainer.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+            trainer.step(stage)
+            worst = max(worst, torch.cuda.max_memory_allocated())
+            continue
+        modules = [*trainer.roles.values(), *(e.module for e in trainer.ema)]
+        stay = [t for m in modules for t in (*m.parameters(), *m.buffers())]
+        stay += [
+            v for o in trainer.optim.values() for s in o.adam.state.values() for v in s.values() if v.ndim
+        ]
+        worst = max(worst, bytes_of(stay) + allocated(lambda stage=stage: trainer.step(stage)))
+    return worst
+
+
+def _measured_apart(name: str, settings: Sequence[str]) -> int:
+    """`measured` in a process of its own, which has not traced anything before."""
+    command = [sys.executable, "-m", "fewstep.plan", name, *settings]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise UserError(f"plan: the measured step failed: {done.stderr.strip().splitlines()[-1]}")
+    return int(done.stdout.splitlines()[-1])
 
 
 def _alternatives(recipe: Recipe, processes: int) -> Iterator[tuple[str, Recipe]]:
@@ -174,7 +218,7 @@ class _Tracer:
         return kept + sum(r.ema for r in roles.values()) + sum(roles[u].optimizer for u in updates)
 
     def trace(self, stage: Stage, recipe: Recipe, micro: int) -> Turns:
-        """Peaks of the turns of a stage at a micro-batch; of two tiny ones, extrapolated, where fakes do not do."""
+        """Peaks of the turns of a stage at a micro-batch; of tiny ones, extrapolated, where fakes do not do."""
         bf16, saved = recipe.train.precision == "bf16", recipe.train.checkpointing
         with _checkpointed([m for n, m in self.roles.items() if n != "teacher"], saved):
             if self.fake:
@@ -186,9 +230,12 @@ class _Tracer:
                         f"traced with real tensors: {str(error).splitlines()[0][:80]}",
                     )
                     self._rebuild(recipe)
-            small, large = (self._trace(stage, b, bf16, nullcontext()) for b in (1, 3))
-        slope = {u: (large.peak[u] - p) / 2 for u, p in small.peak.items()}
-        return Turns({u: int(p + slope[u] * (micro - 1)) for u, p in small.peak.items()}, small.called)
+            if micro > max(TINY):
+                try:
+                    return _extrapolated([self._trace(stage, b, bf16, nullcontext()) for b in TINY], micro)
+                except (UserError, ValueError, RuntimeError):
+                    pass  # a method of groups, or one that does other things at another batch
+            return self._trace(stage, micro, bf16, nullcontext())
 
     def _rebuild(self, recipe: Recipe) -> None:
         self.trainer = _plain_trainer(replace(recipe, train=replace(recipe.train, ema=())))
@@ -221,9 +268,25 @@ class _Tracer:
                     hook.remove()
                 for t in known:
                     t.grad = None
-            turns.peak[turn.updates] = max(turns.peak.get(turn.updates, 0), live.peak)
+            turns.add(turn.updates, [*live.course, live.peak])
             turns.called.setdefault(turn.updates, set()).update(called)
         return turns
+
+
+def _extrapolated(tiny: Sequence[Turns], micro: int) -> Turns:
+    """Turns at a micro-batch from those at TINY: bytes after each operation are a polynomial of the batch.
+
+    Their largest is not, for at a small batch it is that of the gradients and at a large one of the activations.
+    Raises ValueError when the turns have different operations.
+    """
+    out = Turns(called=tiny[0].called)
+    for same in zip(*(t.courses for t in tiny), strict=True):
+        if len({len(course) for _, course in same}) > 1:
+            raise ValueError("turns of different operations")
+        weights = [math.prod((micro - other) / (b - other) for other in TINY if other != b) for b in TINY]
+        courses = torch.tensor([course for _, course in same], dtype=torch.float64)
+        out.add(same[0][0], (torch.tensor(weights, dtype=torch.float64) @ courses).long().tolist())
+    return out
 
 
 def _noting(called: set[str], name: str, roles: Roles) -> Any:
@@ -262,11 +325,13 @@ def _moments(parameters: Sequence[nn.Parameter], bits: int) -> int:
     return sum(8 * p.numel() if p.numel() < 4096 else int(2 * p.numel() * (1 + 4 / 256)) for p in parameters)
 
 
-def report(name: str, settings: Sequence[str] = (), processes: int = 1) -> Plan:
-    """`fewstep plan`: print the estimate of a recipe."""
+def report(name: str, settings: Sequence[str] = (), processes: int = 1, measure: bool = False) -> Plan:
+    """`fewstep plan`: print the estimate of a recipe; with `measure` also what two real steps took."""
     from rich.console import Console
     from rich.table import Table
 
+    if measure and processes > 1:
+        raise UserError("plan: --measure takes its steps in one process; leave --processes out")
     recipe = load(name, settings)
     found = plan(recipe, processes)
     console = Console()
@@ -288,4 +353,14 @@ def report(name: str, settings: Sequence[str] = (), processes: int = 1) -> Plan:
         console.print(
             f"  {setting:28s} {less / MIB:.1f} MiB ({100 * (less / found.total - 1):+.0f} %)", highlight=False
         )
+    if measure:
+        took = _measured_apart(name, settings)
+        off = 100 * (found.total / took - 1)
+        console.print(
+            f"measured here: {took / MIB:.1f} MiB; the estimate is {off:+.1f} % off", highlight=False
+        )
     return found
+
+
+if __name__ == "__main__":
+    print(measured(load(sys.argv[1], sys.argv[2:])))

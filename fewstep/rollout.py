@@ -68,7 +68,7 @@ def rollout(
         call: further arguments of every call of the student.
     """
     process: Process = student.process  # type: ignore[attr-defined]
-    times = times_of(torch.tensor(steps, dtype=torch.float64), process).to(draws.device)
+    times = times_of(steps, process).to(draws.device)
     last = exit_step(draws, len(steps)) if exit is None else exit
     # All noise is drawn up front, so that the numbers of later draws do not depend on the exit step.
     noise = [draws.normal(*shape) for _ in steps]

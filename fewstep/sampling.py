@@ -58,9 +58,9 @@ class Sampler:
         return calls(len(self.steps), self.solver) if self.kind == "ode" else len(self.steps)
 
 
-def any_steps(steps: Sequence[float]) -> tuple[int, ...]:
-    """Numbers of steps of a student that trains on all times: 1, 2, 4, 8 and that of its own levels."""
-    return tuple(sorted({1, 2, 4, 8, len(steps)}))
+def any_steps(steps: Sequence[float], counts: Sequence[int] = (1, 2, 4, 8)) -> tuple[int, ...]:
+    """Numbers of steps of a student that trains on all times: `counts` and that of its own levels."""
+    return tuple(sorted({*counts, len(steps)}))
 
 
 def dynamic_guidance(level: float, scale: float, low: float, high: float) -> float:
@@ -89,7 +89,7 @@ def sample(
         x0 of shape (b, *d), not clamped. Raises ValueError when fresh noise is needed and not given.
     """
     process: Process = net.process  # type: ignore[attr-defined]
-    times = times_of(torch.tensor(sampler.steps, dtype=torch.float64), process).to(noise.device)
+    times = times_of(sampler.steps, process).to(noise.device)
     b = noise.shape[0]
     x = process.prior(noise, times[0].expand(b)) if start is None else start
     if sampler.kind == "ode":

@@ -98,7 +98,7 @@ def table_of(
 ) -> tuple[float, list[dict[str, Any]]]:
     """(scale of the start noise, one row per call): x' = row.x x + row.raw raw + row.noise z, all exact numbers."""
     process: Any = net.process
-    times = times_of(torch.tensor(sampler.steps, dtype=torch.float64), process)
+    times = times_of(sampler.steps, process)
     if sampler.kind == "map" and sampler.keep_noise:
         raise UserError("export: experts with noise correction are not written; sample the run itself")
     one, zero = torch.ones(1, 1, dtype=torch.float64), torch.zeros(1, 1, dtype=torch.float64)

@@ -7,9 +7,9 @@ from typing import Any, ClassVar, Literal
 
 import torch
 
-from fewstep.cond import replaced
 from fewstep.config import choice, part
 from fewstep.methods.base import Batch, Losses, Needs, Turn
+from fewstep.methods.terms import dropped
 from fewstep.objectives import dsm, mse
 from fewstep.objectives.regression import Weight, x0_weight
 from fewstep.process import add_noise
@@ -52,9 +52,7 @@ class Denoise:
         student, x0 = roles.student, batch.data()
         process: Any = student.process
         t, eps = self.times.sample(batch.draws, process), batch.noise()
-        cond = batch.cond
-        if cond is not None and batch.null_cond is not None:
-            cond = replaced(cond, batch.draws.uniform() < self.drop_cond, batch.null_cond)
+        cond = dropped(batch, self.drop_cond)
         if self.target == "data":
             yield Losses({"dsm": dsm(student, x0, t, eps, cond, weight=self.weight)})
             return

@@ -52,7 +52,7 @@ class ImagineFlash:
     def backward(self, roles: Roles, batch: Batch, grad: bool = True) -> tuple[Tensor, float]:
         """(x0 of the student at a random step of its own DDIM path, that step's level); last call with gradient."""
         process = roles.student.process
-        times = times_of(torch.tensor(self.steps, dtype=torch.float64), process).to(batch.draws.device)
+        times = times_of(self.steps, process).to(batch.draws.device)
         last, b = exit_step(batch.draws, len(self.steps)), len(batch)
         x = noise = batch.noise()
         x = process.prior(noise, times[0].expand(b))

@@ -46,10 +46,7 @@ class KD:
 
     def losses(self, roles: Roles, batch: Batch) -> Iterator[Losses]:
         process: Any = roles.student.process
-        times = [
-            t.expand(len(batch))
-            for t in times_of(torch.tensor(self.steps, dtype=torch.float64), process).to(batch.draws.device)
-        ]
+        times = [t.expand(len(batch)) for t in times_of(self.steps, process).to(batch.draws.device)]
         end = clean(process, times[0])
         walk = Teacher(roles.teacher, batch, self.guidance, self.solver).walk(self.teacher_steps)
         states = [process.prior(batch.noise(), times[0])]

@@ -8,6 +8,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
+from fewstep.cond import differs
 from fewstep.config import UserError, choice, part
 from fewstep.legs import Teacher
 from fewstep.methods.base import Batch, Losses, Needs, Turn
@@ -109,10 +110,8 @@ class MeanFlow:
         empty = roles.student(x, t, batch.null_cond).velocity()
         own = roles.student(x, t, cond).velocity()
         guided = self.guidance * pair + (1 - self.guidance - self.kappa) * empty + self.kappa * own
-        kept = t <= self.guided_until
         # Rows without a condition learn the plain field, which the guided one is built from.
-        told, null = ({"": c} if isinstance(c, Tensor) else c for c in (cond, batch.null_cond))
-        kept = kept & torch.stack([(told[k] != null[k]).reshape(len(x), -1).any(1) for k in told]).any(0)
+        kept = (t <= self.guided_until) & differs(cond, batch.null_cond)
         return torch.where(bc(kept.to(t.dtype), x) > 0, guided, pair)
 
     def sampler(self) -> Sampler:

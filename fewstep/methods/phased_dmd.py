@@ -92,9 +92,7 @@ class PhasedDMD:
         first = self.steps.index(self.boundaries[self.phase - 2]) if self.phase > 1 else 0
         own = [i for i, u in enumerate(self.steps) if i >= first and u > self.end]
         last = own[exit_step(batch.draws, len(own)) if self.exit == "random" else -1]
-        times = times_of(torch.tensor((*self.steps, self.end), dtype=torch.float64), process).to(
-            batch.draws.device
-        )
+        times = times_of((*self.steps, self.end), process).to(batch.draws.device)
         b = len(batch)
         x = process.prior(batch.noise(), times[0].expand(b))
         with torch.no_grad():

@@ -76,10 +76,8 @@ class Reflow:
                 t = low + (high - low) * batch.draws.uniform()
                 with torch.no_grad():
                     on_line = z - bc(1 - t, z) * velocity
-                    if self.guide == "straight":
-                        end = roles["straight"](on_line.to(z.dtype), t, batch.cond).x0
-                    else:
-                        end = teacher(on_line.to(z.dtype), t).x0
+                    ahead = Teacher(roles["straight"], batch) if self.guide == "straight" else teacher
+                    end = ahead(on_line.to(z.dtype), t).x0
                 losses["guide"] = self.guide_weight * mse(z - velocity, end)
             yield losses
             return

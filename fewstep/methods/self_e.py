@@ -58,8 +58,8 @@ class SelfE:
     def pair(self, batch: Batch, process: Process, step: int) -> tuple[Tensor, Tensor]:
         """(t, s): s = t for the share `local`, else uniform in [(1 - tau) t, t] with tau growing to 1."""
         t = self.times.sample(batch.draws, process).clamp(1e-3, 1 - 1e-3)
-        reach = min(1.0, step / self.ramp)
-        s = between(batch.draws, (1 - reach) * t, t)
+        share = min(1.0, step / self.ramp)
+        s = between(batch.draws, (1 - share) * t, t)
         return t, torch.where(batch.draws.uniform() < self.local, t, s)
 
     def losses(self, roles: Roles, batch: Batch, step: int) -> Iterator[Losses]:

@@ -18,7 +18,7 @@ from fewstep.objectives.trajectory import Distance, distance, two_leg
 from fewstep.process import add_noise
 from fewstep.random import Draws
 from fewstep.roles import Roles
-from fewstep.sampling import Sampler
+from fewstep.sampling import Sampler, any_steps
 from fewstep.times import check_steps
 
 TABLE = 1000
@@ -110,5 +110,5 @@ class TDD:
             steps=self.steps,
             eta=self.eta,
             clip=self.clip,
-            counts=tuple(sorted({*self.counts, len(self.steps)})),
+            counts=any_steps(self.steps, self.counts),
         )

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fewstep import objectives as obj
+from fewstep.cond import replaced
 from fewstep.config import choice, config
 from fewstep.jump import ask, clean
 from fewstep.methods.base import Batch, Losses
@@ -31,14 +32,7 @@ def dropped(batch: Batch, probability: float) -> Any:
     """The batch's condition with the null one in place of a random share of rows."""
     if probability == 0 or batch.cond is None or batch.null_cond is None:
         return batch.cond
-    drop = batch.draws.uniform() < probability
-
-    def mix(cond: Tensor, null: Tensor) -> Tensor:
-        return torch.where(drop.reshape(-1, *(1,) * (cond.ndim - 1)), null, cond)
-
-    if isinstance(batch.cond, Tensor):
-        return mix(batch.cond, batch.null_cond)
-    return {key: mix(value, batch.null_cond[key]) for key, value in batch.cond.items()}
+    return replaced(batch.cond, batch.draws.uniform() < probability, batch.null_cond)
 
 
 def track(

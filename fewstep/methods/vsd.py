@@ -9,9 +9,8 @@ import torch
 from torch import Tensor
 
 from fewstep import objectives as obj
-from fewstep.cond import joined
 from fewstep.config import choice, part
-from fewstep.guidance import guided, split
+from fewstep.guidance import guided, halves
 from fewstep.methods.base import Batch, Losses, Needs, Turn
 from fewstep.methods.readings import readings
 from fewstep.methods.terms import noised, track
@@ -94,8 +93,7 @@ class VSD:
         if scale == 1.0:
             own = roles.critic(x, t, batch.cond)
             return own, own
-        twice = torch.cat((x, x)), torch.cat((t, t)), joined(batch.cond, batch.null_cond)
-        own, null = split(roles.critic(*twice), len(x))
+        own, null = halves(roles.critic, x, t, batch.cond, batch.null_cond, scale)
         return own.mix(null, scale), own
 
     def scale(self, batch: Batch) -> float:

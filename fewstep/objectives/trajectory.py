@@ -277,7 +277,8 @@ def _gap(raw: Callable[..., Tensor], at: tuple[Tensor, Tensor, Tensor], along: A
     return min(gaps)
 
 
+@torch.no_grad()
 def follow(target: nn.Module, source: nn.Module, decay: float) -> None:
     """target := decay target + (1 - decay) source, parameter by parameter; decay 0 copies."""
-    mine, theirs = [p.detach() for p in target.parameters()], [p.detach() for p in source.parameters()]
+    mine, theirs = list(target.parameters()), list(source.parameters())
     torch._foreach_lerp_(mine, theirs, 1 - decay)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
@@ -17,7 +18,9 @@ def bytes_of(tensors: Iterable[Tensor]) -> int:
 
 
 class Live(TorchDispatchMode):
-    """Counts the storages that operations inside make, until they are freed; `peak` is their largest sum in bytes.
+    """Counts the storages that operations inside make, until they are freed.
+
+    `peak` is their largest sum in bytes, `course` the sum after each operation.
 
     Args:
         known: tensors that exist already; views of them are not counted.
@@ -26,11 +29,13 @@ class Live(TorchDispatchMode):
     def __init__(self, known: Iterable[Tensor] = ()) -> None:
         super().__init__()
         self.now = self.peak = 0
+        self.course: list[int] = []
         self._sizes: dict[int, int] = {t.untyped_storage()._cdata: 0 for t in known}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
         tree_map_only(Tensor, self._seen, out)
+        self.course.append(self.now)
         return out
 
     def _seen(self, t: Tensor) -> None:
@@ -45,6 +50,21 @@ class Live(TorchDispatchMode):
 
     def _gone(self, key: int) -> None:
         self.now -= self._sizes.pop(key, 0)
+
+
+def allocated(step: Callable[[], object]) -> int:
+    """Bytes of CPU tensors alive at the worst moment of a call beyond those alive before it, by torch's profiler."""
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
+    ) as profile:
+        step()
+    events: Any = profile.profiler.kineto_results.events()  # type: ignore[union-attr]
+    changes = [e for e in events if e.name() == "[memory]"]
+    now = peak = 0
+    for e in sorted(changes, key=lambda e: e.start_ns()):
+        now += e.nbytes()
+        peak = max(peak, now)
+    return peak
 
 
 def make_fake(modules: Iterable[nn.Module], mode: Any) -> None:
@@ -66,7 +86,13 @@ def make_fake(modules: Iterable[nn.Module], mode: Any) -> None:
 
 
 def fake_mode() -> Any:
-    """Tensors without memory: operations give shapes only."""
+    """Tensors without memory: operations give shapes only, and every `if` that looks at their values is false."""
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    return FakeTensorMode(allow_non_fake_inputs=True)
+    class Shapes(FakeTensorMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if func is torch.ops.aten._local_scalar_dense.default and args[0].dtype == torch.bool:
+                return False
+            return super().__torch_dispatch__(func, types, args, kwargs)
+
+    return Shapes(allow_non_fake_inputs=True)

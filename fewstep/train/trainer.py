@@ -13,6 +13,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
+from fewstep.cond import rows as cond_rows
 from fewstep.config import UserError
 from fewstep.data.base import Data
 from fewstep.kernels import check_device, use_fewstep_attention
@@ -208,7 +209,7 @@ class Trainer:
         process, rows = self.roles.student.process, min(len(batch), 8)
         u = torch.linspace(0.3, 0.8, rows, dtype=torch.float64, device=self.device)
         t = process.grid(u)
-        cond = None if batch.cond is None else tree_rows(batch.cond, rows)
+        cond = cond_rows(batch.cond, slice(rows))
         probe(self.roles.student, batch.noise()[:rows], t, process.grid(u / 2), cond, along=along)
 
     def _make_state(self, stage: Stage) -> None:
@@ -396,11 +397,6 @@ class Trainer:
             )
         if into > 0:
             progress.stage, progress.step = (last, into) if into < stages[last].steps else (last + 1, 0)
-
-
-def tree_rows(cond: Any, rows: int) -> Any:
-    """The first rows of a condition, a tensor or a mapping of tensors."""
-    return cond[:rows] if isinstance(cond, Tensor) else {k: v[:rows] for k, v in cond.items()}
 
 
 def _main_thread() -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,11 +12,11 @@ import torch
 from accelerate.state import AcceleratorState
 from tiny_teacher import make_teacher, student_settings
 
-from fewstep.bench import _allocated
+from fewstep import plan as plan_module
 from fewstep.config import UserError
-from fewstep.plan import plan
+from fewstep.plan import plan, report
 from fewstep.recipe import load
-from fewstep.train.live import Live, bytes_of
+from fewstep.train.live import Live
 from fewstep.train.trainer import Trainer
 
 SETTINGS = ("train.batch=24", "train.ema=[0.9, 0.99]")
@@ -31,18 +32,11 @@ def recipe_of(teacher: Path, *settings: str) -> Any:
 
 
 def measured(recipe: Any) -> int:
-    """Bytes of all tensors at the worst moment of a step: those that stay, by hand, and the profiler's peak."""
     AcceleratorState._reset_state(True)  # a process has one precision otherwise
-    trainer = Trainer(recipe, cpu=True)
-    stage = recipe.stages()[-1]
-    trainer._make_state(stage)
-    trainer.step(stage)
-    modules = [*trainer.roles.values(), *(e.module for e in trainer.ema)]
-    stay = [t for m in modules for t in (*m.parameters(), *m.buffers())]
-    stay += [v for o in trainer.optim.values() for s in o.adam.state.values() for v in s.values()]
-    peak = bytes_of(stay) + _allocated(lambda: trainer.step(stage))
-    AcceleratorState._reset_state(True)
-    return peak
+    try:
+        return plan_module.measured(recipe, cpu=True)
+    finally:
+        AcceleratorState._reset_state(True)
 
 
 @pytest.mark.parametrize(
@@ -117,3 +111,18 @@ def test_live_counts_storages_once_and_lets_them_go():
         del b
         assert live.now == 0
     assert live.peak == 200
+
+
+def test_the_command_measures_two_steps_and_says_how_far_the_estimate_is(capsys: pytest.CaptureFixture[str]):
+    report("toy/dmd2", ["train.batch=64"], measure=True)
+    told = capsys.readouterr().out
+    found = re.search(r"measured here: ([\d.]+) MiB; the estimate is ([+-][\d.]+) % off", told)
+    worst = re.search(r"worst moment: ([\d.]+) MiB", told)
+    assert found is not None, told
+    assert worst is not None, told
+    assert float(worst[1]) / float(found[1]) - 1 == pytest.approx(float(found[2]) / 100, abs=0.05)
+    assert abs(float(found[2])) < 15
+    with pytest.raises(UserError, match="one process"):
+        report("toy/dmd2", [], 2, measure=True)
+    with pytest.raises(UserError, match="the measured step failed"):
+        plan_module._measured_apart("toy/dmd2", ["train.batch=0"])
