@@ -75,7 +75,7 @@ class Discriminator(nn.Module):
 
     def logits(self, features: Any) -> Tensor:
         """Logits (b, heads) of features that a call with these taps has returned."""
-        return torch.cat([self.heads[tap](features[tap]) for tap in self.taps], 1).float()
+        return torch.cat([_seen(self.heads[tap], features[tap]) for tap in self.taps], 1).float()
 
     def forward(self, x: Tensor, t: Tensor, cond: Any = None) -> Tensor:
         """x (b, *d) at time t (b,) -> logits (b, heads), float32."""
@@ -96,3 +96,9 @@ class LogVar(nn.Module):
     def forward(self, t: Tensor) -> Tensor:
         """Process times (b,) -> (b,), 0 at the start."""
         return self.out(torch.nn.functional.silu(self.time(angle_of(self.process, t))))[:, 0]
+
+
+def _seen(head: nn.Module, features: Tensor) -> Tensor:
+    """A head's logits; a trunk of half precision gives features in its own, but the heads are trained in float32."""
+    cast = torch.is_autocast_enabled(features.device.type)
+    return head(features if cast else features.to(next(head.parameters()).dtype))

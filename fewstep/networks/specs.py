@@ -304,7 +304,7 @@ class DiffusersTeacher:
     wrapper: str | None = None
     """A wrapper of your own, module:Class or file.py:Class, whose code is run; chosen by the class when left out."""
     dtype: Literal["fp32", "bf16", "fp16"] = "fp32"
-    """Of the weights; copies that are trained start in the same."""
+    """Of the frozen weights; copies and adapters that are trained are kept in fp32."""
 
     def build(self, site: Site) -> nn.Module:
         from fewstep.networks.diffusers import load_denoiser

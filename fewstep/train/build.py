@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import torch
 from torch import nn
 
 from fewstep.config import RecipeError
 from fewstep.data.base import Data
+from fewstep.networks.adapters import Adapted, own_parameters
 from fewstep.networks.specs import Site
 from fewstep.random import fold
 from fewstep.recipe import Recipe
@@ -13,7 +15,10 @@ from fewstep.roles import Roles
 
 
 def build_roles(recipe: Recipe, data: Data) -> Roles:
-    """Every role of the recipe on the CPU in float32, weights seeded by (seed, role)."""
+    """Every role of the recipe on the CPU, weights seeded by (seed, role); what is trained is in float32.
+
+    A bf16 weight of .1 does not change by less than 2e-4: at usual rates most updates would be rounded away.
+    """
     modules: dict[str, nn.Module] = {}
     for name in recipe.role_names():
         seed = fold(recipe.train.seed, "weights", name) % 2**63
@@ -25,7 +30,17 @@ def build_roles(recipe: Recipe, data: Data) -> Roles:
             raise RecipeError(
                 f"{name}.process: {process} differs from the student's, {processes['student']}; use the same"
             )
+    for name in set().union(trained_roles(recipe), *(s.method.needs().trained for s in recipe.stages())):
+        if name in modules:
+            _make_fp32(modules[name])
     return Roles(**modules)
+
+
+def _make_fp32(module: nn.Module) -> None:
+    buffers = () if isinstance(module, Adapted) else module.buffers()
+    for t in (*own_parameters(module), *buffers):
+        if t.dtype in (torch.bfloat16, torch.float16):
+            t.data = t.data.float()
 
 
 def build_product(recipe: Recipe, data: Data) -> nn.Module:

@@ -14,7 +14,15 @@ from tiny_runs import contents, same
 from tiny_teacher import make_run, make_teacher, student_settings
 
 from fewstep.config import RecipeError, UserError
-from fewstep.networks.adapters import Adapted, apart, enable_checkpointing, lora_layers, own_state, plain_copy
+from fewstep.networks.adapters import (
+    Adapted,
+    apart,
+    enable_checkpointing,
+    lora_layers,
+    own_parameters,
+    own_state,
+    plain_copy,
+)
 from fewstep.networks.diffusers import load_denoiser
 from fewstep.networks.lora_file import lora_tensors, read_lora
 from fewstep.product import open_product
@@ -27,6 +35,7 @@ ROLES = {
     "critic full": ("student={name: lora, rank: 2}", "critic={name: copy, of: student}"),
     "critic on student": ("student={name: copy}", "critic={name: lora, of: student, rank: 2}"),
 }
+LONG = {"fp32": "float32", "bf16": "bfloat16"}
 SLOW = ("optim={default: {lr: 1e-3}}",)
 
 
@@ -45,6 +54,23 @@ def run(
 
 def trainer_of(teacher: Path, *settings: str) -> Trainer:
     return Trainer(load("digits-dmd2", [*student_settings(teacher), *SLOW, *settings]), cpu=True)
+
+
+@pytest.mark.parametrize("kind", ["student full", "two sets"])
+def test_updates_do_not_round_away_on_a_teacher_of_half_precision(kind: str, teacher: Path):
+    slow = ("optim={default: {lr: 5e-7, warmup: 0}}",)
+    changed = {}
+    for dtype in ("fp32", "bf16"):
+        settings = [*student_settings(teacher), *ROLES[kind], *slow, f"teacher.dtype={dtype}"]
+        trainer = Trainer(load("digits-dmd2", settings), cpu=True)
+        assert {p.dtype for p in own_parameters(trainer.roles.teacher)} == {getattr(torch, LONG[dtype])}
+        mine = own_parameters(trainer.roles.student) + own_parameters(trainer.roles.critic)
+        assert {p.dtype for p in mine} == {torch.float32}
+        before = [p.detach().clone() for p in mine]
+        trainer.fit()
+        assert all(bool(p.isfinite().all()) for p in mine)
+        changed[dtype] = sum(int((p != q).sum()) for p, q in zip(mine, before, strict=True))
+    assert changed["bf16"] > 0.9 * changed["fp32"] > 0
 
 
 def test_a_checkpoint_holds_only_what_each_role_owns(run: tuple[str, Path], teacher: Path):
