@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,8 @@ from fewstep.config import RecipeError, UserError, choice, part
 from fewstep.data.conditions import TextConditions
 from fewstep.data.shards import Shards, read_index, sha256_of
 from fewstep.data.text import Text, embed
+from fewstep.networks.folder import read_json, read_latents
+from fewstep.networks.weights import load_part, refuse_pickles
 from fewstep.random import Draws
 
 
@@ -27,8 +29,11 @@ def vae_folder(path: str) -> Path:
     """A folder with a VAE: itself, or vae/ of a pipeline."""
     root = Path(path).expanduser()
     for found in (root / "vae", root):
-        if (found / "config.json").is_file() and any(found.glob("*.safetensors")):
-            return found
+        if (found / "config.json").is_file():
+            if any(found.glob("*.safetensors")):
+                return found
+            kind = str(read_json(found / "config.json").get("_class_name", "AutoencoderKL"))
+            refuse_pickles(found, f"vae {path}", "diffusers", kind)
     raise UserError(
         f"vae {path}: no config.json with .safetensors weights in it or in its vae/; name a VAE or a pipeline folder"
     )
@@ -42,18 +47,14 @@ class Encoder:
     """
 
     def __init__(self, path: str, device: torch.device | str = "cpu") -> None:
-        import diffusers
-
         root = vae_folder(path)
-        kind = json.loads((root / "config.json").read_text()).get("_class_name", "AutoencoderKL")
-        try:
-            self.vae: Any = getattr(diffusers, kind).from_pretrained(root, use_safetensors=True)
-        except (AttributeError, OSError, ValueError, RuntimeError) as error:
-            raise UserError(f"vae {path}: a {kind} cannot be loaded: {error}") from None
-        self.vae.to(device).eval()
+        latents = read_latents(root / "config.json")
+        assert latents is not None
+        kind = str(read_json(root / "config.json").get("_class_name", "AutoencoderKL"))
+        self.vae: Any = load_part(root, f"vae {path}", kind)
+        self.vae.to(device)
         self.device = device
-        self.scale = float(getattr(self.vae.config, "scaling_factor", 1.0) or 1.0)
-        self.shift = float(getattr(self.vae.config, "shift_factor", 0.0) or 0.0)
+        self.scale, self.shift = latents.scale, latents.shift
 
     @torch.no_grad()
     def __call__(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -140,7 +141,7 @@ def cache_latents(
     """`fewstep cache-latents`: encode the pictures of a recipe's data; goes on where it was stopped.
 
     The data must give pictures by number (captions, webdataset, images, digits). Their captions or classes are kept
-    with the latents.
+    with the latents. A cache of other pictures, be it one under the same name, is refused.
     """
     from fewstep.recipe import load
 
@@ -159,18 +160,24 @@ def cache_latents(
         "vae": vae_hash(vae),
         "classes": opened.classes,
         "pictures": repr(recipe.data),
+        "sha256 of the pictures": pictures_hash(opened),
         "captions": captions,
     }
     shards = Shards(out, facts, count, rows, remedy="choose another --out, or delete this folder")
-    todo = shards.missing()
-    if not todo:
-        return shards
+    with shards.claimed() as todo:
+        if todo:
+            _encode(shards, todo, pictures, vae, opened.shape[0], batch)
+    return shards
+
+
+def _encode(shards: Shards, todo: Sequence[range], pictures: Any, vae: str, colours: int, batch: int) -> None:
+    """The rows `todo` of a cache, `batch` pictures at once."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     encoder = Encoder(vae, device)
-    channels = int(getattr(encoder.vae.config, "in_channels", opened.shape[0]))
-    if channels != opened.shape[0]:
+    channels = int(getattr(encoder.vae.config, "in_channels", colours))
+    if channels != colours:
         raise RecipeError(
-            f"cache-latents: the VAE takes {channels} channels, the data has {opened.shape[0]}; set data.grey to "
+            f"cache-latents: the VAE takes {channels} channels, the data has {colours}; set data.grey to "
             f"{str(channels == 1).lower()}"
         )
     for span in todo:
@@ -181,7 +188,19 @@ def cache_latents(
             mean, deviation = encoder(x)
             parts.append({"mean": mean, "std": deviation} | ({} if label is None else {"label": label}))
         shards.write(span, {key: torch.cat([p[key] for p in parts]) for key in parts[0]})
-    return shards
+
+
+def pictures_hash(data: Any) -> str:
+    """sha256 over the pictures of a data set in their order, as their files hold them, and their classes."""
+    digest = hashlib.sha256()
+    if hasattr(data, "items"):
+        for item in data.items:
+            digest.update(hashlib.sha256(item.read()).digest())
+            digest.update(f"{item.label}\n".encode())
+    else:
+        digest.update(data.images.contiguous().numpy().tobytes())
+        digest.update(repr(None if data.labels is None else data.labels.tolist()).encode())
+    return digest.hexdigest()
 
 
 def _pictures(data: Any, name: str) -> tuple[int, Any]:

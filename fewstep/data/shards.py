@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections import OrderedDict
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from fewstep.config import UserError
 from fewstep.files import crc32_of
+
+OPEN = 64
+"""Files of one folder that stay mapped into memory; rows are read from them one by one."""
 
 
 def sha256_of(files: Iterable[Path], root: Path) -> str:
@@ -39,7 +46,9 @@ class Shards:
         rows: rows per file.
         remedy: what a message tells the user to do about a folder that does not fit.
 
-    Raises UserError for a folder of other facts, and naming the file for one that is damaged.
+    Several processes may fill one folder: `claimed` lets one of them work while the others wait, and what is written
+    without it is still whole. Raises UserError for a folder of other facts, and naming the file for one that is
+    damaged.
     """
 
     def __init__(
@@ -53,19 +62,26 @@ class Shards:
         self.folder, self.made_with, self.count, self.rows = folder, dict(made_with), count, rows
         self.remedy = remedy
         self.done: dict[str, list[int]] = {}
-        self._open: dict[int, dict[str, Tensor]] = {}
-        index = folder / "index.json"
-        if index.is_file():
-            told = read_index(folder)
-            for key, value in self.made_with.items():
-                if told["made_with"].get(key) != value:
-                    raise UserError(
-                        f"{folder}: was made with another {key}, {_short(told['made_with'].get(key))} instead of "
-                        f"{_short(value)}; {remedy}"
-                    )
-            if told["count"] != count:
-                raise UserError(f"{folder}: holds {told['count']} rows, {count} are needed; {remedy}")
-            self.rows, self.done = told["rows"], told["shards"]
+        self._open: OrderedDict[int, Any] = OrderedDict()
+        self._locked = False
+        self._read()
+
+    def _read(self) -> None:
+        """What the index says by now."""
+        if not (self.folder / "index.json").is_file():
+            return
+        told = read_index(self.folder)
+        for key, value in self.made_with.items():
+            if told["made_with"].get(key) != value:
+                raise UserError(
+                    f"{self.folder}: was made with another {key}, {_short(told['made_with'].get(key))} instead of "
+                    f"{_short(value)}; {self.remedy}"
+                )
+        if told["count"] != self.count:
+            raise UserError(
+                f"{self.folder}: holds {told['count']} rows, {self.count} are needed; {self.remedy}"
+            )
+        self.rows, self.done = told["rows"], told["shards"]
 
     def __len__(self) -> int:
         return self.count
@@ -79,20 +95,55 @@ class Shards:
             if str(n) not in self.done or not self._path(n).is_file()
         ]
 
+    @contextmanager
+    def claimed(self) -> Iterator[list[range]]:
+        """`missing()` for one process at a time: whoever comes second waits and then finds what is done by then.
+
+        A whole folder is not locked, so that a read-only one serves. Where the file system has no locks, all work.
+        """
+        if not self.missing():
+            yield []
+            return
+        with self._lock():
+            self._read()
+            yield self.missing()
+
     def write(self, rows: range, tensors: Mapping[str, Tensor]) -> None:
-        """Write one file of `missing()`; it counts only when it is whole."""
+        """Write one file of `missing()`; it counts only when it is whole. One that is there by now is kept."""
         n = rows.start // self.rows
         if any(len(t) != len(rows) for t in tensors.values()):
             raise ValueError(f"{len(rows)} rows are needed, got {[len(t) for t in tensors.values()]}")
+        with self._lock():
+            self._read()
+            path = self._path(n)
+            if str(n) in self.done and path.is_file():
+                return
+            with _aside(path) as aside:
+                save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, aside)
+            self.done[str(n)] = [path.stat().st_size, crc32_of(path)]
+            told = {"made_with": self.made_with, "count": self.count, "rows": self.rows, "shards": self.done}
+            with _aside(self.folder / "index.json") as aside:
+                aside.write_text(json.dumps(told, indent=1))
+
+    @contextmanager
+    def _lock(self) -> Iterator[None]:
+        """The folder for this object alone, among threads and processes; freed also by a process that dies."""
+        if self._locked:
+            yield
+            return
         self.folder.mkdir(parents=True, exist_ok=True)
-        path, aside = self._path(n), self._path(n).with_suffix(".tmp")
-        save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, aside)
-        os.replace(aside, path)
-        self.done[str(n)] = [path.stat().st_size, crc32_of(path)]
-        told = {"made_with": self.made_with, "count": self.count, "rows": self.rows, "shards": self.done}
-        aside = self.folder / "index.tmp"
-        aside.write_text(json.dumps(told, indent=1))
-        os.replace(aside, self.folder / "index.json")
+        with (self.folder / "lock").open("w") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX)
+                for left in self.folder.glob("*.tmp"):  # of one that died; others are written under the lock
+                    left.unlink(missing_ok=True)
+            except OSError:
+                pass  # a file system without locks, where different temporary names must do
+            self._locked = True
+            try:
+                yield
+            finally:
+                self._locked = False
 
     def check(self) -> None:
         """Refuse a folder that is not whole: sizes and checksums of all files."""
@@ -110,20 +161,35 @@ class Shards:
                 )
 
     def take(self, k: Tensor) -> dict[str, Tensor]:
-        """Rows by number, int64 (b,) -> tensors (b, ...) on the CPU."""
-        picked = [(self._shard(i // self.rows), i % self.rows) for i in k.tolist()]
-        return {name: torch.stack([s[name][i] for s, i in picked]) for name in picked[0][0]}
+        """Rows by number, int64 (b,) -> tensors (b, ...) on the CPU. Of a file only these rows are read."""
+        rows = [self._row(i // self.rows, i % self.rows) for i in k.tolist()]
+        return {name: torch.stack([r[name] for r in rows]) for name in rows[0]}
 
-    def _shard(self, n: int) -> dict[str, Tensor]:
-        if n not in self._open:
-            try:
-                self._open[n] = load_file(self._path(n))
-            except (OSError, SafetensorError) as error:
-                raise UserError(f"{self._path(n)}: cannot be read: {error}; {self.remedy}") from None
-        return self._open[n]
+    def _row(self, n: int, i: int) -> dict[str, Tensor]:
+        try:
+            if n not in self._open:
+                self._open[n] = safe_open(self._path(n), framework="pt")
+            self._open.move_to_end(n)
+            if len(self._open) > OPEN:
+                self._open.popitem(last=False)
+            file = self._open[n]
+            return {name: file.get_slice(name)[i] for name in file.keys()}  # noqa: SIM118
+        except (OSError, SafetensorError) as error:
+            raise UserError(f"{self._path(n)}: cannot be read: {error}; {self.remedy}") from None
 
     def _path(self, n: int) -> Path:
         return self.folder / f"{n:05d}.safetensors"
+
+
+@contextmanager
+def _aside(path: Path) -> Iterator[Path]:
+    """A name of its own beside `path`, which what is written there becomes; nothing is left when that fails."""
+    aside = path.with_name(f"{path.stem}.{uuid4().hex[:12]}.tmp")
+    try:
+        yield aside
+        os.replace(aside, path)
+    finally:
+        aside.unlink(missing_ok=True)
 
 
 def read_index(folder: Path) -> dict[str, Any]:

@@ -16,9 +16,9 @@ from PIL import Image
 from torch import Tensor
 
 from fewstep.config import UserError
-from fewstep.data.latents import Encoder, Latents, cache_latents, decoder
+from fewstep.data.images import InMemory
+from fewstep.data.latents import Encoder, Latents, cache_latents, decoder, pictures_hash
 from fewstep.data.pictures import Captions, Prompts, WebDataset, decode, expand
-from fewstep.data.shards import Shards
 from fewstep.data.text import PipelineEncoder, SentenceEncoder, embed
 from fewstep.product import Product
 from fewstep.random import Draws
@@ -109,48 +109,66 @@ def test_prompts_are_encoded_once_and_the_rows_are_the_encoders(tmp_path: Path):
         assert changed[0].seen > 0
 
 
-def test_shards_go_on_where_they_stopped_and_notice_damage(tmp_path: Path):
-    x = torch.arange(7.0)[:, None] * torch.ones(7, 3)
-
-    def shards() -> Shards:
-        return Shards(tmp_path / "s", {"vae": "a" * 64}, 7, rows=3, remedy="do this")
-
-    first = shards()
-    assert [list(r) for r in first.missing()] == [[0, 1, 2], [3, 4, 5], [6]]
-    first.write(first.missing()[1], {"x": x[3:6]})
-    (tmp_path / "s" / "00000.tmp").write_bytes(b"half")
-    second = shards()
-    assert [list(r) for r in second.missing()] == [[0, 1, 2], [6]]
-    assert refused(second.check).startswith(f"{tmp_path / 's'}: holds 3 of 7 rows; run the command")
-    for span in second.missing():
-        second.write(span, {"x": x[span.start : span.stop]})
-    third = shards()
-    third.check()
-    k = torch.tensor([6, 0, 4, 4])
-    assert torch.equal(third.take(k)["x"], x[k])
-    with pytest.raises(ValueError, match="3 rows are needed"):
-        third.write(range(0, 3), {"x": x[:2]})
-    told = refused(lambda: Shards(tmp_path / "s", {"vae": "b" * 64}, 7, remedy="do this"))
-    assert (
-        told
-        == f"{tmp_path / 's'}: was made with another vae, aaaaaaaaaaaa… instead of bbbbbbbbbbbb…; do this"
+def captioned(folder: Path, recipe: Path) -> list[Path]:
+    files = pictures(folder)
+    lines = [json.dumps({"file": p.name, "text": f"picture {i}"}) for i, p in enumerate(files)]
+    (folder / "captions.jsonl").write_text("\n".join(lines))
+    recipe.write_text(
+        f"extends: digits-dmd2\ndata: {{name: captions, path: {folder}, size: 8}}\nevaluate: null\n"
     )
-    assert "holds 7 rows, 8 are needed" in refused(lambda: Shards(tmp_path / "s", {}, 8))
-    data = bytearray((tmp_path / "s" / "00001.safetensors").read_bytes())
-    data[-1] ^= 1
-    (tmp_path / "s" / "00001.safetensors").write_bytes(bytes(data))
-    assert refused(shards().check).startswith(f"{tmp_path / 's' / '00001.safetensors'}: is damaged")
+    return files
+
+
+def test_a_latent_cache_notices_that_a_picture_has_changed(tmp_path: Path):
+    vae = make_vae(tmp_path / "vae")
+    files = captioned(tmp_path / "data", tmp_path / "mine.yaml")
+    options = {"vae": str(vae), "out": tmp_path / "latents", "batch": 2, "rows": 2}
+
+    def cache() -> Any:
+        return cache_latents(str(tmp_path / "mine.yaml"), [], **options)
+
+    cache()
+    (tmp_path / "latents" / "00001.safetensors").unlink()
+    old = files[0].read_bytes()
+    files[0].write_bytes(files[1].read_bytes())
+    told = refused(cache)
+    assert told.startswith(f"{tmp_path / 'latents'}: was made with another sha256 of the pictures, ")
+    assert told.endswith("; choose another --out, or delete this folder")
+    files[0].write_bytes(old)
+    assert len(cache().missing()) == 0
+
+
+def test_the_hash_of_pictures_is_of_contents_order_and_classes(tmp_path: Path):
+    files = [p.read_bytes() for p in pictures(tmp_path / "p", 2)]
+
+    def of(*samples: tuple[bytes, bytes]) -> str:
+        parts = {
+            f"{n}.{kind}": b for n, s in enumerate(samples) for kind, b in zip(("png", "cls"), s, strict=True)
+        }
+        make_tar(tmp_path / "t.tar", parts)
+        return pictures_hash(WebDataset(shards=str(tmp_path / "t.tar"), size=6, classes=5).open())
+
+    whole = of((files[0], b"1"), (files[1], b"2"))
+    assert whole == of((files[0], b"1"), (files[1], b"2"))
+    others = [
+        of((files[1], b"1"), (files[0], b"2")),
+        of((files[0], b"1"), (files[1], b"3")),
+        of((files[0], b"1")),
+        of((files[0], b"1"), (files[1] + b"\0", b"2")),
+    ]
+    assert len({whole, *others}) == 5
+    x = torch.arange(24.0).reshape(2, 1, 3, 4)
+    hashes = {
+        pictures_hash(InMemory(images, labels, 4))
+        for images, labels in ((x, None), (x + 1, None), (x.flip(0), None), (x, torch.tensor([0, 3])))
+    }
+    assert len(hashes) == 4
 
 
 def test_latents_are_the_vaes_and_bound_to_it(tmp_path: Path):
     vae, other = make_vae(tmp_path / "vae"), make_vae(tmp_path / "other", seed=1)
-    files = pictures(tmp_path / "data")
-    lines = [json.dumps({"file": p.name, "text": f"picture {i}"}) for i, p in enumerate(files)]
-    (tmp_path / "data" / "captions.jsonl").write_text("\n".join(lines))
     recipe = tmp_path / "mine.yaml"
-    recipe.write_text(
-        f"extends: digits-dmd2\ndata: {{name: captions, path: {tmp_path / 'data'}, size: 8}}\nevaluate: null\n"
-    )
+    files = captioned(tmp_path / "data", recipe)
     done = cache_latents(str(recipe), [], str(vae), tmp_path / "latents", batch=2, rows=2)
     assert len(done) == 5
     before = [p.stat().st_mtime_ns for p in sorted((tmp_path / "latents").glob("*.safetensors"))]

@@ -1,0 +1,129 @@
+"""Shards: what goes on where it stopped, what several fill at once, what is read of them."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from fewstep.config import UserError
+from fewstep.data import shards as shards_module
+from fewstep.data.shards import Shards
+
+
+def refused(open_it: Callable[[], object]) -> str:
+    with pytest.raises(UserError) as caught:
+        open_it()
+    return str(caught.value)
+
+
+def test_shards_go_on_where_they_stopped_and_notice_damage(tmp_path: Path):
+    x = torch.arange(7.0)[:, None] * torch.ones(7, 3)
+
+    def shards() -> Shards:
+        return Shards(tmp_path / "s", {"vae": "a" * 64}, 7, rows=3, remedy="do this")
+
+    first = shards()
+    assert [list(r) for r in first.missing()] == [[0, 1, 2], [3, 4, 5], [6]]
+    first.write(first.missing()[1], {"x": x[3:6]})
+    (tmp_path / "s" / "00000.tmp").write_bytes(b"half")
+    second = shards()
+    assert [list(r) for r in second.missing()] == [[0, 1, 2], [6]]
+    assert refused(second.check).startswith(f"{tmp_path / 's'}: holds 3 of 7 rows; run the command")
+    for span in second.missing():
+        second.write(span, {"x": x[span.start : span.stop]})
+    third = shards()
+    third.check()
+    k = torch.tensor([6, 0, 4, 4])
+    assert torch.equal(third.take(k)["x"], x[k])
+    with pytest.raises(ValueError, match="3 rows are needed"):
+        third.write(range(0, 3), {"x": x[:2]})
+    told = refused(lambda: Shards(tmp_path / "s", {"vae": "b" * 64}, 7, remedy="do this"))
+    assert (
+        told
+        == f"{tmp_path / 's'}: was made with another vae, aaaaaaaaaaaa… instead of bbbbbbbbbbbb…; do this"
+    )
+    assert "holds 7 rows, 8 are needed" in refused(lambda: Shards(tmp_path / "s", {}, 8))
+    data = bytearray((tmp_path / "s" / "00001.safetensors").read_bytes())
+    data[-1] ^= 1
+    (tmp_path / "s" / "00001.safetensors").write_bytes(bytes(data))
+    assert refused(shards().check).startswith(f"{tmp_path / 's' / '00001.safetensors'}: is damaged")
+
+
+def test_two_that_write_one_file_at_once_leave_it_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    # Both have the file open in writing before either is done, as processes that start cold together have.
+    both = threading.Barrier(2, timeout=0.5)
+    save = shards_module.save_file
+
+    def slow(tensors: dict[str, Tensor], path: Path) -> None:
+        save(tensors, path)
+        with contextlib.suppress(threading.BrokenBarrierError):
+            both.wait()
+
+    monkeypatch.setattr(shards_module, "save_file", slow)
+    x = torch.arange(3.0)[:, None]
+    made = [Shards(tmp_path / "s", {"vae": "a"}, 3) for _ in range(2)]
+    with ThreadPoolExecutor(2) as pool:
+        assert list(pool.map(lambda s: s.write(range(3), {"x": x}), made)) == [None, None]
+    for s in made:
+        s.check()
+        assert torch.equal(s.take(torch.tensor([2, 0]))["x"], x[[2, 0]])
+    assert not list((tmp_path / "s").glob("*.tmp"))
+
+
+def test_of_several_that_claim_a_folder_one_fills_it(tmp_path: Path):
+    fast, order = threading.Event(), []
+
+    def fill(name: str) -> None:
+        s = Shards(tmp_path / "s", {"vae": "a"}, 5, rows=2)
+        with s.claimed() as todo:
+            order.append((name, len(todo)))
+            fast.set()
+            if todo:
+                time.sleep(0.2)  # the other one is waiting by now
+            for span in todo:
+                s.write(span, {"x": torch.full((len(span), 1), float(span.start))})
+        s.check()
+        assert s.take(torch.tensor([4, 1]))["x"].flatten().tolist() == [4.0, 0.0]
+
+    with ThreadPoolExecutor(3) as pool:
+        first = pool.submit(fill, "first")
+        assert fast.wait(5)
+        others = [pool.submit(fill, "second"), pool.submit(fill, "third")]
+        for done in (first, *others):
+            done.result(timeout=10)
+    assert order[0] == ("first", 3)
+    assert {todo for _, todo in order[1:]} == {0}
+
+
+def test_a_claim_that_fails_is_free_for_the_next(tmp_path: Path):
+    s = Shards(tmp_path / "s", {"vae": "a"}, 2)
+    with pytest.raises(RuntimeError, match="the encoder"), s.claimed():
+        raise RuntimeError("the encoder")
+    (tmp_path / "s" / "00000.abc.tmp").write_bytes(b"of one that died")
+    again = Shards(tmp_path / "s", {"vae": "a"}, 2)
+    with again.claimed() as todo:
+        assert todo == [range(2)]
+        again.write(todo[0], {"x": torch.zeros(2, 1)})
+    assert sorted(p.name for p in (tmp_path / "s").iterdir()) == ["00000.safetensors", "index.json", "lock"]
+
+
+def test_rows_are_read_alone_and_few_files_stay_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(shards_module, "OPEN", 3)
+    x = torch.arange(7.0)[:, None, None] * torch.ones(7, 300, 1000)
+    s = Shards(tmp_path / "s", {"vae": "a"}, 7, rows=1)
+    for span in s.missing():
+        s.write(span, {"x": x[span.start : span.stop], "label": torch.arange(span.start, span.stop)})
+    got = s.take(torch.tensor([6, 0, 3, 6, 5, 1]))
+    assert torch.equal(got["x"], x[[6, 0, 3, 6, 5, 1]])
+    assert got["label"].tolist() == [6, 0, 3, 6, 5, 1]
+    mapped = {line.split()[-1] for line in Path("/proc/self/maps").read_text().splitlines() if "/s/" in line}
+    files = {str(p.resolve()) for p in (tmp_path / "s").glob("*.safetensors")}
+    assert mapped & files == {str((tmp_path / "s" / f"0000{n}.safetensors").resolve()) for n in (1, 5, 6)}
