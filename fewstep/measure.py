@@ -137,6 +137,11 @@ def judges(product: Product, spec: Evaluate) -> tuple[tuple[Any, Reference] | No
     if spec.metric == "fd-effnet-lite0":
         return judge_of_data(product), captions
     if spec.metric != "energy":
+        if product.classes and spec.samples < 2 * product.classes:
+            raise UserError(
+                f"samples {spec.samples}: the diversity within a class needs two of each, so at least "
+                f"{2 * product.classes} for {product.classes} classes"
+            )
         return judge(spec.metric, shape, product.classes), captions
     if len(shape) != 1:
         raise UserError(f"metric energy is for vectors; these samples are {list(shape)}")

@@ -275,6 +275,10 @@ def test_a_metric_that_does_not_fit_is_refused_before_training(refused: Call, tm
     assert refused("run", "digits-teacher", fashion) == (
         f"evaluate: metric fd-house-fashion-mnist is for 28 x 28 images; these samples are [1, 8, 8]{remedy}"
     )
+    assert refused("run", "digits-teacher", "evaluate.samples=19") == (
+        "evaluate: samples 19: the diversity within a class needs two of each, so at least 20 for 10 classes"
+        + remedy
+    )
     folder = tmp_path / "pictures"
     for name in ("a", "b", "c"):
         (folder / name).mkdir(parents=True)
