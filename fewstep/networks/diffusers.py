@@ -48,6 +48,9 @@ def load_denoiser(
     """
     folder = read_folder(path, DTYPES[dtype])
     cls = wrapper_of(folder, wrapper)
+    folder.require_components(text=False)
+    if cls.pipeline:
+        folder.require_pipeline(cls.pipeline)
     schedule = dict(folder.scheduler)
     if prediction is not None:
         said = schedule.get("prediction_type", prediction)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.resources import files
@@ -13,6 +14,7 @@ import torch
 from torch import nn
 
 from fewstep.config import UserError
+from fewstep.networks.weights import load_part, refuse_pickles, shell
 
 _SCALING = {"AutoencoderKL": 0.18215, "AutoencoderDC": 1.0}
 """What diffusers itself takes where a VAE's config says nothing."""
@@ -34,6 +36,27 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(data, dict):
         raise UserError(f"{path}: expected a JSON object")
     return data
+
+
+def number(
+    config: Mapping[str, Any],
+    key: str,
+    default: float,
+    where: str,
+    *,
+    positive: bool = True,
+    whole: bool = False,
+) -> float:
+    """A number of a config, `default` where it has no such key. UserError naming file and key for anything else."""
+    value = config.get(key, default)
+    good = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    if not good or (positive and value <= 0) or (whole and value != int(value)):
+        kind = " ".join(w for w, on in (("positive", positive), ("whole", whole)) if on)
+        raise UserError(
+            f"{where}: {key} is {json.dumps(value)}; it must be a {f'{kind} ' if kind else ''}number, the one that the "
+            "network was trained with"
+        )
+    return float(value)
 
 
 @dataclass(frozen=True)
@@ -81,21 +104,60 @@ class Folder:
     def scheduler_file(self) -> Path:
         return self.root / "scheduler" / "scheduler_config.json"
 
-    def require_components(self) -> None:
-        """UserError for a part of the pipeline that model_index.json names and that is not there."""
+    def require_components(self, text: bool = True) -> None:
+        """UserError for a part that model_index.json names and that is not there, or is there as a pickle only.
+
+        Args:
+            text: also the text encoders and tokenizers, without which cached embeddings can train.
+        """
         for name, entry in self.index.items():
             named = isinstance(entry, list) and len(entry) == 2 and entry[0] is not None
-            if named and not name.startswith("_") and not (self.root / name).is_dir():
-                text = "; or set it to [null, null] there and work from cached text embeddings"
+            words = name.startswith(("text_encoder", "tokenizer"))
+            if not named or name.startswith("_") or (words and not text):
+                continue
+            if not (self.root / name).is_dir():
+                other = "; or set it to [null, null] there and name a folder that has it in data.encoder.path"
                 raise UserError(
                     f"teacher {self.shown}: {name}/ is missing, and model_index.json names it ({entry[1]}); copy it "
-                    f"from the original pipeline{text if name.startswith(('text_encoder', 'tokenizer')) else ''}"
+                    f"from the original pipeline{other if words else ''}"
                 )
+            # The network's own is for its wrapper to read.
+            if name != self.component:
+                refuse_pickles(self.root / name, f"teacher {self.shown}", str(entry[0]), str(entry[1]))
+
+    def require_pipeline(self, stock: str) -> None:
+        """UserError for a model_index.json whose class is no pipeline of diffusers.
+
+        Args:
+            stock: a class that its network runs in, for the message.
+        """
+        import diffusers
+
+        if not self.index:
+            return
+        kind = self.index.get("_class_name")
+        cls = getattr(diffusers, kind, None) if isinstance(kind, str) else None
+        # Without transformers, diffusers puts a stand-in with _backends in a pipeline's place.
+        known = isinstance(cls, type) and (
+            issubclass(cls, diffusers.DiffusionPipeline) or hasattr(cls, "_backends")
+        )
+        if not known:
+            raise UserError(
+                f"{self.root / 'model_index.json'}: _class_name {kind!r} is no pipeline of diffusers, and an export is "
+                f"one; write the class that the folder was made for, such as {stock!r}"
+            )
 
 
 def read_folder(path: str, dtype: torch.dtype = torch.float32) -> Folder:
     """Read the configs of a pipeline folder. UserError for what is missing or contradictory."""
     root = resolve(path)
+    if root.is_file():
+        to = root.with_suffix("")
+        code = f"from diffusers import StableDiffusionPipeline as P; P.from_single_file({str(root)!r})"
+        raise UserError(
+            f"teacher {path}: is a single file, not a pipeline folder; write it as one with the pipeline class of its "
+            f"family (here Stable Diffusion 1 and 2), then give {to}:\n  {shell(f'{code}.save_pretrained({str(to)!r})')}"
+        )
     if not root.is_dir():
         raise UserError(
             f"teacher {path}: no such folder; train one with `fewstep run digits-teacher` or give a path"
@@ -133,77 +195,22 @@ def read_latents(path: Path) -> Latents | None:
             raise UserError(
                 f"{path}: {key} is set, which is not supported; only scaling_factor and shift_factor"
             )
-    scale = config.get("scaling_factor", _SCALING.get(str(kind)))
-    if not isinstance(scale, (int, float)) or not scale > 0:
+    if config.get("scaling_factor") is None and ("scaling_factor" in config or kind not in _SCALING):
         raise UserError(
             f"{path}: scaling_factor is {config.get('scaling_factor', 'missing')} and {kind} has no default; add the "
             "factor that the network was trained with"
         )
+    scale = number(config, "scaling_factor", _SCALING.get(str(kind), 1.0), str(path))
     widths = config.get("block_out_channels") or config.get("encoder_block_out_channels")
     if not isinstance(widths, list):
         raise UserError(f"{path}: block_out_channels is missing; it tells how many pixels a latent covers")
-    channels = int(config.get("latent_channels", 4))
-    return Latents(float(scale), float(config.get("shift_factor") or 0.0), 2 ** (len(widths) - 1), channels)
-
-
-def conversion(folder: Folder, file: Path) -> str:
-    """The command that turns a pickled checkpoint into safetensors."""
-    where = file.parent
-    code = f"from diffusers import {folder.kind} as M; M.from_pretrained('{where}', use_safetensors=False)"
-    return f"python -c \"{code}.save_pretrained('{where}')\""
+    channels = int(number(config, "latent_channels", 4, str(path), whole=True))
+    # diffusers writes null for a VAE without a shift.
+    given = {k: v for k, v in config.items() if v is not None}
+    shift = number(given, "shift_factor", 0.0, str(path), positive=False)
+    return Latents(scale, shift, 2 ** (len(widths) - 1), channels)
 
 
 def load_model(folder: Folder) -> nn.Module:
     """The network of a folder, from safetensors only, complete, in the folder's dtype and eval mode."""
-    import diffusers
-    from safetensors import SafetensorError
-
-    sub = folder.root / folder.component
-    said = f"teacher {folder.shown}"
-    weights = sorted(sub.glob("*.safetensors"))
-    if not weights:
-        pickles = [*sub.glob("*.bin"), *sub.glob("*.ckpt"), *sub.glob("*.pt"), *sub.glob("*.pth")]
-        extra = ""
-        if pickles:
-            extra = f"; {pickles[0].name} is a pickle: convert it with safetensors first:\n  "
-            extra += conversion(folder, pickles[0])
-        raise UserError(f"{said}: {folder.component}/ has no .safetensors file{extra}")
-    _check_whole(folder, weights)
-    cls: Any = getattr(diffusers, folder.kind, None)
-    if cls is None:
-        raise UserError(f"{sub / 'config.json'}: diffusers has no class {folder.kind!r}")
-    plain = [w for w in weights if not w.name.partition(".")[2].startswith(("fp16", "bf16"))]
-    variant = None if plain else weights[0].name.split(".")[1].partition("-")[0]
-    try:
-        model, told = cls.from_pretrained(
-            sub,
-            use_safetensors=True,
-            low_cpu_mem_usage=False,
-            torch_dtype=folder.dtype,
-            variant=variant,
-            output_loading_info=True,
-        )
-    except (SafetensorError, OSError, RuntimeError, ValueError) as error:
-        raise UserError(f"{said}: the weights in {folder.component}/ cannot be loaded: {error}") from None
-    # diffusers only warns and leaves what the file lacks at random.
-    for kind, what in (("missing_keys", "lack"), ("unexpected_keys", "hold the unknown")):
-        if told[kind]:
-            raise UserError(
-                f"{said}: the weights in {folder.component}/ {what} {sorted(told[kind])[0]} "
-                f"({len(told[kind])} in all); they are of another network than {folder.component}/config.json says"
-            )
-    return model.eval()
-
-
-def _check_whole(folder: Folder, weights: list[Path]) -> None:
-    from safetensors import SafetensorError, safe_open
-
-    for file in weights:
-        try:
-            with safe_open(file, framework="pt"):
-                pass
-        except (SafetensorError, OSError) as error:
-            raise UserError(
-                f"teacher {folder.shown}: {folder.component}/{file.name} is truncated or damaged "
-                f"({file.stat().st_size} bytes): {error}"
-            ) from None
+    return load_part(folder.root / folder.component, f"teacher {folder.shown}", folder.kind, folder.dtype)

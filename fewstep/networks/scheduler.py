@@ -8,6 +8,7 @@ from typing import Any
 
 from fewstep.config import UserError
 from fewstep.networks.denoiser import TimeInput
+from fewstep.networks.folder import number
 from fewstep.process import EDM, DiscreteVP, Flow, Process, ShiftedFlow
 
 DDPM_FAMILY = (
@@ -45,7 +46,7 @@ def read_scheduler(
     if name == "CMStochasticIterativeScheduler" or name in EDM_FAMILY:
         return _edm(config, where, str(name))
     if name in FLOW_FAMILY:
-        return _flow(config, where, float(config.get("shift", 1.0)), tokens)
+        return _flow(config, where, number(config, "shift", 1.0, where), tokens)
     if name not in DDPM_FAMILY:
         known = ("CMStochasticIterativeScheduler", *EDM_FAMILY, *FLOW_FAMILY, *DDPM_FAMILY)
         raise UserError(f"{where}: scheduler {name!r} is not supported; known: {', '.join(known)}")
@@ -60,7 +61,7 @@ def read_scheduler(
                 f"{where}: prediction_type {kind!r} with use_flow_sigmas {bool(config.get('use_flow_sigmas'))} is "
                 "ambiguous; a flow model has 'flow_prediction' and true"
             )
-        return _flow(config, where, float(config.get("flow_shift", 1.0)), tokens)
+        return _flow(config, where, number(config, "flow_shift", 1.0, where), tokens)
     if kind not in PREDICTIONS:
         raise UserError(f"{where}: prediction_type {kind!r} is not one of {', '.join(PREDICTIONS)}")
     schedule = config.get("beta_schedule", "linear")
@@ -70,9 +71,9 @@ def read_scheduler(
         raise UserError(f"{where}: rescale_betas_zero_snr is set, which is not supported")
     process = DiscreteVP(
         schedule=schedule,
-        beta_start=float(config.get("beta_start", 1e-4)),
-        beta_end=float(config.get("beta_end", 0.02)),
-        steps=int(config.get("num_train_timesteps", 1000)),
+        beta_start=_beta(config, "beta_start", 1e-4, where),
+        beta_end=_beta(config, "beta_end", 0.02, where),
+        steps=int(number(config, "num_train_timesteps", 1000, where, whole=True)),
     )
     # An export for TCDScheduler carries the same table with a clean first index; anything else is unknown here.
     if config.get("trained_betas") and config["trained_betas"] != process.clean_first_betas():
@@ -80,9 +81,16 @@ def read_scheduler(
     return process, PREDICTIONS[kind], "index"
 
 
+def _beta(config: Mapping[str, Any], key: str, default: float, where: str) -> float:
+    beta = number(config, key, default, where)
+    if beta >= 1:
+        raise UserError(f"{where}: {key} is {beta:g}; it must be below 1")
+    return beta
+
+
 def _edm(config: Mapping[str, Any], where: str, name: str) -> tuple[Process, str, TimeInput]:
     keys = ("sigma_min", "sigma_max", "rho", "sigma_data")
-    process = EDM(**{k: float(config[k]) for k in keys if k in config})
+    process = EDM(**{k: number(config, k, 1.0, where) for k in keys if k in config})
     if name not in EDM_FAMILY:
         return process, "cm", "250log_sigma"
     if config.get("prediction_type", "epsilon") != "epsilon":
@@ -93,7 +101,7 @@ def _edm(config: Mapping[str, Any], where: str, name: str) -> tuple[Process, str
 def _flow(
     config: Mapping[str, Any], where: str, shift: float, tokens: int | None
 ) -> tuple[Process, str, TimeInput]:
-    if int(config.get("num_train_timesteps", 1000)) != 1000:
+    if number(config, "num_train_timesteps", 1000, where, whole=True) != 1000:
         raise UserError(f"{where}: num_train_timesteps {config['num_train_timesteps']} of a flow; only 1000")
     if config.get("invert_sigmas"):
         raise UserError(f"{where}: invert_sigmas is set, which is not supported")
@@ -102,13 +110,23 @@ def _flow(
             raise UserError(
                 f"{where}: use_dynamic_shifting is set, so the shift depends on the image size; give it"
             )
-        mu = dynamic_mu(config, tokens)
+        mu = dynamic_mu(config, tokens, where)
         shift = mu if config.get("time_shift_type") == "linear" else math.exp(mu)
+        if shift <= 0:
+            raise UserError(
+                f"{where}: base_shift and max_shift give the shift {shift:g}; it must be positive"
+            )
     return (Flow() if shift == 1.0 else ShiftedFlow(shift=shift)), "velocity", "1000t"
 
 
-def dynamic_mu(config: Mapping[str, Any], tokens: int) -> float:
+def dynamic_mu(config: Mapping[str, Any], tokens: int, where: str = "scheduler_config.json") -> float:
     """mu of a dynamic shift: linear in the number of image tokens (diffusers' calculate_shift)."""
-    low, high = config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096)
-    base, top = config.get("base_shift", 0.5), config.get("max_shift", 1.15)
+    low = number(config, "base_image_seq_len", 256, where)
+    high = number(config, "max_image_seq_len", 4096, where)
+    if not low < high:
+        raise UserError(
+            f"{where}: base_image_seq_len is {low:g}; it must be below max_image_seq_len {high:g}"
+        )
+    base = number(config, "base_shift", 0.5, where, positive=False)
+    top = number(config, "max_shift", 1.15, where, positive=False)
     return base + (top - base) * (tokens - low) / (high - low)

@@ -1,0 +1,153 @@
+"""Weights of one part of a pipeline: safetensors only, whole and complete; for a pickle the command that converts it."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from fewstep.config import UserError
+
+PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl")
+
+
+def shell(code: str) -> str:
+    """Python code as a command line."""
+    return f'python -c "{code}"' if not set(code) & set('"$`\\!') else f"python -c {shlex.quote(code)}"
+
+
+def rename(file: Path, to: Path) -> str:
+    """The command that writes a pickled state dict as safetensors, its names as they are."""
+    code = (
+        "import torch; from safetensors.torch import save_file; "
+        f"d = torch.load({str(file)!r}, map_location='cpu', weights_only=True); d = d.get('state_dict', d); "
+        "save_file({k: v.clone().contiguous() for k, v in d.items() if isinstance(v, torch.Tensor)}, "
+        f"{str(to)!r}, metadata={{'format': 'pt'}})"
+    )
+    return shell(code)
+
+
+def conversion(file: Path, library: str, kind: str) -> str:
+    """The command that turns the pickled weights of a part into safetensors beside them.
+
+    Args:
+        library: where model_index.json says that the class is: diffusers, transformers, or a pipeline's module.
+        kind: the class.
+    """
+    import diffusers
+
+    base = "diffusion_pytorch_model" if library == "diffusers" else "pytorch_model"
+    where = str(file.parent)
+    source = library if library in ("diffusers", "transformers") else f"diffusers.pipelines.{library}"
+    stock = re.fullmatch(rf"{base}(?:\.(\w+))?(?:-\d+-of-\d+)?(?:\.(\w+))?\.bin", file.name)
+    code = f"from {source} import {kind} as M; "
+    if stock:
+        variant = stock[1] or stock[2]
+        more = f", variant={variant!r}" if variant else ""
+        code += f"M.from_pretrained({where!r}, use_safetensors=False{more})"
+    elif library == "diffusers" and hasattr(getattr(diffusers, kind, None), "from_single_file"):
+        # Takes the layout of the original repositories and diffusers' own.
+        code += f"M.from_single_file({str(file)!r}, config={where!r})"
+    else:
+        name = f"{base}.safetensors" if library == "diffusers" else "model.safetensors"
+        return rename(file, file.with_name(name))
+    return shell(f"{code}.save_pretrained({where!r})")
+
+
+def refuse_pickles(sub: Path, said: str, library: str, kind: str) -> None:
+    """UserError with the conversion command when the weights of a part are pickled and nothing else."""
+    if any(sub.glob("*.safetensors")):
+        return
+    found = [p for p in sub.iterdir() if p.suffix in PICKLES] if sub.is_dir() else []
+    # Trainers leave their own state beside the weights.
+    found = [p for p in found if not p.name.startswith(("training_args", "optimizer", "scheduler", "random"))]
+    if found:
+        first = min(found, key=lambda p: ("model" not in p.name, p.name))
+        raise UserError(
+            f"{said}: {sub.name}/ has no .safetensors file; {first.name} is a pickle: convert it with safetensors "
+            f"first:\n  {conversion(first, library, kind)}"
+        )
+
+
+def check_whole(sub: Path, said: str) -> list[Path]:
+    """The safetensors files of a folder, in order. UserError naming one that is truncated or damaged."""
+    from safetensors import SafetensorError, safe_open
+
+    files = sorted(sub.glob("*.safetensors"))
+    for file in files:
+        try:
+            with safe_open(file, framework="pt"):
+                pass
+        except (SafetensorError, OSError) as error:
+            raise UserError(
+                f"{said}: {sub.name}/{file.name} is truncated or damaged ({file.stat().st_size} bytes): {error}"
+            ) from None
+    return files
+
+
+def load_part(sub: Path, said: str, kind: str, dtype: torch.dtype = torch.float32) -> nn.Module:
+    """The diffusers model of a folder with config.json, in eval mode; from safetensors only, and complete.
+
+    Args:
+        said: what messages begin with, such as "teacher PATH".
+        kind: its class.
+
+    Raises UserError for pickles (with the conversion command), damage, an unknown class and weights that do not fit.
+    """
+    import diffusers
+
+    refuse_pickles(sub, said, "diffusers", kind)
+    weights = check_whole(sub, said)
+    if not weights:
+        raise UserError(f"{said}: {sub.name}/ has no .safetensors file")
+    cls: Any = getattr(diffusers, kind, None)
+    if not hasattr(cls, "from_pretrained"):
+        raise UserError(f"{sub / 'config.json'}: diffusers has no class {kind!r}")
+    plain = [w for w in weights if not w.name.partition(".")[2].startswith(("fp16", "bf16"))]
+    variant = None if plain else weights[0].name.split(".")[1].partition("-")[0]
+    model, told = _loaded(
+        cls, sub, said, low_cpu_mem_usage=False, torch_dtype=dtype, variant=variant, use_safetensors=True
+    )
+    _complete(told, sub, said, ("missing_keys", "unexpected_keys"))
+    return model.eval()
+
+
+def load_text_model(sub: Path, said: str, cls: Any, unused: tuple[str, ...] = ()) -> nn.Module:
+    """A transformers model of a folder in float32 and eval mode; errors as `load_part`.
+
+    Args:
+        cls: its class, or an Auto class.
+        unused: first letters of weights that may be missing, as the caller does not use what they compute.
+    """
+    refuse_pickles(sub, said, "transformers", cls.__name__)
+    check_whole(sub, said)
+    model, told = _loaded(cls, sub, said, torch_dtype=torch.float32, use_safetensors=True)
+    used = {"missing_keys": [k for k in told["missing_keys"] if not k.startswith(unused)]}
+    _complete(used, sub, said, ("missing_keys",))
+    return model.eval()
+
+
+def _loaded(cls: Any, sub: Path, said: str, **options: Any) -> Any:
+    from safetensors import SafetensorError
+
+    try:
+        return cls.from_pretrained(sub, output_loading_info=True, **options)
+    except (
+        AttributeError, ImportError, KeyError, OSError, RuntimeError, SafetensorError, TypeError, ValueError,
+    ) as error:  # fmt: skip
+        raise UserError(f"{said}: the weights in {sub.name}/ cannot be loaded: {error}") from None
+
+
+def _complete(told: Any, sub: Path, said: str, kinds: tuple[str, ...]) -> None:
+    # diffusers and transformers only warn and leave what the file lacks at random.
+    words = {"missing_keys": "lack", "unexpected_keys": "hold the unknown"}
+    for kind in kinds:
+        if told[kind]:
+            raise UserError(
+                f"{said}: the weights in {sub.name}/ {words[kind]} {sorted(told[kind])[0]} ({len(told[kind])} in all); "
+                f"they are of another network than {sub.name}/config.json says"
+            )
