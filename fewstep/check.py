@@ -259,7 +259,7 @@ def _samples(case: Case) -> Iterator[Finding]:
     for steps in (1, 4):
         try:
             ours, theirs, who = _both(case, steps)
-        except (TypeError, ValueError, RuntimeError) as error:
+        except (AttributeError, ImportError, OSError, TypeError, ValueError, RuntimeError) as error:
             yield Finding("samples", f"the pipeline itself fails: {error}", False)
             return
         error = difference(ours, theirs)

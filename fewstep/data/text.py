@@ -16,6 +16,8 @@ from torch import Tensor
 from fewstep.cond import moved, nulled, zeros_like
 from fewstep.config import UserError, part
 from fewstep.data.shards import Shards, sha256_of
+from fewstep.networks.folder import read_json, read_latents
+from fewstep.networks.weights import load_text_model
 
 Encode = Callable[[Sequence[str]], dict[str, Tensor]]
 
@@ -41,6 +43,34 @@ def _folder(path: str, inside: str) -> Path:
     return root
 
 
+_MAY_LACK: dict[str, tuple[str, ...]] = {
+    "StableDiffusionXLPipeline": ("text_encoder", "tokenizer"),
+    "StableDiffusion3Pipeline": ("text_encoder_3", "tokenizer_3"),
+}
+"""Parts that encode_prompt does without where they are null."""
+
+
+def _there(entry: Any) -> bool:
+    """Whether an entry of model_index.json names a part; [null, null] stands for none."""
+    return isinstance(entry, list) and len(entry) == 2 and entry[0] is not None
+
+
+def _text_parts(path: str) -> tuple[Path, dict[str, Any]]:
+    """A pipeline folder and its index, all text encoders and tokenizers there. UserError naming one that is not."""
+    root = _folder(path, "model_index.json")
+    index = read_json(root / "model_index.json")
+    for name in ("text_encoder", *(k for k in index if k.startswith(("text_encoder", "tokenizer")))):
+        entry = index.get(name)
+        if _there(entry):
+            _folder(path, name)
+        elif name not in _MAY_LACK.get(str(index.get("_class_name")), ()):
+            raise UserError(
+                f"encoder {path}: model_index.json has no {name} ({json.dumps(entry)}), so this folder cannot encode "
+                "prompts; name one that has it, such as the original pipeline"
+            )
+    return root, index
+
+
 @part("encoder", "pipeline")
 class PipelineEncoder:
     """The text encoders of a diffusers pipeline folder, called as the pipeline itself calls them."""
@@ -53,8 +83,7 @@ class PipelineEncoder:
     """In the cache on disk."""
 
     def key(self) -> str:
-        root = _folder(self.path, "model_index.json")
-        _folder(self.path, "text_encoder")
+        root, _ = _text_parts(self.path)
         files = [
             p
             for d in root.glob("t*")
@@ -71,17 +100,24 @@ class PipelineEncoder:
 
         from diffusers import DiffusionPipeline
 
-        told = json.loads((_folder(self.path, "model_index.json") / "model_index.json").read_text())
-        _folder(self.path, "text_encoder")
-        drop = {
-            k: None
-            for k in ("unet", "transformer", "vae", "safety_checker", "feature_extractor")
-            if k in told
-        }
+        root, told = _text_parts(self.path)
+        said = f"encoder {self.path}"
+        if told.get("_class_name") not in _OUTPUTS:
+            raise UserError(
+                f"{root / 'model_index.json'}: _class_name {told.get('_class_name')!r} is not known as an encoder; "
+                f"known: {', '.join(_OUTPUTS)}. Use an encoder of your own, `sentence`"
+            )
+        unused = ("unet", "transformer", "vae", "safety_checker", "feature_extractor", "image_encoder")
+        given: dict[str, Any] = {k: None for k in unused if k in told}
+        for name in [k for k in told if k.startswith(("text_encoder", "tokenizer"))]:
+            if not _there(told[name]):
+                given[name] = None
+            elif name.startswith("text_encoder"):
+                given[name] = load_text_model(root / name, said, _class_of(root, told[name]))
         try:
-            pipe: Any = DiffusionPipeline.from_pretrained(self.path, use_safetensors=True, **drop)
-        except (OSError, ValueError, ImportError) as error:
-            raise UserError(f"encoder {self.path}: cannot be loaded: {error}") from None
+            pipe: Any = DiffusionPipeline.from_pretrained(root, use_safetensors=True, **given)
+        except (AttributeError, ImportError, KeyError, OSError, TypeError, ValueError) as error:
+            raise UserError(f"{said}: cannot be loaded: {error}") from None
         takes = inspect.signature(pipe.encode_prompt).parameters
         options: dict[str, Any] = {"device": torch.device("cpu"), "do_classifier_free_guidance": False}
         options["num_images_per_prompt"] = 1
@@ -90,7 +126,7 @@ class PipelineEncoder:
                 raise UserError(f"encoder.length: {type(pipe).__name__} has a fixed number of tokens")
             options["max_sequence_length"] = self.length
         options = {k: v for k, v in options.items() if k in takes}
-        extra = _time_ids(Path(self.path).expanduser(), type(pipe).__name__)
+        extra = _time_ids(root, type(pipe).__name__)
 
         @torch.no_grad()
         def encode(prompts: Sequence[str]) -> dict[str, Tensor]:
@@ -116,22 +152,35 @@ _OUTPUTS: dict[str, tuple[str, ...]] = {
 
 
 def _named(pipeline: str, out: Sequence[Any]) -> dict[str, Tensor]:
-    if pipeline not in _OUTPUTS:
-        known = ", ".join(_OUTPUTS)
-        raise UserError(
-            f"encoder: {pipeline} is not known; known: {known}. Use an encoder of your own, `sentence`"
-        )
     return {k: v for k, v in zip(_OUTPUTS[pipeline], out, strict=True) if k and v is not None}
+
+
+def _class_of(root: Path, entry: Sequence[Any]) -> Any:
+    """The class of a text encoder, by its entry in model_index.json."""
+    import transformers
+
+    cls = getattr(transformers, str(entry[-1]), None)
+    if entry[0] != "transformers" or not hasattr(cls, "from_pretrained"):
+        raise UserError(
+            f"{root / 'model_index.json'}: text encoder {list(entry)} is no class of transformers"
+        )
+    return cls
 
 
 def _time_ids(root: Path, pipeline: str) -> dict[str, Tensor]:
     """SDXL's size conditions at the size the UNet was made for, without a crop."""
     if pipeline != "StableDiffusionXLPipeline":
         return {}
-    side = json.loads((root / "unet" / "config.json").read_text())["sample_size"]
-    vae = json.loads((root / "vae" / "config.json").read_text())
-    pixels = float(side * 2 ** (len(vae["block_out_channels"]) - 1))
-    return {"time_ids": torch.tensor([[pixels, pixels, 0.0, 0.0, pixels, pixels]])}
+    side = read_json(root / "unet" / "config.json").get("sample_size")
+    size = [side, side] if isinstance(side, int) else side
+    latents = read_latents(root / "vae" / "config.json")
+    if latents is None or not isinstance(size, list):
+        lacking = "vae/config.json is missing" if latents is None else "unet/config.json has no sample_size"
+        raise UserError(
+            f"encoder {root}: {lacking}, on which SDXL's size conditions depend; copy it from the original"
+        )
+    high, wide = (float(n * latents.pixels) for n in size)
+    return {"time_ids": torch.tensor([[high, wide, 0.0, 0.0, high, wide]])}
 
 
 @part("encoder", "sentence")
@@ -165,9 +214,10 @@ class SentenceEncoder:
             raise UserError("encoder sentence: needs transformers: pip install 'fewstep[text]'") from None
         try:
             tokenizer: Any = AutoTokenizer.from_pretrained(root)
-            model: Any = AutoModel.from_pretrained(root, use_safetensors=True).eval()
-        except (OSError, ValueError) as error:
-            raise UserError(f"encoder {self.path}: cannot be loaded: {error}") from None
+        except (KeyError, OSError, TypeError, ValueError) as error:
+            raise UserError(f"encoder {self.path}: its tokenizer cannot be loaded: {error}") from None
+        # Its states alone are used, not what a pooler makes of them.
+        model: Any = load_text_model(root, f"encoder {self.path}", AutoModel, unused=("pooler.",))
 
         @torch.no_grad()
         def encode(prompts: Sequence[str]) -> dict[str, Tensor]:

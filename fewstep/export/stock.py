@@ -25,7 +25,9 @@ def open_stock(root: Path, **components: Any) -> Any:
     none: dict[str, Any] = {k: None for k in absent if k not in components}
     if "safety_checker" in none:
         none["requires_safety_checker"] = False
-    pipe = DiffusionPipeline.from_pretrained(root, torch_dtype=torch.float32, **none, **components)
+    pipe = DiffusionPipeline.from_pretrained(
+        root, torch_dtype=torch.float32, use_safetensors=True, **none, **components
+    )
     pipe.set_progress_bar_config(disable=True)
     return pipe
 

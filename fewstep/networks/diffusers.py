@@ -49,8 +49,6 @@ def load_denoiser(
     folder = read_folder(path, DTYPES[dtype])
     cls = wrapper_of(folder, wrapper)
     folder.require_components(text=False)
-    if cls.pipeline:
-        folder.require_pipeline(cls.pipeline)
     schedule = dict(folder.scheduler)
     if prediction is not None:
         said = schedule.get("prediction_type", prediction)
@@ -72,6 +70,8 @@ def load_denoiser(
             f"class), not {classes}"
         )
     net = cls(model, classes if rows and classes else 0, guidance=guidance, pixels=pixels)
+    if net.pipeline:
+        folder.require_pipeline(net.pipeline)
     sides = [getattr(getattr(model, "config", None), f"{k}_channels", None) for k in ("in", "out")]
     if folder.component == "unet" and sides[0] != sides[1]:
         raise UserError(

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from fewstep.config import UserError
 from fewstep.networks.adapters import Adapted, network_of
+from fewstep.networks.weights import PICKLES, rename
 
 NAME = "pytorch_lora_weights.safetensors"
 """The file that diffusers' `load_lora_weights` looks for in a folder."""
@@ -65,9 +66,16 @@ def read_lora(adapted: Adapted, path: Path) -> None:
     from safetensors import SafetensorError, safe_open
 
     if path.is_dir():
-        path = path / NAME
+        old = [p for p in sorted(path.iterdir()) if p.suffix in PICKLES]
+        path = old[0] if old and not (path / NAME).is_file() else path / NAME
+    if path.suffix in PICKLES and path.is_file():
+        to = path.with_suffix(".safetensors")
+        raise UserError(
+            f"{path}: a LoRA file must be safetensors; a pickle is not opened. Convert it first, then give {to}:\n"
+            f"  {rename(path, to)}"
+        )
     if path.suffix != ".safetensors":
-        raise UserError(f"{path}: a LoRA file must be safetensors; a pickle is not opened, convert it first")
+        raise UserError(f"{path}: a LoRA file must be safetensors, such as {NAME}")
     try:
         with safe_open(path, framework="pt") as f:
             found = {k: f.get_tensor(k) for k in f.keys()}  # noqa: SIM118  not a dict

@@ -400,7 +400,7 @@ def test_a_missing_text_encoder_is_named_with_two_remedies(folders: dict[str, Pa
         check_teacher(str(folder))
     assert str(caught.value) == (
         f"teacher {folder}: text_encoder/ is missing, and model_index.json names it (CLIPTextModel); copy it from the "
-        "original pipeline; or set it to [null, null] there and work from cached text embeddings"
+        "original pipeline; or set it to [null, null] there and name a folder that has it in data.encoder.path"
     )
 
 

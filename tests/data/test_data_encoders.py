@@ -1,0 +1,226 @@
+"""Damaged encoder and VAE folders are named with a remedy that works; size conditions are the folder's own."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import AutoencoderKL, EulerDiscreteScheduler, StableDiffusionXLPipeline
+from safetensors.torch import load_file, save_file
+from tiny_pipelines import SD_BETAS, unet_condition, vae
+from tiny_text import pickle_weights, run_command, text_pipeline, word_tokenizer
+from transformers import BertConfig, BertModel, CLIPTextConfig, CLIPTextModelWithProjection
+
+from fewstep.config import UserError
+from fewstep.data.latents import Encoder, decoder, vae_hash
+from fewstep.data.text import PipelineEncoder, SentenceEncoder, embed
+
+PROMPTS = ("a red square", "two green dots")
+SAFE = "diffusion_pytorch_model.safetensors"
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return text_pipeline(tmp_path_factory.mktemp("encoders") / "sd", PROMPTS)
+
+
+@pytest.fixture
+def sd(made: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(made, tmp_path / "T"))
+
+
+def refusal(call: Any, *args: Any, **more: Any) -> str:
+    with pytest.raises(UserError) as caught:
+        call(*args, **more)
+    return str(caught.value)
+
+
+def told_of(folder: Path) -> str:
+    return refusal(embed, PipelineEncoder(path=str(folder)), PROMPTS, cache=str(folder.parent / "cache"))
+
+
+def set_index(folder: Path, **entries: Any) -> None:
+    index = folder / "model_index.json"
+    index.write_text(json.dumps(json.loads(index.read_text()) | entries))
+
+
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "pytorch_model.fp16.bin", "model.ckpt"])
+def test_a_pickled_text_encoder_is_refused_and_its_command_works(sd: Path, name: str):
+    file = sd / "text_encoder" / "model.safetensors"
+    before = embed(PipelineEncoder(path=str(sd)), PROMPTS, cache=str(sd.parent / "first"))
+    pickle_weights(file, name)
+    told = told_of(sd)
+    assert told.startswith(
+        f"encoder {sd}: text_encoder/ has no .safetensors file; {name} is a pickle: convert it with safetensors first:\n"
+    )
+    run_command(told)
+    after = embed(PipelineEncoder(path=str(sd)), PROMPTS, cache=str(sd.parent / "cache"))
+    k = torch.arange(2)
+    assert torch.equal(after.take(k)["text"], before.take(k)["text"])
+
+
+def test_damaged_encoder_folders_are_named(sd: Path):
+    file = sd / "text_encoder" / "model.safetensors"
+    whole, index = file.read_bytes(), (sd / "model_index.json").read_text()
+    file.write_bytes(whole[:300])
+    assert told_of(sd).startswith(
+        f"encoder {sd}: text_encoder/model.safetensors is truncated or damaged (300 bytes): "
+    )
+    file.write_bytes(whole)
+    weights = load_file(file)
+    lost = next(k for k in weights if k.endswith("final_layer_norm.weight"))
+    save_file({k: v for k, v in weights.items() if k != lost}, file, metadata={"format": "pt"})
+    assert told_of(sd).startswith(f"encoder {sd}: the weights in text_encoder/ lack ")
+    file.write_bytes(whole)
+    (sd / "model_index.json").write_text("{")
+    assert told_of(sd).startswith(f"{sd}/model_index.json: cannot be read as JSON: Expecting property name")
+    (sd / "model_index.json").write_text(index)
+    set_index(sd, _class_name="MyPipeline")
+    assert told_of(sd).startswith(
+        f"{sd}/model_index.json: _class_name 'MyPipeline' is not known as an encoder; known: StableDiffusionPipeline, "
+    )
+    (sd / "model_index.json").write_text(index)
+    set_index(sd, text_encoder=["mine", "CLIPTextModel"])
+    assert told_of(sd) == (
+        f"{sd}/model_index.json: text encoder ['mine', 'CLIPTextModel'] is no class of transformers"
+    )
+    set_index(sd, text_encoder=[None, None])
+    assert told_of(sd) == (
+        f"encoder {sd}: model_index.json has no text_encoder ([null, null]), so this folder cannot encode prompts; name "
+        "one that has it, such as the original pipeline"
+    )
+    (sd / "model_index.json").write_text(index)
+    (sd / "tokenizer").rename(sd / "away")
+    assert told_of(sd).startswith(
+        f"encoder {sd}: tokenizer is missing; a folder that save_pretrained wrote has"
+    )
+    (sd / "away").rename(sd / "tokenizer")
+    (sd / "text_encoder").rename(sd / "away")
+    assert told_of(sd).startswith(f"encoder {sd}: text_encoder is missing; ")
+    (sd / "away").rename(sd / "text_encoder")
+    assert len(embed(PipelineEncoder(path=str(sd)), PROMPTS, cache=str(sd.parent / "cache"))) == 2
+
+
+@pytest.fixture(scope="module")
+def sdxl(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Stable Diffusion XL without its first text encoder, which it may lack."""
+    folder = tmp_path_factory.mktemp("xl") / "sdxl"
+    tokenizer = word_tokenizer(PROMPTS, 9)
+    sizes = {"hidden_size": 12, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 8}
+    ids = {"eos_token_id": 0, "bos_token_id": 1, "pad_token_id": 0, "projection_dim": 10}
+    config = CLIPTextConfig(vocab_size=len(tokenizer), max_position_embeddings=9, **ids, **sizes)
+    unet = unet_condition(
+        addition_embed_type="text_time", addition_time_embed_dim=4, projection_class_embeddings_input_dim=34
+    )
+    StableDiffusionXLPipeline(
+        vae=vae(4, scaling_factor=0.13025), text_encoder=None, tokenizer=None, tokenizer_2=tokenizer,
+        text_encoder_2=CLIPTextModelWithProjection(config), unet=unet, add_watermarker=False,
+        scheduler=EulerDiscreteScheduler(**SD_BETAS),
+    ).save_pretrained(folder)  # fmt: skip
+    return folder
+
+
+def test_size_conditions_are_height_and_width_in_pixels(sdxl: Path, tmp_path: Path):
+    rows = embed(PipelineEncoder(path=str(sdxl)), PROMPTS, cache=str(tmp_path)).take(torch.arange(2))
+    # The UNet is made for 8 x 12 latents, of 2 pixels each.
+    assert rows["time_ids"].tolist() == [[16.0, 24.0, 0.0, 0.0, 16.0, 24.0]] * 2
+    assert rows["text"].shape == (2, 9, 12)
+    assert rows["pooled"].shape == (2, 10)
+
+
+def test_a_second_encoder_or_a_vae_that_is_not_there_is_named(sdxl: Path, tmp_path: Path):
+    folder = Path(shutil.copytree(sdxl, tmp_path / "T"))
+    shutil.rmtree(folder / "vae")
+    assert told_of(folder) == (
+        f"encoder {folder}: vae/config.json is missing, on which SDXL's size conditions depend; copy it from the original"
+    )
+    shutil.rmtree(folder / "text_encoder_2")
+    assert told_of(folder).startswith(f"encoder {folder}: text_encoder_2 is missing; ")
+    set_index(folder, text_encoder_2=[None, None])
+    assert "model_index.json has no text_encoder_2 ([null, null])" in told_of(folder)
+
+
+def test_a_sentence_encoder_is_whole_or_refused(tmp_path: Path):
+    folder = tmp_path / "S"
+    tokenizer = word_tokenizer(PROMPTS, 9)
+    tokenizer.save_pretrained(folder)
+    sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8}
+    BertModel(BertConfig(vocab_size=len(tokenizer), **sizes)).save_pretrained(folder)
+    encoder, file = SentenceEncoder(path=str(folder), length=5), folder / "model.safetensors"
+    whole = load_file(file)
+    want = encoder.open()(PROMPTS)["text"]
+    no_pooler = {k: v for k, v in whole.items() if not k.startswith("pooler.")}
+    save_file(no_pooler, file, metadata={"format": "pt"})
+    assert torch.equal(encoder.open()(PROMPTS)["text"], want)
+    lost = "encoder.layer.0.output.dense.weight"
+    save_file({k: v for k, v in whole.items() if k != lost}, file, metadata={"format": "pt"})
+    assert refusal(encoder.open).startswith(
+        f"encoder {folder}: the weights in S/ lack {lost} (1 in all); they are of another network than S/config.json"
+    )
+    save_file(whole, file, metadata={"format": "pt"})
+    pickle_weights(file, "pytorch_model.bin")
+    told = refusal(encoder.open)
+    assert told.startswith(f"encoder {folder}: S/ has no .safetensors file; pytorch_model.bin is a pickle: ")
+    run_command(told)
+    assert torch.equal(encoder.open()(PROMPTS)["text"], want)
+    (folder / "tokenizer.json").write_text("{")
+    assert refusal(encoder.open).startswith(f"encoder {folder}: its tokenizer cannot be loaded: ")
+
+
+@pytest.fixture
+def coder(tmp_path: Path) -> Path:
+    """A pipeline folder of a VAE alone."""
+    vae(4, scaling_factor=0.5, shift_factor=0.25).save_pretrained(tmp_path / "P" / "vae")
+    return tmp_path / "P"
+
+
+def test_a_vae_is_taken_only_as_the_teacher_takes_it(coder: Path):
+    config, file = coder / "vae" / "config.json", coder / "vae" / SAFE
+    plain, whole = config.read_text(), load_file(file)
+    model: Any = AutoencoderKL.from_pretrained(coder / "vae")
+    x = torch.randn(2, 3, 8, 12, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        want = (model.encode(x).latent_dist.mean - 0.25) * 0.5
+    torch.testing.assert_close(Encoder(str(coder))(x)[0], want, rtol=0, atol=1e-6)
+    for open_it in (Encoder, decoder):
+        config.write_text(
+            json.dumps(json.loads(plain) | {"latents_mean": [1.0] * 4, "latents_std": [2.0] * 4})
+        )
+        assert refusal(open_it, str(coder)).startswith(
+            f"{config}: latents_mean is set, which is not supported"
+        )
+        config.write_text(plain)
+        lost = {k: v for k, v in whole.items() if k != "encoder.conv_in.bias"}
+        save_file(lost, file, metadata={"format": "pt"})
+        assert refusal(open_it, str(coder)).startswith(
+            f"vae {coder}: the weights in vae/ lack encoder.conv_in.bias (1 in all); they are of another network"
+        )
+        save_file(whole, file, metadata={"format": "pt"})
+        data = file.read_bytes()
+        file.write_bytes(data[:500])
+        assert refusal(open_it, str(coder)).startswith(
+            f"vae {coder}: vae/{SAFE} is truncated or damaged (500 bytes): "
+        )
+        file.write_bytes(data)
+
+
+@pytest.mark.parametrize(
+    "name", ["diffusion_pytorch_model.bin", "diffusion_pytorch_model.fp16.bin", "v.ckpt"]
+)
+def test_a_pickled_vae_is_refused_and_its_command_works(coder: Path, name: str):
+    file = coder / "vae" / SAFE
+    before = load_file(file)
+    pickle_weights(file, name)
+    for path in (coder, coder / "vae"):
+        told = refusal(vae_hash, str(path))
+        assert told.startswith(
+            f"vae {path}: vae/ has no .safetensors file; {name} is a pickle: convert it with safetensors first:\n"
+        )
+    run_command(told)
+    after = load_file(file)
+    assert all(torch.equal(after[k], before[k]) for k in before)
+    assert len(vae_hash(str(coder))) == 64
