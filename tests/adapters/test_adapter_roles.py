@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from tiny_condition import condition_unet
 from tiny_runs import contents, same
 from tiny_teacher import make_run, make_teacher, student_settings
+from tiny_text import pickle_weights, run_command
 
 from fewstep.config import RecipeError, UserError
 from fewstep.networks.adapters import (
@@ -272,7 +273,8 @@ def test_lora_files_that_do_not_fit_are_refused(tmp_path: Path):
     assert "the file's rank seems to be 3: set lora.rank to it" in refused(path, rank=2, targets=("to_q",))
     told = refused(path, rank=3, alpha=6.0, targets=("to_q",))
     assert told == f"{path}: was trained with alpha 3.0, not 6.0; set lora.alpha to 3.0"
-    assert "a pickle is not opened" in refused(tmp_path / "x.bin", targets=("to_q",))
+    told = refused(tmp_path / "x.onnx", targets=("to_q",))
+    assert told == f"{tmp_path}/x.onnx: a LoRA file must be safetensors, such as {NAME}"
     (tmp_path / "half.safetensors").write_bytes(path.read_bytes()[:99])
     assert "half.safetensors: cannot be read as a LoRA file" in refused(
         tmp_path / "half.safetensors", targets=("to_q",)
@@ -281,6 +283,29 @@ def test_lora_files_that_do_not_fit_are_refused(tmp_path: Path):
     outside.own["elsewhere/lora_A/weight"] = torch.nn.Parameter(torch.zeros(1))
     with pytest.raises(UserError, match="also holds elsewhere"):
         lora_tensors(outside)
+
+
+def test_a_pickled_lora_is_refused_and_its_command_works(tmp_path: Path):
+    from fewstep.networks.lora_file import NAME, save_lora
+
+    one = Adapted(Bare(condition_unet()), "one", rank=3, targets=("to_q",))
+    with torch.no_grad():
+        for p in one.parameters():
+            p += 0.1
+    pickled = pickle_weights(save_lora(one, tmp_path / NAME), "pytorch_lora_weights.bin")
+    other = Adapted(Bare(condition_unet()), "two", rank=3, targets=("to_q",))
+    for given in (tmp_path, pickled):
+        with pytest.raises(UserError) as caught:
+            read_lora(other, given)
+        said, _, _ = str(caught.value).partition("\n")
+        assert said == (
+            f"{pickled}: a LoRA file must be safetensors; a pickle is not opened. Convert it first, then give "
+            f"{tmp_path / NAME}:"
+        )
+    assert same(own_state(other), own_state(one)) != []
+    run_command(str(caught.value))
+    read_lora(other, tmp_path)
+    assert same(own_state(other), own_state(one)) == []
 
 
 def test_recipes_whose_adapter_fits_nothing_are_refused(teacher: Path):

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from tiny_condition import condition_unet
+from tiny_text import text_pipeline
 
 from fewstep.export.lora import export_lora
 from fewstep.networks.adapters import own_state
@@ -21,30 +22,7 @@ PROMPTS = ("a red square", "two green dots", "blue")
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A Stable Diffusion folder of random weights, but for its VAE."""
-    from diffusers import DDIMScheduler, StableDiffusionPipeline
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import CLIPTextConfig, CLIPTextModel, PreTrainedTokenizerFast
-
-    words = ["[PAD]", "[UNK]", *sorted({w for p in PROMPTS for w in p.split()})]
-    plain = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="[UNK]"))
-    plain.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=plain, pad_token="[PAD]", unk_token="[UNK]", model_max_length=6
-    )
-    sizes = {"hidden_size": 12, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8}
-    ids = {"eos_token_id": 0, "bos_token_id": 1, "pad_token_id": 0}
-    text = CLIPTextModel(CLIPTextConfig(vocab_size=len(words), max_position_embeddings=6, **ids, **sizes))
-    root = tmp_path_factory.mktemp("text") / "sd"
-    StableDiffusionPipeline(
-        vae=None,
-        text_encoder=text,
-        tokenizer=tokenizer,
-        unet=condition_unet(),
-        scheduler=DDIMScheduler(clip_sample=False, steps_offset=1),
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    ).save_pretrained(root)
+    root = text_pipeline(tmp_path_factory.mktemp("text") / "sd", PROMPTS, unet=condition_unet())
     (root.parent / "prompts.txt").write_text("\n".join(PROMPTS))
     (root.parent / "mine.yaml").write_text(
         f"""about: text
