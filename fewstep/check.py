@@ -262,9 +262,9 @@ def _samples(case: Case) -> Iterator[Finding]:
         except (AttributeError, ImportError, OSError, TypeError, ValueError, RuntimeError) as error:
             yield Finding("samples", f"the pipeline itself fails: {error}", False)
             return
-        error = difference(ours, theirs)
+        apart = difference(ours, theirs)
         word = "step" if steps == 1 else "steps"
-        yield Finding(f"samples, {steps} {word}", f"{error:.1e} from {who}", error < SAMPLES)
+        yield Finding(f"samples, {steps} {word}", f"{apart:.1e} from {who}", apart < SAMPLES)
 
 
 @torch.no_grad()
