@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from fewstep.config import UserError
-from fewstep.networks.weights import load_part, refuse_pickles, shell
+from fewstep.networks.weights import load_part, refuse_pickles, refuse_variants, shell
 
 _SCALING = {"AutoencoderKL": 0.18215, "AutoencoderDC": 1.0}
 """What diffusers itself takes where a VAE's config says nothing."""
@@ -105,7 +105,7 @@ class Folder:
         return self.root / "scheduler" / "scheduler_config.json"
 
     def require_components(self, text: bool = True) -> None:
-        """UserError for a part that model_index.json names and that is not there, or is there as a pickle only.
+        """UserError for a part that model_index.json names and that is not there, or only as a pickle or half precision.
 
         Args:
             text: also the text encoders and tokenizers, without which cached embeddings can train.
@@ -123,7 +123,9 @@ class Folder:
                 )
             # The network's own is for its wrapper to read.
             if name != self.component:
-                refuse_pickles(self.root / name, f"teacher {self.shown}", str(entry[0]), str(entry[1]))
+                part = (self.root / name, f"teacher {self.shown}", str(entry[0]), str(entry[1]))
+                refuse_pickles(*part)
+                refuse_variants(*part)
 
     def require_pipeline(self, stock: str) -> None:
         """UserError for a model_index.json whose class is no pipeline of diffusers.

@@ -31,8 +31,16 @@ def rename(file: Path, to: Path) -> str:
     return shell(code)
 
 
+def _variant(file: Path, library: str) -> str | None:
+    """Of a file named as its library names weights: fp16 or the like, "" for none; None for another name."""
+    theirs = "model" if file.suffix == ".safetensors" else "pytorch_model"
+    base = "diffusion_pytorch_model" if library == "diffusers" else theirs
+    found = re.fullmatch(rf"{base}(?:\.(\w+))?(?:-\d+-of-\d+)?(?:\.(\w+))?\.(?:bin|safetensors)", file.name)
+    return (found[1] or found[2] or "") if found else None
+
+
 def conversion(file: Path, library: str, kind: str) -> str:
-    """The command that turns the pickled weights of a part into safetensors beside them.
+    """The command that turns weights of a part into plain safetensors beside them: from a pickle or from a variant.
 
     Args:
         library: where model_index.json says that the class is: diffusers, transformers, or a pipeline's module.
@@ -40,21 +48,20 @@ def conversion(file: Path, library: str, kind: str) -> str:
     """
     import diffusers
 
-    base = "diffusion_pytorch_model" if library == "diffusers" else "pytorch_model"
     where = str(file.parent)
     source = library if library in ("diffusers", "transformers") else f"diffusers.pipelines.{library}"
-    stock = re.fullmatch(rf"{base}(?:\.(\w+))?(?:-\d+-of-\d+)?(?:\.(\w+))?\.bin", file.name)
     code = f"from {source} import {kind} as M; "
-    if stock:
-        variant = stock[1] or stock[2]
+    variant = _variant(file, library)
+    if variant is not None:
         more = f", variant={variant!r}" if variant else ""
-        code += f"M.from_pretrained({where!r}, use_safetensors=False{more})"
+        safe = file.suffix == ".safetensors"
+        code += f"M.from_pretrained({where!r}, use_safetensors={safe}{more})"
     elif library == "diffusers" and hasattr(getattr(diffusers, kind, None), "from_single_file"):
         # Takes the layout of the original repositories and diffusers' own.
         code += f"M.from_single_file({str(file)!r}, config={where!r})"
     else:
-        name = f"{base}.safetensors" if library == "diffusers" else "model.safetensors"
-        return rename(file, file.with_name(name))
+        base = "diffusion_pytorch_model" if library == "diffusers" else "model"
+        return rename(file, file.with_name(f"{base}.safetensors"))
     return shell(f"{code}.save_pretrained({where!r})")
 
 
@@ -70,6 +77,20 @@ def refuse_pickles(sub: Path, said: str, library: str, kind: str) -> None:
         raise UserError(
             f"{said}: {sub.name}/ has no .safetensors file; {first.name} is a pickle: convert it with safetensors "
             f"first:\n  {conversion(first, library, kind)}"
+        )
+
+
+def refuse_variants(sub: Path, said: str, library: str, kind: str) -> None:
+    """UserError with a command when the weights of a part are there in half precision alone, under another name.
+
+    A pipeline that is not told of the variant does not find them, and an export is opened without being told.
+    """
+    found = {p: _variant(p, library) for p in sorted(sub.glob("*.safetensors"))}
+    only = [p for p, variant in found.items() if variant]
+    if only and "" not in found.values():
+        raise UserError(
+            f"{said}: {sub.name}/ has {only[0].name} and no plain weights, which an exported pipeline looks for; write "
+            f"them:\n  {conversion(only[0], library, kind)}"
         )
 
 
@@ -124,6 +145,7 @@ def load_text_model(sub: Path, said: str, cls: Any, unused: tuple[str, ...] = ()
         unused: first letters of weights that may be missing, as the caller does not use what they compute.
     """
     refuse_pickles(sub, said, "transformers", cls.__name__)
+    refuse_variants(sub, said, "transformers", cls.__name__)
     check_whole(sub, said)
     model, told = _loaded(cls, sub, said, torch_dtype=torch.float32, use_safetensors=True)
     used = {"missing_keys": [k for k in told["missing_keys"] if not k.startswith(unused)]}

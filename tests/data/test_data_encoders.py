@@ -63,6 +63,17 @@ def test_a_pickled_text_encoder_is_refused_and_its_command_works(sd: Path, name:
     assert torch.equal(after.take(k)["text"], before.take(k)["text"])
 
 
+def test_half_precision_alone_is_refused_and_its_command_works(sd: Path):
+    file = sd / "text_encoder" / "model.safetensors"
+    file.rename(file.with_name("model.fp16.safetensors"))
+    told = told_of(sd)
+    assert told.startswith(
+        f"encoder {sd}: text_encoder/ has model.fp16.safetensors and no plain weights, which"
+    )
+    run_command(told)
+    assert len(embed(PipelineEncoder(path=str(sd)), PROMPTS, cache=str(sd.parent / "cache"))) == 2
+
+
 def test_damaged_encoder_folders_are_named(sd: Path):
     file = sd / "text_encoder" / "model.safetensors"
     whole, index = file.read_bytes(), (sd / "model_index.json").read_text()

@@ -194,6 +194,20 @@ def test_a_single_file_is_named_and_its_command_makes_the_folder(
     assert all(torch.equal(v, unet.state_dict()[k]) for k, v in made.net.model.state_dict().items())
 
 
+def test_half_precision_alone_is_refused_with_a_command(sd15: Path):
+    file = sd15 / "vae" / SAFE
+    file.rename(sd15 / "vae" / "diffusion_pytorch_model.fp16.safetensors")
+    (sd15 / "unet" / SAFE).rename(sd15 / "unet" / "diffusion_pytorch_model.fp16.safetensors")
+    told = refusal(load_denoiser, str(sd15))
+    assert told.startswith(
+        f"teacher {sd15}: vae/ has diffusion_pytorch_model.fp16.safetensors and no plain weights, which an exported "
+        "pipeline looks for; write them:\n  python -c "
+    )
+    run_command(told)
+    # The network's own are read as they are: an export writes it anew.
+    assert check_teacher(str(sd15)).ok
+
+
 def test_a_part_is_whole_and_of_a_known_class(sd15: Path):
     sub = sd15 / "vae"
     weights = load_file(sub / SAFE)
