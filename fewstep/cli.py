@@ -364,7 +364,8 @@ def recipes_check(name: str, settings: Settings = None) -> None:
         typer.echo(f"{name}: {stage.method.name}, {stage.steps} steps")
     from fewstep.lint import check_recipe
 
-    typer.echo(f"{name}: {check_recipe(recipe)}")
+    for line in check_recipe(recipe).splitlines():
+        typer.echo(f"{name}: {line}")
 
 
 @app.command("check-teacher", epilog="Example: `fewstep check-teacher my-sdxl --size 128x128`")

@@ -7,6 +7,7 @@ import shlex
 import shutil
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -89,6 +90,7 @@ def run_recipe(name: str, settings: Sequence[str], out: Path | None, resume: boo
         console.print(
             f"run directory {run}" + (f", continued at step {trainer.progress.done}" if continued else "")
         )
+        _say_export(trainer)
     try:
         _train(trainer, run, main)
     except KeyboardInterrupt:
@@ -119,6 +121,18 @@ def _check_evaluation(trainer: Trainer) -> None:
         raise UserError(
             f"evaluate: {error}; give another metric, or evaluate=null to measure nothing"
         ) from None
+
+
+def _say_export(trainer: Trainer) -> None:
+    """A line before training where the export after it will be refused."""
+    from fewstep.export.forecast import outlined, warning
+
+    recipe = trainer.recipe
+    built = partial(product_of, recipe, trainer.product, trainer.data, "student")
+    # A sharded network is in parts that act together only; its recipe tells the same.
+    told = warning(partial(outlined, recipe) if trainer.sharded else built)
+    if told:
+        console.print(f"note: this run {told}", soft_wrap=True, highlight=False, markup=False)
 
 
 def _train(trainer: Trainer, run: Path, main: bool) -> None:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fewstep.config import UserError
-from fewstep.process import EDM, DiscreteVP, Process
+from fewstep.process import EDM, Process
 
 TOLERANCE = 1e-6
 """Largest difference of alpha and sigma; relative where sigma is above 1."""
@@ -107,46 +107,26 @@ def check_export(process: Process, steps: Sequence[float], scheduler: Any, argum
     agree(None, levels_of(process, steps), levels_of_scheduler(scheduler, process, **call))
 
 
-def process_of(recipe: Any, role: str = "student") -> tuple[Any, str, str] | None:
-    """(process, prediction, time input) of a role, read without any weights; None where only building tells."""
-    from fewstep.networks.folder import read_folder
-    from fewstep.networks.scheduler import read_scheduler
-
-    spec = recipe.spec(role)
-    if spec.name in ("copy", "lora"):
-        return process_of(recipe, spec.of)
-    if spec.name == "diffusers" and spec.process is None:
-        folder = read_folder(spec.path)
-        schedule = dict(folder.scheduler) | ({"prediction_type": spec.prediction} if spec.prediction else {})
-        return read_scheduler(schedule, str(folder.scheduler_file), tokens=256)
-    if spec.name == "unet2d":
-        return EDM(sigma_data=spec.sigma_data), "cm", "250log_sigma"
-    if spec.name == "unet-text":
-        return DiscreteVP(), "v", "index"
-    return None
-
-
 def check_recipe(recipe: Any) -> str:
-    """One line about a recipe's levels, before anything is trained; UserError when they cannot agree."""
-    from fewstep.export.routes import route
+    """Lines about a recipe's levels and its export, before anything is trained.
+
+    UserError when training and evaluation cannot agree.
+    """
+    from fewstep.export.forecast import about
 
     sampler = recipe.sampler()
+    product, way, told = about(recipe)
+    if product is None:
+        return f"schedule: {told}"
+    export = f"\nexport: {told}" if told else ""
     if sampler.kind == "ode":
-        return f"schedule: an ODE sampler of {len(sampler.steps)} steps, any number is allowed"
-    try:
-        found = process_of(recipe)
-    except UserError as error:
-        return f"schedule: not checked: {error}"
-    if found is None:
-        return "schedule: not checked: the student's process is known only once it is built"
-    process, prediction, time_input = found
+        return f"schedule: an ODE sampler of {len(sampler.steps)} steps, any number is allowed{export}"
+    process: Any = product.net.process
     evaluation = levels_of(process, sampler.steps)
-    training = trained_levels(recipe.method, process)
-    agree(training, evaluation)
-    try:
-        way = route(process, prediction, time_input, sampler)
-    except UserError as error:
-        return f"schedule: training and evaluation agree (sigma / alpha {evaluation.shown()}); {error}"
-    call = eval(f"dict({way.arguments})", {"dict": dict, "__builtins__": {}})
-    agree(training, evaluation, levels_of_scheduler(way.scheduler, process, **call))
-    return f"schedule: training, evaluation and {type(way.scheduler).__name__} agree (sigma / alpha {evaluation.shown()})"
+    agree(trained_levels(recipe.method, process), evaluation)
+    parts = (
+        ["training", "evaluation"]
+        if way is None or not way.scheduler
+        else ["training, evaluation", way.scheduler]
+    )
+    return f"schedule: {' and '.join(parts)} agree (sigma / alpha {evaluation.shown()}){export}"

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from torch import nn
 
 from fewstep.config import UserError
 from fewstep.networks.adapters import Adapted, enable_checkpointing, own_parameters
+from fewstep.product import product_of
 from fewstep.recipe import Recipe, Stage, load
 from fewstep.roles import Roles
 from fewstep.train.live import Live, allocated, bytes_of, fake_mode, make_fake
@@ -63,6 +65,8 @@ class Plan:
     micro_batch: int
     ways: tuple[tuple[str, int], ...] = ()
     note: str = ""
+    export: str = ""
+    """That the product will not export to a stock pipeline and why, "" for one that will."""
 
 
 def plan(recipe: Recipe, processes: int = 1, *, ways: bool = True) -> Plan:
@@ -85,7 +89,7 @@ def plan(recipe: Recipe, processes: int = 1, *, ways: bool = True) -> Plan:
         less = tracer.total(other).total
         if less < 0.98 * first.total:
             found.append((setting, less))
-    return replace(first, ways=tuple(sorted(found, key=lambda w: w[1])))
+    return replace(first, ways=tuple(sorted(found, key=lambda w: w[1])), export=tracer.export)
 
 
 def measured(recipe: Recipe, *, cpu: bool = False) -> int:
@@ -163,7 +167,10 @@ class _Tracer:
     """Builds the roles once, makes them fake, and traces a recipe's turns on them."""
 
     def __init__(self, recipe: Recipe, processes: int) -> None:
-        self.trainer = _plain_trainer(recipe)
+        from fewstep.export.forecast import warning
+
+        trainer = self.trainer = _plain_trainer(recipe)
+        self.export = warning(partial(product_of, recipe, trainer.product, trainer.data, "student"))
         self.processes = processes
         self.mode = fake_mode()
         self.roles = dict(self.trainer.roles)
@@ -194,7 +201,8 @@ class _Tracer:
             if name == "student":
                 row.ema = len(train.ema) * self.ema // part
             roles[name] = row
-        totals, activations = [0], {}
+        totals: list[int] = [0]
+        activations: dict[tuple[str, ...], int] = {}
         for stage in recipe.stages():
             turns = self.trace(stage, recipe, micro)
             for updates, peak in turns.peak.items():
@@ -349,6 +357,8 @@ def report(name: str, settings: Sequence[str] = (), processes: int = 1, measure:
     )
     if found.note:
         console.print(found.note, highlight=False)
+    if found.export:
+        console.print(f"note: this run {found.export}", soft_wrap=True, highlight=False, markup=False)
     for setting, less in found.ways:
         console.print(
             f"  {setting:28s} {less / MIB:.1f} MiB ({100 * (less / found.total - 1):+.0f} %)", highlight=False

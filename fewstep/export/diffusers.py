@@ -6,22 +6,23 @@ import copy
 import json
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from torch import Tensor, nn
+from torch import Tensor
 
 from fewstep.config import UserError
 from fewstep.export.card import model_card, teacher_card, usage
-from fewstep.export.fold import fold
-from fewstep.export.routes import pipeline_of, route
+from fewstep.export.fold import Folded, fold
+from fewstep.export.routes import Route, pipeline_of, route
 from fewstep.lint import check_export
-from fewstep.networks.adapters import on_cpu, plain_copy
+from fewstep.networks.adapters import Adapted, on_cpu, plain_copy
 from fewstep.networks.denoiser import Denoiser
 from fewstep.networks.routed import Routed
 from fewstep.networks.unet2d import UNet2D
@@ -43,6 +44,18 @@ class Exported:
     parity: float
 
 
+@dataclass(frozen=True)
+class Way:
+    """How a product is going to be written, decided without reading a weight.
+
+    scheduler: the stock class, "" where each network of several has its own or none. write: called with the folder,
+    `results` and `shown` as `export`.
+    """
+
+    scheduler: str
+    write: Callable[..., Exported]
+
+
 def export_teacher(product: Product, folder: Path, results: Sequence[tuple[str, str]] = ()) -> Exported:
     """Write a denoiser trained here as a folder that `teacher: {name: diffusers}` reads, weights in fp16.
 
@@ -52,9 +65,10 @@ def export_teacher(product: Product, folder: Path, results: Sequence[tuple[str, 
 
     from fewstep.export.text import export_text_teacher, is_text_teacher
 
+    check_teacher_way(product)
     if is_text_teacher(product.net):
         return export_text_teacher(product, folder, results)
-    net = _teacher_unet(plain_copy(product.net))
+    net: Any = plain_copy(product.net)
     process: Any = net.process
     unet: Any = copy.deepcopy(net.net.model).cpu().eval()  # type: ignore[operator]
     for p in unet.parameters():
@@ -93,7 +107,13 @@ def aside_of(folder: Path) -> Iterator[Path]:
         shutil.rmtree(aside, ignore_errors=True)
 
 
-def _teacher_unet(net: nn.Module) -> Denoiser:
+def check_teacher_way(product: Product) -> None:
+    """UserError for a teacher that is not written."""
+    from fewstep.export.text import is_text_teacher
+
+    net: Any = product.net.base if isinstance(product.net, Adapted) else product.net
+    if is_text_teacher(net):
+        return
     if not (isinstance(net, Denoiser) and isinstance(net.net, UNet2D)):
         raise UserError(
             f"export: no stock diffusers pipeline runs a {type(getattr(net, 'net', net)).__name__} teacher"
@@ -103,7 +123,6 @@ def _teacher_unet(net: nn.Module) -> Denoiser:
             f"export: a teacher of prediction {net.prediction!r} on {type(net.process).__name__} is not written; "
             "train it as `unet2d`, the EDM process with prediction 'cm'"
         )
-    return net
 
 
 def export(
@@ -121,6 +140,15 @@ def export(
     fewstep's sampler by more than PARITY on the same noise. Students that are several networks are written by
     `fewstep.export.experts`.
     """
+    return way_of(product).write(folder, results=results, shown=shown)
+
+
+def way_of(product: Product) -> Way:
+    """The way a student is written. UserError, with everything known beforehand, when no stock pipeline can run it.
+
+    Nothing is refused later but a folder that cannot be written and a pipeline that differs from the sampler. Weights
+    are not read, so that `fewstep.export.forecast` asks the same with none.
+    """
     if product.recipe is None or product.sampler.kind == "ode":
         raise UserError(f"export: {product.title} is not a few-step student")
     if product.sampler.dynamic is not None and len(product.sampler.steps) > 1:
@@ -129,19 +157,34 @@ def export(
             "set method.dynamic=null for one scale"
         )
     if isinstance(product.net, Routed):
-        from fewstep.export.experts import export_routed
+        from fewstep.export.experts import way_of_routed
 
-        return export_routed(product, folder, results=results, shown=shown)
-    from fewstep.export.latent import export_latent, wrapped
+        return way_of_routed(product)
+    from fewstep.export.latent import way_of_latent, wrapped
 
     if wrapped(product.net):
-        return export_latent(product, folder, results=results, shown=shown)
-    import diffusers
-
+        return way_of_latent(product)
     plain = fold(product.net, product.sampler)
     found = route(plain.process, plain.prediction, plain.time_input, plain.sampler)
     name = pipeline_of(found.scheduler, product.classes)
     check_export(plain.process, plain.sampler.steps, found.scheduler, found.arguments)
+    return Way(type(found.scheduler).__name__, partial(_write, product, plain, found, name))
+
+
+def _write(
+    product: Product,
+    plain: Folded,
+    found: Route,
+    name: str,
+    folder: Path,
+    *,
+    results: Sequence[tuple[str, str]] = (),
+    shown: str | None = None,
+) -> Exported:
+    """A UNet2DModel with its scheduler."""
+    import diffusers
+
+    assert product.recipe is not None
     plain.unet.conv_in.weight.data *= found.input_scale
     with aside_of(folder) as aside:
         pipe = getattr(diffusers, name)(unet=plain.unet, scheduler=found.scheduler)

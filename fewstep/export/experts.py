@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +19,12 @@ from torch import Tensor
 
 from fewstep.config import UserError
 from fewstep.export.card import model_card
-from fewstep.export.diffusers import PARITY, Exported, aside_of, export, facts_of
-from fewstep.export.fold import fold
+from fewstep.export.diffusers import PARITY, Exported, Way, aside_of, facts_of, way_of
+from fewstep.export.fold import Folded, fold
+from fewstep.export.latent import wrapped
+from fewstep.export.routes import INSTEAD
 from fewstep.jump import clean, times_of
+from fewstep.networks.adapters import network_of
 from fewstep.networks.denoiser import _TIME
 from fewstep.networks.routed import ByClass, ByTime, Routed
 from fewstep.prediction import from_raw
@@ -50,36 +54,43 @@ images = draw(torch.randn(4, {shape}){labels})"""
 """The loader of the model card: a step is linear in the state, the network's output and fresh noise."""
 
 
-def export_routed(
-    product: Product, folder: Path, *, results: Sequence[tuple[str, str]] = (), shown: str | None = None
-) -> Exported:
-    """Write a routed student. UserError as `export`."""
+def way_of_routed(product: Product) -> Way:
+    """How a routed student is written. UserError as `diffusers.way_of`."""
     net: Any = product.net
     if isinstance(net.route, ByClass):
-        return _by_class(product, folder, results, shown)
+        return _by_class(product)
     if isinstance(net.route, ByTime):
-        return _by_time(product, folder, results, shown)
+        return _by_time(product)
     raise UserError(f"export: a student routed by {type(net.route).__name__} is not written")
 
 
-def _by_class(
-    product: Product, folder: Path, results: Sequence[tuple[str, str]], shown: str | None
-) -> Exported:
+def _by_class(product: Product) -> Way:
     net: Any = product.net
-    place = shown or str(folder)
     count = len(net.members)
     groups: list[list[int]] = [[] for _ in range(count)]
     for c in range(product.classes):
         groups[c * count // product.classes].append(c)
+    ways = [
+        way_of(replace(product, net=member, title=f"{product.title}, classes {group[0]}-{group[-1]}"))
+        for member, group in zip(net.members, groups, strict=True)
+    ]
+    return Way("", partial(_write_classes, product, ways, groups))
+
+
+def _write_classes(
+    product: Product,
+    ways: Sequence[Way],
+    groups: Sequence[Sequence[int]],
+    folder: Path,
+    *,
+    results: Sequence[tuple[str, str]] = (),
+    shown: str | None = None,
+) -> Exported:
+    place = shown or str(folder)
     with aside_of(folder) as aside:
         aside.mkdir()
         parts = [
-            export(
-                replace(product, net=member, title=f"{product.title}, classes {group[0]}-{group[-1]}"),
-                aside / f"student-{k}",
-                shown=f"{place}/student-{k}",
-            )
-            for k, (member, group) in enumerate(zip(net.members, groups, strict=True))
+            way.write(aside / f"student-{k}", shown=f"{place}/student-{k}") for k, way in enumerate(ways)
         ]
         (aside / "classes.json").write_text(json.dumps({f"student-{k}": g for k, g in enumerate(groups)}))
         parity = max(p.parity for p in parts)
@@ -131,11 +142,15 @@ def table_of(
     return float(process.prior(one, times[:1])), rows
 
 
-def _by_time(
-    product: Product, folder: Path, results: Sequence[tuple[str, str]], shown: str | None
-) -> Exported:
+def _by_time(product: Product) -> Way:
     net: Any = product.net
-    place, count = shown or str(folder), len(net.members)
+    if any(wrapped(member) for member in net.members):
+        first = net.members[0]
+        kind = type(network_of(getattr(first, "base", first))).__name__
+        raise UserError(
+            f"export: no stock pipeline hands over from one {kind} to another at a noise level, and the loader that "
+            f"fewstep writes for experts is for UNet2DModels; {INSTEAD}"
+        )
     one = replace(product.sampler, steps=product.sampler.steps[:1])
     plain = [fold(member, one) for member in net.members]
     if any(m.takes_s for m in net.members) or plain[0].process != net.process:
@@ -144,6 +159,20 @@ def _by_time(
             "written; sample the run itself"
         )
     start, rows = table_of(net, product.sampler, plain[0].prediction, plain[0].time_input)
+    return Way("", partial(_write_experts, product, plain, start, rows))
+
+
+def _write_experts(
+    product: Product,
+    plain: Sequence[Folded],
+    start: float,
+    rows: list[dict[str, Any]],
+    folder: Path,
+    *,
+    results: Sequence[tuple[str, str]] = (),
+    shown: str | None = None,
+) -> Exported:
+    place, count = shown or str(folder), len(plain)
     shape = ", ".join(map(str, product.shape))
     labels = ", torch.tensor([0, 1, 2, 3])" if product.classes else ""
     with aside_of(folder) as aside:

@@ -42,7 +42,9 @@ def fold(net: nn.Module, sampler: Sampler) -> Folded:
         raise UserError(
             f"export: no stock diffusers pipeline runs a {type(getattr(inner, 'net', inner)).__name__} student"
         )
-    unet: Any = inner.net.model.cpu().eval()
+    unet: Any = inner.net.model.eval()
+    if unet.device.type != "meta":  # `forecast` asks with shapes alone
+        unet.cpu()
     several = len(sampler.steps) > 1
     if inner.takes_s and several and sampler.kind != "renoise":
         counts = sampler.counts or ()
@@ -83,7 +85,7 @@ def constant_inputs(net: Any, inner: Denoiser, sampler: Sampler) -> Tensor:
         n: ANGLE[n](inner.process, values[n]).to(extras[n].frequency.device, torch.float32)
         for n in inner.inputs
     }
-    return extras.embed(angles)[0].float().cpu()
+    return extras.embed(angles)[0].float()
 
 
 def add_to_embedding(unet: Any, constant: Tensor) -> None:
@@ -93,7 +95,8 @@ def add_to_embedding(unet: Any, constant: Tensor) -> None:
             "export: this UNet has an activation behind its time embedding, so inputs do not fold"
         )
     with torch.no_grad():
-        unet.time_embedding.linear_2.bias += constant
+        bias = unet.time_embedding.linear_2.bias
+        bias += constant.to(bias)
 
 
 @torch.no_grad()

@@ -10,6 +10,7 @@ import json
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from torch import nn
 from fewstep.cond import checked
 from fewstep.config import UserError
 from fewstep.export.card import model_card, usage
-from fewstep.export.diffusers import PARITY, Exported, aside_of, facts_of
+from fewstep.export.diffusers import PARITY, Exported, Way, aside_of, facts_of
 from fewstep.export.fold import constant_inputs
 from fewstep.export.routes import INSTEAD, plain_kind, route
 from fewstep.export.stock import difference, fresh_noise, open_stock, run_stock
@@ -50,7 +51,7 @@ class Plan:
 
 
 def wrapped(net: nn.Module) -> bool:
-    """True for a denoiser of a diffusers class other than UNet2DModel: what `export_latent` writes."""
+    """True for a denoiser of a diffusers class other than UNet2DModel: what this module writes."""
     whole = net.base if isinstance(net, Adapted) else net
     return any(isinstance(m, Wrapper) and not isinstance(m, UNet2D) for m in whole.modules())
 
@@ -114,7 +115,7 @@ def student_of(product: Product) -> Denoiser:
     if not isinstance(net, Denoiser):
         raise UserError(
             f"export: a student inside {type(net).__name__} has no stock scheduler; train it in its teacher's own "
-            f"process; {INSTEAD}"
+            f"process, not in {type(net.process).__name__} (leave out teacher.process); {INSTEAD}"
         )
     if net.inputs:
         several = len(product.sampler.steps) > 1
@@ -145,14 +146,8 @@ def source_of(product: Product) -> Folder:
     return folder
 
 
-def export_latent(
-    product: Product, folder: Path, *, results: Sequence[tuple[str, str]] = (), shown: str | None = None
-) -> Exported:
-    """Write the student as a stock pipeline, or nothing at all; arguments and errors as `diffusers.export`.
-
-    The parity is the largest difference of latents over their root mean square (at least 1), for random
-    conditions and noise, between the reloaded folder and fewstep's sampler.
-    """
+def way_of_latent(product: Product) -> Way:
+    """How the student is written as a stock pipeline; arguments and errors as `diffusers.way_of`."""
     assert product.recipe is not None
     source, net = source_of(product), student_of(product)
     wrapper: Any = net.net
@@ -163,6 +158,25 @@ def export_latent(
         without_variance(way.scheduler)
     levels = levels_of(net.process, product.sampler.steps)
     agree(None, levels, levels_of_scheduler(way.scheduler, net.process, **way.levels))
+    return Way(type(way.scheduler).__name__, partial(_write, product, source, wrapper, way))
+
+
+def _write(
+    product: Product,
+    source: Folder,
+    wrapper: Any,
+    way: Plan,
+    folder: Path,
+    *,
+    results: Sequence[tuple[str, str]] = (),
+    shown: str | None = None,
+) -> Exported:
+    """Write the pipeline, or nothing at all.
+
+    The parity is the largest difference of latents over their root mean square (at least 1), for random
+    conditions and noise, between the reloaded folder and fewstep's sampler.
+    """
+    assert product.recipe is not None
     with aside_of(folder) as aside:
         aside.mkdir(parents=True)
         write(source, wrapper.model, way.scheduler, aside)

@@ -1,0 +1,156 @@
+"""Whether a student will export, said before it is trained: the exporter is asked, with a network without weights."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from fewstep.config import RecipeError, UserError
+from fewstep.export.diffusers import Way, check_teacher_way, way_of
+from fewstep.lint import check_product
+from fewstep.networks.adapters import Adapted, lora_layers
+from fewstep.networks.denoiser import Denoiser, Rescheduled
+from fewstep.networks.diffusers import wrapper_of
+from fewstep.networks.folder import Folder, read_folder
+from fewstep.networks.routed import Routed
+from fewstep.networks.scheduler import read_scheduler
+from fewstep.networks.specs import Copy, Site
+from fewstep.product import Product, product_of
+from fewstep.recipe import Recipe
+
+
+def weightless(net: nn.Module) -> nn.Module:
+    """A copy without adapters on torch's meta device, shapes without memory; an adapter's is that of its base."""
+    if isinstance(net, Routed):
+        return Routed([weightless(m) for m in net.members], net.route)
+    source = net.base if isinstance(net, Adapted) else net
+    memo: dict[int, Any] = {}
+    for t in (*source.parameters(), *source.buffers()):
+        bare = torch.empty(t.shape, dtype=t.dtype, device="meta")
+        memo[id(t)] = nn.Parameter(bare, t.requires_grad) if isinstance(t, nn.Parameter) else bare
+    for layer in lora_layers(source):
+        memo[id(layer)] = copy.deepcopy(layer.base_layer, memo)
+    return copy.deepcopy(source, memo)
+
+
+def way(product: Product) -> Way | None:
+    """What the exporter decides about a product, None for a teacher; UserError is its refusal. No weight is copied."""
+    bare = replace(product, net=weightless(product.net))
+    check_product(bare)
+    if product.sampler.kind == "ode":
+        check_teacher_way(bare)
+        return None
+    return way_of(bare)
+
+
+def warning(product: Callable[[], Product]) -> str:
+    """One line: that a product will not export and why; "" for one that will. Never an error, training may go on."""
+    try:
+        way(product())
+    except UserError as error:
+        return refused(error)
+    except Exception as error:  # a network of the user's own that cannot be copied still trains
+        return f"whether it will export is not checked: {_line(error)}"
+    return ""
+
+
+def refused(error: Exception) -> str:
+    """The line for a refusal of the exporter."""
+    return f"will not export to a stock pipeline: {_line(error).removeprefix('export: ')}"
+
+
+def _line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def outlined(recipe: Recipe) -> Product:
+    """The product of a recipe from configs alone: no weights are read and no text is encoded.
+
+    Raises UserError or RecipeError where only building it tells.
+    """
+    teacher: Any = recipe.teacher
+    roles: dict[str, nn.Module] = {}
+    if teacher is not None and teacher.name == "diffusers":
+        net = _teacher(teacher, recipe.data)
+        wrapper: Any = net.net
+        shape = (wrapper.channels(), *_size(recipe.data, wrapper))
+        data: Any = _Data(shape, wrapper.classes)
+        roles["teacher"] = net if teacher.process is None else Rescheduled(net, teacher.process)
+    elif teacher is None or teacher.name == "ring":
+        data = _opened(recipe.data)
+        if teacher is not None:
+            roles["teacher"] = teacher.build(Site(data.shape, data.classes, {}, 0))
+    else:
+        raise UserError("the student's process is known only once it is built")
+    site = Site(data.shape, data.classes, roles, 0)
+    return product_of(recipe, _spec(recipe.student).build(site), data, "student")
+
+
+class _Data:
+    text = None
+
+    def __init__(self, shape: tuple[int, ...], classes: int) -> None:
+        self.shape, self.classes = shape, classes
+
+
+def _opened(spec: Any) -> Any:
+    if getattr(spec, "encoder", None) is None:
+        return spec.open()
+    return _Data(spec.shape, 0) if hasattr(spec, "shape") else replace(spec, encoder=None).open()
+
+
+def _size(data: Any, wrapper: Any) -> tuple[int, ...]:
+    return data.shape[1:] if len(getattr(data, "shape", ())) == 3 else wrapper.sample_size()
+
+
+def _spec(spec: Any) -> Any:
+    """A student's spec without what needs weights: an adapter exports as its base does."""
+    if spec.name == "lora":
+        return Copy(of=spec.of)
+    if spec.name in ("experts", "by_class"):
+        return replace(spec, of=_spec(spec.of))
+    return replace(spec, max_frequency=None) if spec.name == "copy" else spec
+
+
+def _teacher(spec: Any, data: Any) -> Denoiser:
+    """`load_denoiser` up to the weights."""
+    folder = read_folder(spec.path)
+    schedule = dict(folder.scheduler) | ({"prediction_type": spec.prediction} if spec.prediction else {})
+    read_scheduler(schedule, str(folder.scheduler_file), tokens=256)
+    model = _model(folder)
+    classes = int(getattr(model.config, "num_class_embeds", 0) or 0)
+    pixels = folder.latents.pixels if folder.latents else 1
+    net: Any = wrapper_of(folder, spec.wrapper)(model, classes, guidance=spec.guidance, pixels=pixels)
+    process, kind, time_input = read_scheduler(
+        schedule, str(folder.scheduler_file), net.tokens(_size(data, net))
+    )
+    return Denoiser(net, process, kind, time_input)
+
+
+def _model(folder: Folder) -> Any:
+    """The network of a folder as its config says, on torch's meta device."""
+    import diffusers
+    from accelerate import init_empty_weights
+
+    cls: Any = getattr(diffusers, folder.kind, None)
+    if cls is None:
+        raise UserError(f"{folder.root / folder.component / 'config.json'}: no class {folder.kind!r}")
+    with init_empty_weights():
+        return cls.from_config(dict(folder.config))
+
+
+def about(recipe: Recipe) -> tuple[Product | None, Way | None, str]:
+    """(outlined product, way it exports, line about it) of a recipe; None where that is not known or there is none."""
+    try:
+        product = outlined(recipe)
+    except (UserError, RecipeError) as error:
+        return None, None, f"not checked: {_line(error)}"
+    try:
+        return product, way(product), ""
+    except UserError as error:
+        return product, None, refused(error)
