@@ -157,7 +157,10 @@ def _named(pipeline: str, out: Sequence[Any]) -> dict[str, Tensor]:
 
 def _class_of(root: Path, entry: Sequence[Any]) -> Any:
     """The class of a text encoder, by its entry in model_index.json."""
-    import transformers
+    try:
+        import transformers
+    except ImportError:
+        raise UserError("encoder pipeline: needs transformers: pip install 'fewstep[text]'") from None
 
     cls = getattr(transformers, str(entry[-1]), None)
     if entry[0] != "transformers" or not hasattr(cls, "from_pretrained"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -114,6 +115,11 @@ def test_damaged_encoder_folders_are_named(sd: Path):
     assert told_of(sd).startswith(f"encoder {sd}: text_encoder is missing; ")
     (sd / "away").rename(sd / "text_encoder")
     assert len(embed(PipelineEncoder(path=str(sd)), PROMPTS, cache=str(sd.parent / "cache"))) == 2
+
+
+def test_without_transformers_the_extra_is_named(sd: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    assert told_of(sd) == "encoder pipeline: needs transformers: pip install 'fewstep[text]'"
 
 
 @pytest.fixture(scope="module")
