@@ -117,7 +117,7 @@ def check_recipe(recipe: Any) -> str:
     sampler = recipe.sampler()
     product, way, told = about(recipe)
     if product is None:
-        return f"schedule: {told}"
+        return f"schedule and export: {told}"
     export = f"\nexport: {told}" if told else ""
     if sampler.kind == "ode":
         return f"schedule: an ODE sampler of {len(sampler.steps)} steps, any number is allowed{export}"

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fewstep.config import RecipeError, UserError
+from fewstep.config import UserError
 from fewstep.export.diffusers import Way, check_teacher_way, way_of
 from fewstep.lint import check_product
 from fewstep.networks.adapters import Adapted, lora_layers
@@ -148,7 +148,7 @@ def about(recipe: Recipe) -> tuple[Product | None, Way | None, str]:
     """(outlined product, way it exports, line about it) of a recipe; None where that is not known or there is none."""
     try:
         product = outlined(recipe)
-    except (UserError, RecipeError) as error:
+    except Exception as error:  # a config that diffusers cannot build is for building the roles to explain
         return None, None, f"not checked: {_line(error)}"
     try:
         return product, way(product), ""

@@ -100,6 +100,10 @@ def test_run_plan_and_check_say_it_in_one_line(tmp_path: Path):
     assert good[-1].startswith(
         "digits-dmd2: schedule: training, evaluation and CMStochasticIterativeScheduler"
     )
+    lost = lines("recipes", "check", "digits-dmd2", "teacher.path=nowhere")
+    assert lost[-1].startswith(
+        "digits-dmd2: schedule and export: not checked: teacher nowhere: no such folder"
+    )
     out = lines("run", "toy/dmd2", *SHORT, "train.log_every=1", "--out", str(tmp_path / "run"))
     said, trained = out.index(f"note: this run {MLP}"), next(i for i, x in enumerate(out) if "step 1/1" in x)
     assert said < trained
