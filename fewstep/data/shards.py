@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import os
@@ -134,10 +133,12 @@ class Shards:
         self.folder.mkdir(parents=True, exist_ok=True)
         with (self.folder / "lock").open("w") as file:
             try:
+                import fcntl  # not on Windows
+
                 fcntl.flock(file, fcntl.LOCK_EX)
                 for left in self.folder.glob("*.tmp"):  # of one that died; others are written under the lock
                     left.unlink(missing_ok=True)
-            except OSError:
+            except (ImportError, OSError):
                 pass  # a file system without locks, where different temporary names must do
             self._locked = True
             try:

@@ -281,7 +281,8 @@ def embed(
         zeros: guidance moves away from zeros in its place, as SDXL's `force_zeros_for_empty_prompt` has it.
         cache: folder for the cache; `default_cache()` when left out.
 
-    A cache is of one encoder's files, one list of prompts and one negative: its name is their hash.
+    A cache is of one encoder's files, one list of prompts and one negative: its name is their hash. Of several
+    processes one fills it while the others wait.
     """
     if not prompts:
         raise UserError("prompts: there are none")
@@ -291,10 +292,10 @@ def embed(
         root / _digest([json.dumps(facts)])[:32], facts, len(prompts) + 1, remedy="delete this folder"
     )
     rows = [*prompts, negative]
-    todo = shards.missing()
-    if todo:
-        encode = encoder.open()
+    with shards.claimed() as todo:
+        encode = encoder.open() if todo else None
         for span in todo:
+            assert encode is not None
             parts = [encode(rows[i : min(i + batch, span.stop)]) for i in range(span.start, span.stop, batch)]
             whole = {k: torch.cat([p[k] for p in parts]) for k in parts[0]}
             shards.write(span, moved(whole, None, _STORE[encoder.store]))

@@ -280,5 +280,6 @@ def _gap(raw: Callable[..., Tensor], at: tuple[Tensor, Tensor, Tensor], along: A
 @torch.no_grad()
 def follow(target: nn.Module, source: nn.Module, decay: float) -> None:
     """target := decay target + (1 - decay) source, parameter by parameter; decay 0 copies."""
-    mine, theirs = list(target.parameters()), list(source.parameters())
+    mine: list[Tensor] = list(target.parameters())
+    theirs: list[Tensor] = list(source.parameters())
     torch._foreach_lerp_(mine, theirs, 1 - decay)
