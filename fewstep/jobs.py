@@ -245,7 +245,8 @@ def compare(student: Product, spec: Evaluate, teacher: Any) -> tuple[list[Measur
         best = min((m for m in many if m[0].calls > 1), key=lambda m: m[0].value, default=None)
         shown = [m for m in many if m[0].calls == 1] + ([best] if best else [])
         for row, x in shown:
-            title = row.title + (" (best)" if best and row is best[0] else "")
+            first = best is not None and row is best[0] and all(row.value <= m[0].value for m in many)
+            title = row.title + (" (best)" if first and len(many) > 1 else "")
             rows.append(replace(row, title=title))
             panels.append((title, _panel(x)))
     row, x = measure(student, spec)
