@@ -2,8 +2,8 @@
 
 python -m fewstep.bench_switches [RECIPE] [KEY=VALUE ...]
 
-Every setting runs in a process of its own, twice the recipe as it is: the second run shows what the scatter is. The
-table is Markdown; a setting that this machine cannot run says why.
+Every setting runs in a process of its own, and the recipe as it is anew before each; the first row, without a change,
+shows what the scatter is. The table is Markdown; a setting that this machine cannot run says why.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ SWITCHES: tuple[tuple[str, ...], ...] = (
     ("train.ema=[]",),
     (f"student={LORA}", f"critic={LORA}"),
     ("train.channels_last=true",),
-    ("train.compile=[student, teacher, critic]",),
     ("train.attention=sdpa",),
     ("train.attention=xformers",),
     ("method.share_rollout=false",),
+    ("train.compile=[student, teacher, critic]",),
 )
 """Of a DMD2 recipe that shares its rollout. The first, without a change, is what the others are compared with."""
 
@@ -71,10 +71,10 @@ def main(argv: Sequence[str]) -> None:
     )
     print("| setting | peak | step |\n|---|---|---|", flush=True)
     for switch in SWITCHES:
-        found = _apart(recipe, [*settings, *switch])
+        base, found = _apart(recipe, settings), _apart(recipe, [*settings, *switch])
         shown = " ".join(f"`{s}`" for s in switch) or "(again)"
-        if isinstance(found, str):
-            print(f"| {shown} | {found} | |", flush=True)
+        if isinstance(found, str) or isinstance(base, str):
+            print(f"| {shown} | {found if isinstance(found, str) else base} | |", flush=True)
             continue
         ratios = (f"{found[k] / base[k]:.2f}x" for k in ("peak", "seconds"))
         print(f"| {shown} | {' | '.join(ratios)} |", flush=True)

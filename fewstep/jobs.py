@@ -327,9 +327,8 @@ def export_run(run: Path, out: Path | None, force: bool, lora: bool = False) -> 
         from fewstep.export.lora import export_lora
 
         done = export_lora(product, folder)
-        console.print(
-            f"adapter in {done.folder}; load it with\n    {done.usage}", highlight=False, soft_wrap=True
-        )
+        told = done.usage.replace("\n", "\n    ")
+        console.print(f"adapter in {done.folder}; load it with\n    {told}", highlight=False, soft_wrap=True)
         return done
     rows: list[tuple[str, str]] = []
     results = run / "report" / "results.json"

@@ -146,9 +146,11 @@ def source_of(product: Product) -> Folder:
     return folder
 
 
-def way_of_latent(product: Product) -> Way:
-    """How the student is written as a stock pipeline; arguments and errors as `diffusers.way_of`."""
-    assert product.recipe is not None
+def stock_of(product: Product) -> tuple[Folder, Any, Plan]:
+    """The teacher's folder, the student's wrapper, and the stock scheduler that takes its steps in that pipeline.
+
+    Raises UserError, with the reason, where there is none.
+    """
     source, net = source_of(product), student_of(product)
     wrapper: Any = net.net
     if not wrapper.pipeline:
@@ -158,6 +160,20 @@ def way_of_latent(product: Product) -> Way:
         without_variance(way.scheduler)
     levels = levels_of(net.process, product.sampler.steps)
     agree(None, levels, levels_of_scheduler(way.scheduler, net.process, **way.levels))
+    return source, wrapper, way
+
+
+def call_of(wrapper: Any, way: Plan) -> str:
+    """What the pipeline is called with, as it stands in code."""
+    example = checked(wrapper.example(1), wrapper.needs, wrapper.takes, wrapper.pipeline)
+    scale = wrapper.arguments(example, wrapper.sample_size()).get("guidance_scale", 1.0)
+    what = "class_labels=[3]" if "label" in wrapper.needs else 'prompt="a red fox in the snow"'
+    return f"{what}, {way.arguments()}, guidance_scale={scale}"
+
+
+def way_of_latent(product: Product) -> Way:
+    """How the student is written as a stock pipeline; arguments and errors as `diffusers.way_of`."""
+    source, wrapper, way = stock_of(product)
     return Way(type(way.scheduler).__name__, partial(_write, product, source, wrapper, way))
 
 
@@ -185,11 +201,8 @@ def _write(
             raise UserError(
                 f"export: the pipeline differs from fewstep's sampler by {parity:.2e} > {PARITY:.0e}"
             )
-        example = checked(wrapper.example(1), wrapper.needs, wrapper.takes, wrapper.pipeline)
-        scale = wrapper.arguments(example, wrapper.sample_size()).get("guidance_scale", 1.0)
-        what = "class_labels=[3]" if "label" in wrapper.needs else 'prompt="a red fox in the snow"'
         name = str(source.index["_class_name"])
-        lines = usage(name, shown or str(folder), f"{what}, {way.arguments()}, guidance_scale={scale}")
+        lines = usage(name, shown or str(folder), call_of(wrapper, way))
         facts = facts_of(product) | {"pipeline": name, "usage": lines, "parity": parity}
         (aside / "README.md").write_text(model_card(facts, dump(product.recipe), results))
         told = {"call": way.call, "size": list(product.shape[1:]), **again(product, way, wrapper.classes)}

@@ -10,6 +10,7 @@ import torch
 
 from fewstep.config import UserError
 from fewstep.export.diffusers import Exported, aside_of
+from fewstep.export.latent import call_of, stock_of, wrapped
 from fewstep.networks.adapters import Adapted, network_of, plain_copy
 from fewstep.networks.lora_file import NAME, component, diffusers_model, lora_tensors, save_lora
 from fewstep.product import Product
@@ -19,10 +20,12 @@ PARITY = 1e-5
 
 
 def export_lora(product: Product, folder: Path) -> Exported:
-    """Write the adapter of a run as `pytorch_lora_weights.safetensors` in a new folder.
+    """Write the adapter of a run as `pytorch_lora_weights.safetensors` in a new folder, its scheduler beside it.
 
-    Before the command succeeds, diffusers loads and fuses the file, and every weight is compared with the merge
-    made here. Raises UserError for a student that is no adapter, and for models that diffusers loads no LoRA into.
+    A few-step adapter under the teacher's own scheduler gives other samples than were trained, so the folder carries
+    the scheduler that takes its steps, and the card how both are loaded, or why there is none. Before the command
+    succeeds, diffusers loads and fuses the file, and every weight is compared with the merge made here. Raises
+    UserError for a student that is no adapter, and for models that diffusers loads no LoRA into.
     """
     net = product.net
     if not isinstance(net, Adapted):
@@ -32,6 +35,7 @@ def export_lora(product: Product, folder: Path) -> Exported:
         raise UserError(
             f"export: diffusers loads no LoRA file into a {type(model).__name__}; export fused weights, without --lora"
         )
+    scheduler, call, lines = _schedule(product, net, folder)
     with aside_of(folder) as aside:
         aside.mkdir()
         save_lora(net, aside / NAME)
@@ -40,10 +44,32 @@ def export_lora(product: Product, folder: Path) -> Exported:
             raise UserError(
                 f"export: diffusers fuses {NAME} to weights that differ by {parity:.1e} > {PARITY:.0e}"
             )
-        (aside / "README.md").write_text(_card(product, net, parity))
-        how = {"kind": product.sampler.kind, "steps": list(product.sampler.steps)}
+        if scheduler is not None:
+            scheduler.save_pretrained(aside / "scheduler")
+        (aside / "README.md").write_text(_card(product, net, parity, lines))
+        how = {"kind": product.sampler.kind, "steps": list(product.sampler.steps)} | call
         (aside / "fewstep.json").write_text(json.dumps(how))
-    return Exported(folder, f'pipe.load_lora_weights("{folder}")', parity)
+    return Exported(folder, lines, parity)
+
+
+def _schedule(product: Product, net: Adapted, folder: Path) -> tuple[Any, dict[str, Any], str]:
+    """(scheduler or None, the pipeline's call as fewstep.json tells it, lines of code that load both)."""
+    load = f'pipe.load_lora_weights("{folder}")'
+    if not wrapped(net):
+        return None, {}, load
+    try:
+        source, wrapper, way = stock_of(product)
+    except UserError as error:
+        return None, {}, f"{load}  # no scheduler: {str(error).splitlines()[0].removeprefix('export: ')}"
+    name, kind = source.index["_class_name"], type(way.scheduler).__name__
+    lines = (
+        f"from diffusers import {name}, {kind}",
+        f'pipe = {name}.from_pretrained("{source.root}")',
+        load,
+        f'pipe.scheduler = {kind}.from_pretrained("{folder}", subfolder="scheduler")',
+        f'pipe({call_of(wrapper, way)}).images[0].save("sample.png")',
+    )
+    return way.scheduler, {"call": way.call}, "\n".join(lines)
 
 
 @torch.no_grad()
@@ -63,7 +89,7 @@ def _parity(net: Adapted, folder: Path) -> float:
     return worst
 
 
-def _card(product: Product, net: Adapted, parity: float) -> str:
+def _card(product: Product, net: Adapted, parity: float, lines: str) -> str:
     recipe: Any = product.recipe
     levels = ", ".join(f"{u:.6g}" for u in product.sampler.steps)
     count = sum(v.numel() for v in lora_tensors(net)[0].values())
@@ -73,5 +99,6 @@ def _card(product: Product, net: Adapted, parity: float) -> str:
         "| | |\n|---|---|\n"
         f"| rank, alpha | {net.rank}, {net.alpha:g} |\n| parameters | {count} |\n"
         f"| trained at levels u, first to last | {levels} |\n| steps trained | {product.done} |\n"
-        f"| fused by diffusers against merged here, largest relative difference of a weight | {parity:.1e} |\n"
+        f"| fused by diffusers against merged here, largest relative difference of a weight | {parity:.1e} |\n\n"
+        f"```python\n{lines}\n```\n"
     )

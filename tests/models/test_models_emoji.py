@@ -289,3 +289,22 @@ def test_a_student_trains_and_its_pipeline_draws_from_a_prompt_what_fewstep_draw
             other.load_lora_weights(str(tmp_path / "lora"))
             assert (other.unet(*call).sample - plain).abs().max() > 1e-5
             torch.testing.assert_close(other.unet(*call).sample, pipe.unet(*call).sample, rtol=0, atol=1e-5)
+        card = (tmp_path / "lora" / "README.md").read_text()
+        assert done.usage in card
+        told = json.loads((tmp_path / "lora" / "fewstep.json").read_text())["call"]
+        code = done.usage.splitlines()
+        exec("\n".join(code[:-1]), names := {})  # as a user pastes it
+        names["pipe"].set_progress_bar_config(disable=True)
+        images = [
+            p(
+                prompt=KEPT[1],
+                guidance_scale=1.0,
+                output_type="pt",
+                generator=torch.Generator().manual_seed(5),
+                **told,
+            )
+            for p in (names["pipe"], IFPipeline.from_pretrained(tmp_path / "out"))
+        ]
+        torch.testing.assert_close(images[0].images, images[1].images, rtol=0, atol=1e-4)
+        assert type(names["pipe"].scheduler) is type(pipe.scheduler)
+        assert names["pipe"].scheduler.config == pipe.scheduler.config
