@@ -244,9 +244,10 @@ def compare(student: Product, spec: Evaluate, teacher: Any) -> tuple[list[Measur
             many.append((row, x))
         best = min((m for m in many if m[0].calls > 1), key=lambda m: m[0].value, default=None)
         shown = [m for m in many if m[0].calls == 1] + ([best] if best else [])
+        least = min((m[0].value for m in many), default=None)
         for row, x in shown:
-            first = best is not None and row is best[0] and all(row.value <= m[0].value for m in many)
-            title = row.title + (" (best)" if first and len(many) > 1 else "")
+            wins = len(many) > 1 and row.calls > 1 and row.value == least
+            title = row.title + (" (best)" if wins else "")
             rows.append(replace(row, title=title))
             panels.append((title, _panel(x)))
     row, x = measure(student, spec)
