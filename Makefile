@@ -17,11 +17,11 @@ types: $(VENV)/.tested links
 	$(BIN)/mypy
 
 conformance: $(VENV)/.tested  ## full-budget training of every method on the toy
-	$(BIN)/python -m fewstep.conformance --out assets/conformance.jsonl
+	$(BIN)/python -m fewstep.bench.conformance --out assets/conformance.jsonl
 
 bench: $(VENV)/.tested  ## overhead of trainer and methods: ratios taken in one run
-	$(BIN)/python -m fewstep.bench
-	$(BIN)/python -m fewstep.bench --methods --against digits-cd
+	$(BIN)/python -m fewstep.bench.trainer
+	$(BIN)/python -m fewstep.bench.methods --against digits-cd
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)

@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from fewstep.eval.protocol.evaluate import Evaluation, comparison_rows, distance_of
+from fewstep.eval.protocol.latency import Latency
 from torch import Tensor
 
-from .cache import atomic_path
-from .evaluate import Evaluation, comparison_rows, distance_of
-from .latency import Latency
+from fewstep.files import atomic_path
 
 _STYLE = """
 :root { color-scheme: light dark; --line: #8886; --soft: #8882; }

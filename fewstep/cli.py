@@ -43,7 +43,7 @@ def run(
     force: Force = False,
 ) -> None:
     """Train a recipe, sample it, measure it against its teacher and export it."""
-    from fewstep.jobs import run_recipe
+    from fewstep.commands.run import run_recipe
 
     run_recipe(recipe, settings or [], out, resume, force)
 
@@ -61,7 +61,7 @@ def sample(
     any_steps: AnySteps = False,
 ) -> None:
     """Draw a grid of samples as a PNG."""
-    from fewstep.jobs import draw
+    from fewstep.commands.sample import draw
 
     draw(path, steps, classes, count, seed, out, any_steps)
 
@@ -130,7 +130,7 @@ def evaluate(
     from fewstep.config import UserError
 
     if selftest:
-        from fewstep.evaluation import check
+        from fewstep.commands.protocol import check
 
         check()
         return
@@ -145,8 +145,8 @@ def evaluate(
             raise UserError(
                 "eval: give a run, an export or a diffusers folder, or --images FOLDER --preset NAME"
             )
-        from fewstep.jobs import evaluate as job
-        from fewstep.product import parse_steps
+        from fewstep.commands.evaluate import evaluate as job
+        from fewstep.commands.options import parse_steps
 
         counts = parse_steps(steps)
         if len(counts) > 1:
@@ -155,8 +155,8 @@ def evaluate(
         return
     if seed is not None:
         raise UserError("--seed: a preset has seeds of its own; another seed is another protocol")
-    from fewstep.evaluation import Request, run
-    from fewstep.product import parse_steps
+    from fewstep.commands.options import parse_steps
+    from fewstep.commands.protocol import Request, run
 
     run(
         Request(
@@ -211,8 +211,8 @@ def compare(
     ] = False,
 ) -> None:
     """Train several recipes under one budget, measure them alike and rank them with errors."""
-    from fewstep.compare import compare as job
-    from fewstep.product import parse_steps
+    from fewstep.commands.compare.compare import compare as job
+    from fewstep.commands.options import parse_steps
 
     job(recipes, budget, seeds, out, resume, settings or [], parse_steps(steps), samples)
 
@@ -228,7 +228,7 @@ def export(
     ] = False,
 ) -> None:
     """Write a folder that plain diffusers opens, checked against fewstep's own sampler."""
-    from fewstep.jobs import export_run
+    from fewstep.commands.export import export_run
 
     export_run(run, out, force, lora)
 
@@ -241,7 +241,7 @@ def plan(
     measure: Annotated[bool, typer.Option("--measure", help="Also take two real steps and compare.")] = False,
 ) -> None:
     """Estimate the memory of a run before it is launched, and which switches lower it."""
-    from fewstep.plan import report
+    from fewstep.commands.plan import report
 
     report(recipe, settings or [], processes, measure)
 
@@ -257,7 +257,7 @@ def cache_latents(
     batch: Annotated[int, typer.Option(min=1, help="Pictures encoded at once.")] = 8,
 ) -> None:
     """Encode a recipe's pictures once; `data: {name: latents}` reads them from then on."""
-    from fewstep.data.latents import cache_latents as job
+    from fewstep.commands.cache_latents import cache_latents as job
 
     made = job(recipe, settings or [], vae, out, batch=batch)
     typer.echo(f"{out}: {len(made)} latents; use them with data: {{name: latents, path: {out}, vae: {vae}}}")
@@ -282,8 +282,8 @@ def prepare_emoji(
     size: Annotated[int, typer.Option(min=8, max=64, help="Side in pixels.")] = 32,
 ) -> None:
     """Write emoji art as pictures with captions, the data of the emoji recipes."""
-    from fewstep.emoji import CATEGORIES
-    from fewstep.emoji import prepare_emoji as job
+    from fewstep.commands.prepare_emoji import CATEGORIES
+    from fewstep.commands.prepare_emoji import prepare_emoji as job
 
     count = job(package, out, categories=category or CATEGORIES, size=size, text=text)
     typer.echo(f"{out}: {count} pictures with captions; use them with data: {{name: captions, path: {out}}}")
@@ -299,7 +299,7 @@ def invert(
     ] = None,
 ) -> None:
     """Encode real images to noise that the run's student decodes to them again."""
-    from fewstep.invert import invert_run
+    from fewstep.commands.invert import invert_run
 
     error = invert_run(run, images, out, classes).error
     typer.echo(
@@ -311,7 +311,7 @@ def invert(
 @recipes.command("ls")
 def recipes_ls() -> None:
     """List shipped recipes."""
-    from fewstep.listing import list_recipes
+    from fewstep.commands.recipes import list_recipes
 
     list_recipes()
 
@@ -319,7 +319,7 @@ def recipes_ls() -> None:
 @recipes.command("show", epilog="Example: `fewstep recipes show toy/dmd2 method.steps=[1.0,0.5]`")
 def recipes_show(name: str, settings: Settings = None) -> None:
     """Print a recipe with every default filled in."""
-    from fewstep.recipe import dump, load
+    from fewstep.recipe.store import dump, load
 
     typer.echo(dump(load(name, settings or [])), nl=False)
 
@@ -333,7 +333,7 @@ def recipes_diff(
     ] = False,
 ) -> None:
     """Print what differs between two recipes, every default filled in."""
-    from fewstep.recipe_diff import diff
+    from fewstep.recipe.diff import diff
 
     typer.echo(diff(a, b, paper))
 
@@ -342,7 +342,7 @@ def recipes_diff(
 def recipes_cp(name: str, to: Path, force: Force = False) -> None:
     """Copy a shipped recipe to a file of your own."""
     from fewstep.config import UserError
-    from fewstep.recipe import find
+    from fewstep.recipe.store import find
 
     if to.exists() and not force:
         raise UserError(f"{to}: exists; overwrite it with --force")
@@ -357,12 +357,12 @@ def recipes_cp(name: str, to: Path, force: Force = False) -> None:
 @recipes.command("check", epilog="Example: `fewstep recipes check mine.yaml`")
 def recipes_check(name: str, settings: Settings = None) -> None:
     """Check a recipe and print all its problems, or the stages it would run."""
-    from fewstep.recipe import load
+    from fewstep.recipe.store import load
 
     recipe = load(name, settings or [])
     for stage in recipe.stages():
         typer.echo(f"{name}: {stage.method.name}, {stage.steps} steps")
-    from fewstep.lint import check_recipe
+    from fewstep.commands.recipes import check_recipe
 
     for line in check_recipe(recipe).splitlines():
         typer.echo(f"{name}: {line}")
@@ -389,7 +389,7 @@ def check_teacher(
 
     Prints each finding and a verdict in words. Exit code 0 when the folder is read right, 1 when it is not.
     """
-    from fewstep.check import main as check
+    from fewstep.commands.check_teacher import main as check
 
     told = {"prediction": prediction, "guidance": guidance, "wrapper": wrapper, "classes": classes}
     raise typer.Exit(check(path, size=size, **told))
@@ -398,7 +398,7 @@ def check_teacher(
 @methods.command("ls")
 def methods_ls() -> None:
     """List methods with what they need."""
-    from fewstep.listing import list_methods
+    from fewstep.commands.methods import list_methods
 
     list_methods()
 
@@ -406,7 +406,7 @@ def methods_ls() -> None:
 @methods.command("show", epilog="Example: `fewstep methods show phased_dmd`")
 def methods_show(name: str) -> None:
     """Print a method's card: equation, roles, deviations from its paper, numbers, known failures."""
-    from fewstep.cards import show
+    from fewstep.recipe.cards import show
 
     typer.echo(show(name))
 
@@ -414,7 +414,7 @@ def methods_show(name: str) -> None:
 @app.command(epilog="Example: `fewstep cite digits-dmd2`")
 def cite(recipe: str) -> None:
     """Print BibTeX of the papers behind a recipe."""
-    from fewstep.cards import cite as entries
+    from fewstep.recipe.cards import cite as entries
 
     typer.echo(entries(recipe))
 
@@ -422,8 +422,8 @@ def cite(recipe: str) -> None:
 @app.command(epilog="Example: `fewstep health runs/digits-dmd2`")
 def health(run: Annotated[Path, typer.Argument(help="A run directory.")]) -> None:
     """Say in words whether a run is healthy, from its log, and which knob to turn; plot it into RUN/report."""
-    from fewstep.health import last_stage, report
-    from fewstep.health_plots import save
+    from fewstep.commands.health import last_stage, report
+    from fewstep.commands.health_plots import save
     from fewstep.train.log import read_log
 
     typer.echo(report(run))

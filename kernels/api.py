@@ -6,14 +6,13 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from fewstep.kernels import reference
+from fewstep.kernels.arguments import check_call, check_names
+from fewstep.kernels.operators import OPERATORS
+from fewstep.kernels.ranges import Ranges
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
-
-from . import reference
-from .arguments import check_call, check_names
-from .operators import OPERATORS
-from .ranges import Ranges
 
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
 
@@ -175,7 +174,7 @@ def attention(
             out = _torch_sdpa(q, k, v, dense, causal, c, bool(moving))
         return out.transpose(1, 2) if layout == "bnhd" else out
     if choice.impl == "xformers":
-        from .xformers_backend import attention as xformers_attention
+        from fewstep.kernels.xformers_backend import attention as xformers_attention
 
         out = xformers_attention(q_, k_, v_, mask=mask, causal=causal, scale=c)
         return out.transpose(1, 2) if layout == "bnhd" else out

@@ -4,9 +4,8 @@ import math
 from collections.abc import Mapping
 
 import torch
+from fewstep.kernels.ranges import Ranges
 from torch import Tensor
-
-from .ranges import Ranges
 
 IMPLEMENTATIONS = ("auto", "reference", "chunked", "triton", "sdpa", "xformers")
 LAYOUTS = ("bhnd", "bnhd")

@@ -8,9 +8,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
+from fewstep.kernels.ranges import KeyRange, Ranges
 from torch import Tensor
-
-from .ranges import KeyRange, Ranges
 
 ROWS = 128
 

@@ -1,10 +1,9 @@
 """Cotangents of chunked attention, through the output and through its tangent (kernels.md 5.5)."""
 
 import torch
+from fewstep.kernels.chunked import Block, _Operand, _operand, _Scores
+from fewstep.kernels.ranges import Ranges
 from torch import Tensor
-
-from .chunked import Block, _Operand, _operand, _Scores
-from .ranges import Ranges
 
 
 class _Sum:

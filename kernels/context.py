@@ -14,13 +14,12 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from fewstep.kernels.api import attention
+from fewstep.kernels.arguments import IMPLEMENTATIONS, MAX_HEAD_DIM
+from fewstep.kernels.ranges import Ranges
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.overrides import TorchFunctionMode
-
-from .api import attention
-from .arguments import IMPLEMENTATIONS, MAX_HEAD_DIM
-from .ranges import Ranges
 
 _SDPA = F.scaled_dot_product_attention
 _DISPATCH = "diffusers.models.attention_dispatch"

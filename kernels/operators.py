@@ -10,12 +10,12 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from fewstep.kernels import chunked, chunked_backward
+from fewstep.kernels.layout import output_like
+from fewstep.kernels.ranges import decode
 from torch import Tensor
 from torch._library.autograd import Info, make_autograd_impl
 from torch.autograd import forward_ad
-
-from . import chunked, chunked_backward
-from .ranges import decode
 
 _LIBRARY = torch.library.Library("fewstep", "FRAGMENT")
 _TAIL = "Tensor? mask, int[] ranges, bool causal, float scale, str impl"
@@ -38,17 +38,9 @@ OPERATORS = torch.ops.fewstep
 
 
 def _triton() -> Any:
-    from . import triton_launch
+    from fewstep.kernels import triton_launch
 
     return triton_launch
-
-
-def output_like(q: Tensor, width: int) -> Tensor:
-    """Empty (B, H, N, width) laid out in memory as q is: heads inside the sequence or outside it."""
-    b, h, n, _ = q.shape
-    if q.stride(1) < q.stride(2):
-        return q.new_empty(b, n, h, width).transpose(1, 2)
-    return q.new_empty(b, h, n, width)
 
 
 def _allocate(q: Tensor, width: int, impl: str) -> Tensor:

@@ -8,9 +8,8 @@ t = c (tq k^T + q tk^T), mu = rowsum(p t), to = p tv + (p (t - mu)) v.
 """
 
 import torch
+from fewstep.kernels.ranges import Ranges
 from torch import Tensor
-
-from .ranges import Ranges
 
 
 def dense_mask(

@@ -8,8 +8,7 @@ dtv = p^T g. Two kernels, one per query tile and one per key tile, so that nothi
 
 import triton
 import triton.language as tl
-
-from .triton_forward import LOG2E, load_rows, mask_scores, score_tangent
+from fewstep.kernels.triton_forward import LOG2E, load_rows, mask_scores, score_tangent
 
 
 @triton.jit

@@ -8,12 +8,11 @@ from typing import Any
 
 import torch
 import triton
+from fewstep.kernels.layout import output_like
+from fewstep.kernels.ranges import Ranges, Segment
+from fewstep.kernels.triton_backward import backward_key_kernel, backward_query_kernel
+from fewstep.kernels.triton_forward import attention_kernel
 from torch import Tensor
-
-from .operators import output_like
-from .ranges import Ranges, Segment
-from .triton_backward import backward_key_kernel, backward_query_kernel
-from .triton_forward import attention_kernel
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
 

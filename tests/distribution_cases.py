@@ -8,12 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fewstep.methods.base import Batch, Turn
+from fewstep.algebra.batch import Batch
+from fewstep.algebra.draws import Draws, fold
+from fewstep.algebra.prediction import Prediction, from_x0
+from fewstep.algebra.process import EDM, Flow, Process, bc
+from fewstep.methods.method import Turn
 from fewstep.networks.analytic import gaussian
-from fewstep.prediction import Prediction, from_x0
-from fewstep.process import EDM, Flow, Process, bc
-from fewstep.random import Draws, fold
-from fewstep.roles import Roles
+from fewstep.networks.roles import Roles
 
 F64 = torch.float64
 MEAN, STD = 0.7, 0.4

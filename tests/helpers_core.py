@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fewstep.process import EDM, VP, Cosine, DiscreteVP, Flow, Process, Trig
+from fewstep.algebra.process import EDM, VP, Cosine, DiscreteVP, Flow, Process, Trig
 
 F64 = torch.float64
 

@@ -21,8 +21,8 @@ ARGUMENTS += ["--set", "train.max_skips=3"]
 
 def train(name: str, steps: int, *settings: str, run: Path | None = None, **options: Any) -> Any:
     """Train a small toy recipe under an account; a run directory is continued."""
-    from fewstep.budget import Accounted
-    from fewstep.recipe import load
+    from fewstep.commands.compare.budget import Accounted
+    from fewstep.recipe.store import load
 
     recipe = load(name, [*SMALL, *settings, f"train.steps={steps}"])
     if run is not None:
@@ -36,7 +36,7 @@ def train(name: str, steps: int, *settings: str, run: Path | None = None, **opti
 
 def drive_account(folder: Path) -> None:
     """whole/ under a budget of calls, and cut/ killed on the way and continued twice. Prints the accounts."""
-    from fewstep.budget import Budget
+    from fewstep.commands.compare.budget import Budget
 
     budget = Budget("calls", 41 * 18)
     settings = ("method.teacher_steps=1", "train.checkpoint_every=7", "train.ema=[0.9]")
@@ -57,9 +57,9 @@ def drive_account(folder: Path) -> None:
 
 def drive_compare(folder: Path, *recipes: str) -> None:
     """killed/ gets a SIGKILL in the second run and is continued; straight/ is left alone. Runs are forked."""
-    from fewstep import compare
-    from fewstep.budget import Accounted
     from fewstep.cli import main
+    from fewstep.commands.compare import compare
+    from fewstep.commands.compare.budget import Accounted
 
     compare.start_method = lambda: multiprocessing.get_context("fork")
 

@@ -39,7 +39,7 @@ TINY = (
 
 def tiny(*settings: str) -> Any:
     """The tiny recipe, checked."""
-    from fewstep.recipe import load
+    from fewstep.recipe.store import load
 
     return load("toy/dmd2", [*TINY, *settings])
 

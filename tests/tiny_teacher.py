@@ -63,7 +63,7 @@ def student_settings(teacher: Path) -> list[str]:
 
 def make_run(folder: Path, teacher: Path, *settings: str) -> Path:
     """Two steps of DMD2 on digits from that teacher."""
-    from fewstep.recipe import dump, load
+    from fewstep.recipe.store import dump, load
     from fewstep.train.trainer import Trainer
 
     recipe = load("digits-dmd2", [*student_settings(teacher), *settings])

@@ -7,12 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fewstep.methods.base import Batch
+from fewstep.algebra.batch import Batch
+from fewstep.algebra.draws import Draws, fold
+from fewstep.algebra.prediction import Prediction, from_x0
+from fewstep.algebra.process import EDM, VP, Flow, Process, Trig
 from fewstep.networks.analytic import flow_map, gaussian
 from fewstep.objectives.trajectory import chord_x0
-from fewstep.prediction import Prediction, from_x0
-from fewstep.process import EDM, VP, Flow, Process, Trig
-from fewstep.random import Draws, fold
 
 F64 = torch.float64
 MEAN, STD = 0.7, 0.4

@@ -6,7 +6,7 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from fewstep.random import Draws
+from fewstep.algebra.draws import Draws
 
 
 class Data(Protocol):

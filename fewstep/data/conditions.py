@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 
+from fewstep.algebra.draws import Draws
 from fewstep.data.text import Text
-from fewstep.random import Draws
 
 
 class ClassConditions:

@@ -8,9 +8,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from fewstep.algebra.draws import Draws
 from fewstep.config import UserError, part
 from fewstep.data.conditions import ClassConditions
-from fewstep.random import Draws
 
 
 class InMemory(ClassConditions):
@@ -52,7 +52,7 @@ class FashionMNIST:
     """60,000 or 10,000 images."""
 
     def open(self) -> InMemory:
-        from fewstep.eval.datasets import fashion_mnist
+        from fewstep.eval.protocol.datasets import fashion_mnist
 
         try:
             images, labels = fashion_mnist(self.split, self.path)

@@ -15,10 +15,10 @@ import torch
 from pydantic import PositiveInt
 from torch import Tensor
 
+from fewstep.algebra.draws import Draws
 from fewstep.config import UserError, choice, part
 from fewstep.data.conditions import TextConditions
 from fewstep.data.text import Text, embed, read_prompts
-from fewstep.random import Draws
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 

@@ -13,7 +13,7 @@ import torch
 from pydantic import PositiveInt
 from torch import Tensor
 
-from fewstep.cond import moved, nulled, zeros_like
+from fewstep.algebra.condition import moved, nulled, zeros_like
 from fewstep.config import UserError, part
 from fewstep.data.shards import Shards, sha256_of
 from fewstep.networks.folder import read_json, read_latents

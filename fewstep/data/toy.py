@@ -8,11 +8,11 @@ import torch
 from pydantic import PositiveInt
 from torch import Tensor
 
+from fewstep.algebra.draws import Draws, fold
+from fewstep.algebra.process import Flow
 from fewstep.config import part
 from fewstep.data.conditions import ClassConditions
 from fewstep.networks.analytic import ring
-from fewstep.process import Flow
-from fewstep.random import Draws, fold
 
 
 @part("data", "ring")

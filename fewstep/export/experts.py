@@ -8,7 +8,7 @@ a table of numbers, and the loop that applies it stands in the model card; the e
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -17,21 +17,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fewstep.algebra.jump import clean, times_of
+from fewstep.algebra.prediction import from_raw
+from fewstep.algebra.rollout import renoise
+from fewstep.algebra.sampling import gamma_step, sample
 from fewstep.config import UserError
+from fewstep.export.base import PARITY, Exported, Way, aside_of, facts_of
 from fewstep.export.card import model_card
-from fewstep.export.diffusers import PARITY, Exported, Way, aside_of, facts_of, way_of
 from fewstep.export.fold import Folded, fold
 from fewstep.export.latent import wrapped
 from fewstep.export.routes import INSTEAD
-from fewstep.jump import clean, times_of
 from fewstep.networks.adapters import network_of
 from fewstep.networks.denoiser import _TIME
 from fewstep.networks.routed import ByClass, ByTime, Routed
-from fewstep.prediction import from_raw
-from fewstep.product import Product
-from fewstep.recipe import dump
-from fewstep.rollout import renoise
-from fewstep.sampling import gamma_step, sample
+from fewstep.recipe.store import dump
+from fewstep.train.product import Product
 
 LOADER = """import json, torch
 from diffusers import UNet2DModel
@@ -54,17 +54,17 @@ images = draw(torch.randn(4, {shape}){labels})"""
 """The loader of the model card: a step is linear in the state, the network's output and fresh noise."""
 
 
-def way_of_routed(product: Product) -> Way:
-    """How a routed student is written. UserError as `diffusers.way_of`."""
+def way_of_routed(product: Product, way_of: Callable[[Product], Way]) -> Way:
+    """How a routed student is written; `way_of` tells it of one member. UserError as `choose.way_of`."""
     net: Any = product.net
     if isinstance(net.route, ByClass):
-        return _by_class(product)
+        return _by_class(product, way_of)
     if isinstance(net.route, ByTime):
         return _by_time(product)
     raise UserError(f"export: a student routed by {type(net.route).__name__} is not written")
 
 
-def _by_class(product: Product) -> Way:
+def _by_class(product: Product, way_of: Callable[[Product], Way]) -> Way:
     net: Any = product.net
     count = len(net.members)
     groups: list[list[int]] = [[] for _ in range(count)]

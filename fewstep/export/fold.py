@@ -8,15 +8,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fewstep.algebra.jump import clean
+from fewstep.algebra.process import EDM, Process
+from fewstep.algebra.sampling import Sampler
 from fewstep.config import UserError
 from fewstep.export.routes import INSTEAD
-from fewstep.jump import clean
 from fewstep.networks.adapters import plain_copy
 from fewstep.networks.denoiser import Denoiser, Rescheduled
 from fewstep.networks.extras import ANGLE
 from fewstep.networks.unet2d import UNet2D
-from fewstep.process import EDM, Process
-from fewstep.sampling import Sampler
 
 
 @dataclass(frozen=True)

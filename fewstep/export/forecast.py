@@ -11,8 +11,9 @@ import torch
 from torch import nn
 
 from fewstep.config import UserError
-from fewstep.export.diffusers import Way, check_teacher_way, way_of
-from fewstep.lint import check_product
+from fewstep.export.base import Way
+from fewstep.export.choose import check_teacher_way, way_of
+from fewstep.export.levels import check_product
 from fewstep.networks.adapters import Adapted, lora_layers
 from fewstep.networks.denoiser import Denoiser, Rescheduled
 from fewstep.networks.diffusers import wrapper_of
@@ -20,8 +21,8 @@ from fewstep.networks.folder import Folder, read_folder
 from fewstep.networks.routed import Routed
 from fewstep.networks.scheduler import read_scheduler
 from fewstep.networks.specs import Copy, Site
-from fewstep.product import Product, product_of
-from fewstep.recipe import Recipe
+from fewstep.recipe.schema import Recipe
+from fewstep.train.product import Product, product_of
 
 
 def weightless(net: nn.Module) -> nn.Module:

@@ -17,24 +17,23 @@ from typing import Any
 import torch
 from torch import nn
 
-from fewstep.cond import checked
+from fewstep.algebra.condition import checked
+from fewstep.algebra.process import DiscreteVP, Flow
+from fewstep.algebra.sampling import Sampler, sample
 from fewstep.config import UserError
+from fewstep.export.base import PARITY, Exported, Way, aside_of, facts_of
 from fewstep.export.card import model_card, usage
-from fewstep.export.diffusers import PARITY, Exported, Way, aside_of, facts_of
 from fewstep.export.fold import constant_inputs
+from fewstep.export.levels import agree, levels_of, levels_of_scheduler
 from fewstep.export.routes import INSTEAD, plain_kind, route
-from fewstep.export.stock import difference, fresh_noise, open_stock, run_stock
-from fewstep.export.text import without_variance
-from fewstep.lint import agree, levels_of, levels_of_scheduler
+from fewstep.export.stock import difference, fresh_noise, open_stock, run_stock, without_variance
 from fewstep.networks.adapters import Adapted, on_cpu, plain_copy
 from fewstep.networks.denoiser import Denoiser
 from fewstep.networks.folder import Folder, read_folder
 from fewstep.networks.unet2d import UNet2D
 from fewstep.networks.wrappers import Wrapper
-from fewstep.process import DiscreteVP, Flow
-from fewstep.product import Product
-from fewstep.recipe import dump
-from fewstep.sampling import Sampler, sample
+from fewstep.recipe.store import dump
+from fewstep.train.product import Product
 
 
 @dataclass(frozen=True)
@@ -172,7 +171,7 @@ def call_of(wrapper: Any, way: Plan) -> str:
 
 
 def way_of_latent(product: Product) -> Way:
-    """How the student is written as a stock pipeline; arguments and errors as `diffusers.way_of`."""
+    """How the student is written as a stock pipeline; arguments and errors as `choose.way_of`."""
     source, wrapper, way = stock_of(product)
     return Way(type(way.scheduler).__name__, partial(_write, product, source, wrapper, way))
 

@@ -9,11 +9,11 @@ from typing import Any
 import torch
 
 from fewstep.config import UserError
-from fewstep.export.diffusers import Exported, aside_of
+from fewstep.export.base import Exported, aside_of
 from fewstep.export.latent import call_of, stock_of, wrapped
 from fewstep.networks.adapters import Adapted, network_of, plain_copy
 from fewstep.networks.lora_file import NAME, component, diffusers_model, lora_tensors, save_lora
-from fewstep.product import Product
+from fewstep.train.product import Product
 
 PARITY = 1e-5
 """Largest allowed difference of a weight, relative to the largest weight of its layer."""

@@ -14,9 +14,9 @@ from typing import Any
 
 import torch
 
+from fewstep.algebra.process import EDM, DiscreteVP, Flow, Process, Trig
+from fewstep.algebra.sampling import Sampler
 from fewstep.config import UserError
-from fewstep.process import EDM, DiscreteVP, Flow, Process, Trig
-from fewstep.sampling import Sampler
 
 INSTEAD = "`fewstep sample` draws from the run itself"
 TCD_ETA = 0.3

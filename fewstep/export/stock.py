@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fewstep.cond import checked
+from fewstep.algebra.condition import checked
 from fewstep.networks.folder import read_json
 from fewstep.networks.wrappers import Wrapper
 
@@ -103,3 +103,13 @@ def difference(ours: Tensor, theirs: Tensor) -> float:
     """max |ours - theirs| over the larger of 1 and the root mean square of theirs."""
     scale = max(1.0, float(theirs.float().square().mean().sqrt()))
     return float((ours.float() - theirs.float()).abs().max()) / scale
+
+
+def without_variance(scheduler: Any) -> Any:
+    """The scheduler as IFPipeline wants it for a network that predicts no variance beside the image.
+
+    The pipeline cuts the network's output in halves unless the config says "learned"; then the scheduler gets it
+    whole, and those used here do not look at the key.
+    """
+    scheduler.register_to_config(variance_type="learned")
+    return scheduler

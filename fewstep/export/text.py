@@ -11,15 +11,16 @@ from typing import Any
 
 from torch import nn
 
+from fewstep.algebra.process import DiscreteVP
 from fewstep.config import UserError
+from fewstep.export.base import Exported, aside_of
 from fewstep.export.card import teacher_card
-from fewstep.export.diffusers import Exported, aside_of
+from fewstep.export.stock import without_variance
 from fewstep.networks.adapters import plain_copy
 from fewstep.networks.denoiser import Denoiser
 from fewstep.networks.wrappers.unet_condition import UNetCondition
-from fewstep.process import DiscreteVP
-from fewstep.product import Product
-from fewstep.recipe import dump
+from fewstep.recipe.store import dump
+from fewstep.train.product import Product
 
 IF_TOKENS = 77
 """IFPipeline pads every prompt to so many tokens."""
@@ -34,16 +35,6 @@ def is_text_teacher(net: nn.Module) -> bool:
         and isinstance(net.process, DiscreteVP)
         and (net.prediction, net.time_input) == ("v", "index")
     )
-
-
-def without_variance(scheduler: Any) -> Any:
-    """The scheduler as IFPipeline wants it for a network that predicts no variance beside the image.
-
-    The pipeline cuts the network's output in halves unless the config says "learned"; then the scheduler gets it
-    whole, and those used here do not look at the key.
-    """
-    scheduler.register_to_config(variance_type="learned")
-    return scheduler
 
 
 def export_text_teacher(product: Product, folder: Path, results: Sequence[tuple[str, str]] = ()) -> Exported:

@@ -1,5 +1,6 @@
 """One paper, one file. Importing this package registers them all."""
 
+from fewstep.algebra.batch import Batch as Batch
 from fewstep.methods import boot as boot
 from fewstep.methods import class_ratio as class_ratio
 from fewstep.methods import consistency as consistency
@@ -36,21 +37,10 @@ from fewstep.methods import track as track
 from fewstep.methods import twinflow as twinflow
 from fewstep.methods import uni_instruct as uni_instruct
 from fewstep.methods import vsd as vsd
-from fewstep.methods.base import (
-    Batch as Batch,
-)
-from fewstep.methods.base import (
-    Losses as Losses,
-)
-from fewstep.methods.base import (
-    Method as Method,
-)
-from fewstep.methods.base import (
-    Needs as Needs,
-)
-from fewstep.methods.base import (
-    Turn as Turn,
-)
+from fewstep.methods.method import Losses as Losses
+from fewstep.methods.method import Method as Method
+from fewstep.methods.method import Needs as Needs
+from fewstep.methods.method import Turn as Turn
 
 # Last, because it takes any method that is registered by then.
 from fewstep.methods import joint as joint  # isort: skip

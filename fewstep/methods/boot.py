@@ -8,14 +8,15 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from fewstep.algebra.batch import Batch
+from fewstep.algebra.process import bc
+from fewstep.algebra.sampling import Sampler
+from fewstep.algebra.times import Uniform
 from fewstep.config import choice, part
-from fewstep.legs import Teacher
-from fewstep.methods.base import Batch, Losses, Needs, Turn
+from fewstep.methods.method import Losses, Needs, Turn
+from fewstep.networks.roles import Roles
 from fewstep.objectives import mse
-from fewstep.process import bc
-from fewstep.roles import Roles
-from fewstep.sampling import Sampler
-from fewstep.times import Uniform
+from fewstep.objectives.legs import Teacher
 
 
 @part("method", "boot")

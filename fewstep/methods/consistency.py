@@ -8,17 +8,18 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
+from fewstep.algebra.batch import Batch
+from fewstep.algebra.jump import Solver, ask, clean
+from fewstep.algebra.pairings import CTGrid, Grid, ct_decay, ct_points
+from fewstep.algebra.process import add_noise, bc
+from fewstep.algebra.sampling import Sampler, any_steps
+from fewstep.algebra.times import check_steps
 from fewstep.config import choice, part
-from fewstep.jump import Solver, ask, clean
-from fewstep.legs import Teacher, between
-from fewstep.methods.base import Batch, Losses, Needs, Turn
+from fewstep.methods.method import Losses, Needs, Turn
 from fewstep.methods.terms import Apart, apart, perceptual
+from fewstep.networks.roles import Roles
+from fewstep.objectives.legs import Teacher, between
 from fewstep.objectives.trajectory import follow
-from fewstep.pairings import CTGrid, Grid, ct_decay, ct_points
-from fewstep.process import add_noise, bc
-from fewstep.roles import Roles
-from fewstep.sampling import Sampler, any_steps
-from fewstep.times import check_steps
 
 
 @part("method", "consistency")

@@ -8,17 +8,18 @@ from typing import Any, ClassVar, Literal
 import torch
 from pydantic import PositiveInt
 
+from fewstep.algebra.batch import Batch
+from fewstep.algebra.jump import Solver, ask, clean
+from fewstep.algebra.process import add_noise
+from fewstep.algebra.sampling import Sampler, any_steps
+from fewstep.algebra.times import Uniform, check_steps
 from fewstep.config import choice, part
-from fewstep.jump import Solver, ask, clean
-from fewstep.legs import Teacher, student_leg, time_between
-from fewstep.methods.base import Batch, Losses, Needs, Turn
+from fewstep.methods.method import Losses, Needs, Turn
 from fewstep.methods.terms import Gan, discriminate
+from fewstep.networks.roles import Roles
+from fewstep.objectives.legs import Teacher, student_leg, time_between
 from fewstep.objectives.regression import dsm
 from fewstep.objectives.trajectory import Distance, distance, two_leg
-from fewstep.process import add_noise
-from fewstep.roles import Roles
-from fewstep.sampling import Sampler, any_steps
-from fewstep.times import Uniform, check_steps
 
 
 @part("method", "ctm")

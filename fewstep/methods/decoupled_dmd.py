@@ -9,18 +9,19 @@ import torch
 from torch import Tensor
 
 from fewstep import objectives as obj
+from fewstep.algebra.batch import Batch
+from fewstep.algebra.guidance import guided
+from fewstep.algebra.prediction import Prediction
+from fewstep.algebra.process import add_noise
+from fewstep.algebra.rollout import exit_step, rollout
+from fewstep.algebra.sampling import Sampler
+from fewstep.algebra.times import Uniform, check_steps, shift
 from fewstep.config import part
-from fewstep.guidance import guided
-from fewstep.methods.base import Batch, Losses, Needs, Turn
+from fewstep.methods.method import Losses, Needs, Turn
 from fewstep.methods.readings import readings
 from fewstep.methods.terms import Gan, track
+from fewstep.networks.roles import Roles
 from fewstep.objectives.regression import Weight
-from fewstep.prediction import Prediction
-from fewstep.process import add_noise
-from fewstep.roles import Roles
-from fewstep.rollout import exit_step, rollout
-from fewstep.sampling import Sampler
-from fewstep.times import Uniform, check_steps, shift
 
 
 @part("method", "decoupled_dmd")

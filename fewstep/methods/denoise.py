@@ -7,15 +7,16 @@ from typing import Any, ClassVar, Literal
 
 import torch
 
+from fewstep.algebra.batch import Batch
+from fewstep.algebra.process import add_noise
+from fewstep.algebra.sampling import Sampler, many_step
+from fewstep.algebra.times import LogNormal
 from fewstep.config import choice, part
-from fewstep.methods.base import Batch, Losses, Needs, Turn
+from fewstep.methods.method import Losses, Needs, Turn
 from fewstep.methods.terms import dropped
+from fewstep.networks.roles import Roles
 from fewstep.objectives import dsm, mse
 from fewstep.objectives.regression import Weight, x0_weight
-from fewstep.process import add_noise
-from fewstep.roles import Roles
-from fewstep.sampling import Sampler, many_step
-from fewstep.times import LogNormal
 
 
 @part("method", "denoise")

@@ -8,18 +8,19 @@ from typing import Any, ClassVar, Literal
 import torch
 
 from fewstep import objectives as obj
+from fewstep.algebra.batch import Batch
+from fewstep.algebra.guidance import guided
+from fewstep.algebra.jump import Solver
+from fewstep.algebra.rollout import rollout
+from fewstep.algebra.sampling import Sampler, many_step
+from fewstep.algebra.times import Uniform
 from fewstep.config import choice, part
-from fewstep.guidance import guided
-from fewstep.jump import Solver
-from fewstep.methods.base import Batch, Losses, Needs, Turn
+from fewstep.methods.method import Losses, Needs, Turn
+from fewstep.methods.pairs import Pairs
 from fewstep.methods.readings import readings
 from fewstep.methods.terms import apart, noised, perceptual, track
+from fewstep.networks.roles import Roles
 from fewstep.objectives.regression import Weight
-from fewstep.pairs import Pairs
-from fewstep.roles import Roles
-from fewstep.rollout import rollout
-from fewstep.sampling import Sampler, many_step
-from fewstep.times import Uniform
 
 
 @part("method", "dmd")

@@ -10,16 +10,17 @@ import torch
 from torch import Tensor
 
 from fewstep import objectives as obj
+from fewstep.algebra.batch import Batch
+from fewstep.algebra.guidance import guided
+from fewstep.algebra.process import add_noise
+from fewstep.algebra.rollout import rollout
+from fewstep.algebra.sampling import Sampler
+from fewstep.algebra.times import Uniform, check_steps
 from fewstep.config import choice, part
-from fewstep.guidance import guided
-from fewstep.methods.base import Batch, Losses, Needs, Turn
+from fewstep.methods.method import Losses, Needs, Turn
 from fewstep.methods.readings import readings
+from fewstep.networks.roles import Roles
 from fewstep.objectives.regression import Weight, x0_weight
-from fewstep.process import add_noise
-from fewstep.roles import Roles
-from fewstep.rollout import rollout
-from fewstep.sampling import Sampler
-from fewstep.times import Uniform, check_steps
 
 
 @part("method", "dmd2")

@@ -11,18 +11,19 @@ import torch
 from torch import Tensor
 
 from fewstep import objectives as obj
+from fewstep.algebra.batch import Batch
+from fewstep.algebra.guidance import guided
+from fewstep.algebra.prediction import Prediction
+from fewstep.algebra.rollout import rollout
+from fewstep.algebra.sampling import Sampler
+from fewstep.algebra.times import Uniform
 from fewstep.config import choice, part
-from fewstep.guidance import guided
-from fewstep.methods.base import Batch, Losses, Needs, Turn
+from fewstep.methods.method import Losses, Needs, Turn
 from fewstep.methods.readings import readings
 from fewstep.methods.terms import scaled, track
+from fewstep.networks.roles import Roles
 from fewstep.objectives.regression import Weight
 from fewstep.objectives.score import ScoreWeight
-from fewstep.prediction import Prediction
-from fewstep.roles import Roles
-from fewstep.rollout import rollout
-from fewstep.sampling import Sampler
-from fewstep.times import Uniform
 
 
 @dataclass(frozen=True)

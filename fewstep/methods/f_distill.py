@@ -9,19 +9,20 @@ import torch
 from torch import Tensor, nn
 
 from fewstep import objectives as obj
+from fewstep.algebra.batch import Batch
+from fewstep.algebra.guidance import guided
+from fewstep.algebra.process import angle_of
+from fewstep.algebra.rollout import rollout
+from fewstep.algebra.sampling import Sampler
+from fewstep.algebra.times import Uniform, check_steps
 from fewstep.config import choice, part
-from fewstep.guidance import guided
-from fewstep.methods.base import Batch, Losses, Needs, Turn
+from fewstep.methods.method import Losses, Needs, Turn
 from fewstep.methods.readings import readings
 from fewstep.methods.terms import Gan, noised, scaled, track
+from fewstep.networks.roles import Roles
 from fewstep.objectives.divergence import Divergence
 from fewstep.objectives.reduce import bin_means, global_mean
 from fewstep.objectives.regression import Weight
-from fewstep.process import angle_of
-from fewstep.roles import Roles
-from fewstep.rollout import rollout
-from fewstep.sampling import Sampler
-from fewstep.times import Uniform, check_steps
 
 
 class RatioBins(nn.Module):

@@ -11,18 +11,19 @@ import torch
 from torch import Tensor
 
 from fewstep import objectives as obj
-from fewstep.cond import rows
+from fewstep.algebra.batch import Batch
+from fewstep.algebra.condition import rows
+from fewstep.algebra.guidance import guided
+from fewstep.algebra.process import bc
+from fewstep.algebra.sampling import Sampler
+from fewstep.algebra.times import LogitNormal, Uniform
 from fewstep.config import choice, part
-from fewstep.guidance import guided
-from fewstep.legs import Teacher
-from fewstep.methods.base import Batch, Losses, Needs, Turn
 from fewstep.methods.meanflow import flow_only
+from fewstep.methods.method import Losses, Needs, Turn
 from fewstep.methods.terms import noised, track
+from fewstep.networks.roles import Roles
 from fewstep.objectives import trajectory as tr
-from fewstep.process import bc
-from fewstep.roles import Roles
-from fewstep.sampling import Sampler
-from fewstep.times import LogitNormal, Uniform
+from fewstep.objectives.legs import Teacher
 
 
 @part("method", "freeflow")

@@ -9,14 +9,15 @@ import torch
 from torch import Tensor
 
 from fewstep import objectives as obj
+from fewstep.algebra.batch import Batch
+from fewstep.algebra.rollout import rollout
+from fewstep.algebra.sampling import Sampler
+from fewstep.algebra.times import check_steps
 from fewstep.config import choice, part
-from fewstep.methods.base import Batch, Losses, Needs, Turn
+from fewstep.methods.method import Losses, Needs, Turn
 from fewstep.methods.readings import spread
 from fewstep.methods.terms import noised
-from fewstep.roles import Roles
-from fewstep.rollout import rollout
-from fewstep.sampling import Sampler
-from fewstep.times import check_steps
+from fewstep.networks.roles import Roles
 
 
 @part("method", "gdd")

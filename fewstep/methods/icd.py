@@ -9,14 +9,15 @@ import torch
 from pydantic import PositiveInt
 from torch import Tensor
 
+from fewstep.algebra.batch import Batch
+from fewstep.algebra.jump import ask
+from fewstep.algebra.process import Process, add_noise
+from fewstep.algebra.sampling import Sampler
 from fewstep.config import part
-from fewstep.jump import ask
-from fewstep.legs import Teacher, between, student_leg
-from fewstep.methods.base import Batch, Losses, Needs, Turn
+from fewstep.methods.method import Losses, Needs, Turn
+from fewstep.networks.roles import Roles
+from fewstep.objectives.legs import Teacher, between, student_leg
 from fewstep.objectives.trajectory import Distance, distance, two_leg
-from fewstep.process import Process, add_noise
-from fewstep.roles import Roles
-from fewstep.sampling import Sampler
 
 
 def boundaries(knots: int = 50, count: int = 4, table: int = 1000) -> tuple[list[int], list[int]]:

@@ -8,17 +8,18 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from fewstep.algebra.batch import Batch
+from fewstep.algebra.jump import ask, clean, times_of
+from fewstep.algebra.process import add_noise
+from fewstep.algebra.rollout import exit_step
+from fewstep.algebra.sampling import Sampler
+from fewstep.algebra.times import check_steps
 from fewstep.config import part
-from fewstep.jump import ask, clean, times_of
-from fewstep.legs import Teacher
-from fewstep.methods.base import Batch, Losses, Needs, Turn
+from fewstep.methods.method import Losses, Needs, Turn
 from fewstep.methods.terms import Gan, track
+from fewstep.networks.roles import Roles
 from fewstep.objectives import mse
-from fewstep.process import add_noise
-from fewstep.roles import Roles
-from fewstep.rollout import exit_step
-from fewstep.sampling import Sampler
-from fewstep.times import check_steps
+from fewstep.objectives.legs import Teacher
 
 
 @part("method", "imagine_flash")

@@ -9,14 +9,15 @@ import torch
 from pydantic import PositiveInt
 from torch import Tensor
 
+from fewstep.algebra.batch import Batch
+from fewstep.algebra.process import Process, add_noise, angle_of
+from fewstep.algebra.sampling import Sampler, any_steps
+from fewstep.algebra.times import Uniform, check_steps
 from fewstep.config import choice, part
-from fewstep.legs import between, student_leg
-from fewstep.methods.base import Batch, Losses, Needs, Turn
 from fewstep.methods.meanflow import flow_only
-from fewstep.process import Process, add_noise, angle_of
-from fewstep.roles import Roles
-from fewstep.sampling import Sampler, any_steps
-from fewstep.times import Uniform, check_steps
+from fewstep.methods.method import Losses, Needs, Turn
+from fewstep.networks.roles import Roles
+from fewstep.objectives.legs import between, student_leg
 
 
 def mmd2(x: Tensor, y: Tensor, kind: Literal["laplace", "l2"], scale: Tensor) -> Tensor:

@@ -8,11 +8,12 @@ from typing import Any, ClassVar
 
 from torch import nn
 
+from fewstep.algebra.batch import Batch
+from fewstep.algebra.draws import Draws, fold
+from fewstep.algebra.sampling import Sampler
 from fewstep.config import choice, config, part
-from fewstep.methods.base import Batch, Losses, Needs, Turn
-from fewstep.random import Draws, fold
-from fewstep.roles import Roles
-from fewstep.sampling import Sampler
+from fewstep.methods.method import Losses, Needs, Turn
+from fewstep.networks.roles import Roles
 
 
 @config

@@ -8,14 +8,15 @@ from typing import Any, ClassVar
 import torch
 from pydantic import PositiveInt
 
+from fewstep.algebra.batch import Batch
+from fewstep.algebra.jump import Solver, ask, clean, times_of
+from fewstep.algebra.sampling import Sampler
+from fewstep.algebra.times import check_steps
 from fewstep.config import part
-from fewstep.jump import Solver, ask, clean, times_of
-from fewstep.legs import Teacher
-from fewstep.methods.base import Batch, Losses, Needs, Turn
+from fewstep.methods.method import Losses, Needs, Turn
 from fewstep.methods.terms import Apart, apart, perceptual
-from fewstep.roles import Roles
-from fewstep.sampling import Sampler
-from fewstep.times import check_steps
+from fewstep.networks.roles import Roles
+from fewstep.objectives.legs import Teacher
 
 
 @part("method", "kd")

@@ -9,15 +9,16 @@ import torch
 from torch import Tensor
 
 from fewstep import objectives as obj
+from fewstep.algebra.batch import Batch
+from fewstep.algebra.process import add_noise
+from fewstep.algebra.rollout import exit_step, rollout
+from fewstep.algebra.sampling import Sampler
+from fewstep.algebra.times import LogitNormal, check_steps
 from fewstep.config import choice, part
-from fewstep.methods.base import Batch, Losses, Needs, Turn
+from fewstep.methods.method import Losses, Needs, Turn
 from fewstep.methods.readings import spread
 from fewstep.methods.terms import noised
-from fewstep.process import add_noise
-from fewstep.roles import Roles
-from fewstep.rollout import exit_step, rollout
-from fewstep.sampling import Sampler
-from fewstep.times import LogitNormal, check_steps
+from fewstep.networks.roles import Roles
 
 
 @part("method", "ladd")

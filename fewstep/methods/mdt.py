@@ -9,14 +9,15 @@ import torch
 from torch import Tensor
 
 from fewstep import objectives as obj
+from fewstep.algebra.batch import Batch
+from fewstep.algebra.process import add_noise, bc
+from fewstep.algebra.sampling import Sampler, any_steps
+from fewstep.algebra.times import LogitNormal, check_steps
 from fewstep.config import choice, part
-from fewstep.legs import Teacher
-from fewstep.methods.base import Batch, Losses, Needs, Turn
 from fewstep.methods.meanflow import flow_only
-from fewstep.process import add_noise, bc
-from fewstep.roles import Roles
-from fewstep.sampling import Sampler, any_steps
-from fewstep.times import LogitNormal, check_steps
+from fewstep.methods.method import Losses, Needs, Turn
+from fewstep.networks.roles import Roles
+from fewstep.objectives.legs import Teacher
 
 
 @part("method", "mdt")

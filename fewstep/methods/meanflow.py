@@ -8,16 +8,17 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from fewstep.cond import differs
+from fewstep.algebra.batch import Batch
+from fewstep.algebra.condition import differs
+from fewstep.algebra.process import Flow, add_noise, bc
+from fewstep.algebra.sampling import Sampler, any_steps
+from fewstep.algebra.times import LogitNormal, check_steps
 from fewstep.config import UserError, choice, part
-from fewstep.legs import Teacher
-from fewstep.methods.base import Batch, Losses, Needs, Turn
+from fewstep.methods.method import Losses, Needs, Turn
 from fewstep.methods.terms import dropped
+from fewstep.networks.roles import Roles
 from fewstep.objectives import trajectory as tr
-from fewstep.process import Flow, add_noise, bc
-from fewstep.roles import Roles
-from fewstep.sampling import Sampler, any_steps
-from fewstep.times import LogitNormal, check_steps
+from fewstep.objectives.legs import Teacher
 
 
 def flow_only(process: Any, who: str) -> None:

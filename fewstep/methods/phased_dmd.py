@@ -9,18 +9,19 @@ import torch
 from torch import Tensor
 
 from fewstep import objectives as obj
+from fewstep.algebra.batch import Batch
+from fewstep.algebra.guidance import guided
+from fewstep.algebra.jump import times_of
+from fewstep.algebra.process import add_noise, transition
+from fewstep.algebra.rollout import exit_step
+from fewstep.algebra.sampling import Sampler
+from fewstep.algebra.times import Uniform, check_steps
 from fewstep.config import choice, part
-from fewstep.guidance import guided
-from fewstep.jump import times_of
-from fewstep.methods.base import Batch, Losses, Needs, Turn
+from fewstep.methods.method import Losses, Needs, Turn
 from fewstep.methods.readings import readings
 from fewstep.methods.terms import scaled
+from fewstep.networks.roles import Roles
 from fewstep.objectives.regression import Weight
-from fewstep.process import add_noise, transition
-from fewstep.roles import Roles
-from fewstep.rollout import exit_step
-from fewstep.sampling import Sampler
-from fewstep.times import Uniform, check_steps
 
 
 @part("method", "phased_dmd")

@@ -9,15 +9,16 @@ import torch
 from pydantic import PositiveInt
 from torch import Tensor
 
+from fewstep.algebra.batch import Batch
+from fewstep.algebra.process import Process, add_noise
+from fewstep.algebra.sampling import Sampler
 from fewstep.config import part
-from fewstep.legs import Teacher
-from fewstep.methods.base import Batch, Losses, Needs, Turn
+from fewstep.methods.method import Losses, Needs, Turn
+from fewstep.networks.roles import Roles
 from fewstep.objectives import mse
+from fewstep.objectives.legs import Teacher
 from fewstep.objectives.regression import Weight, x0_weight
 from fewstep.objectives.trajectory import chord_x0
-from fewstep.process import Process, add_noise
-from fewstep.roles import Roles
-from fewstep.sampling import Sampler
 
 
 @part("method", "progressive")

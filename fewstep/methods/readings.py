@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fewstep.algebra.prediction import Prediction
 from fewstep.objectives.regression import per_sample
-from fewstep.prediction import Prediction
 
 BINS = 4
 

@@ -9,16 +9,17 @@ import torch
 from pydantic import PositiveInt
 from torch import Tensor
 
+from fewstep.algebra.batch import Batch
+from fewstep.algebra.jump import Solver
+from fewstep.algebra.process import bc
+from fewstep.algebra.sampling import Sampler
+from fewstep.algebra.times import Uniform, check_steps
 from fewstep.config import choice, part
-from fewstep.jump import Solver
-from fewstep.legs import Teacher
-from fewstep.methods.base import Batch, Losses, Needs, Turn
 from fewstep.methods.meanflow import flow_only
+from fewstep.methods.method import Losses, Needs, Turn
+from fewstep.networks.roles import Roles
 from fewstep.objectives import mse
-from fewstep.process import bc
-from fewstep.roles import Roles
-from fewstep.sampling import Sampler
-from fewstep.times import Uniform, check_steps
+from fewstep.objectives.legs import Teacher
 
 
 @part("method", "reflow")

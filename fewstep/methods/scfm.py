@@ -9,16 +9,17 @@ import torch
 from pydantic import PositiveInt
 from torch import Tensor
 
+from fewstep.algebra.batch import Batch
+from fewstep.algebra.process import add_noise, bc
+from fewstep.algebra.sampling import Sampler
+from fewstep.algebra.times import check_steps, shift
 from fewstep.config import part
-from fewstep.legs import Teacher
-from fewstep.methods.base import Batch, Losses, Needs, Turn
 from fewstep.methods.meanflow import flow_only
+from fewstep.methods.method import Losses, Needs, Turn
+from fewstep.networks.roles import Roles
 from fewstep.objectives import mse
+from fewstep.objectives.legs import Teacher
 from fewstep.objectives.trajectory import follow
-from fewstep.process import add_noise, bc
-from fewstep.roles import Roles
-from fewstep.sampling import Sampler
-from fewstep.times import check_steps, shift
 
 
 @part("method", "scfm")

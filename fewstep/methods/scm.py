@@ -10,16 +10,17 @@ import torch
 from pydantic import PositiveInt
 from torch import Tensor
 
+from fewstep.algebra.batch import Batch
+from fewstep.algebra.process import Trig, add_noise, bc
+from fewstep.algebra.sampling import Sampler, any_steps
+from fewstep.algebra.times import TrigLogNormal, check_steps
 from fewstep.config import choice, part
-from fewstep.legs import Teacher
-from fewstep.methods.base import Batch, Losses, Needs, Turn
+from fewstep.methods.method import Losses, Needs, Turn
 from fewstep.networks.denoiser import Rescheduled
+from fewstep.networks.roles import Roles
 from fewstep.objectives import trajectory as tr
+from fewstep.objectives.legs import Teacher
 from fewstep.objectives.regression import per_sample
-from fewstep.process import Trig, add_noise, bc
-from fewstep.roles import Roles
-from fewstep.sampling import Sampler, any_steps
-from fewstep.times import TrigLogNormal, check_steps
 
 
 @part("method", "scm")

@@ -9,16 +9,17 @@ import torch
 from pydantic import PositiveInt
 from torch import Tensor
 
+from fewstep.algebra.batch import Batch
+from fewstep.algebra.draws import Draws
+from fewstep.algebra.jump import Solver
+from fewstep.algebra.process import add_noise
+from fewstep.algebra.sampling import Sampler
 from fewstep.config import part
-from fewstep.jump import Solver
-from fewstep.legs import Teacher, between, student_leg
-from fewstep.methods.base import Batch, Losses, Needs, Turn
+from fewstep.methods.method import Losses, Needs, Turn
 from fewstep.methods.terms import Gan, track
+from fewstep.networks.roles import Roles
+from fewstep.objectives.legs import Teacher, between, student_leg
 from fewstep.objectives.trajectory import Distance, distance, follow, two_leg
-from fewstep.process import add_noise
-from fewstep.random import Draws
-from fewstep.roles import Roles
-from fewstep.sampling import Sampler
 
 
 @part("method", "segments")

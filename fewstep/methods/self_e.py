@@ -8,17 +8,18 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from fewstep.algebra.batch import Batch
+from fewstep.algebra.process import Process, add_noise, bc
+from fewstep.algebra.sampling import Sampler, any_steps
+from fewstep.algebra.times import LogitNormal, check_steps
 from fewstep.config import UserError, choice, part
-from fewstep.legs import between
-from fewstep.methods.base import Batch, Losses, Needs, Turn
 from fewstep.methods.meanflow import flow_only
+from fewstep.methods.method import Losses, Needs, Turn
 from fewstep.methods.terms import dropped
+from fewstep.networks.roles import Roles
 from fewstep.objectives import mse
+from fewstep.objectives.legs import between
 from fewstep.objectives.trajectory import follow
-from fewstep.process import Process, add_noise, bc
-from fewstep.roles import Roles
-from fewstep.sampling import Sampler, any_steps
-from fewstep.times import LogitNormal, check_steps
 
 
 @part("method", "self_e")

@@ -10,13 +10,14 @@ from typing import Any, ClassVar
 import torch
 from pydantic import PositiveInt
 
+from fewstep.algebra.batch import Batch
+from fewstep.algebra.jump import Solver, ask
+from fewstep.algebra.sampling import Sampler
 from fewstep.config import part
-from fewstep.jump import Solver, ask
-from fewstep.legs import Teacher
-from fewstep.methods.base import Batch, Losses, Needs, Turn
+from fewstep.methods.method import Losses, Needs, Turn
+from fewstep.networks.roles import Roles
+from fewstep.objectives.legs import Teacher
 from fewstep.objectives.trajectory import Distance, distance
-from fewstep.roles import Roles
-from fewstep.sampling import Sampler
 
 
 @part("method", "sfd")

@@ -9,16 +9,17 @@ import torch
 from pydantic import PositiveInt
 from torch import Tensor, nn
 
+from fewstep.algebra.batch import Batch
+from fewstep.algebra.draws import Draws
+from fewstep.algebra.process import add_noise
+from fewstep.algebra.sampling import Sampler
+from fewstep.algebra.times import check_steps
 from fewstep.config import UserError, part
 from fewstep.data.base import Data
-from fewstep.legs import Teacher, between, student_leg
-from fewstep.methods.base import Batch, Losses, Needs, Turn
+from fewstep.methods.method import Losses, Needs, Turn
+from fewstep.networks.roles import Roles
+from fewstep.objectives.legs import Teacher, between, student_leg
 from fewstep.objectives.trajectory import Distance, distance
-from fewstep.process import add_noise
-from fewstep.random import Draws
-from fewstep.roles import Roles
-from fewstep.sampling import Sampler
-from fewstep.times import check_steps
 
 
 class Bank(nn.Module):

@@ -7,15 +7,16 @@ from typing import Any, ClassVar
 
 import torch
 
+from fewstep.algebra.batch import Batch
+from fewstep.algebra.jump import ask, clean
+from fewstep.algebra.pairings import ECTPairs
+from fewstep.algebra.process import add_noise, bc
+from fewstep.algebra.sampling import Sampler
+from fewstep.algebra.times import Uniform, check_steps
 from fewstep.config import choice, part
-from fewstep.jump import ask, clean
-from fewstep.methods.base import Batch, Losses, Needs, Turn
+from fewstep.methods.method import Losses, Needs, Turn
+from fewstep.networks.roles import Roles
 from fewstep.objectives.trajectory import Distance, distance
-from fewstep.pairings import ECTPairs
-from fewstep.process import add_noise, bc
-from fewstep.roles import Roles
-from fewstep.sampling import Sampler
-from fewstep.times import Uniform, check_steps
 
 
 @part("method", "tcm")

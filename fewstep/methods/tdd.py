@@ -10,16 +10,17 @@ import torch
 from pydantic import PositiveInt
 from torch import Tensor
 
+from fewstep.algebra.batch import Batch
+from fewstep.algebra.draws import Draws
+from fewstep.algebra.process import add_noise
+from fewstep.algebra.sampling import Sampler, any_steps
+from fewstep.algebra.times import check_steps
 from fewstep.config import part
-from fewstep.legs import Teacher, student_leg
-from fewstep.methods.base import Batch, Losses, Needs, Turn
+from fewstep.methods.method import Losses, Needs, Turn
 from fewstep.methods.terms import dropped
+from fewstep.networks.roles import Roles
+from fewstep.objectives.legs import Teacher, student_leg
 from fewstep.objectives.trajectory import Distance, distance, two_leg
-from fewstep.process import add_noise
-from fewstep.random import Draws
-from fewstep.roles import Roles
-from fewstep.sampling import Sampler, any_steps
-from fewstep.times import check_steps
 
 TABLE = 1000
 

@@ -9,16 +9,17 @@ import torch
 from torch import Tensor
 
 from fewstep import objectives as obj
-from fewstep.cond import replaced
+from fewstep.algebra.batch import Batch
+from fewstep.algebra.condition import replaced
+from fewstep.algebra.jump import ask, clean
+from fewstep.algebra.prediction import Prediction
+from fewstep.algebra.process import add_noise, bc
+from fewstep.algebra.times import Uniform
 from fewstep.config import choice, config
-from fewstep.jump import ask, clean
-from fewstep.methods.base import Batch, Losses
+from fewstep.methods.method import Losses
+from fewstep.networks.roles import Roles
 from fewstep.objectives.regression import Weight, x0_weight
 from fewstep.objectives.trajectory import distance
-from fewstep.prediction import Prediction
-from fewstep.process import add_noise, bc
-from fewstep.roles import Roles
-from fewstep.times import Uniform
 
 
 def noised(times: Any, roles: Roles, batch: Batch, x: Tensor, **where: Any) -> tuple[Tensor, Tensor]:

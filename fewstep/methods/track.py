@@ -5,14 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import ClassVar
 
+from fewstep.algebra.batch import Batch
+from fewstep.algebra.rollout import rollout
+from fewstep.algebra.sampling import Sampler
+from fewstep.algebra.times import Uniform, check_steps
 from fewstep.config import choice, part
-from fewstep.methods.base import Batch, Losses, Needs, Turn
+from fewstep.methods.method import Losses, Needs, Turn
 from fewstep.methods.terms import track
+from fewstep.networks.roles import Roles
 from fewstep.objectives.regression import Weight
-from fewstep.roles import Roles
-from fewstep.rollout import rollout
-from fewstep.sampling import Sampler
-from fewstep.times import Uniform, check_steps
 
 
 @part("method", "track")

@@ -9,16 +9,17 @@ import torch
 from pydantic import PositiveInt
 from torch import Tensor
 
-from fewstep.cond import rows as cond_rows
+from fewstep.algebra.batch import Batch
+from fewstep.algebra.condition import rows as cond_rows
+from fewstep.algebra.process import Flow, add_noise, bc
+from fewstep.algebra.sampling import Sampler, any_steps
+from fewstep.algebra.times import Beta, check_steps
 from fewstep.config import UserError, choice, part
-from fewstep.methods.base import Batch, Losses, Needs, Turn
 from fewstep.methods.meanflow import flow_only
+from fewstep.methods.method import Losses, Needs, Turn
+from fewstep.networks.roles import Roles
 from fewstep.objectives.regression import per_sample
 from fewstep.objectives.trajectory import follow
-from fewstep.process import Flow, add_noise, bc
-from fewstep.roles import Roles
-from fewstep.sampling import Sampler, any_steps
-from fewstep.times import Beta, check_steps
 
 
 @part("method", "twinflow")

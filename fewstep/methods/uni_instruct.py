@@ -8,18 +8,19 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from fewstep import objectives as obj
+from fewstep.algebra.batch import Batch
+from fewstep.algebra.guidance import guided
+from fewstep.algebra.rollout import rollout
+from fewstep.algebra.sampling import Sampler
+from fewstep.algebra.times import LogNormal, SiDTimes, check_steps
 from fewstep.config import choice, part
-from fewstep.guidance import guided
-from fewstep.methods.base import Batch, Losses, Needs, Turn
+from fewstep.methods.method import Losses, Needs, Turn
 from fewstep.methods.readings import readings
 from fewstep.methods.terms import Gan, noised, track
+from fewstep.networks.roles import Roles
 from fewstep.objectives.divergence import Expanded
 from fewstep.objectives.reduce import global_mean
 from fewstep.objectives.regression import Weight
-from fewstep.roles import Roles
-from fewstep.rollout import rollout
-from fewstep.sampling import Sampler
-from fewstep.times import LogNormal, SiDTimes, check_steps
 
 
 @part("method", "uni_instruct")

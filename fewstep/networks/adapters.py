@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from fewstep.algebra.prediction import Prediction
+from fewstep.algebra.process import Process
 from fewstep.kernels import attention_contexts, attention_in_force
-from fewstep.prediction import Prediction
-from fewstep.process import Process
 
 # Walking all modules of a large network at each call would cost more than switching; filled at injection.
 _LAYERS: WeakKeyDictionary[nn.Module, tuple[Any, ...]] = WeakKeyDictionary()

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fewstep.prediction import Prediction, from_x0
-from fewstep.process import Process, bc
-from fewstep.random import Draws
+from fewstep.algebra.draws import Draws
+from fewstep.algebra.prediction import Prediction, from_x0
+from fewstep.algebra.process import Process, bc
 
 
 class Mixture(nn.Module):

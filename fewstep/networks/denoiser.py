@@ -8,9 +8,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from fewstep.algebra.prediction import PAIRS, Prediction, from_raw, from_x0
+from fewstep.algebra.process import EDM, Process, angle_of, bc
 from fewstep.networks.extras import ANGLE
-from fewstep.prediction import PAIRS, Prediction, from_raw, from_x0
-from fewstep.process import EDM, Process, angle_of, bc
 
 TimeInput = Literal["t", "1000t", "index", "angle", "log_sigma/4", "250log_sigma"]
 
@@ -32,7 +32,7 @@ class Denoiser(nn.Module):
         net: called as net(x_scaled, time, cond, taps=..., stop=...), returns (raw, features). With stop=True
             it may return (None, features) as soon as all taps are known.
         process: the process whose times t are.
-        prediction: what net returns, a key of `fewstep.prediction.PAIRS`.
+        prediction: what net returns, a key of `fewstep.algebra.prediction.PAIRS`.
         time_input: what net takes as its time.
     """
 

@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from fewstep.process import Process, angle_of
+from fewstep.algebra.process import Process, angle_of
 
 Input = Literal["s", "w", "mirror"]
 

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fewstep.algebra.process import Process, angle_of
 from fewstep.networks.extras import Fourier
-from fewstep.process import Process, angle_of
 
 
 def _head(shape: torch.Size, width: int) -> nn.Module:

@@ -9,11 +9,11 @@ import torch
 from pydantic import PositiveInt
 from torch import Tensor, nn
 
+from fewstep.algebra.prediction import Prediction
+from fewstep.algebra.process import Process
 from fewstep.config import RecipeError, choice, part
 from fewstep.networks.adapters import twin
 from fewstep.networks.specs import Site
-from fewstep.prediction import Prediction
-from fewstep.process import Process
 
 
 def _rows(cond: Any, rows: Tensor) -> Any:

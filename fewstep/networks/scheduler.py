@@ -6,10 +6,10 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from fewstep.algebra.process import EDM, DiscreteVP, Flow, Process, ShiftedFlow
 from fewstep.config import UserError
 from fewstep.networks.denoiser import TimeInput
 from fewstep.networks.folder import number
-from fewstep.process import EDM, DiscreteVP, Flow, Process, ShiftedFlow
 
 DDPM_FAMILY = (
     "DDPMScheduler",

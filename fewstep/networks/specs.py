@@ -11,6 +11,8 @@ import torch
 from pydantic import Field, PositiveInt
 from torch import nn
 
+from fewstep.algebra.prediction import PAIRS
+from fewstep.algebra.process import EDM, DiscreteVP, Flow
 from fewstep.config import RecipeError, UserError, choice, config, part
 from fewstep.networks.adapters import Adapted, fresh_name, frozen, plain_copy
 from fewstep.networks.analytic import ring
@@ -22,8 +24,6 @@ from fewstep.networks.lora_file import read_lora
 from fewstep.networks.mlp import MLP
 from fewstep.networks.slow_time import slow_time
 from fewstep.networks.wrappers.base import Wrapper
-from fewstep.prediction import PAIRS
-from fewstep.process import EDM, DiscreteVP, Flow
 
 
 @dataclass(frozen=True)
@@ -340,7 +340,7 @@ class ModuleTeacher:
     factory: str
     """module:function or file.py:function, called without arguments; returns the loaded network. Its code is run."""
     arguments: dict[str, str]
-    """Names of the network's arguments by x, time and the keys of fewstep.cond: {x: sample, time: t, label: y}."""
+    """Names of the network's arguments by x, time and the keys of a condition: {x: sample, time: t, label: y}."""
     prediction: str
     """What it predicts: eps, v, x0, velocity, psi, score, edm, trig."""
     time_input: TimeInput

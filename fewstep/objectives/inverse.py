@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fewstep.algebra.prediction import Prediction
 from fewstep.objectives.regression import per_sample
-from fewstep.prediction import Prediction
 
 
 def inverse_matching(

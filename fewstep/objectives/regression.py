@@ -8,8 +8,8 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from fewstep.prediction import Prediction
-from fewstep.process import EDM, Process, add_noise, bc, transition
+from fewstep.algebra.prediction import Prediction
+from fewstep.algebra.process import EDM, Process, add_noise, bc, transition
 
 Weight = Literal["x0", "eps", "v", "edm", "snr_truncated"]
 

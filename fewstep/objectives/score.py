@@ -7,8 +7,8 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from fewstep.prediction import Prediction
-from fewstep.process import Process, bc
+from fewstep.algebra.prediction import Prediction
+from fewstep.algebra.process import Process, bc
 
 
 def score_difference(fake: Prediction, real: Prediction) -> Tensor:

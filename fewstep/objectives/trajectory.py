@@ -20,12 +20,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from fewstep.algebra.jump import ask
+from fewstep.algebra.prediction import PAIRS, Prediction
+from fewstep.algebra.process import Process, bc
 from fewstep.config import UserError
-from fewstep.jump import ask
 from fewstep.kernels import attention_in_force, use_fewstep_attention
 from fewstep.objectives.regression import per_sample
-from fewstep.prediction import PAIRS, Prediction
-from fewstep.process import Process, bc
 
 Tangent = Literal["jvp", "central", "semi"]
 Leg = Callable[[Tensor, Tensor, Tensor], Tensor]

@@ -5,13 +5,13 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from fewstep.algebra.draws import fold
 from fewstep.config import RecipeError
 from fewstep.data.base import Data
 from fewstep.networks.adapters import Adapted, own_parameters
+from fewstep.networks.roles import Roles
 from fewstep.networks.specs import Site
-from fewstep.random import fold
-from fewstep.recipe import Recipe
-from fewstep.roles import Roles
+from fewstep.recipe.schema import Recipe
 
 
 def build_roles(recipe: Recipe, data: Data) -> Roles:

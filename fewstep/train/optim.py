@@ -9,8 +9,8 @@ from typing import Any
 import torch
 
 from fewstep.config import UserError
-from fewstep.recipe import AdamW
-from fewstep.roles import Roles
+from fewstep.networks.roles import Roles
+from fewstep.recipe.schema import AdamW
 
 
 class TurnOptimizer:

@@ -11,7 +11,7 @@ from torch import nn
 from fewstep.config import UserError
 from fewstep.networks.adapters import Adapted
 from fewstep.networks.denoiser import Denoiser
-from fewstep.roles import Roles
+from fewstep.networks.roles import Roles
 
 BACKEND = "inductor"
 """Of torch.compile."""

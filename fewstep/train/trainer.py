@@ -13,16 +13,17 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from fewstep.cond import rows as cond_rows
+from fewstep.algebra.batch import Batch
+from fewstep.algebra.condition import rows as cond_rows
+from fewstep.algebra.draws import Draws, fold
 from fewstep.config import UserError
 from fewstep.data.base import Data
 from fewstep.kernels import check_device, use_fewstep_attention
-from fewstep.methods.base import Batch, Turn
+from fewstep.methods.method import Turn
 from fewstep.networks.adapters import enable_checkpointing, load_own_state, own_state
+from fewstep.networks.roles import Roles
 from fewstep.objectives.trajectory import probe
-from fewstep.random import Draws, fold
-from fewstep.recipe import Recipe, Stage
-from fewstep.roles import Roles
+from fewstep.recipe.schema import Recipe, Stage
 from fewstep.train.build import build_roles, trained_roles
 from fewstep.train.ema import EMA
 from fewstep.train.log import Log, Meter, check_trackers, start_trackers

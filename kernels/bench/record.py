@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from fewstep.checkout import commit
+from fewstep.files import commit
 
 FOLDER = Path(__file__).parent
 RESULTS = FOLDER / "results.csv"

@@ -26,8 +26,8 @@ from fewstep.networks.adapters import (
 )
 from fewstep.networks.diffusers import load_denoiser
 from fewstep.networks.lora_file import lora_tensors, read_lora
-from fewstep.product import open_product
-from fewstep.recipe import load
+from fewstep.recipe.store import load
+from fewstep.train.product import open_product
 from fewstep.train.trainer import Trainer
 
 ROLES = {
@@ -89,7 +89,7 @@ def test_a_checkpoint_holds_only_what_each_role_owns(run: tuple[str, Path], teac
 
 
 def test_the_product_samples_merges_and_exports(run: tuple[str, Path], tmp_path: Path):
-    from fewstep.export.diffusers import export
+    from fewstep.export.choose import export
 
     _, folder = run
     product = open_product(folder)

@@ -12,8 +12,8 @@ from tiny_text import text_pipeline
 
 from fewstep.export.lora import export_lora
 from fewstep.networks.adapters import own_state
-from fewstep.product import product_of
-from fewstep.recipe import load
+from fewstep.recipe.store import load
+from fewstep.train.product import product_of
 from fewstep.train.trainer import Trainer
 
 PROMPTS = ("a red square", "two green dots", "blue")

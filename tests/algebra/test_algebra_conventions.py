@@ -5,16 +5,16 @@ from __future__ import annotations
 import torch
 
 from fewstep import objectives as obj
-from fewstep.guidance import Guided
+from fewstep.algebra.draws import Draws, fold
+from fewstep.algebra.guidance import Guided
+from fewstep.algebra.prediction import PAIRS, Prediction
+from fewstep.algebra.process import EDM, VP, DiscreteVP, Flow, Process
+from fewstep.algebra.rollout import renoise
+from fewstep.algebra.sampling import gamma_step, way_point
+from fewstep.algebra.times import Index
 from fewstep.networks.denoiser import Denoiser
 from fewstep.networks.mlp import MLP
 from fewstep.objectives.regression import x0_weight
-from fewstep.prediction import PAIRS, Prediction
-from fewstep.process import EDM, VP, DiscreteVP, Flow, Process
-from fewstep.random import Draws, fold
-from fewstep.rollout import renoise
-from fewstep.sampling import gamma_step, way_point
-from fewstep.times import Index
 
 F64 = torch.float64
 

@@ -11,12 +11,12 @@ from helpers_core import F64, Recorder, col
 from scipy.optimize import brentq
 from scipy.stats import norm
 
-from fewstep.jump import solve, solver_step
+from fewstep.algebra.jump import solve, solver_step
+from fewstep.algebra.prediction import from_x0
+from fewstep.algebra.process import EDM, VP, DiscreteVP, Flow, Process, Trig, add_noise, transition
 from fewstep.networks.analytic import Mixture, flow_map, gaussian
 from fewstep.networks.denoiser import Denoiser, Rescheduled
 from fewstep.objectives.regression import dsm
-from fewstep.prediction import from_x0
-from fewstep.process import EDM, VP, DiscreteVP, Flow, Process, Trig, add_noise, transition
 
 M, S = 0.7, 0.4
 MIX = ([0.3, 0.7], [[-1.2], [0.8]], [0.25, 0.35])
@@ -245,7 +245,7 @@ def test_mixture_flow_map_by_quantiles_and_by_the_ode() -> None:
 
 
 def test_dynamic_shift_lists() -> None:
-    from fewstep.times import shift
+    from fewstep.algebra.times import shift
 
     for factor, expected in ((5.0, (0.9375, 0.8333333333, 0.625)), (3.0, (0.9, 0.75, 0.5))):
         assert torch.allclose(shift(col(0.75, 0.5, 0.25), factor), col(*expected), atol=1e-10, rtol=0)
@@ -309,7 +309,7 @@ def test_karras_grid_is_the_published_formula() -> None:
 
 
 def test_dmd2_noise_range() -> None:
-    from fewstep.times import Index
+    from fewstep.algebra.times import Index
 
     class Ends:
         """Draws that give the smallest or the largest index."""

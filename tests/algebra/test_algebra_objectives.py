@@ -10,10 +10,10 @@ from helpers_core import F64, PROCESSES, Recorder, col, inner_times, kinds
 from torch import nn
 
 from fewstep import objectives as obj
+from fewstep.algebra.prediction import from_x0
+from fewstep.algebra.process import EDM, Flow, Trig
 from fewstep.networks.denoiser import Denoiser
 from fewstep.objectives.regression import x0_weight
-from fewstep.prediction import from_x0
-from fewstep.process import EDM, Flow, Trig
 
 SHAPE = (3, 2, 4, 5)
 

@@ -8,11 +8,11 @@ import pytest
 import torch
 from helpers_core import F64, PROCESSES, Recorder, col, inner_times, kinds, native
 
-from fewstep.jump import jump
+from fewstep.algebra.jump import jump
+from fewstep.algebra.prediction import PAIRS, from_raw, from_x0
+from fewstep.algebra.process import EDM, DiscreteVP, Flow, Process, Trig
 from fewstep.networks.analytic import gaussian
 from fewstep.networks.denoiser import Denoiser
-from fewstep.prediction import PAIRS, from_raw, from_x0
-from fewstep.process import EDM, DiscreteVP, Flow, Process, Trig
 
 SHAPE = (2, 3, 4)
 

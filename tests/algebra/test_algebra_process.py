@@ -10,8 +10,7 @@ import torch
 from helpers_core import F64, PROCESSES, col, inner_times
 from scipy.integrate import quad
 
-from fewstep.networks.analytic import Mixture
-from fewstep.process import (
+from fewstep.algebra.process import (
     EDM,
     VP,
     Cosine,
@@ -24,6 +23,7 @@ from fewstep.process import (
     bc,
     transition,
 )
+from fewstep.networks.analytic import Mixture
 
 MIX = ([0.3, 0.7], [[-1.2], [0.8]], [0.25, 0.35])
 

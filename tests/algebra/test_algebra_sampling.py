@@ -7,15 +7,15 @@ import torch
 from helpers_core import F64, PROCESSES, Recorder, col
 from torch import nn
 
-from fewstep.guidance import Guided, guided
-from fewstep.jump import calls, solve, solver_step
+from fewstep.algebra.draws import Draws
+from fewstep.algebra.guidance import Guided, guided
+from fewstep.algebra.jump import calls, solve, solver_step
+from fewstep.algebra.prediction import Prediction, from_x0
+from fewstep.algebra.process import EDM, DiscreteVP, Flow, Process, Trig, transition
+from fewstep.algebra.rollout import renoise, rollout
+from fewstep.algebra.sampling import Sampler, gamma_step, many_step, sample, seeded
 from fewstep.networks.analytic import flow_map, gaussian, ring
 from fewstep.networks.denoiser import Denoiser
-from fewstep.prediction import Prediction, from_x0
-from fewstep.process import EDM, DiscreteVP, Flow, Process, Trig, transition
-from fewstep.random import Draws
-from fewstep.rollout import renoise, rollout
-from fewstep.sampling import Sampler, gamma_step, many_step, sample, seeded
 
 M, S = 0.7, 0.4
 

@@ -10,9 +10,9 @@ import torch
 from helpers_core import F64, PROCESSES, col
 from scipy import stats
 
-from fewstep import times as td
-from fewstep.process import EDM, DiscreteVP, Flow, Trig
-from fewstep.random import Draws, fold
+from fewstep.algebra import times as td
+from fewstep.algebra.draws import Draws, fold
+from fewstep.algebra.process import EDM, DiscreteVP, Flow, Trig
 
 N = 40_000
 

@@ -375,7 +375,7 @@ def test_a_distance_of_too_few_samples_is_called_so(trained: Path, capfd: pytest
 
 
 def test_samples_do_not_depend_on_the_batch(trained: Path):
-    from fewstep.product import open_product
+    from fewstep.train.product import open_product
 
     product = open_product(trained)
     a, b = product.draw(11, seed=4, batch=3), product.draw(11, seed=4, batch=11)

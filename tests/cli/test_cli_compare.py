@@ -14,18 +14,18 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from fewstep.eval.frechet import standard_error
+from fewstep.eval.metrics.frechet import standard_error
 from tiny_compare import ARGUMENTS, train
 from tiny_runs import contents, environment, python, same
 
-from fewstep.budget import Budget, Spent, bank_key, counted, lengths, with_lengths
+from fewstep.algebra.sampling import many_step
+from fewstep.bench.readme import comparison_table
 from fewstep.cli import main
+from fewstep.commands.compare.budget import Budget, Spent, bank_key, counted, lengths, with_lengths
+from fewstep.commands.compare.ranking import Ranked, Scored, join, rank, with_error
 from fewstep.config import UserError
-from fewstep.pairs import Pairs
-from fewstep.ranking import Ranked, Scored, join, rank, with_error
-from fewstep.recipe import load
-from fewstep.sampling import many_step
-from fewstep.tables import comparison_table
+from fewstep.methods.pairs import Pairs
+from fewstep.recipe.store import load
 
 
 @pytest.fixture

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from fewstep import compare
 from fewstep.cli import main
+from fewstep.commands.compare import compare
 
 
 def test_the_command_that_continues_is_the_whole_command(

@@ -15,22 +15,22 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from fewstep.eval.datasets import digits
-from fewstep.eval.house import HouseDigits, house_digits
-from fewstep.eval.images import save_image
-from fewstep.eval.prompts import export_images, missing, prompts_of, read_prompts
-from fewstep.eval.protocol import Preset, labels_of, load_preset
-from fewstep.eval.reference import digits_reference
-from fewstep.eval.runner import Samples
-from fewstep.eval.statistics import FeatureStatistics
+from fewstep.eval.features.house import HouseDigits, house_digits
+from fewstep.eval.metrics.statistics import FeatureStatistics
+from fewstep.eval.protocol.datasets import digits
+from fewstep.eval.protocol.images import save_image
+from fewstep.eval.protocol.preset import Preset, labels_of, load_preset
+from fewstep.eval.protocol.prompts import export_images, missing, prompts_of, read_prompts
+from fewstep.eval.protocol.reference import digits_reference
+from fewstep.eval.protocol.runner import Samples
 from PIL import Image
 from tiny_runs import environment
 from tiny_teacher import make_run, make_teacher
 
 from fewstep.cli import main
+from fewstep.commands.protocol import Judge, discard, job_of
+from fewstep.commands.sources import Model, Request
 from fewstep.config import UserError
-from fewstep.evaluation import Judge, discard, job_of
-from fewstep.sources import Model, Request
 
 N = 80
 
@@ -149,7 +149,7 @@ def test_wrong_weights_and_references(refused: Call, pictures: Path, tmp_path: P
         *images, "--preset", "digits", "--samples", N, "--extractor-path", tmp_path / "no.safetensors"
     ) == (
         f"{tmp_path / 'no.safetensors'}: no weights of house-digits; make them with "
-        "`python -m fewstep.eval.train_house --data digits`"
+        "`python -m fewstep.eval.tools.train_house --data digits`"
     )
     from safetensors.torch import save_file
 
@@ -261,7 +261,7 @@ def test_a_folder_of_real_images_is_measured(ok: Call, pictures: Path, tmp_path:
     (row,) = json.loads((tmp_path / "report" / "report.json").read_text())
     extractor = house_digits()
     features = extractor(digits()[0][:N].round())
-    from fewstep.eval.frechet import frechet_distance
+    from fewstep.eval.metrics.frechet import frechet_distance
 
     expected = frechet_distance(features, digits_reference(extractor).statistics).value
     assert row["metrics"]["FD (house-digits)"]["value"] == pytest.approx(expected, rel=1e-5)
@@ -328,7 +328,7 @@ def test_a_report_asks_for_the_samples_of_the_set_in_the_batches_asked_for(
         asked.append(indices)
         return labels_of(preset, indices)
 
-    monkeypatch.setattr("fewstep.sources.labels_of", labels)
+    monkeypatch.setattr("fewstep.commands.sources.labels_of", labels)
     ok(trained, "--preset", "digits", "--samples", 30, "--batch", 9, "--report", tmp_path / "report")
     assert max(map(len, asked)) == 9
     assert {i for part in asked for i in part} == set(range(30))
@@ -419,10 +419,12 @@ def test_export_presets_say_what_they_need(refused: Call, trained: Path, teacher
 
 
 def test_a_selftest_that_fails_says_so(refused: Call, monkeypatch: pytest.MonkeyPatch):
-    from fewstep.eval.selftest import Check, Sensitivity
+    from fewstep.eval.tools.selftest import Check, Sensitivity
 
     checks = [Check("good", 1e-9, 1e-6), Check("bad", 1e-3, 1e-6), Check("absent", 0.0, 0.0, "no scipy")]
-    monkeypatch.setattr("fewstep.eval.selftest.selftest", lambda: (checks, [Sensitivity("none", 1.0, 0.0)]))
+    monkeypatch.setattr(
+        "fewstep.eval.tools.selftest.selftest", lambda: (checks, [Sensitivity("none", 1.0, 0.0)])
+    )
     assert refused("--selftest") == "selftest: 1 of 3 checks failed: bad"
 
 

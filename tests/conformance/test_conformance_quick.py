@@ -1,6 +1,6 @@
 """Methods beat their warm start within seconds: small networks, few updates, energy distance to the ring.
 
-The budgets published in the cards are another matter (`python -m fewstep.conformance`); this is a net for methods
+The budgets published in the cards are another matter (`python -m fewstep.bench.conformance`); this is a net for methods
 that train backwards, forget a term or stand still.
 """
 
@@ -13,9 +13,9 @@ import pytest
 import torch
 from fewstep.eval import energy_distance
 
-from fewstep.product import product_of
-from fewstep.random import Draws, fold
-from fewstep.recipe import load, shipped
+from fewstep.algebra.draws import Draws, fold
+from fewstep.recipe.store import load, shipped
+from fewstep.train.product import product_of
 from fewstep.train.trainer import Trainer
 
 pytestmark = pytest.mark.usefixtures("one_thread")

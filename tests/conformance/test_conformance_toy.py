@@ -9,8 +9,8 @@ import pytest
 import torch
 from fewstep.eval import energy_distance
 
-from fewstep.recipe import load
-from fewstep.sampling import Sampler, sample, seeded
+from fewstep.algebra.sampling import Sampler, sample, seeded
+from fewstep.recipe.store import load
 from fewstep.train.trainer import Trainer
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -15,14 +15,15 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from fewstep.algebra.draws import Draws
+from fewstep.algebra.sampling import Sampler
+from fewstep.commands.cache_latents import cache_latents, pictures_hash
 from fewstep.config import UserError
 from fewstep.data.images import InMemory
-from fewstep.data.latents import Encoder, Latents, cache_latents, decoder, pictures_hash
+from fewstep.data.latents import Encoder, Latents, decoder
 from fewstep.data.pictures import Captions, Prompts, WebDataset, decode, expand
 from fewstep.data.text import PipelineEncoder, SentenceEncoder, embed
-from fewstep.product import Product
-from fewstep.random import Draws
-from fewstep.sampling import Sampler
+from fewstep.train.product import Product
 
 PROMPTS = ("a red square", "two green dots", "blue", "a yellow line on grey")
 

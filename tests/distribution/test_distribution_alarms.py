@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 from fewstep.eval import energy_distance
 
-from fewstep.health import alarms
-from fewstep.product import product_of
-from fewstep.recipe import load
+from fewstep.commands.health import alarms
+from fewstep.recipe.store import load
+from fewstep.train.product import product_of
 from fewstep.train.trainer import Trainer
 
 pytestmark = pytest.mark.usefixtures("one_thread")

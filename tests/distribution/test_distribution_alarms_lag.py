@@ -9,12 +9,12 @@ import torch
 from distribution_cases import Affine, Follow, batch64, players, turn_of
 from torch import Tensor, nn
 
+from fewstep.algebra.prediction import Prediction
+from fewstep.algebra.process import Flow
+from fewstep.algebra.times import Uniform
 from fewstep.methods.emd import EMD
 from fewstep.methods.phased_dmd import PhasedDMD
 from fewstep.methods.vsd import VSD
-from fewstep.prediction import Prediction
-from fewstep.process import Flow
-from fewstep.times import Uniform
 
 TIMES = Uniform(low=0.1, high=0.9)
 COUNT = 3000

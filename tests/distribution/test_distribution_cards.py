@@ -12,10 +12,10 @@ import yaml
 from typer.testing import CliRunner
 
 import fewstep
-from fewstep.cards import card, cards, cite, listing, places, show, table
 from fewstep.cli import app
 from fewstep.config import REGISTRY, RecipeError
-from fewstep.recipe import load, shipped
+from fewstep.recipe.cards import card, cards, cite, listing, places, show, table
+from fewstep.recipe.store import load, shipped
 
 ROOT = Path(fewstep.__file__).parent
 
@@ -124,7 +124,7 @@ def test_the_networks_of_a_score_method_are_those_of_its_roles():
 def test_a_card_that_cannot_be_read_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str):
     (tmp_path / "cards").mkdir()
     (tmp_path / "cards" / "mine.yaml").write_text(text)
-    monkeypatch.setattr("fewstep.cards._folder", lambda: tmp_path)
+    monkeypatch.setattr("fewstep.recipe.cards._folder", lambda: tmp_path)
     cards.cache_clear()
     try:
         with pytest.raises(RecipeError, match=r"^mine\.yaml: "):

@@ -21,17 +21,17 @@ from distribution_cases import (
 )
 from torch import Tensor, nn
 
-from fewstep.methods.base import Batch
+from fewstep.algebra.batch import Batch
+from fewstep.algebra.prediction import Prediction, from_x0
+from fewstep.algebra.process import Flow
+from fewstep.algebra.rollout import exit_step
+from fewstep.algebra.times import Levels, Uniform
 from fewstep.methods.class_ratio import ClassRatio
 from fewstep.methods.decoupled_dmd import DecoupledDMD
 from fewstep.methods.vsd import VSD
 from fewstep.networks.analytic import gaussian
-from fewstep.prediction import Prediction, from_x0
-from fewstep.process import Flow
-from fewstep.recipe import load
-from fewstep.roles import Roles
-from fewstep.rollout import exit_step
-from fewstep.times import Levels, Uniform
+from fewstep.networks.roles import Roles
+from fewstep.recipe.store import load
 from fewstep.train.trainer import Trainer
 
 FLOW = Flow()

@@ -19,7 +19,11 @@ from distribution_cases import (
 )
 from torch import Tensor, nn
 
-from fewstep.methods.base import Batch
+from fewstep.algebra.batch import Batch
+from fewstep.algebra.draws import fold
+from fewstep.algebra.prediction import Prediction, from_x0
+from fewstep.algebra.process import Flow, add_noise
+from fewstep.algebra.times import Levels
 from fewstep.methods.class_ratio import ClassRatio
 from fewstep.methods.dmd2 import DMD2
 from fewstep.methods.emd import EMD
@@ -30,11 +34,7 @@ from fewstep.methods.terms import Gan
 from fewstep.methods.uni_instruct import UniInstruct
 from fewstep.methods.vsd import VSD
 from fewstep.networks.analytic import gaussian
-from fewstep.prediction import Prediction, from_x0
-from fewstep.process import Flow, add_noise
-from fewstep.random import fold
-from fewstep.roles import Roles
-from fewstep.times import Levels
+from fewstep.networks.roles import Roles
 
 LEVELS = Levels(at=(0.1, 0.3, 0.5, 0.7, 0.9))
 FAINT = Gan(weight=1e-12)

@@ -11,9 +11,13 @@ from distribution_cases import batch64, gradient_of
 from torch import Tensor, nn
 from torch.nn.functional import softplus
 
+from fewstep.algebra.batch import Batch
+from fewstep.algebra.draws import Draws, fold
+from fewstep.algebra.process import Flow, add_noise
+from fewstep.algebra.rollout import rollout
+from fewstep.algebra.times import LogitNormal, Uniform
 from fewstep.config import REGISTRY
 from fewstep.data.toy import Ring
-from fewstep.methods.base import Batch
 from fewstep.methods.decoupled_dmd import DecoupledDMD
 from fewstep.methods.denoise import Denoise
 from fewstep.methods.dmd2 import DMD2
@@ -28,14 +32,10 @@ from fewstep.methods.vsd import VSD
 from fewstep.networks.denoiser import Denoiser
 from fewstep.networks.heads import Discriminator
 from fewstep.networks.mlp import MLP
+from fewstep.networks.roles import Roles
 from fewstep.networks.routed import ByClass, ByTime, Routed
 from fewstep.objectives import inverse_matching
 from fewstep.objectives.regression import per_sample
-from fewstep.process import Flow, add_noise
-from fewstep.random import Draws, fold
-from fewstep.roles import Roles
-from fewstep.rollout import rollout
-from fewstep.times import LogitNormal, Uniform
 
 B, CLASSES = 13, 5
 

@@ -10,15 +10,15 @@ from distribution_cases import F64, MEAN, STD, VE, Affine, Follow, LogRatio, Scr
 from helpers_core import normal_nodes
 from torch import Tensor
 
-from fewstep.methods.base import Batch
+from fewstep.algebra.batch import Batch
+from fewstep.algebra.process import Flow, add_noise
+from fewstep.algebra.times import Levels, Uniform
 from fewstep.methods.decoupled_dmd import DecoupledDMD
 from fewstep.methods.emd import EMD
 from fewstep.methods.phased_dmd import PhasedDMD
 from fewstep.methods.vsd import VSD
 from fewstep.networks.analytic import gaussian
 from fewstep.objectives import divergence_weight, expanded_divergence, inverse_matching
-from fewstep.process import Flow, add_noise
-from fewstep.times import Levels, Uniform
 
 
 def grid(count: int = 60) -> tuple[Tensor, Tensor, Tensor]:
@@ -174,7 +174,7 @@ def test_phased_weight_is_the_gradient_of_kl_at_the_interval_end():
         process = flow
 
         def forward(self, x: Tensor, time: Tensor, cond: object = None, **call: object) -> object:
-            from fewstep.prediction import from_x0
+            from fewstep.algebra.prediction import from_x0
 
             var = a_ts**2 * std**2 + var_ts
             score = -(x - a_ts * mean) / var
@@ -194,7 +194,7 @@ def test_guided_gradient_splits_into_matching_and_augmentation():
     flow = Flow()
     teacher = Mixture(flow, [1.0, 1.0], [[0.7], [-0.5]], [0.4, 0.3], [0, 1])
     student = Affine(flow, 0.2, 0.8)
-    from fewstep.roles import Roles
+    from fewstep.networks.roles import Roles
 
     roles = Roles(teacher=teacher, student=student, critic=Follow(student))
     b = 6
@@ -238,7 +238,7 @@ def test_em_chain_is_stationary_where_scores_agree():
 
 def test_em_latent_drift_is_the_gradient_of_the_log_ratio():
     student = Affine(Flow(), 0.3, 0.8)
-    from fewstep.roles import Roles
+    from fewstep.networks.roles import Roles
 
     roles = Roles(teacher=gaussian(Flow(), MEAN, STD), student=student, critic=Follow(student))
     z = torch.tensor([[-0.6], [0.2], [1.1]], dtype=F64, requires_grad=True)

@@ -10,14 +10,14 @@ import pytest
 import torch
 from distribution_cases import F64, MEAN, STD, Affine, Follow
 
+from fewstep.algebra.draws import Draws, fold
+from fewstep.algebra.process import Flow, add_noise
+from fewstep.commands.health import FEWEST, last_stage, report, verdicts
+from fewstep.commands.health import alarms as first_alarms
+from fewstep.commands.health_plots import points, save
 from fewstep.config import UserError
-from fewstep.health import FEWEST, last_stage, report, verdicts
-from fewstep.health import alarms as first_alarms
-from fewstep.health_plots import points, save
 from fewstep.methods.readings import readings, spread
 from fewstep.networks.analytic import gaussian
-from fewstep.process import Flow, add_noise
-from fewstep.random import Draws, fold
 
 
 def records(count: int = 40, **series: Any) -> list[dict[str, Any]]:

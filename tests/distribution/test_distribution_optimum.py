@@ -8,6 +8,7 @@ import pytest
 import torch
 from distribution_cases import MEAN, STD, batch64, players, student_gradient
 
+from fewstep.algebra.times import Uniform
 from fewstep.methods.class_ratio import ClassRatio
 from fewstep.methods.decoupled_dmd import DecoupledDMD
 from fewstep.methods.dmd import DMD
@@ -22,7 +23,6 @@ from fewstep.methods.sid import SiD
 from fewstep.methods.terms import Gan
 from fewstep.methods.uni_instruct import UniInstruct
 from fewstep.methods.vsd import VSD
-from fewstep.times import Uniform
 
 T = Uniform()
 
@@ -64,7 +64,7 @@ def test_no_gradient_at_the_optimum(name: str):
 def test_dmd_rests_when_the_pairs_agree_too():
     method = DMD(pairs=37)
     from fewstep.data.toy import Ring
-    from fewstep.pairs import Pairs
+    from fewstep.methods.pairs import Pairs
 
     data = Ring().open()
     data.shape = (1,)

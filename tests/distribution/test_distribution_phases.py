@@ -10,18 +10,18 @@ import torch
 from distribution_cases import F64, MEAN, STD, Scripted, batch64, gradient_of, student_gradient
 from torch import Tensor, nn
 
-from fewstep.methods.base import Batch
+from fewstep.algebra.batch import Batch
+from fewstep.algebra.draws import Draws, fold
+from fewstep.algebra.prediction import Prediction, from_x0
+from fewstep.algebra.process import Flow, add_noise
+from fewstep.algebra.times import Levels, Uniform
 from fewstep.methods.phased_dmd import PhasedDMD
 from fewstep.networks.analytic import Mixture, gaussian
 from fewstep.networks.denoiser import Denoiser
 from fewstep.networks.mlp import MLP
+from fewstep.networks.roles import Roles
 from fewstep.networks.routed import ByTime, Routed
 from fewstep.objectives import mse
-from fewstep.prediction import Prediction, from_x0
-from fewstep.process import Flow, add_noise
-from fewstep.random import Draws, fold
-from fewstep.roles import Roles
-from fewstep.times import Levels, Uniform
 
 FLOW = Flow()
 # Levels that float32 does not hold: a path in single precision would miss s by 1e-8.

@@ -12,13 +12,15 @@ import torch
 from diffusers import UNet2DModel
 from tiny_teacher import make_teacher
 
-from fewstep.export.diffusers import PARITY, export
-from fewstep.methods.base import Needs
+from fewstep.algebra.sampling import sample, seeded
+from fewstep.export.base import PARITY
+from fewstep.export.choose import export
 from fewstep.methods.gdd import GDD
+from fewstep.methods.method import Needs
 from fewstep.networks.adapters import own_state
-from fewstep.product import open_product
-from fewstep.recipe import Recipe, dump, load, shipped
-from fewstep.sampling import sample, seeded
+from fewstep.recipe.schema import Recipe
+from fewstep.recipe.store import dump, load, shipped
+from fewstep.train.product import open_product
 from fewstep.train.trainer import Trainer
 
 NAMES = [
@@ -190,7 +192,7 @@ def test_pairs_are_solved_once_and_kept_in_the_state():
 
 
 def recipe_sampler() -> Any:
-    from fewstep.sampling import many_step
+    from fewstep.algebra.sampling import many_step
 
     return many_step(3, "heun")
 

@@ -11,12 +11,12 @@ from diffusers import UNet2DModel
 from helpers_core import F64, col
 from torch import Tensor, nn
 
+from fewstep.algebra.process import DiscreteVP, Flow
 from fewstep.networks.adapters import Adapted, checkpoint_function, enable_checkpointing, frozen, lora_layers
 from fewstep.networks.denoiser import Denoiser
 from fewstep.networks.mlp import MLP
+from fewstep.networks.roles import Roles
 from fewstep.networks.unet2d import UNet2D
-from fewstep.process import DiscreteVP, Flow
-from fewstep.roles import Roles
 
 B, C, H, W = 2, 3, 8, 16
 RANK, ALPHA = 3, 5.0

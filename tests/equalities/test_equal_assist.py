@@ -8,16 +8,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from fewstep.assist import Corrected, adaptive, after_teacher, noised_again, percentile
+from fewstep.algebra.assist import Corrected, adaptive, after_teacher, noised_again, percentile
+from fewstep.algebra.draws import Draws, fold
+from fewstep.algebra.prediction import Prediction
+from fewstep.algebra.process import EDM, Flow
+from fewstep.algebra.rollout import chunked_rollout, renoise, rollout
+from fewstep.algebra.sampling import Sampler, sample
 from fewstep.config import UserError
 from fewstep.networks.analytic import flow_map, gaussian
 from fewstep.networks.denoiser import Denoiser
 from fewstep.networks.mlp import MLP
-from fewstep.prediction import Prediction
-from fewstep.process import EDM, Flow
-from fewstep.random import Draws, fold
-from fewstep.rollout import chunked_rollout, renoise, rollout
-from fewstep.sampling import Sampler, sample
 
 F64 = torch.float64
 FOUR = (1.0, 0.7, 0.45, 0.2)

@@ -18,15 +18,15 @@ from diffusers import (
 )
 from helpers_core import F64, PROCESSES, Recorder, col, inner_times, kinds, native
 
-from fewstep.guidance import Guided
-from fewstep.jump import solver_step
+from fewstep.algebra.guidance import Guided
+from fewstep.algebra.jump import solver_step
+from fewstep.algebra.prediction import from_raw
+from fewstep.algebra.process import EDM, DiscreteVP, Flow, Process, Trig
+from fewstep.algebra.rollout import renoise
 from fewstep.networks.analytic import Mixture, gaussian
 from fewstep.networks.denoiser import Denoiser, Rescheduled
 from fewstep.networks.diffusers import load_denoiser, read_scheduler
 from fewstep.networks.unet2d import UNet2D
-from fewstep.prediction import from_raw
-from fewstep.process import EDM, DiscreteVP, Flow, Process, Trig
-from fewstep.rollout import renoise
 
 B, C, H, W = 2, 3, 8, 16
 

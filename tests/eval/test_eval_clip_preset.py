@@ -9,16 +9,23 @@ import open_clip
 import pytest
 import torch
 import yaml
-from fewstep.eval.clip import RECIPES, clip_images, clip_score, preset_clip
-from fewstep.eval.evaluate import evaluate
-from fewstep.eval.features import random_conv
-from fewstep.eval.images import save_image
-from fewstep.eval.networks import build_extractor
-from fewstep.eval.protocol import ClipScore, File, MissingFiles, ResizeStep, load_preset, require_files
-from fewstep.eval.reference import Reference
-from fewstep.eval.resize import Step, apply_chain
-from fewstep.eval.runner import Job, collect, extract_images, run_shards
-from fewstep.eval.statistics import FeatureStatistics
+from fewstep.eval.features.base import random_conv
+from fewstep.eval.features.clip import RECIPES, clip_images, clip_score
+from fewstep.eval.features.extractors import build_extractor
+from fewstep.eval.metrics.statistics import FeatureStatistics
+from fewstep.eval.protocol.evaluate import evaluate, preset_clip
+from fewstep.eval.protocol.images import save_image
+from fewstep.eval.protocol.preset import (
+    ClipScore,
+    File,
+    MissingFiles,
+    ResizeStep,
+    load_preset,
+    require_files,
+)
+from fewstep.eval.protocol.reference import Reference
+from fewstep.eval.protocol.resize import Step, apply_chain
+from fewstep.eval.protocol.runner import Job, collect, extract_images, run_shards
 
 from fewstep.cli import main
 

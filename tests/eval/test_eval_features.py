@@ -3,13 +3,21 @@
 import numpy as np
 import pytest
 import torch
-from fewstep.eval.cache import cache_dir
-from fewstep.eval.datasets import digits, fashion_mnist
-from fewstep.eval.features import FeatureExtractor, as_pixels, extract, random_conv, rows_at_once, wrap
-from fewstep.eval.house import HouseDigits, HouseFashion, accuracy, house_digits, parameter_count
-from fewstep.eval.reference import digits_reference, reference_of
-from fewstep.eval.train_house import PLANS, augment, split_digits, train
+from fewstep.eval.features.base import (
+    FeatureExtractor,
+    as_pixels,
+    extract,
+    random_conv,
+    rows_at_once,
+    wrap,
+)
+from fewstep.eval.features.house import HouseDigits, HouseFashion, accuracy, house_digits, parameter_count
+from fewstep.eval.protocol.datasets import digits, fashion_mnist
+from fewstep.eval.protocol.reference import digits_reference, reference_of
+from fewstep.eval.tools.train_house import PLANS, augment, split_digits, train
 from safetensors.torch import save_file
+
+from fewstep.files import cache_dir
 
 
 @pytest.fixture

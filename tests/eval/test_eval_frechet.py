@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 from cleanfid.fid import frechet_distance as cleanfid_distance
-from fewstep.eval import frechet
-from fewstep.eval.frechet import FrechetResult, frechet_distance, paired_difference
-from fewstep.eval.statistics import FeatureStatistics
+from fewstep.eval.metrics import frechet
+from fewstep.eval.metrics.frechet import FrechetResult, frechet_distance, paired_difference
+from fewstep.eval.metrics.statistics import FeatureStatistics
 
 
 def gaussian(mean, covariance, n=None):

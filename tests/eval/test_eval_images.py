@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import torch
 from cleanfid.resize import make_resizer
-from fewstep.eval.images import ImageFolder, save_image
-from fewstep.eval.resize import (
+from fewstep.eval.protocol.images import ImageFolder, save_image
+from fewstep.eval.protocol.resize import (
     QUANTISERS,
     Step,
     apply_chain,

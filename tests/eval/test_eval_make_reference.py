@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from fewstep.eval.images import save_image
-from fewstep.eval.make_reference import main, make
-from fewstep.eval.networks import build_extractor
-from fewstep.eval.resize import Step, apply_chain
-from fewstep.eval.statistics import FeatureStatistics
+from fewstep.eval.features.extractors import build_extractor
+from fewstep.eval.metrics.statistics import FeatureStatistics
+from fewstep.eval.protocol.images import save_image
+from fewstep.eval.protocol.resize import Step, apply_chain
+from fewstep.eval.tools.make_reference import main, make
 from PIL import Image
 
 SIZES = [(20, 30), (24, 24), (31, 22), (40, 20), (21, 23)]

@@ -6,8 +6,8 @@ import math
 import numpy as np
 import pytest
 import torch
-from fewstep.eval import metrics
-from fewstep.eval.toy import energy_distance
+from fewstep.eval.metrics import measures as metrics
+from fewstep.eval.metrics.energy import energy_distance
 
 
 def pair(n=23, m=31, d=4, seed=0):
@@ -188,7 +188,7 @@ def test_energy_distance_equals_the_sum_over_pairs(monkeypatch):
     )
     a, b = torch.from_numpy(x), torch.from_numpy(y)
     assert energy_distance(a, b) == pytest.approx(expected, rel=1e-12)
-    monkeypatch.setattr("fewstep.eval.toy._PAIRS_AT_ONCE", 20)
+    monkeypatch.setattr("fewstep.eval.metrics.energy._PAIRS_AT_ONCE", 20)
     assert energy_distance(a, b) == pytest.approx(expected, rel=1e-12)
     images = energy_distance(a[:, :4].reshape(11, 1, 2, 2), b[:, :4].reshape(13, 1, 2, 2))
     assert images == pytest.approx(energy_distance(a[:, :4], b[:, :4]), rel=1e-12)

@@ -7,14 +7,15 @@ import pytest
 import torch
 from cleanfid import fid
 from diffusers import DDIMScheduler, DDPMPipeline, UNet2DModel
-from fewstep.eval import networks
-from fewstep.eval.features import random_conv
-from fewstep.eval.frechet import frechet_distance
-from fewstep.eval.images import ImageFolder, save_image
-from fewstep.eval.pipelines import count_calls, pipeline_generate
-from fewstep.eval.resize import Step
-from fewstep.eval.runner import extract_images
-from fewstep.eval.selftest import selftest
+from fewstep.eval.features import networks
+from fewstep.eval.features.base import random_conv
+from fewstep.eval.features.extractors import build_extractor
+from fewstep.eval.metrics.frechet import frechet_distance
+from fewstep.eval.protocol.images import ImageFolder, save_image
+from fewstep.eval.protocol.pipelines import count_calls, pipeline_generate
+from fewstep.eval.protocol.resize import Step
+from fewstep.eval.protocol.runner import extract_images
+from fewstep.eval.tools.selftest import selftest
 
 
 @pytest.fixture
@@ -73,10 +74,10 @@ def test_inception_goes_through_clean_fids_own_wrapper(tmp_path, monkeypatch):
 
 
 def test_effnet_names_what_sklearns_photographs_show():
-    from fewstep.eval.resize import apply_chain
+    from fewstep.eval.protocol.resize import apply_chain
     from sklearn.datasets import load_sample_image
 
-    extractor = networks.build_extractor("effnet-lite0-224")
+    extractor = build_extractor("effnet-lite0-224")
     # ImageNet classes: 698 palace, 442 bell cote, 663 monastery; 985 daisy.
     for photograph, classes in (("china.jpg", {698, 442, 663}), ("flower.jpg", {985})):
         image = torch.from_numpy(load_sample_image(photograph).copy()).permute(2, 0, 1).unsqueeze(0)
@@ -102,7 +103,7 @@ def test_dinov2_folder_loads_and_missing_tensors_are_refused(tmp_path):
         hidden_size=24, num_hidden_layers=1, num_attention_heads=2, patch_size=14, image_size=224
     )
     Dinov2Model(config).save_pretrained(tmp_path)
-    extractor = networks.build_extractor("dinov2", tmp_path)
+    extractor = build_extractor("dinov2", tmp_path)
     assert extractor(torch.full((2, 3, 224, 224), 90.0)).shape == (2, 24)
     weights = load_file(tmp_path / "model.safetensors")
     weights.pop("layernorm.weight")
@@ -117,10 +118,10 @@ def test_dinov2_folder_loads_and_missing_tensors_are_refused(tmp_path):
 
 def test_unknown_extractors_are_refused():
     with pytest.raises(ValueError, match="unknown 'inception', expected one of"):
-        networks.build_extractor("inception")
+        build_extractor("inception")
     with pytest.raises(ValueError, match="dinov2: needs the path"):
-        networks.build_extractor("dinov2")
-    assert networks.build_extractor("random-conv-3").sha256 == random_conv(3).sha256
+        build_extractor("dinov2")
+    assert build_extractor("random-conv-3").sha256 == random_conv(3).sha256
 
 
 def test_our_extractor_works_inside_clean_fid_and_folders_agree(tmp_path):

@@ -8,18 +8,25 @@ import re
 import numpy as np
 import pytest
 import torch
-from fewstep.eval import evaluate as evaluation
-from fewstep.eval.convert import read_pickled_statistics
-from fewstep.eval.datasets import digits
-from fewstep.eval.features import random_conv
-from fewstep.eval.frechet import frechet_distance
-from fewstep.eval.house import house_digits
-from fewstep.eval.latency import measure_latency
-from fewstep.eval.protocol import MissingFiles, Preset, labels_of, load_preset, preset_names, require_files
-from fewstep.eval.reference import digits_reference
+from fewstep.eval.features.base import random_conv
+from fewstep.eval.features.house import house_digits
+from fewstep.eval.metrics.frechet import frechet_distance
+from fewstep.eval.metrics.statistics import FeatureStatistics
+from fewstep.eval.protocol import evaluate as evaluation
+from fewstep.eval.protocol.datasets import digits
+from fewstep.eval.protocol.latency import measure_latency
+from fewstep.eval.protocol.preset import (
+    MissingFiles,
+    Preset,
+    labels_of,
+    load_preset,
+    preset_names,
+    require_files,
+)
+from fewstep.eval.protocol.reference import digits_reference
+from fewstep.eval.protocol.runner import extract_images
 from fewstep.eval.report import Entry, image_grid, write_report
-from fewstep.eval.runner import extract_images
-from fewstep.eval.statistics import FeatureStatistics
+from fewstep.eval.tools.convert import read_pickled_statistics
 
 
 @pytest.fixture(autouse=True)
@@ -30,7 +37,7 @@ def cache(tmp_path, monkeypatch):
 
 
 def edited(tmp_path, old, new, name="digits"):
-    import fewstep.eval.protocol as protocol
+    import fewstep.eval.protocol.preset as protocol
 
     text = (protocol.FOLDER / f"{name}.yaml").read_text()
     assert old in text

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from fewstep.eval.features import random_conv, wrap
-from fewstep.eval.resize import Step, quantise
-from fewstep.eval.runner import Job, collect, extract_images, run_shards
+from fewstep.eval.features.base import random_conv, wrap
+from fewstep.eval.protocol.resize import Step, quantise
+from fewstep.eval.protocol.runner import Job, collect, extract_images, run_shards
 
 EXTRACTOR = random_conv(0, dim=6)
 

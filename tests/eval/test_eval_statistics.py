@@ -7,7 +7,7 @@ import pickle
 import numpy as np
 import pytest
 import torch
-from fewstep.eval.statistics import FeatureStatistics
+from fewstep.eval.metrics.statistics import FeatureStatistics
 
 
 def draw(n, d, seed=0, offset=0.0):

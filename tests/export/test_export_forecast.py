@@ -10,13 +10,13 @@ import torch
 from typer.testing import CliRunner
 
 from fewstep.cli import app
+from fewstep.commands.plan import plan
 from fewstep.config import UserError
-from fewstep.export.diffusers import export, export_teacher
+from fewstep.export.choose import export, export_teacher
 from fewstep.export.forecast import about, outlined, warning, weightless
 from fewstep.networks.adapters import Adapted, own_state
-from fewstep.plan import plan
-from fewstep.product import Product, product_of
-from fewstep.recipe import load
+from fewstep.recipe.store import load
+from fewstep.train.product import Product, product_of
 from fewstep.train.trainer import Trainer
 
 MLP = "will not export to a stock pipeline: no stock diffusers pipeline runs a MLP student"

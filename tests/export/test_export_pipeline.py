@@ -15,14 +15,14 @@ from tiny_runs import names, python
 from tiny_teacher import make_run, make_teacher
 from torch import Tensor
 
+from fewstep.algebra.sampling import Sampler, many_step
 from fewstep.config import UserError
-from fewstep.export import diffusers as exporting
-from fewstep.export import routes
-from fewstep.export.diffusers import PARITY, export, export_teacher
+from fewstep.export import choose, routes, unet
+from fewstep.export.base import PARITY
+from fewstep.export.choose import export, export_teacher
 from fewstep.export.routes import schedule
 from fewstep.networks.diffusers import load_denoiser
-from fewstep.product import Product, open_product
-from fewstep.sampling import Sampler, many_step
+from fewstep.train.product import Product, open_product
 
 STEPS = {"one": (1.0,), "four": (1.0, 0.75, 0.5, 0.25), "uneven": (1.0, 0.6, 0.35), "lower": (0.8, 0.3)}
 
@@ -116,7 +116,7 @@ def by_hand(product: Product, steps: tuple[float, ...]) -> Tensor:
 def test_reloaded_without_fewstep_it_draws_what_the_sampler_draws(product: Product, exports: Any, name: str):
     theirs = exports[1][name]["images"] * 2 - 1
     assert exports[1][name]["class"] == "ConsistencyModelPipeline"
-    from fewstep.sampling import sample
+    from fewstep.algebra.sampling import sample
 
     draws = iter(noises(4))
     with torch.no_grad():
@@ -207,7 +207,7 @@ def test_an_exported_folder_is_opened_and_drawn_from(product: Product, exports: 
 def test_a_parity_violation_leaves_nothing(
     product: Product, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, parity: float
 ):
-    monkeypatch.setattr(exporting, "measure_parity", lambda *_: parity)
+    monkeypatch.setattr(unet, "measure_parity", lambda *_: parity)
     with pytest.raises(
         UserError, match=r"^export: the pipeline differs from fewstep's sampler by (2\.00e-04|nan) > 1e-04$"
     ):
@@ -225,7 +225,7 @@ def test_a_wrong_schedule_is_caught_by_the_real_comparison(
         UserError, match=r"^schedule: evaluation and exported scheduler stand at different noise"
     ):
         export(product, tmp_path / "out")
-    monkeypatch.setattr(exporting, "check_export", lambda *_: None)
+    monkeypatch.setattr(choose, "check_export", lambda *_: None)
     with pytest.raises(UserError, match="differs from fewstep's sampler by"):
         export(product, tmp_path / "out")
     # The earlier export is still there, untouched.
@@ -277,9 +277,9 @@ def test_a_folder_of_something_else_is_not_overwritten(product: Product, tmp_pat
 
 
 def test_students_without_a_stock_pipeline_are_refused(product: Product, tmp_path: Path):
+    from fewstep.algebra.process import Flow
     from fewstep.networks.denoiser import Denoiser
     from fewstep.networks.mlp import MLP
-    from fewstep.process import Flow
 
     net: Any = product.net
 

@@ -13,16 +13,18 @@ from tiny_runs import names, python
 from tiny_teacher import make_run, make_teacher, tiny_unet
 from torch import Tensor
 
+from fewstep.algebra.process import EDM, DiscreteVP, Flow, Process, Trig
+from fewstep.algebra.sampling import Sampler, sample
 from fewstep.config import UserError
-from fewstep.export.diffusers import PARITY, export, measure_parity
+from fewstep.export.base import PARITY
+from fewstep.export.choose import export
 from fewstep.export.fold import fold, level_of
 from fewstep.export.routes import route
+from fewstep.export.unet import measure_parity
 from fewstep.networks.denoiser import Denoiser, Rescheduled
 from fewstep.networks.routed import ByClass, ByTime, Routed
 from fewstep.networks.unet2d import UNet2D
-from fewstep.process import EDM, DiscreteVP, Flow, Process, Trig
-from fewstep.product import Product, open_product
-from fewstep.sampling import Sampler, sample
+from fewstep.train.product import Product, open_product
 
 FOUR = (1.0, 0.75, 0.5, 0.25)
 SD = DiscreteVP(schedule="scaled_linear", beta_start=0.00085, beta_end=0.012)

@@ -9,10 +9,10 @@ import torch
 from helpers_core import F64, PROCESSES, Recorder, col, kinds
 from torch import nn
 
+from fewstep.algebra.process import DiscreteVP, Flow, Process, add_noise
 from fewstep.networks.analytic import gaussian
 from fewstep.networks.denoiser import Denoiser
 from fewstep.objectives import dsm, mse
-from fewstep.process import DiscreteVP, Flow, Process, add_noise
 
 M, S = -0.6, 1.3
 
@@ -84,8 +84,8 @@ def test_sub_interval_critic_has_the_same_optimum_and_the_naive_one_has_not(
 
 def test_trained_network_finds_the_score_of_its_samples() -> None:
     # A mixture needs a curve: least squares on many bumps against the exact denoiser at one level.
+    from fewstep.algebra.draws import Draws
     from fewstep.networks.analytic import Mixture
-    from fewstep.random import Draws
 
     p = Flow()
     net = Mixture(p, [0.3, 0.7], [[-1.2], [0.8]], [0.25, 0.35])

@@ -11,14 +11,14 @@ from helpers_core import F64, PROCESSES, col, gaussian_kl, inner_times, normal_n
 from torch import nn
 
 from fewstep import objectives as obj
-from fewstep.methods.base import Batch
+from fewstep.algebra.batch import Batch
+from fewstep.algebra.draws import Draws, fold
+from fewstep.algebra.prediction import Prediction, from_raw, from_x0
+from fewstep.algebra.process import EDM, Flow, Process, add_noise, transition
+from fewstep.algebra.times import Uniform
 from fewstep.methods.dmd2 import DMD2
 from fewstep.networks.analytic import Mixture, gaussian
-from fewstep.prediction import Prediction, from_raw, from_x0
-from fewstep.process import EDM, Flow, Process, add_noise, transition
-from fewstep.random import Draws, fold
-from fewstep.roles import Roles
-from fewstep.times import Uniform
+from fewstep.networks.roles import Roles
 
 M, S = 0.7, 0.4
 

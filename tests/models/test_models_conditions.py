@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fewstep.cond import checked, joined, moved, nulled, rows, zeros_like
+from fewstep.algebra.condition import checked, joined, moved, nulled, rows, zeros_like
 
 B, N, D = 3, 5, 4
 

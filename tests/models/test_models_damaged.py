@@ -15,7 +15,7 @@ from tiny_pipelines import make_pipeline, unet_condition
 from tiny_teacher import edit_json
 from tiny_text import pickle_weights, run_command, text_pipeline
 
-from fewstep.check import check_teacher
+from fewstep.commands.check_teacher import check_teacher
 from fewstep.config import UserError
 from fewstep.export.stock import open_stock
 from fewstep.networks.diffusers import load_denoiser

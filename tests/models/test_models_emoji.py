@@ -14,22 +14,24 @@ from PIL import Image
 from tiny_emoji import FOOD, make_package, make_text, packed
 from typer.testing import CliRunner
 
-from fewstep.check import check_teacher
+from fewstep.algebra.condition import replaced
+from fewstep.algebra.sampling import sample
 from fewstep.cli import app
-from fewstep.cond import replaced
+from fewstep.commands.check_teacher import check_teacher
+from fewstep.commands.gallery import LEFT, TOP, captioned, rows_of
+from fewstep.commands.measure import measure
+from fewstep.commands.prepare_emoji import prepare_emoji
+from fewstep.commands.train_retrieval import train_retrieval
 from fewstep.config import UserError
 from fewstep.data.text import PipelineEncoder
-from fewstep.emoji import prepare_emoji
-from fewstep.export.diffusers import PARITY, export, export_teacher
+from fewstep.export.base import PARITY
+from fewstep.export.choose import export, export_teacher
 from fewstep.export.lora import export_lora
-from fewstep.gallery import LEFT, TOP, captioned, rows_of
-from fewstep.measure import measure
 from fewstep.networks.diffusers import load_denoiser
-from fewstep.product import Product, open_product
-from fewstep.recipe import Evaluate, dump, load
-from fewstep.sampling import sample
+from fewstep.recipe.schema import Evaluate
+from fewstep.recipe.store import dump, load
+from fewstep.train.product import Product, open_product
 from fewstep.train.trainer import Trainer
-from fewstep.train_retrieval import train_retrieval
 
 KEPT = [name.lower() for name in reversed(FOOD) if name != "BREAD"]
 

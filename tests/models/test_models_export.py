@@ -15,18 +15,20 @@ from tiny_pipelines import FAMILIES, make_pipeline
 from tiny_runs import names
 from torch import Tensor
 
+from fewstep.algebra.process import EDM, DiscreteVP, Flow, ShiftedFlow, Trig
+from fewstep.algebra.sampling import Sampler
+from fewstep.commands.recipes import check_recipe
 from fewstep.config import UserError
 from fewstep.export import latent
-from fewstep.export.diffusers import PARITY, export
+from fewstep.export.base import PARITY
+from fewstep.export.choose import export
+from fewstep.export.levels import Levels, agree, check_product, levels_of, levels_of_scheduler
 from fewstep.export.stock import difference
-from fewstep.lint import Levels, agree, check_product, check_recipe, levels_of, levels_of_scheduler
 from fewstep.networks.adapters import Adapted, frozen
 from fewstep.networks.denoiser import Denoiser, Rescheduled
 from fewstep.networks.diffusers import load_denoiser
-from fewstep.process import EDM, DiscreteVP, Flow, ShiftedFlow, Trig
-from fewstep.product import Product, open_product
-from fewstep.recipe import load
-from fewstep.sampling import Sampler
+from fewstep.recipe.store import load
+from fewstep.train.product import Product, open_product
 
 FOUR = (1.0, 0.75, 0.5, 0.25)
 UNEVEN = (1.0, 0.7, 0.312)

@@ -15,10 +15,12 @@ from diffusers import DPMSolverMultistepScheduler, FlowMatchEulerDiscreteSchedul
 from tiny_pipelines import FAMILIES, make_pipeline
 from tiny_teacher import edit_json, make_teacher
 
-from fewstep.check import check_teacher, null_of, parse_size
+from fewstep.algebra.batch import Batch
+from fewstep.algebra.draws import Draws
+from fewstep.algebra.process import DiscreteVP, Flow, ShiftedFlow
 from fewstep.cli import main
+from fewstep.commands.check_teacher import check_teacher, null_of, parse_size
 from fewstep.config import UserError
-from fewstep.methods.base import Batch
 from fewstep.methods.consistency import Consistency
 from fewstep.methods.dmd2 import DMD2
 from fewstep.methods.scm import SCM
@@ -26,13 +28,11 @@ from fewstep.networks.adapters import frozen
 from fewstep.networks.diffusers import load_denoiser
 from fewstep.networks.folder import read_folder, read_latents
 from fewstep.networks.heads import Discriminator
+from fewstep.networks.roles import Roles
 from fewstep.networks.scheduler import read_scheduler
 from fewstep.networks.specs import DiffusersTeacher, ModuleTeacher, Site, example_condition
 from fewstep.networks.wrappers import Generic
 from fewstep.networks.wrappers.flux import pack, unpack
-from fewstep.process import DiscreteVP, Flow, ShiftedFlow
-from fewstep.random import Draws
-from fewstep.roles import Roles
 
 SD = DiscreteVP(schedule="scaled_linear", beta_start=0.00085, beta_end=0.012)
 FLUX_SHIFT = math.exp(0.5 + (1.15 - 0.5) * (12 - 256) / (4096 - 256))

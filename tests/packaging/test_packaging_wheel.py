@@ -89,14 +89,14 @@ def test_the_unpacked_wheel_finds_its_own_recipes_and_assets(wheel: zipfile.ZipF
     wheel.extractall(tmp_path)
     code = (
         "import sys; sys.path.insert(0, sys.argv[1])\n"
-        "import fewstep.recipe, fewstep.eval, fewstep.kernels\n"
+        "import fewstep.recipe.store, fewstep.eval, fewstep.kernels\n"
         "from fewstep.networks.diffusers import resolve\n"
         "for m in (fewstep, fewstep.eval, fewstep.kernels):\n"
         "    assert m.__file__.startswith(sys.argv[1]), m.__file__\n"
-        "names = fewstep.recipe.shipped()\n"
+        "names = fewstep.recipe.store.shipped()\n"
         "assert all(str(p).startswith(sys.argv[1]) for p in names.values())\n"
         "assert resolve('assets:house-digits').joinpath('model.safetensors').is_file()\n"
-        "for name in names: fewstep.recipe.load(name)\n"
+        "for name in names: fewstep.recipe.store.load(name)\n"
         "print(*names)"
     )
     shown = python(code, str(tmp_path), cwd=tmp_path).stdout.split()

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from fewstep.config import UserError
-from fewstep.recipe import load, shipped
-from fewstep.recipe_diff import diff, published
+from fewstep.recipe.diff import diff, published
+from fewstep.recipe.store import load, shipped
 
 PAPER = sorted(n for n in shipped() if n.startswith("paper/"))
 

@@ -9,7 +9,9 @@ import pytest
 import yaml
 
 from fewstep.config import REGISTRY, RecipeError, UserError, plain
-from fewstep.recipe import Recipe, Train, differences, dump, find, load, load_run, read, shipped
+from fewstep.recipe.diff import differences
+from fewstep.recipe.schema import Recipe, Train
+from fewstep.recipe.store import dump, find, load, load_run, read, shipped
 
 GOOD = """\
 about: a test

@@ -16,16 +16,17 @@ from torch import Tensor
 
 import fewstep.data.latents
 import fewstep.data.pictures
-from fewstep.cond import nulled, rows
+from fewstep.algebra.condition import nulled, rows
 from fewstep.config import RecipeError, UserError
 from fewstep.data.latents import vae_hash
 from fewstep.data.shards import Shards
-from fewstep.export.diffusers import export, way_of
+from fewstep.export.choose import export, way_of
 from fewstep.export.forecast import about, warning
 from fewstep.networks.adapters import own_parameters
 from fewstep.networks.diffusers import load_denoiser
-from fewstep.product import product_of
-from fewstep.recipe import Recipe, load, shipped
+from fewstep.recipe.schema import Recipe
+from fewstep.recipe.store import load, shipped
+from fewstep.train.product import product_of
 from fewstep.train.trainer import Trainer
 
 PAPER = sorted(n for n in shipped() if n.startswith("paper/"))

@@ -8,8 +8,8 @@ import pytest
 from torch import nn
 
 from fewstep.config import UserError
-from fewstep.product import product_of
-from fewstep.recipe import load, shipped
+from fewstep.recipe.store import load, shipped
+from fewstep.train.product import product_of
 
 KINDS = {"renoise", "map", "gamma"}
 

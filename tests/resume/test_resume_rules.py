@@ -15,8 +15,8 @@ from typing import Any
 import pytest
 from tiny_runs import TINY, contents, environment, names, records, same, tiny, train
 
+from fewstep.commands.run import prepare
 from fewstep.config import UserError
-from fewstep.jobs import prepare
 from fewstep.train.state import checkpoints, read_state
 from fewstep.train.trainer import Trainer
 
@@ -80,7 +80,7 @@ def test_another_recipe_is_refused_and_changes_nothing(copied: Path):
 
 def prepare_fresh(run: Path) -> None:
     """Put a recipe into a directory that a bare trainer has filled."""
-    from fewstep.recipe import dump
+    from fewstep.recipe.store import dump
 
     (run / "recipe.yaml").write_text(dump(tiny(*SHORT, "train.steps=20")))
 

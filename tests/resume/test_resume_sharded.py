@@ -20,14 +20,14 @@ LINEAR = ("optim={default: {lr: 1e-2, eps: 1e-2}}",)
 
 
 def sampled(trainer: Any) -> torch.Tensor:
-    from fewstep.product import product_of
+    from fewstep.train.product import product_of
 
     product = product_of(trainer.recipe, trainer.product.eval(), trainer.data, "x")
     return product.draw(6, seed=5)
 
 
 def adapters_run(teacher: Path, run: Path, *settings: str) -> Any:
-    from fewstep.recipe import load
+    from fewstep.recipe.store import load
     from fewstep.train.trainer import Trainer
 
     run.mkdir(parents=True, exist_ok=True)

@@ -7,7 +7,8 @@ import torch
 from fewstep.kernels import use_fewstep_attention
 
 from fewstep.config import RecipeError, UserError
-from fewstep.recipe import Recipe, load
+from fewstep.recipe.schema import Recipe
+from fewstep.recipe.store import load
 from fewstep.train.trainer import Trainer
 
 SMALL = [

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from fewstep import bench_methods
-from fewstep.bench_methods import Call, checkpointing_memory, cost, prepare, recording, replay_of
+from fewstep.bench import methods as bench_methods
+from fewstep.bench.methods import Call, checkpointing_memory, cost, prepare, recording, replay_of
 
 SMALL = ["student.width=16", "student.depth=3", "train.batch=12"]
 

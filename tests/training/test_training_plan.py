@@ -12,10 +12,10 @@ import torch
 from accelerate.state import AcceleratorState
 from tiny_teacher import make_teacher, student_settings
 
-from fewstep import plan as plan_module
+from fewstep.commands import plan as plan_module
+from fewstep.commands.plan import plan, report
 from fewstep.config import UserError
-from fewstep.plan import plan, report
-from fewstep.recipe import load
+from fewstep.recipe.store import load
 from fewstep.train.live import Live
 from fewstep.train.trainer import Trainer
 

@@ -8,16 +8,16 @@ import pytest
 import torch
 from torch import nn
 
+from fewstep.algebra.batch import Batch
+from fewstep.algebra.draws import Draws
+from fewstep.algebra.times import Uniform
 from fewstep.config import UserError
 from fewstep.data.toy import Ring
-from fewstep.methods.base import Batch
 from fewstep.methods.denoise import Denoise
 from fewstep.methods.dmd2 import DMD2
+from fewstep.networks.roles import Roles
 from fewstep.networks.specs import DiscriminatorSpec, MLPSpec, RingTeacher
-from fewstep.random import Draws
-from fewstep.recipe import AdamW, Recipe, Stage, Train
-from fewstep.roles import Roles
-from fewstep.times import Uniform
+from fewstep.recipe.schema import AdamW, Recipe, Stage, Train
 from fewstep.train.ema import EMA
 from fewstep.train.optim import TurnOptimizer
 from fewstep.train.trainer import Trainer, gradients

@@ -13,7 +13,7 @@ from tiny_teacher import make_teacher, student_settings
 
 from fewstep.config import UserError
 from fewstep.networks.adapters import own_state
-from fewstep.recipe import load
+from fewstep.recipe.store import load
 from fewstep.train import switches
 from fewstep.train.trainer import Trainer
 

@@ -7,10 +7,10 @@ import torch
 from torch import Tensor
 from trajectory_helpers import F64
 
-from fewstep.jump import ask, clean
+from fewstep.algebra.jump import ask, clean
+from fewstep.algebra.process import EDM, VP, Flow, Process, Trig
 from fewstep.networks.denoiser import Denoiser
 from fewstep.networks.dit import DiT
-from fewstep.process import EDM, VP, Flow, Process, Trig
 
 SHAPE = (2, 4, 6)
 IDENTICAL = [

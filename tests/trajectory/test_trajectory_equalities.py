@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 from trajectory_helpers import F64, MEAN, STD, Batch64, ExactMap, draws
 
-from fewstep.jump import ask, jump, solver_step
-from fewstep.legs import Teacher, student_leg, time_between
+from fewstep.algebra.jump import ask, jump, solver_step
+from fewstep.algebra.pairings import Grid
+from fewstep.algebra.process import EDM, VP, Flow, Process, Trig, add_noise
 from fewstep.methods.consistency import Consistency
 from fewstep.methods.icd import ICD
 from fewstep.methods.imm import IMM, mmd2
@@ -28,11 +29,10 @@ from fewstep.methods.tdd import TDD
 from fewstep.networks.analytic import gaussian
 from fewstep.networks.denoiser import Denoiser
 from fewstep.networks.mlp import MLP
+from fewstep.networks.roles import Roles
 from fewstep.objectives import mse
 from fewstep.objectives import trajectory as tr
-from fewstep.pairings import Grid
-from fewstep.process import EDM, VP, Flow, Process, Trig, add_noise
-from fewstep.roles import Roles
+from fewstep.objectives.legs import Teacher, student_leg, time_between
 
 
 def network(process: Process, prediction: str, inputs: tuple[str, ...] = ()) -> Denoiser:

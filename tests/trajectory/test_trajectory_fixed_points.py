@@ -10,13 +10,13 @@ import torch
 from torch import Tensor, nn
 from trajectory_helpers import F64, MEAN, STD, Batch64
 
+from fewstep.algebra.pairings import Grid
+from fewstep.algebra.prediction import Prediction, from_x0
+from fewstep.algebra.process import EDM, Flow, Process, bc
 from fewstep.methods.consistency import Consistency
 from fewstep.methods.tcm import TCM
 from fewstep.networks.analytic import gaussian
-from fewstep.pairings import Grid
-from fewstep.prediction import Prediction, from_x0
-from fewstep.process import EDM, Flow, Process, bc
-from fewstep.roles import Roles
+from fewstep.networks.roles import Roles
 
 
 class Affine(nn.Module):

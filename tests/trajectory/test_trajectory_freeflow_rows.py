@@ -9,14 +9,14 @@ import torch
 from torch import Tensor, nn
 from trajectory_helpers import F64, MEAN, STD, Batch64, ExactMap, draws
 
-from fewstep.methods.base import Batch
+from fewstep.algebra.batch import Batch
+from fewstep.algebra.prediction import Prediction, from_raw, from_x0
+from fewstep.algebra.process import Flow, bc
 from fewstep.methods.freeflow import FreeFlow, first
 from fewstep.methods.meanflow import MeanFlow
 from fewstep.networks.analytic import gaussian
+from fewstep.networks.roles import Roles
 from fewstep.objectives import trajectory as tr
-from fewstep.prediction import Prediction, from_raw, from_x0
-from fewstep.process import Flow, bc
-from fewstep.roles import Roles
 
 
 class Seen(nn.Module):

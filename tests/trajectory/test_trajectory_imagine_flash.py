@@ -10,12 +10,12 @@ import torch
 from torch import Tensor, nn
 from trajectory_helpers import F64, MEAN, STD, Batch64, draws
 
+from fewstep.algebra.prediction import Prediction, from_x0
+from fewstep.algebra.process import Flow
 from fewstep.methods import imagine_flash
 from fewstep.methods.imagine_flash import ImagineFlash
 from fewstep.networks.analytic import gaussian
-from fewstep.prediction import Prediction, from_x0
-from fewstep.process import Flow
-from fewstep.roles import Roles
+from fewstep.networks.roles import Roles
 
 
 class Watched(nn.Module):

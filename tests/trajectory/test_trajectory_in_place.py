@@ -9,9 +9,9 @@ import pytest
 import torch
 from tiny_teacher import make_teacher
 
+from fewstep.commands.report import first_teacher
 from fewstep.config import RecipeError
-from fewstep.jobs import first_teacher
-from fewstep.recipe import load
+from fewstep.recipe.store import load
 from fewstep.train.trainer import Trainer
 
 SHORT = ["train.batch=6", "train.sample_every=0", "train.log_every=1", "evaluate=null", "train.steps=2"]

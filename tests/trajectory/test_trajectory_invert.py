@@ -7,23 +7,23 @@ from typing import Any
 
 import pytest
 import torch
+from fewstep.eval.protocol.images import to_pixels
 from safetensors.torch import load_file
 from tiny_runs import names
 from tiny_teacher import make_run, make_teacher
 from torch import Tensor
 from trajectory_helpers import F64, MEAN, STD, TIGHT, ExactMap, draws
 
+from fewstep.algebra.process import EDM, Flow, Process
+from fewstep.algebra.sampling import sample
 from fewstep.cli import main
+from fewstep.commands.invert import invert_run, read_images, round_trip
 from fewstep.config import UserError
-from fewstep.invert import invert_run, read_images, round_trip
 from fewstep.methods.icd import ICD
 from fewstep.networks.analytic import flow_map
-from fewstep.pictures import to_pixels
-from fewstep.process import EDM, Flow, Process
-from fewstep.product import open_product
-from fewstep.recipe import dump, load
-from fewstep.sampling import sample
+from fewstep.recipe.store import dump, load
 from fewstep.train.build import build_roles
+from fewstep.train.product import open_product
 from fewstep.train.trainer import Trainer
 
 

@@ -10,8 +10,11 @@ import torch
 from torch import Tensor, nn
 from trajectory_helpers import F64, FOUR, MEAN, STD, TIGHT, Batch64, ExactMap, draws
 
-from fewstep.jump import ask
-from fewstep.legs import Teacher
+from fewstep.algebra.jump import ask
+from fewstep.algebra.pairings import Grid
+from fewstep.algebra.prediction import Prediction, from_x0
+from fewstep.algebra.process import Flow, Process, Trig
+from fewstep.algebra.sampling import sample
 from fewstep.methods.boot import BOOT
 from fewstep.methods.consistency import Consistency
 from fewstep.methods.ctm import CTM
@@ -29,11 +32,8 @@ from fewstep.methods.std import Bank
 from fewstep.methods.tdd import TDD
 from fewstep.methods.twinflow import TwinFlow
 from fewstep.networks.analytic import flow_map, gaussian
-from fewstep.pairings import Grid
-from fewstep.prediction import Prediction, from_x0
-from fewstep.process import Flow, Process, Trig
-from fewstep.roles import Roles
-from fewstep.sampling import sample
+from fewstep.networks.roles import Roles
+from fewstep.objectives.legs import Teacher
 
 CLEAN = {**FOUR, "edm": TIGHT}
 

@@ -9,19 +9,19 @@ import torch
 from torch import Tensor, nn
 from trajectory_helpers import F64, TIGHT, Batch64, draws
 
-from fewstep.jump import jump
-from fewstep.legs import Teacher
+from fewstep.algebra.jump import jump
+from fewstep.algebra.pairings import Grid
+from fewstep.algebra.prediction import Prediction, from_x0
+from fewstep.algebra.process import VP, Flow, Process, Trig
 from fewstep.methods.consistency import Consistency
 from fewstep.methods.kd import KD
 from fewstep.methods.meanflow import MeanFlow
 from fewstep.methods.scm import SCM
 from fewstep.methods.segments import Segments
 from fewstep.networks.analytic import Mixture, flow_map
+from fewstep.networks.roles import Roles
 from fewstep.objectives import trajectory as tr
-from fewstep.pairings import Grid
-from fewstep.prediction import Prediction, from_x0
-from fewstep.process import VP, Flow, Process, Trig
-from fewstep.roles import Roles
+from fewstep.objectives.legs import Teacher
 
 WEIGHTS, MEANS, STDS = (0.3, 0.7), (-1.2, 0.8), (0.25, 0.35)
 PROCESSES: dict[str, Process] = {"flow": Flow(), "edm": TIGHT, "vp": VP(), "trig": Trig()}

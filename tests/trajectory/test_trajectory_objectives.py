@@ -9,16 +9,16 @@ import torch
 from torch import Tensor, nn
 from trajectory_helpers import F64, FOUR, MEAN, STD, ExactMap, exact_leg, noisy
 
+from fewstep.algebra.draws import Draws
+from fewstep.algebra.jump import jump, solver_step
+from fewstep.algebra.prediction import from_raw
+from fewstep.algebra.process import EDM, Flow, Process, Trig, bc
 from fewstep.config import UserError
-from fewstep.jump import jump, solver_step
 from fewstep.networks.analytic import Mixture, flow_map, gaussian
 from fewstep.networks.denoiser import Denoiser
 from fewstep.networks.dit import DiT
 from fewstep.networks.mlp import MLP
 from fewstep.objectives import trajectory as tr
-from fewstep.prediction import from_raw
-from fewstep.process import EDM, Flow, Process, Trig, bc
-from fewstep.random import Draws
 
 KINDS = ("velocity", "v", "psi", "trig")
 

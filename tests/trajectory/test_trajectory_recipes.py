@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from fewstep.config import REGISTRY, UserError
-from fewstep.product import product_of
-from fewstep.recipe import load, shipped
+from fewstep.recipe.store import load, shipped
+from fewstep.train.product import product_of
 from fewstep.train.trainer import Trainer
 
 NAMES = [

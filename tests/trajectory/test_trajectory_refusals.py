@@ -6,18 +6,18 @@ import pytest
 import torch
 from trajectory_helpers import F64, MEAN, STD, Batch64
 
+from fewstep.algebra.batch import Batch
+from fewstep.algebra.draws import Draws, fold
+from fewstep.algebra.process import EDM, Flow
 from fewstep.config import UserError
-from fewstep.methods.base import Batch
 from fewstep.methods.imm import IMM
 from fewstep.methods.self_e import SelfE
 from fewstep.methods.sfd import SFD
 from fewstep.methods.std import STD as SingleTrajectory
 from fewstep.methods.std import Bank
 from fewstep.networks.analytic import gaussian
-from fewstep.process import EDM, Flow
-from fewstep.random import Draws, fold
-from fewstep.recipe import load
-from fewstep.roles import Roles
+from fewstep.networks.roles import Roles
+from fewstep.recipe.store import load
 from fewstep.train.trainer import Trainer
 
 

@@ -8,15 +8,15 @@ import pytest
 import torch
 from torch import nn
 
+from fewstep.algebra.process import Flow
+from fewstep.algebra.sampling import Sampler, sample
 from fewstep.config import UserError
-from fewstep.export.diffusers import export
+from fewstep.export.choose import export
 from fewstep.methods.icd import ICD
 from fewstep.methods.tdd import TDD
 from fewstep.networks.analytic import ring
-from fewstep.process import Flow
-from fewstep.product import product_of
-from fewstep.recipe import load
-from fewstep.sampling import Sampler, sample
+from fewstep.recipe.store import load
+from fewstep.train.product import product_of
 from fewstep.train.trainer import Trainer
 
 

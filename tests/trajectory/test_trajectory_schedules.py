@@ -8,15 +8,8 @@ import pytest
 import torch
 from trajectory_helpers import F64, MEAN, STD, draws, noisy
 
-from fewstep.jump import solver_step
-from fewstep.methods.icd import boundaries
-from fewstep.methods.imm import IMM
-from fewstep.methods.progressive import Progressive
-from fewstep.methods.segments import Segments
-from fewstep.methods.shortcut import Shortcut
-from fewstep.methods.tdd import TDD, target_set
-from fewstep.networks.analytic import flow_map, gaussian
-from fewstep.pairings import (
+from fewstep.algebra.jump import solver_step
+from fewstep.algebra.pairings import (
     CTGrid,
     ECTPairs,
     Grid,
@@ -28,9 +21,16 @@ from fewstep.pairings import (
     ict_points,
     ict_weights,
 )
-from fewstep.process import EDM, Flow
-from fewstep.sampling import Sampler, dynamic_guidance, sample
-from fewstep.times import ddim_levels
+from fewstep.algebra.process import EDM, Flow
+from fewstep.algebra.sampling import Sampler, dynamic_guidance, sample
+from fewstep.algebra.times import ddim_levels
+from fewstep.methods.icd import boundaries
+from fewstep.methods.imm import IMM
+from fewstep.methods.progressive import Progressive
+from fewstep.methods.segments import Segments
+from fewstep.methods.shortcut import Shortcut
+from fewstep.methods.tdd import TDD, target_set
+from fewstep.networks.analytic import flow_map, gaussian
 
 
 @pytest.mark.parametrize(

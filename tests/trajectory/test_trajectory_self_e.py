@@ -8,11 +8,11 @@ import torch
 from torch import Tensor, nn
 from trajectory_helpers import F64, Batch64, draws
 
+from fewstep.algebra.process import Flow, add_noise
 from fewstep.methods.self_e import SelfE, reach
 from fewstep.networks.analytic import Mixture
+from fewstep.networks.roles import Roles
 from fewstep.objectives import mse
-from fewstep.process import Flow, add_noise
-from fewstep.roles import Roles
 
 WEIGHTS, MEANS, STD = (0.3, 0.7), (-1.0, 1.5), 0.5
 

@@ -7,11 +7,11 @@ from typing import Any
 import torch
 from trajectory_helpers import F64, Batch64
 
+from fewstep.algebra.prediction import Prediction, from_x0
+from fewstep.algebra.process import Flow, bc
 from fewstep.methods.reflow import Reflow
 from fewstep.networks.analytic import gaussian
-from fewstep.prediction import Prediction, from_x0
-from fewstep.process import Flow, bc
-from fewstep.roles import Roles
+from fewstep.networks.roles import Roles
 
 STD = 0.4
 

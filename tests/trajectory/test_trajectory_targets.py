@@ -9,14 +9,14 @@ import torch
 from torch import Tensor, nn
 from trajectory_helpers import F64, MEAN, STD, Batch64, ExactMap, draws
 
+from fewstep.algebra.prediction import Prediction, from_raw, from_x0
+from fewstep.algebra.process import Flow, Process, Trig
 from fewstep.methods.meanflow import MeanFlow
 from fewstep.methods.scfm import SCFM
 from fewstep.methods.scm import SCM
 from fewstep.methods.twinflow import TwinFlow
 from fewstep.networks.analytic import Mixture, flow_map, gaussian
-from fewstep.prediction import Prediction, from_raw, from_x0
-from fewstep.process import Flow, Process, Trig
-from fewstep.roles import Roles
+from fewstep.networks.roles import Roles
 
 
 def only(losses: Any) -> Tensor:

@@ -9,14 +9,14 @@ import torch
 from torch import Tensor, nn
 from trajectory_helpers import F64, MEAN, STD, Batch64, ExactMap, draws
 
+from fewstep.algebra.batch import Batch
+from fewstep.algebra.prediction import Prediction, from_raw, from_x0
+from fewstep.algebra.process import Flow, add_noise, bc
 from fewstep.config import UserError
-from fewstep.methods.base import Batch
 from fewstep.methods.twinflow import TwinFlow, robust
 from fewstep.networks.analytic import flow_map
-from fewstep.prediction import Prediction, from_raw, from_x0
-from fewstep.process import Flow, add_noise, bc
-from fewstep.recipe import load
-from fewstep.roles import Roles
+from fewstep.networks.roles import Roles
+from fewstep.recipe.store import load
 
 
 class Map(nn.Module):

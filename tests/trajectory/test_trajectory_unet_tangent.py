@@ -8,19 +8,19 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from fewstep.algebra.batch import Batch
+from fewstep.algebra.draws import Draws, fold
+from fewstep.algebra.process import EDM
 from fewstep.config import UserError
-from fewstep.methods.base import Batch
 from fewstep.methods.scm import SCM
 from fewstep.networks.adapters import enable_checkpointing
 from fewstep.networks.denoiser import Denoiser
 from fewstep.networks.extras import Extras, Fourier
 from fewstep.networks.mlp import MLP
+from fewstep.networks.roles import Roles
 from fewstep.networks.unet2d import UNet2D
 from fewstep.objectives.trajectory import tangent
-from fewstep.process import EDM
-from fewstep.random import Draws, fold
-from fewstep.recipe import load
-from fewstep.roles import Roles
+from fewstep.recipe.store import load
 from fewstep.train.trainer import Trainer
 
 

@@ -10,8 +10,13 @@ import torch
 from torch import Tensor
 from trajectory_helpers import F64, MEAN, STD, Batch64, ExactMap
 
+from fewstep.algebra.batch import Batch
+from fewstep.algebra.draws import Draws, fold
+from fewstep.algebra.prediction import Prediction
+from fewstep.algebra.process import EDM, Flow, Trig
+from fewstep.algebra.sampling import Sampler, clipped, sample
+from fewstep.algebra.times import LogStudentT
 from fewstep.config import RecipeError, UserError
-from fewstep.methods.base import Batch
 from fewstep.methods.consistency import Consistency
 from fewstep.methods.ctm import CTM
 from fewstep.methods.meanflow import MeanFlow
@@ -22,14 +27,9 @@ from fewstep.networks.denoiser import Denoiser
 from fewstep.networks.heads import Discriminator
 from fewstep.networks.mlp import MLP
 from fewstep.networks.perceptual import CHANNELS, LPIPSSpec, Perceptual
+from fewstep.networks.roles import Roles
 from fewstep.networks.specs import Site
-from fewstep.prediction import Prediction
-from fewstep.process import EDM, Flow, Trig
-from fewstep.random import Draws, fold
-from fewstep.recipe import load
-from fewstep.roles import Roles
-from fewstep.sampling import Sampler, clipped, sample
-from fewstep.times import LogStudentT
+from fewstep.recipe.store import load
 from fewstep.train.trainer import Trainer, gradients
 
 

@@ -12,7 +12,7 @@ from typing import Any, ClassVar, TypeVar
 import torch
 from torch import Tensor, nn
 
-from fewstep.cond import checked, moved
+from fewstep.algebra.condition import checked, moved
 from fewstep.networks.extras import Extras
 
 WRAPPERS: dict[str, type[Wrapper]] = {}
@@ -151,7 +151,7 @@ class Wrapper(nn.Module):
         stop: bool = False,
         extras: Mapping[str, Tensor] | None = None,
     ) -> tuple[Tensor | None, dict[str, Tensor]]:
-        """x (b, c, h, w), time (b,) as the model was trained, cond see fewstep.cond -> (raw, features)."""
+        """x (b, c, h, w), time (b,) as the model was trained, cond see fewstep.algebra.condition -> (raw, features)."""
         given = checked(cond, self.needs, self.takes, type(self.model).__name__)
         features: dict[str, Tensor] = {}
         handles = []

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from torch import Tensor, nn
 
-from fewstep.cond import KEYS
+from fewstep.algebra.condition import KEYS
 from fewstep.networks.wrappers.base import Wrapper, first_half
 
 
@@ -15,7 +15,7 @@ class Generic(Wrapper):
 
     Args:
         model: returns a tensor, or a tuple or an output object whose first entry is the tensor.
-        names: argument names by "x", "time" and keys of fewstep.cond; every key named here is needed.
+        names: argument names by "x", "time" and keys of fewstep.algebra.condition; every key named here is needed.
         taps: sub-modules by tap name, as dotted paths such as "blocks.3".
         pick: which output of a tapped module that returns several.
 

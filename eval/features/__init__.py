@@ -1,0 +1,1 @@
+"""Networks whose features are compared, and the numbers they give by themselves."""

@@ -1,0 +1,1 @@
+"""Statistics of features and distances between them."""

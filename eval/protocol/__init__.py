@@ -1,0 +1,1 @@
+"""What is measured and how: presets, samples, references, the run over all of them."""

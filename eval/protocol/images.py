@@ -1,0 +1,172 @@
+"""Image folders read strictly: what does not fit is an error, or, if asked for, a counted and reported
+exclusion.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+EXTENSIONS = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".npy"}
+_MODES = {1: "L", 3: "RGB"}
+
+
+@dataclass
+class ImageFolder:
+    """The images of a folder and its sub-folders, in the order of their names.
+
+    Args:
+        path: the folder.
+        channels: 3 takes 8-bit RGB files only, 1 takes 8-bit grey files only; nothing is converted.
+        number: how many images are wanted, the first in order; None means all.
+        allow_skips: leave out what does not fit instead of stopping; `skipped` then says what and why.
+        any_size: images may have different sizes; `batches` cannot be used then.
+        grey_to_colour: with 3 channels take 8-bit grey files too, their value in all channels.
+
+    Iterating reads; `skipped` is complete once `images` has been exhausted, and so is `kept`, the places in that
+    order of the images given.
+    """
+
+    path: Path
+    channels: int = 3
+    number: int | None = None
+    allow_skips: bool = False
+    any_size: bool = False
+    grey_to_colour: bool = False
+    skipped: dict[str, str] = field(default_factory=dict)
+    kept: list[int] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.path = Path(self.path)
+        if self.channels not in _MODES:
+            raise ValueError(f"channels: expected 1 or 3, got {self.channels}")
+        if not self.path.is_dir():
+            raise FileNotFoundError(f"{self.path}: no such folder")
+        self.files = sorted(
+            file
+            for file in self.path.rglob("*")
+            if file.suffix.lower() in EXTENSIONS and not file.name.startswith(".")
+        )
+        if not self.files:
+            raise ValueError(f"{self.path}: no images ({', '.join(sorted(EXTENSIONS))}) in it")
+        if self.number is not None and len(self.files) < self.number:
+            raise ValueError(f"{self.path}: {len(self.files)} images, but {self.number} are asked for")
+
+    def images(self) -> Iterator[Tensor]:
+        """uint8 (C, H, W) images, all of one size unless `any_size`.
+
+        Raises:
+            ValueError: an unreadable file, another size than the first image's, another mode or depth, or too
+                few good images.
+        """
+        self.skipped.clear()
+        shape: tuple[int, ...] | None = None
+        given = 0
+        self.kept.clear()
+        for index, file in enumerate(self.files):
+            if given == self.number:
+                break
+            try:
+                image = self._read(file)
+                if shape is not None and image.shape != shape and not self.any_size:
+                    raise ValueError(
+                        f"{image.shape[1]}x{image.shape[2]} pixels, the first image has {shape[1]}x{shape[2]}"
+                    )
+            except ValueError as error:
+                if not self.allow_skips:
+                    raise ValueError(f"{file}: {error}") from None
+                self.skipped[str(file.relative_to(self.path))] = str(error)
+                continue
+            shape = image.shape
+            given += 1
+            self.kept.append(index)
+            yield torch.from_numpy(image)
+        if self.number is not None and given < self.number:
+            raise ValueError(
+                f"{self.path}: only {given} usable images, {self.number} asked for, "
+                f"{len(self.skipped)} skipped"
+            )
+        if not given:
+            raise ValueError(f"{self.path}: none of {len(self.files)} images is usable")
+
+    def batches(self, size: int) -> Iterator[Tensor]:
+        """uint8 (N, C, H, W) batches of at most `size` images."""
+        batch: list[Tensor] = []
+        for image in self.images():
+            batch.append(image)
+            if len(batch) == size:
+                yield torch.stack(batch)
+                batch = []
+        if batch:
+            yield torch.stack(batch)
+
+    def _read(self, file: Path) -> np.ndarray:
+        if file.suffix.lower() == ".npy":
+            return self._read_array(file)
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("error", Image.DecompressionBombWarning)
+                with Image.open(file) as picture:
+                    # Pillow halves 16-bit colour to mode RGB; only the name of the raw mode tells.
+                    deep = any(";16" in str(tile[3]) for tile in getattr(picture, "tile", ()))
+                    picture.load()
+                    mode, pixels = picture.mode, np.asarray(picture)
+        except (OSError, SyntaxError, Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+            raise ValueError(f"cannot be read ({error})") from None
+        wanted = _MODES[self.channels]
+        if self.grey_to_colour and wanted == "RGB" and mode == "L":
+            mode, pixels = "RGB", np.repeat(pixels[..., None], 3, axis=2)
+        if mode == "RGB" and deep:
+            mode = "RGB;16"
+        if mode != wanted:
+            kind = {
+                "L": "grey",
+                "LA": "grey with alpha",
+                "RGBA": "colour with alpha",
+                "P": "palette",
+                "1": "black and white",
+                "I;16": "16-bit grey",
+                "RGB": "colour",
+                "RGB;16": "16-bit colour",
+                "CMYK": "CMYK",
+            }.get(mode, mode)
+            raise ValueError(f"is {kind}, expected 8-bit {'colour' if wanted == 'RGB' else 'grey'}")
+        pixels = pixels[..., None] if self.channels == 1 else pixels
+        return pixels.transpose(2, 0, 1).copy()
+
+    def _read_array(self, file: Path) -> np.ndarray:
+        try:
+            array = np.load(file, allow_pickle=False)
+        except (ValueError, OSError, EOFError) as error:
+            raise ValueError(f"cannot be read ({error})") from None
+        if array.dtype != np.uint8 or array.ndim != 3 or array.shape[0] != self.channels:
+            raise ValueError(
+                f"is {array.dtype} of shape {array.shape}, expected uint8 ({self.channels}, H, W)"
+            )
+        return array
+
+
+def save_image(image: Tensor, path: str | Path) -> None:
+    """Write uint8 (C, H, W) as PNG: JPEG would change the metric."""
+    target = Path(path)
+    if target.suffix.lower() != ".png":
+        raise ValueError(
+            f"path: expected a .png name, got {target.name!r}; lossy formats change every metric"
+        )
+    if image.dtype != torch.uint8:
+        raise ValueError(f"image: expected uint8, got {image.dtype}; quantise first")
+    pixels = image.permute(1, 2, 0).cpu().numpy()
+    target.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(pixels[..., 0] if pixels.shape[2] == 1 else pixels).save(target)
+
+
+def to_pixels(x: Tensor) -> Tensor:
+    """[-1, 1] -> uint8 by rounding, the way diffusers does."""
+    return ((x.float() * 0.5 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8)

@@ -1,0 +1,1 @@
+"""Scripts around the harness: references, conversion, self-test, house classifiers, studies, benchmarks."""

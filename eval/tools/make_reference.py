@@ -1,0 +1,102 @@
+"""The statistics of real images that a preset compares with, made from a folder of them.
+
+``python -m fewstep.eval.tools.make_reference FOLDER --preset coco30k [--grey-to-colour]``
+
+Every image of the folder goes through the preset's own resize chain and feature network; sizes may differ. The file is
+written where the preset looks for it, or to --out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import torch
+from fewstep.eval.features.base import FeatureExtractor, extract
+from fewstep.eval.features.extractors import build_extractor
+from fewstep.eval.metrics.statistics import FeatureStatistics
+from fewstep.eval.protocol.images import ImageFolder
+from fewstep.eval.protocol.preset import Preset, load_preset, locate
+from fewstep.eval.protocol.reference import provenance
+from fewstep.eval.protocol.resize import apply_chain
+from torch import Tensor
+
+from fewstep.files import cache_dir
+
+
+def folder_statistics(
+    folder: ImageFolder, preset: Preset, extractor: FeatureExtractor, batch: int = 32
+) -> FeatureStatistics:
+    """Statistics of all images of a folder through the preset's chain.
+
+    Raises:
+        ValueError: a file that does not fit, or another number of images than the preset's reference has.
+    """
+    wanted = preset.reference.images
+    if wanted is not None and len(folder.files) != wanted:
+        raise ValueError(
+            f"{folder.path}: {len(folder.files)} images, the reference of preset {preset.name} is of {wanted}"
+        )
+    name = preset.reference.name
+    statistics = FeatureStatistics(extractor.dim, provenance(name, preset.hash, extractor, len(folder.files)))
+    for pixels in _chained(folder, preset, batch):
+        statistics.update(extract(extractor, pixels))
+    return statistics
+
+
+def _chained(folder: ImageFolder, preset: Preset, batch: int) -> Iterator[Tensor]:
+    waiting: list[Tensor] = []
+    for image in folder.images():
+        waiting.append(apply_chain(image[None], preset.steps)[0].float())
+        if waiting[0].shape != waiting[-1].shape:
+            raise ValueError(
+                f"{folder.path}: the chain of preset {preset.name} leaves images of different sizes, "
+                f"{list(waiting[0].shape)} and {list(waiting[-1].shape)}"
+            )
+        if len(waiting) == batch:
+            yield torch.stack(waiting)
+            waiting = []
+    if waiting:
+        yield torch.stack(waiting)
+
+
+def make(arguments: Sequence[str] | None = None) -> Path:
+    """What the command does; returns the path of the file. Raises as `folder_statistics` and `load_preset`."""
+    parser = argparse.ArgumentParser(
+        prog="python -m fewstep.eval.tools.make_reference",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--preset", required=True, help="a shipped preset or a YAML file")
+    parser.add_argument("--out", type=Path, help="file to write; left out: where the preset looks for it")
+    parser.add_argument("--extractor-path", type=Path, help="weights of the preset's feature network")
+    parser.add_argument("--grey-to-colour", action="store_true", help="take grey files in a colour preset")
+    parser.add_argument("--batch", type=int, default=32, help="images of one pass")
+    given = parser.parse_args(arguments)
+    preset = load_preset(given.preset)
+    if preset.reference.file is None:
+        raise ValueError(
+            f"preset {preset.name}: its reference is {preset.reference.kind!r}, there is no file to make"
+        )
+    folder = ImageFolder(given.folder, preset.channels, any_size=True, grey_to_colour=given.grey_to_colour)
+    weights = given.extractor_path
+    if weights is None and preset.extractor_file is not None:
+        weights = locate(preset.extractor_file, "weights")
+    extractor = build_extractor(preset.extractor, weights)
+    statistics = folder_statistics(folder, preset, extractor, given.batch)
+    return statistics.save(given.out or cache_dir("reference") / preset.reference.file.name)
+
+
+def main() -> None:
+    try:
+        path = make()
+    except (ValueError, OSError, ModuleNotFoundError) as error:
+        sys.exit(f"error: {error}")
+    print(f"{path}: statistics of {FeatureStatistics.load(path).n} images")
+
+
+if __name__ == "__main__":
+    main()

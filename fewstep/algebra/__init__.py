@@ -1,0 +1,1 @@
+"""Processes, predictions, times, trajectories and samplers: pure functions of tensors."""

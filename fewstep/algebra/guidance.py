@@ -1,0 +1,113 @@
+"""Classifier-free guidance on a denoiser: uncond + w (cond - uncond), w = 1 means none (arXiv 2207.12598).
+
+Guidance is affine, so it is applied once, on (x0, eps), whatever the network predicts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fewstep.algebra.condition import joined
+from fewstep.algebra.prediction import Prediction
+from fewstep.algebra.process import Process
+
+
+def split(prediction: Prediction, n: int) -> tuple[Prediction, Prediction]:
+    """Cut a prediction for a doubled batch into its first n rows and the rest."""
+
+    def rows(part: slice) -> Prediction:
+        features = {k: v[part] for k, v in prediction.features.items()}
+        p = prediction
+        return Prediction(p.x0[part], p.eps[part], p.x[part], p.t[part], p.process, features)
+
+    return rows(slice(None, n)), rows(slice(n, None))
+
+
+def halves(
+    net: Callable[..., Prediction],
+    x: Tensor,
+    t: Tensor,
+    cond: Any,
+    null: Any,
+    scale: float | Tensor,
+    **call: Any,
+) -> tuple[Prediction, Prediction]:
+    """The conditional and the unconditional answer of one call; ValueError, naming the scale, without conditions."""
+    if cond is None or null is None:
+        raise ValueError(f"guidance scale {scale} needs a condition and a null condition; this run has none")
+    return split(net(torch.cat((x, x)), torch.cat((t, t)), joined(cond, null), **call), x.shape[0])
+
+
+def guided(
+    net: Callable[..., Prediction],
+    x: Tensor,
+    t: Tensor,
+    cond: Any,
+    null: Any,
+    scale: float | Tensor,
+    *,
+    interval: tuple[float, float] | None = None,
+    **call: Any,
+) -> Prediction:
+    """One guided call; conditional and unconditional rows go through the network as one batch.
+
+    Args:
+        cond, null: conditions of the same structure; null is the empty (or negative) one.
+        scale: w, a number or (b,). Exactly 1.0 skips the unconditional half.
+        interval: levels of sigma / alpha inside which w applies, elsewhere w = 1 (arXiv 2404.07724).
+
+    Raises ValueError when w != 1 and there is no null condition.
+    """
+    if isinstance(scale, (int, float)) and scale == 1.0:
+        return net(x, t, cond, **call)
+    conditional, unconditional = halves(net, x, t, cond, null, scale, **call)
+    if interval is not None:
+        process = conditional.process
+        ratio = process.sigma(t) / process.alpha(t)
+        inside = (ratio >= interval[0]) & (ratio <= interval[1])
+        scale = torch.where(
+            inside, torch.as_tensor(scale, dtype=t.dtype, device=t.device), torch.ones_like(t)
+        )
+    return conditional.mix(unconditional, scale)
+
+
+class Guided(nn.Module):
+    """A denoiser with a fixed guidance scale, itself a denoiser.
+
+    Args:
+        denoiser: the denoiser to guide.
+        scale: w; 1 means none.
+        null: maps a condition to the null (or negative) one of the same structure.
+        interval: see `guided`.
+    """
+
+    def __init__(
+        self,
+        denoiser: nn.Module,
+        scale: float,
+        null: Callable[[Any], Any],
+        interval: tuple[float, float] | None = None,
+    ) -> None:
+        super().__init__()
+        self.denoiser = denoiser
+        self.scale = float(scale)
+        self.null = null
+        self.interval = interval
+
+    @property
+    def process(self) -> Process:
+        return self.denoiser.process  # type: ignore[return-value]
+
+    def forward(
+        self, x: Tensor, t: Tensor, cond: Any = None, *, taps: Sequence[str] = (), **call: Any
+    ) -> Prediction:
+        null = None if cond is None else self.null(cond)
+        return guided(self.denoiser, x, t, cond, null, self.scale, interval=self.interval, taps=taps, **call)
+
+    def features(self, x: Tensor, t: Tensor, cond: Any, taps: Sequence[str]) -> Mapping[str, Tensor]:
+        """The tapped activations of the conditional half, which are those that a guided call returns."""
+        return self.denoiser.features(x, t, cond, taps)  # type: ignore[operator]

@@ -1,0 +1,114 @@
+"""Student trajectories for training: backward simulation through the student's own steps."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fewstep.algebra.draws import Draws
+from fewstep.algebra.jump import ask, clean, times_of
+from fewstep.algebra.prediction import Prediction
+from fewstep.algebra.process import EDM, Process, bc
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """What a student produced: `x` (b, *d) from its input `x_in` at time `t` (b,)."""
+
+    x: Tensor
+    x_in: Tensor
+    t: Tensor
+
+
+def exit_step(draws: Draws, count: int) -> int:
+    """The step at which a rollout stops, the same for every sample, micro-batch and rank of an update."""
+    return draws.shared_integer(count) if count > 1 else 0
+
+
+def renoise(process: Process, x0: Tensor, eps: Tensor, s: Tensor) -> Tensor:
+    """alpha_s x0 + sigma_s eps with fresh noise: a student's way from one step to the next.
+
+    In EDM an answer stands at sigma_min, not at 0, so the noise added has variance s^2 - sigma_min^2
+    (arXiv 2303.01469, alg. 1); diffusers' scheduler does the same, and exports must agree with it.
+    """
+    sigma = process.sigma(s)
+    if isinstance(process, EDM):
+        sigma = torch.sqrt((sigma**2 - process.sigma_min**2).clamp_min(0))
+    return bc(process.alpha(s), x0) * x0 + bc(sigma, x0) * eps
+
+
+def rollout(
+    student: Callable[..., Prediction],
+    draws: Draws,
+    shape: tuple[int, ...],
+    steps: tuple[float, ...],
+    cond: Any = None,
+    *,
+    exit: int | None = None,
+    grad: bool = True,
+    **call: Any,
+) -> Rollout:
+    """Backward simulation (DMD2, arXiv 2405.14867, sec. 4.5).
+
+    The student starts from pure noise at the first level and re-noises its own x0 to each next one; only the
+    call at the exit step carries a gradient. Without the simulation it would train on noised data, which it
+    never sees when it samples.
+
+    Args:
+        student: a denoiser with a `process`.
+        shape: of one sample, (C, H, W) or (d,).
+        steps: levels u, decreasing.
+        exit: index of the step to stop at; None draws it from the shared stream.
+        grad: False runs the last call without a graph too.
+        call: further arguments of every call of the student.
+    """
+    process: Process = student.process  # type: ignore[attr-defined]
+    times = times_of(steps, process).to(draws.device)
+    last = exit_step(draws, len(steps)) if exit is None else exit
+    # All noise is drawn up front, so that the numbers of later draws do not depend on the exit step.
+    noise = [draws.normal(*shape) for _ in steps]
+    t = times[0].expand(len(draws))
+    x = process.prior(noise[0], t)
+    for i in range(last):
+        with torch.no_grad():
+            x0 = ask(student, x, t, clean(process, t), cond, **call).x0
+        t = times[i + 1].expand(len(draws))
+        x = renoise(process, x0, noise[i + 1], t)
+    with nullcontext() if grad else torch.no_grad():
+        out = ask(student, x, t, clean(process, t), cond, **call).x0
+    return Rollout(out, x, t)
+
+
+def chunked_rollout(
+    student: Callable[..., Prediction],
+    draws: Draws,
+    shape: tuple[int, ...],
+    steps: tuple[float, ...],
+    cond: Any = None,
+    *,
+    chunks: int = 1,
+    exit: int | None = None,
+    grad: bool = True,
+) -> Tensor:
+    """Self-forcing (arXiv 2506.08009): a sequence (b, frames, ...) drawn chunk by chunk, each after its own past.
+
+    Every chunk is backward simulation with one exit step for all; the chunks before it, drawn by the student itself
+    and cut from the graph, are given as `context` (b, earlier frames, ...), which the first chunk does not get. With
+    one chunk it is `rollout`.
+
+    Args:
+        shape: of one sequence; its first axis is cut into `chunks` equal parts. Others as in `rollout`.
+    """
+    if shape[0] % chunks:
+        raise ValueError(f"chunks {chunks} must divide the {shape[0]} frames")
+    last = exit_step(draws, len(steps)) if exit is None else exit
+    part, drawn = (shape[0] // chunks, *shape[1:]), []
+    for _ in range(chunks):
+        past = {"context": torch.cat([x.detach() for x in drawn], 1)} if drawn else {}
+        drawn.append(rollout(student, draws, part, steps, cond, exit=last, grad=grad, **past).x)
+    return torch.cat(drawn, 1)

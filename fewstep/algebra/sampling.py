@@ -1,0 +1,181 @@
+"""Samplers for inference, as pure functions of (denoiser, start noise, condition, source of fresh noise)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from itertools import pairwise
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from fewstep.algebra.draws import Draws, fold
+from fewstep.algebra.jump import Solver, ask, calls, clean, solver_step, times_of
+from fewstep.algebra.prediction import Prediction, from_x0
+from fewstep.algebra.process import DiscreteVP, Process, bc, transition
+from fewstep.algebra.rollout import renoise
+from fewstep.config import config
+
+Fresh = Callable[[int], Tensor]
+"""Gives the noise (b, *d) that enters after step i."""
+
+
+@config
+class Sampler:
+    """How a denoiser is sampled: its levels and what happens between two of them."""
+
+    kind: Literal["renoise", "ode", "gamma", "map"] = "renoise"
+    """renoise: a fresh re-noising of x0 between steps (CM, DMD2, LCM); ode: the solver below; gamma: TCD;
+    map: the student's own jumps from level to level (flow maps, segments, DDIM students)."""
+    steps: tuple[float, ...] = (1.0,)
+    """Levels u in (0, 1], decreasing. The last call's x0 is the sample."""
+    solver: Solver = "ddim"
+    """ODE solver of kind ode."""
+    eta: float = 0.3
+    """Stochasticity of kind gamma: 0 deterministic, 1 re-noises (TCD, arXiv 2402.19159)."""
+    counts: tuple[int, ...] | None = None
+    """Numbers of steps the student was trained for; left out: that of `steps`, and any number for kind ode."""
+    guidance: float | None = None
+    """Guidance scale handed to a student that has it as an input."""
+    dynamic: tuple[float, float] | None = None
+    """Levels (low, high) of dynamic guidance: the scale holds up to low and falls to 1 at high (iCD, sec. 3.3)."""
+    clip: float | None = None
+    """Quantile in (0, 1] of |x0| within a sample: between steps x0 is limited to its size there, at least 1, and the
+    noise follows from it (x0 clipping of TDD, arXiv 2409.01347). Keeps high guidance from overshooting."""
+    keep_noise: bool = False
+    """Kind map: leave the first level with the start noise in place of the predicted one, which is exact at
+    alpha = 0 (noise correction, Imagine Flash, arXiv 2405.05224, sec. 4.3)."""
+
+    def guidance_at(self, level: float) -> float | None:
+        """The scale handed to the student at a level u in [0, 1]."""
+        if self.guidance is None or self.dynamic is None:
+            return self.guidance
+        return dynamic_guidance(level, self.guidance, *self.dynamic)
+
+    def network_calls(self) -> int:
+        """Network calls per sample (guidance not counted)."""
+        return calls(len(self.steps), self.solver) if self.kind == "ode" else len(self.steps)
+
+
+def any_steps(steps: Sequence[float], counts: Sequence[int] = (1, 2, 4, 8)) -> tuple[int, ...]:
+    """Numbers of steps of a student that trains on all times: `counts` and that of its own levels."""
+    return tuple(sorted({*counts, len(steps)}))
+
+
+def dynamic_guidance(level: float, scale: float, low: float, high: float) -> float:
+    """`scale` up to level low, 1 from high on, linear between (iCD, arXiv 2406.14539, sec. 3.3)."""
+    share = min(max((high - level) / (high - low), 0.0), 1.0)
+    return 1 + (scale - 1) * share
+
+
+def sample(
+    sampler: Sampler,
+    net: Callable[..., Prediction],
+    noise: Tensor,
+    cond: Any = None,
+    fresh: Fresh | None = None,
+    start: Tensor | None = None,
+) -> Tensor:
+    """Draw samples.
+
+    Args:
+        net: denoiser with a `process`.
+        noise: standard normal start noise (b, *d); scaled to the process's prior here.
+        fresh: noise after step i, needed by renoise and gamma when there is more than one step.
+        start: a state (b, *d) at the first level to go on from, in place of the prior.
+
+    Returns:
+        x0 of shape (b, *d), not clamped. Raises ValueError when fresh noise is needed and not given.
+    """
+    process: Process = net.process  # type: ignore[attr-defined]
+    times = times_of(sampler.steps, process).to(noise.device)
+    b = noise.shape[0]
+    x = process.prior(noise, times[0].expand(b)) if start is None else start
+    if sampler.kind == "ode":
+        for t, s in pairwise(times):
+            x = solver_step(net, x, t.expand(b), s.expand(b), cond, sampler.solver)
+        return net(x, times[-1].expand(b), cond).x0
+    if len(sampler.steps) > 1 and fresh is None and sampler.kind != "map":
+        raise ValueError(f"a {sampler.kind} sampler of {len(sampler.steps)} steps needs `fresh` noise")
+    for i, t in enumerate(times):
+        t, scale = t.expand(b), sampler.guidance_at(sampler.steps[i])
+        call = {} if scale is None else {"w": times.new_full((b,), scale)}
+        last = i + 1 == len(times)
+        s = clean(process, t) if last else times[i + 1].expand(b)
+        aim = _aim(sampler, process, s, last)
+        prediction = ask(net, x, t, aim, cond, **call)
+        if last:
+            break
+        if sampler.clip is not None:
+            prediction = clipped(prediction, sampler.clip)
+        if sampler.kind == "map":
+            correct = sampler.keep_noise and i == 0
+            x = (replace(prediction, eps=noise) if correct else prediction).at(s)
+            continue
+        assert fresh is not None
+        if sampler.kind == "renoise":
+            x = renoise(process, prediction.x0, fresh(i), s)
+        else:
+            x = gamma_step(prediction, s, sampler.eta, fresh(i))
+    return prediction.x0
+
+
+def clipped(prediction: Prediction, quantile: float) -> Prediction:
+    """x0 (b, *d) within the `quantile` of its own size, per sample and at least 1; eps such that x stays as it is."""
+    size = prediction.x0.flatten(1).abs().quantile(quantile, dim=1).clamp_min(1)
+    limit = bc(size, prediction.x0)
+    x0 = torch.maximum(torch.minimum(prediction.x0, limit), -limit)
+    return from_x0(prediction.process, prediction.x, prediction.t, x0)
+
+
+def _aim(sampler: Sampler, process: Process, s: Tensor, last: bool) -> Tensor:
+    """Where the call's answer is used: the next level, TCD's way point, or the clean end."""
+    if sampler.kind == "renoise" or last:
+        return clean(process, s)
+    return way_point(process, s, sampler.eta) if sampler.kind == "gamma" else s
+
+
+def way_point(process: Process, s: Tensor, eta: float) -> Tensor:
+    """s' = (1 - eta) s of TCD, at least the clean end; on a DDPM table rounded down to an index, 0 being clean.
+
+    The table's rule is that of the published sampler (floor of (1 - eta) times the index).
+    """
+    if isinstance(process, DiscreteVP):
+        # A level such as .75 of 1000 carries a rounding error that must not cost an index.
+        index = torch.floor((1 - eta) * (s - 1) + 1e-6)
+        return torch.where(index > 0, index + 1, torch.zeros_like(s))
+    return torch.maximum((1 - eta) * s, clean(process, s))
+
+
+def gamma_step(prediction: Prediction, s: Tensor, eta: float, noise: Tensor) -> Tensor:
+    """TCD's step: DDIM to s' = (1 - eta) s, then diffuse s' -> s (arXiv 2402.19159, alg. 4).
+
+    eta = 1 is `renoise`: there s' is the clean end, at which x0 itself stands, also where that is sigma_min.
+    """
+    process = prediction.process
+    waypoint = way_point(process, s, eta)
+    there = bc(waypoint, prediction.x0) > bc(clean(process, s), prediction.x0)
+    x = torch.where(there, prediction.at(waypoint), prediction.x0)
+    alpha, sigma = transition(process, waypoint, s)
+    return bc(alpha, x) * x + bc(sigma, x) * noise
+
+
+def seeded(seed: int, index: Tensor, shape: tuple[int, ...]) -> tuple[Tensor, Fresh]:
+    """Start noise and fresh noise per global sample index: the same images for any batch or world size.
+
+    Args:
+        seed: of the whole set.
+        index: global indices int64 (b,).
+        shape: of one sample.
+    """
+    start = Draws(fold(seed, "start"), index).normal(*shape)
+    return start, lambda i: Draws(fold(seed, "fresh", i), index).normal(*shape)
+
+
+def many_step(steps: int, solver: Solver = "heun") -> Sampler:
+    """A teacher's ODE sampler with `steps` levels, evenly spaced in u from the prior to sigma's low end."""
+    if steps < 1:
+        raise ValueError(f"steps must be at least 1, not {steps}")
+    levels = tuple(1 - i / steps for i in range(steps))
+    return Sampler(kind="ode", steps=levels, solver=solver)

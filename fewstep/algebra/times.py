@@ -1,0 +1,238 @@
+"""Distributions of noise levels. Methods speak of u in [0, 1]; a distribution returns process times.
+
+u is mapped by `Process.grid` (Karras for EDM, table index for VP, t for flow). Distributions that papers define
+on sigma / alpha are placed by matching the angle atan2(sigma, alpha), so they mean the same in every process.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import lru_cache
+from itertools import pairwise
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from fewstep.algebra.draws import Draws
+from fewstep.algebra.process import DiscreteVP, Process
+from fewstep.config import part
+
+
+class TimeDist(Protocol):
+    """A distribution of noise levels."""
+
+    def sample(self, draws: Draws, process: Process, span: tuple[float, float] = (0.0, 1.0)) -> Tensor:
+        """Process times, float64 (b,); `span` squeezes u linearly into a part of [0, 1]."""
+        ...
+
+
+def shift(u: Tensor, factor: float | Tensor) -> Tensor:
+    """S_s(u) = s u / (1 + (s - 1) u), the time shift of flow models (arXiv 2403.03206, eq. 23)."""
+    return factor * u / (1 + (factor - 1) * u)
+
+
+def _place(u: Tensor, process: Process, span: tuple[float, float]) -> Tensor:
+    low, high = span
+    return process.grid(low + u * (high - low))
+
+
+def _at_ratio(log_ratio: Tensor, process: Process) -> Tensor:
+    return process.t_of_angle(torch.atan(torch.exp(log_ratio)))
+
+
+def standard_normal(draws: Draws) -> Tensor:
+    """float64 (b,) standard normal numbers by the inverse distribution function of one uniform each."""
+    return torch.special.ndtri(draws.uniform())
+
+
+@part("times", "uniform")
+class Uniform:
+    """u ~ U(low, high), then the flow shift. DMD2 re-noises with (0.02, 0.98) (arXiv 2405.14867)."""
+
+    low: float = 0.02
+    high: float = 0.98
+    shift: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.low < self.high <= 1:
+            raise ValueError(f"low and high must satisfy 0 <= low < high <= 1, not {self.low}, {self.high}")
+        if self.shift <= 0:
+            raise ValueError(f"shift must be positive, not {self.shift}")
+
+    def sample(self, draws: Draws, process: Process, span: tuple[float, float] = (0.0, 1.0)) -> Tensor:
+        u = shift(self.low + (self.high - self.low) * draws.uniform(), self.shift)
+        return _place(u, process, span)
+
+
+@part("times", "index")
+class Index:
+    """A uniform integer index of an N-point grid, low..high inclusive (DMD2: 20..980 of 0..999).
+
+    Index k stands at level k / (N - 1), from the clean end to the prior (Karras: sigma_min to sigma_max); on a DDPM
+    table it is the table's own index, at level (k + 1) / N, where index 0 is noisy already.
+    """
+
+    low: int = 20
+    high: int = 980
+    count: int = 1000
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.low <= self.high < self.count or self.count < 2:
+            raise ValueError(
+                f"need 0 <= low <= high < count and count >= 2, not {self.low}, {self.high}, {self.count}"
+            )
+
+    def sample(self, draws: Draws, process: Process, span: tuple[float, float] = (0.0, 1.0)) -> Tensor:
+        k = (self.low + draws.integers(self.high - self.low + 1)).double()
+        on_table = isinstance(process, DiscreteVP)
+        return _place((k + 1) / self.count if on_table else k / (self.count - 1), process, span)
+
+
+@part("times", "lognormal")
+class LogNormal:
+    """ln(sigma / alpha) ~ N(mean, std^2): EDM (-1.2, 1.2), iCT (-1.1, 2.0), sCM (-1.0, 1.4) (per paper)."""
+
+    mean: float = -1.2
+    std: float = 1.2
+
+    def sample(self, draws: Draws, process: Process, span: tuple[float, float] = (0.0, 1.0)) -> Tensor:
+        if span != (0.0, 1.0):
+            raise ValueError("times: lognormal lives on sigma, it has no span; use uniform or logit_normal")
+        return _at_ratio(self.mean + self.std * standard_normal(draws), process)
+
+
+@part("times", "trig_lognormal")
+class TrigLogNormal:
+    """TrigFlow angle atan(e^tau / sigma_data), tau ~ N(mean, std^2) (sCM, arXiv 2410.11081, sec. 4)."""
+
+    mean: float = -1.0
+    std: float = 1.4
+    sigma_data: float = 0.5
+
+    def sample(self, draws: Draws, process: Process, span: tuple[float, float] = (0.0, 1.0)) -> Tensor:
+        if span != (0.0, 1.0):
+            raise ValueError(
+                "times: trig_lognormal lives on sigma, it has no span; use uniform or logit_normal"
+            )
+        tau = self.mean + self.std * standard_normal(draws)
+        return _at_ratio(tau - math.log(self.sigma_data), process)
+
+
+@lru_cache(maxsize=8)
+def _student_t_table(mean: float, std: float, df: float, low: float, high: float) -> tuple[Tensor, Tensor]:
+    """(log sigma/alpha, probability below it), float64 (n,), of the truncated distribution by the trapezoid rule."""
+    # Dense where the density is narrow: the distance from the mode is spaced as sinh.
+    reach = max(abs(math.log(low) - mean), abs(math.log(high) - mean)) / std
+    z = torch.sinh(torch.linspace(-1, 1, 20_001, dtype=torch.float64) * math.asinh(reach))
+    x = (mean + std * z).clamp(math.log(low), math.log(high))
+    density = (1 + ((x - mean) / std) ** 2 / df) ** (-(df + 1) / 2)
+    below = torch.cumsum((x[1:] - x[:-1]) * (density[1:] + density[:-1]) / 2, 0)
+    below = torch.cat((torch.zeros(1, dtype=torch.float64), below))
+    return x, below / below[-1]
+
+
+@part("times", "log_student_t")
+class LogStudentT:
+    """ln(sigma / alpha) of a Student-t law, truncated: TCM's heavy tail above its boundary (arXiv 2410.14895).
+
+    The paper's values for CIFAR-10: location 0, scale .2, .01 degrees of freedom, sigma in [1, 80].
+    """
+
+    mean: float = 0.0
+    std: float = 0.2
+    df: float = 0.01
+    """Degrees of freedom."""
+    low: float = 1.0
+    """Smallest sigma / alpha."""
+    high: float = 80.0
+
+    def __post_init__(self) -> None:
+        if not 0 < self.low < self.high or min(self.std, self.df) <= 0:
+            raise ValueError(
+                f"need 0 < low < high and std, df > 0, not {self.low}, {self.high}, {self.std}, {self.df}"
+            )
+
+    def sample(self, draws: Draws, process: Process, span: tuple[float, float] = (0.0, 1.0)) -> Tensor:
+        if span != (0.0, 1.0):
+            raise ValueError(
+                "times: log_student_t lives on sigma, it has no span; use uniform or logit_normal"
+            )
+        x, below = _student_t_table(self.mean, self.std, self.df, self.low, self.high)
+        p = draws.uniform()
+        x, below = x.to(p.device), below.to(p.device)
+        k = torch.searchsorted(below, p).clamp(1, len(x) - 1)
+        share = (p - below[k - 1]) / (below[k] - below[k - 1]).clamp_min(1e-300)
+        return _at_ratio(x[k - 1] + share * (x[k] - x[k - 1]), process)
+
+
+@part("times", "logit_normal")
+class LogitNormal:
+    """u = sigmoid(N(mean, std^2)), then the flow shift (SD3 (0, 1); MeanFlow (-0.4, 1))."""
+
+    mean: float = 0.0
+    std: float = 1.0
+    shift: float = 1.0
+
+    def sample(self, draws: Draws, process: Process, span: tuple[float, float] = (0.0, 1.0)) -> Tensor:
+        u = shift(torch.sigmoid(self.mean + self.std * standard_normal(draws)), self.shift)
+        return _place(u, process, span)
+
+
+@part("times", "sid")
+class SiDTimes:
+    """The SiD map: u ~ U(0, t_max/1000) on the Karras grid, sigma in [sigma_min, 24.4] (arXiv 2404.04057)."""
+
+    t_max: int = 800
+
+    def sample(self, draws: Draws, process: Process, span: tuple[float, float] = (0.0, 1.0)) -> Tensor:
+        return _place(draws.uniform() * (self.t_max / 1000), process, span)
+
+
+@part("times", "beta")
+class Beta:
+    """u ~ Beta(a, b) by the inverse of the Kumaraswamy form when one parameter is 1, which covers TwinFlow's (1, 1)."""
+
+    a: float = 1.0
+    b: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.a <= 0 or self.b <= 0 or (self.a != 1 and self.b != 1):
+            raise ValueError(f"a and b must be positive and one of them 1, not {self.a}, {self.b}")
+
+    def sample(self, draws: Draws, process: Process, span: tuple[float, float] = (0.0, 1.0)) -> Tensor:
+        p = draws.uniform()
+        u = p ** (1 / self.a) if self.b == 1 else 1 - (1 - p) ** (1 / self.b)
+        return _place(u, process, span)
+
+
+@part("times", "levels")
+class Levels:
+    """One of a list of levels u, with equal probability (DDIM grids, step lists)."""
+
+    at: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        if not self.at or not all(0 <= u <= 1 for u in self.at):
+            raise ValueError(f"at must hold levels in [0, 1], not {self.at}")
+
+    def sample(self, draws: Draws, process: Process, span: tuple[float, float] = (0.0, 1.0)) -> Tensor:
+        levels = torch.tensor(self.at, dtype=torch.float64, device=draws.device)
+        return _place(levels[draws.integers(len(self.at))], process, span)
+
+
+def ddim_levels(count: int, table: int = 1000) -> tuple[float, ...]:
+    """The `count` DDIM knots {step i - 1} of a table, as levels u of a DiscreteVP process (t = index + 1)."""
+    step = table // count
+    return tuple((step * (i + 1)) / table for i in range(count))
+
+
+def check_steps(steps: tuple[float, ...]) -> tuple[float, ...]:
+    """A student's step list: levels u in (0, 1], strictly decreasing. Raises ValueError otherwise."""
+    if not steps:
+        raise ValueError("steps is empty; give at least one level, such as [1.0]")
+    if any(not 0 < u <= 1 for u in steps):
+        raise ValueError(f"steps {list(steps)} must lie in (0, 1], the levels of the process grid")
+    if any(a <= b for a, b in pairwise(steps)):
+        raise ValueError(f"steps {list(steps)} must decrease strictly: the first level is the noisiest")
+    return steps

@@ -1,0 +1,1 @@
+"""What things cost: scripts that print ratios taken in one run. Nothing imports them."""

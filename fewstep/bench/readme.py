@@ -1,0 +1,100 @@
+"""Writes README's tables from data: python -m fewstep.bench.readme"""
+
+from __future__ import annotations
+
+import json
+import re
+from importlib.resources import files
+from pathlib import Path
+
+from fewstep.commands.compare.ranking import share, with_error
+from fewstep.recipe.cards import table
+from fewstep.recipe.store import read, shipped
+
+
+def demo_table() -> str:
+    """The main job's table, from assets/digits-dmd2.json, a copy of a run's report/results.json."""
+    report = json.loads((Path(str(files("fewstep.assets"))) / "digits-dmd2.json").read_text())
+    lines = [
+        "| | FD ± standard error | samples | network calls | s / 1000 images | class accuracy | diversity |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for r in report["rows"]:
+        lines.append(
+            f"| {r['title']} | {r['value']:.2f} ± {r['error']:.2f} | {r['samples']} | {r['calls']} "
+            f"| {r['seconds_per_1000']:.2f} | {100 * r['accuracy']:.1f} % | {r['diversity']:.2f} |"
+        )
+    return "\n".join(lines)
+
+
+def comparison_table(path: Path) -> str:
+    """The rows of a results.json of `fewstep compare` (its copy is assets/compare-NAME.json), best first."""
+    told = json.loads(path.read_text())
+    rows, about = told["rows"], told["environment"]
+    lines = [
+        "| recipe | method | calls | FD ± | seeds | accuracy | diversity | CPU s | peak MiB |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for r in rows:
+        lines.append(
+            f"| `{r['recipe']}` | {r['method']} | {r['calls']} | {with_error(r['value'], r['error'])} "
+            f"| {len(r['values'])} | {share(r['accuracy'])} | {_two(r['diversity'])} | {r['cpu_seconds']:.0f} "
+            f"| {r['peak_memory_mib']:.0f} |"
+        )
+    for r in told["teachers"]:
+        lines.append(
+            f"| {r['title']} | | {r['calls']} | {with_error(r['value'], r['error'])} "
+            f"| | {share(r['accuracy'])} | {_two(r['diversity'])} | | |"
+        )
+    settings = "".join(f", {s}" for s in told["settings"])
+    failed = "".join(f" Failed: `{f['recipe']}` ({f['message'].splitlines()[0]})." for f in told["failed"])
+    lines += [
+        "",
+        f"{told['budget']} each{settings}, {told['evaluation']['samples']} samples, {told['evaluation']['metric']}; "
+        "CPU s and accuracy are means over seeds; "
+        f"{about['device']}, torch {about['torch']}, commit {about['commit'][:7]}.{failed}",
+    ]
+    return "\n".join(lines)
+
+
+def _two(value: float | None) -> str:
+    return "" if value is None else f"{value:.2f}"
+
+
+def recipes_table() -> str:
+    """Shipped recipes that have results, and how many there are in all."""
+    lines = ["| recipe | method | what | result |", "|---|---|---|---|"]
+    for name in shipped():
+        data = read(name).data
+        if not data.get("results"):
+            continue
+        found = [
+            f"{r['metric']} {r['value']} (N={r['samples']}, {r['source']})" for r in data.get("results", [])
+        ]
+        lines.append(f"| `{name}` | {data['method']['name']} | {data['about']} | {'; '.join(found)} |")
+    return "\n".join([*lines, "", f"`fewstep recipes ls` lists all {len(shipped())}."])
+
+
+def methods_table() -> str:
+    """Every method card in one line."""
+    return table()
+
+
+def fill(text: str, name: str, table: str) -> str:
+    """Replace what stands between <!-- name:begin --> and <!-- name:end -->."""
+    pattern = re.compile(rf"(<!-- {name}:begin -->\n).*?(<!-- {name}:end -->)", re.S)
+    if not pattern.search(text):
+        raise ValueError(f"README has no block {name}")
+    return pattern.sub(lambda m: f"{m[1]}{table}\n{m[2]}", text)
+
+
+def main(readme: Path = Path("README.md")) -> None:
+    text = fill(readme.read_text(), "demo", demo_table())
+    text = fill(text, "methods", methods_table())
+    for path in sorted(Path(str(files("fewstep.assets"))).glob("compare-*.json")):
+        text = fill(text, path.stem, comparison_table(path))
+    readme.write_text(fill(text, "recipes", recipes_table()))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""One command, one file. Imported only when the command runs."""

@@ -1,0 +1,1 @@
+"""`fewstep compare`: recipes under one budget, measured alike and ranked."""

@@ -1,0 +1,321 @@
+"""`fewstep compare`: several recipes under one budget and several seeds, measured alike and ranked.
+
+Each run trains in a process of its own, so that a crash loses nothing but itself and memory is measured per run.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import shlex
+import signal
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from fewstep.commands.compare import ranking
+from fewstep.commands.compare.budget import Budget
+from fewstep.commands.compare.one_run import NEVER, Task, read_json, refuse_changes, say, work, write_json
+from fewstep.commands.compare.ranking import Ranked, Scored
+from fewstep.commands.measure import check_metric
+from fewstep.config import UserError, plain
+from fewstep.eval.protocol.latency import Latency
+from fewstep.recipe.schema import Evaluate, Recipe
+from fewstep.recipe.store import load, shipped
+from fewstep.train.product import product_of
+
+PRELOADED = ("torch._dynamo", "peft", "torchvision", "sklearn.datasets", "diffusers.models.unets.unet_2d")
+"""What a run imports on its way, seconds in all: the server from which runs are forked does it once."""
+
+
+def compare(
+    recipes: Sequence[str],
+    budget: str,
+    seeds: int,
+    out: Path,
+    resume: bool,
+    settings: Sequence[str],
+    steps: Sequence[int],
+    samples: int | None,
+) -> Path:
+    """`fewstep compare`: run what is not done yet, then write results.json, report.md and report.html in `out`."""
+    amount = Budget.parse(budget)
+    if seeds < 1:
+        raise UserError(f"--seeds must be at least 1, not {seeds}")
+    if any(n < 1 for n in steps):
+        raise UserError(f"--steps: must be at least 1, not {min(steps)}")
+    loaded = {name: load(name, [*settings, *NEVER]) for name in dict.fromkeys(recipes)}
+    evaluation = common(loaded, samples)
+    for name, recipe in loaded.items():
+        data: Any = recipe.data.open()  # type: ignore[attr-defined]
+        try:
+            check_metric(product_of(recipe, nn.Identity(), data, name), evaluation)
+        except UserError as error:
+            raise UserError(f"{name}: {error}") from None
+    names = folders(loaded)
+    content = {"budget": str(amount), "settings": list(settings), "steps": list(steps)}
+    claim(out, resume, {**content, "evaluation": asdict(evaluation)})
+    tasks = [
+        Task(
+            name, out / names[name] / f"seed-{seed}", tuple(settings), amount, evaluation, tuple(steps), seed
+        )
+        for name in loaded
+        for seed in range(seeds)
+    ]
+    for task in tasks:
+        if task.result.is_file():
+            final = task.load()
+            refuse_changes(task.folder, final)
+    teachers = [
+        replace(t, seed=None, folder=out / "teachers" / names[t.recipe]) for t in teacher_tasks(tasks, loaded)
+    ]
+    again = [
+        "fewstep",
+        "compare",
+        *recipes,
+        "--budget",
+        budget,
+        "--seeds",
+        str(seeds),
+        "--out",
+        str(out),
+        "--resume",
+    ]
+    again += ["--steps", ",".join(map(str, steps))] if steps else []
+    again += ["--samples", str(samples)] if samples is not None else []
+    again += ["--steps", ",".join(map(str, steps))] if steps else []
+    again += ["--samples", str(samples)] if samples is not None else []
+    again += [part for s in settings for part in ("--set", s)]
+    say(f"{len(loaded)} recipes x {seeds} seeds, {amount} each, in {out}")
+    with interrupted(shlex.join(again)):
+        run_all([*teachers, *tasks])
+    about = ranking.facts(amount, range(seeds), settings, evaluation)
+    return finish(out, about, tasks, teachers)
+
+
+def common(loaded: Mapping[str, Recipe], samples: int | None) -> Evaluate:
+    """The evaluation of all recipes; UserError when they are not measured alike."""
+    asked: dict[str, Evaluate] = {}
+    for name, recipe in loaded.items():
+        if recipe.evaluate is None:
+            raise UserError(f"{name}: has evaluate: null, so nothing ranks it; give it a metric")
+        asked[name] = recipe.evaluate
+    first_name, first = next(iter(asked.items()))
+    for name, other in asked.items():
+        if other.metric != first.metric:
+            raise UserError(
+                f"{first_name} is measured by {first.metric} and {name} by {other.metric}: "
+                "they cannot stand in one table"
+            )
+        for key, option in (("samples", samples), ("seed", None)):
+            if getattr(other, key) != getattr(first, key) and option is None:
+                hint = (
+                    "give one number to all with --samples"
+                    if key == "samples"
+                    else "use --set evaluate.seed=N"
+                )
+                raise UserError(
+                    f"{first_name} is measured with {key} {getattr(first, key)} and {name} with "
+                    f"{getattr(other, key)}; {hint}"
+                )
+    if samples is not None and samples < 2:
+        raise UserError(f"--samples must be at least 2, not {samples}")
+    every = sorted({n for e in asked.values() for n in e.teacher_steps})
+    return replace(first, samples=samples or first.samples, teacher_steps=tuple(every))
+
+
+def folders(names: Mapping[str, Any]) -> dict[str, str]:
+    """A folder name per recipe; UserError when two would share one."""
+    found: dict[str, str] = {}
+    for name in names:
+        folder = name.replace("/", "-") if name in shipped() else Path(name).stem
+        taken = [other for other, f in found.items() if f == folder]
+        if taken or folder in ("banks", "teachers"):
+            raise UserError(
+                f"{name}: would use the folder {folder!r} of {(taken or ['the comparison'])[0]}; rename it"
+            )
+        found[name] = folder
+    return found
+
+
+def claim(out: Path, resume: bool, content: Mapping[str, Any]) -> None:
+    """Take the folder: new, or one of the same comparison to continue (recipes and seeds may be added)."""
+    stamp = out / "compare.json"
+    if out.exists() and not out.is_dir():
+        raise UserError(f"{out}: is a file; choose another --out")
+    content = json.loads(json.dumps(content))
+    if out.exists() and any(out.iterdir()):
+        found = read_json(stamp)
+        if found is None:
+            raise UserError(f"{out}: is not empty and no comparison; choose another --out")
+        if not resume:
+            raise UserError(f"{out}: holds a comparison; continue it with --resume, or choose another --out")
+        before, now = dict(found["evaluation"]), dict(content["evaluation"])
+        # Teachers stand beside the ranking; how many of their rows there are changes no student's.
+        before.pop("teacher_steps"), now.pop("teacher_steps")
+        found.setdefault("steps", content["steps"])  # not told by older comparisons
+        wrong = [k for k in ("budget", "settings", "steps") if found[k] != content[k]]
+        wrong += ["evaluation"] * (before != now)
+        if wrong:
+            told = "; ".join(f"{k}: {found[k]} -> {content[k]}" for k in wrong)
+            raise UserError(
+                f"{out}: is a comparison with another {wrong[0]}, so it cannot be continued ({told})"
+            )
+    write_json(stamp, content)
+
+
+def teacher_tasks(tasks: Sequence[Task], loaded: Mapping[str, Recipe]) -> list[Task]:
+    """One task per distinct teacher; the process it is re-expressed in makes no other teacher."""
+    found: dict[str, Task] = {}
+    for task in tasks:
+        recipe = loaded[task.recipe]
+        if recipe.teacher is not None and task.evaluation.teacher_steps:
+            spec = {k: v for k, v in plain(recipe.teacher).items() if k != "process"}
+            found.setdefault(json.dumps([spec, plain(recipe.data)], sort_keys=True, default=str), task)
+    return list(found.values())
+
+
+def run_all(tasks: Sequence[Task]) -> None:
+    """Run every task without a result, one after the other."""
+    context = start_method()
+    started, made = time.perf_counter(), 0
+    waiting = [t for t in tasks if read_json(t.result) is None]
+    for number, task in enumerate(tasks, 1):
+        task = replace(task, place=f"[{number}/{len(tasks)}]")
+        if task not in [replace(w, place=task.place) for w in waiting]:
+            say(f"{task.title}: done before")
+            continue
+        say(f"{task.title}: started")
+        run_one(context, task)
+        made += 1
+        left = (time.perf_counter() - started) / made * (len(waiting) - made)
+        say(f"{task.title}: {outcome(task)}; about {left / 60:.0f} min left")
+
+
+def start_method() -> Any:
+    """Processes forked from a server that has imported everything and computed nothing; spawned with CUDA."""
+    if "forkserver" not in multiprocessing.get_all_start_methods() or torch.cuda.is_available():
+        return multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["fewstep.commands.compare.one_run", *PRELOADED])
+    return context
+
+
+def run_one(context: Any, task: Task) -> None:
+    """One child; if it is told to stop, so is it, and its checkpoint is awaited."""
+    child = context.Process(target=work, args=(task,), daemon=False)
+    child.start()
+    try:
+        child.join()
+    except KeyboardInterrupt:
+        child.terminate()
+        child.join()
+        raise
+    if child.exitcode == 130:
+        raise KeyboardInterrupt
+    if child.exitcode != 0:
+        if child.exitcode < 0:
+            name = signal.Signals(-child.exitcode).name
+            message = f"was ended by {name}" + (", often for lack of memory" if name == "SIGKILL" else "")
+        else:
+            message = f"left with exit status {child.exitcode}"
+        write_json(task.failure, {"message": message, "traceback": ""})
+
+
+@contextmanager
+def interrupted(again: str) -> Iterator[None]:
+    """SIGTERM and Ctrl-C end the comparison with the command that continues it."""
+
+    def stop(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    except KeyboardInterrupt:
+        say(f"stopped; continue with: {again}")
+        raise SystemExit(130) from None
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def outcome(task: Task) -> str:
+    """A line on how a task ended."""
+    result = read_json(task.result)
+    if result is None:
+        return f"FAILED: {message_of(task).splitlines()[0]}"
+    rows = [
+        f"{r['metric']} {ranking.with_error(r['value'], r['error'])} at {r['steps']} step{'s' * (r['steps'] > 1)}"
+        for r in result["rows"]
+    ]
+    spent = f", {result['seconds']:.0f} s" if "seconds" in result else ""
+    return "; ".join(rows) + spent
+
+
+def message_of(task: Task) -> str:
+    return str((read_json(task.failure) or {"message": "left no result"})["message"])
+
+
+def finish(out: Path, about: dict[str, Any], tasks: Sequence[Task], teachers: Sequence[Task]) -> Path:
+    """Rank what there is and write the report; UserError when nothing succeeded."""
+    runs = [r for t in tasks if (r := read_json(t.result)) is not None]
+    failed = [
+        {"recipe": t.recipe, "seed": t.seed, "message": message_of(t)}
+        for t in [*teachers, *tasks]
+        if not t.result.is_file()
+    ]
+    rows, shown = collect([t for t in tasks if t.result.is_file()])
+    ranked = ranking.rank(rows)
+    beside = []
+    for t in teachers:
+        for s in scores(t, read_json(t.result)) if t.result.is_file() else ():
+            beside.append((s.row, s.images))
+    title = f"Comparison under {about['budget']}"
+    ranking.write(out, title, about, ranked, shown, beside, failed, runs)
+    say(ranking.markdown(title, about, ranked, [row for row, _ in beside], failed))
+    if not ranked:
+        raise UserError(f"no run succeeded; see {out / 'report.md'}")
+    say(f"report {out / 'report.html'}, table {out / 'report.md'}, data {out / 'results.json'}")
+    return out / "results.json"
+
+
+def collect(tasks: Sequence[Task]) -> tuple[list[Ranked], dict[tuple[str, int], Scored]]:
+    """A row per recipe and number of steps from the results in the tasks' folders, and what to show of each."""
+    found: dict[tuple[str, int], list[tuple[Any, Scored]]] = {}
+    for task in tasks:
+        result = read_json(task.result)
+        for s in scores(task, result):
+            found.setdefault((task.recipe, s.row["steps"]), []).append((result, s))
+    rows = [
+        ranking.join(recipe, parts[0][0]["method"], [r for r, _ in parts], [s for _, s in parts])
+        for (recipe, _), parts in found.items()
+    ]
+    return rows, {key: parts[0][1] for key, parts in found.items()}
+
+
+def scores(task: Task, result: Mapping[str, Any]) -> list[Scored]:
+    """The measurements of a run with their arrays."""
+    with np.load(task.folder / "scores.npz") as archive:
+        arrays = {k: archive[k] for k in archive.files}
+    out = []
+    latencies = result.get("latency") or [[]] * len(result["rows"])
+    for row, items in zip(result["rows"], latencies, strict=True):
+        n = row["steps"]
+        images = arrays.get(f"images-{n}")
+        out.append(
+            Scored(
+                row,
+                arrays.get(f"influence-{n}"),
+                arrays.get(f"curvature-{n}"),
+                None if images is None else torch.from_numpy(images),
+                tuple(Latency(**item) for item in items),
+            )
+        )
+    return out

@@ -1,0 +1,256 @@
+"""One run of a comparison: train within the budget, measure, leave a result or the reason why there is none."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import sys
+import time
+import traceback
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from fewstep.algebra.draws import fold
+from fewstep.commands.compare.budget import Accounted, Budget, lengths, probe, with_lengths
+from fewstep.commands.compare.ranking import Scored
+from fewstep.commands.measure import measure, teacher_product
+from fewstep.config import UserError, plain
+from fewstep.eval.protocol.evaluate import environment
+from fewstep.eval.protocol.images import to_pixels
+from fewstep.eval.protocol.latency import measure_latency
+from fewstep.files import atomic_path
+from fewstep.recipe.diff import differences
+from fewstep.recipe.schema import Evaluate, Recipe
+from fewstep.recipe.store import dump, load, load_run
+from fewstep.train.build import build_roles
+from fewstep.train.product import Product, product_of
+
+SHOWN = 64
+"""Samples of each student in the report."""
+NEVER = ("train.sample_every=0", "train.eval_every=0", "train.keep=1", "train.trackers=[]", "results=[]")
+
+
+@dataclass(frozen=True)
+class Task:
+    """One run, or the measurement of a teacher (seed None)."""
+
+    recipe: str
+    folder: Path
+    settings: tuple[str, ...]
+    budget: Budget
+    evaluation: Evaluate
+    steps: tuple[int, ...]
+    seed: int | None
+    place: str = ""
+    """Shown in front of what is printed, such as [3/62]."""
+
+    def load(self) -> Recipe:
+        seed = () if self.seed is None else (f"train.seed={self.seed}",)
+        return replace(load(self.recipe, [*self.settings, *seed, *NEVER]), evaluate=self.evaluation)
+
+    @property
+    def title(self) -> str:
+        return f"{self.place} {self.recipe}" + (
+            f", seed {self.seed}" if self.seed is not None else ", teacher"
+        )
+
+    @property
+    def result(self) -> Path:
+        return self.folder / "result.json"
+
+    @property
+    def failure(self) -> Path:
+        return self.folder / "failure.json"
+
+
+def say(text: str) -> None:
+    print(text, flush=True)
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Whole or not at all; NaN is refused."""
+    with atomic_path(path) as temporary:
+        temporary.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """The content of a file, None where there is no whole one."""
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError):
+        return None
+
+
+def work(task: Task) -> None:
+    """Train and measure one run, or measure a teacher; leaves result.json, or failure.json with the message."""
+    try:
+        task.failure.unlink(missing_ok=True)
+        if task.seed is None:
+            score_teacher(task)
+        else:
+            train(task)
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
+    except Exception as error:
+        message = str(error) or type(error).__name__
+        if not isinstance(error, (UserError, ValueError)):
+            message = f"{type(error).__name__}: {message}"
+        write_json(task.failure, {"message": message, "traceback": traceback.format_exc()})
+
+
+def train(task: Task) -> None:
+    """Train one run from where it stands, then measure it at its numbers of steps."""
+    run, shared = task.folder, task.folder.parent
+    banks = shared.parent / "banks"
+    recipe = task.load()
+    final = with_lengths(recipe, planned(task, recipe, banks))
+    run.mkdir(parents=True, exist_ok=True)
+    if (run / "recipe.yaml").is_file():
+        refuse_changes(run, final)
+    with atomic_path(run / "recipe.yaml") as temporary:
+        temporary.write_text(dump(final))
+    total = sum(stage.steps for stage in final.stages())
+    every, started = max(1, total // 4), time.perf_counter()
+
+    def watch(trainer: Accounted) -> None:
+        orphaned()
+        done = trainer.progress.done
+        if done % every == 0 and done < total:
+            say(f"{task.title}: step {done}/{total}, {time.perf_counter() - started:.0f} s")
+
+    trainer = Accounted(final, run, task.budget, banks=banks, watch=watch)
+    trainer.resume()
+    trainer.fit()
+    spent = trainer.spent
+    peak = peak_memory()
+    product = product_of(final, trainer.product.eval(), trainer.data, task.recipe, trainer.progress.done)
+    scored = [score(product.with_steps(n), task.evaluation) for n in step_counts(product, task.steps)]
+    keep_scores(run, scored)
+    method: Any = final.method
+    write_json(
+        task.result,
+        {
+            "recipe": task.recipe,
+            "method": method.name,
+            "seed": task.seed,
+            "settings": list(task.settings),
+            "budget": str(task.budget),
+            "commit": environment()["commit"],
+            "updates": trainer.progress.done,
+            "planned_updates": total,
+            "refused_updates": trainer.progress.skipped,
+            "seconds": spent.seconds,
+            "cpu_seconds": spent.cpu_seconds,
+            "network_calls": spent.calls,
+            "peak_memory_mib": peak,
+            "rows": [s.row for s in scored],
+            "latency": [[asdict(item) for item in s.latency] for s in scored],
+        },
+    )
+
+
+def planned(task: Task, recipe: Recipe, banks: Path) -> list[int]:
+    """Steps per stage, the same for every seed: written by the first run of a recipe, read by the others."""
+    path = task.folder.parent / "lengths.json"
+    found = read_json(path)
+    if found is not None and found["recipe"] == identity(recipe):
+        return [int(n) for n in found["steps"]]
+    costs = () if task.budget.kind == "updates" else probe(recipe, task.budget, banks)
+    steps = lengths(recipe, task.budget, costs)
+    write_json(path, {"recipe": identity(recipe), "steps": steps, "costs": list(costs)})
+    return steps
+
+
+def identity(recipe: Recipe) -> str:
+    """A digest of everything in the recipe but its seed and what is measured."""
+    data = plain(recipe)
+    data["train"].pop("seed")
+    for key in ("about", "results", "evaluate"):
+        data.pop(key)
+    return f"{fold(json.dumps(data, sort_keys=True, default=str)) % 2**64:016x}"
+
+
+def refuse_changes(run: Path, recipe: Recipe) -> None:
+    """UserError when the run in this folder was started with another recipe."""
+    stored = load_run(run)
+    if len(stored.before) == len(recipe.before):
+        recipe = with_lengths(recipe, [stage.steps for stage in stored.stages()])
+    if changed := differences(stored, recipe):
+        raise UserError(
+            f"{run}: was trained with another recipe; delete {run.parent} to train it again:\n  "
+            + "\n  ".join(changed)
+        )
+
+
+def orphaned() -> None:
+    """Leave when the process that compares is gone: a second one may be at work in the same folders."""
+    parent = multiprocessing.parent_process()
+    if parent is not None and not parent.is_alive():
+        raise SystemExit(1)
+
+
+def peak_memory() -> float:
+    """MiB: of the device, on a CPU the largest resident size of this process."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**20
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
+
+
+def step_counts(product: Product, wanted: Sequence[int]) -> list[int]:
+    """The student's own numbers of steps, and of the wanted ones those that it allows."""
+    own = product.trained or (len(product.sampler.steps),)
+    return sorted({*own, *(n for n in wanted if product.trained is None or n in product.trained)})
+
+
+def score(product: Product, evaluation: Evaluate) -> Scored:
+    """Measure a product; also its influence per sample, first pictures and latency."""
+    measured, x = measure(product, evaluation)
+    row = {**measured.row(), "steps": len(product.sampler.steps)}
+    images = to_pixels(x[:SHOWN]) if x.ndim == 4 else None
+
+    def generate(indices: list[int]) -> torch.Tensor:
+        device = next((p.device for p in product.net.parameters()), torch.device("cpu"))
+        index = torch.tensor(indices, device=device)
+        return product.images(index, index % product.classes if product.classes else None)
+
+    latency = tuple(measure_latency(generate, batch, repeats=5, warm_up=1) for batch in (1, SHOWN))
+    result = measured.frechet
+    if result is None:
+        return Scored(row, images=images, latency=latency)
+    return Scored(row, result.influence, result.curvature, images, latency)
+
+
+def keep_scores(folder: Path, scored: Sequence[Scored]) -> None:
+    """Influences and pictures of a run in scores.npz, written before its result."""
+    arrays: dict[str, np.ndarray] = {}
+    for s in scored:
+        steps = s.row["steps"]
+        for name, value in (("influence", s.influence), ("curvature", s.curvature)):
+            if value is not None:
+                arrays[f"{name}-{steps}"] = value
+        if s.images is not None:
+            arrays[f"images-{steps}"] = s.images.numpy()
+    folder.mkdir(parents=True, exist_ok=True)
+    with atomic_path(folder / "scores.npz") as temporary:
+        np.savez(temporary, **arrays)
+
+
+def score_teacher(task: Task) -> None:
+    """Measure a recipe's teacher at the evaluation's numbers of Heun steps."""
+    recipe = task.load()
+    data: Any = recipe.data.open()  # type: ignore[attr-defined]
+    roles = build_roles(recipe, data)
+    student = product_of(recipe, roles.student.eval(), data, task.recipe)
+    rows = []
+    for n in task.evaluation.teacher_steps:
+        orphaned()
+        rows.append(score(teacher_product(student, roles.teacher, n), task.evaluation))
+    keep_scores(task.folder, rows)
+    write_json(task.result, {"recipe": task.recipe, "rows": [r.row for r in rows]})

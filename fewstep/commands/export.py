@@ -1,0 +1,47 @@
+"""`fewstep export`: a run as a folder that plain diffusers opens."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from fewstep.commands.report import console
+from fewstep.config import UserError
+from fewstep.export.base import Exported
+from fewstep.export.choose import export, export_teacher
+from fewstep.export.levels import check_product
+from fewstep.train.product import open_product
+
+
+def show_export(done: Exported) -> None:
+    checked = f", within {done.parity:.1e} of fewstep's sampler" if done.parity else ""
+    console.print(f"exported to {done.folder}{checked}; load it with")
+    for line in done.usage.splitlines():
+        console.print(f"    {line}", highlight=False, soft_wrap=True)
+
+
+def export_run(run: Path, out: Path | None, force: bool, lora: bool = False) -> Exported:
+    """`fewstep export`; with `lora` the adapter alone, as diffusers' `load_lora_weights` reads it."""
+    product = open_product(run)
+    if product.recipe is None:
+        raise UserError(f"{run}: is a diffusers folder already; export takes a run directory")
+    folder = out or run / ("lora" if lora else "export")
+    if folder.exists() and any(folder.iterdir()) and not force and out is not None:
+        raise UserError(f"{folder}: exists; overwrite it with --force")
+    if lora:
+        from fewstep.export.lora import export_lora
+
+        done = export_lora(product, folder)
+        told = done.usage.replace("\n", "\n    ")
+        console.print(f"adapter in {done.folder}; load it with\n    {told}", highlight=False, soft_wrap=True)
+        return done
+    rows: list[tuple[str, str]] = []
+    results = run / "report" / "results.json"
+    if results.is_file():
+        for r in json.loads(results.read_text())["rows"]:
+            rows.append((f"{r['metric']}, {r['title']}", f"{r['value']:.4g}"))
+    check_product(product)
+    write = export_teacher if product.sampler.kind == "ode" else export
+    done = write(product, folder, results=rows)
+    show_export(done)
+    return done

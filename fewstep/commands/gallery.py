@@ -1,0 +1,117 @@
+"""Samples beside their captions: the data, the teacher of the first run, each run, all from one noise.
+
+python -m fewstep.commands.gallery runs/emoji-dmd2 runs/emoji-dmd2-4step --out grid.png --captions "red apple,tea"
+
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fewstep.algebra.guidance import Guided
+from fewstep.commands.measure import teacher_product
+from fewstep.commands.pictures import save_picture
+from fewstep.config import UserError
+from fewstep.eval.protocol.images import to_pixels
+from fewstep.train.build import build_roles
+from fewstep.train.product import Product, open_product
+
+LEFT, TOP = 96, 30
+"""Pixels for the names of the rows and of the columns."""
+
+
+def captioned(rows: Sequence[tuple[str, Tensor]], captions: Sequence[str], scale: int = 2) -> Any:
+    """A Pillow picture: a row for each (name, images (n, 3, h, w) in [-1, 1]), n captions above the columns."""
+    from PIL import Image, ImageDraw, ImageFont
+
+    count, _, height, width = rows[0][1].shape
+    if any(x.shape != rows[0][1].shape for _, x in rows) or len(captions) != count:
+        raise ValueError(
+            f"rows of {[tuple(x.shape) for _, x in rows]} and {len(captions)} captions do not match"
+        )
+    cell_h, cell_w = scale * height + 4, scale * width + 4
+    sheet = Image.new("RGB", (LEFT + count * cell_w, TOP + len(rows) * cell_h), "white")
+    pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(size=10)
+    for j, caption in enumerate(captions):
+        lines = _wrapped(caption, cell_w - 4, lambda s: pen.textlength(s, font))[:2]
+        pen.multiline_text((LEFT + j * cell_w + 2, 2), "\n".join(lines), "black", font, spacing=1)
+    for i, (name, images) in enumerate(rows):
+        top = TOP + i * cell_h
+        pen.multiline_text((2, top + cell_h // 2 - 12), name.replace(", ", ",\n"), "black", font, spacing=1)
+        for j, pixels in enumerate(to_pixels(images.expand(-1, 3, -1, -1)).permute(0, 2, 3, 1).cpu().numpy()):
+            picture = Image.fromarray(pixels).resize(
+                (scale * width, scale * height), Image.Resampling.NEAREST
+            )
+            sheet.paste(picture, (LEFT + j * cell_w + 2, top + 2))
+    return sheet
+
+
+def _wrapped(text: str, width: float, length: Any) -> list[str]:
+    lines: list[str] = []
+    for word in text.split():
+        joined = f"{lines[-1]} {word}" if lines else word
+        if lines and length(joined) <= width:
+            lines[-1] = joined
+        else:
+            lines.append(word)
+    return lines
+
+
+def rows_of(
+    runs: Sequence[Path], captions: Sequence[str], steps: int, guidance: float, seed: int
+) -> list[Any]:
+    """(name, images) of the data, the guided teacher and each run, for captions of the first run's data."""
+    products = [open_product(run) for run in runs]
+    recipe = products[0].recipe
+    if recipe is None:
+        raise UserError(f"{runs[0]}: not a run directory; its recipe tells data and teacher")
+    data: Any = recipe.data.open()  # type: ignore[attr-defined]
+    known = [getattr(item, "caption", None) for item in getattr(data, "items", ())]
+    unknown = [c for c in captions if c not in known]
+    if unknown or not captions:
+        raise UserError(
+            f"caption {(unknown or ['(none)'])[0]!r}: is not one of the {len(known)} of {runs[0]}'s data"
+        )
+    where = torch.tensor([known.index(c) for c in captions])
+    cond = data.condition(where)
+    drawn: list[tuple[str, Product]] = []
+    teacher = build_roles(recipe, data).get("teacher")
+    if teacher is not None:
+        if guidance != 1.0:
+            teacher = Guided(teacher, guidance, data.null)
+        many = teacher_product(products[0], teacher, steps)
+        drawn.append((many.title, many))
+    for run, product in zip(runs, products, strict=True):
+        drawn.append((run.name, product))
+    rows = [(name, p.images(torch.arange(len(where)), cond, seed)) for name, p in drawn]
+    return [("data", data.pictures(where)), *rows]
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(prog="python -m fewstep.commands.gallery", description=__doc__)
+    parser.add_argument("runs", type=Path, nargs="+", help="run directories on one data set with captions")
+    parser.add_argument("--captions", required=True, help="captions of the data, separated by commas")
+    parser.add_argument("--steps", type=int, default=12, help="Heun steps of the teacher")
+    parser.add_argument("--guidance", type=float, default=1.0, help="of the teacher")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, required=True, help="PNG to write")
+    o = parser.parse_args(arguments)
+    captions = [c.strip() for c in o.captions.split(",") if c.strip()]
+    try:
+        rows = rows_of(o.runs, captions, o.steps, o.guidance, o.seed)
+    except UserError as error:
+        sys.exit(f"error: {error}")
+    save_picture(captioned(rows, captions), o.out)
+    print(f"{o.out}: {len(rows)} rows of {len(captions)}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,114 @@
+"""The readings of a run as one picture, with the lines at which `fewstep health` raises an alarm."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+from fewstep.commands import health
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One reading: its curves by label, the levels of alarm, and whether its scale is logarithmic."""
+
+    title: str
+    curves: dict[str, str]
+    lines: tuple[float, ...] = ()
+    log: bool = False
+    best: bool = False
+    """Draw the running best beside the curve: the least for a loss."""
+    share: float | None = None
+    """Draw this share of the running maximum."""
+
+
+PANELS = (
+    Panel(
+        "critic lag: slope on fresh samples",
+        {"slope": "health/critic_slope"},
+        (1 - health.LAG, 1 + health.LAG),
+    ),
+    Panel("critic's loss on fresh samples", {"loss": "dsm"}, log=True, best=True),
+    Panel(
+        "matching gradient by noise level",
+        {f"quarter {k + 1}": f"health/gradient_{k}" for k in range(4)},
+        log=True,
+    ),
+    Panel(
+        "discriminator accuracy",
+        {"real and generated": "discriminator_accuracy"},
+        (health.LOSE, health.WIN),
+    ),
+    Panel(
+        "contrast against the teacher's denoiser",
+        {"ratio": "health/contrast"},
+        (health.FADE, health.SATURATE),
+    ),
+    Panel("diversity within classes", {"spread": "health/diversity"}, share=health.SHRINK),
+)
+
+
+def points(records: Sequence[dict[str, Any]], key: str) -> tuple[list[float], list[float]]:
+    """(steps done, values) of the records that have a reading."""
+    found = [
+        (float(r["done"]), float(r[key]))
+        for r in records
+        if isinstance(r.get(key), (int, float)) and "done" in r
+    ]
+    return [d for d, _ in found], [v for _, v in found]
+
+
+def present(records: Sequence[dict[str, Any]]) -> list[Panel]:
+    """Panels of which a log has at least one curve."""
+    return [p for p in PANELS if any(points(records, key)[0] for key in p.curves.values())]
+
+
+def save(records: Sequence[dict[str, Any]], path: Path) -> list[str]:
+    """Write the picture; returns the titles of its panels, none when the log has no readings (nothing is written)."""
+    panels = present(records)
+    if not panels:
+        return []
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    rows = -(-len(panels) // 2)
+    figure, axes = plt.subplots(rows, 2, figsize=(10, 2.8 * rows), squeeze=False, sharex=True)
+    for axis, panel in zip(axes.flat, panels, strict=False):
+        _draw(axis, panel, records)
+    for axis in list(axes.flat)[len(panels) :]:
+        axis.set_visible(False)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
+    try:
+        figure.savefig(aside, dpi=90, bbox_inches="tight")
+        os.replace(aside, path)
+    finally:
+        plt.close(figure)
+        aside.unlink(missing_ok=True)
+    return [p.title for p in panels]
+
+
+def _draw(axis: Any, panel: Panel, records: Sequence[dict[str, Any]]) -> None:
+    for label, key in panel.curves.items():
+        x, y = points(records, key)
+        if not x:
+            continue
+        axis.plot(x, y, label=label, linewidth=1.2)
+        if panel.best:
+            axis.plot(x, list(accumulate(y, min)), label="best so far", linewidth=1, linestyle=":")
+        if panel.share is not None:
+            limit = [panel.share * v for v in accumulate(y, max)]
+            axis.plot(x, limit, label=f"{panel.share:g} of the best", color="tab:red", linestyle="--")
+    for level in panel.lines:
+        axis.axhline(level, color="tab:red", linestyle="--", linewidth=1)
+    if panel.log:
+        axis.set_yscale("log")
+    axis.set_title(panel.title, fontsize=10)
+    axis.set_xlabel("steps")
+    axis.legend(fontsize=8)

@@ -1,0 +1,96 @@
+"""PNG pictures: grids of images, scatter plots of vectors. Written aside and renamed."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fewstep.eval.protocol.images import to_pixels
+
+
+def tile(x: Tensor, per_row: int) -> Tensor:
+    """Images (n, c, h, w) as one (c, rows h, per_row w), empty places filled with -1."""
+    n, c, h, w = x.shape
+    rows = -(-n // per_row)
+    canvas = torch.full((rows * per_row, c, h, w), -1.0, dtype=x.dtype)
+    canvas[:n] = x
+    return canvas.reshape(rows, per_row, c, h, w).permute(2, 0, 3, 1, 4).reshape(c, rows * h, per_row * w)
+
+
+def save_picture(picture: Any, path: Path) -> None:
+    """A Pillow picture as a file, whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
+    try:
+        picture.save(aside)
+        os.replace(aside, path)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+def _image(x: Tensor, per_row: int, scale: int) -> Any:
+    from PIL import Image
+
+    if x.shape[1] not in (1, 3):  # latents without a VAE at hand: their first channels
+        x = x[:, : 3 if x.shape[1] > 3 else 1]
+    framed = F.pad(x.cpu(), (1, 0, 1, 0), value=-0.4)  # a thin line between neighbours
+    pixels = to_pixels(tile(framed, per_row)).permute(1, 2, 0).numpy()
+    image = Image.fromarray(pixels[..., 0] if pixels.shape[2] == 1 else pixels)
+    return image.resize((image.width * scale, image.height * scale), Image.Resampling.NEAREST)
+
+
+def save_grid(x: Tensor, path: Path, per_row: int = 10) -> None:
+    """Samples as one PNG: images (n, c, h, w) in [-1, 1] as a grid, vectors (n, 2) as a scatter plot.
+
+    Of latents, with neither 1 nor 3 channels, the first channels are shown as they are.
+    """
+    if x.ndim == 2:
+        save_scatter([("samples", x)], path)
+        return
+    save_picture(_image(x, per_row, max(1, 32 // x.shape[-1])), path)
+
+
+def save_side_by_side(sets: Sequence[tuple[str, Tensor]], path: Path, per_row: int = 10) -> None:
+    """Several sets of samples from the same noise, one titled panel each."""
+    if sets[0][1].ndim == 2:
+        save_scatter(sets, path)
+        return
+    from PIL import Image, ImageDraw, ImageFont
+
+    panels = [_image(x, per_row, max(1, 32 // x.shape[-1])) for _, x in sets]
+    gap, top = 12, 22
+    width = sum(p.width for p in panels) + gap * (len(panels) + 1)
+    sheet = Image.new("RGB", (width, panels[0].height + top + gap), "white")
+    draw, font, left = ImageDraw.Draw(sheet), ImageFont.load_default(13), gap
+    for (title, _), panel in zip(sets, panels, strict=True):
+        draw.text((left, 4), title, fill="black", font=font)
+        sheet.paste(panel, (left, top))
+        left += panel.width + gap
+    save_picture(sheet, path)
+
+
+def save_scatter(sets: Sequence[tuple[str, Tensor]], path: Path) -> None:
+    """Vectors (n, 2), one panel a set, common axes."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(1, len(sets), figsize=(4 * len(sets), 4), squeeze=False)
+    for axis, (title, x) in zip(axes[0], sets, strict=True):
+        axis.scatter(x[:, 0].cpu(), x[:, 1].cpu(), s=2, alpha=0.5)
+        axis.set(title=title, xlim=(-2, 2), ylim=(-2, 2), aspect="equal")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
+    try:
+        figure.savefig(aside, dpi=80, bbox_inches="tight")
+        os.replace(aside, path)
+    finally:
+        plt.close(figure)
+        aside.unlink(missing_ok=True)

@@ -1,0 +1,377 @@
+"""How much memory a recipe will take, before it is launched: a step traced without computing it."""
+
+from __future__ import annotations
+
+import math
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+
+from fewstep.config import UserError
+from fewstep.networks.adapters import Adapted, enable_checkpointing, own_parameters
+from fewstep.networks.roles import Roles
+from fewstep.recipe.schema import Recipe, Stage
+from fewstep.recipe.store import load
+from fewstep.train.live import Live, allocated, bytes_of, fake_mode, make_fake
+from fewstep.train.product import product_of
+from fewstep.train.trainer import Trainer
+
+MIB = 2**20
+TINY = (1, 2, 4)
+"""Micro-batches that are traced with real tensors."""
+
+
+@dataclass
+class RoleMemory:
+    """Bytes of one role: its own weights and buffers, their gradients, Adam's moments, averages."""
+
+    weights: int = 0
+    gradients: int = 0
+    optimizer: int = 0
+    ema: int = 0
+
+
+@dataclass
+class Turns:
+    """What the turns of a stage need beyond what stays: peak bytes, gradients included, and the roles they call."""
+
+    peak: dict[tuple[str, ...], int] = field(default_factory=dict)
+    called: dict[tuple[str, ...], set[str]] = field(default_factory=dict)
+    courses: list[tuple[tuple[str, ...], list[int]]] = field(default_factory=list)
+    """Of every turn: the roles it trains, and the bytes after each of its operations."""
+
+    def add(self, updates: tuple[str, ...], course: list[int]) -> None:
+        self.courses.append((updates, course))
+        self.peak[updates] = max(self.peak.get(updates, 0), *course)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The estimate of one process.
+
+    activations: by trained roles, beside the gradients. total: at the worst moment. ways: (setting, total with
+    it), the smallest first.
+    """
+
+    roles: dict[str, RoleMemory]
+    activations: dict[tuple[str, ...], int]
+    total: int
+    micro_batch: int
+    ways: tuple[tuple[str, int], ...] = ()
+    note: str = ""
+    export: str = ""
+    """That the product will not export to a stock pipeline and why, "" for one that will."""
+
+
+def plan(recipe: Recipe, processes: int = 1, *, ways: bool = True) -> Plan:
+    """Estimate the peak of tensors alive in training, in bytes, for one of `processes` processes.
+
+    Weights, gradients, moments and averages are counted; activations and temporaries come from tracing every turn
+    at the recipe's own micro-batch with fake tensors. Workspaces of libraries and the allocator's fragments come on
+    top. Raises UserError when the batch does not divide.
+    """
+    train = recipe.train
+    if train.batch % (processes * train.accumulate):
+        raise UserError(
+            f"train.batch {train.batch} must be divisible by processes x train.accumulate = {processes} x "
+            f"{train.accumulate}"
+        )
+    tracer = _Tracer(recipe, processes)
+    first = tracer.total(recipe)
+    found = []
+    for setting, other in _alternatives(recipe, processes) if ways else ():
+        less = tracer.total(other).total
+        if less < 0.98 * first.total:
+            found.append((setting, less))
+    return replace(first, ways=tuple(sorted(found, key=lambda w: w[1])), export=tracer.export)
+
+
+def measured(recipe: Recipe, *, cpu: bool = False) -> int:
+    """Bytes of tensors at the worst moment of a real step, the second of each stage, in this process.
+
+    A GPU's allocator says it itself; on a CPU torch's profiler does, and what stays between steps is counted.
+    """
+    trainer, worst = Trainer(recipe, cpu=cpu), 0
+    for number, stage in enumerate(recipe.stages()):
+        trainer.progress.stage = number
+        trainer._begin(stage)
+        trainer.step(stage)
+        if trainer.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+            trainer.step(stage)
+            worst = max(worst, torch.cuda.max_memory_allocated())
+            continue
+        modules = [*trainer.roles.values(), *(e.module for e in trainer.ema)]
+        stay = [t for m in modules for t in (*m.parameters(), *m.buffers())]
+        stay += [
+            v for o in trainer.optim.values() for s in o.adam.state.values() for v in s.values() if v.ndim
+        ]
+        worst = max(worst, bytes_of(stay) + allocated(lambda stage=stage: trainer.step(stage)))
+    return worst
+
+
+def _measured_apart(name: str, settings: Sequence[str]) -> int:
+    """`measured` in a process of its own, which has not traced anything before."""
+    command = [sys.executable, "-m", "fewstep.commands.plan", name, *settings]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise UserError(f"plan: the measured step failed: {done.stderr.strip().splitlines()[-1]}")
+    return int(done.stdout.splitlines()[-1])
+
+
+def _alternatives(recipe: Recipe, processes: int) -> Iterator[tuple[str, Recipe]]:
+    train = recipe.train
+
+    def changed(**settings: Any) -> Recipe:
+        return replace(recipe, train=replace(train, **settings))
+
+    if not train.checkpointing:
+        yield "train.checkpointing=true", changed(checkpointing=True)
+    if train.precision == "fp32":
+        yield "train.precision=bf16", changed(precision="bf16")
+    share = train.batch // processes
+    more = next((n for n in range(2 * train.accumulate, share + 1) if share % n == 0), None)
+    if more:
+        yield f"train.accumulate={more}", changed(accumulate=more)
+    if not train.offload:
+        yield "train.offload=true", changed(offload=True)
+    if any(o.bits == 32 for o in recipe.optim.values()):
+        small = {k: replace(o, bits=8) for k, o in recipe.optim.items()}
+        yield "optim.*.bits=8", replace(recipe, optim=small)
+    if len(train.ema) > 1:
+        yield f"train.ema=[{train.ema[0]}]", changed(ema=train.ema[:1])
+    if train.parallel == "ddp" and processes > 1:
+        yield "train.parallel=fsdp", changed(parallel="fsdp")
+
+
+def _plain_trainer(recipe: Recipe) -> Trainer:
+    """Its roles, on the CPU as one process; what the switches change is traced or counted."""
+    off: dict[str, Any] = {
+        "offload": False,
+        "compile": (),
+        "checkpointing": False,
+        "precision": "fp32",
+        "trackers": (),
+    }
+    train = replace(recipe.train, batch=1, accumulate=1, parallel="ddp", attention="auto", **off)
+    return Trainer(replace(recipe, train=train), None, cpu=True)
+
+
+class _Tracer:
+    """Builds the roles once, makes them fake, and traces a recipe's turns on them."""
+
+    def __init__(self, recipe: Recipe, processes: int) -> None:
+        from fewstep.export.forecast import warning
+
+        trainer = self.trainer = _plain_trainer(recipe)
+        self.export = warning(partial(product_of, recipe, trainer.product, trainer.data, "student"))
+        self.processes = processes
+        self.mode = fake_mode()
+        self.roles = dict(self.trainer.roles)
+        self.ema = sum(bytes_of(own_parameters(e.module)) for e in self.trainer.ema) // max(
+            len(self.trainer.ema), 1
+        )
+        self.trainer.ema = []
+        self.reason = ""
+        try:
+            make_fake(self.roles.values(), self.mode)
+            self.fake = True
+        except Exception as error:
+            self.fake, self.reason = False, str(error)
+
+    def total(self, recipe: Recipe) -> Plan:
+        train, n = recipe.train, self.processes
+        micro = train.batch // n // train.accumulate
+        trained = set().union(*(s.method.needs().trained for s in recipe.stages()))
+        shards = n if train.parallel == "fsdp" else 1
+        roles: dict[str, RoleMemory] = {}
+        for name, module in self.roles.items():
+            own = own_parameters(module)
+            size, part = bytes_of(own), shards if _sharded(module) else 1
+            row = RoleMemory(weights=(size + _buffers(module)) // part)
+            if name in trained:
+                row.gradients = size // part
+                row.optimizer = _moments(own, recipe.optimizer(name).bits) // part
+            if name == "student":
+                row.ema = len(train.ema) * self.ema // part
+            roles[name] = row
+        totals: list[int] = [0]
+        activations: dict[tuple[str, ...], int] = {}
+        for stage in recipe.stages():
+            turns = self.trace(stage, recipe, micro)
+            for updates, peak in turns.peak.items():
+                full = sum(bytes_of(own_parameters(self.roles[r])) for r in updates)
+                kept = sum(roles[r].gradients for r in updates)
+                beside = max(0, peak - full)
+                activations[updates] = max(activations.get(updates, 0), beside)
+                # Gradients are averaged through one flat copy, when the activations are gone.
+                reduce = 2 * kept if n > 1 and train.parallel == "ddp" else 0
+                stays = self._stays(roles, updates, turns.called[updates], train.offload)
+                totals.append(stays + kept + max(beside, reduce))
+        return Plan(roles, activations, max(totals), micro, note=self.reason)
+
+    def _stays(
+        self, roles: dict[str, RoleMemory], updates: tuple[str, ...], called: set[str], offload: bool
+    ) -> int:
+        if not offload:
+            return sum(r.weights + r.optimizer + r.ema for r in roles.values())
+        here = called | set(updates)
+        kept = sum(r.weights for name, r in roles.items() if name in here)
+        return kept + sum(r.ema for r in roles.values()) + sum(roles[u].optimizer for u in updates)
+
+    def trace(self, stage: Stage, recipe: Recipe, micro: int) -> Turns:
+        """Peaks of the turns of a stage at a micro-batch; of tiny ones, extrapolated, where fakes do not do."""
+        bf16, saved = recipe.train.precision == "bf16", recipe.train.checkpointing
+        with _checkpointed([m for n, m in self.roles.items() if n != "teacher"], saved):
+            if self.fake:
+                try:
+                    return self._trace(stage, micro, bf16, self.mode)
+                except Exception as error:
+                    self.fake, self.reason = (
+                        False,
+                        f"traced with real tensors: {str(error).splitlines()[0][:80]}",
+                    )
+                    self._rebuild(recipe)
+            if micro > max(TINY):
+                try:
+                    return _extrapolated([self._trace(stage, b, bf16, nullcontext()) for b in TINY], micro)
+                except (UserError, ValueError, RuntimeError):
+                    pass  # a method of groups, or one that does other things at another batch
+            return self._trace(stage, micro, bf16, nullcontext())
+
+    def _rebuild(self, recipe: Recipe) -> None:
+        self.trainer = _plain_trainer(replace(recipe, train=replace(recipe.train, ema=())))
+        self.roles = dict(self.trainer.roles)
+        if recipe.train.checkpointing:
+            for name, module in self.roles.items():
+                if name != "teacher":
+                    enable_checkpointing(module)
+
+    def _trace(self, stage: Stage, micro: int, bf16: bool, mode: Any) -> Turns:
+        trainer, turns = self.trainer, Turns()
+        trainer.roles = Roles(**self.roles)
+        trainer._make_state(stage)
+        roles = trainer.roles
+        cast = torch.autocast("cpu", torch.bfloat16) if bf16 else nullcontext()
+        known = [t for m in roles.values() for t in (*m.parameters(), *m.buffers())]
+        known += [t for m in roles.values() if isinstance(m, Adapted) for t in m.base.parameters()]
+        trainer.recipe = replace(trainer.recipe, train=replace(trainer.recipe.train, batch=micro))
+        for number, turn in enumerate(stage.method.turns(roles, 0)):  # type: ignore[attr-defined]
+            roles.train_only(*turn.updates)
+            called: set[str] = set()
+            hooks = [m.register_forward_pre_hook(_noting(called, n, roles)) for n, m in roles.items()]
+            live = Live(known)
+            try:
+                with mode, live, cast:
+                    for losses in turn.losses(turn.batch(0) or trainer.batch(stage, (number, 0), 0)):
+                        losses.total().backward()
+            finally:
+                for hook in hooks:
+                    hook.remove()
+                for t in known:
+                    t.grad = None
+            turns.add(turn.updates, [*live.course, live.peak])
+            turns.called.setdefault(turn.updates, set()).update(called)
+        return turns
+
+
+def _extrapolated(tiny: Sequence[Turns], micro: int) -> Turns:
+    """Turns at a micro-batch from those at TINY: bytes after each operation are a polynomial of the batch.
+
+    Their largest is not, for at a small batch it is that of the gradients and at a large one of the activations.
+    Raises ValueError when the turns have different operations.
+    """
+    out = Turns(called=tiny[0].called)
+    for same in zip(*(t.courses for t in tiny), strict=True):
+        if len({len(course) for _, course in same}) > 1:
+            raise ValueError("turns of different operations")
+        weights = [math.prod((micro - other) / (b - other) for other in TINY if other != b) for b in TINY]
+        courses = torch.tensor([course for _, course in same], dtype=torch.float64)
+        out.add(same[0][0], (torch.tensor(weights, dtype=torch.float64) @ courses).long().tolist())
+    return out
+
+
+def _noting(called: set[str], name: str, roles: Roles) -> Any:
+    base = next(
+        (n for n, m in roles.items() if isinstance(roles[name], Adapted) and m is roles[name].base), name
+    )
+    return lambda _module, _args: called.update((name, base))
+
+
+@contextmanager
+def _checkpointed(modules: Sequence[nn.Module], wanted: bool) -> Iterator[None]:
+    if wanted:
+        for m in modules:
+            enable_checkpointing(m)
+    try:
+        yield
+    finally:
+        for m in modules if wanted else ():
+            for inner in (m.base if isinstance(m, Adapted) else m).modules():
+                if callable(getattr(inner, "disable_gradient_checkpointing", None)):
+                    inner.disable_gradient_checkpointing()  # type: ignore[operator]
+
+
+def _sharded(module: nn.Module) -> bool:
+    return hasattr(module, "process") and not isinstance(module, Adapted)
+
+
+def _buffers(module: nn.Module) -> int:
+    return 0 if isinstance(module, Adapted) else bytes_of(module.buffers())
+
+
+def _moments(parameters: Sequence[nn.Parameter], bits: int) -> int:
+    if bits == 32:
+        return 2 * bytes_of(parameters)
+    # bitsandbytes keeps tensors below 4096 elements in 32 bits, others in bytes with a scale per 256.
+    return sum(8 * p.numel() if p.numel() < 4096 else int(2 * p.numel() * (1 + 4 / 256)) for p in parameters)
+
+
+def report(name: str, settings: Sequence[str] = (), processes: int = 1, measure: bool = False) -> Plan:
+    """`fewstep plan`: print the estimate of a recipe; with `measure` also what two real steps took."""
+    from rich.console import Console
+    from rich.table import Table
+
+    if measure and processes > 1:
+        raise UserError("plan: --measure takes its steps in one process; leave --processes out")
+    recipe = load(name, settings)
+    found = plan(recipe, processes)
+    console = Console()
+    each = f", each of {processes} processes" if processes > 1 else ""
+    out = Table(title=f"{name}: memory in MiB at {found.micro_batch} samples a micro-batch{each}")
+    for column in ("", "weights", "gradients", "optimiser", "averages", "activations"):
+        out.add_column(column, justify="left" if not column else "right")
+    for role, r in found.roles.items():
+        peaks = [a for updates, a in found.activations.items() if updates[0] == role]
+        cells = [f"{v / MIB:.1f}" if v else "" for v in (r.weights, r.gradients, r.optimizer, r.ema)]
+        out.add_row(role, *cells, f"{max(peaks) / MIB:.1f}" if peaks else "")
+    console.print(out)
+    console.print(
+        f"worst moment: {found.total / MIB:.1f} MiB of tensors; the libraries' workspaces come on top"
+    )
+    if found.note:
+        console.print(found.note, highlight=False)
+    if found.export:
+        console.print(f"note: this run {found.export}", soft_wrap=True, highlight=False, markup=False)
+    for setting, less in found.ways:
+        console.print(
+            f"  {setting:28s} {less / MIB:.1f} MiB ({100 * (less / found.total - 1):+.0f} %)", highlight=False
+        )
+    if measure:
+        took = _measured_apart(name, settings)
+        off = 100 * (found.total / took - 1)
+        console.print(
+            f"measured here: {took / MIB:.1f} MiB; the estimate is {off:+.1f} % off", highlight=False
+        )
+    return found
+
+
+if __name__ == "__main__":
+    print(measured(load(sys.argv[1], sys.argv[2:])))

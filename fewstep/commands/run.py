@@ -1,0 +1,216 @@
+"""The jobs behind the commands: train and report, evaluate, sample, export. Imported only when one runs."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import shutil
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+from fewstep.algebra.guidance import Guided
+from fewstep.commands.export import show_export
+from fewstep.commands.measure import Measured, check_metric, measure
+from fewstep.commands.pictures import save_grid, save_side_by_side
+from fewstep.commands.report import GRID, compare, console, first_teacher, table
+from fewstep.config import UserError
+from fewstep.export.choose import export, export_teacher
+from fewstep.export.levels import check_product
+from fewstep.recipe.diff import differences
+from fewstep.recipe.schema import Recipe
+from fewstep.recipe.store import dump, load, load_run, shipped
+from fewstep.train.product import open_product, product_of
+from fewstep.train.trainer import Trainer
+
+
+def prepare(recipe: Recipe, run: Path, resume: bool, force: bool) -> None:
+    """Claim a run directory: new, or the same recipe's to continue, or emptied by --force."""
+    if run.exists() and not run.is_dir():
+        raise UserError(f"{run}: is a file; choose another --out")
+    if run.exists() and any(run.iterdir()):
+        if force:
+            if not (run / "recipe.yaml").is_file():
+                raise UserError(
+                    f"{run}: is not a run directory; --force deletes only those. Choose another --out"
+                )
+            shutil.rmtree(run)
+        elif not resume:
+            raise UserError(
+                f"{run}: is already used; continue it with --resume, or overwrite it with --force"
+            )
+        else:
+            changed = differences(load_run(run), recipe)
+            if changed:
+                raise UserError(
+                    f"{run}: was started with another recipe, so it cannot be resumed:\n  "
+                    + "\n  ".join(changed)
+                )
+    run.mkdir(parents=True, exist_ok=True)
+    aside = run / ".recipe.tmp"
+    aside.write_text(dump(recipe))
+    aside.replace(run / "recipe.yaml")
+
+
+def default_name(recipe: str) -> str:
+    """The run directory of a recipe: toy/dmd2 -> toy-dmd2, some/where/mine.yaml -> mine."""
+    return recipe.replace("/", "-") if recipe in shipped() else Path(recipe).stem
+
+
+def run_recipe(name: str, settings: Sequence[str], out: Path | None, resume: bool, force: bool) -> Path:
+    """`fewstep run`: train, sample, evaluate, export."""
+    recipe = load(name, settings)
+    run = out or Path("runs") / default_name(name)
+    trainer = Trainer(
+        recipe, None
+    )  # builds every role: what is missing is said before the directory is claimed
+    _check_evaluation(trainer)
+    main = trainer.accelerator.is_main_process
+    if main:
+        prepare(recipe, run, resume, force)
+    trainer.accelerator.wait_for_everyone()
+    trainer.attach(run)
+    continued = resume and trainer.resume()
+    if main:
+        console.print(f"[bold]{name}[/]: {recipe.about}")
+        console.print(
+            f"run directory {run}" + (f", continued at step {trainer.progress.done}" if continued else "")
+        )
+        _say_export(trainer)
+    try:
+        _train(trainer, run, main)
+    except KeyboardInterrupt:
+        if main:
+            again = shlex.join(["fewstep", "run", name, *settings, "--out", str(run), "--resume"])
+            console.print(
+                f"stopped at step {trainer.progress.done}; continue with: {again}",
+                soft_wrap=True,
+                highlight=False,
+                markup=False,
+            )
+        raise SystemExit(130) from None
+    trainer.accelerator.wait_for_everyone()
+    if main:
+        finish(trainer, run)
+    trainer.accelerator.end_training()  # closes trackers and the process group, whose threads abort an open exit
+    return run
+
+
+def _check_evaluation(trainer: Trainer) -> None:
+    """Refuse before training what could not be measured after it."""
+    recipe = trainer.recipe
+    if recipe.evaluate is None:
+        return
+    try:
+        check_metric(product_of(recipe, trainer.product, trainer.data, "student"), recipe.evaluate)
+    except UserError as error:
+        raise UserError(
+            f"evaluate: {error}; give another metric, or evaluate=null to measure nothing"
+        ) from None
+
+
+def _say_export(trainer: Trainer) -> None:
+    """A line before training where the export after it will be refused."""
+    from fewstep.export.forecast import outlined, warning
+
+    recipe = trainer.recipe
+    built = partial(product_of, recipe, trainer.product, trainer.data, "student")
+    # A sharded network is in parts that act together only; its recipe tells the same.
+    told = warning(partial(outlined, recipe) if trainer.sharded else built)
+    if told:
+        console.print(f"note: this run {told}", soft_wrap=True, highlight=False, markup=False)
+
+
+def _train(trainer: Trainer, run: Path, main: bool) -> None:
+    recipe = trainer.recipe
+
+    def on_sample(t: Trainer) -> None:
+        product = product_of(recipe, t.product.eval(), t.data, "student")
+        x = product.draw(GRID, seed=0)
+        if main:
+            save_grid(x, run / "samples" / f"step-{t.progress.done:06d}.png")
+
+    def on_eval(t: Trainer) -> None:
+        if recipe.evaluate is None:
+            return
+        product = product_of(recipe, t.product.eval(), t.data, "student")
+        row, _ = measure(product, recipe.evaluate)
+        if t.log and main:
+            t.log.write({"done": t.progress.done, "evaluation": row.row()})
+
+    trainer.hooks = (on_sample, on_eval, None)
+    if not main:
+        trainer.fit()
+        return
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("ETA"),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[losses]}"),
+    )
+    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
+        task = bar.add_task("train", total=trainer.total_steps, completed=trainer.progress.done, losses="")
+        every = max(1, trainer.total_steps // 10)
+
+        def on_step(t: Trainer) -> None:
+            text = readings(t.last_record)
+            bar.update(task, completed=t.progress.done, losses=text)
+            if not console.is_terminal and t.progress.done % every == 0:
+                console.print(
+                    f"step {t.progress.done}/{t.total_steps}  {text}", soft_wrap=True, highlight=False
+                )
+
+        trainer.hooks = (on_sample, on_eval, on_step)
+        trainer.fit()
+
+
+def readings(record: dict[str, Any]) -> str:
+    """The losses of a log record, short."""
+    skip = ("grad_norm", "health/", "lr/", "done", "stage", "skips", "seconds")
+    return "  ".join(f"{k} {v:.3g}" for k, v in record.items() if not k.startswith(skip))
+
+
+def finish(trainer: Trainer, run: Path) -> None:
+    """Table, side-by-side picture, report and export of a finished run."""
+    recipe = trainer.recipe
+    if trainer.sharded:  # the parts act together only; this is one process
+        student = open_product(run)
+    else:
+        student = product_of(recipe, trainer.product.eval(), trainer.data, "student", trainer.progress.done)
+    steps = len(student.sampler.steps)
+    role = "teacher" if student.sampler.kind == "ode" else "student"
+    student = replace(student, title=f"{role}, {steps} step{'s' * (steps > 1)}")
+    rows: list[Measured] = []
+    if recipe.evaluate is not None:
+        teacher = first_teacher(trainer)
+        if teacher is not None and recipe.evaluate.guidance != 1.0:
+            teacher = Guided(teacher, recipe.evaluate.guidance, trainer.data.null)
+        rows, panels = compare(student, recipe.evaluate, teacher)
+        save_side_by_side(panels, run / "report" / "side-by-side.png")
+        table(rows)
+        report = {"rows": [r.row() for r in rows], "recipe": recipe.about, "skips": trainer.progress.skipped}
+        (run / "report" / "results.json").write_text(json.dumps(report, indent=1))
+        console.print(f"pictures {run / 'samples'}, side by side {run / 'report' / 'side-by-side.png'}")
+    numbers = [(f"{r.metric}, {r.title}, {r.samples} samples", f"{r.value:.4g}") for r in rows]
+    write = export_teacher if student.sampler.kind == "ode" else export
+    try:
+        check_product(student)
+        done = write(replace(student, title=run.name), run / "export", results=numbers)
+    except UserError as error:
+        console.print(f"not exported: {error}".replace("not exported: export: ", "not exported: "))
+        return
+    show_export(done)

@@ -1,0 +1,85 @@
+"""What a method is: a frozen dataclass that says what it needs, whose turn it is and how its product is sampled."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import ClassVar, Protocol
+
+from torch import Tensor, nn
+
+from fewstep.algebra.batch import Batch
+from fewstep.algebra.sampling import Sampler
+from fewstep.data.base import Data
+from fewstep.networks.roles import Roles
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What a method asks of a run; checked before anything is loaded."""
+
+    roles: frozenset[str]
+    data: bool = False
+    """True: batch.x0 holds real samples. False: the data set is never read."""
+    pairs: bool = False
+    jvp: str = ""
+    """Directions of x, t, s in which the student is differentiated in forward mode, such as "xt"; "" is none."""
+    teacher_grad: bool = False
+    """True: gradients flow through the teacher to its input (SiD, LADD)."""
+    frozen: frozenset[str] = frozenset({"teacher"})
+    """Those of `roles` that no optimiser ever steps (teacher, target networks)."""
+    state: Callable[[Data], nn.Module] | None = None
+    """Makes the method's own buffers (ratio bins, banks) for a data set's shape and classes; they become the
+    role `state`, checkpointed with it."""
+
+    @property
+    def trained(self) -> frozenset[str]:
+        return self.roles - self.frozen
+
+
+class Losses(dict[str, Tensor]):
+    """Named scalar terms, already weighted, that are summed and backwarded at once; `log` holds mere readings."""
+
+    def __init__(self, terms: dict[str, Tensor] | None = None, log: dict[str, Tensor] | None = None) -> None:
+        super().__init__(terms or {})
+        self.log = log or {}
+
+    def total(self) -> Tensor:
+        return sum(self.values())  # type: ignore[return-value]
+
+
+@dataclass(frozen=True)
+class Turn:
+    """One optimiser step of some roles, `times` times with fresh batches.
+
+    losses(batch) yields one or more Losses; each is backwarded as it comes and the optimiser steps once.
+    Roles that share tensors or a graph (a discriminator head on the critic's trunk) belong in one turn.
+    """
+
+    updates: tuple[str, ...]
+    losses: Callable[[Batch], Iterable[Losses]]
+    times: int = 1
+    batches: tuple[Batch, ...] = field(default=(), compare=False)
+    """Use these, one for each micro-batch, instead of fresh ones (methods that walk along one trajectory)."""
+
+    def batch(self, micro: int) -> Batch | None:
+        """The batch of a micro-batch, None for a fresh one."""
+        return self.batches[micro] if self.batches else None
+
+
+class Method(Protocol):
+    """A paper as a frozen dataclass; its fields are its hyper-parameters."""
+
+    name: str
+    cites: ClassVar[tuple[str, ...]]
+    """arXiv ids."""
+
+    def needs(self) -> Needs: ...
+
+    def turns(self, roles: Roles, step: int) -> Iterator[Turn]:
+        """The turns of one step, in order. Resumed after each optimiser step, so it may hold things between."""
+        ...
+
+    def sampler(self) -> Sampler:
+        """How the student is meant to be sampled."""
+        ...

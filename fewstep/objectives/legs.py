@@ -1,0 +1,64 @@
+"""Legs of trajectory targets, and the teachers and students that walk them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fewstep.algebra.batch import Batch
+from fewstep.algebra.guidance import guided
+from fewstep.algebra.jump import Solver, ask, solver_step
+from fewstep.algebra.prediction import Prediction
+from fewstep.algebra.process import bc
+
+Leg = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+class Teacher:
+    """A guided teacher as net(x, t), with the batch's conditions bound; a leg through `step` and `walk`."""
+
+    def __init__(self, net: Any, batch: Batch, scale: float | Tensor = 1.0, solver: Solver = "ddim") -> None:
+        self.net, self.cond, self.null = net, batch.cond, batch.null_cond
+        self.scale, self.solver, self.process = scale, solver, net.process
+
+    def __call__(self, x: Tensor, t: Tensor, cond: Any = None, **call: Any) -> Prediction:
+        return guided(self.net, x, t, self.cond, self.null, self.scale, **call)
+
+    def step(self, x: Tensor, t: Tensor, s: Tensor) -> Tensor:
+        """One solver step; rows with s = t stay as they are."""
+        moved = solver_step(self, x, t, s, None, self.solver)
+        return torch.where(bc(s, x) == bc(t, x), x.to(moved.dtype), moved)
+
+    def walk(self, steps: int) -> Leg:
+        """A leg of `steps` solver steps, evenly spaced in levels u as a sampler's are."""
+        process = self.process
+
+        def leg(x: Tensor, t: Tensor, s: Tensor) -> Tensor:
+            first, last, here = process.level(t), process.level(s), t
+            for k in range(1, steps + 1):
+                # Even steps in time would leave EDM with one step for all levels below sigma_max / steps.
+                there = s if k == steps else process.grid(first + (last - first) * (k / steps))
+                x, here = self.step(x, here, there), there
+            return x
+
+        return leg
+
+
+def student_leg(net: Any, cond: Any, **call: Any) -> Leg:
+    """The student's own jump as a leg; rows with s = t stay as they are."""
+    return lambda x, t, s: ask(net, x, t, s, cond, **call).at(s)
+
+
+def between(draws: Any, low: Tensor, high: Tensor) -> Tensor:
+    """U(low, high) per sample, float64 (b,)."""
+    return low + (high - low) * draws.uniform()
+
+
+def time_between(process: Any, draws: Any, s: Tensor, t: Tensor) -> Tensor:
+    """A time whose level is uniform between those of s and t, float64 (b,)."""
+    u = between(draws, process.level(s), process.level(t))
+    # Rounding of the two maps must not put it outside.
+    return process.grid(u).clamp(torch.minimum(s, t), torch.maximum(s, t))

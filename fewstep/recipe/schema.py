@@ -1,0 +1,246 @@
+"""The recipe: the one dataclass in which all parts of a run meet."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import Field
+
+import fewstep.data
+import fewstep.methods
+import fewstep.networks.perceptual
+import fewstep.networks.routed
+import fewstep.networks.specs  # noqa: F401  registers networks and teachers
+from fewstep.algebra.sampling import Sampler
+from fewstep.config import (
+    _close,
+    choice,
+    config,
+)
+from fewstep.networks.specs import DiscriminatorSpec
+
+
+@config
+class AdamW:
+    """AdamW and the learning-rate schedule of one role."""
+
+    lr: float
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    warmup: int = 0
+    """Updates over which the rate rises linearly from 0."""
+    decay: Literal["constant", "linear", "cosine"] = "constant"
+    """How the rate falls to 0 over the stage's updates."""
+    bits: Literal[32, 8] = 32
+    """Of Adam's moments; 8 needs bitsandbytes."""
+
+    def __post_init__(self) -> None:
+        if self.lr <= 0:
+            raise ValueError(f"lr must be positive, not {self.lr}")
+        if self.eps <= 0:
+            raise ValueError(f"eps must be positive, not {self.eps}")
+        if any(not 0 <= b < 1 for b in self.betas):
+            raise ValueError(f"betas must lie in [0, 1), not {list(self.betas)}")
+        for name in ("weight_decay", "warmup"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must not be negative, not {getattr(self, name)}")
+
+
+@config
+class Stage:
+    """One part of a run: a method for so many steps."""
+
+    method: choice("method")  # type: ignore[valid-type]
+    steps: int
+    """Student updates."""
+    copy: dict[str, str] = Field(default_factory=dict)
+    """Weights to copy at the start of the stage, target role: source role."""
+
+    def __post_init__(self) -> None:
+        if self.steps < 1:
+            raise ValueError(f"steps must be at least 1, not {self.steps}")
+
+
+@config
+class Train:
+    """How the trainer runs."""
+
+    steps: int = 1000
+    """Student updates (published counts of critic iterations are converted)."""
+    batch: int = 128
+    """Student samples of one update, over all processes and micro-batches."""
+    accumulate: int = 1
+    """Micro-batches per update and process; must divide the process's share of the batch."""
+    clip: float = 10.0
+    """Largest gradient norm of a turn."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    seed: int = 0
+    ema: tuple[float, ...] = (0.999,)
+    """Decays of the averages of the student that are kept; the first one is sampled, evaluated and exported."""
+    ema_warmup: float = 10.0
+    """w of min(decay, (1 + n) / (w + n)) after n updates; 3 and a decay near 1 average the last n / 2 of them."""
+    product: Literal["ema", "student"] = "ema"
+    """Which weights are sampled, evaluated and exported."""
+    max_skips: int = 10
+    """Non-finite updates in a row after which the run stops."""
+    checkpointing: bool = False
+    """Activation checkpointing in every diffusers model."""
+    offload: bool = False
+    """Roles that a turn does not call, and moments that do not step, wait in main memory."""
+    compile: tuple[str, ...] = ()
+    """Roles whose networks go through torch.compile; an adapter's is the role that holds its weights."""
+    channels_last: bool = False
+    """Convolution weights with the channels innermost."""
+    parallel: Literal["ddp", "fsdp"] = "ddp"
+    """With several processes: every one holds everything, or the networks are sharded over them (FSDP2)."""
+    attention: Literal["auto", "reference", "chunked", "triton", "sdpa", "xformers"] = "auto"
+    """Attention while training: auto gives calls with tangents to fewstep.kernels and leaves the rest to torch."""
+    log_every: int = 10
+    sample_every: int = 100
+    """Steps between sample grids; 0 for none."""
+    eval_every: int = 0
+    """Steps between evaluations; 0 for the end only."""
+    checkpoint_every: int = 100
+    """Steps between checkpoints; the end always makes one."""
+    keep: int = 2
+    """Checkpoints kept."""
+    trackers: tuple[Literal["tensorboard", "wandb"], ...] = ()
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch", "accumulate", "log_every", "checkpoint_every", "keep", "max_skips"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+        if self.batch % self.accumulate:
+            raise ValueError(f"accumulate {self.accumulate} must divide batch {self.batch}")
+        if self.clip <= 0:
+            raise ValueError(f"clip must be positive, not {self.clip}")
+        for name in ("sample_every", "eval_every"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must not be negative, not {getattr(self, name)}")
+        if any(not 0 <= d < 1 for d in self.ema):
+            raise ValueError(f"ema decays must lie in [0, 1), not {list(self.ema)}")
+        if not self.ema_warmup > 1:
+            raise ValueError(f"ema_warmup must be greater than 1, not {self.ema_warmup}")
+        if len(set(self.ema)) < len(self.ema):
+            raise ValueError(f"ema decays must differ, not {list(self.ema)}")
+
+
+@config
+class Evaluate:
+    """What is measured at the end of a run, and how many samples."""
+
+    metric: Literal["fd-house-digits", "fd-house-fashion-mnist", "fd-effnet-lite0", "energy"] = (
+        "fd-house-digits"
+    )
+    """fd-house-...: Frechet distance on a house classifier's features; fd-effnet-lite0: on EfficientNet-lite0's, from
+    the recipe's own data; energy: energy distance (vectors)."""
+    samples: int = 1797
+    seed: int = 1000
+    teacher_steps: tuple[int, ...] = (1, 8, 16, 32)
+    """Heun steps at which the teacher is measured."""
+    guidance: float = 1.0
+    """Guidance scale at which the teacher is measured; 1 is none."""
+    retrieval: str | None = None
+    """Folder of a model by `python -m fewstep.commands.train_retrieval`: also the share of captions found among 100."""
+
+    def __post_init__(self) -> None:
+        if self.samples < 2:
+            raise ValueError(f"samples must be at least 2, not {self.samples}")
+        if any(n < 1 for n in self.teacher_steps):
+            raise ValueError(f"teacher_steps must be at least 1, not {list(self.teacher_steps)}")
+
+
+@config
+class Result:
+    """A number that belongs to a recipe."""
+
+    metric: str
+    value: float
+    samples: int
+    source: Literal["measured", "paper"]
+    note: str = ""
+
+
+@config
+class Recipe:
+    """A run as data."""
+
+    about: str
+    """One line."""
+    data: choice("data")  # type: ignore[valid-type]
+    student: choice("network")  # type: ignore[valid-type]
+    teacher: choice("teacher") | None = None  # type: ignore[valid-type]
+    critic: choice("network") | None = None  # type: ignore[valid-type]
+    discriminator: DiscriminatorSpec | None = None
+    roles: dict[str, choice("network")] = Field(default_factory=dict)  # type: ignore[valid-type]
+    """Further roles by name, built after the student (target networks, experts, a reverse student)."""
+    method: choice("method")  # type: ignore[valid-type]
+    before: tuple[Stage, ...] = ()
+    """Stages that run before the method."""
+    copy: dict[str, str] = Field(default_factory=dict)
+    """Weights to copy when the method starts, after the stages before: target role: source role."""
+    optim: dict[str, AdamW]
+    """Per role; `default` stands for every role that is not named."""
+    train: Train = Train()
+    evaluate: Evaluate | None = Evaluate()
+    results: tuple[Result, ...] = ()
+
+    def __post_init__(self) -> None:
+        taken = sorted({"teacher", "student", "critic", "discriminator", "state"} & set(self.roles))
+        if taken:
+            raise ValueError(f"roles: {taken[0]!r} has a meaning of its own; choose another name")
+        have = set(self.role_names())
+        for stage in self.stages():
+            missing = sorted(stage.method.needs().roles - have)
+            if missing:
+                name = stage.method.name
+                raise ValueError(
+                    f"method {name} needs the role{'s' * (len(missing) > 1)} {', '.join(missing)}"
+                )
+            for role in sorted(stage.method.needs().trained):
+                if role not in self.optim and "default" not in self.optim:
+                    raise ValueError(f"optim has no entry for {role} and no default")
+            for target, source in stage.copy.items():
+                for role in (target, source):
+                    if role not in have:
+                        raise ValueError(
+                            f"copy: role {role!r} is not in this recipe; it has {', '.join(sorted(have))}"
+                        )
+                if target == "teacher" and self._adapters_on_teacher():
+                    raise ValueError(
+                        f"copy: {self._adapters_on_teacher()[0]} is an adapter on the teacher's weights, which "
+                        "therefore cannot be overwritten"
+                    )
+        unknown = sorted(set(self.optim) - have - {"default"})
+        if unknown:
+            hint = _close(unknown[0], have) or f"; it has {', '.join(sorted(have))}"
+            raise ValueError(f"optim.{unknown[0]}: no such role{hint}")
+
+    def stages(self) -> tuple[Stage, ...]:
+        """All stages in order; the last one is the recipe's method."""
+        return (*self.before, Stage(method=self.method, steps=self.train.steps, copy=self.copy))
+
+    def role_names(self) -> list[str]:
+        """Roles in building order; what a role copies comes before it."""
+        fixed = ("teacher", "student", *self.roles, "critic", "discriminator")
+        return [r for r in fixed if r in self.roles or getattr(self, r, None) is not None]
+
+    def overwrites_teacher(self) -> bool:
+        """True when a stage copies into the teacher (progressive distillation in place): it is saved as well."""
+        return any("teacher" in stage.copy for stage in self.stages())
+
+    def _adapters_on_teacher(self) -> list[str]:
+        specs = {n: self.spec(n) for n in self.role_names()}
+        return [n for n, s in specs.items() if s.name == "lora" and s.of == "teacher"]
+
+    def spec(self, role: str) -> Any:
+        """The spec that builds a role."""
+        return self.roles[role] if role in self.roles else getattr(self, role)
+
+    def optimizer(self, role: str) -> AdamW:
+        return self.optim.get(role) or self.optim["default"]
+
+    def sampler(self) -> Sampler:
+        """How the product is sampled."""
+        return self.method.sampler()  # type: ignore[attr-defined]

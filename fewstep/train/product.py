@@ -1,0 +1,158 @@
+"""A thing to sample from: the product of a run, an exported folder or a teacher, with its sampler."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fewstep.algebra.condition import moved, rows
+from fewstep.algebra.sampling import Sampler, many_step, sample, seeded
+from fewstep.config import UserError
+from fewstep.recipe.schema import Recipe
+from fewstep.recipe.store import load_run
+from fewstep.train.build import build_product
+from fewstep.train.state import checkpoints, load_into, load_tensors, read_state
+
+
+@dataclass(frozen=True)
+class Product:
+    """A denoiser, how it is sampled, and what it samples.
+
+    `trained` holds the step counts it may be sampled with; None means any (a teacher).
+    """
+
+    net: nn.Module
+    sampler: Sampler
+    shape: tuple[int, ...]
+    classes: int
+    title: str
+    trained: tuple[int, ...] | None
+    recipe: Recipe | None = None
+    done: int = 0
+    prompted: Callable[[int], Any] | None = None
+    """The conditions of the first so many samples, for data whose conditions are not classes."""
+    vae: str | None = None
+    """Folder of the VAE that turns latents into pictures."""
+
+    @torch.no_grad()
+    def images(self, index: Tensor, labels: Any, seed: int = 0) -> Tensor:
+        """Samples of global indices (b,) with conditions or None: the same for any split into batches."""
+        start, fresh = seeded(seed, index, self.shape)
+        return sample(self.sampler, self.net, start, labels, fresh)
+
+    def draw(self, count: int, seed: int, labels: Any = None, batch: int = 256) -> Tensor:
+        """`count` samples on the CPU, decoded where there is a VAE; labels default to index mod classes."""
+        device = next((p.device for p in self.net.parameters()), torch.device("cpu"))
+        index = torch.arange(count, device=device)
+        labels = self.labels(count) if labels is None else labels
+        decode = self._decoder(device)
+        out = []
+        for i in range(0, count, batch):
+            part = moved(rows(labels, slice(i, i + batch)), device)
+            out.append(decode(self.images(index[i : i + batch], part, seed)).cpu())
+        return torch.cat(out)
+
+    def picture_shape(self) -> tuple[int, ...]:
+        """Shape of what `draw` gives: of one sample, decoded where there is a VAE."""
+        if self.vae is None:
+            return self.shape
+        latents, *size = self.shape
+        small = self._decoder(torch.device("cpu"))(torch.zeros(1, latents, 4, 4))
+        return (small.shape[1], *(n * small.shape[-1] // 4 for n in size))
+
+    def _decoder(self, device: Any) -> Callable[[Tensor], Tensor]:
+        if self.vae is None:
+            return lambda x: x
+        from fewstep.data.latents import decoder
+
+        net = decoder(self.vae, device)
+        return lambda z: torch.cat([net(part) for part in z.split(8)])
+
+    def labels(self, count: int) -> Any:
+        """Classes in turn, so that every count is as balanced as it can be; or the data's first conditions."""
+        if self.prompted is not None:
+            return self.prompted(count)
+        return torch.arange(count) % self.classes if self.classes else None
+
+    def with_steps(self, steps: int | None, any_steps: bool = False) -> Product:
+        """The same net at another number of steps; UserError when it was not trained for it."""
+        if steps is None:
+            return self
+        if steps < 1:
+            raise UserError(f"--steps must be at least 1, not {steps}")
+        if self.trained is not None and steps not in self.trained and not any_steps:
+            allowed = ", ".join(map(str, self.trained))
+            raise UserError(
+                f"--steps {steps}: this student was trained for {allowed}; add --any to try it anyway"
+            )
+        if steps == len(self.sampler.steps):
+            return self
+        return replace(self, sampler=replace(self.sampler, steps=many_step(steps).steps))
+
+
+def open_product(path: Path) -> Product:
+    """Open a run directory or a diffusers folder (an export or a teacher). UserError when it is neither."""
+    if (path / "recipe.yaml").is_file():
+        return _open_run(path)
+    if (path / "model_index.json").is_file():
+        return _open_folder(path)
+    if not path.exists():
+        raise UserError(f"{path}: no such run or folder")
+    raise UserError(
+        f"{path}: neither a run directory (recipe.yaml) nor a diffusers folder (model_index.json)"
+    )
+
+
+def _open_run(path: Path) -> Product:
+    recipe = load_run(path)
+    found = checkpoints(path / "checkpoints")
+    if not found:
+        raise UserError(f"{path}: has no checkpoint yet; train it with `fewstep run` first")
+    progress, _ = read_state(found[-1])
+    data: Any = recipe.data.open()  # type: ignore[attr-defined]
+    net = build_product(recipe, data)
+    use_ema = recipe.train.product == "ema" and recipe.train.ema
+    name = f"ema_{recipe.train.ema[0]}" if use_ema else "student"
+    file = found[-1] / f"{name}.safetensors"
+    load_into(net, load_tensors(file), file)
+    return product_of(recipe, net.eval(), data, path.name, progress.done)
+
+
+def product_of(recipe: Recipe, net: nn.Module, data: Any, title: str, done: int = 0) -> Product:
+    """The product of a recipe around a trained net."""
+    sampler = recipe.sampler()
+    trained = sampler.counts or (None if sampler.kind == "ode" else (len(sampler.steps),))
+    prompted = None
+    if getattr(data, "text", None) is not None:
+
+        def prompted(count: int) -> Any:
+            return data.condition(torch.arange(count) % len(data.text))
+
+    vae = getattr(recipe.data, "vae", None)
+    return Product(net, sampler, data.shape, data.classes, title, trained, recipe, done, prompted, vae)
+
+
+def _open_folder(path: Path) -> Product:
+    from fewstep.networks.diffusers import load_denoiser
+
+    note = path / "fewstep.json"
+    told = json.loads(note.read_text()) if note.is_file() else {}
+    size = tuple(told["size"]) if "size" in told else None
+    net = load_denoiser(str(path), classes=told.get("classes"), size=size)
+    wrapper: Any = net.net
+    if "text" in wrapper.needs:
+        raise UserError(
+            f"{path}: takes text; draw from it with diffusers' {wrapper.pipeline}, as its card shows"
+        )
+    shape = (wrapper.channels(), *(size or wrapper.sample_size()))
+    classes = int(wrapper.classes)
+    if "steps" not in told:
+        return Product(net, many_step(18), shape, classes, path.name, None)
+    sampler = Sampler(kind=told["kind"], steps=tuple(told["steps"]), eta=told.get("eta", Sampler().eta))
+    return Product(net, sampler, shape, classes, path.name, (len(sampler.steps),))
