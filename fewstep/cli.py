@@ -289,6 +289,47 @@ def prepare_emoji(
     typer.echo(f"{out}: {count} pictures with captions; use them with data: {{name: captions, path: {out}}}")
 
 
+@app.command(
+    "train-retrieval",
+    epilog="Example: `fewstep train-retrieval runs/emoji --encoder runs/emoji/encoder --out runs/emoji-retrieval`",
+)
+def train_retrieval(
+    data: Annotated[Path, typer.Argument(help="A folder of pictures with captions, all different.")],
+    encoder: Annotated[Path, typer.Option(help="Folder of a text model of transformers.")],
+    out: Annotated[Path, typer.Option(help="Folder to write; a recipe's evaluate.retrieval names it.")],
+    size: Annotated[int, typer.Option(min=8, help="Side of the pictures in pixels.")] = 32,
+    steps: Annotated[int, typer.Option(min=1, help="Updates.")] = 600,
+    seed: Annotated[int, typer.Option(help="Seed of weights and views.")] = 0,
+) -> None:
+    """Train the judge that finds the caption of a sample among 100, on a data set's own pictures."""
+    from fewstep.commands.train_retrieval import train_retrieval as job
+
+    made, found = job(str(data), str(encoder), out, size=size, steps=steps, seed=seed)
+    typer.echo(
+        f"{out}: {100 * found.value:.1f} % of {len(made.captions)} captions found among "
+        f"{min(100, len(made.captions))} (fresh views)"
+    )
+
+
+@app.command(
+    epilog='Example: `fewstep gallery runs/emoji-dmd2 runs/emoji-dmd2-4step --captions "red apple,pizza"`'
+)
+def gallery(
+    runs: Annotated[list[Path], typer.Argument(help="Run directories on one data set with captions.")],
+    captions: Annotated[str, typer.Option(help="Captions of the data, separated by commas.")],
+    out: Annotated[Path, typer.Option(help="PNG to write.")] = Path("gallery.png"),
+    steps: Annotated[int, typer.Option(min=1, help="Heun steps of the teacher.")] = 12,
+    guidance: Annotated[float, typer.Option(help="Guidance scale of the teacher; 1 is none.")] = 1.0,
+    seed: Annotated[int, typer.Option(help="Seed of the noise.")] = 0,
+) -> None:
+    """Draw samples beside their captions: the data, the first run's teacher, each run, all from one noise."""
+    from fewstep.commands.gallery import draw_gallery
+
+    wanted = [c.strip() for c in captions.split(",") if c.strip()]
+    rows = draw_gallery(runs, wanted, out, steps=steps, guidance=guidance, seed=seed)
+    typer.echo(f"{out}: {rows} rows of {len(wanted)}")
+
+
 @app.command(epilog="Example: `fewstep invert runs/digits-icd pictures --out codes.safetensors --classes 3`")
 def invert(
     run: Annotated[Path, typer.Argument(help="A run directory of the method icd.")],

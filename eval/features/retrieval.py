@@ -121,9 +121,7 @@ class Retrieval:
         """A model that `save` wrote. FileNotFoundError or ValueError says what is wrong with the folder."""
         path = Path(folder).expanduser() / WEIGHTS_NAME
         if not path.is_file():
-            raise FileNotFoundError(
-                f"{path}: no retrieval model; train it with `python -m fewstep.commands.train_retrieval`"
-            )
+            raise FileNotFoundError(f"{path}: no retrieval model; train it with `fewstep train-retrieval`")
         try:
             with safe_open(path, framework="pt") as archive:
                 told = archive.metadata() or {}

@@ -1,4 +1,4 @@
-"""Writes README's tables from data: python -m fewstep.bench.readme"""
+"""Writes the tables of the READMEs from data: python -m fewstep.bench.readme"""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 
 from fewstep.commands.compare.ranking import share, with_error
 from fewstep.recipe.cards import table
-from fewstep.recipe.store import read, shipped
+from fewstep.recipe.store import find, read, shipped
 
 
 def demo_table() -> str:
@@ -75,25 +75,36 @@ def recipes_table() -> str:
     return "\n".join([*lines, "", f"`fewstep recipes ls` lists all {len(shipped())}."])
 
 
-def methods_table() -> str:
-    """Every method card in one line."""
-    return table()
+def recipe_text(name: str) -> str:
+    """A shipped recipe up to its results."""
+    return f"```yaml\n{find(name).read_text().partition('results:')[0].rstrip()}\n```"
+
+
+def tables() -> dict[str, dict[str, str]]:
+    """README, by its path in the checkout: its blocks by name."""
+    compared = Path(str(files("fewstep.assets"))).glob("compare-*.json")
+    return {
+        "README.md": {"demo": demo_table(), "recipe": recipe_text("digits-dmd2")},
+        "recipes/README.md": {"recipes": recipes_table()},
+        "fewstep/methods/README.md": {"methods": table()},
+        "assets/README.md": {path.stem: comparison_table(path) for path in sorted(compared)},
+    }
 
 
 def fill(text: str, name: str, table: str) -> str:
     """Replace what stands between <!-- name:begin --> and <!-- name:end -->."""
     pattern = re.compile(rf"(<!-- {name}:begin -->\n).*?(<!-- {name}:end -->)", re.S)
     if not pattern.search(text):
-        raise ValueError(f"README has no block {name}")
+        raise ValueError(f"no block {name}")
     return pattern.sub(lambda m: f"{m[1]}{table}\n{m[2]}", text)
 
 
-def main(readme: Path = Path("README.md")) -> None:
-    text = fill(readme.read_text(), "demo", demo_table())
-    text = fill(text, "methods", methods_table())
-    for path in sorted(Path(str(files("fewstep.assets"))).glob("compare-*.json")):
-        text = fill(text, path.stem, comparison_table(path))
-    readme.write_text(fill(text, "recipes", recipes_table()))
+def main(root: Path = Path()) -> None:
+    for name, blocks in tables().items():
+        text = (root / name).read_text()
+        for block, made in blocks.items():
+            text = fill(text, block, made)
+        (root / name).write_text(text)
 
 
 if __name__ == "__main__":

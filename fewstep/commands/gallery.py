@@ -1,13 +1,7 @@
-"""Samples beside their captions: the data, the teacher of the first run, each run, all from one noise.
-
-python -m fewstep.commands.gallery runs/emoji-dmd2 runs/emoji-dmd2-4step --out grid.png --captions "red apple,tea"
-
-"""
+"""`fewstep gallery`: samples beside their captions, from the data, the teacher and each run, all from one noise."""
 
 from __future__ import annotations
 
-import argparse
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -94,24 +88,10 @@ def rows_of(
     return [("data", data.pictures(where)), *rows]
 
 
-def main(arguments: list[str] | None = None) -> None:
-    """Command line."""
-    parser = argparse.ArgumentParser(prog="python -m fewstep.commands.gallery", description=__doc__)
-    parser.add_argument("runs", type=Path, nargs="+", help="run directories on one data set with captions")
-    parser.add_argument("--captions", required=True, help="captions of the data, separated by commas")
-    parser.add_argument("--steps", type=int, default=12, help="Heun steps of the teacher")
-    parser.add_argument("--guidance", type=float, default=1.0, help="of the teacher")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, required=True, help="PNG to write")
-    o = parser.parse_args(arguments)
-    captions = [c.strip() for c in o.captions.split(",") if c.strip()]
-    try:
-        rows = rows_of(o.runs, captions, o.steps, o.guidance, o.seed)
-    except UserError as error:
-        sys.exit(f"error: {error}")
-    save_picture(captioned(rows, captions), o.out)
-    print(f"{o.out}: {len(rows)} rows of {len(captions)}")
-
-
-if __name__ == "__main__":
-    main()
+def draw_gallery(
+    runs: Sequence[Path], captions: Sequence[str], out: Path, *, steps: int, guidance: float, seed: int
+) -> int:
+    """Write the picture; returns its number of rows. UserError for captions that the data does not have."""
+    rows = rows_of(runs, captions, steps, guidance, seed)
+    save_picture(captioned(rows, captions), out)
+    return len(rows)

@@ -117,7 +117,7 @@ def judge_of_captions(product: Product, folder: str) -> Any:
     if captions != found.captions:
         raise UserError(
             f"evaluate.retrieval: {folder} was trained on {len(found.captions)} captions, which are not the "
-            f"{len(captions)} of this run's data; train it on them with `python -m fewstep.commands.train_retrieval`"
+            f"{len(captions)} of this run's data; train it on them with `fewstep train-retrieval`"
         )
     if tuple(product.picture_shape()[-2:]) != (found.network.size,) * 2:
         raise UserError(

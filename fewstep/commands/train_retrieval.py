@@ -1,14 +1,7 @@
-"""Train the judge of captions.
-
-python -m fewstep.commands.train_retrieval --data runs/emoji --encoder runs/emoji/encoder --out runs/emoji-retrieval
-
-"""
+"""`fewstep train-retrieval`: the judge that finds the caption of a sample among 100."""
 
 from __future__ import annotations
 
-import argparse
-import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -44,29 +37,3 @@ def train_retrieval(
     made.save(out)
     views = augmented(images.float(), torch.Generator().manual_seed(seed + 2))
     return made, made.accuracy(views, every, min(100, len(captions)))
-
-
-def main(arguments: list[str] | None = None) -> None:
-    """Command line."""
-    parser = argparse.ArgumentParser(prog="python -m fewstep.commands.train_retrieval", description=__doc__)
-    parser.add_argument("--data", required=True, help="folder of pictures with captions")
-    parser.add_argument("--encoder", required=True, help="folder of a text model of transformers")
-    parser.add_argument("--out", type=Path, required=True, help="folder to write")
-    parser.add_argument("--size", type=int, default=32, help="side of the pictures in pixels")
-    parser.add_argument("--steps", type=int, default=600)
-    parser.add_argument("--seed", type=int, default=0)
-    o = parser.parse_args(arguments)
-    started = time.process_time()
-    try:
-        made, found = train_retrieval(o.data, o.encoder, o.out, size=o.size, steps=o.steps, seed=o.seed)
-    except UserError as error:
-        sys.exit(f"error: {error}")
-    count = min(100, len(made.captions))
-    print(
-        f"{o.out}: {100 * found.value:.1f} % of {len(made.captions)} captions found among {count} (fresh views)"
-    )
-    print(f"{time.process_time() - started:.0f} s of processor time")
-
-
-if __name__ == "__main__":
-    main()

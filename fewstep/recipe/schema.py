@@ -142,7 +142,7 @@ class Evaluate:
     guidance: float = 1.0
     """Guidance scale at which the teacher is measured; 1 is none."""
     retrieval: str | None = None
-    """Folder of a model by `python -m fewstep.commands.train_retrieval`: also the share of captions found among 100."""
+    """Folder of a model by `fewstep train-retrieval`: also the share of captions found among 100."""
 
     def __post_init__(self) -> None:
         if self.samples < 2:

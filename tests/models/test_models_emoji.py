@@ -229,9 +229,7 @@ def test_the_data_have_distance_zero_from_themselves_and_their_captions_are_foun
     replace(found, captions=found.captions[::-1]).save(tmp_path / "other")
     with pytest.raises(UserError, match="was trained on 5 captions, which are not the 5 of this run's data"):
         measure(real, replace(spec, retrieval=str(tmp_path / "other")))
-    with pytest.raises(
-        UserError, match=r"no retrieval model; train it with `python -m fewstep\.train_retrieval`"
-    ):
+    with pytest.raises(UserError, match=r"no retrieval model; train it with `fewstep train-retrieval`"):
         measure(real, replace(spec, retrieval=str(tmp_path / "none")))
 
 
