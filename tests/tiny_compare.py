@@ -27,11 +27,11 @@ def train(name: str, steps: int, *settings: str, run: Path | None = None, **opti
     recipe = load(name, [*SMALL, *settings, f"train.steps={steps}"])
     if run is not None:
         run.mkdir(parents=True, exist_ok=True)
-    trainer = Accounted(recipe, run, **options)
+    account = Accounted(recipe, run, **options)
     if run is not None:
-        trainer.resume()
-    trainer.fit()
-    return trainer
+        account.resume()
+    account.fit()
+    return account
 
 
 def drive_account(folder: Path) -> None:
@@ -41,13 +41,13 @@ def drive_account(folder: Path) -> None:
     budget = Budget("calls", 41 * 18)
     settings = ("method.teacher_steps=1", "train.checkpoint_every=7", "train.ema=[0.9]")
 
-    def cut(trainer: Any) -> None:
-        if trainer.progress.done == 19:
+    def cut(account: Any) -> None:
+        if account.trainer.progress.done == 19:
             os.kill(os.getpid(), signal.SIGKILL)
 
     def go(name: str, **options: Any) -> list[float]:
-        trainer = train("toy/kd", 60, *settings, run=folder / name, budget=budget, **options)
-        return [trainer.progress.done, trainer.spent.calls, trainer.spent.seconds]
+        account = train("toy/kd", 60, *settings, run=folder / name, budget=budget, **options)
+        return [account.trainer.progress.done, account.spent.calls, account.spent.seconds]
 
     told = {"whole": go("whole")}
     assert killed(in_child(lambda: go("cut", watch=cut)))
@@ -59,7 +59,7 @@ def drive_compare(folder: Path, *recipes: str) -> None:
     """killed/ gets a SIGKILL in the second run and is continued; straight/ is left alone. Runs are forked."""
     from fewstep.cli import main
     from fewstep.commands.compare import compare
-    from fewstep.commands.compare.budget import Accounted
+    from fewstep.train.trainer import Trainer
 
     compare.start_method = lambda: multiprocessing.get_context("fork")
 
@@ -68,7 +68,7 @@ def drive_compare(folder: Path, *recipes: str) -> None:
             main(["compare", *only, *ARGUMENTS, "--out", str(folder / out), *more])
         assert left.value.code == 0
 
-    save, struck = Accounted.save, folder / "struck"
+    save, struck = Trainer.save, folder / "struck"
 
     def strike(self: Any) -> None:
         """Kill the process that compares when the second run has its third checkpoint."""
@@ -77,7 +77,7 @@ def drive_compare(folder: Path, *recipes: str) -> None:
             struck.touch()
             os.kill(os.getppid(), signal.SIGKILL)
 
-    Accounted.save = strike  # type: ignore[method-assign]
+    Trainer.save = strike  # type: ignore[method-assign]
     assert killed(in_child(lambda: run("killed")))
     time.sleep(0.5)  # the orphaned run sees that nobody waits for it
     print(json.dumps(sorted(str(p.relative_to(folder / "killed")) for p in folder.rglob("result.json"))))

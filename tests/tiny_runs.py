@@ -254,7 +254,7 @@ def record_gradients(run: Path, *settings: str) -> list[tuple[str, torch.Tensor]
 
 def launched(folder: Path) -> None:
     """What each of two launched processes runs: a run, then one whose first process alone gets a SIGTERM."""
-    from fewstep.train.trainer import Trainer
+    from fewstep.train.trainer import Hooks, Trainer
 
     seen = record_gradients(folder / "two")
     rank = int(os.environ["RANK"])
@@ -265,7 +265,7 @@ def launched(folder: Path) -> None:
             os.kill(os.getpid(), signal.SIGTERM)
 
     (folder / "stopped").mkdir(exist_ok=True)
-    trainer = Trainer(tiny(*SPLIT, "train.steps=50"), folder / "stopped", cpu=True, on_step=stop)
+    trainer = Trainer(tiny(*SPLIT, "train.steps=50"), folder / "stopped", cpu=True, hooks=Hooks(on_step=stop))
     try:
         trainer.fit()
     except KeyboardInterrupt:

@@ -24,7 +24,7 @@ from fewstep.files import commit
 from fewstep.recipe.schema import Recipe
 from fewstep.recipe.store import load, shipped
 from fewstep.train.product import product_of
-from fewstep.train.trainer import Trainer
+from fewstep.train.trainer import Hooks, Trainer
 
 SAMPLES = 4000
 
@@ -85,7 +85,7 @@ def train(name: str, steps: int, seed: int) -> Outcome:
         if t.progress.stage == len(recipe.before) and t.progress.step == 0:
             initial = measure(t, recipe, real, t.roles.student)
 
-    trainer = Trainer(recipe, None, on_step=on_step, cpu=True)
+    trainer = Trainer(recipe, None, hooks=Hooks(on_step=on_step), cpu=True)
     real, floor = reference(trainer.data)
     if not recipe.before:
         initial = measure(trainer, recipe, real, trainer.roles.student)

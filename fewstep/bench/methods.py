@@ -193,11 +193,11 @@ def prepare(name: str, settings: Sequence[str] = ()) -> tuple[Trainer, Callable[
     trainer = Trainer(recipe, cpu=not torch.cuda.is_available())
     stage = recipe.stages()[-1]
     trainer.progress.stage = len(recipe.before)
-    trainer._begin(stage)
+    trainer.loop.begin(stage)
     # Step 1: what comes at every n-th step (R1, curricula's first) has been at step 0.
     trainer.progress.step = 1
 
-    return trainer, lambda: trainer.step(stage)
+    return trainer, lambda: trainer.loop.step(stage)
 
 
 def replay_of(trainer: Trainer, step: Callable[[], None]) -> tuple[list[Call], Callable[[], None]]:

@@ -36,10 +36,10 @@ def ours(recipe: Recipe) -> Callable[[], None]:
     """One step of the trainer."""
     trainer = Trainer(recipe, cpu=True)
     stage = recipe.stages()[-1]
-    trainer._begin(stage)
+    trainer.loop.begin(stage)
 
     def step() -> None:
-        trainer.step(stage)
+        trainer.loop.step(stage)
         trainer.progress.step += 1
 
     return step

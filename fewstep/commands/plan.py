@@ -21,6 +21,7 @@ from fewstep.recipe.schema import Recipe, Stage
 from fewstep.recipe.store import load
 from fewstep.train.live import Live, allocated, bytes_of, fake_mode, make_fake
 from fewstep.train.product import product_of
+from fewstep.train.session import Session
 from fewstep.train.trainer import Trainer
 
 MIB = 2**20
@@ -101,19 +102,23 @@ def measured(recipe: Recipe, *, cpu: bool = False) -> int:
     trainer, worst = Trainer(recipe, cpu=cpu), 0
     for number, stage in enumerate(recipe.stages()):
         trainer.progress.stage = number
-        trainer._begin(stage)
-        trainer.step(stage)
+        trainer.loop.begin(stage)
+        trainer.loop.step(stage)
         if trainer.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
-            trainer.step(stage)
+            trainer.loop.step(stage)
             worst = max(worst, torch.cuda.max_memory_allocated())
             continue
-        modules = [*trainer.roles.values(), *(e.module for e in trainer.ema)]
+        modules = [*trainer.roles.values(), *(e.module for e in trainer.session.ema)]
         stay = [t for m in modules for t in (*m.parameters(), *m.buffers())]
         stay += [
-            v for o in trainer.optim.values() for s in o.adam.state.values() for v in s.values() if v.ndim
+            v
+            for o in trainer.loop.optim.values()
+            for s in o.adam.state.values()
+            for v in s.values()
+            if v.ndim
         ]
-        worst = max(worst, bytes_of(stay) + allocated(lambda stage=stage: trainer.step(stage)))
+        worst = max(worst, bytes_of(stay) + allocated(lambda stage=stage: trainer.loop.step(stage)))
     return worst
 
 
@@ -151,7 +156,7 @@ def _alternatives(recipe: Recipe, processes: int) -> Iterator[tuple[str, Recipe]
         yield "train.parallel=fsdp", changed(parallel="fsdp")
 
 
-def _plain_trainer(recipe: Recipe) -> Trainer:
+def _plain_session(recipe: Recipe) -> Session:
     """Its roles, on the CPU as one process; what the switches change is traced or counted."""
     off: dict[str, Any] = {
         "offload": False,
@@ -161,7 +166,7 @@ def _plain_trainer(recipe: Recipe) -> Trainer:
         "trackers": (),
     }
     train = replace(recipe.train, batch=1, accumulate=1, parallel="ddp", attention="auto", **off)
-    return Trainer(replace(recipe, train=train), None, cpu=True)
+    return Session(replace(recipe, train=train), cpu=True)
 
 
 class _Tracer:
@@ -170,15 +175,14 @@ class _Tracer:
     def __init__(self, recipe: Recipe, processes: int) -> None:
         from fewstep.export.forecast import warning
 
-        trainer = self.trainer = _plain_trainer(recipe)
-        self.export = warning(partial(product_of, recipe, trainer.product, trainer.data, "student"))
+        session = self.session = _plain_session(recipe)
+        self.export = warning(partial(product_of, recipe, session.product, session.data, "student"))
         self.processes = processes
         self.mode = fake_mode()
-        self.roles = dict(self.trainer.roles)
-        self.ema = sum(bytes_of(own_parameters(e.module)) for e in self.trainer.ema) // max(
-            len(self.trainer.ema), 1
-        )
-        self.trainer.ema = []
+        self.roles = dict(session.roles)
+        averages = [bytes_of(own_parameters(e.module)) for e in session.ema]
+        self.ema = sum(averages) // max(len(averages), 1)
+        session.ema = []
         self.reason = ""
         try:
             make_fake(self.roles.values(), self.mode)
@@ -247,22 +251,22 @@ class _Tracer:
             return self._trace(stage, micro, bf16, nullcontext())
 
     def _rebuild(self, recipe: Recipe) -> None:
-        self.trainer = _plain_trainer(replace(recipe, train=replace(recipe.train, ema=())))
-        self.roles = dict(self.trainer.roles)
+        self.session = _plain_session(replace(recipe, train=replace(recipe.train, ema=())))
+        self.roles = dict(self.session.roles)
         if recipe.train.checkpointing:
             for name, module in self.roles.items():
                 if name != "teacher":
                     enable_checkpointing(module)
 
     def _trace(self, stage: Stage, micro: int, bf16: bool, mode: Any) -> Turns:
-        trainer, turns = self.trainer, Turns()
-        trainer.roles = Roles(**self.roles)
-        trainer._make_state(stage)
-        roles = trainer.roles
+        session, turns = self.session, Turns()
+        session.roles = Roles(**self.roles)
+        session.make_state(stage)
+        roles = session.roles
         cast = torch.autocast("cpu", torch.bfloat16) if bf16 else nullcontext()
         known = [t for m in roles.values() for t in (*m.parameters(), *m.buffers())]
         known += [t for m in roles.values() if isinstance(m, Adapted) for t in m.base.parameters()]
-        trainer.recipe = replace(trainer.recipe, train=replace(trainer.recipe.train, batch=micro))
+        session.recipe = replace(session.recipe, train=replace(session.recipe.train, batch=micro))
         for number, turn in enumerate(stage.method.turns(roles, 0)):  # type: ignore[attr-defined]
             roles.train_only(*turn.updates)
             called: set[str] = set()
@@ -270,7 +274,7 @@ class _Tracer:
             live = Live(known)
             try:
                 with mode, live, cast:
-                    for losses in turn.losses(turn.batch(0) or trainer.batch(stage, (number, 0), 0)):
+                    for losses in turn.losses(turn.batch(0) or session.batch(stage, (0, 0, number, 0), 0)):
                         losses.total().backward()
             finally:
                 for hook in hooks:

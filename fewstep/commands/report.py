@@ -21,7 +21,7 @@ GRID = 100
 
 def first_teacher(trainer: Trainer) -> Any:
     """The recipe's teacher, or None; built again where stages have written into its module, or it is sharded."""
-    if not trainer.recipe.overwrites_teacher() and not trainer.sharded:
+    if not trainer.recipe.overwrites_teacher() and not trainer.session.sharded:
         return trainer.roles.get("teacher")
     teacher = build_roles(trainer.recipe, trainer.data).get("teacher")
     return teacher.to(trainer.device) if teacher is not None else None

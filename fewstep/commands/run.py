@@ -32,7 +32,7 @@ from fewstep.recipe.diff import differences
 from fewstep.recipe.schema import Recipe
 from fewstep.recipe.store import dump, load, load_run, shipped
 from fewstep.train.product import open_product, product_of
-from fewstep.train.trainer import Trainer
+from fewstep.train.trainer import Hooks, Trainer
 
 
 def prepare(recipe: Recipe, run: Path, resume: bool, force: bool) -> None:
@@ -127,7 +127,7 @@ def _say_export(trainer: Trainer) -> None:
     recipe = trainer.recipe
     built = partial(product_of, recipe, trainer.product, trainer.data, "student")
     # A sharded network is in parts that act together only; its recipe tells the same.
-    told = warning(partial(outlined, recipe) if trainer.sharded else built)
+    told = warning(partial(outlined, recipe) if trainer.session.sharded else built)
     if told:
         console.print(f"note: this run {told}", soft_wrap=True, highlight=False, markup=False)
 
@@ -149,7 +149,7 @@ def _train(trainer: Trainer, run: Path, main: bool) -> None:
         if t.log and main:
             t.log.write({"done": t.progress.done, "evaluation": row.row()})
 
-    trainer.hooks = (on_sample, on_eval, None)
+    trainer.hooks = Hooks(on_sample, on_eval)
     if not main:
         trainer.fit()
         return
@@ -174,7 +174,7 @@ def _train(trainer: Trainer, run: Path, main: bool) -> None:
                     f"step {t.progress.done}/{t.total_steps}  {text}", soft_wrap=True, highlight=False
                 )
 
-        trainer.hooks = (on_sample, on_eval, on_step)
+        trainer.hooks = Hooks(on_sample, on_eval, on_step)
         trainer.fit()
 
 
@@ -187,7 +187,7 @@ def readings(record: dict[str, Any]) -> str:
 def finish(trainer: Trainer, run: Path) -> None:
     """Table, side-by-side picture, report and export of a finished run."""
     recipe = trainer.recipe
-    if trainer.sharded:  # the parts act together only; this is one process
+    if trainer.session.sharded:  # the parts act together only; this is one process
         student = open_product(run)
     else:
         student = product_of(recipe, trainer.product.eval(), trainer.data, "student", trainer.progress.done)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,15 +15,20 @@ from fewstep.algebra.sampling import Sampler, sample
 from fewstep.data.base import Data
 from fewstep.networks.roles import Roles
 
+Source = Callable[["Pairs", nn.Module, Sampler, float, Callable[[], None]], None]
+"""Fills (pairs, teacher, sampler, guidance, make): from what it keeps, or by calling `make` and keeping that."""
+
 
 class Pairs(nn.Module):
     """A bank of `count` pairs (noise, teacher's sample, condition). Only samples and conditions take memory.
 
-    The noise of pair k is a pure function of k. Conditions are one tensor or None.
+    The noise of pair k is a pure function of k. Conditions are one tensor or None. `source`, where it is set, is asked
+    before the teacher is.
     """
 
     x0: Tensor
     filled: Tensor
+    source: Source | None = None
 
     def __init__(self, count: int, data: Data) -> None:
         super().__init__()
@@ -42,9 +49,18 @@ class Pairs(nn.Module):
         """The start noise float32 of pairs `index` (b,)."""
         return Draws(fold("pairs", "noise"), index).normal(*self.shape)
 
-    @torch.no_grad()
     def fill(self, roles: Roles, sampler: Sampler, guidance: float = 1.0, batch: int = 256) -> None:
         """Solve the teacher's ODE for the pairs that are still missing."""
+        if int(self.filled) == len(self.x0):
+            return
+        make = partial(self._solve, roles, sampler, guidance, batch)
+        if self.source is None:
+            make()
+        else:
+            self.source(self, roles.teacher, sampler, guidance, make)
+
+    @torch.no_grad()
+    def _solve(self, roles: Roles, sampler: Sampler, guidance: float, batch: int) -> None:
 
         class Teacher(nn.Module):
             process = roles.teacher.process

@@ -153,17 +153,17 @@ def test_training_leaves_the_teacher_as_it_was(teacher: Path):
 def test_an_average_of_an_adapter_has_no_base_of_its_own(teacher: Path):
     trainer = trainer_of(teacher, *ROLES["two sets"], "train.ema=[0.9, 0.99]")
     base = trainer.roles.teacher
-    assert all(isinstance(e.module, Adapted) and e.module.base is base for e in trainer.ema)
+    assert all(isinstance(e.module, Adapted) and e.module.base is base for e in trainer.session.ema)
     assert trainer.roles.student.base is base
     assert trainer.roles.critic.base is base
     count = sum(p.numel() for p in trainer.roles.student.parameters())
-    assert sum(p.numel() for p in trainer.ema[0].module.parameters()) == count
+    assert sum(p.numel() for p in trainer.session.ema[0].module.parameters()) == count
     weights = [p.clone() for p in trainer.roles.student.parameters()]
     with torch.no_grad():
         for p in trainer.roles.student.parameters():
             p += 1
-    trainer.ema[0].update(trainer.roles.student)  # warm-up: the first decay is 1/10
-    for old, p in zip(weights, trainer.ema[0].module.parameters(), strict=True):
+    trainer.session.ema[0].update(trainer.roles.student)  # warm-up: the first decay is 1/10
+    for old, p in zip(weights, trainer.session.ema[0].module.parameters(), strict=True):
         torch.testing.assert_close(p, old + 0.9)
 
 
@@ -173,10 +173,10 @@ def test_stages_copy_between_adapters_and_between_full_networks(teacher: Path):
     trainer = trainer_of(teacher, *sets, stage, "copy={critic: student}", "train.steps=1")
     trainer.fit()
     trainer.progress.stage, trainer.progress.step = 1, 0
-    trainer._begin(trainer.recipe.stages()[1])
+    trainer.loop.begin(trainer.recipe.stages()[1])
     assert same(own_state(trainer.roles.critic), own_state(trainer.roles.student)) == []
     mixed = trainer_of(teacher, *ROLES["student full"], stage, "copy={student: teacher}", "train.steps=1")
-    mixed._begin(mixed.recipe.stages()[1])
+    mixed.loop.begin(mixed.recipe.stages()[1])
     assert same(own_state(mixed.roles.student), own_state(mixed.roles.teacher)) == []
 
 

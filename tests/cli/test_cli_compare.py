@@ -136,12 +136,15 @@ def test_a_bank_of_pairs_is_made_once_and_charged_to_all(tmp_path: Path):
     assert len(made) == 1
     assert first.spent.calls == second.spent.calls == alone.spent.calls
     for a, b in ((first, second), (second, alone)):
-        torch.testing.assert_close(a.roles.state.x0, b.roles.state.x0, rtol=0, atol=0)
+        torch.testing.assert_close(a.trainer.roles.state.x0, b.trainer.roles.state.x0, rtol=0, atol=0)
     assert torch.equal(
-        second.product.state_dict()["net.last.weight"], alone.product.state_dict()["net.last.weight"]
+        second.trainer.product.state_dict()["net.last.weight"],
+        alone.trainer.product.state_dict()["net.last.weight"],
     )
-    pairs = Pairs(50, second.data)
-    keys = {bank_key(second.roles.teacher, pairs, many_step(n), g) for n in (3, 4) for g in (1.0, 2.0)}
+    pairs = Pairs(50, second.trainer.data)
+    keys = {
+        bank_key(second.trainer.roles.teacher, pairs, many_step(n), g) for n in (3, 4) for g in (1.0, 2.0)
+    }
     assert len(keys) == 4
     made[0].write_bytes(made[0].read_bytes()[:-40])
     again = train("toy/dmd", 2, *settings, banks=tmp_path)  # a damaged bank is made anew

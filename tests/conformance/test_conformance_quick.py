@@ -16,7 +16,7 @@ from fewstep.eval import energy_distance
 from fewstep.algebra.draws import Draws, fold
 from fewstep.recipe.store import load, shipped
 from fewstep.train.product import product_of
-from fewstep.train.trainer import Trainer
+from fewstep.train.trainer import Hooks, Trainer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -75,7 +75,7 @@ def run(name: str, steps: int) -> tuple[float, float]:
         if t.progress.done == WARM:
             kept.append(copy.deepcopy(t.roles.student))
 
-    trainer = Trainer(recipe, None, on_step=keep, cpu=True)
+    trainer = Trainer(recipe, None, hooks=Hooks(on_step=keep), cpu=True)
     if not whole.before:
         kept.append(copy.deepcopy(trainer.roles.student))
     trainer.fit()

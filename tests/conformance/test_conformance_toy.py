@@ -11,7 +11,7 @@ from fewstep.eval import energy_distance
 
 from fewstep.algebra.sampling import Sampler, sample, seeded
 from fewstep.recipe.store import load
-from fewstep.train.trainer import Trainer
+from fewstep.train.trainer import Hooks, Trainer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -37,7 +37,7 @@ def trained(*settings: str) -> tuple[Any, Any, torch.Tensor]:
         if trainer.progress.done == warm:
             kept.append(copy.deepcopy(trainer.roles.student))
 
-    trainer = Trainer(recipe, None, on_step=keep, cpu=True)
+    trainer = Trainer(recipe, None, hooks=Hooks(on_step=keep), cpu=True)
     trainer.fit()
     assert trainer.progress.skipped == 0
     return kept[0], trainer.product, trainer.data.all()[0]

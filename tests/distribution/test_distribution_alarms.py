@@ -11,7 +11,7 @@ from fewstep.eval import energy_distance
 from fewstep.commands.health import alarms
 from fewstep.recipe.store import load
 from fewstep.train.product import product_of
-from fewstep.train.trainer import Trainer
+from fewstep.train.trainer import Hooks, Trainer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -62,7 +62,7 @@ def told(name: str, steps: int, *settings: str, every: int = 0) -> Story:
             x = product_of(recipe, t.roles.student, t.data, "student").draw(1000, 1000)
             energy.append((done, 1000 * energy_distance(x.double(), real)))
 
-    trainer = Trainer(recipe, None, on_step=on_step, cpu=True)
+    trainer = Trainer(recipe, None, hooks=Hooks(on_step=on_step), cpu=True)
     real = trainer.data.all()[0][:1000].double()
     trainer.fit()
     return Story({k: v - first for k, v in alarms(rows).items()}, energy)

@@ -97,7 +97,7 @@ def test_phases_begin_with_a_fresh_critic_and_train_one_expert_each():
     again.roles["start"].load_state_dict(start)
     for p in again.roles.critic.parameters():
         p.data.add_(3.0)
-    again._begin(one.stages()[2])
+    again.loop.begin(one.stages()[2])
     assert all(torch.equal(start[k], v) for k, v in again.roles.critic.state_dict().items())
 
 
@@ -181,7 +181,7 @@ def test_pairs_are_solved_once_and_kept_in_the_state():
     trainer.fit()
     bank: Any = trainer.roles["state"]
     assert int(bank.filled) == 20
-    assert "state" in trainer.modules()
+    assert "state" in trainer.session.modules()
     kept = bank.x0.clone()
     bank.fill(trainer.roles, recipe_sampler(), 1.0)
     assert torch.equal(kept, bank.x0)

@@ -18,7 +18,7 @@ from tiny_runs import TINY, contents, environment, names, records, same, tiny, t
 from fewstep.commands.run import prepare
 from fewstep.config import UserError
 from fewstep.train.state import checkpoints, read_state
-from fewstep.train.trainer import Trainer
+from fewstep.train.trainer import Hooks, Trainer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -280,7 +280,7 @@ def test_sigterm_saves_and_exits_130(tmp_path: Path):
             raise Enough
 
     for trainer in (continued, reference):
-        trainer.hooks = (None, None, stop)
+        trainer.hooks = Hooks(on_step=stop)
         with pytest.raises(Enough):
             trainer.fit()
     assert records(run)[-1]["done"] == upto
@@ -300,10 +300,10 @@ def test_a_student_that_never_moves_stops_the_run(monkeypatch: pytest.MonkeyPatc
         "stopped at step 2: 3 updates of student in a row had non-finite gradients"
     )
     assert trainer.progress.skipped == 3
-    assert trainer.optim["student"].updates == 0
-    assert trainer.optim["critic+discriminator"].updates == 4
+    assert trainer.loop.optim["student"].updates == 0
+    assert trainer.loop.optim["critic+discriminator"].updates == 4
     assert same(start, list(trainer.roles.student.parameters())) == []
-    assert same(start, list(trainer.ema[0].module.parameters())) == []
+    assert same(start, list(trainer.session.ema[0].module.parameters())) == []
 
 
 def test_log_cut_drops_what_a_kill_left(tmp_path: Path):

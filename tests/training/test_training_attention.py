@@ -78,6 +78,6 @@ def test_checkpointing_recomputes_with_the_attention_of_the_forward() -> None:
 def test_an_implementation_without_tangents_is_refused_for_a_method_that_needs_them(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("fewstep.train.trainer.check_device", lambda impl, device: None)
+    monkeypatch.setattr("fewstep.train.session.check_device", lambda impl, device: None)
     with pytest.raises(UserError, match=r"^train\.attention: 'xformers' has no tangent.*use auto"):
         Trainer(meanflow("xformers"), cpu=True)

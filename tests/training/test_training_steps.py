@@ -59,10 +59,10 @@ def test_every_update_of_a_step_sees_its_own_noise_and_data(monkeypatch: pytest.
     monkeypatch.setattr(DMD2, "critic_losses", watch)
     trainer, stage = trainer_of(recipe(lr=1e-12))
     hook = trainer.roles.student.register_forward_hook(lambda m, args, out: inputs.append(args[0].clone()))
-    trainer.step(stage)
+    trainer.loop.step(stage)
     first_step = list(keys)
     trainer.progress.step += 1
-    trainer.step(stage)
+    trainer.loop.step(stage)
     hook.remove()
     assert len(first_step) == 5
     assert len(set(keys)) == 10
@@ -78,7 +78,7 @@ def test_a_step_repeats_itself_exactly() -> None:
     states = []
     for _ in range(2):
         trainer, stage = trainer_of(recipe())
-        trainer.step(stage)
+        trainer.loop.step(stage)
         states.append(
             {f"{n}.{k}": v.clone() for n in trainer.roles for k, v in trainer.roles[n].state_dict().items()}
         )
@@ -101,8 +101,8 @@ def collected(r: Recipe, monkeypatch: pytest.MonkeyPatch, *, micro: int | None =
         trainer, stage = trainer_of(r)
         for module in trainer.roles.values():
             module.double()
-        trainer.ema.clear()  # made in float32 before
-        trainer.step(stage)
+        trainer.session.ema.clear()  # made in float32 before
+        trainer.loop.step(stage)
     return found
 
 
@@ -152,8 +152,8 @@ def test_each_turn_moves_its_roles_alone() -> None:
     for number, want in enumerate(expected):
         turn = next(turns)
         trainer.roles.train_only(*turn.updates)
-        optimizer = trainer.optimizer(turn.updates, stage, turn.times)
-        assert trainer._update(turn, optimizer, stage, (number, 0))
+        optimizer = trainer.loop.optimizer(turn.updates, stage, turn.times)
+        assert trainer.loop.update(turn, optimizer, stage, (number, 0))
         assert moved() == want
         # Nothing is left over for the other role's next step.
         assert all(p.grad is None for n in trainer.roles for p in trainer.roles[n].parameters())
@@ -162,10 +162,10 @@ def test_each_turn_moves_its_roles_alone() -> None:
 def test_two_time_scales_are_counted() -> None:
     trainer, stage = trainer_of(recipe(DMD2(critic_steps=4, gan_weight=0.1)))
     for _ in range(3):
-        trainer.step(stage)
+        trainer.loop.step(stage)
         trainer.progress.step += 1
-    assert {k: o.updates for k, o in trainer.optim.items()} == {"student": 3, "critic+discriminator": 12}
-    assert [e.updates for e in trainer.ema] == [3]
+    assert {k: o.updates for k, o in trainer.loop.optim.items()} == {"student": 3, "critic+discriminator": 12}
+    assert [e.updates for e in trainer.session.ema] == [3]
 
 
 def test_gradient_clipping_is_by_the_norm_of_the_turn(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -184,12 +184,12 @@ def test_non_finite_updates_are_refused_counted_and_finally_stop_the_run() -> No
     before = {k: v.clone() for k, v in trainer.roles.critic.state_dict().items()}
     student = {k: v.clone() for k, v in trainer.roles.student.state_dict().items()}
     with pytest.raises(UserError, match="3 updates of critic in a row had non-finite gradients"):
-        trainer.step(stage)
+        trainer.loop.step(stage)
     after = trainer.roles.critic.state_dict()
     assert all(torch.equal(torch.nan_to_num(before[k]), torch.nan_to_num(after[k])) for k in before)
     # The student's update, which the NaN critic spoiled, was refused too, and left no trace.
     assert all(torch.equal(v, student[k]) for k, v in trainer.roles.student.state_dict().items())
-    assert trainer.ema[0].updates == 0
+    assert trainer.session.ema[0].updates == 0
     assert trainer.progress.skipped == 4
 
 
@@ -197,16 +197,16 @@ def test_a_refused_student_step_leaves_its_average_alone() -> None:
     trainer, stage = trainer_of(recipe(Denoise(times=Uniform(low=0.1, high=0.9), weight="x0"), max_skips=9))
     with torch.no_grad():
         trainer.roles.student.net.last.weight[0, 0] = float("inf")  # type: ignore[union-attr,index]
-    trainer.step(stage)
-    assert trainer.ema[0].updates == 0
+    trainer.loop.step(stage)
+    assert trainer.session.ema[0].updates == 0
     assert trainer.progress.skipped == 1
 
 
 def test_split_of_a_batch_over_micro_batches_keeps_rows() -> None:
     whole_trainer, stage = trainer_of(recipe())
-    whole = whole_trainer.batch(stage, (1, 2), 0)
+    whole = whole_trainer.loop.batch(stage, (1, 2), 0)
     parts_trainer, stage = trainer_of(recipe(accumulate=3))
-    parts = [parts_trainer.batch(stage, (1, 2), i) for i in range(3)]
+    parts = [parts_trainer.loop.batch(stage, (1, 2), i) for i in range(3)]
     assert torch.equal(torch.cat([p.data() for p in parts]), whole.data())
     assert torch.equal(torch.cat([p.cond for p in parts]), whole.cond)
     assert torch.equal(torch.cat([p.noise() for p in parts]), whole.noise())
@@ -295,9 +295,9 @@ def test_learning_rate_schedules() -> None:
 
 def test_one_role_in_two_optimisers_is_refused() -> None:
     trainer, stage = trainer_of(recipe())
-    trainer.optimizer(("critic",), stage, 1)
+    trainer.loop.optimizer(("critic",), stage, 1)
     with pytest.raises(ValueError, match="two optimisers"):
-        trainer.optimizer(("critic", "discriminator"), stage, 1)
+        trainer.loop.optimizer(("critic", "discriminator"), stage, 1)
 
 
 def test_batch_that_does_not_split_is_refused() -> None:

@@ -93,19 +93,19 @@ def test_idle_roles_leave_and_come_back_when_called(teacher: Path, monkeypatch: 
     heads = "discriminator={trunk: critic, taps: [mid], width: 8}"  # on the teacher they would call it in both turns
     recipe = load("digits-dmd2", [*student_settings(teacher), *LINEAR, heads])
     trainer = Trainer(recipe, cpu=True)
-    trainer.offload = switches.Offload(trainer.roles, device)
+    trainer.session.offload = switches.Offload(trainer.roles, device)
     stage, name = recipe.stages()[-1], {id(m): n for n, m in trainer.roles.items()}
-    trainer.step(stage)
+    trainer.loop.step(stage)
     assert moves == []  # the first turn of each kind learns
-    trainer.step(stage)
+    trainer.loop.step(stage)
     told = [(name[id(m)], to) for m, to in moves]
     # The student's turn calls all four; the critic's has no use for the teacher.
     assert told == [("teacher", "cpu")]
-    trainer.step(stage)
+    trainer.loop.step(stage)
     told = [(name[id(m)], to) for m, to in moves]
     assert told == [("teacher", "cpu"), ("teacher", "cpu:0"), ("teacher", "cpu")]
-    assert trainer.offload.called[("student",)] >= {"teacher", "student", "critic"}
-    assert "teacher" not in trainer.offload.called[("critic", "discriminator")]
+    assert trainer.session.offload.called[("student",)] >= {"teacher", "student", "critic"}
+    assert "teacher" not in trainer.session.offload.called[("critic", "discriminator")]
 
 
 def test_eight_bit_moments_ask_for_their_package(teacher: Path, monkeypatch: pytest.MonkeyPatch):
@@ -150,7 +150,7 @@ def test_a_shared_rollout_saves_one_and_keeps_its_conditions(teacher: Path, monk
             lambda _m, _a, out, calls=calls: calls.append(out.x0.detach())
         )
         given.clear()
-        trainer.step(trainer.recipe.stages()[-1])
+        trainer.loop.step(trainer.recipe.stages()[-1])
         counts.append(len(calls))
     # Two micro-batches: the student's own two calls, and those of the second and third critic update.
     assert counts == [8, 6]

@@ -12,7 +12,7 @@ from tiny_teacher import make_teacher
 from fewstep.commands.report import first_teacher
 from fewstep.config import RecipeError
 from fewstep.recipe.store import load
-from fewstep.train.trainer import Trainer
+from fewstep.train.trainer import Hooks, Trainer
 
 SHORT = ["train.batch=6", "train.sample_every=0", "train.log_every=1", "evaluate=null", "train.steps=2"]
 STAGES = [f"before.{i}.steps=2" for i in range(3)]
@@ -37,7 +37,7 @@ def trained(settings: list[str]) -> tuple[Trainer, list[dict[str, Any]], list[in
         losses.append({k: v for k, v in t.last_record.items() if k not in ("seconds",)})
         places.append(next(t.roles.teacher.parameters()).data_ptr())
 
-    trainer = Trainer(load("digits-progressive", settings), None, on_step=on_step, cpu=True)
+    trainer = Trainer(load("digits-progressive", settings), None, hooks=Hooks(on_step=on_step), cpu=True)
     places.append(next(trainer.roles.teacher.parameters()).data_ptr())
     trainer.fit()
     return trainer, losses, places
@@ -74,7 +74,10 @@ def test_a_resumed_run_finds_the_overwritten_teacher(tmp_path: Path) -> None:
     whole, _, _ = trained(settings)
     recipe = load("digits-progressive", settings)
     stopped = Trainer(
-        recipe, tmp_path, on_step=lambda t: t._ask_to_stop() if t.progress.done == 5 else None, cpu=True
+        recipe,
+        tmp_path,
+        hooks=Hooks(on_step=lambda t: t._ask_to_stop() if t.progress.done == 5 else None),
+        cpu=True,
     )
     with pytest.raises(KeyboardInterrupt):
         stopped.fit()

@@ -282,7 +282,7 @@ def test_rcm_adds_the_gradients_of_scm_and_score_difference() -> None:
     roles = trainer.roles
     stage = recipe.stages()[-1]
     trainer.progress.stage, trainer.progress.step = 1, 1
-    batch = trainer.batch(stage, (0, 0), 0)
+    batch = trainer.loop.batch(stage, (0, 0), 0)
 
     def gradient(method: Any, draws: Draws) -> Tensor:
         roles.train_only("student")

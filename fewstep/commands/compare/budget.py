@@ -24,8 +24,9 @@ from fewstep.files import atomic_path
 from fewstep.methods.pairs import Pairs
 from fewstep.networks.analytic import Mixture
 from fewstep.networks.denoiser import Denoiser
+from fewstep.networks.roles import Roles
 from fewstep.recipe.schema import Recipe, Stage
-from fewstep.train.trainer import Trainer
+from fewstep.train.trainer import Hooks, Trainer
 
 PROBE = 5
 """Steps of each stage that are taken to learn what one costs; the first is not counted among them."""
@@ -71,6 +72,19 @@ class Spent:
     calls: int = 0
     cpu_seconds: float = 0.0
     """Processor time of all threads: unlike `seconds`, what other programs do on the machine does not change it."""
+
+    def plus(self, other: Spent, sign: int = 1) -> Spent:
+        """Both together; `done` stays."""
+        return Spent(
+            self.done,
+            self.seconds + sign * other.seconds,
+            self.calls + sign * other.calls,
+            self.cpu_seconds + sign * other.cpu_seconds,
+        )
+
+    def minus(self, other: Spent) -> Spent:
+        """What came after another."""
+        return self.plus(other, -1)
 
     def of(self, budget: Budget) -> float:
         """In the budget's unit, seconds or calls."""
@@ -181,8 +195,8 @@ def lengths(recipe: Recipe, budget: Budget, costs: Sequence[tuple[float, float]]
     return [1 + round((n - 1) * share) for n in planned]
 
 
-class Accounted(Trainer):
-    """A trainer that keeps account and ends when the budget is spent, with a checkpoint.
+class Accounted:
+    """A trainer whose account is kept, and that ends with a checkpoint when the budget is spent.
 
     Args:
         banks: folder in which banks of teacher pairs are kept, shared by all runs; None keeps none. What a bank
@@ -201,112 +215,96 @@ class Accounted(Trainer):
         banks: Path | None = None,
         watch: Callable[[Accounted], None] | None = None,
     ) -> None:
-        super().__init__(recipe, None)
-        if self.accelerator.num_processes > 1:
+        hooks = Hooks(on_step=self._stepped, on_save=self._saved, on_state=self._made_state)
+        self.trainer = Trainer(recipe, None, hooks=hooks)
+        if self.trainer.accelerator.num_processes > 1:
             raise UserError("compare: start it as one process; it trains one run after the other")
         self.budget, self.banks, self.watch = budget, banks, watch
-        self.spent = Spent()
-        self._calls = Calls(self.roles.values())
-        self._calls_before = 0
-        self._seconds_before = self._cpu_before = 0.0
+        self.spent, self._before = Spent(), Spent()
+        self._calls = Calls(self.trainer.roles.values())
         self._started, self._cpu_started = time.perf_counter(), time.process_time()
-        self.hooks = (None, None, Accounted._stepped)  # type: ignore[assignment]
         if run is not None:
-            self.attach(run)
+            self.trainer.attach(run)
 
     def settle(self) -> Spent:
         """The account at this moment."""
         self.spent = Spent(
-            self.progress.done,
-            self._seconds_before + time.perf_counter() - self._started,
-            self._calls_before + self._calls.total,
-            self._cpu_before + time.process_time() - self._cpu_started,
+            self.trainer.progress.done,
+            self._before.seconds + time.perf_counter() - self._started,
+            self._before.calls + self._calls.total,
+            self._before.cpu_seconds + time.process_time() - self._cpu_started,
         )
         return self.spent
 
-    def charge(self, seconds: float, calls: int, cpu_seconds: float) -> None:
+    def charge(self, cost: Spent) -> None:
         """Add what was not spent here but must count."""
-        self._seconds_before += seconds
-        self._calls_before += calls
-        self._cpu_before += cpu_seconds
+        self._before = self._before.plus(cost)
 
     def fit(self) -> None:
         """Train to the end or until the budget is spent."""
         self._started, self._cpu_started = time.perf_counter(), time.process_time()
         try:
             if not self.used_up():
-                super().fit()
+                self.trainer.fit()
         except BudgetSpent:
             pass
-        if self.progress.stage < len(self.recipe.before):
+        stage, before = self.trainer.progress.stage, len(self.trainer.recipe.before)
+        if stage < before:
             raise UserError(
-                f"the budget was spent in stage {self.progress.stage + 1} of {len(self.recipe.before) + 1}: "
+                f"the budget was spent in stage {stage + 1} of {before + 1}: "
                 "its steps cost more than when they were probed"
             )
 
-    def _stepped(self) -> None:
-        self.settle()
-        if self.watch:
-            self.watch(self)
-        if self.progress.stage < len(self.recipe.stages()) and self.used_up():
-            self.save()
-            raise BudgetSpent
+    def resume(self) -> bool:
+        """Continue from the newest checkpoint with the account that belongs to it."""
+        found, run = self.trainer.resume(), self.trainer.run
+        if found and run is not None:
+            done = self.trainer.progress.done
+            entries = [e for e in _account(run) if e.done == done]
+            if not entries:
+                raise UserError(f"{run}: account.jsonl does not tell what step {done} had cost")
+            self.spent = self._before = entries[-1]
+        return found
 
     def used_up(self) -> bool:
         """Whether a budget of seconds or calls is spent; updates are counted by the stages' steps."""
         counts = self.budget is not None and self.budget.kind != "updates"
         return counts and self.spent.of(self.budget) >= self.budget.amount  # type: ignore[arg-type,union-attr]
 
-    def save(self) -> None:
-        if self.run is not None:
-            with (self.run / "account.jsonl").open("a") as f:
+    def _stepped(self, trainer: Trainer) -> None:
+        self.settle()
+        if self.watch:
+            self.watch(self)
+        if trainer.progress.stage < len(trainer.recipe.stages()) and self.used_up():
+            trainer.save()
+            raise BudgetSpent
+
+    def _saved(self, trainer: Trainer) -> None:
+        if trainer.run is not None:
+            with (trainer.run / "account.jsonl").open("a") as f:
                 f.write(json.dumps(self.settle().__dict__) + "\n")
-        super().save()
 
-    def resume(self) -> bool:
-        found = super().resume()
-        if found and self.run is not None:
-            entries = [e for e in _account(self.run) if e.done == self.progress.done]
-            if not entries:
-                raise UserError(
-                    f"{self.run}: account.jsonl does not tell what step {self.progress.done} had cost"
-                )
-            self.spent = entries[-1]
-            self._seconds_before, self._calls_before = self.spent.seconds, self.spent.calls
-            self._cpu_before = self.spent.cpu_seconds
-        return found
-
-    def _make_state(self, stage: Stage) -> None:
-        super()._make_state(stage)
-        for module in self.roles["state"].modules() if "state" in self.roles else ():
+    def _made_state(self, roles: Roles) -> None:
+        for module in roles["state"].modules() if "state" in roles else ():
             if isinstance(module, Pairs) and self.banks is not None:
-                self._share(module, self.banks)
+                module.source = self._from_bank
 
-    def _share(self, pairs: Pairs, banks: Path) -> None:
-        """Let `fill` take the pairs from an earlier run with the same teacher, sampler and guidance."""
-        make = pairs.fill
-
-        def fill(roles: Any, sampler: Sampler, guidance: float = 1.0, batch: int = 256) -> None:
-            if int(pairs.filled) == len(pairs.x0):
-                return
-            path = banks / f"{bank_key(roles.teacher, pairs, sampler, guidance)}.safetensors"
-            cost = _load_bank(path, pairs)
-            if cost is not None:
-                self.charge(*cost)
-                return
-            before = self.settle()
-            make(roles, sampler, guidance, batch)
-            after = self.settle()
-            cost = (
-                after.seconds - before.seconds,
-                after.calls - before.calls,
-                after.cpu_seconds - before.cpu_seconds,
-            )
-            with atomic_path(path) as temporary:
-                tensors = {"x0": pairs.x0.cpu().contiguous()}
-                save_file(tensors, temporary, metadata={"cost": json.dumps(cost)})
-
-        pairs.fill = fill  # type: ignore[method-assign]
+    def _from_bank(
+        self, pairs: Pairs, teacher: nn.Module, sampler: Sampler, guidance: float, make: Callable[[], None]
+    ) -> None:
+        """The pairs of an earlier run with the same teacher, sampler and guidance, or this run's, kept for others."""
+        assert self.banks is not None
+        path = self.banks / f"{bank_key(teacher, pairs, sampler, guidance)}.safetensors"
+        cost = _load_bank(path, pairs)
+        if cost is not None:
+            self.charge(cost)
+            return
+        before = self.settle()
+        make()
+        cost = self.settle().minus(before)
+        with atomic_path(path) as temporary:
+            told = json.dumps([cost.seconds, cost.calls, cost.cpu_seconds])
+            save_file({"x0": pairs.x0.cpu().contiguous()}, temporary, metadata={"cost": told})
 
 
 def bank_key(teacher: nn.Module, pairs: Pairs, sampler: Sampler, guidance: float) -> str:
@@ -319,7 +317,7 @@ def bank_key(teacher: nn.Module, pairs: Pairs, sampler: Sampler, guidance: float
     return digest.hexdigest()[:32]
 
 
-def _load_bank(path: Path, pairs: Pairs) -> tuple[float, int, float] | None:
+def _load_bank(path: Path, pairs: Pairs) -> Spent | None:
     """Fill `pairs` from a file and tell what making it had cost; None where there is no whole file."""
     try:
         with safe_open(path, framework="pt") as archive:
@@ -328,7 +326,7 @@ def _load_bank(path: Path, pairs: Pairs) -> tuple[float, int, float] | None:
     except (OSError, SafetensorError, TypeError, KeyError, ValueError):
         return None
     pairs.filled.fill_(len(pairs.x0))
-    return seconds, calls, cpu_seconds
+    return Spent(0, seconds, calls, cpu_seconds)
 
 
 def _account(run: Path) -> list[Spent]:
@@ -346,8 +344,7 @@ def probe(recipe: Recipe, budget: Budget, banks: Path | None = None) -> list[tup
     """Cost of the first and of a further step of each stage, in the budget's unit, by taking a few."""
     short = with_lengths(recipe, [PROBE] * len(recipe.stages()))
     marks: list[float] = [0.0]
-    trainer = Accounted(short, None, banks=banks, watch=lambda t: marks.append(t.spent.of(budget)))
-    trainer.fit()
+    Accounted(short, None, banks=banks, watch=lambda a: marks.append(a.spent.of(budget))).fit()
     steps = [b - a for a, b in pairwise(marks)]
     stages = [steps[i : i + PROBE] for i in range(0, len(steps), PROBE)]
     return [(s[0], sum(s[1:]) / (PROBE - 1)) for s in stages]

@@ -117,16 +117,16 @@ def train(task: Task) -> None:
     total = sum(stage.steps for stage in final.stages())
     every, started = max(1, total // 4), time.perf_counter()
 
-    def watch(trainer: Accounted) -> None:
+    def watch(account: Accounted) -> None:
         orphaned()
-        done = trainer.progress.done
+        done = account.trainer.progress.done
         if done % every == 0 and done < total:
             say(f"{task.title}: step {done}/{total}, {time.perf_counter() - started:.0f} s")
 
-    trainer = Accounted(final, run, task.budget, banks=banks, watch=watch)
-    trainer.resume()
-    trainer.fit()
-    spent = trainer.spent
+    account = Accounted(final, run, task.budget, banks=banks, watch=watch)
+    account.resume()
+    account.fit()
+    trainer, spent = account.trainer, account.spent
     peak = peak_memory()
     product = product_of(final, trainer.product.eval(), trainer.data, task.recipe, trainer.progress.done)
     scored = [score(product.with_steps(n), task.evaluation) for n in step_counts(product, task.steps)]

@@ -1,0 +1,137 @@
+"""The training loop: any roles, any turns, one page. It knows no method by name, and neither files nor signals."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from fewstep.algebra.batch import Batch
+from fewstep.algebra.condition import rows as cond_rows
+from fewstep.config import UserError
+from fewstep.methods.method import Turn
+from fewstep.networks.adapters import load_own_state, own_state
+from fewstep.networks.roles import Roles
+from fewstep.objectives.trajectory import probe
+from fewstep.recipe.schema import Stage
+from fewstep.train.log import Meter
+from fewstep.train.optim import TurnOptimizer
+from fewstep.train.parallel import clip_grad_norm
+from fewstep.train.session import Session
+from fewstep.train.state import Progress
+
+
+class Loop:
+    """Optimiser steps of a session's roles, one step of a stage at a time.
+
+    Args:
+        session: data, roles and devices.
+        on_state: called with the roles whenever a stage's own buffers were made anew (a bank of pairs, say).
+    """
+
+    def __init__(self, session: Session, on_state: Callable[[Roles], None] | None = None) -> None:
+        self.session, self.on_state = session, on_state
+        self.progress, self.meter = Progress(), Meter()
+        self.optim: dict[str, TurnOptimizer] = {}
+
+    def begin(self, stage: Stage) -> None:
+        """Fresh optimisers, the method's own state, and the weights that the stage says to copy."""
+        self.make_state(stage)
+        self.optim.clear()
+        self.progress.optim = {}
+        roles = self.session.roles
+        for target, source in stage.copy.items():
+            try:
+                load_own_state(roles[target], own_state(roles[source]))
+            except RuntimeError:
+                raise UserError(
+                    f"copy: {target} and {source} are different networks; their weights cannot be copied"
+                ) from None
+        along = stage.method.needs().jvp  # type: ignore[attr-defined]
+        if along:
+            self._probe_tangent(stage, along)
+        for ema in self.session.ema:
+            ema.reset(roles.student)
+
+    def make_state(self, stage: Stage) -> None:
+        """The method's own buffers, fresh."""
+        self.session.make_state(stage)
+        if self.on_state:
+            self.on_state(self.session.roles)
+
+    def _probe_tangent(self, stage: Stage, along: str) -> None:
+        """Refuse to train on a forward-mode derivative that finite differences do not confirm."""
+        batch = self.batch(stage, (0, 0), 0)
+        student = self.session.roles.student
+        process, rows = student.process, min(len(batch), 8)
+        u = torch.linspace(0.3, 0.8, rows, dtype=torch.float64, device=self.session.device)
+        t = process.grid(u)
+        cond = cond_rows(batch.cond, slice(rows))
+        probe(student, batch.noise()[:rows], t, process.grid(u / 2), cond, along=along)
+
+    def batch(self, stage: Stage, place: tuple[int, int], micro: int) -> Batch:
+        """The micro-batch of a (turn, repeat) of the step that is next."""
+        return self.session.batch(stage, (self.progress.stage, self.progress.step, *place), micro)
+
+    def optimizer(self, updates: tuple[str, ...], stage: Stage, times: int) -> TurnOptimizer:
+        """The one optimiser of a set of roles; a role in two sets is refused."""
+        key = "+".join(updates)
+        if key not in self.optim:
+            for other in self.optim.values():
+                shared = set(other.names) & set(updates)
+                if shared:
+                    raise ValueError(
+                        f"{shared.pop()} would be stepped by two optimisers: {other.names}, {updates}"
+                    )
+            specs = {name: self.session.recipe.optimizer(name) for name in updates}
+            self.optim[key] = TurnOptimizer(self.session.roles, updates, specs, stage.steps * times)
+        return self.optim[key]
+
+    def step(self, stage: Stage) -> None:
+        """All turns of one step."""
+        session, student_moved = self.session, False
+        for number, turn in enumerate(stage.method.turns(session.roles, self.progress.step)):  # type: ignore[attr-defined]
+            session.roles.train_only(*turn.updates)
+            optimizer = self.optimizer(turn.updates, stage, turn.times)
+            if session.offload:
+                session.offload.begin(turn.updates, self.optim)
+            for repeat in range(turn.times):
+                moved = self.update(turn, optimizer, stage, (number, repeat))
+                student_moved |= moved and "student" in turn.updates
+        if student_moved:
+            for ema in session.ema:
+                ema.update(session.roles.student)
+
+    def update(self, turn: Turn, optimizer: TurnOptimizer, stage: Stage, place: tuple[int, int]) -> bool:
+        """One optimiser step over all micro-batches; False when it was refused as non-finite."""
+        session, train = self.session, self.session.recipe.train
+        for micro in range(train.accumulate):
+            batch = turn.batch(micro) or self.batch(stage, place, micro)
+            with session.accelerator.autocast():
+                for losses in turn.losses(batch):
+                    (losses.total() / train.accumulate).backward()
+                    for name, value in {**losses, **losses.log}.items():
+                        self.meter.add(name, value)
+        session.average_gradients(optimizer.parameters)
+        norm = clip_grad_norm(optimizer.parameters, train.clip)
+        finite = bool(torch.isfinite(norm))
+        if finite:
+            self.meter.add(f"grad_norm/{'+'.join(turn.updates)}", norm)
+            optimizer.step()
+        else:
+            self._refuse(turn, optimizer)
+        optimizer.zero()
+        return finite
+
+    def _refuse(self, turn: Turn, optimizer: TurnOptimizer) -> None:
+        optimizer.refuse()
+        self.progress.skipped += 1
+        self.meter.add("skipped", 1.0)
+        if optimizer.in_a_row >= self.session.recipe.train.max_skips:
+            recent = {k: v for k, v in self.meter.take().items() if k != "seconds"}
+            readings = ", ".join(f"{k} {v:.3g}" for k, v in recent.items())
+            raise UserError(
+                f"stopped at step {self.progress.done}: {optimizer.in_a_row} updates of "
+                f"{'+'.join(turn.updates)} in a row had non-finite gradients ({readings}). Lower optim.*.lr or "
+                "train.clip, use train.precision=fp32, or raise train.max_skips; the last checkpoint is kept"
+            )

@@ -1,0 +1,65 @@
+"""A loop's checkpoint, and a loop put where its newest checkpoint stands."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from fewstep.config import UserError
+from fewstep.recipe.schema import Stage
+from fewstep.train.loop import Loop
+from fewstep.train.state import Progress, checkpoints, load_checkpoint, read_state, save_checkpoint
+
+
+def save(loop: Loop, run: Path) -> None:
+    """Write a checkpoint on the main process."""
+    session, progress = loop.session, loop.progress
+    progress.optim = {k: {"updates": o.updates, "skipped": o.skipped} for k, o in loop.optim.items()}
+    progress.ema = {e.name: e.updates for e in session.ema}
+    progress.meter = session.means(loop.meter.values())
+    adams = {k: o.adam for k, o in loop.optim.items()}
+    main = session.accelerator.is_main_process
+    if main or session.sharded:
+        parts = main if session.sharded else None
+        keep = session.recipe.train.keep
+        save_checkpoint(run / "checkpoints", session.modules(), adams, progress, keep, parts)
+    session.accelerator.wait_for_everyone()
+
+
+def resume(loop: Loop, run: Path) -> bool:
+    """Continue from the newest complete checkpoint; False when there is none."""
+    found = checkpoints(run / "checkpoints")
+    if not found:
+        return False
+    session = loop.session
+    progress, _ = read_state(found[-1])
+    stages = session.recipe.stages()
+    _place(progress, stages, run)
+    if progress.stage < len(stages) and progress.step > 0:
+        stage = stages[progress.stage]
+        loop.make_state(stage)
+        times = {t.updates: t.times for t in stage.method.turns(session.roles, progress.step)}  # type: ignore[attr-defined]
+        for updates, n in times.items():
+            if "+".join(updates) in progress.optim:
+                loop.optimizer(updates, stage, n)
+    load_checkpoint(found[-1], session.modules(), {k: o.adam for k, o in loop.optim.items()})
+    loop.progress = progress
+    loop.meter.restore(progress.meter)
+    for key, counts in progress.optim.items():
+        if key in loop.optim:
+            loop.optim[key].updates, loop.optim[key].skipped = counts["updates"], counts["skipped"]
+    for ema in session.ema:
+        ema.updates = progress.ema.get(ema.name, 0)
+    return True
+
+
+def _place(progress: Progress, stages: tuple[Stage, ...], run: Path) -> None:
+    """Where a run continues when train.steps has changed since: a finished one goes on in its last stage."""
+    last = len(stages) - 1
+    into = progress.done - sum(stage.steps for stage in stages[:last])
+    if into > stages[last].steps:
+        raise UserError(
+            f"{run}: has already done {into} steps of the last stage; train.steps must be at least that, "
+            f"not {stages[last].steps}"
+        )
+    if into > 0:
+        progress.stage, progress.step = (last, into) if into < stages[last].steps else (last + 1, 0)
