@@ -310,9 +310,9 @@ def test_run_directories(refused: Call, trained: Path, teacher: Path, tmp_path: 
     assert refused("run", "digits-dmd2", *settings, "--out", run) == (
         f"{run}: is already used; continue it with --resume, or overwrite it with --force"
     )
-    told = refused("run", "digits-dmd2", *settings, "method.gan_weight=0.5", "--out", run, "--resume")
+    told = refused("run", "digits-dmd2", *settings, "method.gan.weight=0.5", "--out", run, "--resume")
     assert told.splitlines()[0] == f"{run}: was started with another recipe, so it cannot be resumed:"
-    assert [line.split(":")[0].strip() for line in told.splitlines()[1:]] == ["method.gan_weight"]
+    assert [line.split(":")[0].strip() for line in told.splitlines()[1:]] == ["method.gan.weight"]
     assert {p: p.read_bytes() for p in run.rglob("*") if p.is_file()} == before
     letters = tmp_path / "letters"
     letters.mkdir()

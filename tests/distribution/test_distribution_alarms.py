@@ -74,7 +74,7 @@ def test_healthy_runs_raise_no_alarm(name: str):
 
 
 def test_a_critic_that_is_too_slow_and_the_saturation_that_follows():
-    slow = ("method.critic_steps=5", "method.critic_weight=x0", "optim.critic={lr: 1e-4}")
+    slow = ("method.critic.steps=5", "method.critic.weight=x0", "optim.critic={lr: 1e-4}")
     story = told("toy/dmd2", 240, *slow, FAR, "optim.student={lr: 4e-3}", every=12)
     assert {"critic too slow", "oversaturated"} <= set(story.alarms), story
     assert story.alarms["critic too slow"] < story.worse_from() < 10**9, story

@@ -143,7 +143,7 @@ def test_a_shared_rollout_saves_one_and_keeps_its_conditions(teacher: Path, monk
 
     monkeypatch.setattr(DMD2, "critic_losses", watch)
     for shared in ("false", "true"):
-        extra = (f"method.share_rollout={shared}", "method.critic_steps=3", "train.accumulate=2")
+        extra = (f"method.share_rollout={shared}", "method.critic.steps=3", "train.accumulate=2")
         trainer = Trainer(load("digits-dmd2", [*student_settings(teacher), *LINEAR, *extra]), cpu=True)
         calls: list[torch.Tensor] = []
         trainer.roles.student.register_forward_hook(
