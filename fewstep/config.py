@@ -17,17 +17,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from types import UnionType
-from typing import (
-    Annotated,
-    Any,
-    Literal,
-    TypeVar,
-    Union,
-    dataclass_transform,
-    get_args,
-    get_origin,
-    get_type_hints,
-)
+from typing import Annotated, Any, Literal, TypeVar, Union, dataclass_transform, get_args, get_origin
 
 import yaml
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
@@ -224,21 +214,24 @@ def _close(word: str, words: Iterable[str]) -> str:
     return f"; did you mean '{match[0]}'?" if match else ""
 
 
-@cache
-def _hints(part: type) -> dict[str, Any]:
-    return get_type_hints(part)
+def _hint(part: Any, key: str) -> Any:
+    """The type of a part's field as pydantic resolved it; None for a key that is no field."""
+    field = part.__pydantic_fields__.get(key)
+    return field.annotation if field else None
 
 
 @cache
 def _options(hint: Any) -> tuple[Any, ...]:
     """The members of a union, at any depth; other types are their own only member."""
+    if get_origin(hint) is Annotated:
+        return _options(get_args(hint)[0])
     if get_origin(hint) in (Union, UnionType):
         return tuple(option for arg in get_args(hint) for option in _options(arg))
     return (hint,)
 
 
 @cache
-def _parts(hint: Any) -> tuple[type, ...]:
+def _parts(hint: Any) -> tuple[Any, ...]:
     return tuple(option for option in _options(hint) if dataclasses.is_dataclass(option))
 
 
@@ -255,7 +248,7 @@ def _part_of(hint: Any, data: Any, default: Any = None) -> Any:
 def _inner(hint: Any, data: Any, key: str | int) -> Any:
     """The type of data[key] for data of type `hint`; None where it cannot be told."""
     if part := _part_of(hint, data):
-        return _hints(part).get(str(key))
+        return _hint(part, str(key))
     kinds = (dict,) if isinstance(data, dict) else (tuple, list)
     found = [get_args(o) for o in _options(hint) if get_origin(o) in kinds]
     return found[0][1 if isinstance(data, dict) else 0] if found else None
@@ -285,7 +278,7 @@ def _fields_at(root: type, data: Any, path: Path_) -> tuple[list[str], list[str]
         hint, data = _inner(hint, data, key), data[key]
     part = _part_of(hint, data)
     names = _names(part)
-    return names, [f"{n}.{m}" for n in names for m in _names(_part_of(_hints(part).get(n), None))]
+    return names, [f"{n}.{m}" for n in names for m in _names(_part_of(_hint(part, n), None))]
 
 
 def _names(part: Any) -> list[str]:

@@ -18,7 +18,7 @@ from fewstep.methods.dmd2 import DMD2
 from fewstep.methods.terms import Critic, Gan
 from fewstep.networks.roles import Roles
 from fewstep.networks.specs import DiscriminatorSpec, MLPSpec, RingTeacher
-from fewstep.recipe import AdamW, Recipe, Stage, Train
+from fewstep.recipe.schema import AdamW, Recipe, Stage, Train
 from fewstep.train.ema import EMA
 from fewstep.train.optim import TurnOptimizer
 from fewstep.train.trainer import Trainer, gradients

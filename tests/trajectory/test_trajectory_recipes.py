@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from fewstep.product import product_of
 
 from fewstep.config import REGISTRY, RecipeError, UserError
-from fewstep.recipe import load, shipped
+from fewstep.recipe.store import load, shipped
+from fewstep.train.product import product_of
 from fewstep.train.trainer import Trainer
 
 NAMES = [

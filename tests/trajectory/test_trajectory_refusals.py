@@ -17,7 +17,7 @@ from fewstep.methods.std import STD as SingleTrajectory
 from fewstep.methods.std import Bank
 from fewstep.networks.analytic import gaussian
 from fewstep.networks.roles import Roles
-from fewstep.recipe import load
+from fewstep.recipe.store import load
 from fewstep.train.trainer import Trainer
 
 
