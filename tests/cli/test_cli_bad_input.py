@@ -70,7 +70,7 @@ def test_recipes_and_settings(refused: Call):
                                                                         "process grid")  # fmt: skip
     assert refused("run", "toy/dmd2", "critic=null").endswith("method dmd2 needs the role critic")
     assert refused("run", "toy/dmd2", "student.process={name: trig}").startswith(
-        "teacher.process: Flow(name='flow')"
+        "dmd2.yaml:3: teacher.process: Flow(name='flow') differs from the student's"
     )
     assert (
         refused("recipes", "show", "toy/dmd22")

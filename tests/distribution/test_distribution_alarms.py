@@ -90,7 +90,7 @@ def test_a_collapse():
 
 def test_a_discriminator_that_wins():
     """Shown almost clean samples of a student that can only move its mean, it knows every one; nothing improves."""
-    clean = "method.times={name: uniform, low: 0.0, high: 0.1}"
+    clean = "method.gan.times={name: uniform, low: 0.0, high: 0.1}"
     stiff = "method.freeze=[first, time, layers, shift, last.weight]"
     strong = ("method.discriminator_steps=5", "optim.discriminator={lr: 1e-2}", "optim.critic={lr: 5e-3}")
     story = told("toy/gdd", 40, clean, stiff, *strong, FAR, every=20)
