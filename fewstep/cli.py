@@ -398,15 +398,10 @@ def recipes_cp(name: str, to: Path, force: Force = False) -> None:
 @recipes.command("check", epilog="Example: `fewstep recipes check mine.yaml`")
 def recipes_check(name: str, settings: Settings = None) -> None:
     """Check a recipe and print all its problems, or the stages it would run."""
-    from fewstep.recipe.store import load
+    from fewstep.commands.recipes import check
 
-    recipe = load(name, settings or [])
-    for stage in recipe.stages():
-        typer.echo(f"{name}: {stage.method.name}, {stage.steps} steps")
-    from fewstep.commands.recipes import check_recipe
-
-    for line in check_recipe(recipe).splitlines():
-        typer.echo(f"{name}: {line}")
+    for line in check(name, settings or []):
+        typer.echo(line)
 
 
 @app.command("check-teacher", epilog="Example: `fewstep check-teacher my-sdxl --size 128x128`")

@@ -2,6 +2,9 @@
 
 A part is a frozen pydantic dataclass registered under (kind, name); YAML chooses it by its short name. Pydantic
 does the checking; a line map taken from the YAML nodes turns its error locations into file:line.
+
+A mapping without `name` changes the default of its field key by key: `critic: {steps: 2}` leaves a method's other
+critic settings as the method has them. With `name` it is a new part, with that part's own defaults.
 """
 
 from __future__ import annotations
@@ -11,8 +14,10 @@ import difflib
 import json
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import cache
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, Union, dataclass_transform, get_type_hints
+from types import UnionType
+from typing import Annotated, Any, Literal, TypeVar, Union, dataclass_transform, get_args, get_origin
 
 import yaml
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
@@ -89,7 +94,7 @@ Path_ = tuple[str | int, ...]
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """Parsed YAML and where each key stood: lines[("method", "critic_steps")] == (file, line)."""
+    """Parsed YAML and where each key stood: lines[("method", "critic", "steps")] == (file, line)."""
 
     data: dict[str, Any]
     lines: dict[Path_, tuple[str, int]]
@@ -181,7 +186,9 @@ def override(source: Source, settings: Sequence[str]) -> Source:
             if isinstance(here, list) and isinstance(k, int) and k < len(here):
                 here = here[k]
             elif isinstance(here, dict):
-                here = here.setdefault(str(k), {})
+                if here.get(str(k)) is None:
+                    here[str(k)] = {}
+                here = here[str(k)]
             else:
                 raise RecipeError(
                     f"argument {setting!r}: {'.'.join(map(str, path[: depth + 1]))} has no keys"
@@ -207,30 +214,75 @@ def _close(word: str, words: Iterable[str]) -> str:
     return f"; did you mean '{match[0]}'?" if match else ""
 
 
-def _fields_at(root: type, data: Any, path: Path_) -> list[str]:
-    """Names of the keys allowed beside the last element of `path`."""
-    kinds = {name: cls for names in REGISTRY.values() for name, cls in names.items()}
-    cls: Any = root
-    here = data
+def _hint(part: Any, key: str) -> Any:
+    """The type of a part's field as pydantic resolved it; None for a key that is no field."""
+    field = part.__pydantic_fields__.get(key)
+    return field.annotation if field else None
+
+
+@cache
+def _options(hint: Any) -> tuple[Any, ...]:
+    """The members of a union, at any depth; other types are their own only member."""
+    if get_origin(hint) is Annotated:
+        return _options(get_args(hint)[0])
+    if get_origin(hint) in (Union, UnionType):
+        return tuple(option for arg in get_args(hint) for option in _options(arg))
+    return (hint,)
+
+
+@cache
+def _parts(hint: Any) -> tuple[Any, ...]:
+    return tuple(option for option in _options(hint) if dataclasses.is_dataclass(option))
+
+
+def _part_of(hint: Any, data: Any, default: Any = None) -> Any:
+    """The dataclass of type `hint` that a mapping describes: by its name, else the default's, else the only one."""
+    parts = _parts(hint)
+    if isinstance(data, dict) and "name" in data:
+        return next((p for p in parts if getattr(p, "name", None) == data["name"]), None)
+    if type(default) in parts:
+        return type(default)
+    return parts[0] if len(parts) == 1 else None
+
+
+def _inner(hint: Any, data: Any, key: str | int) -> Any:
+    """The type of data[key] for data of type `hint`; None where it cannot be told."""
+    if part := _part_of(hint, data):
+        return _hint(part, str(key))
+    kinds = (dict,) if isinstance(data, dict) else (tuple, list)
+    found = [get_args(o) for o in _options(hint) if get_origin(o) in kinds]
+    return found[0][1 if isinstance(data, dict) else 0] if found else None
+
+
+def _with_defaults(hint: Any, data: Any, default: Any = None) -> Any:
+    """`data` of type `hint`, where a mapping without `name` has the keys that it leaves out from its default."""
+    if isinstance(data, list):
+        return [_with_defaults(_inner(hint, data, i), v) for i, v in enumerate(data)]
+    if not isinstance(data, dict):
+        return data
+    part = _part_of(hint, data, default)
+    defaults = {f.name: f.default for f in dataclasses.fields(part)} if part else {}
+    if part and type(default) is part and "name" not in data:
+        defaults = {name: getattr(default, name) for name in defaults}
+        data = {**plain(default), **data}
+    return {
+        k: _with_defaults(_inner(hint, data, k), v, defaults.get(k)) if isinstance(v, (dict, list)) else v
+        for k, v in data.items()
+    }
+
+
+def _fields_at(root: type, data: Any, path: Path_) -> tuple[list[str], list[str]]:
+    """Keys allowed beside the last element of `path` in complete data; keys inside those, such as critic.steps."""
+    hint: Any = root
     for key in path[:-1]:
-        here = here[key]
-        hints = get_type_hints(cls) if dataclasses.is_dataclass(cls) else {}
-        hint = hints.get(str(key))
-        if isinstance(here, dict) and here.get("name") in kinds and not dataclasses.is_dataclass(hint):
-            cls = kinds[here["name"]]
-        elif isinstance(key, str) and hint is not None:
-            cls = _dataclass_of(hint)
-    return [f.name for f in dataclasses.fields(cls)] if dataclasses.is_dataclass(cls) else []
+        hint, data = _inner(hint, data, key), data[key]
+    part = _part_of(hint, data)
+    names = _names(part)
+    return names, [f"{n}.{m}" for n in names for m in _names(_part_of(_hint(part, n), None))]
 
 
-def _dataclass_of(hint: Any) -> Any:
-    if dataclasses.is_dataclass(hint):
-        return hint
-    for arg in getattr(hint, "__args__", ()):
-        found = _dataclass_of(arg)
-        if found is not None:
-            return found
-    return None
+def _names(part: Any) -> list[str]:
+    return [f.name for f in dataclasses.fields(part)] if part else []
 
 
 _UNKNOWN = ("extra_forbidden", "unexpected_keyword_argument")
@@ -247,7 +299,7 @@ _EXPECTED = {
 }
 
 
-def _problem(error: Mapping[str, Any], root: type, source: Source) -> str:
+def _problem(error: Mapping[str, Any], root: type, source: Source, whole: Any) -> str:
     path: Path_ = ()
     here: Any = source.data
     for key in error["loc"]:
@@ -261,8 +313,10 @@ def _problem(error: Mapping[str, Any], root: type, source: Source) -> str:
     dotted = ".".join(map(str, path)) or "recipe"
     where, kind, ctx = source.where(path), error["type"], error.get("ctx", {})
     if kind in _UNKNOWN:
-        allowed = _fields_at(root, source.data, path)
-        hint = _close(str(path[-1]), allowed) or (f"; allowed: {', '.join(allowed)}" if allowed else "")
+        allowed, deeper = _fields_at(root, whole, path)
+        hint = _close(str(path[-1]), [*allowed, *deeper]) or (
+            f"; allowed: {', '.join(allowed)}" if allowed else ""
+        )
         return f"{where}: {dotted}: unknown key{hint}"
     if kind in _MISSING:
         return f"{where}: {dotted}: required key is missing"
@@ -281,7 +335,7 @@ def _problem(error: Mapping[str, Any], root: type, source: Source) -> str:
         # A check over several keys blames the part; the key that it names, or the first that it speaks of, is nearer.
         lead = re.match(r"[\w.]+(?=: )", message)
         keys = lead[0].split(".") if lead else []
-        if not _holds(here, keys):
+        if not keys or keys[0] not in here:
             keys = [w for w in re.findall(r"\w+", message) if w in here][:1]
         if keys:
             dotted, where = ".".join(map(str, (*path, *keys))), source.where((*path, *keys))
@@ -289,23 +343,16 @@ def _problem(error: Mapping[str, Any], root: type, source: Source) -> str:
     return f"{where}: {dotted}: {message}" + ("" if kind == "value_error" else f", got {error['input']!r}")
 
 
-def _holds(data: Any, keys: Sequence[str]) -> bool:
-    for key in keys:
-        if not isinstance(data, dict) or key not in data:
-            return False
-        data = data[key]
-    return bool(keys)
-
-
 def validate(root: type, source: Source) -> Any:
     """Build `root` from parsed YAML, or raise RecipeError with every problem, sorted by line."""
     problems = list(source.problems)
     built: Any = None
+    whole = _with_defaults(root, source.data)
     try:
         # JSON mode is strict about types yet takes a list for a tuple, which is all YAML has.
-        built = TypeAdapter(root).validate_json(json.dumps(source.data))
+        built = TypeAdapter(root).validate_json(json.dumps(whole))
     except ValidationError as errors:
-        problems += [_problem(e, root, source) for e in errors.errors(include_url=False)]
+        problems += [_problem(e, root, source, whole) for e in errors.errors(include_url=False)]
     except (TypeError, ValueError) as error:
         raise RecipeError(f"{source.where(())}: {error}") from None
     if problems:

@@ -17,8 +17,8 @@ import torch
 
 TINY = (
     "discriminator={taps: [mid], width: 8}",
-    "method.gan_weight=0.01",
-    "method.critic_steps=2",
+    "method.gan.weight=0.01",
+    "method.critic.steps=2",
     "method.steps=[1.0, 0.5]",
     "student.width=16",
     "student.depth=3",

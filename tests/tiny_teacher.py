@@ -51,7 +51,7 @@ def student_settings(teacher: Path) -> list[str]:
     return [
         f"teacher.path={teacher}",
         "discriminator.width=8",
-        "method.critic_steps=1",
+        "method.critic.steps=1",
         "train.steps=2",
         "train.batch=6",
         "train.ema=[0.98]",

@@ -27,6 +27,7 @@ from fewstep.algebra.draws import Draws, fold
 from fewstep.algebra.process import DiscreteVP
 from fewstep.bench.timing import in_turn, seconds_of
 from fewstep.methods.dmd2 import DMD2
+from fewstep.methods.terms import Critic
 from fewstep.networks import adapters
 from fewstep.networks.adapters import Adapted, enable_checkpointing, frozen, plain_copy
 from fewstep.networks.denoiser import Denoiser
@@ -121,7 +122,7 @@ class Step:
             for role in (student, critic):
                 enable_checkpointing(role)
         self.roles = Roles(teacher=base, student=student, critic=critic)
-        self.method = DMD2(gan_weight=0.0, critic_steps=1, guidance=8.0, critic_weight="eps")
+        self.method = DMD2(gan=None, critic=Critic(weight="eps"), guidance=8.0)
         self.size, self.batch, self.number = SIZES[size], batch, 0
         self.optimizers: dict[tuple[str, ...], TurnOptimizer] = {}
         self.on_cuda = torch.cuda.is_available()

@@ -99,29 +99,29 @@ def by_hand(recipe: Recipe) -> Callable[[], None]:
         scale = (x.detach() - d_real).abs().mean((1, 2, 3), keepdim=True)
         g = (d_fake - d_real) / scale
         match = 0.5 * F.mse_loss(x, (x - g).detach())
-        t = lognormal(m.gan_times)
+        t = lognormal(m.gan.times)
         logit = head(encode(teacher, x + t[:, None, None, None] * torch.randn_like(x), t, c))
-        (match + m.gan_weight * F.softplus(-logit).mean()).backward()
+        (match + m.gan.weight * F.softplus(-logit).mean()).backward()
         _clipped_step(adam_s, recipe.train.clip)
         _require([critic, head], [student, teacher])
-        for repeat in range(m.critic_steps):
+        for repeat in range(m.critic.steps):
             real, labels_now = batch()
             if repeat or not m.share_rollout:
                 c = labels_now
                 with torch.no_grad():
                     x = denoise(student, high * torch.randn_like(real), torch.full((b,), high), c)
             x = x.detach()
-            t = lognormal(m.critic_times)
+            t = lognormal(m.critic.times)
             d = denoise(critic, x + t[:, None, None, None] * torch.randn_like(x), t, c)
             dsm = (((d - x) ** 2).mean((1, 2, 3)) * (t**2 + data**2) / (t * data) ** 2).mean()
             logits = []
             for seen in (real, x):
-                t = lognormal(m.gan_times)
+                t = lognormal(m.gan.times)
                 logits.append(
                     head(encode(teacher, seen + t[:, None, None, None] * torch.randn_like(x), t, c))
                 )
             loss = F.softplus(logits[1]).mean() + F.softplus(-logits[0]).mean()
-            (dsm + m.discriminator_weight * loss).backward()
+            (dsm + m.gan.discriminator_weight * loss).backward()
             _clipped_step(adam_c, recipe.train.clip)
         with torch.no_grad():
             decay = min(recipe.train.ema[0], (1 + updates[0]) / (recipe.train.ema_warmup + updates[0]))

@@ -70,7 +70,7 @@ def critic(records: Sequence[dict[str, Any]]) -> Verdict | None:
     slope = _windows(values)[-1]
     text = f"slope of fresh samples on the critic's answers is {slope:.2f}, 1 when it follows"
     if abs(slope - 1) > LAG:
-        knob = "raise method.critic_steps or optim.critic.lr, or lower optim.student.lr"
+        knob = "raise method.critic.steps or optim.critic.lr, or lower optim.student.lr"
         return Verdict("critic too slow", False, text, knob)
     return Verdict("critic", True, text)
 
@@ -83,11 +83,14 @@ def discriminator(records: Sequence[dict[str, Any]]) -> Verdict | None:
     last = _windows(values)[-1]
     text = f"discriminator is right on {100 * last:.0f} % of samples"
     if last > WIN:
-        knob = "lower optim.discriminator.lr, add r1_weight, or show it noisier samples (gan_times)"
+        knob = "lower optim.discriminator.lr, raise method.gan.r1_weight, or show it noisier samples (method.gan.times)"
         return Verdict("discriminator winning", False, text, knob)
     if last < LOSE:
         return Verdict(
-            "discriminator lost", False, text, "raise optim.discriminator.lr or discriminator_weight"
+            "discriminator lost",
+            False,
+            text,
+            "raise optim.discriminator.lr or method.gan.discriminator_weight",
         )
     return Verdict("discriminator", True, text)
 
@@ -101,7 +104,7 @@ def diversity(records: Sequence[dict[str, Any]]) -> Verdict | None:
     share = parts[-1] / max(max(parts), 1e-12)
     text = f"spread of the samples is {share:.2f} of its best"
     if share < SHRINK:
-        knob = "lower optim.student.lr or the guidance, raise critic_steps, or give the GAN less weight"
+        knob = "lower optim.student.lr or the guidance, raise method.critic.steps, or lower method.gan.weight"
         return Verdict("collapsing", False, text, knob)
     return Verdict("diversity", True, text)
 

@@ -313,7 +313,7 @@ class PromptData(TextConditions):
     def batch(self, draws: Draws) -> tuple[Tensor, Any]:
         raise UserError(
             f"data {self.path}: holds prompts and no pictures, but this method trains on pictures; choose captions, "
-            "webdataset or latents, or a method without data (gan_weight: 0)"
+            "webdataset or latents, or a method without data (DMD2 with gan: null)"
         )
 
     def condition(self, k: Tensor) -> Any:

@@ -40,7 +40,7 @@ class BOOT:
             raise ValueError(f"step must lie in (0, 1), not {self.step}")
 
     def needs(self) -> Needs:
-        return Needs(frozenset({"teacher", "student"}))
+        return Needs(frozenset({"teacher", "student"}), inputs=frozenset({"s"}))
 
     def turns(self, roles: Roles, step: int) -> Iterator[Turn]:
         yield Turn(("student",), lambda batch: self.losses(roles, batch))

@@ -16,7 +16,7 @@ from fewstep.algebra.times import Uniform, check_steps
 from fewstep.config import choice, part
 from fewstep.methods.method import Losses, Needs, Turn
 from fewstep.methods.readings import spread
-from fewstep.methods.terms import noised
+from fewstep.methods.terms import accuracy, noised
 from fewstep.networks.roles import Roles
 
 
@@ -66,8 +66,7 @@ class ClassRatio:
     def classifier_losses(self, roles: Roles, batch: Batch) -> Iterator[Losses]:
         x = rollout(roles.student, batch.draws, batch.shape, self.steps, batch.cond, grad=False).x
         fake, real = self.logits(roles, batch, x), self.logits(roles, batch, batch.data())
-        hits = (real > 0).float().mean() + (fake < 0).float().mean()
         yield Losses(
             {"discriminator": obj.logistic_discriminator(real, fake)},
-            {"discriminator_accuracy": (hits / 2).detach()},
+            {"discriminator_accuracy": accuracy(real, fake)},
         )

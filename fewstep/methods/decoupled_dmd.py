@@ -19,9 +19,8 @@ from fewstep.algebra.times import Uniform, check_steps, shift
 from fewstep.config import part
 from fewstep.methods.method import Losses, Needs, Turn
 from fewstep.methods.readings import readings
-from fewstep.methods.terms import Gan, track
+from fewstep.methods.terms import Critic, Gan
 from fewstep.networks.roles import Roles
-from fewstep.objectives.regression import Weight
 
 
 @part("method", "decoupled_dmd")
@@ -49,17 +48,12 @@ class DecoupledDMD:
     moments_weight: float = 1.0
     gan: Gan = Gan()
     """Discriminator of the regulariser `gan`; it needs data and a trunk."""
-    critic_steps: int = 5
-    """Critic updates per student update."""
-    critic_times: Uniform = Uniform(low=0.0, high=1.0)
-    """Noise level of the critic's denoising loss."""
-    critic_weight: Weight = "x0"
-    """Weight of the critic's x0 error."""
+    critic: Critic = Critic(steps=5)
+    """Of the regulariser `dm`; with `gan`, its steps are the discriminator's."""
 
     def __post_init__(self) -> None:
         check_steps(self.steps)
-        if self.critic_steps < 1:
-            raise ValueError(f"critic_steps must be at least 1, not {self.critic_steps}")
+        self.gan.alone()
         if self.normalizer == "cfg" and (self.schedule, self.regularizer) != ("coupled", "dm"):
             raise ValueError("normalizer cfg needs one guided denoiser: schedule coupled, regularizer dm")
         if self.moments[1] <= 0:
@@ -73,7 +67,7 @@ class DecoupledDMD:
         yield Turn(("student",), lambda batch: self.student_losses(roles, batch))
         if self.regularizer != "moments":
             role = "critic" if self.regularizer == "dm" else "discriminator"
-            yield Turn((role,), lambda batch: self.critic_losses(roles, batch), times=self.critic_steps)
+            yield Turn((role,), lambda batch: self.critic_losses(roles, batch), times=self.critic.steps)
 
     def sampler(self) -> Sampler:
         return Sampler(kind="renoise", steps=self.steps)
@@ -130,4 +124,4 @@ class DecoupledDMD:
         if self.regularizer == "gan":
             yield self.gan.discriminator(roles, batch, x)
             return
-        yield Losses({"dsm": track(roles, batch, x, self.critic_times, self.critic_weight)})
+        yield self.critic.losses(roles, batch, x)

@@ -18,9 +18,8 @@ from fewstep.config import choice, part
 from fewstep.methods.method import Losses, Needs, Turn
 from fewstep.methods.pairs import Pairs
 from fewstep.methods.readings import readings
-from fewstep.methods.terms import apart, noised, perceptual, track
+from fewstep.methods.terms import Critic, apart, noised, perceptual
 from fewstep.networks.roles import Roles
-from fewstep.objectives.regression import Weight
 
 
 @part("method", "dmd")
@@ -35,12 +34,8 @@ class DMD:
     """Re-noising level of the score difference, U(0.02, 0.98)."""
     guidance: float = 1.0
     """Guidance scale of the teacher, in the score difference and in the pairs."""
-    critic_steps: int = 1
-    """Critic updates per student update; 1 in the paper."""
-    critic_times: choice("times") = Uniform(low=0.0, high=1.0)  # type: ignore[valid-type]
-    """Noise level of the critic's denoising loss."""
-    critic_weight: Weight = "x0"
-    """Weight of the critic's x0 error: "edm" for EDM networks."""
+    critic: Critic = Critic()
+    """1 update per student update in the paper; weight "edm" for EDM networks."""
     regression_weight: float = 0.25
     """Weight of the regression: 0.25 with LPIPS for CIFAR-10 and ImageNet."""
     distance: Literal["mse", "pseudo_huber", "lpips"] = "mse"
@@ -54,7 +49,7 @@ class DMD:
     def __post_init__(self) -> None:
         if not 0 < self.level <= 1:
             raise ValueError(f"level must lie in (0, 1], not {self.level}")
-        for name in ("critic_steps", "pairs", "pair_steps"):
+        for name in ("pairs", "pair_steps"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
         if self.regression_weight < 0:
@@ -72,7 +67,7 @@ class DMD:
         if self.regression_weight:
             roles.state.fill(roles, many_step(self.pair_steps, self.pair_solver), self.guidance)  # type: ignore[operator]
         yield Turn(("student",), lambda batch: self.student_losses(roles, batch))
-        yield Turn(("critic",), lambda batch: self.critic_losses(roles, batch), times=self.critic_steps)
+        yield self.critic.turn(lambda batch: self.critic_losses(roles, batch))
 
     def sampler(self) -> Sampler:
         return Sampler(kind="renoise", steps=(self.level,))
@@ -104,4 +99,4 @@ class DMD:
 
     def critic_losses(self, roles: Roles, batch: Batch) -> Iterator[Losses]:
         x = rollout(roles.student, batch.draws, batch.shape, (self.level,), batch.cond, grad=False).x
-        yield Losses({"dsm": track(roles, batch, x, self.critic_times, self.critic_weight)})
+        yield self.critic.losses(roles, batch, x)

@@ -20,9 +20,8 @@ from fewstep.algebra.times import Uniform
 from fewstep.config import choice, part
 from fewstep.methods.method import Losses, Needs, Turn
 from fewstep.methods.readings import readings
-from fewstep.methods.terms import scaled, track
+from fewstep.methods.terms import Critic, scaled
 from fewstep.networks.roles import Roles
-from fewstep.objectives.regression import Weight
 from fewstep.objectives.score import ScoreWeight
 
 
@@ -61,18 +60,13 @@ class EMD:
     weight: ScoreWeight = "dmd"
     """Weight of the correction in x0 units, as for a score difference."""
     guidance: float = 1.0
-    critic_steps: int = 1
-    """Critic updates per student update."""
-    critic_times: choice("times") = Uniform(low=0.0, high=1.0)  # type: ignore[valid-type]
-    critic_weight: Weight = "x0"
+    critic: Critic = Critic()
 
     def __post_init__(self) -> None:
         if not 0 < self.level <= 1:
             raise ValueError(f"level must lie in (0, 1], not {self.level}")
-        if self.langevin < 1 or self.critic_steps < 1:
-            raise ValueError(
-                f"langevin and critic_steps must be at least 1, not {self.langevin}, {self.critic_steps}"
-            )
+        if self.langevin < 1:
+            raise ValueError(f"langevin must be at least 1, not {self.langevin}")
         if not 0 < self.step_eps < 1 or not 0 <= self.step_z < 1:
             raise ValueError(f"need 0 < step_eps < 1 and 0 <= step_z < 1, not {self.step_eps}, {self.step_z}")
 
@@ -81,7 +75,7 @@ class EMD:
 
     def turns(self, roles: Roles, step: int) -> Iterator[Turn]:
         yield Turn(("student",), lambda batch: self.student_losses(roles, batch))
-        yield Turn(("critic",), lambda batch: self.critic_losses(roles, batch), times=self.critic_steps)
+        yield self.critic.turn(lambda batch: self.critic_losses(roles, batch))
 
     def sampler(self) -> Sampler:
         return Sampler(kind="renoise", steps=(self.level,))
@@ -134,4 +128,4 @@ class EMD:
 
     def critic_losses(self, roles: Roles, batch: Batch) -> Iterator[Losses]:
         x = rollout(roles.student, batch.draws, batch.shape, (self.level,), batch.cond, grad=False).x
-        yield Losses({"dsm": track(roles, batch, x, self.critic_times, self.critic_weight)})
+        yield self.critic.losses(roles, batch, x)

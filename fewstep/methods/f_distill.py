@@ -18,11 +18,10 @@ from fewstep.algebra.times import Uniform, check_steps
 from fewstep.config import choice, part
 from fewstep.methods.method import Losses, Needs, Turn
 from fewstep.methods.readings import readings
-from fewstep.methods.terms import Gan, noised, scaled, track
+from fewstep.methods.terms import Critic, Gan, noised, scaled
 from fewstep.networks.roles import Roles
 from fewstep.objectives.divergence import Divergence
 from fewstep.objectives.reduce import bin_means, global_mean
-from fewstep.objectives.regression import Weight
 
 
 class RatioBins(nn.Module):
@@ -56,12 +55,8 @@ class FDistill:
     """Re-noising level of the score difference."""
     guidance: float = 1.0
     """Guidance scale of the real score."""
-    critic_steps: int = 5
-    """Critic updates per student update: 5, or 10 for SD1.5."""
-    critic_times: choice("times") = Uniform(low=0.0, high=1.0)  # type: ignore[valid-type]
-    """Noise level of the critic's denoising loss."""
-    critic_weight: Weight = "x0"
-    """Weight of the critic's x0 error."""
+    critic: Critic = Critic(steps=5)
+    """5 updates per student update, or 10 for SD1.5."""
     gan: Gan = Gan()
     """The discriminator that gives the ratio, and its adversarial loss."""
     logit_clip: float = 10.0
@@ -77,8 +72,6 @@ class FDistill:
 
     def __post_init__(self) -> None:
         check_steps(self.steps)
-        if self.critic_steps < 1:
-            raise ValueError(f"critic_steps must be at least 1, not {self.critic_steps}")
         if not 0 < self.ratio_clip[0] < self.ratio_clip[1]:
             raise ValueError(f"ratio_clip must be 0 < low < high, not {list(self.ratio_clip)}")
         if self.bins < 0 or not 0 <= self.bin_decay < 1:
@@ -90,8 +83,7 @@ class FDistill:
 
     def turns(self, roles: Roles, step: int) -> Iterator[Turn]:
         yield Turn(("student",), lambda batch: self.student_losses(roles, batch))
-        updates = ("critic", "discriminator")
-        yield Turn(updates, lambda batch: self.critic_losses(roles, batch), times=self.critic_steps)
+        yield self.critic.turn(lambda batch: self.critic_losses(roles, batch), self.gan)
 
     def sampler(self) -> Sampler:
         return Sampler(kind="renoise", steps=self.steps)
@@ -126,8 +118,4 @@ class FDistill:
 
     def critic_losses(self, roles: Roles, batch: Batch) -> Iterator[Losses]:
         x = rollout(roles.student, batch.draws, batch.shape, self.steps, batch.cond, grad=False).x
-        losses = Losses({"dsm": track(roles, batch, x, self.critic_times, self.critic_weight)})
-        discriminator = self.gan.discriminator(roles, batch, x)
-        losses.update(discriminator)
-        losses.log.update(discriminator.log)
-        yield losses
+        yield self.critic.losses(roles, batch, x, self.gan)

@@ -18,9 +18,8 @@ from fewstep.algebra.process import bc
 from fewstep.algebra.sampling import Sampler
 from fewstep.algebra.times import LogitNormal, Uniform
 from fewstep.config import choice, part
-from fewstep.methods.meanflow import flow_only
 from fewstep.methods.method import Losses, Needs, Turn
-from fewstep.methods.terms import noised, track
+from fewstep.methods.terms import Critic, noised
 from fewstep.networks.roles import Roles
 from fewstep.objectives import trajectory as tr
 from fewstep.objectives.legs import Teacher
@@ -44,9 +43,8 @@ class FreeFlow:
     """alpha: size of the correction relative to the prediction residual, in [.3, 3]; 0 trains no critic."""
     fraction: float = 0.25
     """Share of the batch given to the correction (paper .25). The prediction has all of it, in the paper the rest."""
-    critic_steps: int = 1
-    """Critic updates per student update."""
-    critic_times: choice("times") = Uniform(low=1e-3, high=1.0)  # type: ignore[valid-type]
+    critic: Critic = Critic(times=Uniform(low=1e-3, high=1.0))
+    """It tracks the one-step samples."""
     correction_times: choice("times") = LogitNormal(mean=0.8, std=1.0)  # type: ignore[valid-type]
     """Noise level r of the correction, biased to high noise."""
     correction_guidance: float = 1.0
@@ -54,20 +52,18 @@ class FreeFlow:
     def __post_init__(self) -> None:
         if not 0 < self.fraction < 1:
             raise ValueError(f"fraction must lie in (0, 1), not {self.fraction}")
-        if self.critic_steps < 1 or self.correction < 0:
-            raise ValueError(
-                f"critic_steps >= 1, correction >= 0, not {self.critic_steps}, {self.correction}"
-            )
+        if self.correction < 0:
+            raise ValueError(f"correction must not be negative, not {self.correction}")
 
     def needs(self) -> Needs:
         roles = {"teacher", "student"} | ({"critic"} if self.correction else set())
-        return Needs(frozenset(roles), jvp=tr.forward_directions(self.tangent, "s"))
+        jvp, inputs = tr.forward_directions(self.tangent, "s"), frozenset({"s"})
+        return Needs(frozenset(roles), jvp=jvp, process="flow", inputs=inputs)
 
     def turns(self, roles: Roles, step: int) -> Iterator[Turn]:
-        flow_only(roles.student.process, "freeflow")
         yield Turn(("student",), lambda batch: self.losses(roles, batch))
         if self.correction:
-            yield Turn(("critic",), lambda batch: self.critic_losses(roles, batch), times=self.critic_steps)
+            yield self.critic.turn(lambda batch: self.critic_losses(roles, batch))
 
     def losses(self, roles: Roles, batch: Batch) -> Iterator[Losses]:
         x = batch.noise()
@@ -113,7 +109,7 @@ class FreeFlow:
     def critic_losses(self, roles: Roles, batch: Batch) -> Iterator[Losses]:
         with torch.no_grad():
             x = self.generate(roles, batch)
-        yield Losses({"track": track(roles, batch, x, self.critic_times, "x0")})
+        yield self.critic.losses(roles, batch, x)
 
     def sampler(self) -> Sampler:
         return Sampler(kind="map", steps=(1.0,))

@@ -3,20 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, ClassVar, Literal
+from typing import ClassVar
 
-import torch
-from torch import Tensor
-
-from fewstep import objectives as obj
 from fewstep.algebra.batch import Batch
 from fewstep.algebra.rollout import rollout
 from fewstep.algebra.sampling import Sampler
 from fewstep.algebra.times import check_steps
-from fewstep.config import choice, part
+from fewstep.config import part
 from fewstep.methods.method import Losses, Needs, Turn
 from fewstep.methods.readings import spread
-from fewstep.methods.terms import noised
+from fewstep.methods.terms import Gan
 from fewstep.networks.roles import Roles
 
 
@@ -24,19 +20,15 @@ from fewstep.networks.roles import Roles
 class GDD:
     """Only an adversarial loss on the student's samples. GDD-I freezes most convolutions: `freeze`.
 
-    With `times` set, the discriminator sees noised samples, which on the teacher's features is LADD.
+    With `gan.times` set, the discriminator sees noised samples, which on the teacher's features is LADD.
     """
 
     cites: ClassVar[tuple[str, ...]] = ("2405.20750",)
 
     steps: tuple[float, ...] = (1.0,)
     """Levels u of the student; the paper has one, sigma 80."""
-    times: choice("times") | None = None  # type: ignore[valid-type]
-    """Noise level of what the discriminator sees; none shows clean samples at the process's lowest level."""
-    loss: Literal["logistic", "hinge"] = "logistic"
-    """Official default: logistic."""
-    r1_weight: float = 0.01
-    """gamma of R1 on real samples, (gamma / 2) |grad|^2 (official 0.01); 0 for none."""
+    gan: Gan = Gan(weight=1.0, discriminator_weight=1.0, times=None, r1="exact", r1_weight=0.005)
+    """Logistic, on clean samples, with the official R1 of gamma 0.01; there is no other loss to weigh."""
     r1_every: int = 16
     """R1 is taken every so many steps and weighted as many times (official: 16)."""
     discriminator_steps: int = 1
@@ -49,8 +41,7 @@ class GDD:
 
     def __post_init__(self) -> None:
         check_steps(self.steps)
-        if self.r1_weight < 0:
-            raise ValueError(f"r1_weight must not be negative, not {self.r1_weight}")
+        self.gan.alone()
         for name in ("r1_every", "discriminator_steps"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
@@ -62,7 +53,7 @@ class GDD:
     def turns(self, roles: Roles, step: int) -> Iterator[Turn]:
         yield Turn(("student",), lambda batch: self.student_losses(roles, batch))
         updates = ("critic", "discriminator") if self.train_trunk else ("discriminator",)
-        r1 = bool(self.r1_weight) and step % self.r1_every == 0
+        r1 = 0.0 if step % self.r1_every else float(self.r1_every)
         yield Turn(
             updates, lambda batch: self.discriminator_losses(roles, batch, r1), times=self.discriminator_steps
         )
@@ -76,31 +67,14 @@ class GDD:
             if any(part in name and ("norm" in part or "norm" not in name) for part in self.freeze):
                 parameter.requires_grad_(False)
 
-    def shown(self, roles: Roles, batch: Batch, x: Tensor) -> tuple[Tensor, Tensor]:
-        """What the discriminator sees of x, and the time it is told."""
-        if self.times is not None:
-            return noised(self.times, roles, batch, x)
-        process: Any = roles.student.process
-        lowest = torch.full((len(x),), 1e-3, dtype=torch.float64, device=x.device)
-        return x, process.grid(lowest)
-
     def student_losses(self, roles: Roles, batch: Batch) -> Iterator[Losses]:
         self.hold(roles)
         x = rollout(roles.student, batch.draws, batch.shape, self.steps, batch.cond).x
-        logits = roles.discriminator(*self.shown(roles, batch, x), batch.cond)
-        loss = obj.logistic_generator if self.loss == "logistic" else obj.hinge_generator
-        yield Losses({"gan": loss(logits)}, {"health/diversity": spread(x, batch.cond)})
+        yield Losses(
+            {"gan": self.gan.generator(roles, batch, x)}, {"health/diversity": spread(x, batch.cond)}
+        )
 
-    def discriminator_losses(self, roles: Roles, batch: Batch, r1: bool) -> Iterator[Losses]:
+    def discriminator_losses(self, roles: Roles, batch: Batch, r1: float) -> Iterator[Losses]:
         x = rollout(roles.student, batch.draws, batch.shape, self.steps, batch.cond, grad=False).x
-        fake = roles.discriminator(*self.shown(roles, batch, x), batch.cond)
-        seen, tau = self.shown(roles, batch, batch.data())
-        real = roles.discriminator(seen, tau, batch.cond)
-        loss = obj.logistic_discriminator if self.loss == "logistic" else obj.hinge_discriminator
-        losses = Losses({"discriminator": loss(real, fake)})
-        if r1:
-            penalty = obj.r1_exact(lambda z: roles.discriminator(z, tau, batch.cond), seen)
-            losses["r1"] = 0.5 * self.r1_weight * self.r1_every * penalty
-        hits = (real > 0).float().mean() + (fake < 0).float().mean()
-        losses.log["discriminator_accuracy"] = (hits / 2).detach()
-        yield losses
+        fake = self.gan.look(roles, batch, x)
+        yield self.gan.judge(roles, batch, fake, *self.gan.shown(roles, batch, batch.data()), r1)

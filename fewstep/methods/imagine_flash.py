@@ -16,7 +16,7 @@ from fewstep.algebra.sampling import Sampler
 from fewstep.algebra.times import check_steps
 from fewstep.config import part
 from fewstep.methods.method import Losses, Needs, Turn
-from fewstep.methods.terms import Gan, track
+from fewstep.methods.terms import Gan
 from fewstep.networks.roles import Roles
 from fewstep.objectives import mse
 from fewstep.objectives.legs import Teacher
@@ -84,10 +84,7 @@ class ImagineFlash:
 
     def critic_losses(self, roles: Roles, batch: Batch) -> Iterator[Losses]:
         x, _ = self.backward(roles, batch, grad=False)
-        losses = self.gan.discriminator(roles, batch, x)
-        # The trunk keeps denoising the student's samples, so that its features stay those of images.
-        losses["denoise"] = track(roles, batch, x, self.gan.times, "x0")
-        yield losses
+        yield self.gan.with_trunk(roles, batch, x)
 
     def sampler(self) -> Sampler:
         return Sampler(kind="map", steps=self.steps, keep_noise=True)

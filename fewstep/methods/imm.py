@@ -14,7 +14,6 @@ from fewstep.algebra.process import Process, add_noise, angle_of
 from fewstep.algebra.sampling import Sampler, any_steps
 from fewstep.algebra.times import Uniform, check_steps
 from fewstep.config import choice, part
-from fewstep.methods.meanflow import flow_only
 from fewstep.methods.method import Losses, Needs, Turn
 from fewstep.networks.roles import Roles
 from fewstep.objectives.legs import between, student_leg
@@ -63,10 +62,9 @@ class IMM:
         check_steps(self.steps)
 
     def needs(self) -> Needs:
-        return Needs(frozenset({"student"}), data=True)
+        return Needs(frozenset({"student"}), data=True, process="flow")
 
     def turns(self, roles: Roles, step: int) -> Iterator[Turn]:
-        flow_only(roles.student.process, "imm")
         yield Turn(("student",), lambda batch: self.losses(roles, batch))
 
     def shared(self, values: Tensor) -> Tensor:

@@ -44,6 +44,9 @@ class Joint:
     def __post_init__(self) -> None:
         if not self.methods:
             raise ValueError("methods is empty; name at least one")
+        asked = sorted({n.process for n in (share.method.needs() for share in self.methods)} - {""})
+        if len(asked) > 1:
+            raise ValueError(f"methods need different processes of one student: {', '.join(asked)}")
 
     def needs(self) -> Needs:
         every = [share.method.needs() for share in self.methods]
@@ -60,6 +63,8 @@ class Joint:
             pairs=any(n.pairs for n in every),
             jvp="".join(sorted({d for n in every for d in n.jvp})),
             teacher_grad=any(n.teacher_grad for n in every),
+            process=next((n.process for n in every if n.process), ""),
+            inputs=frozenset().union(*(n.inputs for n in every)),
             frozen=roles - trained,
             state=state if states else None,
         )

@@ -8,16 +8,15 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from fewstep import objectives as obj
 from fewstep.algebra.batch import Batch
 from fewstep.algebra.process import add_noise
 from fewstep.algebra.rollout import exit_step, rollout
 from fewstep.algebra.sampling import Sampler
 from fewstep.algebra.times import LogitNormal, check_steps
-from fewstep.config import choice, part
+from fewstep.config import part
 from fewstep.methods.method import Losses, Needs, Turn
 from fewstep.methods.readings import spread
-from fewstep.methods.terms import noised
+from fewstep.methods.terms import Gan
 from fewstep.networks.roles import Roles
 
 
@@ -31,10 +30,8 @@ class LADD:
     """Levels u of the student (paper: 1, 0.75, 0.5, 0.25)."""
     source: Literal["data", "rollout"] = "data"
     """Student input: data noised to one of the steps (paper), or the student's own samples, which needs none."""
-    times: choice("times") = LogitNormal(mean=1.0, std=1.0)  # type: ignore[valid-type]
-    """Noise level of what the discriminator sees: a logit-normal (paper, mean 1 and std 1 for the final model)."""
-    loss: Literal["logistic", "hinge"] = "hinge"
-    """Paper: hinge."""
+    gan: Gan = Gan(weight=1.0, discriminator_weight=1.0, times=LogitNormal(mean=1.0, std=1.0), loss="hinge")
+    """Hinge, at logit-normal levels (paper, mean 1 and std 1 for the final model); there is no other loss to weigh."""
     discriminator_steps: int = 1
     """Discriminator updates per student update."""
     train_trunk: bool = False
@@ -42,6 +39,7 @@ class LADD:
 
     def __post_init__(self) -> None:
         check_steps(self.steps)
+        self.gan.alone()
         if self.discriminator_steps < 1:
             raise ValueError(f"discriminator_steps must be at least 1, not {self.discriminator_steps}")
 
@@ -76,17 +74,11 @@ class LADD:
         with torch.set_grad_enabled(grad):
             return roles.student(x_t, t, batch.cond).x0
 
-    def logits(self, roles: Roles, batch: Batch, x: Tensor) -> Tensor:
-        return roles.discriminator(*noised(self.times, roles, batch, x), batch.cond)
-
     def student_losses(self, roles: Roles, batch: Batch) -> Iterator[Losses]:
         x = self.produce(roles, batch, grad=True)
-        loss = obj.logistic_generator if self.loss == "logistic" else obj.hinge_generator
-        yield Losses({"gan": loss(self.logits(roles, batch, x))}, {"health/diversity": spread(x, batch.cond)})
+        yield Losses(
+            {"gan": self.gan.generator(roles, batch, x)}, {"health/diversity": spread(x, batch.cond)}
+        )
 
     def discriminator_losses(self, roles: Roles, batch: Batch) -> Iterator[Losses]:
-        x = self.produce(roles, batch, grad=False)
-        fake, real = self.logits(roles, batch, x), self.logits(roles, batch, batch.data())
-        loss = obj.logistic_discriminator if self.loss == "logistic" else obj.hinge_discriminator
-        hits = (real > 0).float().mean() + (fake < 0).float().mean()
-        yield Losses({"discriminator": loss(real, fake)}, {"discriminator_accuracy": (hits / 2).detach()})
+        yield self.gan.discriminator(roles, batch, self.produce(roles, batch, grad=False))

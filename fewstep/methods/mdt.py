@@ -14,7 +14,6 @@ from fewstep.algebra.process import add_noise, bc
 from fewstep.algebra.sampling import Sampler, any_steps
 from fewstep.algebra.times import LogitNormal, check_steps
 from fewstep.config import choice, part
-from fewstep.methods.meanflow import flow_only
 from fewstep.methods.method import Losses, Needs, Turn
 from fewstep.networks.roles import Roles
 from fewstep.objectives.legs import Teacher
@@ -46,10 +45,9 @@ class MDT:
             raise ValueError(f"step must lie in (0, 1), not {self.step}")
 
     def needs(self) -> Needs:
-        return Needs(frozenset({"teacher", "student"}), data=True)
+        return Needs(frozenset({"teacher", "student"}), data=True, process="flow")
 
     def turns(self, roles: Roles, step: int) -> Iterator[Turn]:
-        flow_only(roles.student.process, "mdt")
         yield Turn(("student",), lambda batch: self.losses(roles, batch))
 
     def target(self, roles: Roles, batch: Batch, x: Tensor, t: Tensor, scale: float) -> tuple[Tensor, Tensor]:

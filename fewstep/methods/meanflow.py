@@ -10,23 +10,15 @@ from torch import Tensor
 
 from fewstep.algebra.batch import Batch
 from fewstep.algebra.condition import differs
-from fewstep.algebra.process import Flow, add_noise, bc
+from fewstep.algebra.process import add_noise, bc
 from fewstep.algebra.sampling import Sampler, any_steps
 from fewstep.algebra.times import LogitNormal, check_steps
-from fewstep.config import UserError, choice, part
+from fewstep.config import choice, part
 from fewstep.methods.method import Losses, Needs, Turn
 from fewstep.methods.terms import dropped
 from fewstep.networks.roles import Roles
 from fewstep.objectives import trajectory as tr
 from fewstep.objectives.legs import Teacher
-
-
-def flow_only(process: Any, who: str) -> None:
-    """Raise UserError unless the student speaks the flow process, in which average velocities are defined."""
-    if not isinstance(process, Flow):
-        raise UserError(
-            f"method {who} needs a student with process: {{name: flow}}, not {type(process).__name__}"
-        )
 
 
 @part("method", "meanflow")
@@ -70,10 +62,10 @@ class MeanFlow:
 
     def needs(self) -> Needs:
         roles = {"student"} | ({"teacher"} if self.source == "teacher" else set())
-        return Needs(frozenset(roles), data=True, jvp=tr.forward_directions(self.tangent, "xt"))
+        jvp, inputs = tr.forward_directions(self.tangent, "xt"), frozenset({"s"} if self.apart else ())
+        return Needs(frozenset(roles), data=True, jvp=jvp, process="flow", inputs=inputs)
 
     def turns(self, roles: Roles, step: int) -> Iterator[Turn]:
-        flow_only(roles.student.process, "meanflow")
         yield Turn(("student",), lambda batch: self.losses(roles, batch, step))
 
     def pair(self, batch: Batch, process: Any) -> tuple[Tensor, Tensor]:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import ClassVar, Protocol
+from typing import Any, ClassVar, Protocol
 
 from torch import Tensor, nn
 
 from fewstep.algebra.batch import Batch
 from fewstep.algebra.sampling import Sampler
+from fewstep.config import REGISTRY
 from fewstep.data.base import Data
 from fewstep.networks.roles import Roles
 
@@ -26,11 +27,34 @@ class Needs:
     """Directions of x, t, s in which the student is differentiated in forward mode, such as "xt"; "" is none."""
     teacher_grad: bool = False
     """True: gradients flow through the teacher to its input (SiD, LADD)."""
+    process: str = ""
+    """The student's process by its recipe name; a process built upon it will do (shifted_flow for flow). "" is any."""
+    inputs: frozenset[str] = frozenset()
+    """Scalar inputs that the student must take beside the time: s, w, mirror."""
     frozen: frozenset[str] = frozenset({"teacher"})
     """Those of `roles` that no optimiser ever steps (teacher, target networks)."""
     state: Callable[[Data], nn.Module] | None = None
     """Makes the method's own buffers (ratio bins, banks) for a data set's shape and classes; they become the
     role `state`, checkpointed with it."""
+
+    def __post_init__(self) -> None:
+        if self.process and self.process not in REGISTRY["process"]:
+            raise ValueError(f"process {self.process!r} is not one of {', '.join(REGISTRY['process'])}")
+
+    def refuses_process(self, process: Any) -> str:
+        """Why a student of this process will not do, such as `needs flow or shifted_flow, not edm`; "" if it will."""
+        kinds = REGISTRY["process"]
+        if not self.process or isinstance(process, kinds[self.process]):
+            return ""
+        allowed = [name for name, kind in kinds.items() if issubclass(kind, kinds[self.process])]
+        return f"needs {' or '.join(allowed)}, not {process.name}"
+
+    def refuses_inputs(self, inputs: Iterable[str]) -> str:
+        """Why a student that takes these inputs beside the time will not do; "" if it will."""
+        have = set(inputs)
+        if self.inputs <= have:
+            return ""
+        return f"needs [{', '.join(sorted(self.inputs))}], not [{', '.join(sorted(have))}]"
 
     @property
     def trained(self) -> frozenset[str]:
@@ -43,6 +67,10 @@ class Losses(dict[str, Tensor]):
     def __init__(self, terms: dict[str, Tensor] | None = None, log: dict[str, Tensor] | None = None) -> None:
         super().__init__(terms or {})
         self.log = log or {}
+
+    def join(self, other: Losses) -> Losses:
+        """These terms and readings with those of `other`."""
+        return Losses({**self, **other}, {**self.log, **other.log})
 
     def total(self) -> Tensor:
         return sum(self.values())  # type: ignore[return-value]

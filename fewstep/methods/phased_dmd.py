@@ -19,9 +19,8 @@ from fewstep.algebra.times import Uniform, check_steps
 from fewstep.config import choice, part
 from fewstep.methods.method import Losses, Needs, Turn
 from fewstep.methods.readings import readings
-from fewstep.methods.terms import scaled
+from fewstep.methods.terms import Critic, scaled
 from fewstep.networks.roles import Roles
-from fewstep.objectives.regression import Weight
 
 
 @part("method", "phased_dmd")
@@ -50,12 +49,9 @@ class PhasedDMD:
     """dmd: 1 / <|x0 - D_real|> with the student's own x0; kl: the exact gradient of KL(q_t || p_t)."""
     loss_on: Literal["x_s", "x0"] = "x_s"
     """Which output the gradient is applied to: x_s as in the paper, or the x0 prediction as in public code."""
-    critic_steps: int = 5
-    """Critic updates per student update (paper: 5)."""
-    critic_times: choice("times") = Uniform(low=0.02, high=1.0)  # type: ignore[valid-type]
-    """Noise level of the critic's loss, squeezed into (s, 1]; never s itself, where the target diverges."""
-    critic_weight: Weight = "x0"
-    """Weight of the critic's x0 error in the last phase; before, the paper's clamped psi weight applies."""
+    critic: Critic = Critic(times=Uniform(low=0.02, high=1.0), steps=5)
+    """Levels are squeezed into (s, 1], never s itself, where the target diverges. Its weight holds in the last phase;
+    before, the paper's clamped psi weight applies. 5 updates per student update (paper)."""
     clamp: float = 10.0
     """Largest 1 / sigma_{t|s}^2 in the critic's weight (paper: 10)."""
 
@@ -68,15 +64,15 @@ class PhasedDMD:
             raise ValueError(f"boundaries: {outside[0]} is not one of the inner steps {list(self.steps[1:])}")
         if not 1 <= self.phase <= len(self.boundaries) + 1:
             raise ValueError(f"phase must lie in 1..{len(self.boundaries) + 1}, not {self.phase}")
-        if self.critic_steps < 1 or self.clamp <= 0:
-            raise ValueError(f"need critic_steps >= 1 and clamp > 0, not {self.critic_steps}, {self.clamp}")
+        if self.clamp <= 0:
+            raise ValueError(f"clamp must be positive, not {self.clamp}")
 
     def needs(self) -> Needs:
         return Needs(frozenset({"teacher", "student", "critic"}))
 
     def turns(self, roles: Roles, step: int) -> Iterator[Turn]:
         yield Turn(("student",), lambda batch: self.student_losses(roles, batch))
-        yield Turn(("critic",), lambda batch: self.critic_losses(roles, batch), times=self.critic_steps)
+        yield self.critic.turn(lambda batch: self.critic_losses(roles, batch))
 
     def sampler(self) -> Sampler:
         # DDIM through the experts: eta = 0 keeps the noise that a step predicted.
@@ -140,6 +136,6 @@ class PhasedDMD:
 
     def critic_losses(self, roles: Roles, batch: Batch) -> Iterator[Losses]:
         x_s, _ = self.path(roles, batch, grad=False)
-        t, s = self.level(roles, batch, self.critic_times)
-        weights: dict[str, Any] = {"weight": self.critic_weight, "clamp": self.clamp}
+        t, s = self.level(roles, batch, self.critic.times)
+        weights: dict[str, Any] = {"weight": self.critic.weight, "clamp": self.clamp}
         yield Losses({"dsm": obj.dsm(roles.critic, x_s, t, batch.noise(), batch.cond, s=s, **weights)})

@@ -15,7 +15,6 @@ from fewstep.algebra.process import bc
 from fewstep.algebra.sampling import Sampler
 from fewstep.algebra.times import Uniform, check_steps
 from fewstep.config import choice, part
-from fewstep.methods.meanflow import flow_only
 from fewstep.methods.method import Losses, Needs, Turn
 from fewstep.networks.roles import Roles
 from fewstep.objectives import mse
@@ -53,10 +52,11 @@ class Reflow:
 
     def needs(self) -> Needs:
         own = {"straight"} if self.guide_weight and self.guide == "straight" else set()
-        return Needs(frozenset({"teacher", "student", *own}), frozen=frozenset({"teacher", *own}))
+        return Needs(
+            frozenset({"teacher", "student", *own}), process="flow", frozen=frozenset({"teacher", *own})
+        )
 
     def turns(self, roles: Roles, step: int) -> Iterator[Turn]:
-        flow_only(roles.student.process, "reflow")
         yield Turn(("student",), lambda batch: self.losses(roles, batch, step))
 
     def beta(self, step: int) -> float:

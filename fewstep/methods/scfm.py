@@ -14,7 +14,6 @@ from fewstep.algebra.process import add_noise, bc
 from fewstep.algebra.sampling import Sampler
 from fewstep.algebra.times import check_steps, shift
 from fewstep.config import part
-from fewstep.methods.meanflow import flow_only
 from fewstep.methods.method import Losses, Needs, Turn
 from fewstep.networks.roles import Roles
 from fewstep.objectives import mse
@@ -46,10 +45,9 @@ class SCFM:
 
     def needs(self) -> Needs:
         roles = frozenset({"teacher", "student", "target"})
-        return Needs(roles, data=True, frozen=frozenset({"teacher", "target"}))
+        return Needs(roles, data=True, process="flow", frozen=frozenset({"teacher", "target"}))
 
     def turns(self, roles: Roles, step: int) -> Iterator[Turn]:
-        flow_only(roles.student.process, "scfm")
         yield Turn(("student",), lambda batch: self.losses(roles, batch))
         follow(roles.target, roles.student, self.target_decay)
 

@@ -16,7 +16,7 @@ from fewstep.algebra.process import add_noise
 from fewstep.algebra.sampling import Sampler
 from fewstep.config import part
 from fewstep.methods.method import Losses, Needs, Turn
-from fewstep.methods.terms import Gan, track
+from fewstep.methods.terms import Gan
 from fewstep.networks.roles import Roles
 from fewstep.objectives.legs import Teacher, between, student_leg
 from fewstep.objectives.trajectory import Distance, distance, follow, two_leg
@@ -94,10 +94,7 @@ class Segments:
         with torch.no_grad():
             x = self.sample(roles, batch, noised, t)
         assert self.gan is not None
-        losses = self.gan.discriminator(roles, batch, x)
-        # The trunk keeps denoising the student's samples, so that its features stay those of images.
-        losses["denoise"] = track(roles, batch, x, self.gan.times, "x0")
-        yield losses
+        yield self.gan.with_trunk(roles, batch, x)
 
     def sampler(self) -> Sampler:
         levels = tuple(1 - i / self.segments for i in range(self.segments))

@@ -13,7 +13,6 @@ from fewstep.algebra.process import Process, add_noise, bc
 from fewstep.algebra.sampling import Sampler, any_steps
 from fewstep.algebra.times import LogitNormal, check_steps
 from fewstep.config import UserError, choice, part
-from fewstep.methods.meanflow import flow_only
 from fewstep.methods.method import Losses, Needs, Turn
 from fewstep.methods.terms import dropped
 from fewstep.networks.roles import Roles
@@ -49,10 +48,15 @@ class SelfE:
             raise ValueError(f"need local in [0, 1], ramp >= 1 and drop_cond in [0, 1), not {got}")
 
     def needs(self) -> Needs:
-        return Needs(frozenset({"student", "target"}), data=True, frozen=frozenset({"teacher", "target"}))
+        return Needs(
+            frozenset({"student", "target"}),
+            data=True,
+            process="flow",
+            inputs=frozenset({"s"}),
+            frozen=frozenset({"teacher", "target"}),
+        )
 
     def turns(self, roles: Roles, step: int) -> Iterator[Turn]:
-        flow_only(roles.student.process, "self_e")
         yield Turn(("student",), lambda batch: self.losses(roles, batch, step))
         follow(roles.target, roles.student, self.target_decay)
 

@@ -14,7 +14,6 @@ from fewstep.algebra.draws import Draws
 from fewstep.algebra.process import add_noise, bc
 from fewstep.algebra.sampling import Sampler
 from fewstep.config import part
-from fewstep.methods.meanflow import flow_only
 from fewstep.methods.method import Losses, Needs, Turn
 from fewstep.networks.roles import Roles
 from fewstep.objectives import mse
@@ -51,10 +50,10 @@ class Shortcut:
     def needs(self) -> Needs:
         roles = {"student"} | ({"teacher"} if self.source == "teacher" else set())
         roles |= {"target"} if self.target_decay is not None else set()
-        return Needs(frozenset(roles), data=True, frozen=frozenset({"teacher", "target"}))
+        frozen, inputs = frozenset({"teacher", "target"}), frozenset({"s"})
+        return Needs(frozenset(roles), data=True, process="flow", inputs=inputs, frozen=frozen)
 
     def turns(self, roles: Roles, step: int) -> Iterator[Turn]:
-        flow_only(roles.student.process, "shortcut")
         yield Turn(("student",), lambda batch: self.losses(roles, batch))
         if self.target_decay is not None:
             follow(roles.target, roles.student, self.target_decay)

@@ -16,9 +16,8 @@ from fewstep.algebra.times import LogNormal, SiDTimes, check_steps
 from fewstep.config import choice, part
 from fewstep.methods.method import Losses, Needs, Turn
 from fewstep.methods.readings import readings
-from fewstep.methods.terms import Gan, noised, track
+from fewstep.methods.terms import Critic, Gan, noised
 from fewstep.networks.roles import Roles
-from fewstep.objectives.regression import Weight
 
 
 @part("method", "sid")
@@ -41,19 +40,13 @@ class SiD:
     """Noise level of the loss."""
     guidance: float = 1.0
     """Guidance scale of the teacher; 1 in the paper."""
-    critic_steps: int = 1
-    """Critic updates per student update."""
-    critic_times: choice("times") = LogNormal()  # type: ignore[valid-type]
-    """Noise level of the critic's loss, EDM's ln sigma ~ N(-1.2, 1.2^2)."""
-    critic_weight: Weight = "edm"
-    """Weight of the critic's x0 error."""
+    critic: Critic = Critic(times=LogNormal(), weight="edm")
+    """EDM's noise levels, ln sigma ~ N(-1.2, 1.2^2), and its weight."""
     gan: Gan | None = None
     """SiDA's adversarial term on the critic's features; needs data."""
 
     def __post_init__(self) -> None:
         check_steps(self.steps)
-        if self.critic_steps < 1:
-            raise ValueError(f"critic_steps must be at least 1, not {self.critic_steps}")
         if self.huber is not None and self.huber <= 0:
             raise ValueError(
                 f"huber must be positive, not {self.huber}; leave it out for the squared distance"
@@ -66,8 +59,7 @@ class SiD:
         return Needs(frozenset(roles), data=self.gan is not None, teacher_grad=True)
 
     def turns(self, roles: Roles, step: int) -> Iterator[Turn]:
-        updates = ("critic", "discriminator") if self.gan else ("critic",)
-        yield Turn(updates, lambda batch: self.critic_losses(roles, batch), times=self.critic_steps)
+        yield self.critic.turn(lambda batch: self.critic_losses(roles, batch), self.gan)
         yield Turn(("student",), lambda batch: self.student_losses(roles, batch))
 
     def sampler(self) -> Sampler:
@@ -98,9 +90,4 @@ class SiD:
 
     def critic_losses(self, roles: Roles, batch: Batch) -> Iterator[Losses]:
         x = rollout(roles.student, batch.draws, batch.shape, self.steps, batch.cond, grad=False).x
-        losses = Losses({"dsm": track(roles, batch, x, self.critic_times, self.critic_weight)})
-        if self.gan:
-            discriminator = self.gan.discriminator(roles, batch, x)
-            losses.update(discriminator)
-            losses.log.update(discriminator.log)
-        yield losses
+        yield self.critic.losses(roles, batch, x, self.gan)

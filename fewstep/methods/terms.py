@@ -1,8 +1,8 @@
-"""Terms that several methods share: the critic's regression and the adversarial pair."""
+"""Parts that several methods share: the critic, the discriminator, distances."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Literal
 
 import torch
@@ -12,11 +12,10 @@ from fewstep import objectives as obj
 from fewstep.algebra.batch import Batch
 from fewstep.algebra.condition import replaced
 from fewstep.algebra.jump import ask, clean
-from fewstep.algebra.prediction import Prediction
 from fewstep.algebra.process import add_noise, bc
 from fewstep.algebra.times import Uniform
 from fewstep.config import choice, config
-from fewstep.methods.method import Losses
+from fewstep.methods.method import Losses, Turn
 from fewstep.networks.roles import Roles
 from fewstep.objectives.regression import Weight, x0_weight
 from fewstep.objectives.trajectory import distance
@@ -36,58 +35,150 @@ def dropped(batch: Batch, probability: float) -> Any:
     return replaced(batch.cond, batch.draws.uniform() < probability, batch.null_cond)
 
 
-def track(
-    roles: Roles, batch: Batch, x: Tensor, times: Any, weight: Weight, drop_cond: float = 0.0
-) -> Tensor:
-    """The critic's denoising loss on detached student samples x (b, *d); a scalar."""
-    process: Any = roles.student.process
-    t, eps = times.sample(batch.draws, process), batch.noise()
-    return obj.dsm(roles.critic, x.detach(), t, eps, dropped(batch, drop_cond), weight=weight)
-
-
 @config
 class Gan:
-    """A discriminator on noised samples beside a score method: its weights, noise levels and loss."""
+    """A discriminator of real and student samples: the weights, the noise levels at which it looks, and its loss."""
 
     weight: float = 3e-3
     """Weight of the generator's loss (DMD2: ImageNet-64 3e-3, SD1.5 1e-3, SDXL 5e-3)."""
     discriminator_weight: float = 1e-2
     """Weight of the discriminator's loss beside the critic's (DMD2: 1e-2)."""
-    times: choice("times") = Uniform(low=0.0, high=1.0)  # type: ignore[valid-type]
-    """Noise level at which the discriminator looks."""
+    times: choice("times") | None = Uniform(low=0.0, high=1.0)  # type: ignore[valid-type]
+    """Noise level at which the discriminator looks; null shows clean samples, at the process's lowest level."""
     loss: Literal["logistic", "hinge"] = "logistic"
+    """DMD2 and GDD: logistic (softplus); LADD: hinge."""
     r1_weight: float = 0.0
-    """Weight of the finite-difference R1 on real samples (APT, arXiv 2501.08316)."""
+    """Weight of R1 on real samples (FastGen uses 100 to 1000 on its scale)."""
+    r1: Literal["finite", "exact"] = "finite"
+    """finite: differences of logits (APT, arXiv 2501.08316); exact: |grad|^2, whose weight is the usual gamma / 2."""
+    shares_noise: bool = False
+    """True: the discriminator trains at the critic's levels, on the features of its denoising call: a pass less."""
 
     def __post_init__(self) -> None:
         if self.weight <= 0 or self.discriminator_weight <= 0:
-            raise ValueError("weight and discriminator_weight must be positive; leave the gan out for none")
+            raise ValueError(
+                "weight and discriminator_weight must be positive; `gan: null` is no discriminator"
+            )
         if self.r1_weight < 0:
             raise ValueError(f"r1_weight must not be negative, not {self.r1_weight}")
 
+    def alone(self) -> None:
+        """Raise ValueError for a key that needs a critic's turn, in methods that have none."""
+        if self.shares_noise:
+            raise ValueError("gan.shares_noise: no critic trains beside the discriminator of this method")
+
+    def shown(self, roles: Roles, batch: Batch, x: Tensor) -> tuple[Tensor, Tensor]:
+        """What the discriminator sees of x (b, *d), and the time (b,) that it is told."""
+        if self.times is not None:
+            return noised(self.times, roles, batch, x)
+        process: Any = roles.student.process
+        return x, process.grid(torch.full((len(x),), 1e-3, dtype=torch.float64, device=x.device))
+
     def look(self, roles: Roles, batch: Batch, x: Tensor) -> Tensor:
         """Logits (b, heads) of x at a fresh noise level."""
-        x_tau, tau = noised(self.times, roles, batch, x)
-        return roles.discriminator(x_tau, tau, batch.cond)
+        return roles.discriminator(*self.shown(roles, batch, x), batch.cond)
 
     def generator(self, roles: Roles, batch: Batch, x: Tensor) -> Tensor:
         """The student's weighted adversarial loss; the gradient flows through the discriminator into x."""
         loss = obj.logistic_generator if self.loss == "logistic" else obj.hinge_generator
         return self.weight * loss(self.look(roles, batch, x))
 
-    def discriminator(self, roles: Roles, batch: Batch, x: Tensor) -> Losses:
-        """The discriminator's weighted loss on real data against detached student samples, and its accuracy."""
-        fake_logits = self.look(roles, batch, x.detach())
-        seen, tau = noised(self.times, roles, batch, batch.data())
-        real_logits = roles.discriminator(seen, tau, batch.cond)
+    def discriminator(self, roles: Roles, batch: Batch, x: Tensor, fakes: Batch | None = None) -> Losses:
+        """The discriminator's weighted loss on real data against detached student samples, and its accuracy.
+
+        fakes: the batch whose conditions x was made under, where it is not `batch`.
+        """
+        fake = self.look(roles, fakes or batch, x.detach())
+        return self.judge(roles, batch, fake, *self.shown(roles, batch, batch.data()))
+
+    def judge(
+        self, roles: Roles, batch: Batch, fake: Tensor, seen: Tensor, tau: Tensor, r1: float = 1.0
+    ) -> Losses:
+        """`discriminator` from the logits (b, heads) of student samples and real samples seen at tau.
+
+        r1: factor on R1's weight, 0 for none (lazy R1 takes it rarely and as many times as large).
+        """
+        real = roles.discriminator(seen, tau, batch.cond)
         loss = obj.logistic_discriminator if self.loss == "logistic" else obj.hinge_discriminator
-        losses = Losses({"discriminator": self.discriminator_weight * loss(real_logits, fake_logits)})
-        if self.r1_weight:
-            penalty = obj.r1_finite(lambda z: roles.discriminator(z, tau, batch.cond), seen, batch.noise())
-            losses["r1"] = self.r1_weight * penalty
-        hits = (real_logits > 0).float().mean() + (fake_logits < 0).float().mean()
-        losses.log["discriminator_accuracy"] = (hits / 2).detach()
+        losses = Losses({"discriminator": self.discriminator_weight * loss(real, fake)})
+        if r1 * self.r1_weight:
+
+            def logits(z: Tensor) -> Tensor:
+                return roles.discriminator(z, tau, batch.cond)
+
+            exact = self.r1 == "exact"
+            penalty = obj.r1_exact(logits, seen) if exact else obj.r1_finite(logits, seen, batch.noise())
+            losses["r1"] = r1 * self.r1_weight * penalty
+        losses.log["discriminator_accuracy"] = accuracy(real, fake)
         return losses
+
+    def with_trunk(self, roles: Roles, batch: Batch, x: Tensor) -> Losses:
+        """`discriminator`, and the trunk goes on denoising the student's samples x.
+
+        So its features stay those of images, in methods that have the critic for its features alone.
+        """
+        critic = Critic() if self.times is None else Critic(times=self.times)
+        if self.shares_noise:
+            return critic.losses(roles, batch, x, self)
+        losses = self.discriminator(roles, batch, x)
+        losses["denoise"] = critic.losses(roles, batch, x)["dsm"]
+        return losses
+
+
+def accuracy(real: Tensor, fake: Tensor) -> Tensor:
+    """The share of logits (b, heads) with the right sign, without a gradient; a scalar."""
+    return (((real > 0).float().mean() + (fake < 0).float().mean()) / 2).detach()
+
+
+@config
+class Critic:
+    """The network that tracks the student's distribution by denoising its samples: where, with what weight, how often."""
+
+    times: choice("times") = Uniform(low=0.0, high=1.0)  # type: ignore[valid-type]
+    """Noise level of its loss; the score difference needs all of [0, 1] where it is taken at all of it."""
+    weight: Weight = "x0"
+    """Weight of its x0 error: "edm" for EDM networks, "eps" for SD and SDXL (DMD2's code)."""
+    steps: int = 1
+    """Updates per student update."""
+
+    def __post_init__(self) -> None:
+        if self.steps < 1:
+            raise ValueError(f"steps must be at least 1, not {self.steps}")
+
+    def turn(self, losses: Callable[[Batch], Iterable[Losses]], gan: Gan | None = None) -> Turn:
+        """The critic's turn, and in it that of the discriminator on its features."""
+        # Two optimisers over one trunk would cancel the weight of the GAN loss.
+        return Turn(("critic", "discriminator") if gan else ("critic",), losses, times=self.steps)
+
+    def losses(
+        self,
+        roles: Roles,
+        batch: Batch,
+        x: Tensor,
+        gan: Gan | None = None,
+        *,
+        fakes: Batch | None = None,
+        drop_cond: float = 0.0,
+    ) -> Losses:
+        """Denoising score matching of student samples x (b, *d), `dsm`, and beside it the discriminator's terms.
+
+        Args:
+            fakes: the batch whose conditions x was made under, where it is not `batch`.
+            drop_cond: share of rows that lose their condition.
+        """
+        process: Any = roles.student.process
+        x, fakes = x.detach(), fakes or batch
+        t, eps = self.times.sample(batch.draws, process), batch.noise()
+        x_t, _ = add_noise(process, x, eps, t)
+        taps = roles.discriminator.taps if gan and gan.shares_noise else ()
+        denoised = roles.critic(x_t, t, dropped(fakes, drop_cond), taps=taps)
+        losses = Losses({"dsm": obj.mse(denoised.x0, x, x0_weight(self.weight, process, t))})
+        if gan and gan.shares_noise:
+            # Real and fake must come from one distribution of levels, or the logit learns the level's odds.
+            fake = roles.discriminator.logits(denoised.features)
+            seen, _ = add_noise(process, batch.data(), batch.noise(), t)
+            return losses.join(gan.judge(roles, batch, fake, seen, t))
+        return losses.join(gan.discriminator(roles, batch, x, fakes)) if gan else losses
 
 
 Apart = Literal["mse", "l1", "huber", "huber_sample", "lpips"]
@@ -117,17 +208,9 @@ def discriminate(gan: Gan | None, roles: Roles, batch: Batch, times: Any) -> Ite
         noised_data, t = noised(times, roles, batch, batch.data())
         end = clean(process, t)
         x = ask(roles.student, noised_data, t, end, batch.cond).at(end)
-    losses = gan.discriminator(roles, batch, x)
-    # The trunk keeps denoising the student's samples, so that its features stay those of images.
-    losses["denoise"] = track(roles, batch, x, gan.times, "x0")
-    yield losses
+    yield gan.with_trunk(roles, batch, x)
 
 
 def scaled(c: Tensor, x: Tensor) -> Tensor:
     """c (b,) times x (b, *d)."""
     return bc(c, x) * x
-
-
-def critic_error(prediction: Prediction, x: Tensor, weight: Weight) -> Tensor:
-    """Weighted x0 error of a prediction against x, a scalar."""
-    return obj.mse(prediction.x0, x, x0_weight(weight, prediction.process, prediction.t))

@@ -8,12 +8,11 @@ from typing import ClassVar
 from fewstep.algebra.batch import Batch
 from fewstep.algebra.rollout import rollout
 from fewstep.algebra.sampling import Sampler
-from fewstep.algebra.times import Uniform, check_steps
-from fewstep.config import choice, part
+from fewstep.algebra.times import check_steps
+from fewstep.config import part
 from fewstep.methods.method import Losses, Needs, Turn
-from fewstep.methods.terms import track
+from fewstep.methods.terms import Critic
 from fewstep.networks.roles import Roles
-from fewstep.objectives.regression import Weight
 
 
 @part("method", "track")
@@ -28,10 +27,8 @@ class Track:
 
     steps: tuple[float, ...] = (1.0,)
     """Levels u the student is sampled at."""
-    times: choice("times") = Uniform(low=0.0, high=1.0)  # type: ignore[valid-type]
-    """Noise level of the critic's denoising loss."""
-    weight: Weight = "x0"
-    """Weight of the critic's x0 error."""
+    critic: Critic = Critic()
+    """Its steps are those within one step of the stage."""
 
     def __post_init__(self) -> None:
         check_steps(self.steps)
@@ -40,11 +37,11 @@ class Track:
         return Needs(frozenset({"student", "critic"}), frozen=frozenset({"teacher", "student"}))
 
     def turns(self, roles: Roles, step: int) -> Iterator[Turn]:
-        yield Turn(("critic",), lambda batch: self.losses(roles, batch))
+        yield self.critic.turn(lambda batch: self.losses(roles, batch))
 
     def losses(self, roles: Roles, batch: Batch) -> Iterator[Losses]:
         x = rollout(roles.student, batch.draws, batch.shape, self.steps, batch.cond, grad=False).x
-        yield Losses({"dsm": track(roles, batch, x, self.times, self.weight)})
+        yield self.critic.losses(roles, batch, x)
 
     def sampler(self) -> Sampler:
         return Sampler(kind="renoise", steps=self.steps)

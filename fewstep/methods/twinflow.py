@@ -15,7 +15,6 @@ from fewstep.algebra.process import Flow, add_noise, bc
 from fewstep.algebra.sampling import Sampler, any_steps
 from fewstep.algebra.times import Beta, check_steps
 from fewstep.config import UserError, choice, part
-from fewstep.methods.meanflow import flow_only
 from fewstep.methods.method import Losses, Needs, Turn
 from fewstep.networks.roles import Roles
 from fewstep.objectives.regression import per_sample
@@ -52,12 +51,10 @@ class TwinFlow:
 
     def needs(self) -> Needs:
         roles = frozenset({"student", "target", *(("teacher",) if self.image_free else ())})
-        return Needs(roles, data=not self.image_free, frozen=frozenset({"teacher", "target"}))
+        frozen, inputs = frozenset({"teacher", "target"}), frozenset({"s", "mirror"})
+        return Needs(roles, data=not self.image_free, process="flow", inputs=inputs, frozen=frozen)
 
     def turns(self, roles: Roles, step: int) -> Iterator[Turn]:
-        flow_only(roles.student.process, "twinflow")
-        if set(roles.student.inputs) < {"s", "mirror"}:
-            raise UserError("method twinflow needs a student with inputs: [s, mirror]")
         yield Turn(("student",), lambda batch: self.losses(roles, batch))
         follow(roles.target, roles.student, self.decay)
 

@@ -16,11 +16,10 @@ from fewstep.algebra.times import LogNormal, SiDTimes, check_steps
 from fewstep.config import choice, part
 from fewstep.methods.method import Losses, Needs, Turn
 from fewstep.methods.readings import readings
-from fewstep.methods.terms import Gan, noised, track
+from fewstep.methods.terms import Critic, Gan, noised
 from fewstep.networks.roles import Roles
 from fewstep.objectives.divergence import Expanded
 from fewstep.objectives.reduce import global_mean
-from fewstep.objectives.regression import Weight
 
 
 @part("method", "uni_instruct")
@@ -45,19 +44,13 @@ class UniInstruct:
     """True detaches the ratio, as the released code does; the gradient is then not the divergence's."""
     guidance: float = 1.0
     """Guidance scale of the teacher."""
-    critic_steps: int = 1
-    """Critic updates per student update."""
-    critic_times: choice("times") = LogNormal()  # type: ignore[valid-type]
-    """Noise level of the critic's loss."""
-    critic_weight: Weight = "edm"
-    """Weight of the critic's x0 error."""
+    critic: Critic = Critic(times=LogNormal(), weight="edm")
+    """As SiD's."""
     gan: Gan = Gan(weight=1e-2, discriminator_weight=1.0)
     """The discriminator that gives the ratio and its adversarial loss; official weights 0.01 (of 100) and 1."""
 
     def __post_init__(self) -> None:
         check_steps(self.steps)
-        if self.critic_steps < 1:
-            raise ValueError(f"critic_steps must be at least 1, not {self.critic_steps}")
         if not 0 < self.ratio_clip[0] < self.ratio_clip[1]:
             raise ValueError(f"ratio_clip must be 0 < low < high, not {list(self.ratio_clip)}")
 
@@ -66,8 +59,7 @@ class UniInstruct:
         return Needs(roles, data=True, teacher_grad=True)
 
     def turns(self, roles: Roles, step: int) -> Iterator[Turn]:
-        updates = ("critic", "discriminator")
-        yield Turn(updates, lambda batch: self.critic_losses(roles, batch), times=self.critic_steps)
+        yield self.critic.turn(lambda batch: self.critic_losses(roles, batch), self.gan)
         yield Turn(("student",), lambda batch: self.student_losses(roles, batch))
 
     def sampler(self) -> Sampler:
@@ -97,8 +89,4 @@ class UniInstruct:
 
     def critic_losses(self, roles: Roles, batch: Batch) -> Iterator[Losses]:
         x = rollout(roles.student, batch.draws, batch.shape, self.steps, batch.cond, grad=False).x
-        losses = Losses({"dsm": track(roles, batch, x, self.critic_times, self.critic_weight)})
-        discriminator = self.gan.discriminator(roles, batch, x)
-        losses.update(discriminator)
-        losses.log.update(discriminator.log)
-        yield losses
+        yield self.critic.losses(roles, batch, x, self.gan)

@@ -18,9 +18,8 @@ from fewstep.algebra.times import Uniform, check_steps
 from fewstep.config import choice, part
 from fewstep.methods.method import Losses, Needs, Turn
 from fewstep.methods.readings import readings
-from fewstep.methods.terms import noised, track
+from fewstep.methods.terms import Critic, noised
 from fewstep.networks.roles import Roles
-from fewstep.objectives.regression import Weight
 from fewstep.objectives.score import ScoreWeight
 
 
@@ -40,12 +39,8 @@ class VSD:
     """Guidance scale w; a pair draws w uniformly between the two for each update (PG-SB: 0.5 to 4)."""
     guide_critic: bool = True
     """SwiftBrush and PG-SB guide the critic with the same w; False is Diff-Instruct and DMD."""
-    critic_steps: int = 1
-    """Critic updates per student update; 1 in the three papers."""
-    critic_times: choice("times") = Uniform(low=0.0, high=1.0)  # type: ignore[valid-type]
-    """Noise level of the critic's denoising loss."""
-    critic_weight: Weight = "x0"
-    """Weight of the critic's x0 error; SwiftBrush has alpha^2 times "eps"."""
+    critic: Critic = Critic()
+    """1 update per student update in the three papers; SwiftBrush's weight is alpha^2 times "eps"."""
     drop_cond: float = 0.1
     """Probability that the critic trains without its condition, which guiding it needs (SwiftBrush: 0.1)."""
     real: str = "teacher"
@@ -53,8 +48,6 @@ class VSD:
 
     def __post_init__(self) -> None:
         check_steps(self.steps)
-        if self.critic_steps < 1:
-            raise ValueError(f"critic_steps must be at least 1, not {self.critic_steps}")
         if isinstance(self.guidance, tuple) and not self.guidance[0] < self.guidance[1]:
             raise ValueError(f"guidance {list(self.guidance)} must be one number or a pair low < high")
         if not 0 <= self.drop_cond <= 1:
@@ -65,7 +58,7 @@ class VSD:
 
     def turns(self, roles: Roles, step: int) -> Iterator[Turn]:
         yield Turn(("student",), lambda batch: self.student_losses(roles, batch))
-        yield Turn(("critic",), lambda batch: self.critic_losses(roles, batch), times=self.critic_steps)
+        yield self.critic.turn(lambda batch: self.critic_losses(roles, batch))
 
     def sampler(self) -> Sampler:
         return Sampler(kind="renoise", steps=self.steps)
@@ -82,12 +75,12 @@ class VSD:
         scale = self.scale(batch)
         with torch.no_grad():
             real = guided(roles[self.real], x_tau, tau, batch.cond, batch.null_cond, scale)
-            fake, own = self.critic(roles, batch, x_tau, tau, scale if self.guide_critic else 1.0)
+            fake, own = self.guided_critic(roles, batch, x_tau, tau, scale if self.guide_critic else 1.0)
         weight = obj.score_weight(self.weight, process, tau, x, real.x0)
         gradient = obj.score_difference(fake, real) * weight
         return gradient, readings(x, real, gradient, own, batch.cond)
 
-    def critic(
+    def guided_critic(
         self, roles: Roles, batch: Batch, x: Tensor, t: Tensor, scale: float
     ) -> tuple[Prediction, Prediction]:
         """The critic's guided answer and its conditional half, from one call; the same without guidance."""
@@ -107,4 +100,4 @@ class VSD:
     def critic_losses(self, roles: Roles, batch: Batch) -> Iterator[Losses]:
         x = rollout(roles.student, batch.draws, batch.shape, self.steps, batch.cond, grad=False).x
         drop = self.drop_cond if self.guide_critic else 0.0
-        yield Losses({"dsm": track(roles, batch, x, self.critic_times, self.critic_weight, drop)})
+        yield self.critic.losses(roles, batch, x, drop_cond=drop)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import Field, PositiveInt
@@ -207,6 +207,10 @@ class UNet2DSpec:
         if not self.channels or any(c % self.groups for c in self.channels):
             raise ValueError(f"channels {list(self.channels)} must be multiples of groups {self.groups}")
 
+    @property
+    def process(self) -> EDM:
+        return EDM(sigma_data=self.sigma_data)
+
     def build(self, site: Site) -> nn.Module:
         from diffusers import UNet2DModel
 
@@ -230,8 +234,7 @@ class UNet2DSpec:
                 resnet_time_scale_shift="scale_shift",
             ),
         )
-        process = EDM(sigma_data=self.sigma_data)
-        return Denoiser(UNet2D(model, site.classes), process, "cm", "250log_sigma")
+        return Denoiser(UNet2D(model, site.classes), self.process, "cm", "250log_sigma")
 
 
 @part("network", "unet-text")
@@ -249,6 +252,7 @@ class UNetTextSpec:
     groups: PositiveInt = 8
     heads: PositiveInt = 4
     """Of the attention and of the pooling; must divide the last of `channels` and `text`."""
+    process: ClassVar[DiscreteVP] = DiscreteVP()
 
     def __post_init__(self) -> None:
         if len(self.channels) < 2 or any(c % self.groups for c in self.channels):
@@ -284,7 +288,7 @@ class UNetTextSpec:
                 resnet_time_scale_shift="scale_shift",
             ),
         )
-        return Denoiser(UNetCondition(model), DiscreteVP(), "v", "index")
+        return Denoiser(UNetCondition(model), self.process, "v", "index")
 
 
 @part("teacher", "diffusers")

@@ -11,12 +11,10 @@ import fewstep.methods
 import fewstep.networks.perceptual
 import fewstep.networks.routed
 import fewstep.networks.specs  # noqa: F401  registers networks and teachers
+from fewstep.algebra.process import Process
 from fewstep.algebra.sampling import Sampler
-from fewstep.config import (
-    _close,
-    choice,
-    config,
-)
+from fewstep.config import RecipeError, Source, _close, choice, config
+from fewstep.networks.declared import declared_inputs, declared_process
 from fewstep.networks.specs import DiscriminatorSpec
 
 
@@ -198,6 +196,9 @@ class Recipe:
                 raise ValueError(
                     f"method {name} needs the role{'s' * (len(missing) > 1)} {', '.join(missing)}"
                 )
+            inputs, key = declared_inputs(self.student, "student", self._specs())
+            if wrong := stage.method.needs().refuses_inputs(inputs):
+                raise ValueError(f"{key}: method {stage.method.name} {wrong}")
             for role in sorted(stage.method.needs().trained):
                 if role not in self.optim and "default" not in self.optim:
                     raise ValueError(f"optim has no entry for {role} and no default")
@@ -212,10 +213,33 @@ class Recipe:
                         f"copy: {self._adapters_on_teacher()[0]} is an adapter on the teacher's weights, which "
                         "therefore cannot be overwritten"
                     )
+        self._check_processes()
         unknown = sorted(set(self.optim) - have - {"default"})
         if unknown:
             hint = _close(unknown[0], have) or f"; it has {', '.join(sorted(have))}"
             raise ValueError(f"optim.{unknown[0]}: no such role{hint}")
+
+    def _check_processes(self) -> None:
+        specs = self._specs()
+        declared = {role: declared_process(spec, role, specs) for role, spec in specs.items()}
+        own, _ = declared["student"]
+        if own is None:
+            return
+        self.check_process(own)
+        for process, key in declared.values():
+            if process not in (None, own):
+                raise RecipeError(f"{key}: {process} differs from the student's, {own}; use the same")
+
+    def check_process(self, process: Process, source: Source | None = None) -> None:
+        """RecipeError unless every stage's method can train a student of this process.
+
+        It names the key that sets the process, and with `source` the file and line where that stands.
+        """
+        for stage in self.stages():
+            if wrong := stage.method.needs().refuses_process(process):
+                _, key = declared_process(self.student, "student", self._specs())
+                where = f"{source.where(tuple(key.split('.')))}: " if source else ""
+                raise RecipeError(f"{where}{key}: method {stage.method.name} {wrong}")
 
     def stages(self) -> tuple[Stage, ...]:
         """All stages in order; the last one is the recipe's method."""
@@ -231,8 +255,10 @@ class Recipe:
         return any("teacher" in stage.copy for stage in self.stages())
 
     def _adapters_on_teacher(self) -> list[str]:
-        specs = {n: self.spec(n) for n in self.role_names()}
-        return [n for n, s in specs.items() if s.name == "lora" and s.of == "teacher"]
+        return [n for n, s in self._specs().items() if s.name == "lora" and s.of == "teacher"]
+
+    def _specs(self) -> dict[str, Any]:
+        return {role: self.spec(role) for role in self.role_names()}
 
     def spec(self, role: str) -> Any:
         """The spec that builds a role."""

@@ -30,6 +30,7 @@ def build_roles(recipe: Recipe, data: Data) -> Roles:
             raise RecipeError(
                 f"{name}.process: {process} differs from the student's, {processes['student']}; use the same"
             )
+    recipe.check_process(processes["student"])  # type: ignore[arg-type]
     for name in set().union(trained_roles(recipe), *(s.method.needs().trained for s in recipe.stages())):
         if name in modules:
             _make_fp32(modules[name])

@@ -36,7 +36,7 @@ data:
 teacher: {{name: diffusers, path: {root}}}
 student: {{name: lora, of: teacher, rank: 2, targets: [to_q, to_v, conv1]}}
 critic: {{name: lora, of: teacher, rank: 3}}
-method: {{name: dmd2, gan_weight: 0, critic_steps: 1, critic_weight: eps, guidance: 3.0, steps: [1.0, 0.5]}}
+method: {{name: dmd2, gan: null, critic: {{weight: eps, steps: 1}}, guidance: 3.0, steps: [1.0, 0.5]}}
 optim: {{default: {{lr: 1e-3}}}}
 train: {{steps: 2, batch: 4, accumulate: 2, checkpointing: true, product: student, ema: [], sample_every: 0}}
 evaluate: null

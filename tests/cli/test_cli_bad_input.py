@@ -70,7 +70,7 @@ def test_recipes_and_settings(refused: Call):
                                                                         "process grid")  # fmt: skip
     assert refused("run", "toy/dmd2", "critic=null").endswith("method dmd2 needs the role critic")
     assert refused("run", "toy/dmd2", "student.process={name: trig}").startswith(
-        "teacher.process: Flow(name='flow')"
+        "dmd2.yaml:3: teacher.process: Flow(name='flow') differs from the student's"
     )
     assert (
         refused("recipes", "show", "toy/dmd22")
@@ -310,9 +310,9 @@ def test_run_directories(refused: Call, trained: Path, teacher: Path, tmp_path: 
     assert refused("run", "digits-dmd2", *settings, "--out", run) == (
         f"{run}: is already used; continue it with --resume, or overwrite it with --force"
     )
-    told = refused("run", "digits-dmd2", *settings, "method.gan_weight=0.5", "--out", run, "--resume")
+    told = refused("run", "digits-dmd2", *settings, "method.gan.weight=0.5", "--out", run, "--resume")
     assert told.splitlines()[0] == f"{run}: was started with another recipe, so it cannot be resumed:"
-    assert [line.split(":")[0].strip() for line in told.splitlines()[1:]] == ["method.gan_weight"]
+    assert [line.split(":")[0].strip() for line in told.splitlines()[1:]] == ["method.gan.weight"]
     assert {p: p.read_bytes() for p in run.rglob("*") if p.is_file()} == before
     letters = tmp_path / "letters"
     letters.mkdir()

@@ -107,7 +107,7 @@ def test_calls_are_counted_as_the_method_makes_them():
     assert train("toy/kd", 5, "method.teacher_steps=4").spent.calls == 5 * 6 * (7 + 3)
     # DMD2 with one critic turn: the student's call and its gradient, teacher and critic without; then the critic's
     # turn: the student's sample without a gradient and the critic with one.
-    settings = ("method.gan_weight=0", "method.critic_steps=1", "method.steps=[1.0]")
+    settings = ("method.gan=null", "method.critic.steps=1", "method.steps=[1.0]")
     assert train("toy/dmd2", 4, *settings).spent.calls == 4 * 6 * ((3 + 1 + 1) + (1 + 3))
 
 

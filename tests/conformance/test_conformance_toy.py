@@ -70,7 +70,7 @@ def test_four_steps_by_backward_simulation_end_better_than_they_began():
     steps = (1.0, 0.75, 0.5, 0.25)
     start, product, real = trained(
         "method.steps=[1.0, 0.75, 0.5, 0.25]",
-        "method.critic_steps=3",
+        "method.critic.steps=3",
         "student.width=96",
         "before.0.steps=400",
         "train.steps=240",

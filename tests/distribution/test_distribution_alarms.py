@@ -74,7 +74,7 @@ def test_healthy_runs_raise_no_alarm(name: str):
 
 
 def test_a_critic_that_is_too_slow_and_the_saturation_that_follows():
-    slow = ("method.critic_steps=5", "method.critic_weight=x0", "optim.critic={lr: 1e-4}")
+    slow = ("method.critic.steps=5", "method.critic.weight=x0", "optim.critic={lr: 1e-4}")
     story = told("toy/dmd2", 240, *slow, FAR, "optim.student={lr: 4e-3}", every=12)
     assert {"critic too slow", "oversaturated"} <= set(story.alarms), story
     assert story.alarms["critic too slow"] < story.worse_from() < 10**9, story
@@ -90,7 +90,7 @@ def test_a_collapse():
 
 def test_a_discriminator_that_wins():
     """Shown almost clean samples of a student that can only move its mean, it knows every one; nothing improves."""
-    clean = "method.times={name: uniform, low: 0.0, high: 0.1}"
+    clean = "method.gan.times={name: uniform, low: 0.0, high: 0.1}"
     stiff = "method.freeze=[first, time, layers, shift, last.weight]"
     strong = ("method.discriminator_steps=5", "optim.discriminator={lr: 1e-2}", "optim.critic={lr: 5e-3}")
     story = told("toy/gdd", 40, clean, stiff, *strong, FAR, every=20)

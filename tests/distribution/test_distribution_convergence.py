@@ -61,7 +61,7 @@ def endless(columns: tuple[Tensor, ...]) -> Any:
 @pytest.mark.parametrize(
     ("name", "method", "steps"),
     [
-        ("dmd2", DMD2(gan_weight=0.0, times=LEVELS), 250),
+        ("dmd2", DMD2(gan=None, times=LEVELS), 250),
         ("vsd", VSD(times=LEVELS, weight="one"), 250),
         ("sid-0.5", SiD(alpha=0.5, times=LEVELS, normalize=False), 250),
         ("sid-1", SiD(alpha=1.0, times=LEVELS, normalize=False), 250),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -27,7 +28,7 @@ from fewstep.methods.gdd import GDD
 from fewstep.methods.joint import Joint, Share
 from fewstep.methods.ladd import LADD
 from fewstep.methods.phased_dmd import PhasedDMD
-from fewstep.methods.terms import Gan
+from fewstep.methods.terms import Critic, Gan
 from fewstep.methods.vsd import VSD
 from fewstep.networks.denoiser import Denoiser
 from fewstep.networks.heads import Discriminator
@@ -101,7 +102,7 @@ def same(
 
 
 def test_phased_dmd_of_one_phase_is_dmd2_without_gan():
-    dmd2 = DMD2(gan_weight=0.0, guidance=2.5, critic_times=Uniform(low=0.02, high=1.0))
+    dmd2 = DMD2(gan=None, guidance=2.5, critic=Critic(times=Uniform(low=0.02, high=1.0)))
     phased = PhasedDMD(steps=(1.0,), boundaries=(), guidance=2.5)
     same(phased, dmd2, cast())
     same(phased, dmd2, cast(), role="critic")
@@ -115,7 +116,7 @@ def test_phased_dmd_of_one_phase_is_dmd2_without_gan():
 
 @pytest.mark.parametrize("steps", [(1.0,), (1.0, 0.6, 0.3)])
 def test_f_distill_of_the_reverse_kl_is_dmd2(steps: tuple[float, ...]):
-    dmd2 = DMD2(steps=steps, guidance=1.75, r1_weight=0.5)
+    dmd2 = DMD2(steps=steps, guidance=1.75, gan=Gan(r1_weight=0.5))
     f = FDistill(steps=steps, guidance=1.75, divergence="rkl", gan=Gan(r1_weight=0.5))
     roles = cast().with_state(RatioBins(10))
     same(f, dmd2, roles)
@@ -144,7 +145,7 @@ def test_ratio_bins_average_by_noise_level_and_leave_unseen_bins_alone():
 
 
 def test_decoupled_dmd_with_everything_shared_is_guided_dmd2():
-    dmd2 = DMD2(gan_weight=0.0, guidance=4.0)
+    dmd2 = DMD2(gan=None, guidance=4.0)
     both = DecoupledDMD(guidance=4.0, schedule="coupled", normalizer="cfg")
     same(both, dmd2, cast(), rtol=2e-5, atol=1e-7)
     same(both, dmd2, cast(), role="critic")
@@ -257,21 +258,21 @@ def test_em_distillation_of_one_step_without_z_is_vsd(weight: str):
 
 def test_multi_student_of_one_is_dmd2():
     alone, single = cast(), Routed([net(2)], ByClass(CLASSES, 1))
-    same(DMD2(gan_weight=0.0), DMD2(gan_weight=0.0), alone, cast(student=single))
+    same(DMD2(gan=None), DMD2(gan=None), alone, cast(student=single))
 
 
 def test_students_of_a_partition_learn_only_from_their_classes():
     pair = Routed([net(2), net(6)], ByClass(CLASSES, 2))
     critics = Routed([net(3), net(7)], ByClass(CLASSES, 2))
     roles = cast(student=pair, critic=critics)
-    both = gradient_of(DMD2(gan_weight=0.0), roles, batch(), "student")
+    both = gradient_of(DMD2(gan=None), roles, batch(), "student")
     # Classes 0..2 of five go to the first, 3 and 4 to the second.
     first = batch()
     keep = first.cond < 3
     assert ByClass(CLASSES, 2)(torch.zeros(6), torch.arange(6)).tolist() == [0, 0, 0, 1, 1, 1]
     rows = keep.nonzero()[:, 0]
     part = Batch(Draws(first.draws.key, rows), (2,), first.x0[rows], first.cond[rows], first.null_cond[rows])
-    lone = gradient_of(DMD2(gan_weight=0.0), cast(), part, "student")
+    lone = gradient_of(DMD2(gan=None), cast(), part, "student")
     n = lone.numel()
     torch.testing.assert_close(both[:n], lone * len(rows) / B, rtol=1e-4, atol=1e-7)
 
@@ -279,8 +280,8 @@ def test_students_of_a_partition_learn_only_from_their_classes():
 @pytest.mark.parametrize("steps", [(1.0,), (1.0, 0.6)])
 def test_disback_without_checkpoints_is_dmd2(steps: tuple[float, ...]):
     # DisBack is VSD's turns towards a recorded checkpoint; with none recorded the teacher is the only target.
-    dmd2 = DMD2(gan_weight=0.0, steps=steps, guidance=2.0)
-    plain = VSD(weight="dmd", guide_critic=False, critic_steps=5, steps=steps, guidance=2.0)
+    dmd2 = DMD2(gan=None, steps=steps, guidance=2.0)
+    plain = VSD(weight="dmd", guide_critic=False, critic=Critic(steps=5), steps=steps, guidance=2.0)
     assert plain.needs().roles == dmd2.needs().roles
     same(plain, dmd2, cast())
     same(plain, dmd2, cast(), role="critic")
@@ -305,8 +306,9 @@ def test_a_checkpoint_equal_to_the_teacher_changes_nothing_and_another_does():
 @pytest.mark.parametrize("steps", [(1.0,), (1.0, 0.5)])
 def test_gdd_on_noised_samples_is_ladd(loss: str, steps: tuple[float, ...]):
     times = LogitNormal(mean=1.0, std=1.0)
-    gdd = GDD(times=times, loss=loss, steps=steps, r1_weight=0.0)
-    ladd = LADD(times=times, loss=loss, steps=steps, source="rollout")
+    gan = replace(LADD().gan, times=times, loss=loss)
+    gdd = GDD(gan=gan, steps=steps)
+    ladd = LADD(gan=gan, steps=steps, source="rollout")
     roles = cast()
     same(gdd, ladd, roles)
     same(gdd, ladd, roles, role="discriminator")
@@ -314,7 +316,7 @@ def test_gdd_on_noised_samples_is_ladd(loss: str, steps: tuple[float, ...]):
 
 def test_frozen_layers_of_gdd_i_are_bit_equal_after_optimiser_steps_and_the_rest_moves():
     roles = cast()
-    method = GDD(freeze=("layers", "first"), r1_weight=0.0)
+    method = GDD(freeze=("layers", "first"), gan=replace(GDD().gan, r1_weight=0.0))
     before = {n: p.detach().clone() for n, p in roles.student.named_parameters()}
     # Decay and momentum would move a frozen weight whose gradient were zero instead of none.
     adam = {
@@ -334,7 +336,7 @@ def test_frozen_layers_of_gdd_i_are_bit_equal_after_optimiser_steps_and_the_rest
 
 
 def test_joint_training_of_one_is_that_method_and_of_two_is_their_sum():
-    a, b = DMD2(gan_weight=0.0), Denoise(times=Uniform(), weight="x0")
+    a, b = DMD2(gan=None), Denoise(times=Uniform(), weight="x0")
     roles = cast()
     same(Joint(methods=(Share(method=a),)), a, roles)
     same(Joint(methods=(Share(method=a),)), a, roles, role="critic")

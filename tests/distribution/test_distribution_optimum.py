@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -40,8 +41,8 @@ METHODS: dict[str, Any] = {
     "f-distill-jeffreys": FDistill(divergence="jeffreys"),
     **{f"uni-{d}": UniInstruct(divergence=d, times=T) for d in ("rkl", "fkl", "chi2", "js", "jeffreys")},
     "emd": EMD(step_z=1e-3, cancel_noise=True, langevin=3),
-    "gdd": GDD(r1_weight=0.0),
-    "ladd": LADD(source="rollout", steps=(1.0,), loss="logistic"),
+    "gdd": GDD(gan=replace(GDD().gan, r1_weight=0.0)),
+    "ladd": LADD(source="rollout", steps=(1.0,), gan=replace(LADD().gan, loss="logistic")),
     "class-ratio": ClassRatio(),
     "joint": Joint(methods=(Share(method=DMD2()), Share(method=SiD(times=T), weight=0.3))),
 }  # fmt: skip

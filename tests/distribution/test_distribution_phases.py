@@ -16,6 +16,7 @@ from fewstep.algebra.prediction import Prediction, from_x0
 from fewstep.algebra.process import Flow, add_noise
 from fewstep.algebra.times import Levels, Uniform
 from fewstep.methods.phased_dmd import PhasedDMD
+from fewstep.methods.terms import Critic
 from fewstep.networks.analytic import Mixture, gaussian
 from fewstep.networks.denoiser import Denoiser
 from fewstep.networks.mlp import MLP
@@ -96,7 +97,13 @@ def test_exact_experts_rest_at_the_critic_that_the_methods_loss_leads_to(
     roles = Roles(teacher=gaussian(FLOW, MEAN, STD), student=student, critic=Line())
     at = Levels(at=(level,))
     method = PhasedDMD(
-        steps=STEPS, boundaries=STEPS[1:], phase=phase, times=at, critic_times=at, exit="last", **setting
+        steps=STEPS,
+        boundaries=STEPS[1:],
+        phase=phase,
+        times=at,
+        critic=Critic(times=at),
+        exit="last",
+        **setting,
     )
     minimise(method, roles)
     s = method.end
@@ -141,14 +148,14 @@ def learned(naive: bool) -> Denoiser:
     torch.manual_seed(0)
     critic = Denoiser(MLP(1, 32, 4, frequencies=4), FLOW, "psi", "angle")
     roles = Roles(teacher=POINTS, student=Transport(), critic=critic)
-    method = PhasedDMD(critic_times=Uniform(low=0.02, high=1.0))
+    method = PhasedDMD(critic=Critic(times=Uniform(low=0.02, high=1.0)))
     adam = torch.optim.Adam(critic.parameters(), lr=1e-2)
     for step in range(250):
         adam.param_groups[0]["lr"] = 1e-2 * (1 - step / 250)
         batch = Batch(Draws(fold("phase", step), torch.arange(256)), (1,))
         if naive:
             x_s, _ = method.path(roles, batch, grad=False)
-            t, s = method.level(roles, batch, method.critic_times)
+            t, s = method.level(roles, batch, method.critic.times)
             x_t, _ = add_noise(FLOW, x_s, batch.noise(), t, s)
             loss = mse(critic(x_t, t).x0, x_s)
         else:

@@ -122,7 +122,7 @@ def test_experts_of_lora_train_one_adapter_a_phase_and_export(teacher: Path, tmp
     lora = "student={name: experts, of: {name: lora, of: teacher, rank: 2}, boundaries: [0.5]}"
     rate = "optim={default: {lr: 1e-2}}"
     # Two steps: in the first one the critic is the teacher, and there is nothing to learn.
-    cut = ("before=[]", "train.steps=2", "method.critic_steps=1")
+    cut = ("before=[]", "train.steps=2", "method.critic.steps=1")
     recipe = digits("digits-phased-dmd", teacher, lora, rate, *cut)
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "recipe.yaml").write_text(dump(recipe))

@@ -146,7 +146,7 @@ def roles_of(student: Affine, teacher: nn.Module) -> Roles:
 def test_gradient_vanishes_pointwise_at_the_optimum(name: str, steps: tuple[float, ...]) -> None:
     p = PROCESSES[name]
     student = Affine(p, M, S, dim=3)
-    method = DMD2(steps=steps, gan_weight=0.0)
+    method = DMD2(steps=steps, gan=None)
     batch = Batch(Draws(3, torch.arange(64)), (3,))
     x = M + S * batch.noise().double()
     g = method.gradient(roles_of(student, gaussian(p, M, S, dim=3)), batch, x)
@@ -174,7 +174,7 @@ def test_method_gradient_is_the_published_formula() -> None:
         real = u + w * (c - u)
         want = (roles.critic(x_tau, tau).x0 - real) / (x - real).abs().mean(1, keepdim=True)
         batch = Batch(Draws(8, torch.arange(5)), (2,), cond=cond, null_cond=null)
-        got = DMD2(guidance=w, gan_weight=0.0).gradient(roles, batch, x)
+        got = DMD2(guidance=w, gan=None).gradient(roles, batch, x)
         assert torch.allclose(got, want, rtol=1e-9, atol=1e-12)
 
 
@@ -208,7 +208,7 @@ def test_the_method_itself_brings_the_student_to_the_teacher(name: str) -> None:
     p = PROCESSES[name]
     student = Affine(p, -1.0, 1.5, dim=16)
     roles = roles_of(student, gaussian(p, M, S, dim=16))
-    method = DMD2(gan_weight=0.0)
+    method = DMD2(gan=None)
     adam = torch.optim.Adam(student.parameters(), lr=0.05, betas=(0.5, 0.99))
     for step in range(240):
         adam.param_groups[0]["lr"] = 0.05 * min(1.0, 0.95 ** (step - 120))

@@ -24,6 +24,7 @@ from fewstep.config import UserError
 from fewstep.methods.consistency import Consistency
 from fewstep.methods.dmd2 import DMD2
 from fewstep.methods.scm import SCM
+from fewstep.methods.terms import Critic
 from fewstep.networks.adapters import frozen
 from fewstep.networks.diffusers import load_denoiser
 from fewstep.networks.folder import read_folder, read_latents
@@ -107,7 +108,7 @@ def roles_of(folder: Path, name: str) -> tuple[Roles, Batch]:
 
 
 METHODS = {
-    "dmd2": DMD2(guidance=2.0, critic_steps=1),
+    "dmd2": DMD2(guidance=2.0, critic=Critic(steps=1)),
     "cd": Consistency(guidance=(3.0, 3.0), solver="ddim"),
     "scm": SCM(guidance=2.0),
 }

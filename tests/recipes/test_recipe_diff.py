@@ -16,10 +16,10 @@ PAPER = sorted(n for n in shipped() if n.startswith("paper/"))
 def test_two_recipes_differ_in_what_one_says():
     lines = diff("toy/dmd2", "toy/dmd2", False)
     assert lines == "toy/dmd2 and toy/dmd2 are the same"
-    lines = diff("toy/dmd2", "toy/dmd2", False, ["train.batch=7", "method.critic_steps=9"]).splitlines()
+    lines = diff("toy/dmd2", "toy/dmd2", False, ["train.batch=7", "method.critic.steps=9"]).splitlines()
     plain = load("toy/dmd2")
     assert lines == [
-        f"method.critic_steps: 9 -> {plain.method.critic_steps}",
+        f"method.critic.steps: 9 -> {plain.method.critic.steps}",
         f"train.batch: 7 -> {plain.train.batch}",
     ]
 
@@ -63,13 +63,13 @@ def test_published_settings_say_that_they_were_not_run():
 def test_published_numbers_are_the_published_ones():
     # From the methods' published tables, iterations of the critic converted to student updates.
     one, four = load("paper/dmd2-sd15"), load("paper/dmd2-sdxl-4step")
-    assert (one.train.steps, one.train.batch, one.method.critic_steps, one.method.guidance) == (
+    assert (one.train.steps, one.train.batch, one.method.critic.steps, one.method.guidance) == (
         3900,
         2048,
         10,
         1.75,
     )
-    assert (four.train.steps, four.train.batch, four.method.critic_steps, four.method.guidance) == (
+    assert (four.train.steps, four.train.batch, four.method.critic.steps, four.method.guidance) == (
         3800,
         128,
         5,

@@ -69,10 +69,10 @@ def test_another_recipe_is_refused_and_changes_nothing(copied: Path):
     prepare_fresh(copied)
     before = (copied / "recipe.yaml").read_text()
     with pytest.raises(UserError) as caught:
-        prepare(tiny(*SHORT, "train.steps=20", "method.gan_weight=0.5", "train.seed=1"), copied, True, False)
+        prepare(tiny(*SHORT, "train.steps=20", "method.gan.weight=0.5", "train.seed=1"), copied, True, False)
     assert str(caught.value) == (
         f"{copied}: was started with another recipe, so it cannot be resumed:\n"
-        "  method.gan_weight: 0.01 -> 0.5\n  train.seed: 0 -> 1"
+        "  method.gan.weight: 0.01 -> 0.5\n  train.seed: 0 -> 1"
     )
     assert (copied / "recipe.yaml").read_text() == before
     prepare(tiny(*SHORT, "train.steps=99", "train.keep=5"), copied, resume=True, force=False)

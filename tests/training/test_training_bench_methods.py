@@ -28,13 +28,13 @@ def kinds(calls: list[Call]) -> list[tuple[str, bool, bool]]:
 def test_calls_of_a_step_are_those_of_the_method() -> None:
     """DMD2 without GAN: student, teacher, critic; then twice student and critic, of which the critic learns."""
     teacher = ("teacher", False, False)
-    assert kinds(calls_of("toy/dmd2", "method.critic_steps=2")) == [
+    assert kinds(calls_of("toy/dmd2", "method.critic.steps=2")) == [
         ("student", True, False), teacher, ("critic", False, False),
         ("student", False, False), ("critic", True, False),
         ("student", False, False), ("critic", True, False),
     ]  # fmt: skip
     # SiD differentiates through teacher and critic, whose weights ask for nothing.
-    sid = calls_of("toy/sid", "method.critic_steps=1")
+    sid = calls_of("toy/sid", "method.critic.steps=1")
     assert sorted(kinds(sid)) == sorted(
         [("student", False, False), ("critic", True, False), ("student", True, False), ("teacher", True, False),
          ("critic", True, False)]

@@ -15,6 +15,7 @@ from fewstep.config import UserError
 from fewstep.data.toy import Ring
 from fewstep.methods.denoise import Denoise
 from fewstep.methods.dmd2 import DMD2
+from fewstep.methods.terms import Critic, Gan
 from fewstep.networks.roles import Roles
 from fewstep.networks.specs import DiscriminatorSpec, MLPSpec, RingTeacher
 from fewstep.recipe.schema import AdamW, Recipe, Stage, Train
@@ -33,7 +34,7 @@ def recipe(method: Any = None, *, gan: bool = True, lr: float = 1e-3, **train: A
         critic=MLPSpec(width=10, depth=4),
         discriminator=DiscriminatorSpec(width=6) if gan else None,
         method=method
-        or DMD2(steps=(1.0, 0.6, 0.3), gan_weight=0.5 if gan else 0.0, discriminator_weight=0.5),
+        or DMD2(steps=(1.0, 0.6, 0.3), gan=Gan(weight=0.5, discriminator_weight=0.5) if gan else None),
         optim={"default": AdamW(lr=lr)},
         train=Train(**settings),
         evaluate=None,
@@ -51,10 +52,10 @@ def test_every_update_of_a_step_sees_its_own_noise_and_data(monkeypatch: pytest.
     reals: list[torch.Tensor] = []
     original = DMD2.critic_losses
 
-    def watch(self: DMD2, roles: Roles, batch: Batch) -> Any:
+    def watch(self: DMD2, roles: Roles, batch: Batch, made: Any) -> Any:
         keys.append(batch.draws.key)
         reals.append(batch.data())
-        return original(self, roles, batch)
+        return original(self, roles, batch, made)
 
     monkeypatch.setattr(DMD2, "critic_losses", watch)
     trainer, stage = trainer_of(recipe(lr=1e-12))
@@ -125,13 +126,12 @@ def test_accumulation_leaves_the_gradient_of_every_role_unchanged(
 def test_critic_and_head_step_together_with_the_weighted_sum(monkeypatch: pytest.MonkeyPatch) -> None:
     # The head's gradient scales with its weight, and the trunk gets the sum of both losses.
     def run(weight: float) -> list[torch.Tensor]:
-        method = DMD2(gan_weight=0.5, discriminator_weight=weight)
+        method = DMD2(gan=Gan(weight=0.5, discriminator_weight=weight))
         return collected(recipe(method), monkeypatch)[1:]
 
-    none, half, one = run(0.0), run(0.5), run(1.0)
-    for zero, a, b in zip(none, half, one, strict=True):
-        assert float((0.5 * (zero + b) - a).norm()) < 2e-6 * float(b.norm())
-        assert float((b - zero).norm()) > 1e-3 * float(b.norm())
+    for low, middle, high in zip(run(0.25), run(0.5), run(1.0), strict=True):
+        assert float(((2 * low + high) / 3 - middle).norm()) < 2e-6 * float(high.norm())
+        assert float((high - low).norm()) > 1e-3 * float(high.norm())
 
 
 def test_each_turn_moves_its_roles_alone() -> None:
@@ -160,7 +160,7 @@ def test_each_turn_moves_its_roles_alone() -> None:
 
 
 def test_two_time_scales_are_counted() -> None:
-    trainer, stage = trainer_of(recipe(DMD2(critic_steps=4, gan_weight=0.1)))
+    trainer, stage = trainer_of(recipe(DMD2(critic=Critic(steps=4), gan=Gan(weight=0.1))))
     for _ in range(3):
         trainer.loop.step(stage)
         trainer.progress.step += 1

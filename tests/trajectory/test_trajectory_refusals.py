@@ -8,7 +8,7 @@ from trajectory_helpers import F64, MEAN, STD, Batch64
 
 from fewstep.algebra.batch import Batch
 from fewstep.algebra.draws import Draws, fold
-from fewstep.algebra.process import EDM, Flow
+from fewstep.algebra.process import EDM, Flow, ShiftedFlow
 from fewstep.config import UserError
 from fewstep.methods.imm import IMM
 from fewstep.methods.self_e import SelfE
@@ -45,8 +45,9 @@ def test_each_micro_batch_walks_its_own_path() -> None:
 
 
 def test_imm_speaks_the_flow_process_alone() -> None:
-    with pytest.raises(UserError, match="method imm needs a student with process"):
-        next(IMM().turns(Roles(student=gaussian(EDM(), MEAN, STD)), 0))
+    needs = IMM().needs()
+    assert needs.refuses_process(EDM()) == "needs flow or shifted_flow, not edm"
+    assert needs.refuses_process(Flow()) == needs.refuses_process(ShiftedFlow(shift=3.0)) == ""
 
 
 def test_self_e_needs_a_condition() -> None:

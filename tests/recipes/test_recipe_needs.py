@@ -1,0 +1,146 @@
+"""What a method needs of its student is told with the roles, before anything is built: file, key, what is allowed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fewstep.algebra.process import EDM, Flow
+from fewstep.commands.recipes import check
+from fewstep.config import REGISTRY, RecipeError
+from fewstep.methods.joint import Joint, Share
+from fewstep.methods.method import Needs
+from fewstep.networks.declared import declared_inputs, declared_process
+from fewstep.networks.routed import ExpertsSpec
+from fewstep.networks.specs import Copy, Lora, MLPSpec, UNet2DSpec
+from fewstep.recipe.store import load
+from fewstep.train.build import build_roles
+
+TOYS = {
+    "meanflow": "toy/meanflow", "imm": "toy/imm", "self_e": "toy/self-e", "reflow": "toy/reflow",
+    "shortcut": "toy/shortcut", "mdt": "toy/mdt", "scfm": "toy/scfm", "twinflow": "toy/twinflow",
+    "freeflow": "toy/freeflow",
+}  # fmt: skip
+"""Methods of the flow process alone, with a recipe whose student is built from scratch."""
+INPUTS = {
+    "boot": ["s"], "freeflow": ["s"], "meanflow": ["s"], "self_e": ["s"], "shortcut": ["s"], "twinflow": ["mirror", "s"],
+}  # fmt: skip
+
+
+def refused(name: str, *settings: str) -> str:
+    with pytest.raises(RecipeError) as caught:
+        load(name, settings)
+    return str(caught.value)
+
+
+def plain_methods() -> dict[str, Any]:
+    return {name: method() for name, method in REGISTRY["method"].items() if name != "joint"}
+
+
+def test_which_methods_ask_for_what():
+    needs = {name: method.needs() for name, method in plain_methods().items()}
+    assert {name for name, n in needs.items() if n.process} == set(TOYS)
+    assert {name: sorted(n.inputs) for name, n in needs.items() if n.inputs} == INPUTS
+
+
+@pytest.mark.parametrize("method", sorted(TOYS))
+def test_another_process_is_refused_with_file_and_key(method: str, tmp_path: Path):
+    path = tmp_path / "mine.yaml"
+    trig = "process: {name: trig}"
+    path.write_text(f"extends: {TOYS[method]}\nabout: mine\nteacher: {{{trig}}}\nstudent:\n  {trig}\n")
+    message = f"{path}:5: student.process: method {method} needs flow or shifted_flow, not trig"
+    assert refused(str(path)) == message
+
+
+def test_a_process_built_on_flow_will_do():
+    shifted = "{name: shifted_flow, shift: 3.0}"
+    recipe = load("toy/imm", [f"student.process={shifted}", f"teacher.process={shifted}"])
+    assert recipe.student.process.shift == 3.0  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("method", sorted(INPUTS))
+def test_missing_inputs_are_refused_with_file_and_key(method: str, tmp_path: Path):
+    path = tmp_path / "mine.yaml"
+    name = {**TOYS, "boot": "toy/boot"}[method]
+    for have in ([], ["w"]):
+        text = ", ".join(have)
+        path.write_text(f"extends: {name}\nabout: mine\nstudent: {{inputs: [{text}]}}\n")
+        wanted = ", ".join(INPUTS[method])
+        assert (
+            refused(str(path)) == f"{path}:3: student.inputs: method {method} needs [{wanted}], not [{text}]"
+        )
+    # One of two is not enough.
+    if method == "twinflow":
+        assert refused(name, "student.inputs=[s]").endswith("needs [mirror, s], not [s]")
+
+
+def test_the_key_is_that_of_the_role_which_decides():
+    bad = "teacher.process={name: edm}"
+    assert refused("digits-imm", bad) == (
+        f"argument {bad!r}: teacher.process: method imm needs flow or shifted_flow, not edm"
+    )
+    experts = "student={name: experts, of: {name: copy, of: teacher, inputs: [s]}}"
+    assert "teacher.process: method imm" in refused("digits-imm", bad, experts)
+    fixed = "student={name: unet2d}"
+    assert refused("digits-imm", fixed) == (
+        f"argument {fixed!r}: student: method imm needs flow or shifted_flow, not edm"
+    )
+    copied = "student={name: copy, of: teacher}"
+    assert refused("digits-shortcut", copied) == (
+        f"argument {copied!r}: student.inputs: method shortcut needs [s], not []"
+    )
+
+
+def test_a_stage_before_is_checked_too():
+    message = refused("toy/slimflow", "student.process={name: trig}", "teacher.process={name: trig}")
+    assert "student.process: method reflow needs flow or shifted_flow, not trig" in message
+
+
+def test_processes_that_differ_are_refused_before_building():
+    assert refused("toy/dmd2", "student.process={name: trig}") == (
+        "dmd2.yaml:3: teacher.process: Flow(name='flow') differs from the student's, Trig(name='trig'); use the same"
+    )
+
+
+def test_what_only_the_teacher_s_folder_says_is_refused_by_check_and_by_building(tmp_path: Path):
+    setting = "teacher.process=null"
+    recipe = load("digits-imm", [setting])
+    told = "teacher.process: method imm needs flow or shifted_flow, not edm"
+    with pytest.raises(RecipeError) as caught:
+        list(check("digits-imm", [setting]))
+    assert str(caught.value) == f"argument {setting!r}: {told}"
+    with pytest.raises(RecipeError) as caught:
+        build_roles(recipe, recipe.data.open())  # type: ignore[attr-defined]
+    assert str(caught.value) == told
+
+
+def test_declared_by_spec():
+    specs = {
+        "teacher": MLPSpec(process=EDM(), prediction="x0", inputs=("w",)),
+        "student": Copy(inputs=("s",)),
+    }
+    assert declared_process(specs["student"], "student", specs) == (EDM(), "teacher.process")
+    assert declared_inputs(specs["student"], "student", specs) == (frozenset({"s", "w"}), "student.inputs")
+    lora = Lora(of="student")
+    assert declared_inputs(lora, "critic", specs) == (frozenset({"s", "w"}), "student.inputs")
+    experts = ExpertsSpec(of=MLPSpec(inputs=("s",)))
+    assert declared_process(experts, "student", {}) == (Flow(), "student.of.process")
+    assert declared_inputs(experts, "student", {}) == (frozenset({"s"}), "student.of.inputs")
+    assert declared_process(UNet2DSpec(sigma_data=0.3), "student", {}) == (EDM(sigma_data=0.3), "student")
+    # A copy of itself, or of nobody, is for building to explain.
+    circle = {"student": Copy(of="critic"), "critic": Copy(of="student")}
+    assert declared_process(circle["student"], "student", circle)[0] is None
+    assert declared_process(Copy(of="nobody"), "student", {})[0] is None
+
+
+def test_joint_asks_for_what_its_methods_ask():
+    methods = plain_methods()
+    joint = Joint(methods=(Share(method=methods["dmd2"]), Share(method=methods["self_e"])))
+    assert (joint.needs().process, joint.needs().inputs) == ("flow", frozenset({"s"}))
+
+
+def test_a_process_that_does_not_exist_cannot_be_needed():
+    with pytest.raises(ValueError, match="process 'flwo' is not one of flow, "):
+        Needs(frozenset(), process="flwo")
