@@ -107,7 +107,8 @@ def chunked_rollout(
     if shape[0] % chunks:
         raise ValueError(f"chunks {chunks} must divide the {shape[0]} frames")
     last = exit_step(draws, len(steps)) if exit is None else exit
-    part, drawn = (shape[0] // chunks, *shape[1:]), []
+    part = (shape[0] // chunks, *shape[1:])
+    drawn: list[Tensor] = []
     for _ in range(chunks):
         past = {"context": torch.cat([x.detach() for x in drawn], 1)} if drawn else {}
         drawn.append(rollout(student, draws, part, steps, cond, exit=last, grad=grad, **past).x)

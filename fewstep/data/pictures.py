@@ -41,8 +41,8 @@ def decode(data: bytes, size: int, grey: bool, name: str) -> Tensor:
     from PIL import Image, UnidentifiedImageError
 
     try:
-        with Image.open(io.BytesIO(data)) as picture:
-            picture = picture.convert("L" if grey else "RGB")
+        with Image.open(io.BytesIO(data)) as opened:
+            picture = opened.convert("L" if grey else "RGB")
     except (OSError, UnidentifiedImageError, ValueError) as error:
         raise UserError(f"{name}: not a readable picture: {error}") from None
     scale = size / min(picture.size)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -48,7 +48,8 @@ class BOOT:
     def losses(self, roles: Roles, batch: Batch) -> Iterator[Losses]:
         student, process = roles.student, roles.student.process
         eps = batch.noise()
-        u = self.step + (1 - self.step) * self.times.sample(batch.draws, _Level())
+        unit: Any = _Level()
+        u = self.step + (1 - self.step) * self.times.sample(batch.draws, unit)
         t, s = process.grid(u), process.grid(u - self.step)
         top = process.grid(torch.ones_like(t))
         start = process.prior(eps, top)

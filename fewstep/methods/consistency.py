@@ -72,7 +72,7 @@ class Consistency:
     def decay(self, step: int) -> float:
         """The target's EMA decay at a step."""
         if self.target_decay == "ct":
-            p = self.pairing
+            p: Any = self.pairing
             return ct_decay(ct_points(min(step, p.total), p.total, p.start, p.end), p.start)
         return float(self.target_decay or 0.0)
 

@@ -28,6 +28,8 @@ class Pairs(nn.Module):
 
     x0: Tensor
     filled: Tensor
+    cond: Tensor | None
+    null: Tensor | None
     source: Source | None = None
 
     def __init__(self, count: int, data: Data) -> None:

@@ -67,11 +67,12 @@ class Denoiser(nn.Module):
 
     def add_inputs(self, names: tuple[str, ...]) -> None:
         """Give the network further inputs that have no effect yet. Raises ValueError where it cannot have any."""
-        if not hasattr(self.net, "extras"):
+        extras: Any = getattr(self.net, "extras", None)
+        if extras is None:
             raise ValueError(
                 f"a {type(self.net).__name__} takes no further inputs, asked for {', '.join(names)}"
             )
-        self.net.extras.add(names)  # type: ignore[union-attr]
+        extras.add(names)
 
     def _extras(self, t: Tensor, given: Mapping[str, Tensor | None]) -> dict[str, Any]:
         """Angles of the inputs; left out, s is t (the instantaneous denoiser), w 1 and mirror 0."""
@@ -81,7 +82,7 @@ class Denoiser(nn.Module):
         if not self.inputs:
             return {}
         plain = {"s": t, "w": torch.ones_like(t), "mirror": torch.zeros_like(t)}
-        values = {n: plain[n] if given[n] is None else given[n] for n in self.inputs}
+        values = {n: plain[n] if (told := given[n]) is None else told for n in self.inputs}
         return {"extras": {n: ANGLE[n](self.process, v).to(torch.float32) for n, v in values.items()}}
 
     def forward(

@@ -24,6 +24,8 @@ ANGLE: dict[str, Callable[[Process, Tensor], Tensor]] = {
 class Fourier(nn.Module):
     """Sines and cosines of 2 k angle, k = 1..count, for an angle in [0, pi/2]; then a linear layer."""
 
+    frequency: Tensor
+
     def __init__(self, width: int, count: int = 16) -> None:
         super().__init__()
         self.register_buffer("frequency", 2.0 * torch.arange(1, count + 1))
@@ -48,9 +50,9 @@ class Extras(nn.ModuleDict):
             if name not in ANGLE:
                 raise ValueError(f"inputs {name!r} is not one of {', '.join(ANGLE)}")
             if name not in self:
-                self[name] = Fourier(self.width, self.count)
-                nn.init.zeros_(self[name].linear.weight)
-                nn.init.zeros_(self[name].linear.bias)
+                self[name] = made = Fourier(self.width, self.count)
+                nn.init.zeros_(made.linear.weight)
+                nn.init.zeros_(made.linear.bias)
 
     def embed(self, angles: Mapping[str, Tensor] | None) -> Tensor | float:
         """The sum of all embeddings, 0.0 without inputs. Raises ValueError when one is missing or unknown."""

@@ -17,7 +17,7 @@ NAME = "pytorch_lora_weights.safetensors"
 """The file that diffusers' `load_lora_weights` looks for in a folder."""
 
 
-def diffusers_model(net: nn.Module) -> tuple[str, nn.Module]:
+def diffusers_model(net: nn.Module) -> tuple[str, Any]:
     """The diffusers model inside a network and the path to it, "" for itself. ValueError where there is none."""
     from diffusers import ModelMixin
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -31,7 +32,8 @@ def slow_time(net: nn.Module, fastest: float) -> int:
 
     Raises ValueError when the network has no such sinusoids, or none as slow.
     """
-    found, cut = list(_embeddings(net)), 0
+    found: list[tuple[Any, Any]] = list(_embeddings(net))
+    cut = 0
     if not found:
         raise ValueError("it has no sinusoidal time embedding of diffusers")
     for sinusoids, first in found:

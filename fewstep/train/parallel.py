@@ -19,14 +19,14 @@ def is_sharded(t: Tensor) -> bool:
     return hasattr(t, "to_local")
 
 
-def local(t: Tensor) -> Tensor:
+def local(t: Any) -> Tensor:
     """This process's part of a tensor; the tensor itself when it is not sharded."""
-    return t.to_local() if is_sharded(t) else t  # type: ignore[operator]
+    return t.to_local() if is_sharded(t) else t
 
 
-def full(t: Tensor) -> Tensor:
+def full(t: Any) -> Tensor:
     """The whole tensor; every process must call this."""
-    return t.full_tensor() if is_sharded(t) else t  # type: ignore[operator]
+    return t.full_tensor() if is_sharded(t) else t
 
 
 def shard(modules: Iterable[nn.Module], device: torch.device) -> None:
@@ -89,7 +89,7 @@ def clip_grad_norm(parameters: list[nn.Parameter], limit: float) -> Tensor:
     return norm.float()
 
 
-def like(value: Tensor, model: Tensor) -> Tensor:
+def like(value: Tensor, model: Any) -> Tensor:
     """A whole tensor cut as `model` is; every process holds the whole one, nothing is sent."""
     if not is_sharded(model) or is_sharded(value):
         return value
@@ -99,7 +99,7 @@ def like(value: Tensor, model: Tensor) -> Tensor:
         value.to(local(model).device),
         model.device_mesh,
         model.placements,
-        src_data_rank=None,  # type: ignore[attr-defined]
+        src_data_rank=None,
     )
 
 

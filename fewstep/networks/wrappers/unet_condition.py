@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +17,7 @@ from fewstep.networks.wrappers.unet import UNet
 class UNetCondition(UNet):
     """Wraps a UNet2DConditionModel; taps "mid", "down0".., "up0".. (activations (b, c, h, w))."""
 
-    needs = ("text",)
+    needs: ClassVar[tuple[str, ...]] = ("text",)
     takes = ("pooled", "time_ids")
 
     def __init__(self, model: nn.Module, classes: int = 0, **options: Any) -> None:
