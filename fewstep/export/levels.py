@@ -15,6 +15,7 @@ from torch import Tensor
 
 from fewstep.algebra.process import EDM, Process
 from fewstep.config import UserError
+from fewstep.export.base import Stock
 
 TOLERANCE = 1e-6
 """Largest difference of alpha and sigma; relative where sigma is above 1."""
@@ -101,7 +102,7 @@ def check_product(product: Any) -> None:
     agree(trained_levels(product.recipe.method, process), levels_of(process, product.sampler.steps))
 
 
-def check_export(process: Process, steps: Sequence[float], scheduler: Any, arguments: str) -> None:
-    """The sampler's levels against those of the scheduler that is about to be written."""
-    call = eval(f"dict({arguments})", {"dict": dict, "__builtins__": {}})
-    agree(None, levels_of(process, steps), levels_of_scheduler(scheduler, process, **call))
+def check_stock(process: Process, steps: Sequence[float], stock: Stock) -> None:
+    """The sampler's levels against those of the scheduler that is about to be written; UserError when they differ."""
+    arguments = stock.call if stock.levels is None else stock.levels
+    agree(None, levels_of(process, steps), levels_of_scheduler(stock.scheduler, process, **arguments))
