@@ -262,6 +262,6 @@ def test_students_by_class_are_a_pipeline_each(base: Product, tmp_path: Path) ->
             )
             assert float((part - whole[group]).abs().max()) <= 1e-5
     members[2].net.model.conv_out.bias.data.fill_(float("nan"))
-    with pytest.raises(ExportRefused, match="^the pipeline differs from fewstep's sampler by nan > "):
+    with pytest.raises(ExportRefused, match=r"^the pipeline differs from fewstep's sampler by nan > "):
         export(one, tmp_path / "broken")
     assert names(tmp_path) == ["out"]
