@@ -40,7 +40,7 @@ class Stock:
     call: keyword arguments of the pipeline that make it visit the trained levels. sampler: the one whose samples the
     pipeline draws, with levels on the grid that the written scheduler config describes. input_scale: factor for the
     first convolution's weights where the scheduler starts from another scale than the sampler; one step only.
-    levels: what the pipeline hands to the scheduler's `set_timesteps`; None: its call as it stands.
+    levels: what the pipeline hands to the scheduler's `set_timesteps` where that is not its call.
     """
 
     scheduler: Any
@@ -48,6 +48,11 @@ class Stock:
     sampler: Sampler
     input_scale: float = 1.0
     levels: dict[str, Any] | None = None
+
+    @property
+    def visits(self) -> dict[str, Any]:
+        """The arguments of `set_timesteps`."""
+        return self.call if self.levels is None else self.levels
 
     @property
     def name(self) -> str:

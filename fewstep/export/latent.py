@@ -22,7 +22,7 @@ from fewstep.algebra.sampling import Sampler, sample
 from fewstep.export.base import ExportRefused, Parts, Stock
 from fewstep.export.card import student_card, usage
 from fewstep.export.fold import constant_inputs
-from fewstep.export.levels import check_stock, levels_of, levels_of_scheduler
+from fewstep.export.levels import check_export, levels_of, levels_of_scheduler
 from fewstep.export.routes import INSTEAD, plain_kind, unet_stock
 from fewstep.export.stock import fresh_noise, open_stock, run_stock, without_variance
 from fewstep.networks.adapters import Adapted, on_cpu, plain_copy
@@ -145,7 +145,7 @@ def stock_of(product: Product) -> tuple[Folder, Any, Stock]:
     stock = latent_stock(net, product.sampler)
     if source.index["_class_name"] == "IFPipeline":
         without_variance(stock.scheduler)
-    check_stock(net.process, product.sampler.steps, stock)
+    check_export(net.process, product.sampler.steps, stock.scheduler, stock.visits)
     return source, wrapper, stock
 
 

@@ -138,7 +138,7 @@ def _edm_euler(process: EDM, sampler: Sampler) -> Stock:
         )
     first, last = (float(process.grid(torch.tensor(u, dtype=torch.float64))) for u in (steps[0], steps[-1]))
     low = process.sigma_min if n == 1 else last
-    scheduler = EDMEulerScheduler(
+    scheduler: Any = EDMEulerScheduler(
         sigma_min=low, sigma_max=first, sigma_data=process.sigma_data, rho=process.rho
     )
     levels = (1.0,) if n == 1 else tuple((u - steps[-1]) / span for u in steps)

@@ -54,4 +54,5 @@ def _save(product: Product, folder: Path) -> None:
         p.data = p.data.half()
     keys = ("sigma_min", "sigma_max", "sigma_data", "rho")
     scheduler = CMStochasticIterativeScheduler(**{k: getattr(net.process, k) for k in keys})
-    ConsistencyModelPipeline(unet=unet, scheduler=scheduler).save_pretrained(folder, safe_serialization=True)
+    pipe: Any = ConsistencyModelPipeline(unet=unet, scheduler=scheduler)
+    pipe.save_pretrained(folder, safe_serialization=True)

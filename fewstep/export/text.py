@@ -56,7 +56,7 @@ def save_text_teacher(product: Product, folder: Path) -> None:
     absent: Any = dict.fromkeys(
         ("tokenizer", "text_encoder", "safety_checker", "feature_extractor", "watermarker")
     )
-    pipe = IFPipeline(
+    pipe: Any = IFPipeline(
         **absent,
         unet=copy.deepcopy(net.net.model).cpu().eval(),
         scheduler=without_variance(scheduler),

@@ -15,7 +15,7 @@ from fewstep.algebra.sampling import sample
 from fewstep.export.base import Parts
 from fewstep.export.card import student_card, usage
 from fewstep.export.fold import fold
-from fewstep.export.levels import check_stock
+from fewstep.export.levels import check_export
 from fewstep.export.routes import pipeline_of, unet_stock
 from fewstep.networks.adapters import on_cpu
 from fewstep.train.product import Product
@@ -26,7 +26,7 @@ def unet_parts(product: Product) -> Parts:
     plain, sampler = fold(product.net, product.sampler)
     stock = unet_stock(plain, sampler)
     name = pipeline_of(stock.scheduler, product.classes)
-    check_stock(plain.process, sampler.steps, stock)
+    check_export(plain.process, sampler.steps, stock.scheduler, stock.visits)
     unet: Any = plain.net.model
     unet.conv_in.weight.data *= stock.input_scale
 
@@ -39,9 +39,10 @@ def unet_parts(product: Product) -> Parts:
     def pairs(folder: Path) -> Iterator[tuple[Tensor, Tensor]]:
         yield both(product, folder, stock.call)
 
-    note = {"kind": stock.sampler.kind, "steps": list(stock.sampler.steps), "classes": product.classes}
-    if stock.sampler.kind == "gamma":
-        note["eta"] = stock.sampler.eta
+    drawn = stock.sampler
+    note: dict[str, Any] = {"kind": drawn.kind, "steps": list(drawn.steps), "classes": product.classes}
+    if drawn.kind == "gamma":
+        note["eta"] = drawn.eta
     example = {"class_labels": [3]} if product.classes else {}
     return Parts(
         scheduler=stock.name,

@@ -225,7 +225,7 @@ def test_a_wrong_schedule_is_caught_by_the_real_comparison(
         UserError, match=r"^schedule: evaluation and exported scheduler stand at different noise"
     ):
         export(product, tmp_path / "out")
-    monkeypatch.setattr(unet, "check_stock", lambda *_: None)
+    monkeypatch.setattr(unet, "check_export", lambda *_: None)
     with pytest.raises(ExportRefused, match="differs from fewstep's sampler by"):
         export(product, tmp_path / "out")
     # The earlier export is still there, untouched.

@@ -228,7 +228,7 @@ def test_a_wrong_schedule_or_a_parity_violation_leaves_nothing(
         name, _, exported = lines[3].partition(":")
         assert name == "  exported scheduler"
         assert [float(v) for v in exported.split(",")] == pytest.approx([float("inf"), 27, 9, 3], rel=1e-5)
-        patch.setattr(latent, "check_stock", lambda *_: None)
+        patch.setattr(latent, "check_export", lambda *_: None)
         with pytest.raises(ExportRefused, match="the pipeline differs from fewstep's sampler by"):
             export(product, tmp_path / "out")
     assert names(tmp_path) == []
