@@ -7,10 +7,10 @@ from pathlib import Path
 
 from fewstep.commands.report import console
 from fewstep.config import UserError
-from fewstep.export.base import Exported
-from fewstep.export.choose import export, export_teacher
+from fewstep.export.base import Exported, ExportRefused
+from fewstep.export.choose import export
 from fewstep.export.levels import check_product
-from fewstep.train.product import open_product
+from fewstep.train.product import Product, open_product
 
 
 def show_export(done: Exported) -> None:
@@ -28,20 +28,28 @@ def export_run(run: Path, out: Path | None, force: bool, lora: bool = False) -> 
     folder = out or run / ("lora" if lora else "export")
     if folder.exists() and any(folder.iterdir()) and not force and out is not None:
         raise UserError(f"{folder}: exists; overwrite it with --force")
-    if lora:
-        from fewstep.export.lora import export_lora
+    try:
+        return _export_lora(product, folder) if lora else _export(product, run, folder)
+    except ExportRefused as refusal:
+        raise UserError(f"{run}: not exported: {refusal}") from None
 
-        done = export_lora(product, folder)
-        told = done.usage.replace("\n", "\n    ")
-        console.print(f"adapter in {done.folder}; load it with\n    {told}", highlight=False, soft_wrap=True)
-        return done
+
+def _export_lora(product: Product, folder: Path) -> Exported:
+    from fewstep.export.lora import export_lora
+
+    done = export_lora(product, folder)
+    lines = done.usage.replace("\n", "\n    ")
+    console.print(f"adapter in {done.folder}; load it with\n    {lines}", highlight=False, soft_wrap=True)
+    return done
+
+
+def _export(product: Product, run: Path, folder: Path) -> Exported:
     rows: list[tuple[str, str]] = []
     results = run / "report" / "results.json"
     if results.is_file():
         for r in json.loads(results.read_text())["rows"]:
             rows.append((f"{r['metric']}, {r['title']}", f"{r['value']:.4g}"))
     check_product(product)
-    write = export_teacher if product.sampler.kind == "ode" else export
-    done = write(product, folder, results=rows)
+    done = export(product, folder, results=rows)
     show_export(done)
     return done

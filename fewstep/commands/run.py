@@ -26,7 +26,7 @@ from fewstep.commands.measure import Measured, check_metric, measure
 from fewstep.commands.pictures import save_grid, save_side_by_side
 from fewstep.commands.report import GRID, compare, console, first_teacher, table
 from fewstep.config import UserError
-from fewstep.export.choose import export, export_teacher
+from fewstep.export.choose import export
 from fewstep.export.levels import check_product
 from fewstep.recipe.diff import differences
 from fewstep.recipe.schema import Recipe
@@ -206,11 +206,10 @@ def finish(trainer: Trainer, run: Path) -> None:
         (run / "report" / "results.json").write_text(json.dumps(report, indent=1))
         console.print(f"pictures {run / 'samples'}, side by side {run / 'report' / 'side-by-side.png'}")
     numbers = [(f"{r.metric}, {r.title}, {r.samples} samples", f"{r.value:.4g}") for r in rows]
-    write = export_teacher if student.sampler.kind == "ode" else export
     try:
         check_product(student)
-        done = write(replace(student, title=run.name), run / "export", results=numbers)
+        done = export(replace(student, title=run.name), run / "export", results=numbers)
     except UserError as error:
-        console.print(f"not exported: {error}".replace("not exported: export: ", "not exported: "))
+        console.print(f"not exported: {error}")
         return
     show_export(done)

@@ -1,79 +1,148 @@
-"""What every way of exporting shares."""
+"""What an export is made of, and the one way it gets onto the disk: aside, opened again, compared, then in place."""
 
 from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
+from torch import Tensor
 
+from fewstep.algebra.sampling import Sampler
 from fewstep.config import UserError
-from fewstep.train.product import Product
+from fewstep.export.stock import difference
 
 PARITY = 1e-4
-"""Largest allowed difference between the exported pipeline and fewstep's sampler, images in [-1, 1]."""
+"""Largest allowed `difference` between an export and fewstep.
+
+In float32 most stay below 4e-6. EDMEulerScheduler does not: it has x0 by x - sigma (x - x0) / sigma, which rounds at the
+size of x, several hundred at sigma = 80; 8e-5 was measured.
+"""
+
+Rows = Sequence[tuple[str, str]]
+"""Measured (name, value) rows of a model card."""
+
+
+class ExportRefused(UserError):
+    """What cannot be exported; the message says why, and what to do instead, for the caller to make a sentence of."""
+
+
+@dataclass(frozen=True)
+class Stock:
+    """A configured stock scheduler and how a pipeline that has it is called.
+
+    call: keyword arguments of the pipeline that make it visit the trained levels. sampler: the one whose samples the
+    pipeline draws, with levels on the grid that the written scheduler config describes. input_scale: factor for the
+    first convolution's weights where the scheduler starts from another scale than the sampler; one step only.
+    levels: what the pipeline hands to the scheduler's `set_timesteps` where that is not its call.
+    """
+
+    scheduler: Any
+    call: dict[str, Any]
+    sampler: Sampler
+    input_scale: float = 1.0
+    levels: dict[str, Any] | None = None
+
+    @property
+    def visits(self) -> dict[str, Any]:
+        """The arguments of `set_timesteps`."""
+        return self.call if self.levels is None else self.levels
+
+    @property
+    def name(self) -> str:
+        """The scheduler's class."""
+        return type(self.scheduler).__name__
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parts:
+    """What an export is made of, decided without reading a weight, so that `forecast` asks the same with none.
+
+    usage: the lines of code that run it, given the folder as they name it. card: README.md from these lines, the
+    parity and measured rows. note: (name, text) of the file that marks the folder as an export. save: writes networks
+    and scheduler into an empty folder. pairs: opens that folder again and gives (fewstep's tensor, the folder's), to
+    be compared. scheduler: class of the stock scheduler, "" where there is none or each network has its own. members:
+    further exports, by subfolder. differs: the words for a comparison that fails.
+    """
+
+    usage: Callable[[str], str]
+    card: Callable[[str, float, Rows], str]
+    note: tuple[str, str]
+    save: Callable[[Path], None] = lambda folder: None
+    pairs: Callable[[Path], Iterator[tuple[Tensor, Tensor]]] = lambda folder: iter(())
+    scheduler: str = ""
+    members: Mapping[str, Parts] = field(default_factory=dict)
+    differs: str = "the pipeline differs from fewstep's sampler"
 
 
 @dataclass(frozen=True)
 class Exported:
-    """Where an export went, how to call it and how well it agrees."""
+    """Where an export went, how to call it and how well it agrees; 0 where there is nothing to compare."""
 
     folder: Path
     usage: str
     parity: float
 
 
-@dataclass(frozen=True)
-class Way:
-    """How a product is going to be written, decided without reading a weight.
+def write_checked(parts: Parts, folder: Path, *, results: Rows = (), shown: str | None = None) -> Exported:
+    """Write an export and compare it with fewstep, or leave nothing.
 
-    scheduler: the stock class, "" where each network of several has its own or none. write: called with the folder,
-    `results` and `shown` as `export`.
+    Args:
+        parts: what to write.
+        folder: must not exist, be empty or hold an earlier export, which then stays until the new one is complete.
+        results: measured rows for the model card.
+        shown: the folder as the usage lines name it.
+
+    Raises ExportRefused when what was written differs from fewstep by more than PARITY or is not finite, UserError
+    when the folder is something else's or cannot be written.
     """
+    place = shown or str(folder)
+    with _aside_of(folder) as aside:
+        members = [
+            write_checked(member, aside / name, shown=f"{place}/{name}").parity
+            for name, member in parts.members.items()
+        ]
+        parts.save(aside)
+        name, text = parts.note
+        (aside / name).write_text(text)
+        parity = max([0.0, *members, _largest(parts, aside)])
+        usage = parts.usage(place)
+        (aside / "README.md").write_text(parts.card(usage, parity, results))
+    return Exported(folder, usage, parity)
 
-    scheduler: str
-    write: Callable[..., Exported]
+
+@torch.no_grad()
+def _largest(parts: Parts, folder: Path) -> float:
+    largest = 0.0
+    for ours, theirs in parts.pairs(folder):
+        gap = difference(ours, theirs)
+        if not gap <= PARITY:  # NaN too
+            raise ExportRefused(f"{parts.differs} by {gap:.2e} > {PARITY:.0e}")
+        largest = max(largest, gap)
+    return largest
 
 
 @contextmanager
-def aside_of(folder: Path) -> Iterator[Path]:
-    """A folder to write into that becomes `folder` when all went well and vanishes otherwise."""
+def _aside_of(folder: Path) -> Iterator[Path]:
+    """An empty folder to write into that becomes `folder` when all went well and vanishes otherwise."""
     marks = ("fewstep.json", "steps.json", "classes.json")  # a teacher's folder has none of them
     if folder.exists() and any(folder.iterdir()) and not any((folder / m).is_file() for m in marks):
         raise UserError(f"{folder}: exists and is not an earlier export; choose another folder")
     aside = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
     shutil.rmtree(aside, ignore_errors=True)
     try:
-        aside.parent.mkdir(parents=True, exist_ok=True)
+        aside.mkdir(parents=True)
         yield aside
         if folder.exists():
             shutil.rmtree(folder)
         aside.rename(folder)
     except (OSError, SafetensorError) as error:
-        raise UserError(f"export: {folder} could not be written: {error}") from None
+        raise UserError(f"{folder}: the export could not be written: {error}") from None
     finally:
         shutil.rmtree(aside, ignore_errors=True)
-
-
-def facts_of(product: Product) -> dict[str, Any]:
-    """What every model card of a student says about its run."""
-    assert product.recipe is not None
-    method: Any = product.recipe.method
-    process: Any = product.net.process
-    t = process.grid(torch.tensor(product.sampler.steps, dtype=torch.float64))
-    ratio = (process.sigma(t) / process.alpha(t)).tolist()
-    return {
-        "title": product.title,
-        "about": product.recipe.about,
-        "method": method.name,
-        "cites": ", ".join(f"arXiv {c}" for c in method.cites),
-        "calls": len(product.sampler.steps),
-        "sigmas": ", ".join(f"{s:.6g}" for s in ratio),
-        "done": product.done,
-    }

@@ -1,13 +1,18 @@
-"""The model card of an export."""
+"""Model cards of exports and the lines of code on them."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import json
+from collections.abc import Mapping
 from typing import Any
 
+import torch
 import yaml
 
 from fewstep import __version__
+from fewstep.export.base import Rows
+from fewstep.recipe.store import dump
+from fewstep.train.product import Product
 
 TEMPLATE = """---
 library_name: diffusers
@@ -39,11 +44,28 @@ A {calls}-call generator made by [fewstep](https://github.com/fewstep/fewstep) w
 """
 
 
-def model_card(facts: Mapping[str, Any], recipe: str, results: Sequence[tuple[str, str]] = ()) -> str:
-    """Fill the template; `results` are further (name, value) rows, as measured."""
-    rows = "".join(f"| {name} | {value} |\n" for name, value in results)
+def student_card(product: Product, pipeline: str, usage: str, parity: float, results: Rows) -> str:
+    """The card of a student; `pipeline` is what its stock class is called, `results` are rows as measured."""
+    assert product.recipe is not None
+    recipe = dump(product.recipe)
     yaml.safe_load(recipe)  # a card never carries a recipe that does not parse
-    return TEMPLATE.format(**facts, rows=rows, recipe=recipe.strip())
+    method: Any = product.recipe.method
+    process: Any = product.net.process
+    t = process.grid(torch.tensor(product.sampler.steps, dtype=torch.float64))
+    return TEMPLATE.format(
+        title=product.title,
+        about=product.recipe.about,
+        method=method.name,
+        cites=", ".join(f"arXiv {c}" for c in method.cites),
+        calls=len(product.sampler.steps),
+        sigmas=", ".join(f"{s:.6g}" for s in (process.sigma(t) / process.alpha(t)).tolist()),
+        done=product.done,
+        pipeline=pipeline,
+        usage=usage,
+        parity=parity,
+        rows=_table(results),
+        recipe=recipe.strip(),
+    )
 
 
 TEACHER = """---
@@ -70,18 +92,32 @@ those of `scheduler/scheduler_config.json`. The last class embedding is the null
 """
 
 
-def teacher_card(title: str, about: str, recipe: str, results: Sequence[tuple[str, str]], done: int) -> str:
-    """The card of a teacher trained here."""
-    rows = "".join(f"| {name} | {value} |\n" for name, value in results)
+def teacher_card(product: Product, usage: str, parity: float, results: Rows) -> str:
+    """The card of a teacher trained here, which says how a recipe names it whatever `usage` and `parity` are."""
+    assert product.recipe is not None
     return TEACHER.format(
-        version=__version__, title=title, about=about, done=done, rows=rows, recipe=recipe.strip()
+        version=__version__,
+        title=product.title,
+        about=product.recipe.about,
+        done=product.done,
+        rows=_table(results),
+        recipe=dump(product.recipe).strip(),
     )
 
 
-def usage(pipeline: str, folder: str, call: str) -> str:
+def _table(results: Rows) -> str:
+    return "".join(f"| {name} | {value} |\n" for name, value in results)
+
+
+def usage(pipeline: str, call: Mapping[str, Any], folder: str) -> str:
     """Three lines of plain diffusers code."""
     return (
         f"from diffusers import {pipeline}\n"
         f'pipe = {pipeline}.from_pretrained("{folder}")\n'
-        f'pipe({call}).images[0].save("sample.png")'
+        f'pipe({as_code(call)}).images[0].save("sample.png")'
     )
+
+
+def as_code(call: Mapping[str, Any]) -> str:
+    """The arguments of a call as they stand in code."""
+    return ", ".join(f"{k}={json.dumps(v) if isinstance(v, str) else repr(v)}" for k, v in call.items())

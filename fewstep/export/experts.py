@@ -8,7 +8,7 @@ a table of numbers, and the loop that applies it stands in the model card; the e
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -21,16 +21,14 @@ from fewstep.algebra.jump import clean, times_of
 from fewstep.algebra.prediction import from_raw
 from fewstep.algebra.rollout import renoise
 from fewstep.algebra.sampling import gamma_step, sample
-from fewstep.config import UserError
-from fewstep.export.base import PARITY, Exported, Way, aside_of, facts_of
-from fewstep.export.card import model_card
-from fewstep.export.fold import Folded, fold
+from fewstep.export.base import ExportRefused, Parts
+from fewstep.export.card import student_card
+from fewstep.export.fold import fold
 from fewstep.export.latent import wrapped
 from fewstep.export.routes import INSTEAD
-from fewstep.networks.adapters import network_of
+from fewstep.networks.adapters import network_of, on_cpu
 from fewstep.networks.denoiser import _TIME
 from fewstep.networks.routed import ByClass, ByTime, Routed
-from fewstep.recipe.store import dump
 from fewstep.train.product import Product
 
 LOADER = """import json, torch
@@ -54,53 +52,33 @@ images = draw(torch.randn(4, {shape}){labels})"""
 """The loader of the model card: a step is linear in the state, the network's output and fresh noise."""
 
 
-def way_of_routed(product: Product, way_of: Callable[[Product], Way]) -> Way:
-    """How a routed student is written; `way_of` tells it of one member. UserError as `choose.way_of`."""
+def routed_parts(product: Product, parts_of: Callable[[Product], Parts]) -> Parts:
+    """What a routed student is written as; `parts_of` tells it of one member. Errors as `choose.parts_of`."""
     net: Any = product.net
     if isinstance(net.route, ByClass):
-        return _by_class(product, way_of)
+        return _by_class(product, parts_of)
     if isinstance(net.route, ByTime):
         return _by_time(product)
-    raise UserError(f"export: a student routed by {type(net.route).__name__} is not written")
+    raise ExportRefused(f"a student routed by {type(net.route).__name__} is not written")
 
 
-def _by_class(product: Product, way_of: Callable[[Product], Way]) -> Way:
+def _by_class(product: Product, parts_of: Callable[[Product], Parts]) -> Parts:
     net: Any = product.net
     count = len(net.members)
-    groups: list[list[int]] = [[] for _ in range(count)]
+    groups: dict[str, list[int]] = {f"student-{k}": [] for k in range(count)}
     for c in range(product.classes):
-        groups[c * count // product.classes].append(c)
-    ways = [
-        way_of(replace(product, net=member, title=f"{product.title}, classes {group[0]}-{group[-1]}"))
-        for member, group in zip(net.members, groups, strict=True)
-    ]
-    return Way("", partial(_write_classes, product, ways, groups))
-
-
-def _write_classes(
-    product: Product,
-    ways: Sequence[Way],
-    groups: Sequence[Sequence[int]],
-    folder: Path,
-    *,
-    results: Sequence[tuple[str, str]] = (),
-    shown: str | None = None,
-) -> Exported:
-    place = shown or str(folder)
-    with aside_of(folder) as aside:
-        aside.mkdir()
-        parts = [
-            way.write(aside / f"student-{k}", shown=f"{place}/student-{k}") for k, way in enumerate(ways)
-        ]
-        (aside / "classes.json").write_text(json.dumps({f"student-{k}": g for k, g in enumerate(groups)}))
-        parity = max(p.parity for p in parts)
-        facts = facts_of(product) | {
-            "pipeline": "pipeline per group of classes (classes.json)",
-            "parity": parity,
-        }
-        facts["usage"] = parts[0].usage
-        (aside / "README.md").write_text(model_card(facts, dump(product.recipe), results))  # type: ignore[arg-type]
-    return Exported(folder, parts[0].usage, parity)
+        groups[f"student-{c * count // product.classes}"].append(c)
+    members = {
+        name: parts_of(replace(product, net=member, title=f"{product.title}, classes {group[0]}-{group[-1]}"))
+        for member, (name, group) in zip(net.members, groups.items(), strict=True)
+    }
+    first, parts = next(iter(members.items()))
+    return Parts(
+        members=members,
+        usage=lambda folder: parts.usage(f"{folder}/{first}"),
+        card=partial(student_card, product, "pipeline per group of classes (classes.json)"),
+        note=("classes.json", json.dumps(groups)),
+    )
 
 
 @torch.no_grad()
@@ -111,7 +89,7 @@ def table_of(
     process: Any = net.process
     times = times_of(sampler.steps, process)
     if sampler.kind == "map" and sampler.keep_noise:
-        raise UserError("export: experts with noise correction are not written; sample the run itself")
+        raise ExportRefused("experts with noise correction are not written; sample the run itself")
     one, zero = torch.ones(1, 1, dtype=torch.float64), torch.zeros(1, 1, dtype=torch.float64)
     rows = []
     for i, t in enumerate(times):
@@ -142,73 +120,63 @@ def table_of(
     return float(process.prior(one, times[:1])), rows
 
 
-def _by_time(product: Product) -> Way:
+def _by_time(product: Product) -> Parts:
     net: Any = product.net
     if any(wrapped(member) for member in net.members):
         first = net.members[0]
         kind = type(network_of(getattr(first, "base", first))).__name__
-        raise UserError(
-            f"export: no stock pipeline hands over from one {kind} to another at a noise level, and the loader that "
+        raise ExportRefused(
+            f"no stock pipeline hands over from one {kind} to another at a noise level, and the loader that "
             f"fewstep writes for experts is for UNet2DModels; {INSTEAD}"
         )
     one = replace(product.sampler, steps=product.sampler.steps[:1])
-    plain = [fold(member, one) for member in net.members]
+    plain = [fold(member, one)[0] for member in net.members]
     if any(m.takes_s for m in net.members) or plain[0].process != net.process:
-        raise UserError(
-            "export: experts that take a destination time or speak another process than their teacher's are not "
+        raise ExportRefused(
+            "experts that take a destination time or speak another process than their teacher's are not "
             "written; sample the run itself"
         )
     start, rows = table_of(net, product.sampler, plain[0].prediction, plain[0].time_input)
-    return Way("", partial(_write_experts, product, plain, start, rows))
-
-
-def _write_experts(
-    product: Product,
-    plain: Sequence[Folded],
-    start: float,
-    rows: list[dict[str, Any]],
-    folder: Path,
-    *,
-    results: Sequence[tuple[str, str]] = (),
-    shown: str | None = None,
-) -> Exported:
-    place, count = shown or str(folder), len(plain)
     shape = ", ".join(map(str, product.shape))
     labels = ", torch.tensor([0, 1, 2, 3])" if product.classes else ""
-    with aside_of(folder) as aside:
-        aside.mkdir()
-        for k, p in enumerate(plain):
-            p.unet.save_pretrained(aside / f"expert-{k}", safe_serialization=True)
-        (aside / "steps.json").write_text(
-            json.dumps({"experts": count, "start": start, "steps": rows}, indent=1)
-        )
-        parity = _parity(product, LOADER.format(folder=aside, shape=shape, labels=labels), rows)
-        if not parity <= PARITY:
-            raise UserError(
-                f"export: the loader differs from fewstep's sampler by {parity:.2e} > {PARITY:.0e}"
-            )
-        usage = LOADER.format(folder=place, shape=shape, labels=labels)
-        facts = facts_of(product) | {"usage": usage, "parity": parity}
-        facts["pipeline"] = (
-            f"set of {count} UNet2DModels, one per interval of noise levels: no stock pipeline switches between two "
-            "UNets, so the loop below does"
-        )
-        (aside / "README.md").write_text(model_card(facts, dump(product.recipe), results))  # type: ignore[arg-type]
-    return Exported(folder, usage, parity)
+
+    def save(folder: Path) -> None:
+        for k, expert in enumerate(plain):
+            unet: Any = expert.net.model
+            unet.save_pretrained(folder / f"expert-{k}", safe_serialization=True)
+
+    def usage(folder: Path | str) -> str:
+        return LOADER.format(folder=folder, shape=shape, labels=labels)
+
+    def pairs(folder: Path) -> Iterator[tuple[Tensor, Tensor]]:
+        yield _both(product, usage(folder))
+
+    pipeline = (
+        f"set of {len(plain)} UNet2DModels, one per interval of noise levels: no stock pipeline switches between two "
+        "UNets, so the loop below does"
+    )
+    return Parts(
+        save=save,
+        pairs=pairs,
+        usage=usage,
+        card=partial(student_card, product, pipeline),
+        note=("steps.json", json.dumps({"experts": len(plain), "start": start, "steps": rows}, indent=1)),
+        differs="the loader differs from fewstep's sampler",
+    )
 
 
 @torch.no_grad()
-def _parity(product: Product, code: str, rows: list[dict[str, Any]], count: int = 8) -> float:
-    """max |loader - fewstep| in [-1, 1], both with the same noises; runs the text of the card."""
-    space: dict[str, Any] = {}
+def _both(product: Product, code: str, count: int = 8) -> tuple[Tensor, Tensor]:
+    """(fewstep's, the loader's) images (count, c, h, w) in [-1, 1] from the same noises; runs the text of the card."""
+    net: Any = product.net
+    net = Routed([on_cpu(member) for member in net.members], net.route)
+    loader: dict[str, Any] = {}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        exec(code, space)
+        exec(code, loader)
         noise, labels = torch.randn(count, *product.shape), product.labels(count)
         torch.manual_seed(1)
-        theirs = space["draw"](noise, labels)
+        theirs = loader["draw"](noise, labels)
         torch.manual_seed(1)
-        ours = sample(
-            product.sampler, product.net.cpu().float(), noise, labels, lambda _: torch.randn_like(noise)
-        )
-    return float((ours.clamp(-1, 1) - theirs).abs().max())
+        ours = sample(product.sampler, net, noise, labels, lambda _: torch.randn_like(noise))
+    return ours.clamp(-1, 1), theirs

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,7 +10,7 @@ from torch import Tensor, nn
 from fewstep.algebra.jump import clean
 from fewstep.algebra.process import EDM, Process
 from fewstep.algebra.sampling import Sampler
-from fewstep.config import UserError
+from fewstep.export.base import ExportRefused
 from fewstep.export.routes import INSTEAD
 from fewstep.networks.adapters import plain_copy
 from fewstep.networks.denoiser import Denoiser, Rescheduled
@@ -19,28 +18,19 @@ from fewstep.networks.extras import ANGLE
 from fewstep.networks.unet2d import UNet2D
 
 
-@dataclass(frozen=True)
-class Folded:
-    """A stock UNet2DModel (a copy, on the CPU), what it speaks, and the sampler in its own process."""
+def fold(net: nn.Module, sampler: Sampler) -> tuple[Denoiser, Sampler]:
+    """(copy on the CPU without further inputs, the sampler in its process): what a stock UNet2DModel can be.
 
-    unet: Any
-    process: Any
-    prediction: str
-    time_input: str
-    sampler: Sampler
-
-
-def fold(net: nn.Module, sampler: Sampler) -> Folded:
-    """Fold an adapter, guidance, a constant destination time and a process that was changed by `Rescheduled`.
-
-    A destination time is constant where every call aims at the clean end: one step, or re-noising. A changed
-    process is undone for one step only: with several, levels and noise would not be the stock scheduler's.
+    Folds an adapter, guidance, a constant destination time and a process that was changed by `Rescheduled` into the
+    weights, and leaves out the null class. A destination time is constant where every call aims at the clean end: one
+    step, or re-noising. A changed process is undone for one step only: with several, levels and noise would not be
+    the stock scheduler's.
     """
     net = plain_copy(net)  # an adapter is merged, adapters of other roles are left out
     inner = net.denoiser if isinstance(net, Rescheduled) else net
     if not (isinstance(inner, Denoiser) and isinstance(inner.net, UNet2D)):
-        raise UserError(
-            f"export: no stock diffusers pipeline runs a {type(getattr(inner, 'net', inner)).__name__} student"
+        raise ExportRefused(
+            f"no stock diffusers pipeline runs a {type(getattr(inner, 'net', inner)).__name__} student"
         )
     unet: Any = inner.net.model.eval()
     if unet.device.type != "meta":  # `forecast` asks with shapes alone
@@ -49,16 +39,16 @@ def fold(net: nn.Module, sampler: Sampler) -> Folded:
     if inner.takes_s and several and sampler.kind != "renoise":
         counts = sampler.counts or ()
         one = "; it was trained for 1 step as well, which exports (method.steps)" if 1 in counts else ""
-        raise UserError(
-            f"export: this student is told where each of its {len(sampler.steps)} steps ends, and no stock pipeline "
+        raise ExportRefused(
+            f"this student is told where each of its {len(sampler.steps)} steps ends, and no stock pipeline "
             f"hands a UNet2DModel a destination time{one}; with one step it folds into the weights; {INSTEAD}"
         )
     if inner.inputs:
         add_to_embedding(unet, constant_inputs(net, inner, sampler))
     if isinstance(net, Rescheduled):
         if several:
-            raise UserError(
-                f"export: a student of {len(sampler.steps)} steps that was trained in {type(net.process).__name__} "
+            raise ExportRefused(
+                f"a student of {len(sampler.steps)} steps that was trained in {type(net.process).__name__} "
                 f"on a network of {type(inner.process).__name__} has no stock scheduler; with one step it has, or "
                 f"train it in its teacher's own process; {INSTEAD}"
             )
@@ -68,7 +58,8 @@ def fold(net: nn.Module, sampler: Sampler) -> Folded:
         table = unet.class_embedding.weight[: inner.net.classes].detach().clone()
         unet.class_embedding = nn.Embedding.from_pretrained(table, freeze=False)
         unet.register_to_config(num_class_embeds=inner.net.classes)
-    return Folded(unet, inner.process, inner.prediction, inner.time_input, sampler)
+    plain = Denoiser(UNet2D(unet, inner.net.classes), inner.process, inner.prediction, inner.time_input)
+    return plain, sampler
 
 
 @torch.no_grad()
@@ -91,9 +82,7 @@ def constant_inputs(net: Any, inner: Denoiser, sampler: Sampler) -> Tensor:
 def add_to_embedding(unet: Any, constant: Tensor) -> None:
     """Add a constant (width,) to the output of the time embedding."""
     if getattr(unet.time_embedding, "post_act", None) is not None:
-        raise UserError(
-            "export: this UNet has an activation behind its time embedding, so inputs do not fold"
-        )
+        raise ExportRefused("this UNet has an activation behind its time embedding, so inputs do not fold")
     with torch.no_grad():
         bias = unet.time_embedding.linear_2.bias
         bias += constant.to(bias)

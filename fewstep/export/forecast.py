@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 from fewstep.config import UserError
-from fewstep.export.base import Way
-from fewstep.export.choose import check_teacher_way, way_of
+from fewstep.export.base import Parts
+from fewstep.export.choose import parts_of
 from fewstep.export.levels import check_product
 from fewstep.networks.adapters import Adapted, lora_layers
 from fewstep.networks.denoiser import Denoiser, Rescheduled
@@ -39,20 +39,17 @@ def weightless(net: nn.Module) -> nn.Module:
     return copy.deepcopy(source, memo)
 
 
-def way(product: Product) -> Way | None:
-    """What the exporter decides about a product, None for a teacher; UserError is its refusal. No weight is copied."""
+def foretold(product: Product) -> Parts:
+    """What the exporter decides about a product; UserError is its refusal. No weight is copied."""
     bare = replace(product, net=weightless(product.net))
     check_product(bare)
-    if product.sampler.kind == "ode":
-        check_teacher_way(bare)
-        return None
-    return way_of(bare)
+    return parts_of(bare)
 
 
 def warning(product: Callable[[], Product]) -> str:
     """One line: that a product will not export and why; "" for one that will. Never an error, training may go on."""
     try:
-        way(product())
+        foretold(product())
     except UserError as error:
         return refused(error)
     except Exception as error:  # a network of the user's own that cannot be copied still trains
@@ -62,7 +59,7 @@ def warning(product: Callable[[], Product]) -> str:
 
 def refused(error: Exception) -> str:
     """The line for a refusal of the exporter."""
-    return f"will not export to a stock pipeline: {_line(error).removeprefix('export: ')}"
+    return f"will not export to a stock pipeline: {_line(error)}"
 
 
 def _line(error: Exception) -> str:
@@ -145,13 +142,13 @@ def _model(folder: Folder) -> Any:
         return cls.from_config(dict(folder.config))
 
 
-def about(recipe: Recipe) -> tuple[Product | None, Way | None, str]:
-    """(outlined product, way it exports, line about it) of a recipe; None where that is not known or there is none."""
+def about(recipe: Recipe) -> tuple[Product | None, Parts | None, str]:
+    """(outlined product, its export, line about it) of a recipe; None where that is not known or there is none."""
     try:
         product = outlined(recipe)
     except Exception as error:  # a config that diffusers cannot build is for building the roles to explain
         return None, None, f"not checked: {_line(error)}"
     try:
-        return product, way(product), ""
+        return product, foretold(product), ""
     except UserError as error:
         return product, None, refused(error)

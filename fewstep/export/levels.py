@@ -6,7 +6,7 @@ scheduler at inference visits others, so the three lists are compared before any
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -101,7 +101,11 @@ def check_product(product: Any) -> None:
     agree(trained_levels(product.recipe.method, process), levels_of(process, product.sampler.steps))
 
 
-def check_export(process: Process, steps: Sequence[float], scheduler: Any, arguments: str) -> None:
-    """The sampler's levels against those of the scheduler that is about to be written."""
-    call = eval(f"dict({arguments})", {"dict": dict, "__builtins__": {}})
-    agree(None, levels_of(process, steps), levels_of_scheduler(scheduler, process, **call))
+def check_export(
+    process: Process, steps: Sequence[float], scheduler: Any, arguments: Mapping[str, Any]
+) -> None:
+    """The sampler's levels against those of the scheduler that is about to be written; UserError when they differ.
+
+    arguments: what the pipeline hands to `set_timesteps`.
+    """
+    agree(None, levels_of(process, steps), levels_of_scheduler(scheduler, process, **arguments))

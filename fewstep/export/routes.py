@@ -7,7 +7,6 @@ formula is the sampler's own; the export still measures the difference.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from fractions import Fraction
 from math import lcm
 from typing import Any
@@ -16,46 +15,33 @@ import torch
 
 from fewstep.algebra.process import EDM, DiscreteVP, Flow, Process, Trig
 from fewstep.algebra.sampling import Sampler
-from fewstep.config import UserError
+from fewstep.export.base import ExportRefused, Stock
+from fewstep.networks.denoiser import Denoiser
 
 INSTEAD = "`fewstep sample` draws from the run itself"
 TCD_ETA = 0.3
 """TCDScheduler's default, which pipelines without an `eta` argument use."""
 
 
-@dataclass(frozen=True)
-class Route:
-    """A configured scheduler, the call arguments that make it visit the levels, and how to sample it again here.
-
-    `sampler` speaks of levels on the grid that the written scheduler config describes.
-    """
-
-    scheduler: Any
-    arguments: str
-    sampler: Sampler
-    input_scale: float = 1.0
-    """Factor for the first convolution's weights where the scheduler starts from another scale; one step only."""
-
-
-def schedule(steps: Sequence[float]) -> tuple[int, str]:
+def schedule(steps: Sequence[float]) -> tuple[int, dict[str, Any]]:
     """(num_train_timesteps, call arguments) that make CMStochasticIterativeScheduler visit levels u exactly.
 
     The scheduler's grid is Karras's between its own sigma_max and sigma_min. With sigma_max set to the level of
     the first step, level u stands at u / steps[0] of it, and its k-th point of T at 1 - k / (T - 1). Evenly spaced
     levels are its own spacing for T = N + 1; others need T - 1 to be a common denominator, passed as `timesteps`.
-    Raises UserError when there is none below 10,000.
+    Raises ExportRefused when there is none below 10,000.
     """
     depth = [1 - u / steps[0] for u in steps]
     if _even(steps):
-        return len(steps) + 1, f"num_inference_steps={len(steps)}"
+        return len(steps) + 1, {"num_inference_steps": len(steps)}
     fractions = [Fraction(d).limit_denominator(9_999) for d in depth]
     common = lcm(*(f.denominator for f in fractions))
     if common > 9_999 or any(abs(float(f) - d) > 1e-9 for f, d in zip(fractions, depth, strict=True)):
-        raise UserError(
-            f"export: steps {list(steps)} lie on no grid of up to 10,000 points; round them, say to 1/1000"
+        raise ExportRefused(
+            f"steps {list(steps)} lie on no grid of up to 10,000 points; round them, say to 1/1000"
         )
     index = [int(f * common) for f in fractions]
-    return common + 1, f"num_inference_steps=None, timesteps={index[::-1]}"
+    return common + 1, {"num_inference_steps": None, "timesteps": index[::-1]}
 
 
 def _even(steps: Sequence[float]) -> bool:
@@ -67,30 +53,34 @@ def _even(steps: Sequence[float]) -> bool:
 def plain_kind(sampler: Sampler, process: Process) -> str:
     """renoise, map or gamma; a kind whose switches make it another is called by that one's name."""
     if sampler.clip is not None and len(sampler.steps) > 1:
-        raise UserError(f"export: no stock scheduler limits x0 to a quantile between steps; {INSTEAD}")
+        raise ExportRefused(f"no stock scheduler limits x0 to a quantile between steps; {INSTEAD}")
     if sampler.kind == "ode":
         if sampler.solver != "ddim":
-            raise UserError(f"export: an ODE sampler with solver {sampler.solver} is a teacher's; {INSTEAD}")
+            raise ExportRefused(f"an ODE sampler with solver {sampler.solver} is a teacher's; {INSTEAD}")
         return "map"
     if sampler.kind == "map" and sampler.keep_noise and len(sampler.steps) > 1:
         first = process.grid(torch.tensor(sampler.steps[0], dtype=torch.float64))
         if float(process.alpha(first)) > 0:
-            raise UserError(
-                f"export: no stock scheduler keeps the start noise (noise correction) above alpha = 0; {INSTEAD}"
+            raise ExportRefused(
+                f"no stock scheduler keeps the start noise (noise correction) above alpha = 0; {INSTEAD}"
             )
     if sampler.kind == "gamma" and sampler.eta in (0.0, 1.0):
         return "renoise" if sampler.eta else "map"
+    if sampler.kind == "gamma" and isinstance(process, Flow) and len(sampler.steps) > 1:
+        raise ExportRefused(f"no stock flow scheduler takes steps of eta {sampler.eta}; set it to 0 or 1")
     return sampler.kind
 
 
-def route(process: Process, prediction: str, time_input: str, sampler: Sampler) -> Route:
-    """The scheduler for a plain denoiser (no inputs beside the time); UserError says why there is none."""
+def unet_stock(net: Denoiser, sampler: Sampler) -> Stock:
+    """The scheduler for a plain denoiser (no inputs beside the time); ExportRefused says why there is none."""
+    process: Any = net.process
+    prediction, time_input = net.prediction, net.time_input
     kind, one = plain_kind(sampler, process), len(sampler.steps) == 1
     if isinstance(process, EDM) and prediction == "cm" and time_input == "250log_sigma":
         if one or kind == "renoise":
             return _consistency(process, sampler)
-        raise UserError(
-            f"export: no stock scheduler takes {kind} steps in the parametrisation 'cm': "
+        raise ExportRefused(
+            f"no stock scheduler takes {kind} steps in the parametrisation 'cm': "
             "CMStochasticIterativeScheduler only re-noises and EDMEulerScheduler wants prediction 'edm' with "
             f"time input log_sigma/4. Sample it in one step, train a method that re-noises, or use a teacher "
             f"whose scheduler is EDMEulerScheduler; {INSTEAD}"
@@ -98,8 +88,8 @@ def route(process: Process, prediction: str, time_input: str, sampler: Sampler) 
     if isinstance(process, EDM) and prediction == "edm" and time_input == "log_sigma/4":
         if one or kind == "map":
             return _edm_euler(process, sampler)
-        raise UserError(
-            "export: EDMEulerScheduler has no noise to add between steps as this student needs it; train with "
+        raise ExportRefused(
+            "EDMEulerScheduler has no noise to add between steps as this student needs it; train with "
             f"prediction 'cm', which CMStochasticIterativeScheduler re-noises; {INSTEAD}"
         )
     if isinstance(process, DiscreteVP) and prediction in _NAMES and time_input == "index":
@@ -109,21 +99,21 @@ def route(process: Process, prediction: str, time_input: str, sampler: Sampler) 
     if isinstance(process, Trig) and prediction in ("trig", "v") and time_input in ("t", "angle"):
         if one or kind == "renoise":
             return _scm(process, sampler)
-        raise UserError(
-            f"export: SCMScheduler re-noises between steps, this student takes {kind} steps; {INSTEAD}"
+        raise ExportRefused(
+            f"SCMScheduler re-noises between steps, this student takes {kind} steps; {INSTEAD}"
         )
-    raise UserError(
-        f"export: no stock scheduler reads prediction {prediction!r} with time input {time_input!r} on "
+    raise ExportRefused(
+        f"no stock scheduler reads prediction {prediction!r} with time input {time_input!r} on "
         f"{type(process).__name__}; train from a teacher in diffusers format, whose parametrisation a student "
         f"keeps; {INSTEAD}"
     )
 
 
-def _consistency(process: EDM, sampler: Sampler) -> Route:
+def _consistency(process: EDM, sampler: Sampler) -> Stock:
     from diffusers import CMStochasticIterativeScheduler
 
     first = sampler.steps[0]
-    count, arguments = schedule(sampler.steps)
+    count, call = schedule(sampler.steps)
     scheduler = CMStochasticIterativeScheduler(
         num_train_timesteps=count,
         sigma_min=process.sigma_min,
@@ -132,41 +122,41 @@ def _consistency(process: EDM, sampler: Sampler) -> Route:
         rho=process.rho,
         clip_denoised=False,  # training never clamps between steps
     )
-    return Route(scheduler, arguments, Sampler(kind="renoise", steps=tuple(u / first for u in sampler.steps)))
+    return Stock(scheduler, call, Sampler(kind="renoise", steps=tuple(u / first for u in sampler.steps)))
 
 
-def _edm_euler(process: EDM, sampler: Sampler) -> Route:
+def _edm_euler(process: EDM, sampler: Sampler) -> Stock:
     """Its Karras grid ends at the last level: it goes from there to 0 by itself."""
     from diffusers import EDMEulerScheduler
 
     steps, n = sampler.steps, len(sampler.steps)
     span = steps[0] - steps[-1]
     if n > 2 and any(abs(u - (steps[0] - span * i / (n - 1))) > 1e-9 for i, u in enumerate(steps)):
-        raise UserError(
-            f"export: steps {list(steps)} are not evenly spaced, and EDMEulerScheduler has no others in a pipeline; "
+        raise ExportRefused(
+            f"steps {list(steps)} are not evenly spaced, and EDMEulerScheduler has no others in a pipeline; "
             f"{INSTEAD}"
         )
     first, last = (float(process.grid(torch.tensor(u, dtype=torch.float64))) for u in (steps[0], steps[-1]))
     low = process.sigma_min if n == 1 else last
-    scheduler = EDMEulerScheduler(
+    scheduler: Any = EDMEulerScheduler(
         sigma_min=low, sigma_max=first, sigma_data=process.sigma_data, rho=process.rho
     )
     levels = (1.0,) if n == 1 else tuple((u - steps[-1]) / span for u in steps)
     # It starts from sqrt(sigma^2 + 1) times the noise, which one step can make good and several cannot.
     scale = first / scheduler.init_noise_sigma if n == 1 else 1.0
-    return Route(scheduler, f"num_inference_steps={n}", Sampler(kind="map", steps=levels), scale)
+    return Stock(scheduler, {"num_inference_steps": n}, Sampler(kind="map", steps=levels), scale)
 
 
 _NAMES = {"eps": "epsilon", "v": "v_prediction", "x0": "sample"}
 
 
-def _ddpm(process: DiscreteVP, prediction: str, sampler: Sampler, kind: str) -> Route:
+def _ddpm(process: DiscreteVP, prediction: str, sampler: Sampler, kind: str) -> Stock:
     from diffusers import DDIMScheduler, EulerDiscreteScheduler, LCMScheduler, TCDScheduler
 
     index = [u * process.steps - 1 for u in sampler.steps]
     if any(abs(i - round(i)) > 1e-6 for i in index):
-        raise UserError(
-            f"export: steps {list(sampler.steps)} fall between the {process.steps} indices of the table, which "
+        raise ExportRefused(
+            f"steps {list(sampler.steps)} fall between the {process.steps} indices of the table, which "
             f"stock schedulers do not visit; choose multiples of 1/{process.steps}"
         )
     rows = [round(i) for i in index]
@@ -177,80 +167,79 @@ def _ddpm(process: DiscreteVP, prediction: str, sampler: Sampler, kind: str) -> 
         "beta_end": process.beta_end,
         "prediction_type": _NAMES[prediction],
     }
-    n, explicit = len(rows), f"num_inference_steps=None, timesteps={rows}"
+    n, explicit = len(rows), {"num_inference_steps": None, "timesteps": rows}
     from_prior = rows[0] == process.steps - 1
     if kind == "map" and n > 1 and not from_prior:
-        raise UserError(
-            f"export: steps {list(sampler.steps)} do not begin at the prior, and stock schedulers that go on "
+        raise ExportRefused(
+            f"steps {list(sampler.steps)} do not begin at the prior, and stock schedulers that go on "
             f"deterministically scale their noise for it; begin at 1.0; {INSTEAD}"
         )
     if from_prior and (n == 1 or kind == "map"):
         sampler = Sampler(kind="map", steps=sampler.steps)
         if _even(sampler.steps) and process.steps % n == 0:
             ddim = DDIMScheduler(**table, clip_sample=False, timestep_spacing="trailing")
-            return Route(ddim, f"num_inference_steps={n}", sampler)
+            return Stock(ddim, {"num_inference_steps": n}, sampler)
         # Its init_noise_sigma is sqrt(sigma^2 + 1) in this spacing, the variance preserving prior.
         euler = EulerDiscreteScheduler(**table, timestep_spacing="leading")
-        return Route(euler, explicit, sampler)
+        return Stock(euler, explicit, sampler)
     if n == 1 or kind == "renoise":
         # Its boundary scalings stand at |c_skip| < 1e-6 from index 50 on with this scaling of the time.
         lcm_scheduler = LCMScheduler(**table, clip_sample=False, timestep_scaling=10.0)
-        return Route(lcm_scheduler, explicit, Sampler(kind="renoise", steps=sampler.steps))
+        return Stock(lcm_scheduler, explicit, Sampler(kind="renoise", steps=sampler.steps))
     if sampler.eta != TCD_ETA:
-        raise UserError(
-            f"export: TCDScheduler is called with its default eta {TCD_ETA} by the pipeline, not {sampler.eta}; set "
+        raise ExportRefused(
+            f"TCDScheduler is called with its default eta {TCD_ETA} by the pipeline, not {sampler.eta}; set "
             f"the method's eta to {TCD_ETA}, to 0 (DDIM) or to 1 (re-noising)"
         )
     # TCDScheduler ends at index 0 of its table, not at x0; these betas make the two one.
     tcd = TCDScheduler(**table, trained_betas=process.clean_first_betas(), clip_sample=False)
-    return Route(tcd, explicit, Sampler(kind="gamma", steps=sampler.steps, eta=sampler.eta))
+    return Stock(tcd, explicit, Sampler(kind="gamma", steps=sampler.steps, eta=sampler.eta))
 
 
-def _flow(process: Flow, sampler: Sampler, kind: str) -> Route:
+def _flow(process: Flow, sampler: Sampler, kind: str) -> Stock:
     """A config holds linspace(1, .001, N), or that stretched to end at its last level: 1 - i/N, or any two levels."""
     from diffusers import FlowMatchEulerDiscreteScheduler, FlowMatchLCMScheduler
 
     n = len(sampler.steps)
-    if n > 1 and kind == "gamma":
-        raise UserError(f"export: no stock flow scheduler takes steps of eta {sampler.eta}; set it to 0 or 1")
     times = process.grid(torch.tensor(sampler.steps, dtype=torch.float64)).tolist()
     if times[0] != 1.0 or (n > 2 and not _even(times)):
-        raise UserError(
-            f"export: levels {times} are not 1 - i/{n}, and a flow scheduler's config holds no others for a "
+        raise ExportRefused(
+            f"levels {times} are not 1 - i/{n}, and a flow scheduler's config holds no others for a "
             f"pipeline without `sigmas`; {INSTEAD}"
         )
     make: Any = FlowMatchLCMScheduler if n > 1 and kind == "renoise" else FlowMatchEulerDiscreteScheduler
     scheduler = make(num_train_timesteps=1000, shift=1.0, shift_terminal=times[-1] if n > 1 else None)
     again = Sampler(kind="renoise" if kind == "renoise" else "map", steps=tuple(times))
-    return Route(scheduler, f"num_inference_steps={n}", again)
+    return Stock(scheduler, {"num_inference_steps": n}, again)
 
 
-def _scm(process: Trig, sampler: Sampler) -> Route:
+def _scm(process: Trig, sampler: Sampler) -> Stock:
     from diffusers import SCMScheduler
 
     times = process.grid(torch.tensor(sampler.steps, dtype=torch.float64)).tolist()
     n = len(times)
-    arguments = f"num_inference_steps={n}, timesteps={[*times, 0.0]}, max_timesteps=None, "
-    return Route(
-        SCMScheduler(sigma_data=1.0),
-        f"{arguments}intermediate_timesteps=None",
-        Sampler(kind="renoise", steps=sampler.steps),
-    )
+    call = {
+        "num_inference_steps": n,
+        "timesteps": [*times, 0.0],
+        "max_timesteps": None,
+        "intermediate_timesteps": None,
+    }
+    return Stock(SCMScheduler(sigma_data=1.0), call, Sampler(kind="renoise", steps=sampler.steps))
 
 
 def pipeline_of(scheduler: Any, classes: int) -> str:
-    """The stock pipeline class that drives a UNet2DModel with this scheduler; UserError when there is none."""
+    """The stock pipeline class that drives a UNet2DModel with this scheduler; ExportRefused when there is none."""
     name = type(scheduler).__name__
     if name in ("FlowMatchEulerDiscreteScheduler", "FlowMatchLCMScheduler"):
         if classes:
-            raise UserError(
-                f"export: no stock pipeline drives a class-conditional UNet2DModel with {name} (DDPMPipeline is "
+            raise ExportRefused(
+                f"no stock pipeline drives a class-conditional UNet2DModel with {name} (DDPMPipeline is "
                 f"unconditional, ConsistencyModelPipeline calls scale_model_input, which it lacks); {INSTEAD}"
             )
         return "DDPMPipeline"
     if name == "SCMScheduler":
-        raise UserError(
-            "export: SCMScheduler is driven by SanaSprintPipeline alone, which has no UNet2DModel; train the student "
+        raise ExportRefused(
+            "SCMScheduler is driven by SanaSprintPipeline alone, which has no UNet2DModel; train the student "
             f"in its teacher's own process to export it; {INSTEAD}"
         )
     return "ConsistencyModelPipeline"

@@ -101,8 +101,8 @@ def fresh_noise(net: Wrapper, start: Tensor, seed: int = 0) -> Any:
 
 def difference(ours: Tensor, theirs: Tensor) -> float:
     """max |ours - theirs| over the larger of 1 and the root mean square of theirs."""
-    scale = max(1.0, float(theirs.float().square().mean().sqrt()))
-    return float((ours.float() - theirs.float()).abs().max()) / scale
+    scale = max(1.0, float(theirs.double().square().mean().sqrt()))
+    return float((ours.double() - theirs.double()).abs().max()) / scale
 
 
 def without_variance(scheduler: Any) -> Any:

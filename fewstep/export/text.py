@@ -1,11 +1,10 @@
-"""Export of a text-to-image teacher of pixels trained here: an IFPipeline folder, with its text encoder."""
+"""A text-to-image teacher of pixels trained here as an IFPipeline folder, with its text encoder."""
 
 from __future__ import annotations
 
 import copy
 import json
 import shutil
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +12,10 @@ from torch import nn
 
 from fewstep.algebra.process import DiscreteVP
 from fewstep.config import UserError
-from fewstep.export.base import Exported, aside_of
-from fewstep.export.card import teacher_card
 from fewstep.export.stock import without_variance
 from fewstep.networks.adapters import plain_copy
 from fewstep.networks.denoiser import Denoiser
 from fewstep.networks.wrappers.unet_condition import UNetCondition
-from fewstep.recipe.store import dump
 from fewstep.train.product import Product
 
 IF_TOKENS = 77
@@ -37,7 +33,7 @@ def is_text_teacher(net: nn.Module) -> bool:
     )
 
 
-def export_text_teacher(product: Product, folder: Path, results: Sequence[tuple[str, str]] = ()) -> Exported:
+def save_text_teacher(product: Product, folder: Path) -> None:
     """Write the teacher as a folder that `teacher: {name: diffusers}` and, without guidance, IFPipeline open.
 
     The recipe's `sentence` encoder goes along where its conditions are those that the pipeline makes of a prompt
@@ -47,8 +43,6 @@ def export_text_teacher(product: Product, folder: Path, results: Sequence[tuple[
 
     assert product.recipe is not None
     net: Any = plain_copy(product.net)
-    if not is_text_teacher(net):
-        raise UserError("export: only a text teacher of the network unet-text is written as an IFPipeline")
     process = net.process
     scheduler = DDIMScheduler(
         num_train_timesteps=process.steps,
@@ -59,27 +53,22 @@ def export_text_teacher(product: Product, folder: Path, results: Sequence[tuple[
         clip_sample=False,
         timestep_spacing="trailing",
     )
-    parts: Any = dict.fromkeys(
+    absent: Any = dict.fromkeys(
         ("tokenizer", "text_encoder", "safety_checker", "feature_extractor", "watermarker")
     )
-    with aside_of(folder) as aside:
-        pipe = IFPipeline(
-            **parts,
-            unet=copy.deepcopy(net.net.model).cpu().eval(),
-            scheduler=without_variance(scheduler),
-            requires_safety_checker=False,
-        )
-        pipe.save_pretrained(aside, safe_serialization=True)
-        encoder: Any = getattr(product.recipe.data, "encoder", None)
-        if getattr(encoder, "name", None) == "sentence" and (encoder.length, encoder.keys) == (
-            IF_TOKENS,
-            ("text",),
-        ):
-            _add_encoder(aside, Path(encoder.path).expanduser())
-        (aside / "fewstep.json").write_text(json.dumps({"classes": 0}))
-        text = teacher_card(product.title, product.recipe.about, dump(product.recipe), results, product.done)
-        (aside / "README.md").write_text(text)
-    return Exported(folder, f"teacher: {{name: diffusers, path: {folder}}}", 0.0)
+    pipe: Any = IFPipeline(
+        **absent,
+        unet=copy.deepcopy(net.net.model).cpu().eval(),
+        scheduler=without_variance(scheduler),
+        requires_safety_checker=False,
+    )
+    pipe.save_pretrained(folder, safe_serialization=True)
+    encoder: Any = getattr(product.recipe.data, "encoder", None)
+    if getattr(encoder, "name", None) == "sentence" and (encoder.length, encoder.keys) == (
+        IF_TOKENS,
+        ("text",),
+    ):
+        _add_encoder(folder, Path(encoder.path).expanduser())
 
 
 def _add_encoder(to: Path, root: Path) -> None:

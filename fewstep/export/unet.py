@@ -1,9 +1,10 @@
-"""A UNet2DModel with its scheduler, checked against fewstep's own sampler."""
+"""A student that is one UNet2DModel, with the scheduler that takes its steps."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,71 +12,65 @@ import torch
 from torch import Tensor
 
 from fewstep.algebra.sampling import sample
-from fewstep.config import UserError
-from fewstep.export.base import PARITY, Exported, aside_of, facts_of
-from fewstep.export.card import model_card, usage
-from fewstep.export.fold import Folded
-from fewstep.export.routes import Route
+from fewstep.export.base import Parts
+from fewstep.export.card import student_card, usage
+from fewstep.export.fold import fold
+from fewstep.export.levels import check_export
+from fewstep.export.routes import pipeline_of, unet_stock
 from fewstep.networks.adapters import on_cpu
-from fewstep.recipe.store import dump
 from fewstep.train.product import Product
 
 
-def write_unet(
-    product: Product,
-    plain: Folded,
-    found: Route,
-    name: str,
-    folder: Path,
-    *,
-    results: Sequence[tuple[str, str]] = (),
-    shown: str | None = None,
-) -> Exported:
-    """Write the network with its scheduler and measure it; arguments and errors as `choose.export`."""
-    import diffusers
+def unet_parts(product: Product) -> Parts:
+    """The stock pipeline of a UNet2DModel; errors as `choose.parts_of`."""
+    plain, sampler = fold(product.net, product.sampler)
+    stock = unet_stock(plain, sampler)
+    name = pipeline_of(stock.scheduler, product.classes)
+    check_export(plain.process, sampler.steps, stock.scheduler, stock.visits)
+    unet: Any = plain.net.model
+    unet.conv_in.weight.data *= stock.input_scale
 
-    assert product.recipe is not None
-    plain.unet.conv_in.weight.data *= found.input_scale
-    with aside_of(folder) as aside:
-        pipe = getattr(diffusers, name)(unet=plain.unet, scheduler=found.scheduler)
-        pipe.save_pretrained(aside, safe_serialization=True)
-        parity = measure_parity(product, aside, found.arguments)
-        if not parity <= PARITY:
-            raise UserError(
-                f"export: the pipeline differs from fewstep's sampler by {parity:.2e} > {PARITY:.0e}"
-            )
-        call = f"class_labels=[3], {found.arguments}" if product.classes else found.arguments
-        lines = usage(name, shown or str(folder), call)
-        facts = facts_of(product) | {"pipeline": name, "usage": lines, "parity": parity}
-        (aside / "README.md").write_text(model_card(facts, dump(product.recipe), results))
-        how = {"kind": found.sampler.kind, "steps": list(found.sampler.steps), "classes": product.classes}
-        if found.sampler.kind == "gamma":
-            how["eta"] = found.sampler.eta
-        (aside / "fewstep.json").write_text(json.dumps(how))
-    return Exported(folder, lines, parity)
+    def save(folder: Path) -> None:
+        import diffusers
+
+        pipe = getattr(diffusers, name)(unet=unet, scheduler=stock.scheduler)
+        pipe.save_pretrained(folder)
+
+    def pairs(folder: Path) -> Iterator[tuple[Tensor, Tensor]]:
+        yield both(product, folder, stock.call)
+
+    drawn = stock.sampler
+    note: dict[str, Any] = {"kind": drawn.kind, "steps": list(drawn.steps), "classes": product.classes}
+    if drawn.kind == "gamma":
+        note["eta"] = drawn.eta
+    example = {"class_labels": [3]} if product.classes else {}
+    return Parts(
+        scheduler=stock.name,
+        save=save,
+        pairs=pairs,
+        usage=partial(usage, name, example | stock.call),
+        card=partial(student_card, product, name),
+        note=("fewstep.json", json.dumps(note)),
+    )
 
 
 @torch.no_grad()
-def measure_parity(product: Product, folder: Path, arguments: str, count: int = 20) -> float:
-    """max |pipeline - fewstep| in [-1, 1] over `count` samples drawn from the same generators."""
+def both(product: Product, folder: Path, call: Mapping[str, Any], count: int = 20) -> tuple[Tensor, Tensor]:
+    """(fewstep's, the folder's pipeline's) images (count, c, h, w) in [-1, 1], from the same generators."""
     from diffusers import DiffusionPipeline
 
     pipe = DiffusionPipeline.from_pretrained(folder)
     pipe.set_progress_bar_config(disable=True)
     labels = product.labels(count)
-    call: dict[str, Any] = eval(f"dict({arguments})", {"dict": dict, "__builtins__": {}})
-    if labels is not None:
-        call["class_labels"] = labels.tolist()
-    images = pipe(batch_size=count, generator=_generators(count), output_type="pt", **call).images
-    theirs = images.float() * 2 - 1
+    classes = {} if labels is None else {"class_labels": labels.tolist()}
+    images = pipe(batch_size=count, generator=_generators(count), output_type="pt", **call, **classes).images
     generators = _generators(count)
 
     def noise(_: int = 0) -> Tensor:
         return torch.cat([torch.randn(1, *product.shape, generator=g) for g in generators])
 
-    net = on_cpu(product.net)
-    ours = sample(product.sampler, net, noise(), labels, noise).clamp(-1, 1)
-    return float((ours - theirs).abs().max())
+    ours = sample(product.sampler, on_cpu(product.net), noise(), labels, noise)
+    return ours.clamp(-1, 1), images.float() * 2 - 1
 
 
 def _generators(count: int) -> list[torch.Generator]:

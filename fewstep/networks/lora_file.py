@@ -42,7 +42,7 @@ def lora_tensors(adapted: Adapted) -> tuple[dict[str, Tensor], dict[str, str]]:
         name = key.replace("/", ".")
         if not name.startswith(inside):
             raise UserError(
-                f"export: the adapter also holds {name}, which is no part of {type(model).__name__}; name the layers "
+                f"the adapter also holds {name}, which is no part of {type(model).__name__}; name the layers "
                 "to adapt in lora.targets, or export fused weights"
             )
         tensors[f"{part}.{name.removeprefix(inside)}"] = p.detach().cpu().contiguous().clone()

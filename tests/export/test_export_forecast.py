@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 from fewstep.cli import app
 from fewstep.commands.plan import plan
 from fewstep.config import UserError
-from fewstep.export.choose import export, export_teacher
+from fewstep.export.choose import export
 from fewstep.export.forecast import about, outlined, warning, weightless
 from fewstep.networks.adapters import Adapted, own_state
 from fewstep.recipe.store import load
@@ -51,13 +51,12 @@ def test_what_is_foretold_is_what_the_exporter_does(name: str, setting: str, tmp
     product = built(name, setting)
     told = warning(lambda: product)
     assert about(load(name, [setting]))[2] == told
-    write = export_teacher if product.sampler.kind == "ode" else export
     if not told:
-        assert write(product, tmp_path / "out").folder.is_dir()
+        assert export(product, tmp_path / "out").folder.is_dir()
         return
     with pytest.raises(UserError) as caught:
-        write(product, tmp_path / "out")
-    assert told == f"will not export to a stock pipeline: {str(caught.value).removeprefix('export: ')}"
+        export(product, tmp_path / "out")
+    assert told == f"will not export to a stock pipeline: {caught.value}"
 
 
 def test_asking_copies_no_weight_and_changes_none():
@@ -107,5 +106,9 @@ def test_run_plan_and_check_say_it_in_one_line(tmp_path: Path):
     out = lines("run", "toy/dmd2", *SHORT, "train.log_every=1", "--out", str(tmp_path / "run"))
     said, trained = out.index(f"note: this run {MLP}"), next(i for i, x in enumerate(out) if "step 1/1" in x)
     assert said < trained
+    assert out[-1] == f"not exported: {MLP.partition(': ')[2]}"
+    refused = CliRunner().invoke(app, ["export", str(tmp_path / "run")]).exception
+    assert isinstance(refused, UserError)
+    assert str(refused) == f"{tmp_path / 'run'}: {out[-1]}"
     assert plan(load("toy/dmd2", SHORT), ways=False).export == MLP
     assert plan(load("digits-dmd2", SHORT), ways=False).export == ""

@@ -17,9 +17,9 @@ from torch import Tensor
 
 from fewstep.algebra.sampling import Sampler, many_step
 from fewstep.config import UserError
-from fewstep.export import choose, routes, unet
-from fewstep.export.base import PARITY
-from fewstep.export.choose import export, export_teacher
+from fewstep.export import base, routes, unet
+from fewstep.export.base import PARITY, ExportRefused
+from fewstep.export.choose import export
 from fewstep.export.routes import schedule
 from fewstep.networks.diffusers import load_denoiser
 from fewstep.train.product import Product, open_product
@@ -76,7 +76,7 @@ def exports(product: Product, tmp_path_factory: pytest.TempPathFactory) -> tuple
     root = tmp_path_factory.mktemp("exports")
     done = {name: export(at(product, steps), root / name) for name, steps in STEPS.items()}
     assert all(0 < d.parity <= PARITY for d in done.values())
-    calls = {name: eval(f"dict({schedule(steps)[1]})") for name, steps in STEPS.items()}
+    calls = {name: schedule(steps)[1] for name, steps in STEPS.items()}
     assert calls["one"] == {"num_inference_steps": 1}
     assert calls["uneven"] == {"num_inference_steps": None, "timesteps": [13, 8, 0]}
     # The call is the one that the usage lines print.
@@ -133,10 +133,10 @@ def test_the_scheduler_visits_the_trained_levels(product: Product, exports: Any,
     from diffusers import CMStochasticIterativeScheduler
 
     scheduler = CMStochasticIterativeScheduler.from_pretrained(exports[0] / name, subfolder="scheduler")
-    count, arguments = schedule(STEPS[name])
+    count, call = schedule(STEPS[name])
     assert scheduler.config.num_train_timesteps == count
     assert scheduler.config.clip_denoised is False
-    scheduler.set_timesteps(**eval(f"dict({arguments})"))
+    scheduler.set_timesteps(**call)
     process: Any = product.net.process
     wanted = process.grid(torch.tensor(STEPS[name], dtype=torch.float64))
     torch.testing.assert_close(scheduler.sigmas[: len(wanted)].double(), wanted, rtol=1e-6, atol=0)
@@ -207,9 +207,9 @@ def test_an_exported_folder_is_opened_and_drawn_from(product: Product, exports: 
 def test_a_parity_violation_leaves_nothing(
     product: Product, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, parity: float
 ):
-    monkeypatch.setattr(unet, "measure_parity", lambda *_: parity)
+    monkeypatch.setattr(base, "difference", lambda *_: parity)
     with pytest.raises(
-        UserError, match=r"^export: the pipeline differs from fewstep's sampler by (2\.00e-04|nan) > 1e-04$"
+        ExportRefused, match=r"^the pipeline differs from fewstep's sampler by (2\.00e-04|nan) > 1e-04$"
     ):
         export(product, tmp_path / "out")
     assert names(tmp_path) == []
@@ -220,13 +220,13 @@ def test_a_wrong_schedule_is_caught_by_the_real_comparison(
 ):
     export(product, tmp_path / "out")
     before = (tmp_path / "out" / "README.md").read_text()
-    monkeypatch.setattr(routes, "schedule", lambda _: (3, "num_inference_steps=2"))
+    monkeypatch.setattr(routes, "schedule", lambda _: (3, {"num_inference_steps": 2}))
     with pytest.raises(
         UserError, match=r"^schedule: evaluation and exported scheduler stand at different noise"
     ):
         export(product, tmp_path / "out")
-    monkeypatch.setattr(choose, "check_export", lambda *_: None)
-    with pytest.raises(UserError, match="differs from fewstep's sampler by"):
+    monkeypatch.setattr(unet, "check_export", lambda *_: None)
+    with pytest.raises(ExportRefused, match="differs from fewstep's sampler by"):
         export(product, tmp_path / "out")
     # The earlier export is still there, untouched.
     assert names(tmp_path) == ["out"]
@@ -238,7 +238,7 @@ def test_weights_that_are_not_finite_are_not_exported(product: Product, tmp_path
 
     broken = copy.deepcopy(product.net)
     broken.net.model.conv_out.bias.data.fill_(float("nan"))
-    with pytest.raises(UserError, match="differs from fewstep's sampler by nan"):
+    with pytest.raises(ExportRefused, match="differs from fewstep's sampler by nan"):
         export(replace(product, net=broken), tmp_path / "out")
     assert names(tmp_path) == []
 
@@ -263,7 +263,7 @@ def test_a_full_disk_leaves_nothing(product: Product, tmp_path: Path, monkeypatc
 
         monkeypatch.setattr(ConsistencyModelPipeline, "save_pretrained", full)
         with pytest.raises(
-            UserError, match=r"^export: .*out could not be written: .*No space left on device"
+            UserError, match=r"out: the export could not be written: .*No space left on device"
         ):
             export(product, tmp_path / "out")
         assert names(tmp_path) == []
@@ -284,23 +284,24 @@ def test_students_without_a_stock_pipeline_are_refused(product: Product, tmp_pat
     net: Any = product.net
 
     def refused(net: Any, sampler: Sampler | None = None) -> str:
-        with pytest.raises(UserError) as caught:
+        with pytest.raises(ExportRefused) as caught:
             export(replace(product, net=net, sampler=sampler or product.sampler), tmp_path / "out")
         assert names(tmp_path) == []
         return str(caught.value)
 
     assert refused(Denoiser(MLP(2, 8, 2), Flow(), "velocity", "angle")) == (
-        "export: no stock diffusers pipeline runs a MLP student"
+        "no stock diffusers pipeline runs a MLP student"
     )
     assert refused(
         Denoiser(net.net, net.process, "edm", "log_sigma/4"), Sampler(steps=(1.0, 0.5))
     ).startswith(
-        "export: EDMEulerScheduler has no noise to add between steps as this student needs it; train with prediction "
+        "EDMEulerScheduler has no noise to add between steps as this student needs it; train with prediction "
         "'cm'"
     )
-    assert refused(net, many_step(4)) == f"export: {product.title} is not a few-step student"
+    with pytest.raises(ExportRefused, match=f"^{product.title} is not a run of fewstep$"):
+        export(replace(product, recipe=None), tmp_path / "out")
     assert refused(net, Sampler(steps=(1.0, 0.123456789123))).startswith(
-        "export: steps [1.0, 0.123456789123] lie on no grid of up to 10,000 points; round them"
+        "steps [1.0, 0.123456789123] lie on no grid of up to 10,000 points; round them"
     )
 
 
@@ -319,19 +320,20 @@ def test_students_without_a_stock_pipeline_are_refused(product: Product, tmp_pat
 def test_grids_of_step_lists(steps: tuple[float, ...], count: int):
     from diffusers import CMStochasticIterativeScheduler
 
-    points, arguments = schedule(steps)
+    points, call = schedule(steps)
     assert points == count
     low, high = 0.002 ** (1 / 7), 80.0 ** (1 / 7)
     first = (low + steps[0] * (high - low)) ** 7
     scheduler = CMStochasticIterativeScheduler(num_train_timesteps=points, sigma_max=first)
-    scheduler.set_timesteps(**eval(f"dict({arguments})"))
+    scheduler.set_timesteps(**call)
     wanted = torch.tensor([(low + u * (high - low)) ** 7 for u in steps], dtype=torch.float64)
     torch.testing.assert_close(scheduler.sigmas[: len(steps)].double(), wanted, rtol=1e-6, atol=0)
 
 
 def test_a_teacher_trained_here_comes_back_as_a_teacher(product: Product, tmp_path: Path):
     folder = tmp_path / "teacher"
-    export_teacher(replace(product, sampler=many_step(4)), folder)
+    done = export(replace(product, sampler=many_step(4)), folder)
+    assert (done.parity, done.usage) == (0.0, f"teacher: {{name: diffusers, path: {folder}}}")
     assert names(folder) == ["README.md", "fewstep.json", "model_index.json", "scheduler", "unet"]
     net: Any = load_denoiser(str(folder), classes=10)
     assert net.net.classes == 10

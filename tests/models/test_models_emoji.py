@@ -25,7 +25,7 @@ from fewstep.commands.train_retrieval import train_retrieval
 from fewstep.config import UserError
 from fewstep.data.text import PipelineEncoder
 from fewstep.export.base import PARITY
-from fewstep.export.choose import export, export_teacher
+from fewstep.export.choose import export
 from fewstep.export.lora import export_lora
 from fewstep.networks.diffusers import load_denoiser
 from fewstep.recipe.schema import Evaluate
@@ -45,7 +45,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     run = root / "teacher"
     recipe = load("emoji-teacher", [*common(root), "student.text=8", "student.channels=[8,16]"])
     train(recipe, run)
-    export_teacher(open_product(run), run / "export")
+    export(open_product(run), run / "export")
     return root
 
 

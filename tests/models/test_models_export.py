@@ -20,7 +20,7 @@ from fewstep.algebra.sampling import Sampler
 from fewstep.commands.recipes import check_recipe
 from fewstep.config import UserError
 from fewstep.export import latent
-from fewstep.export.base import PARITY
+from fewstep.export.base import PARITY, ExportRefused, Stock
 from fewstep.export.choose import export
 from fewstep.export.levels import Levels, agree, check_product, levels_of, levels_of_scheduler
 from fewstep.export.stock import difference
@@ -179,28 +179,28 @@ def test_an_adapter_and_a_constant_input_are_merged(folders: dict[str, Path], tm
 
 def test_what_no_stock_pipeline_runs_is_refused(folders: dict[str, Path], tmp_path: Path):
     def refused(product: Product) -> str:
-        with pytest.raises(UserError) as caught:
+        with pytest.raises(ExportRefused) as caught:
             export(product, tmp_path / "out")
         assert names(tmp_path) == []
         return str(caught.value)
 
     dit = make_product(folders["dit"], "dit", Sampler(steps=UNEVEN))
     assert refused(dit).startswith(
-        "export: DiTPipeline takes no levels of its own, and [1.0, 0.7, 0.312] are not evenly spaced; train at 1 - i/3"
+        "DiTPipeline takes no levels of its own, and [1.0, 0.7, 0.312] are not evenly spaced; train at 1 - i/3"
     )
     sd3 = make_product(folders["sd3"], "sd3", Sampler(steps=FOUR))
     assert refused(replace(sd3, net=Rescheduled(sd3.net, Trig()))).startswith(
-        "export: a student inside Rescheduled has no stock scheduler; train it in its teacher's own process"
+        "a student inside Rescheduled has no stock scheduler; train it in its teacher's own process"
     )
     assert refused(replace(sd3, sampler=Sampler(kind="gamma", steps=FOUR, eta=0.5))) == (
-        "export: no stock flow scheduler takes steps of eta 0.5; set it to 0 or 1"
+        "no stock flow scheduler takes steps of eta 0.5; set it to 0 or 1"
     )
     other = Denoiser(sd3.net.net, EDM(), "edm", "log_sigma/4")  # type: ignore[arg-type]
     assert refused(replace(sd3, net=other)).startswith(
-        "export: StableDiffusion3Pipeline has no scheduler for a student"
+        "StableDiffusion3Pipeline has no scheduler for a student"
     )
     assert refused(replace(sd3, recipe=load("toy/dmd2"))).startswith(
-        "export: the recipe's teacher is no diffusers folder"
+        "the recipe's teacher is no diffusers folder"
     )
 
 
@@ -208,16 +208,16 @@ def test_a_wrong_schedule_or_a_parity_violation_leaves_nothing(
     folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     product = make_product(folders["sd3"], "sd3", Sampler(steps=FOUR))
-    real = latent.plan
+    real = latent.latent_stock
 
-    def moved(net: Any, sampler: Sampler) -> Any:
+    def moved(net: Any, sampler: Sampler) -> Stock:
         """The shift applied twice: what happens to sigmas that are handed to the teacher's own scheduler."""
-        found = real(net, sampler)
+        stock = real(net, sampler)
         scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0, stochastic_sampling=True)
-        return latent.Plan(scheduler, found.levels, found.call)
+        return replace(stock, scheduler=scheduler)
 
     with monkeypatch.context() as patch:
-        patch.setattr(latent, "plan", moved)
+        patch.setattr(latent, "latent_stock", moved)
         with pytest.raises(UserError) as caught:
             export(product, tmp_path / "out")
         lines = str(caught.value).splitlines()
@@ -228,8 +228,8 @@ def test_a_wrong_schedule_or_a_parity_violation_leaves_nothing(
         name, _, exported = lines[3].partition(":")
         assert name == "  exported scheduler"
         assert [float(v) for v in exported.split(",")] == pytest.approx([float("inf"), 27, 9, 3], rel=1e-5)
-        patch.setattr(latent, "agree", lambda *_: None)
-        with pytest.raises(UserError, match="the pipeline differs from fewstep's sampler by"):
+        patch.setattr(latent, "check_export", lambda *_: None)
+        with pytest.raises(ExportRefused, match="the pipeline differs from fewstep's sampler by"):
             export(product, tmp_path / "out")
     assert names(tmp_path) == []
     broken = copy.deepcopy(product.net)

@@ -20,7 +20,7 @@ from fewstep.algebra.condition import nulled, rows
 from fewstep.config import RecipeError, UserError
 from fewstep.data.latents import vae_hash
 from fewstep.data.shards import Shards
-from fewstep.export.choose import export, way_of
+from fewstep.export.choose import export, parts_of
 from fewstep.export.forecast import about, warning
 from fewstep.networks.adapters import own_parameters
 from fewstep.networks.diffusers import load_denoiser
@@ -134,16 +134,16 @@ def test_a_published_recipe_takes_a_step_and_tells_its_export(name: str, here: P
     assert all(bool(torch.isfinite(p).all()) for p in own)
     assert any(not torch.equal(p, old) for p, old in zip(own, before, strict=True))
     product = product_of(recipe, trainer.product, trainer.data, "student")
-    _, way, told = about(recipe)
+    _, parts, told = about(recipe)
     assert told == warning(lambda: product)
     if name in REFUSED:
         with pytest.raises(UserError) as caught:
             export(product, here / "out")
-        assert told == f"will not export to a stock pipeline: {str(caught.value).removeprefix('export: ')}"
+        assert told == f"will not export to a stock pipeline: {caught.value}"
     else:
         assert told == ""
-        assert way is not None
-        assert way.scheduler == way_of(product).scheduler
+        assert parts is not None
+        assert parts.scheduler == parts_of(product).scheduler
 
 
 def test_a_tap_that_the_network_lacks_is_refused(here: Path):
