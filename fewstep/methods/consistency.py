@@ -14,7 +14,7 @@ from fewstep.algebra.process import add_noise
 from fewstep.algebra.sampling import Sampler, any_steps
 from fewstep.algebra.times import check_steps
 from fewstep.config import choice, part
-from fewstep.methods.base import Losses, Needs, Turn
+from fewstep.methods.method import Losses, Needs, Turn
 from fewstep.methods.terms import Apart, apart, perceptual
 from fewstep.networks.roles import Roles
 from fewstep.objectives.legs import Scale, Teacher, check_scale, drawn, middle

@@ -16,7 +16,7 @@ from fewstep.algebra.process import add_noise
 from fewstep.algebra.sampling import Sampler, any_steps
 from fewstep.algebra.times import HalfLogNormal, Uniform, check_steps
 from fewstep.config import choice, part
-from fewstep.methods.base import Losses, Needs, Turn
+from fewstep.methods.method import Losses, Needs, Turn
 from fewstep.methods.terms import Apart, Gan, apart, discriminate, perceptual
 from fewstep.networks.roles import Roles
 from fewstep.objectives.legs import Teacher, frozen_leg, student_leg, time_between

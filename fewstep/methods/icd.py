@@ -14,7 +14,7 @@ from fewstep.algebra.jump import ask
 from fewstep.algebra.process import Process, add_noise
 from fewstep.algebra.sampling import Sampler
 from fewstep.config import part
-from fewstep.methods.base import Losses, Needs, Turn
+from fewstep.methods.method import Losses, Needs, Turn
 from fewstep.networks.roles import Roles
 from fewstep.objectives.legs import Scale, Teacher, check_scale, drawn, ends, middle, student_leg
 from fewstep.objectives.trajectory import Distance, distance, two_leg

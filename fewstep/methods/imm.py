@@ -14,8 +14,8 @@ from fewstep.algebra.process import Process, add_noise, angle_of
 from fewstep.algebra.sampling import Sampler, any_steps
 from fewstep.algebra.times import Uniform, check_steps
 from fewstep.config import choice, part
-from fewstep.methods.base import Losses, Needs, Turn
 from fewstep.methods.meanflow import flow_only
+from fewstep.methods.method import Losses, Needs, Turn
 from fewstep.methods.terms import dropped
 from fewstep.networks.roles import Roles
 from fewstep.objectives.legs import between, student_leg

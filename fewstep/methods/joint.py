@@ -15,7 +15,7 @@ from fewstep.algebra.draws import Draws, fold
 from fewstep.algebra.process import Flow
 from fewstep.algebra.sampling import Sampler
 from fewstep.config import choice, config, part
-from fewstep.methods.base import Losses, Method, Needs, Turn
+from fewstep.methods.method import Losses, Method, Needs, Turn
 from fewstep.networks.roles import Roles
 
 

@@ -15,7 +15,7 @@ from fewstep.algebra.rollout import exit_step, rollout
 from fewstep.algebra.sampling import Sampler
 from fewstep.algebra.times import LogitNormal, check_steps
 from fewstep.config import choice, part
-from fewstep.methods.base import Losses, Needs, Turn
+from fewstep.methods.method import Losses, Needs, Turn
 from fewstep.methods.readings import spread
 from fewstep.methods.terms import noised
 from fewstep.networks.roles import Roles

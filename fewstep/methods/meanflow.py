@@ -14,7 +14,7 @@ from fewstep.algebra.process import Flow, add_noise, bc
 from fewstep.algebra.sampling import Sampler, any_steps
 from fewstep.algebra.times import LogitNormal, check_steps
 from fewstep.config import UserError, choice, part
-from fewstep.methods.base import Losses, Needs, Turn
+from fewstep.methods.method import Losses, Needs, Turn
 from fewstep.networks.roles import Roles
 from fewstep.objectives import trajectory as tr
 from fewstep.objectives.legs import Teacher

@@ -15,7 +15,7 @@ from fewstep.algebra.process import Trig, add_noise, bc
 from fewstep.algebra.sampling import Sampler, any_steps
 from fewstep.algebra.times import TrigLogNormal, check_steps, shift
 from fewstep.config import choice, part
-from fewstep.methods.base import Losses, Needs, Turn
+from fewstep.methods.method import Losses, Needs, Turn
 from fewstep.networks.denoiser import Rescheduled
 from fewstep.networks.roles import Roles
 from fewstep.objectives import trajectory as tr

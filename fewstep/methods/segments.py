@@ -15,7 +15,7 @@ from fewstep.algebra.jump import Solver
 from fewstep.algebra.process import add_noise
 from fewstep.algebra.sampling import Sampler
 from fewstep.config import part
-from fewstep.methods.base import Losses, Needs, Turn
+from fewstep.methods.method import Losses, Needs, Turn
 from fewstep.methods.terms import Gan, track
 from fewstep.networks.roles import Roles
 from fewstep.objectives.legs import Scale, Teacher, between, check_scale, drawn, student_leg

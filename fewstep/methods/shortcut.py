@@ -15,8 +15,8 @@ from fewstep.algebra.jump import ask
 from fewstep.algebra.process import add_noise, bc
 from fewstep.algebra.sampling import Sampler
 from fewstep.config import part
-from fewstep.methods.base import Losses, Needs, Turn
 from fewstep.methods.meanflow import flow_only
+from fewstep.methods.method import Losses, Needs, Turn
 from fewstep.networks.roles import Roles
 from fewstep.objectives import mse
 from fewstep.objectives.legs import Leg, Teacher

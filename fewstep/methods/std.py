@@ -17,7 +17,7 @@ from fewstep.algebra.sampling import Sampler
 from fewstep.algebra.times import check_steps
 from fewstep.config import UserError, part
 from fewstep.data.base import Data
-from fewstep.methods.base import Losses, Needs, Turn
+from fewstep.methods.method import Losses, Needs, Turn
 from fewstep.networks.roles import Roles
 from fewstep.objectives.legs import Scale, Teacher, check_scale, drawn, student_leg
 from fewstep.objectives.trajectory import Distance, distance

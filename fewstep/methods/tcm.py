@@ -14,7 +14,7 @@ from fewstep.algebra.process import add_noise, bc
 from fewstep.algebra.sampling import Sampler
 from fewstep.algebra.times import LogStudentT, check_steps
 from fewstep.config import part
-from fewstep.methods.base import Losses, Needs, Turn
+from fewstep.methods.method import Losses, Needs, Turn
 from fewstep.networks.roles import Roles
 from fewstep.objectives.reduce import global_mean
 from fewstep.objectives.trajectory import Distance, distance
