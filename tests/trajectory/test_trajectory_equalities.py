@@ -261,7 +261,7 @@ def test_scm_on_edm_is_scm_on_trigflow() -> None:
     trig = network(Trig(), "trig")
     trig.net.last.weight.data.neg_()
     trig.net.last.bias.data.neg_()
-    method, grads, losses = SCM(warmup=10), [], []
+    method, grads, losses = SCM(warmup=10, weighting="one"), [], []
     for net in (edm, trig):
         who = Roles(teacher=gaussian(net.process, 0.3, 0.9), student=net)
         loss = only(method.losses(who, Batch64.of(9, 3), 4))
