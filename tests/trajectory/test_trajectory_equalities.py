@@ -103,7 +103,7 @@ def test_tdd_std_and_icd_with_a_clean_target_are_consistency_models(monkeypatch:
     got = only(TDD(guidance=1.0, drop_cond=0.0).losses(who, Batch64.of(9, 3)))
     assert torch.allclose(got, consistency_by_hand(who, x, t, u, **huber), rtol=1e-10)
 
-    method = SingleTrajectory(slots=9, knots=8, rate=0.0, target="clean")
+    method = SingleTrajectory(slots=9, knots=8, rate=0.0, target="clean", strength=1.0)
     holder = who.with_state(Bank(9, (3,)).double())
     x, _ = add_noise(process, batch.data(), Batch64.of(9, 3).noise(), torch.ones(9, dtype=F64))
     got = only(method.losses(holder, Batch64.of(9, 3)))
