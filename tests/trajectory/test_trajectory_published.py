@@ -26,6 +26,7 @@ from fewstep.methods.shortcut import Shortcut
 from fewstep.methods.std import STD as SingleTrajectory
 from fewstep.networks.analytic import gaussian
 from fewstep.networks.roles import Roles
+from fewstep.networks.specs import MLPSpec, Site
 from fewstep.objectives.legs import OneOf, check_scale, drawn, ends, middle
 from fewstep.objectives.trajectory import tangent
 
@@ -339,6 +340,23 @@ def test_meanflow_drops_labels_where_s_is_t() -> None:
     assert abs(float(dropped.double().mean()) - 0.1) < 5 * (0.09 / n) ** 0.5
     anywhere = MeanFlow(drop_cond=0.1, drop_at="any").dropped(batch, t, s) == 1
     assert bool(anywhere[s != t].any())
+
+
+def test_a_network_may_be_told_the_length_of_its_jump() -> None:
+    net: Any = MLPSpec(width=8, depth=2, inputs=("length",)).build(Site((2,), 0, {}, 0)).double()
+    assert net.takes_s
+    torch.nn.init.normal_(net.net.extras["length"].linear.weight, std=0.3)
+    x = draws(3, "length").normal(2, dtype=F64)
+    t, s = torch.tensor([0.9, 0.6, 0.5], dtype=F64), torch.tensor([0.2, 0.6, 0.0], dtype=F64)
+    angle = torch.atan2(t, 1 - t) - torch.atan2(s, 1 - s)
+    told: list[Tensor] = []
+    net.net.extras["length"].register_forward_pre_hook(lambda module, given: told.append(given[0]))
+    moved, still = net(x, t, s=s), net(x, t)
+    assert torch.allclose(told[0].double(), angle, atol=1e-6)
+    # Left out, the jump has no length: MeanFlow's v(x, t) = u(x, t, 0).
+    assert torch.equal(told[1], torch.zeros(3))
+    assert torch.equal(moved.x0[1], still.x0[1])
+    assert float((moved.x0 - still.x0).abs()[0].max()) > 1e-3
 
 
 def test_tbcms_route_is_the_shifted_one_and_calls_the_teacher_once_a_point() -> None:
