@@ -25,10 +25,12 @@ class Share:
 
     method: choice("method")  # type: ignore[valid-type]
     weight: float = 1.0
+    start: int = 0
+    """Update at which the method begins; rCM's score difference begins where sCM's warm-up ends."""
 
     def __post_init__(self) -> None:
-        if self.weight <= 0:
-            raise ValueError(f"weight must be positive, not {self.weight}")
+        if self.weight <= 0 or self.start < 0:
+            raise ValueError(f"need weight > 0 and start >= 0, not {self.weight}, {self.start}")
 
 
 class Anyone(nn.Module):
@@ -70,6 +72,8 @@ class Joint:
     def __post_init__(self) -> None:
         if not self.methods:
             raise ValueError("methods is empty; name at least one")
+        if all(share.start for share in self.methods):
+            raise ValueError("every method starts later than at the first update; let one start at 0")
         following = [share.method.name for share in self.methods if "target" in share.method.needs().roles]
         if len(following) > 1:
             raise ValueError(
@@ -107,7 +111,11 @@ class Joint:
         )
 
     def turns(self, roles: Roles, step: int) -> Iterator[Turn]:
-        running = {i: share.method.turns(self._roles(roles, i), step) for i, share in enumerate(self.methods)}
+        running = {
+            i: share.method.turns(self._roles(roles, i), step)
+            for i, share in enumerate(self.methods)
+            if step >= share.start
+        }
         while running:
             groups: dict[tuple[Any, ...], list[tuple[int, Turn]]] = {}
             for i, turns in list(running.items()):

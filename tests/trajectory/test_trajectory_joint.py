@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from trajectory_helpers import F64, Batch64
 from fewstep.algebra.draws import Draws, fold
 from fewstep.algebra.prediction import Prediction, from_x0
 from fewstep.algebra.process import DiscreteVP, Flow
+from fewstep.algebra.rollout import RandomSteps, rollout
 from fewstep.algebra.times import Uniform
 from fewstep.config import REGISTRY, RecipeError
 from fewstep.methods.consistency import Consistency
@@ -118,6 +120,57 @@ def test_a_bad_sum_is_named_by_its_line(tmp_path: Path) -> None:
     )
     with pytest.raises(RecipeError, match=r"sum\.yaml:4: method.*both move the role target"):
         load(str(path))
+
+
+def test_a_method_may_begin_late(tmp_path: Path) -> None:
+    path = tmp_path / "late.yaml"
+    late = SPRINT.replace("- weight: 0.5\n", "- weight: 0.5\n      start: 2\n")
+    path.write_text(late)
+    trainer = Trainer(load(str(path)), cpu=True)
+    before = gradients_free(trainer.roles, "discriminator")
+    turns = {k: [t.updates for t in trainer.recipe.method.turns(trainer.roles, k)] for k in (1, 2)}  # type: ignore[attr-defined]
+    assert turns == {1: [("student", "weighting")], 2: [("student", "weighting"), ("discriminator",)]}
+    trainer.fit()
+    assert not torch.equal(before, gradients_free(trainer.roles, "discriminator"))
+    with pytest.raises(ValueError, match="let one start at 0"):
+        Joint(methods=(Share(method=SCM(), start=1),))
+
+
+def test_rcms_backward_simulation_walks_random_levels() -> None:
+    process, law = Flow(), RandomSteps(most=4, times=Uniform(low=0.0, high=1.0, shift=5.0))
+    counts = torch.zeros(5)
+    for k in range(400):
+        times = law.draw(Draws(fold("random steps", k), torch.arange(6)), process)
+        counts[len(times)] += 1
+        assert torch.equal(times[0], torch.ones(6, dtype=F64))
+        assert all(bool((b <= a).all()) for a, b in pairwise(times))
+        assert all(len(set(b.tolist())) > 1 for b in times[1:])
+    # One to four steps, each as likely: five standard errors of a share of a quarter.
+    assert bool(((counts[1:] / 400 - 0.25).abs() < 5 * (0.1875 / 400) ** 0.5).all())
+    # Later draws do not depend on how many steps there were, and the last call alone has a graph.
+    student = Told()
+    ahead = set()
+    for k in range(20):
+        d = Draws(fold("rollout", k), torch.arange(6))
+        made = rollout(student, d, (2,), law, None)
+        ahead.add(d._calls)
+        assert made.x.requires_grad
+        assert not made.x_in.requires_grad
+        assert bool((made.t <= 1).all())
+    assert len(ahead) == 1
+
+
+class Told(nn.Module):
+    """x0 = slope x."""
+
+    takes_s, inputs, process = False, (), Flow()
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.slope = nn.Parameter(torch.tensor(0.4))
+
+    def forward(self, x: Tensor, t: Tensor, cond: Any = None, **call: Any) -> Prediction:
+        return from_x0(self.process, x, t, self.slope * x)
 
 
 class Mean(nn.Module):
