@@ -78,7 +78,7 @@ class LADD:
 
     def produce(self, roles: Roles, batch: Batch, grad: bool) -> Tensor:
         """Student samples (b, *d): x0 at a step drawn for the whole update, or at levels drawn for each row."""
-        w = {} if self.guidance is None else {"w": self.scales(batch)}
+        w: dict[str, Any] = {} if self.guidance is None else {"w": self.scales(batch)}
         if self.source == "rollout":
             return rollout(roles.student, batch.draws, batch.shape, self.steps, batch.cond, grad=grad, **w).x
         x, t = self.start(roles.student.process, batch)
