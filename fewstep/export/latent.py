@@ -21,7 +21,7 @@ from fewstep.algebra.process import DiscreteVP, Flow
 from fewstep.algebra.sampling import Sampler, sample
 from fewstep.export.base import ExportRefused, Parts, Stock
 from fewstep.export.card import student_card, usage
-from fewstep.export.fold import constant_inputs
+from fewstep.export.fold import constant_inputs, moving
 from fewstep.export.levels import check_export, levels_of, levels_of_scheduler
 from fewstep.export.routes import INSTEAD, plain_kind, unet_stock
 from fewstep.export.stock import fresh_noise, open_stock, run_stock, without_variance
@@ -105,8 +105,7 @@ def student_of(product: Product) -> Denoiser:
             f"process, not in {type(net.process).__name__} (leave out teacher.process); {INSTEAD}"
         )
     if net.inputs:
-        several = len(product.sampler.steps) > 1
-        if net.takes_s and several and product.sampler.kind != "renoise":
+        if moving(net, product.sampler):
             raise ExportRefused(
                 f"this student is told where each of its {len(product.sampler.steps)} steps ends, and no stock "
                 f"pipeline hands on a destination time; with one step it folds into the weights; {INSTEAD}"
