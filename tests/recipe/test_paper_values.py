@@ -17,7 +17,22 @@ TDD = "RedAIGC/Target-Driven-Distillation @ 89cc1e8 train/SDXL"
 LCM = "diffusers @ 58eb52c examples/consistency_distillation"
 MEANFLOW = "Gsunshine/meanflow @ d70cb55"
 PHASED = "ModelTC/LightX2V @ f8aee98 lightx2v_train/configs/train/phased_dmd"
-UNET_LAYERS = ["to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2", "conv1", "conv2", "conv_shortcut", "downsamplers.0.conv", "upsamplers.0.conv", "time_emb_proj"]
+UNET_LAYERS = [
+    "to_q",
+    "to_k",
+    "to_v",
+    "to_out.0",
+    "proj_in",
+    "proj_out",
+    "ff.net.0.proj",
+    "ff.net.2",
+    "conv1",
+    "conv2",
+    "conv_shortcut",
+    "downsamplers.0.conv",
+    "upsamplers.0.conv",
+    "time_emb_proj",
+]
 
 _ADAMW = {
     "optim.{}.betas": ((0.9, 0.999), f"{DMD2} main/train_sd.py"),
