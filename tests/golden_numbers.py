@@ -18,11 +18,11 @@ from pydantic import TypeAdapter
 from torch import Tensor, nn
 
 import fewstep.methods  # noqa: F401  registers the methods
+from fewstep.algebra.batch import Batch
+from fewstep.algebra.draws import Draws
+from fewstep.algebra.prediction import Prediction, from_raw
 from fewstep.config import REGISTRY
-from fewstep.methods.base import Batch
-from fewstep.prediction import Prediction, from_raw
-from fewstep.random import Draws
-from fewstep.roles import Roles
+from fewstep.networks.roles import Roles
 
 FOLDER = Path(__file__).parent / "laws" / "golden"
 TIME: dict[str, Callable[[Tensor], Tensor]] = {

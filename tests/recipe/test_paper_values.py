@@ -9,7 +9,7 @@ from diffusers import LCMScheduler
 
 from fewstep.config import plain
 from fewstep.methods.tdd import target_set
-from fewstep.recipe import load, shipped
+from fewstep.recipe.store import load, shipped
 
 DMD2 = "tianweiy/DMD2 @ 8d8fa55"
 SDXL, SD15 = f"{DMD2} experiments/sdxl", f"{DMD2} experiments/sdv1.5"
