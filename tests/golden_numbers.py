@@ -21,7 +21,8 @@ import fewstep.methods  # noqa: F401  registers the methods
 from fewstep.algebra.batch import Batch
 from fewstep.algebra.draws import Draws
 from fewstep.algebra.prediction import Prediction, from_raw
-from fewstep.config import REGISTRY
+from fewstep.algebra.sampling import Sampler, sample
+from fewstep.config import REGISTRY, Source, validate
 from fewstep.networks.roles import Roles
 
 FOLDER = Path(__file__).parent / "laws" / "golden"
@@ -100,6 +101,13 @@ class Heads(Listed):
         return self.logits(self.trunk[0].features(x, t, cond, self.taps))
 
 
+class Line(Listed):
+    """A scalar of time, such as a log variance: k[0] + k[1] t."""
+
+    def forward(self, t: Tensor) -> Tensor:
+        return self.k[0] + self.k[1] * t  # type: ignore[index,operator]
+
+
 class Replay(Draws):
     """Answers a method's draws with listed numbers, in order; another kind of draw than the next is an error."""
 
@@ -126,18 +134,19 @@ class Replay(Draws):
 
 
 class Given:
-    """A distribution of times that answers with listed process times."""
+    """A distribution of times, or a pairing, that answers with listed process times."""
 
     def __init__(self, queue: Sequence[Any]) -> None:
         self.queue = list(queue)
 
-    def sample(self, *_: Any, **__: Any) -> Tensor:
-        return torch.tensor(self.queue.pop(0), dtype=torch.float64)
+    def sample(self, *_: Any, **__: Any) -> Any:
+        found = torch.tensor(self.queue.pop(0), dtype=torch.float64)
+        return tuple(found) if found.ndim == 2 else found
 
 
 def build(kind: str, spec: dict[str, Any]) -> Any:
-    """A registered part from its recipe form."""
-    return TypeAdapter(REGISTRY[kind][spec["name"]]).validate_json(json.dumps(spec))
+    """A registered part from its recipe form, the keys that a part leaves out as a recipe fills them in."""
+    return validate(REGISTRY[kind][spec["name"]], Source(spec, {}))
 
 
 def networks(doc: dict[str, Any]) -> dict[str, Any]:
@@ -149,6 +158,8 @@ def networks(doc: dict[str, Any]) -> dict[str, Any]:
         elif "trunk" in spec:
             made[name] = Heads(spec["weights"])
             made[name].trunk = (made[spec["trunk"]],)
+        elif "line" in spec:
+            made[name] = Line({"k": spec["line"]})
         else:
             made[name] = Experts(*(made[e] for e in spec["experts"]), spec["edge"])
     return made
@@ -161,7 +172,8 @@ def losses_of(doc: dict[str, Any], case: dict[str, Any], nets: dict[str, Any]) -
     for path, names in how["times"].items():
         *owner, field = path.split(".")
         part = getattr(method, owner[0]) if owner else method
-        object.__setattr__(part, field, Given([inputs[name] for name in names]))
+        listed = [[inputs[n] for n in name] if isinstance(name, list) else inputs[name] for name in names]
+        object.__setattr__(part, field, Given(listed))
 
     def given(name: str) -> Tensor | None:
         return None if inputs.get(name) is None else torch.tensor(inputs[name])
@@ -205,3 +217,14 @@ def differences(doc: dict[str, Any], case: dict[str, Any]) -> dict[str, tuple[fl
                 term["value_tolerance"],
             )
     return out
+
+
+def sampled(doc: dict[str, Any], case: dict[str, Any]) -> Tensor:
+    """What fewstep's sampler makes of a case's noise with the network `student`."""
+    inputs = case["inputs"]
+    sampler = TypeAdapter(Sampler).validate_json(json.dumps(case["fewstep"]["sampler"]))
+    fresh = [torch.tensor(v) for v in inputs["fresh"]]
+    noise, label = (None if inputs.get(n) is None else torch.tensor(inputs[n]) for n in ("noise", "label"))
+    assert noise is not None
+    with torch.no_grad():
+        return sample(sampler, networks(doc)["student"], noise, label, lambda i: fresh[i])

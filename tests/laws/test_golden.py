@@ -50,18 +50,20 @@ def test_a_file_names_its_source_and_a_licence_that_allows_it(stem: str):
 def changed(stem: str, name: str, **settings: Any) -> dict[str, float]:
     """The differences of a case once settings of its method are others."""
     doc, case = case_of(stem, name)
-    case["fewstep"]["method"].update(settings)
+    method = case["fewstep"]["method"]
+    for key, value in settings.items():
+        method[key] = {**method.get(key, {}), **value} if isinstance(value, dict) else value
     return {term: off for term, (off, _) in differences(doc, case).items()}
 
 
 @pytest.mark.parametrize("weight", ["x0", "v", "eps"])
 def test_no_other_weight_is_the_plain_loss_of_a_flow_critic(weight: str):
-    assert changed("flow_critic", "critic turn, draw 1", critic_weight=weight)["velocity error"] > 0.1
+    assert changed("flow_critic", "critic turn, draw 1", critic={"weight": weight})["velocity error"] > 0.1
 
 
 def test_the_last_phases_critic_does_not_weigh_as_an_x0_error():
     name = "critic turn, phase 2, paper's clamped weight"
-    assert changed("phased_dmd", name, critic_weight="x0")["paper's clamped weight"] > 0.1
+    assert changed("phased_dmd", name, critic={"weight": "x0"})["paper's clamped weight"] > 0.1
 
 
 def test_twinflows_guided_target_has_the_scale_of_the_official_ratio():

@@ -40,9 +40,9 @@ _ADAMW = {
 }
 _OF_DMD2: dict[str, tuple[Any, str]] = {
     "method.times": ({"name": "index", "low": 20, "high": 980, "count": 1000}, f"{DMD2} main/train_sd.py"),
-    "method.critic_times.low": (0, f"{DMD2} main/sd_guidance.py"),
-    "method.critic_times.high": (999, f"{DMD2} main/sd_guidance.py"),
-    "method.critic_weight": ("eps", f"{DMD2} main/sd_guidance.py"),
+    "method.critic.times.low": (0, f"{DMD2} main/sd_guidance.py"),
+    "method.critic.times.high": (999, f"{DMD2} main/sd_guidance.py"),
+    "method.critic.weight": ("eps", f"{DMD2} main/sd_guidance.py"),
     "train.clip": (10.0, "max_grad_norm"),
     "train.product": ("student", f"{DMD2} keeps no EMA"),
     "train.ema": ((), f"{DMD2} keeps no EMA"),
@@ -55,12 +55,12 @@ _OF_SDXL: dict[str, tuple[Any, str]] = {
     **_OF_DMD2,
     "data.zeros": (True, f"{DMD2} main/train_sd.py"),
     "discriminator": ({"trunk": "critic", "taps": ("mid",), "width": None}, f"{DMD2} main/sd_guidance.py"),
-    "method.critic_steps": (5, f"{SDXL} dfake_gen_update_ratio"),
+    "method.critic.steps": (5, f"{SDXL} dfake_gen_update_ratio"),
     "method.guidance": (8.0, f"{SDXL} real_guidance_scale"),
-    "method.gan_weight": (5e-3, f"{SDXL} gen_cls_loss_weight"),
-    "method.discriminator_weight": (1e-2, f"{SDXL} guidance_cls_loss_weight"),
-    "method.gan_times.low": (0, f"{SDXL} diffusion_gan_max_timestep 1000"),
-    "method.gan_times.high": (999, f"{SDXL} diffusion_gan_max_timestep 1000"),
+    "method.gan.weight": (5e-3, f"{SDXL} gen_cls_loss_weight"),
+    "method.gan.discriminator_weight": (1e-2, f"{SDXL} guidance_cls_loss_weight"),
+    "method.gan.times.low": (0, f"{SDXL} diffusion_gan_max_timestep 1000"),
+    "method.gan.times.high": (999, f"{SDXL} diffusion_gan_max_timestep 1000"),
     "optim.student.warmup": (2, f"{DMD2} main/train_sd.py"),
     "train.batch": (128, f"{SDXL} 2 x 64"),
 }
@@ -102,9 +102,9 @@ PUBLISHED: dict[str, dict[str, tuple[Any, str]]] = {
     "paper/dmd2-sd15": {
         **_OF_DMD2,
         "method.steps": ((1.0,), f"{SD15} conditioning_timestep 999"),
-        "method.critic_steps": (10, f"{SD15} dfake_gen_update_ratio"),
+        "method.critic.steps": (10, f"{SD15} dfake_gen_update_ratio"),
         "method.guidance": (1.75, f"{SD15} real_guidance_scale"),
-        "method.gan_weight": (0.0, f"{SD15} without cls_on_clean_image"),
+        "method.gan": (None, f"{SD15} without cls_on_clean_image"),
         "optim.default.lr": (1e-5, f"{SD15} guidance_lr"),
         "optim.student.lr": (1e-5, f"{SD15} generator_lr"),
         "optim.student.warmup": (1, f"{DMD2} main/train_sd.py"),
@@ -135,9 +135,7 @@ PUBLISHED: dict[str, dict[str, tuple[Any, str]]] = {
     "paper/decoupled-dmd-sdxl": {
         "method.schedule": ("hybrid", "arXiv 2511.22677"),
         "method.guidance": (8.0, "as DMD2"),
-        # u k / 1000 is index k - 1: from index 0 on, as DMD2's 0 to 999.
-        "method.critic_times.low": (0.001, "as DMD2"),
-        "method.critic_times.high": (1.0, "as DMD2"),
+        "method.critic.times": ({"name": "index", "low": 0, "high": 999, "count": 1000}, "as DMD2"),
         "discriminator": (None, "arXiv 2511.22677"),
     },
     "paper/lcm-sd15": _OF_LCM,
@@ -163,7 +161,7 @@ PUBLISHED: dict[str, dict[str, tuple[Any, str]]] = {
     },
     "paper/phased-dmd-flow": {
         "method.loss_on": ("x0", f"{PHASED}, trainers/phased_dmd/rollout.py"),
-        "method.critic_steps": (5, f"{PHASED} fake_update_ratio"),
+        "method.critic.steps": (5, f"{PHASED} fake_update_ratio"),
         "method.clamp": (10.0, "arXiv 2510.27684"),
         "method.boundaries": ((0.5,), f"{PHASED} match_timestep 500"),
         "method.times.low": (0.02, f"{PHASED} min_sigma"),
@@ -244,8 +242,9 @@ def test_four_steps_of_tdd_are_targets_it_was_trained_for():
 def test_phases_look_at_noise_above_their_end_by_the_published_margin():
     recipe = load("paper/phased-dmd-flow")
     first, last = recipe.before[0].method, recipe.method
-    for times in (first.times, first.critic_times):  # type: ignore[attr-defined]
+    for times in (first.times, first.critic.times):  # type: ignore[attr-defined]
         assert (0.5 + 0.5 * times.low, 0.5 + 0.5 * times.high) == (0.52, 0.98)
-    assert (last.critic_times.low, last.critic_times.high) == (0.02, 0.98)  # type: ignore[attr-defined]
-    same = ("steps", "boundaries", "loss_on", "critic_steps", "clamp", "critic_weight")
+    assert (last.critic.times.low, last.critic.times.high) == (0.02, 0.98)  # type: ignore[attr-defined]
+    same = ("steps", "boundaries", "loss_on", "clamp")
     assert all(getattr(first, key) == getattr(last, key) for key in same)
+    assert (first.critic.weight, first.critic.steps) == (last.critic.weight, last.critic.steps)
