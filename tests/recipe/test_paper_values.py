@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from diffusers import LCMScheduler
+import torch
+from diffusers import LCMScheduler, UNet2DConditionModel
 
 from fewstep.config import plain
 from fewstep.methods.tdd import target_set
@@ -237,6 +238,28 @@ def test_four_steps_of_tdd_are_targets_it_was_trained_for():
     trained = {*target_set(), 999}
     assert set(LEVELS["paper/tdd-sdxl"]) <= trained
     assert not {749, 249} & trained
+
+
+def test_the_adapted_layers_of_sdxl_are_the_scripts_788():
+    with torch.device("meta"):
+        net = UNet2DConditionModel(
+            sample_size=128,
+            block_out_channels=(320, 640, 1280),
+            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+            up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+            transformer_layers_per_block=(1, 2, 10),
+            attention_head_dim=(5, 10, 20),
+            cross_attention_dim=2048,
+            use_linear_projection=True,
+            addition_embed_type="text_time",
+            addition_time_embed_dim=256,
+            projection_class_embeddings_input_dim=2816,
+        )
+    every = [n for n, m in net.named_modules() if isinstance(m, (torch.nn.Linear, torch.nn.Conv2d))]
+    own = [n for n in every if any(n == t or n.endswith(f".{t}") for t in UNET_LAYERS)]
+    assert (len(every), len(own)) == (794, 788)
+    outside = {"conv_in", "conv_out", *(f"{n}_embedding.linear_{i}" for n in ("time", "add") for i in (1, 2))}
+    assert set(every) - set(own) == outside
 
 
 def test_phases_look_at_noise_above_their_end_by_the_published_margin():
