@@ -17,6 +17,7 @@ SDXL, SD15 = f"{DMD2} experiments/sdxl", f"{DMD2} experiments/sdv1.5"
 TDD = "RedAIGC/Target-Driven-Distillation @ 89cc1e8 train/SDXL"
 LCM = "diffusers @ 58eb52c examples/consistency_distillation"
 MEANFLOW = "Gsunshine/meanflow @ d70cb55"
+LSG = "mingyuanzhou/SiD-LSG @ 3ea6487"
 PHASED = "ModelTC/LightX2V @ f8aee98 lightx2v_train/configs/train/phased_dmd"
 UNET_LAYERS = [
     "to_q",
@@ -179,6 +180,27 @@ PUBLISHED: dict[str, dict[str, tuple[Any, str]]] = {
         "train.batch": (64, "arXiv 2510.27684"),
     },
     "paper/sana-sprint": {},
+    "paper/sid-lsg-sd15": {
+        "method.alpha": (1.0, f"{LSG} run_sid.sh alpha"),
+        "method.guidance": (2.0, f"{LSG} run_sid.sh cfg_eval_real"),
+        "method.guide_critic": ((2.0, 2.0), f"{LSG} run_sid.sh cfg_train_fake, cfg_eval_fake"),
+        "method.times.low": (20, f"{LSG} sid_train.py tmin"),
+        "method.times.high": (979, f"{LSG} sid_train.py tmax 980, exclusive"),
+        "method.critic.times": (
+            {"name": "index", "low": 20, "high": 979, "count": 1000},
+            f"{LSG} sid_training_loop.py",
+        ),
+        "method.critic.weight": ("eps", f"{LSG} sid_training_loop.py"),
+        "method.critic.steps": (1, f"{LSG} sid_training_loop.py"),
+        "method.gan": (None, f"{LSG} has none"),
+        "optim.default.lr": (1e-6, f"{LSG} run_sid.sh lr, glr"),
+        "optim.default.betas": ((0.0, 0.999), f"{LSG} sid_train.py"),
+        "optim.default.eps": (pytest.approx(1e-8 / (4 * 64 * 64), rel=1e-4), f"{LSG} sid_train.py, on sums"),
+        "train.batch": (512, f"{LSG} run_sid.sh batch"),
+        "train.steps": (10_000_000 // 512, f"{LSG} run_sid.sh duration"),
+        "train.ema": ((pytest.approx(0.5 ** (512 / 50_000), abs=1e-5),), f"{LSG} run_sid.sh ema"),
+        "train.precision": ("fp32", f"{LSG} run_sid.sh fp16 0"),
+    },
     # No training code: rank and segments are the paper's, what else it holds is ours and says so.
     "paper/tscd-sdxl": {"student.rank": (64, "arXiv 2404.13686"), "method.segments": (1, "arXiv 2404.13686")},
     "paper/tscd-sd15": {"student.rank": (64, "arXiv 2404.13686"), "method.segments": (1, "arXiv 2404.13686")},
@@ -191,6 +213,7 @@ LEVELS = {
     "paper/dmd2-sdxl-4step-lora": (999, 749, 499, 249),
     "paper/lcm-sd15": (999, 759, 499, 259),
     "paper/lcm-sdxl": (999, 759, 499, 259),
+    "paper/sid-lsg-sd15": (625,),
     "paper/tdd-sd15": (999, 751, 499, 251),
     "paper/tdd-sdxl": (999, 751, 499, 251),
 }
