@@ -104,4 +104,5 @@ class Consistency:
             steps=self.steps,
             guidance=middle if self.embed_guidance else None,
             counts=any_steps(self.steps),
+            knots=self.pairing.points - 1 if isinstance(self.pairing, Grid) else None,
         )

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from diffusers import LCMScheduler, UNet2DConditionModel
 
+from fewstep.algebra.sampling import knot_levels
 from fewstep.config import plain
 from fewstep.methods.tdd import target_set
 from fewstep.recipe.store import load, shipped
+from fewstep.train.product import product_of
 
 DMD2 = "tianweiy/DMD2 @ 8d8fa55"
 SDXL, SD15 = f"{DMD2} experiments/sdxl", f"{DMD2} experiments/sdv1.5"
@@ -248,19 +251,37 @@ def test_levels_are_indices_of_the_trained_grid(name: str):
     assert tuple(round(1000 * u) - 1 for u in load(name).method.steps) == LEVELS[name]  # type: ignore[attr-defined]
 
 
-def test_four_steps_of_lcm_are_those_of_the_stock_scheduler():
+def test_levels_of_lcm_are_those_of_the_stock_scheduler():
     stock = LCMScheduler(original_inference_steps=50)
-    stock.set_timesteps(4)
-    assert tuple(stock.timesteps.tolist()) == LEVELS["paper/lcm-sd15"]
-    knots = {20 * (i + 1) - 1 for i in range(50)}
-    assert set(LEVELS["paper/lcm-sd15"]) <= knots
-    assert not {749, 249} & knots  # where even levels would stand
+    sampler = load("paper/lcm-sd15").sampler()
+    for steps in range(1, 9):
+        stock.set_timesteps(steps)
+        levels = sampler.steps if steps == 4 else knot_levels(steps, sampler.knots or 0)
+        assert [round(1000 * u) - 1 for u in levels] == stock.timesteps.tolist()
+    assert not {749, 249} & {20 * (i + 1) - 1 for i in range(50)}  # where even levels would stand
 
 
-def test_four_steps_of_tdd_are_targets_it_was_trained_for():
-    trained = {*target_set(), 999}
-    assert set(LEVELS["paper/tdd-sdxl"]) <= trained
+def test_levels_of_tdd_are_targets_it_was_trained_for():
+    trained, sampler = {*target_set(), 999}, load("paper/tdd-sdxl").sampler()
+    for steps in (4, 5, 6, 7, 8):
+        levels = sampler.steps if steps == 4 else knot_levels(steps, sampler.knots or 0)
+        assert {round(1000 * u) - 1 for u in levels} <= trained
     assert not {749, 249} & trained
+
+
+@pytest.mark.parametrize("name", ["paper/lcm-sd15", "paper/tdd-sdxl"])
+def test_another_number_of_steps_stands_on_the_trained_grid(name: str):
+    recipe = load(name)
+    product = product_of(recipe, torch.nn.Identity(), SimpleNamespace(shape=(4, 8, 8), classes=0), name)
+    eight = product.with_steps(8).sampler
+    assert eight.steps == knot_levels(8, recipe.sampler().knots or 0)
+    assert (eight.kind, eight.eta, eight.knots) == (
+        product.sampler.kind,
+        product.sampler.eta,
+        product.sampler.knots,
+    )
+    with pytest.raises(ValueError, match=r"steps must lie in 1\.\.50, the knots of the grid, not 51"):
+        knot_levels(51, 50)
 
 
 def test_the_adapted_layers_of_sdxl_are_the_scripts_788():
