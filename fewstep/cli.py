@@ -447,6 +447,24 @@ def methods_show(name: str) -> None:
     typer.echo(show(name))
 
 
+@methods.command("record", epilog="Example: `fewstep methods record runs/digits-dmd2 comparison.json`")
+def methods_record(
+    sources: Annotated[list[Path], typer.Argument(help="Run directories, or files by `fewstep compare`.")],
+    out: Annotated[
+        Path | None, typer.Option(help="JSON lines to add to; the checkout's own assets when left out.")
+    ] = None,
+) -> None:
+    """Put measured numbers of shipped recipes on the method cards (assets/results.jsonl)."""
+    from importlib.resources import files
+
+    from fewstep.commands.record import FILE, record
+
+    for entry in record(sources, out or Path(str(files("fewstep.assets"))) / FILE):
+        value = sum(entry.values) / len(entry.values)
+        steps = f"{entry.steps} step{'s' * (entry.steps > 1)}"
+        typer.echo(f"{entry.recipe}: {entry.metric} {value:.3g} at {steps}, {entry.updates} updates")
+
+
 @app.command(epilog="Example: `fewstep cite digits-dmd2`")
 def cite(recipe: str) -> None:
     """Print BibTeX of the papers behind a recipe."""

@@ -22,7 +22,7 @@ from fewstep.algebra.batch import Batch
 from fewstep.algebra.draws import Draws
 from fewstep.algebra.prediction import Prediction, from_raw
 from fewstep.algebra.sampling import Sampler, sample
-from fewstep.config import REGISTRY
+from fewstep.config import REGISTRY, Source, validate
 from fewstep.networks.roles import Roles
 
 FOLDER = Path(__file__).parent / "laws" / "golden"
@@ -145,8 +145,8 @@ class Given:
 
 
 def build(kind: str, spec: dict[str, Any]) -> Any:
-    """A registered part from its recipe form."""
-    return TypeAdapter(REGISTRY[kind][spec["name"]]).validate_json(json.dumps(spec))
+    """A registered part from its recipe form, the keys that a part leaves out as a recipe fills them in."""
+    return validate(REGISTRY[kind][spec["name"]], Source(spec, {}))
 
 
 def networks(doc: dict[str, Any]) -> dict[str, Any]:

@@ -36,6 +36,8 @@ class Sampler:
     """Stochasticity of kind gamma: 0 deterministic, 1 re-noises (TCD, arXiv 2402.19159)."""
     counts: tuple[int, ...] | None = None
     """Numbers of steps the student was trained for; left out: that of `steps`, and any number for kind ode."""
+    knots: int | None = None
+    """Intervals of the grid that the student was trained on, where it was one: other numbers of steps stand on it."""
     guidance: float | None = None
     """Guidance scale handed to a student that has it as an input."""
     dynamic: tuple[float, float] | None = None
@@ -173,6 +175,16 @@ def seeded(seed: int, index: Tensor, shape: tuple[int, ...]) -> tuple[Tensor, Fr
     """
     start = Draws(fold(seed, "start"), index).normal(*shape)
     return start, lambda i: Draws(fold(seed, "fresh", i), index).normal(*shape)
+
+
+def knot_levels(steps: int, knots: int) -> tuple[float, ...]:
+    """`steps` levels on a grid of `knots` intervals, from the prior down, where LCMScheduler and TDD place them.
+
+    Knots are counted from above by floor(i knots / steps). Raises ValueError for more steps than knots.
+    """
+    if not 1 <= steps <= knots:
+        raise ValueError(f"steps must lie in 1..{knots}, the knots of the grid, not {steps}")
+    return tuple((knots - i * knots // steps) / knots for i in range(steps))
 
 
 def many_step(steps: int, solver: Solver = "heun") -> Sampler:

@@ -17,7 +17,7 @@ from torch import nn
 from fewstep.config import UserError
 from fewstep.networks.adapters import Adapted, enable_checkpointing, own_parameters
 from fewstep.networks.roles import Roles
-from fewstep.recipe.schema import Recipe, Stage
+from fewstep.recipe.schema import AdamW, Recipe, Stage
 from fewstep.recipe.store import load
 from fewstep.train.live import Live, allocated, bytes_of, fake_mode, make_fake
 from fewstep.train.product import product_of
@@ -202,7 +202,7 @@ class _Tracer:
             row = RoleMemory(weights=(size + _buffers(module)) // part)
             if name in trained:
                 row.gradients = size // part
-                row.optimizer = _moments(own, recipe.optimizer(name).bits) // part
+                row.optimizer = _moments(own, recipe.optimizer(name)) // part
             if name == "student":
                 row.ema = len(train.ema) * self.ema // part
             roles[name] = row
@@ -331,8 +331,14 @@ def _buffers(module: nn.Module) -> int:
     return 0 if isinstance(module, Adapted) else bytes_of(module.buffers())
 
 
-def _moments(parameters: Sequence[nn.Parameter], bits: int) -> int:
-    if bits == 32:
+def _moments(parameters: Sequence[nn.Parameter], spec: AdamW) -> int:
+    if spec.rule == "came":
+        # The first moment, and two pairs of a row and a column for the last two axes.
+        factored = sum(
+            8 * (p.numel() // p.shape[-1] + p.numel() // p.shape[-2]) for p in parameters if p.ndim > 1
+        )
+        return bytes_of(parameters) + factored + sum(4 * p.numel() for p in parameters if p.ndim < 2)
+    if spec.bits == 32:
         return 2 * bytes_of(parameters)
     # bitsandbytes keeps tensors below 4096 elements in 32 bits, others in bytes with a scale per 256.
     return sum(8 * p.numel() if p.numel() < 4096 else int(2 * p.numel() * (1 + 4 / 256)) for p in parameters)

@@ -28,6 +28,7 @@ from fewstep.commands.report import GRID, compare, console, first_teacher, table
 from fewstep.config import UserError
 from fewstep.export.choose import export
 from fewstep.export.levels import check_product
+from fewstep.files import commit
 from fewstep.recipe.diff import differences
 from fewstep.recipe.schema import Recipe
 from fewstep.recipe.store import dump, load, load_run, shipped
@@ -202,7 +203,8 @@ def finish(trainer: Trainer, run: Path) -> None:
         rows, panels = compare(student, recipe.evaluate, teacher)
         save_side_by_side(panels, run / "report" / "side-by-side.png")
         table(rows)
-        report = {"rows": [r.row() for r in rows], "recipe": recipe.about, "skips": trainer.progress.skipped}
+        told = {"recipe": recipe.about, "skips": trainer.progress.skipped, "commit": commit()[:7]}
+        report = {"rows": [r.row() for r in rows], **told}
         (run / "report" / "results.json").write_text(json.dumps(report, indent=1))
         console.print(f"pictures {run / 'samples'}, side by side {run / 'report' / 'side-by-side.png'}")
     numbers = [(f"{r.metric}, {r.title}, {r.samples} samples", f"{r.value:.4g}") for r in rows]

@@ -100,4 +100,5 @@ class Consistency:
             steps=self.steps,
             guidance=scale if self.embed_guidance else None,
             counts=any_steps(self.steps),
+            knots=self.pairing.points - 1 if isinstance(self.pairing, Grid) else None,
         )

@@ -49,9 +49,10 @@ class PhasedDMD:
     """dmd: 1 / <|x0 - D_real|> with the student's own x0; kl: the exact gradient of KL(q_t || p_t)."""
     loss_on: Literal["x_s", "x0"] = "x_s"
     """Which output the gradient is applied to: x_s as in the paper, or the x0 prediction as in public code."""
-    critic: Critic = Critic(times=Uniform(low=0.02, high=1.0), steps=5)
-    """Levels are squeezed into (s, 1], never s itself, where the target diverges. Its weight holds in the last phase;
-    before, the paper's clamped psi weight applies. 5 updates per student update (paper)."""
+    critic: Critic = Critic(times=Uniform(low=0.02, high=1.0), weight="psi", steps=5)
+    """Levels are squeezed into (s, 1], never s itself, where the target diverges. The weight is the paper's clamped one
+    in every phase, min(1, 10 t^2) on the velocity of a flow once s is 0; LightX2V has velocity, with times that stay
+    away from s. 5 updates per student update (paper)."""
     clamp: float = 10.0
     """Largest 1 / sigma_{t|s}^2 in the critic's weight (paper: 10)."""
 

@@ -1,10 +1,11 @@
-"""Score identity distillation and its relatives: SiD, SIM, inverse matching, SiDA (arXiv 2404.04057)."""
+"""Score identity distillation and its relatives: SiD, SIM, inverse matching, SiDA, SiD-LSG (arXiv 2404.04057)."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, ClassVar
+from typing import ClassVar, Literal
 
+import torch
 from torch import Tensor
 
 from fewstep import objectives as obj
@@ -24,7 +25,7 @@ from fewstep.networks.roles import Roles
 class SiD:
     """Minimise the Fisher divergence between noised student and teacher, with gradients through both denoisers."""
 
-    cites: ClassVar[tuple[str, ...]] = ("2404.04057", "2410.16794", "2502.01362", "2410.14919")
+    cites: ClassVar[tuple[str, ...]] = ("2404.04057", "2410.16794", "2502.01362", "2410.14919", "2406.01561")
 
     steps: tuple[float, ...] = (1.0,)
     """Levels u of the student; SiD starts one step at sigma 2.5, u = 0.5 of the Karras grid 0.002 to 80."""
@@ -39,11 +40,18 @@ class SiD:
     times: choice("times") = SiDTimes()  # type: ignore[valid-type]
     """Noise level of the loss."""
     guidance: float = 1.0
-    """Guidance scale of the teacher; 1 in the paper."""
+    """Guidance scale of the teacher; 1 in the paper, kappa_4 of SiD-LSG (its script: 2)."""
+    guide_critic: tuple[float, float] = (1.0, 1.0)
+    """Scales of the critic in its own training and in the loss, kappa_1 and kappa_2 = kappa_3 of SiD-LSG (arXiv
+    2406.01561; its script: 2 and 2). Off 1 the critic loses its condition in one row of ten, as there."""
     critic: Critic = Critic(times=LogNormal(), weight="edm")
     """EDM's noise levels, ln sigma ~ N(-1.2, 1.2^2), and its weight."""
     gan: Gan | None = None
-    """SiDA's adversarial term on the critic's features; needs data."""
+    """SiDA's adversarial term on the critic's features; needs data. The released one is {weight: 1e-4,
+    discriminator_weight: .033, times: {name: lognormal}, shares_noise: true} on CIFAR-10, and .0083 on ImageNet-64."""
+    gan_at: Literal["score", "fresh"] = "score"
+    """Where the student meets it. score: at the score term's own noised sample, divided by the batch's mean of
+    <|x - D_real|> (released code); fresh: at a level and noise of its own, undivided."""
 
     def __post_init__(self) -> None:
         check_steps(self.steps)
@@ -67,27 +75,35 @@ class SiD:
 
     def student_losses(self, roles: Roles, batch: Batch) -> Iterator[Losses]:
         x = rollout(roles.student, batch.draws, batch.shape, self.steps, batch.cond).x
-        value, log = self.loss(roles, batch, x)
-        losses = Losses({"match": self.loss_scale * value}, log)
-        if self.gan:
-            losses["gan"] = self.gan.generator(roles, batch, x)
-        yield losses
+        yield self.loss(roles, batch, x)
 
-    def loss(self, roles: Roles, batch: Batch, x: Tensor) -> tuple[Tensor, dict[str, Any]]:
-        """The inverse-matching loss of student samples x, and readings.
+    def loss(self, roles: Roles, batch: Batch, x: Tensor) -> Losses:
+        """The inverse-matching loss of student samples x (b, *d) and the adversarial one, with readings.
 
-        At the critic's optimum its expectation is (1 - alpha) times the weighted Fisher divergence: for
+        At the critic's optimum the first has the expectation (1 - alpha) times the weighted Fisher divergence: for
         alpha > 1 it is negative and rises to 0, so it does not measure progress.
         """
         x_tau, tau = noised(self.times, roles, batch, x)
         real = guided(roles.teacher, x_tau, tau, batch.cond, batch.null_cond, self.guidance)
-        fake = roles.critic(x_tau, tau, batch.cond)
+        fake = guided(roles.critic, x_tau, tau, batch.cond, batch.null_cond, self.guide_critic[1])
         value = obj.inverse_matching(real, fake, x, alpha=self.alpha, huber=self.huber)
+        scale = torch.ones_like(value)
         if self.normalize and self.huber is None:
-            value = value * obj.dmd_normalizer(x.detach(), real.x0.detach(), floor=1e-5).flatten()
+            scale = obj.dmd_normalizer(x.detach(), real.x0.detach(), floor=1e-5).flatten()
         gap = obj.score_difference(fake, real).detach()
-        return value.mean(), readings(x.detach(), real, gap, fake, batch.cond)
+        # A guided critic does not denoise the student's samples, so its slope on them says nothing.
+        own = fake if self.guide_critic[1] == 1 else None
+        losses = Losses(
+            {"match": self.loss_scale * (scale * value).mean()},
+            readings(x.detach(), real, gap, own, batch.cond),
+        )
+        if self.gan and self.gan_at == "score":
+            losses["gan"] = self.gan.beside(roles, batch, x_tau, tau, scale)
+        elif self.gan:
+            losses["gan"] = self.gan.generator(roles, batch, x)
+        return losses
 
     def critic_losses(self, roles: Roles, batch: Batch) -> Iterator[Losses]:
         x = rollout(roles.student, batch.draws, batch.shape, self.steps, batch.cond, grad=False).x
-        yield self.critic.losses(roles, batch, x, self.gan)
+        drop = 0.0 if self.guide_critic == (1.0, 1.0) else 0.1
+        yield self.critic.losses(roles, batch, x, self.gan, drop_cond=drop, guidance=self.guide_critic[0])

@@ -113,4 +113,5 @@ class TDD:
             eta=self.eta,
             clip=self.clip,
             counts=any_steps(self.steps, self.counts),
+            knots=self.knots,
         )

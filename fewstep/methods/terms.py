@@ -11,12 +11,14 @@ from torch import Tensor
 from fewstep import objectives as obj
 from fewstep.algebra.batch import Batch
 from fewstep.algebra.condition import replaced
+from fewstep.algebra.guidance import guided
 from fewstep.algebra.jump import ask, clean
 from fewstep.algebra.process import add_noise, bc
 from fewstep.algebra.times import Uniform
 from fewstep.config import choice, config
 from fewstep.methods.method import Losses, Turn
 from fewstep.networks.roles import Roles
+from fewstep.objectives.reduce import global_mean
 from fewstep.objectives.regression import Weight, x0_weight
 from fewstep.objectives.trajectory import distance
 
@@ -80,8 +82,19 @@ class Gan:
 
     def generator(self, roles: Roles, batch: Batch, x: Tensor) -> Tensor:
         """The student's weighted adversarial loss; the gradient flows through the discriminator into x."""
-        loss = obj.logistic_generator if self.loss == "logistic" else obj.hinge_generator
-        return self.weight * loss(self.look(roles, batch, x))
+        return self.weight * self._fooled(self.look(roles, batch, x))
+
+    def beside(self, roles: Roles, batch: Batch, x_tau: Tensor, tau: Tensor, scale: Tensor) -> Tensor:
+        """`generator` at a score term's own noised sample, times the mean of that term's `scale` (b,); a scalar.
+
+        So SiDA and Uni-Instruct have it, 1 / <|x - D_real|> being the scale and logits within +-10
+        (mingyuanzhou/SiD, sida_training/sida_loss.py).
+        """
+        logits = roles.discriminator(x_tau, tau, batch.cond).clamp(-10, 10)
+        return self.weight * global_mean(scale.detach()) * self._fooled(logits)
+
+    def _fooled(self, logits: Tensor) -> Tensor:
+        return obj.logistic_generator(logits) if self.loss == "logistic" else obj.hinge_generator(logits)
 
     def discriminator(self, roles: Roles, batch: Batch, x: Tensor, fakes: Batch | None = None) -> Losses:
         """The discriminator's weighted loss on real data against detached student samples, and its accuracy.
@@ -159,19 +172,22 @@ class Critic:
         *,
         fakes: Batch | None = None,
         drop_cond: float = 0.0,
+        guidance: float = 1.0,
     ) -> Losses:
         """Denoising score matching of student samples x (b, *d), `dsm`, and beside it the discriminator's terms.
 
         Args:
             fakes: the batch whose conditions x was made under, where it is not `batch`.
             drop_cond: share of rows that lose their condition.
+            guidance: scale at which the critic is trained, through both halves of the guided call (SiD-LSG).
         """
         process: Any = roles.student.process
         x, fakes = x.detach(), fakes or batch
         t, eps = self.times.sample(batch.draws, process), batch.noise()
         x_t, _ = add_noise(process, x, eps, t)
         taps = roles.discriminator.taps if gan and gan.shares_noise else ()
-        denoised = roles.critic(x_t, t, dropped(fakes, drop_cond), taps=taps)
+        cond = dropped(fakes, drop_cond)
+        denoised = guided(roles.critic, x_t, t, cond, fakes.null_cond, guidance, taps=taps)
         losses = Losses({"dsm": obj.mse(denoised.x0, x, x0_weight(self.weight, process, t))})
         if gan and gan.shares_noise:
             # Real and fake must come from one distribution of levels, or the logit learns the level's odds.

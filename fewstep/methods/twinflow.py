@@ -29,7 +29,8 @@ class TwinFlow:
 
     times: choice("times") = Beta()  # type: ignore[valid-type]
     guidance_share: float = 0.0
-    """enr: strength of the guidance-enhanced target on the groups with 0 < t < 1 (official .5 to .8)."""
+    """enr: guidance in the target of the groups with 0 < t < 1, 0 for none. Data: the pair's velocity + enr (cond -
+    uncond) (official .5 to .8); image_free: the teacher's scale, uncond + enr (cond - uncond) (official 4)."""
     step: float = 0.01
     """Length of the finite difference of the any-step target."""
     order: PositiveInt = 2
@@ -105,7 +106,7 @@ class TwinFlow:
             return v
         gap = net(x, t, batch.cond).velocity() - net(x, t, batch.null_cond).velocity()
         # The official index excludes t = 1, so the one-step group has none, as well as own samples.
-        share = self.guidance_share * ((group == 1) | (group == 2)).to(t.dtype)
+        share = (self.guidance_share - self.image_free) * ((group == 1) | (group == 2)).to(t.dtype)
         return v + bc(share, x) * gap
 
     @torch.no_grad()

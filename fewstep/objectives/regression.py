@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from fewstep.algebra.prediction import Prediction
-from fewstep.algebra.process import EDM, Process, add_noise, bc, transition
+from fewstep.algebra.process import EDM, Process, add_noise, transition
 
-Weight = Literal["x0", "eps", "v", "edm", "snr_truncated"]
+Weight = Literal["x0", "eps", "v", "velocity", "psi", "edm", "snr_truncated"]
 
 
 def per_sample(x: Tensor) -> Tensor:
@@ -36,11 +36,21 @@ def pseudo_huber_sample(a: Tensor, b: Tensor, c: float) -> Tensor:
     return (torch.sqrt(squared + c**2) - c).mean()
 
 
-def x0_weight(kind: Weight, process: Process, t: Tensor, sigma_data: float = 0.5) -> Tensor:
+def x0_weight(
+    kind: Weight,
+    process: Process,
+    t: Tensor,
+    sigma_data: float = 0.5,
+    s: Tensor | None = None,
+    clamp: float = 10.0,
+) -> Tensor:
     """Weight (b,) of an x0 error at time t.
 
     x0: 1. eps: SNR = alpha^2/sigma^2, the plain eps loss. v: SNR + 1 (arXiv 2202.00512, sec. 4), which is the plain
     v loss where alpha^2 + sigma^2 = 1; elsewhere the v error is larger, (alpha^2 + sigma^2)(SNR + 1).
+    velocity: the plain loss on dx/dt = alpha' x0 + sigma' eps, 1/sigma^2 for flow (Wan, Flux and Qwen-Image are trained
+    so, and their critics in FastGen). psi: Phased DMD's sigma_{t|s}^2 min(1/sigma_{t|s}^2, clamp) on the error of
+    eps - x0 (arXiv 2510.27684), samples being at time s (None: clean, sigma_{t|s} = sigma_t).
     edm: (sigma^2 + sigma_d^2)/(sigma sigma_d)^2 (arXiv 2206.00364, table 1). snr_truncated: max(SNR, 1)
     (arXiv 2202.00512, eq. 9).
     """
@@ -51,6 +61,12 @@ def x0_weight(kind: Weight, process: Process, t: Tensor, sigma_data: float = 0.5
         return alpha**2 / sigma**2
     if kind == "v":
         return (alpha**2 + sigma**2) / sigma**2
+    if kind == "velocity":
+        return (process.dalpha(t) - process.dsigma(t) * alpha / sigma) ** 2
+    if kind == "psi":
+        # At one x_t the error of eps - x0 is (alpha / sigma + 1) times that of x0.
+        between = transition(process, s, t)[1] ** 2
+        return ((alpha + sigma) / sigma) ** 2 * between * (1 / between).clamp_max(clamp)
     if kind == "edm":
         data = process.sigma_data if isinstance(process, EDM) else sigma_data
         # The published quotient multiplied out, so that pure noise (alpha = 0) has its limit 1 / sigma_d^2.
@@ -67,27 +83,22 @@ def dsm(
     eps: Tensor,
     cond: Any = None,
     *,
-    weight: Weight = "x0",
+    weight: Weight | None = None,
     s: Tensor | None = None,
     clamp: float = 10.0,
     **call: Any,
 ) -> Tensor:
     """Denoising score matching of a denoiser on samples x at time s (None: clean), noised to t; a scalar.
 
-    From clean data the x0 error carries `weight`. From s > 0 the target is the unbiased sub-interval one and
-    the error is taken in psi = eps - x0 with Phased DMD's weight sigma_{t|s}^2 min(1/sigma_{t|s}^2, clamp)
-    (arXiv 2510.27684): without it the second moment of the target diverges as t -> s.
+    Without a weight it is x0 from clean samples and psi from s > 0: there the target is the unbiased sub-interval one
+    of `add_noise`, whose second moment diverges as t -> s, and of the weights only psi, with its `clamp`, takes that
+    back (arXiv 2510.27684). The others want t kept away from s.
     """
     process: Process = denoiser.process  # type: ignore[attr-defined]
     x_t, target = add_noise(process, x, eps, t, s)
     prediction = denoiser(x_t, t, cond, **call)
-    if s is None:
-        return mse(prediction.x0, target, x0_weight(weight, process, t))
-    _, sigma_ts = transition(process, s, t)
-    # eps - x0 error = (alpha/sigma + 1) times the x0 error at the same x_t; sigma > s's >= 0 here.
-    scale = (process.alpha(t) + process.sigma(t)) / process.sigma(t)
-    error = bc(scale * sigma_ts, x) * (prediction.x0 - target)
-    return mse(error, torch.zeros_like(error), (1 / sigma_ts**2).clamp_max(clamp))
+    kind: Weight = weight or ("x0" if s is None else "psi")
+    return mse(prediction.x0, target, x0_weight(kind, process, t, s=s, clamp=clamp))
 
 
 def moment_divergence(x: Tensor, mean: float, variance: float) -> Tensor:

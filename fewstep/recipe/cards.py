@@ -5,18 +5,20 @@ from __future__ import annotations
 import ast
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import lru_cache
 from importlib.resources import files
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BeforeValidator, TypeAdapter, ValidationError
 
 from fewstep.config import REGISTRY, RecipeError, _close, config
 from fewstep.recipe.store import load, read, shipped
+
+ENERGY = "energy distance x1000"
 
 
 @config
@@ -46,6 +48,19 @@ class Ours:
 
 
 @config
+class Compared:
+    """A comparison of this code with public code on the same tensors."""
+
+    reference: str
+    """Repository @ commit, and what it is where that is not the official code."""
+    how: Literal["executed", "transcribed"]
+    """Whether the reference itself ran, or a transcription of the named file."""
+    what: str
+    difference: str
+    """The largest one, of gradients relative to the reference's largest, after documented conversions."""
+
+
+@config
 class Card:
     """A method card; `name` is the method's registered name, or a recipe pattern of its own (multi_student)."""
 
@@ -60,12 +75,20 @@ class Card:
     deviations: tuple[str, ...]
     paper_results: tuple[Claim, ...] = ()
     our_results: tuple[Ours, ...] = ()
+    """Filled from assets/conformance.jsonl and assets/results.jsonl, which commands write; never by hand."""
+    compared: tuple[Compared, ...] = ()
+    not_compared: str = ""
+    """Why there is no comparison; exactly one of `compared` and this is given."""
     memory: str
     failures: tuple[str, ...] = ()
     aliases: tuple[str, ...] = ()
     """Names of papers and settings that this card covers."""
     networks: tuple[int, int] | None = None
     """(held, trained) networks of the teacher's size, by the roles; heads and EMA copies are not among them."""
+
+    def __post_init__(self) -> None:
+        if bool(self.compared) == bool(self.not_compared):
+            raise ValueError("give compared or not_compared, and not both")
 
 
 def _folder() -> Path:
@@ -83,37 +106,58 @@ def cards() -> dict[str, Card]:
         except (ValidationError, UnicodeDecodeError, yaml.YAMLError) as error:
             raise RecipeError(f"{path.name}: {error}") from None
         out[card.name] = card
-    for name, result in conformance(frozenset(out)):
+    for name, result in measured(out):
         out[name] = replace(out[name], our_results=(*out[name].our_results, result))
     return out
 
 
-def conformance(names: frozenset[str]) -> list[tuple[str, Ours]]:
-    """(card, number) of every line of assets/conformance.jsonl, which `make conformance` writes.
+def measured(known: Mapping[str, Card]) -> list[tuple[str, Ours]]:
+    """(card, number) of every line that `make conformance` and `fewstep methods record` have written.
 
-    A recipe belongs to the card of its own name (toy/multi-student), else to that of its method.
+    A recipe belongs to the card of its own name (toy/multi-student) or alias (digits-disback), else to its method's.
     """
-    path = Path(str(files("fewstep.assets"))) / "conformance.jsonl"
     found = []
-    for line in path.read_text().splitlines():
-        r = json.loads(line)
-        steps = f"{r['calls']} step{'s' * (r['calls'] > 1)}"
+    for r in _lines("conformance.jsonl"):
         result = Ours(
             setting=r["recipe"] + " (guided, so not at the ring)" * r["guided"],
-            metric="energy distance x1000",
+            metric=ENERGY,
             value=round(r["energy"], 2),
             updates=r["updates"],
             commit=r["commit"],
-            note=f"{steps}; {r['initial']:.3g} at the start",
+            note=f"{_steps(r['calls'])}; {r['initial']:.3g} at the start",
         )
-        found.append((_owner(r["recipe"], r["method"], names), result))
+        found.append((_owner(r["recipe"], r["method"], known), result))
+    for r in _lines("results.jsonl"):
+        values = r["values"]
+        error = "" if r["error"] is None else f" ± {r['error']:.2f}"
+        result = Ours(
+            setting=" ".join((r["recipe"], *r["settings"])),
+            metric=r["metric"],
+            value=round(sum(values) / len(values), 2),
+            seeds=len(values),
+            updates=r["updates"],
+            commit=r["commit"],
+            note=f"{_steps(r['steps'])}, {r['samples']} samples{error}",
+        )
+        found.append((_owner(r["recipe"], r["method"], known), result))
     return found
 
 
-def _owner(recipe: str, method: str, names: Iterable[str]) -> str:
-    """The card of a recipe: that of its own name if there is one, else its method's."""
-    own = recipe.split("/")[-1].replace("-", "_")
-    return own if own in names else method
+def _lines(name: str) -> list[dict[str, Any]]:
+    path = Path(str(files("fewstep.assets"))) / name
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def _steps(steps: int) -> str:
+    return f"{steps} step{'s' * (steps > 1)}"
+
+
+def _owner(recipe: str, method: str, known: Mapping[str, Card]) -> str:
+    """The card of a recipe: that of its own name or alias if there is one, else its method's."""
+    own = re.sub(r"^(toy/|digits-|fashion-|emoji-)", "", recipe)
+    if own.replace("-", "_") in known:
+        return own.replace("-", "_")
+    return next((name for name, c in known.items() if own in c.aliases), method)
 
 
 @lru_cache(maxsize=1)
@@ -206,6 +250,11 @@ def show(name: str) -> str:
     ):
         if rows:
             lines += ["", f"  {title}", *(f"    - {row}" for row in rows)]
+    if c.not_compared:
+        lines += ["", f"  not compared: {c.not_compared}"]
+    for i, r in enumerate(c.compared):
+        lines += ["", "  compared with"] if i == 0 else []
+        lines += [f"    - {r.reference}, {r.how}: {r.what}; largest difference {r.difference}"]
     lines += ["", "  paper's numbers" if c.paper_results else "  paper's numbers: none recorded"]
     lines += [f"    {r.setting}: {r.metric} {r.value} ({r.source})" for r in c.paper_results]
     lines += ["", "  our numbers" if c.our_results else "  our numbers: none measured yet"]
@@ -239,7 +288,8 @@ def table() -> str:
     lines = ["| method | what | needs | paper | measured: energy distance x1000 |", "|---|---|---|---|---|"]
     for c in cards().values():
         papers = ", ".join(f"[{i}](https://arxiv.org/abs/{i})" for i in c.cites)
-        best = "; ".join(f"{r.setting} {r.value:g}{_budget(r.updates)}" for r in c.our_results)
+        toys = [r for r in c.our_results if r.metric == ENERGY]
+        best = "; ".join(f"{r.setting} {r.value:g}{_budget(r.updates)}" for r in toys)
         lines.append(f"| `{c.name}` | {c.title} | {c.needs} | {papers} | {best} |")
     return "\n".join(lines)
 

@@ -20,9 +20,12 @@ from fewstep.networks.specs import DiscriminatorSpec
 
 @config
 class AdamW:
-    """AdamW and the learning-rate schedule of one role."""
+    """AdamW, or CAME in its place, and the learning-rate schedule of one role."""
 
     lr: float
+    rule: Literal["adamw", "came"] = "adamw"
+    """came: CAME (arXiv 2307.02047), whose second moments are factored, of the package pytorch-optimizer; SANA-Sprint's.
+    It has a third beta .9999 and eps 1e-30 and 1e-16, the values of paper and SANA."""
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
     weight_decay: float = 0.0
@@ -34,6 +37,8 @@ class AdamW:
     """Of Adam's moments; 8 needs bitsandbytes."""
 
     def __post_init__(self) -> None:
+        if self.rule == "came" and (self.eps, self.bits) != (1e-8, 32):
+            raise ValueError("rule came has two eps of its own and no 8-bit form; leave eps and bits out")
         if self.lr <= 0:
             raise ValueError(f"lr must be positive, not {self.lr}")
         if self.eps <= 0:

@@ -11,6 +11,7 @@ import torch
 from fewstep.config import UserError
 from fewstep.networks.roles import Roles
 from fewstep.recipe.schema import AdamW
+from fewstep.train.parallel import is_sharded
 
 
 class TurnOptimizer:
@@ -38,7 +39,7 @@ class TurnOptimizer:
             }
             for name, spec in zip(names, self.specs, strict=True)
         ]
-        self.adam = _adam({spec.bits for spec in self.specs}, groups, names)
+        self.adam = _made({(spec.rule, spec.bits) for spec in self.specs}, groups, names)
 
     def rate(self, spec: AdamW) -> float:
         """Learning rate of the next update."""
@@ -68,11 +69,19 @@ class TurnOptimizer:
         self.adam.zero_grad(set_to_none=True)
 
 
-def _adam(bits: set[int], groups: list[dict[str, Any]], names: tuple[str, ...]) -> torch.optim.Optimizer:
-    if bits == {32}:
+def _made(
+    kinds: set[tuple[str, int]], groups: list[dict[str, Any]], names: tuple[str, ...]
+) -> torch.optim.Optimizer:
+    """The optimiser of the groups; UserError for kinds that cannot step together, or whose package is missing."""
+    if len(kinds) > 1:
+        raise UserError(
+            f"optim: the roles {', '.join(names)} step together; give them the same rule and bits"
+        )
+    rule, bits = next(iter(kinds))
+    if rule == "came":
+        return _came(groups)
+    if bits == 32:
         return torch.optim.AdamW(groups, fused=True)
-    if len(bits) > 1:
-        raise UserError(f"optim: the roles {', '.join(names)} step together; give them the same bits")
     try:
         import bitsandbytes
     except ImportError:
@@ -81,3 +90,21 @@ def _adam(bits: set[int], groups: list[dict[str, Any]], names: tuple[str, ...]) 
             "bits to 32"
         ) from None
     return bitsandbytes.optim.AdamW8bit(groups)
+
+
+def _came(groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+    if any(is_sharded(p) for group in groups for p in group["params"]):
+        raise UserError(
+            "optim.rule: came factors whole matrices, and train.parallel fsdp cuts them; use ddp or adamw"
+        )
+    try:
+        from pytorch_optimizer import CAME
+    except ImportError:
+        raise UserError(
+            "optim.rule: came needs pytorch-optimizer, which is not installed: pip install pytorch-optimizer, or set "
+            "rule to adamw"
+        ) from None
+    own = [{k: v for k, v in group.items() if k != "eps"} for group in groups]
+    return CAME(
+        [{**group, "betas": (*group["betas"], 0.9999), "eps1": 1e-30, "eps2": 1e-16} for group in own]
+    )

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from fewstep.algebra.condition import moved, rows
-from fewstep.algebra.sampling import Sampler, many_step, sample, seeded
+from fewstep.algebra.sampling import Sampler, knot_levels, many_step, sample, seeded
 from fewstep.config import UserError
 from fewstep.recipe.schema import Recipe
 from fewstep.recipe.store import load_run
@@ -93,7 +93,9 @@ class Product:
             )
         if steps == len(self.sampler.steps):
             return self
-        return replace(self, sampler=replace(self.sampler, steps=many_step(steps).steps))
+        knots = self.sampler.knots
+        levels = knot_levels(steps, knots) if knots and steps <= knots else many_step(steps).steps
+        return replace(self, sampler=replace(self.sampler, steps=levels))
 
 
 def open_product(path: Path) -> Product:

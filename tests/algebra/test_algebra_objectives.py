@@ -103,6 +103,7 @@ def test_x0_weights_turn_an_x0_error_into_the_error_of_the_named_form(name: str)
 
     assert weighted("x0") == pytest.approx(loss("x0"), rel=1e-12)
     assert weighted("eps") == pytest.approx(loss("eps"), rel=1e-9)
+    assert weighted("velocity") == pytest.approx(loss("velocity"), rel=1e-9)
     if name in ("trig", "cosine", "vp", "ddpm", "sd"):
         assert weighted("v") == pytest.approx(loss("v"), rel=1e-9)
     if isinstance(p, EDM):
@@ -113,6 +114,20 @@ def test_x0_weights_turn_an_x0_error_into_the_error_of_the_named_form(name: str)
     assert torch.allclose(x0_weight("v", p, t), snr + 1, rtol=1e-12)
     with pytest.raises(ValueError, match="weight"):
         x0_weight("snr", p, t)  # type: ignore[arg-type]
+
+
+def test_psi_weight_is_that_of_phased_dmd_from_clean_samples() -> None:
+    # min(1, 10 t^2) on the velocity error of a flow, whose own weight is 1 / t^2 in x0 (arXiv 2510.27684 at s = 0).
+    t = col(0.01, 0.1, 0.3, 0.5, 1.0)
+    shares = x0_weight("psi", Flow(), t) / x0_weight("velocity", Flow(), t)
+    assert shares.tolist() == pytest.approx([0.001, 0.1, 0.9, 1.0, 1.0], rel=1e-12)
+    assert torch.allclose(x0_weight("velocity", Flow(), t), 1 / t**2, rtol=1e-12)
+    for p in (Flow(), EDM(), Trig()):
+        u = p.grid(col(0.2, 0.6, 0.9))
+        alpha, sigma = p.alpha(u), p.sigma(u)
+        error = ((alpha + sigma) / sigma) ** 2  # of eps - x0, of an x0 error of 1
+        want = error * sigma**2 * torch.minimum(1 / sigma**2, torch.full_like(sigma, 4.0))
+        assert torch.allclose(x0_weight("psi", p, u, clamp=4.0), want, rtol=1e-12)
 
 
 def test_edm_weight_is_its_published_form_and_finite_at_pure_noise() -> None:

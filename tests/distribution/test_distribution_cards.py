@@ -44,10 +44,45 @@ def test_show_prints_the_deviations_and_says_when_nothing_was_measured():
     text = show("uni_instruct")
     assert "released code" in text
     assert "arXiv 2505.20755" in text
-    unmeasured = next(c.name for c in cards().values() if not c.our_results)
-    assert "none measured yet" in show(unmeasured)
+    for c in cards().values():
+        assert ("\n  compared with\n" in show(c.name)) != (
+            f"\n  not compared: {c.not_compared}\n" in show(c.name)
+        )
     with pytest.raises(RecipeError, match="did you mean 'phased_dmd'"):
         card("phased_dm")
+
+
+def test_every_card_has_a_number_of_ours_and_none_is_written_by_hand(monkeypatch: pytest.MonkeyPatch):
+    assert [c.name for c in cards().values() if not c.our_results] == []
+    for path in (ROOT / "methods" / "cards").glob("*.yaml"):
+        assert "our_results" not in yaml.safe_load(path.read_text()), path.name
+    bare = replace(card("dmd2"), our_results=())
+    monkeypatch.setattr("fewstep.recipe.cards.card", lambda name: bare)
+    assert "none measured yet" in show("dmd2")
+
+
+def test_a_number_goes_to_the_card_of_the_recipes_name_or_alias_before_its_methods():
+    for recipe, method, owner in (
+        ("digits-disback", "vsd", "track"),
+        ("toy/multi-student", "dmd2", "multi_student"),
+        ("digits-dmd2-4step", "dmd2", "dmd2"),
+        ("digits-sfd-v", "sfd", "sfd"),
+        ("fashion-cd", "consistency", "consistency"),
+    ):
+        settings = [r.setting.split()[0] for r in cards()[owner].our_results]
+        assert recipe in settings, recipe
+        assert owner == method or recipe not in [r.setting for r in cards()[method].our_results]
+
+
+def test_a_card_says_what_it_was_compared_with_or_why_not():
+    for c in cards().values():
+        for r in c.compared:
+            assert re.search(r"[\w-]+/[\w-]+ @ [0-9a-f]{7}\b", r.reference), c.name
+            assert re.search(r"\d", r.difference), c.name
+    own = card("dmd2")
+    for wrong in ({"compared": own.compared, "not_compared": "x"}, {"compared": (), "not_compared": ""}):
+        with pytest.raises(ValueError, match="give compared or not_compared"):
+            replace(own, **wrong)
 
 
 def test_code_is_shown_with_the_line_of_the_function():

@@ -102,7 +102,7 @@ def same(
 
 
 def test_phased_dmd_of_one_phase_is_dmd2_without_gan():
-    dmd2 = DMD2(gan=None, guidance=2.5, critic=Critic(times=Uniform(low=0.02, high=1.0)))
+    dmd2 = DMD2(gan=None, guidance=2.5, critic=Critic(times=Uniform(low=0.02, high=1.0), weight="psi"))
     phased = PhasedDMD(steps=(1.0,), boundaries=(), guidance=2.5)
     same(phased, dmd2, cast())
     same(phased, dmd2, cast(), role="critic")

@@ -76,7 +76,7 @@ WITH_CRITIC = {
 @pytest.mark.parametrize("name", sorted(WITH_CRITIC))
 def test_sharing_the_noise_spares_a_pass_of_the_critic_and_keeps_the_terms(name: str):
     method, roles = WITH_CRITIC[name], cast()
-    shared = replace(method, gan=replace(method.gan, shares_noise=True))
+    method, shared = (replace(method, gan=replace(method.gan, shares_noise=on)) for on in (False, True))
     apart = passes(roles.critic, lambda: critic_turn(method, roles))
     assert (apart, passes(roles.critic, lambda: critic_turn(shared, roles))) == (3, 2)
     assert "discriminator" in critic_turn(shared, roles)

@@ -11,7 +11,7 @@ import pytest
 import torch
 from tiny_teacher import make_teacher, student_settings
 
-from fewstep.config import UserError
+from fewstep.config import RecipeError, UserError
 from fewstep.networks.adapters import own_state
 from fewstep.recipe.store import load
 from fewstep.train import switches
@@ -115,7 +115,9 @@ def test_eight_bit_moments_ask_for_their_package(teacher: Path, monkeypatch: pyt
         UserError, match=r"need bitsandbytes, which is not installed: pip install bitsandbytes"
     ):
         trained(teacher, eight)
-    with pytest.raises(UserError, match="critic, discriminator step together; give them the same bits"):
+    with pytest.raises(
+        UserError, match="critic, discriminator step together; give them the same rule and bits"
+    ):
         trained(teacher, "optim={default: {lr: 1e-2}, critic: {lr: 1e-2, bits: 8}}", "before=[]")
     made: list[Any] = []
 
@@ -129,6 +131,33 @@ def test_eight_bit_moments_ask_for_their_package(teacher: Path, monkeypatch: pyt
     trained(teacher, eight)
     assert len(made) == 2
     assert made[0][0]["lr"] == 1e-2
+
+
+def test_came_asks_for_its_package_and_gets_sanas_constants(teacher: Path, monkeypatch: pytest.MonkeyPatch):
+    came = "optim={default: {lr: 1e-2, betas: [0.9, 0.999], rule: came}}"
+    monkeypatch.setitem(sys.modules, "pytorch_optimizer", None)
+    with pytest.raises(UserError, match=r"came needs pytorch-optimizer, which is not installed: pip install"):
+        trained(teacher, came)
+    with pytest.raises(RecipeError, match="rule came has two eps of its own and no 8-bit form"):
+        trained(teacher, "optim={default: {lr: 1e-2, rule: came, bits: 8}}")
+    made: list[Any] = []
+
+    class Stub(torch.optim.SGD):
+        def __init__(self, groups: Any) -> None:
+            made.append(groups)
+            super().__init__([{"params": g["params"], "lr": g["lr"]} for g in groups])
+
+    monkeypatch.setitem(sys.modules, "pytorch_optimizer", types.SimpleNamespace(CAME=Stub))
+    trained(teacher, came)
+    assert len(made) == 2
+    told = {k: v for k, v in made[0][0].items() if k != "params"}
+    assert told == {
+        "lr": 1e-2,
+        "betas": (0.9, 0.999, 0.9999),
+        "eps1": 1e-30,
+        "eps2": 1e-16,
+        "weight_decay": 0.0,
+    }
 
 
 def test_a_shared_rollout_saves_one_and_keeps_its_conditions(teacher: Path, monkeypatch: pytest.MonkeyPatch):

@@ -94,8 +94,14 @@ def test_image_free_is_guided_by_the_teacher_and_data_mode_by_the_target() -> No
     share = 0.5 * bc(((group == 1) | (group == 2)).to(F64), x)
     gap = bc(label.to(F64), x) * x
     own = bc((group == 3).to(F64), x)
-    free = TwinFlow(image_free=True, guidance_share=0.5).velocity(who, batch, x, t, group, pair)
+    # Image free the ratio is the teacher's scale: 1.5 goes half a gap past the condition, 1 nowhere past it.
+    free = TwinFlow(image_free=True, guidance_share=1.5).velocity(who, batch, x, t, group, pair)
     assert torch.allclose(free, own * pair + (1 - own) * (x + gap) + share * gap, atol=1e-13)
+    one, none = (
+        TwinFlow(image_free=True, guidance_share=enr).velocity(who, batch, x, t, group, pair)
+        for enr in (1, 0)
+    )
+    assert torch.equal(one, none)
     plain = TwinFlow(guidance_share=0.5).velocity(who, batch, x, t, group, pair)
     assert torch.allclose(plain, pair + 7 * share * gap, atol=1e-13)
 

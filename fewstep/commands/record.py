@@ -1,0 +1,138 @@
+"""Numbers of runs for the method cards: what `fewstep methods record` takes from run directories and comparisons."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from fewstep.config import UserError
+from fewstep.recipe.diff import differences
+from fewstep.recipe.schema import Recipe
+from fewstep.recipe.store import load, load_run, shipped
+
+FILE = "results.jsonl"
+"""In the checkout's assets; the cards read it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Entry:
+    """A number of a shipped recipe, over one or more seeds; a line of the file."""
+
+    recipe: str
+    method: str
+    settings: tuple[str, ...]
+    """key=value of what was changed, other than lengths and seeds."""
+    metric: str
+    steps: int
+    values: tuple[float, ...]
+    """One a seed."""
+    error: float | None
+    """One standard error of their mean from the finite set of samples and, with several seeds, their spread."""
+    samples: int
+    updates: int
+    """Student updates of the last stage."""
+    commit: str
+
+    @property
+    def key(self) -> tuple[Any, ...]:
+        """Entries with one key are of one setting; a later recording replaces the earlier one."""
+        return self.recipe, self.settings, self.metric, self.steps, self.updates
+
+
+def record(sources: Sequence[Path], out: Path) -> list[Entry]:
+    """Put the numbers of run directories and of files by `fewstep compare` into a file of JSON lines; returns them.
+
+    Runs of one setting with several seeds become one entry. Raises UserError for a source that is neither, that has
+    no results yet, or that is no run of a shipped recipe.
+    """
+    made: dict[tuple[Any, ...], Entry] = {}
+    for source in sources:
+        for entry in of_comparison(source) if source.suffix == ".json" else [of_run(source)]:
+            earlier = made.get(entry.key)
+            made[entry.key] = entry if earlier is None else joined(earlier, entry)
+    kept = [_entry(json.loads(line)) for line in out.read_text().splitlines()] if out.exists() else []
+    every = {e.key: e for e in kept} | made
+    lines = [json.dumps(asdict(every[key])) for key in sorted(every, key=str)]
+    aside = out.with_name(f".{out.name}.tmp")
+    aside.write_text("\n".join(lines) + "\n")
+    aside.replace(out)
+    return list(made.values())
+
+
+def joined(a: Entry, b: Entry) -> Entry:
+    """Two entries of one setting as one over both their seeds."""
+    values = (*a.values, *b.values)
+    mean = sum(values) / len(values)
+    spread = (sum((v - mean) ** 2 for v in values) / (len(values) - 1)) ** 0.5
+    return replace(a, values=values, error=spread / len(values) ** 0.5, commit=b.commit)
+
+
+def of_run(run: Path) -> Entry:
+    """The number of a finished run directory, at its recipe's own sampler."""
+    recipe = load_run(run)
+    path = run / "report" / "results.json"
+    if not path.is_file():
+        raise UserError(
+            f"{run}: has no report/results.json; the run is not finished, or its recipe evaluates nothing"
+        )
+    data = json.loads(path.read_text())
+    name, settings = _named(recipe, run)
+    row = data["rows"][-1]
+    return Entry(
+        recipe=name,
+        method=recipe.method.name,  # type: ignore[attr-defined]
+        settings=settings,
+        metric=row["metric"],
+        steps=len(recipe.sampler().steps),
+        values=(row["value"],),
+        error=row["error"],
+        samples=row["samples"],
+        updates=recipe.train.steps,
+        commit=data.get("commit", "unknown"),
+    )
+
+
+def _named(recipe: Recipe, run: Path) -> tuple[str, tuple[str, ...]]:
+    """The shipped recipe of a run and what it changed, lengths and seeds aside."""
+    for name in shipped():
+        own = load(name)
+        if own.about == recipe.about:
+            found = (d.partition(": ") for d in differences(own, recipe))
+            changed = (f"{key}={told.rpartition(' -> ')[2]}" for key, _, told in found)
+            return name, tuple(c for c in changed if not c.startswith("train.seed="))
+    raise UserError(f"{run}: is no run of a shipped recipe (about: {recipe.about}); cards are of those")
+
+
+def of_comparison(path: Path) -> list[Entry]:
+    """The numbers of a file by `fewstep compare`, each recipe at its own number of steps, and that of its teacher."""
+    try:
+        data = json.loads(path.read_text())
+        rows, teachers = data["rows"], data["teachers"]
+        shared = {"settings": tuple(data["settings"]), "commit": data["environment"]["commit"][:7]}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path}: is no file by `fewstep compare`: {error}") from None
+    out = []
+    for r in rows:
+        if r["recipe"] in shipped() and r["steps"] == len(load(r["recipe"]).sampler().steps):
+            same = {k: r[k] for k in ("recipe", "method", "metric", "steps", "error", "samples", "updates")}
+            out.append(Entry(**same, values=tuple(r["values"]), **shared))
+    best = min(teachers, key=lambda r: r["value"], default=None)
+    if best is None:
+        return out
+    source = getattr(load(rows[0]["recipe"]).teacher, "path", "").removeprefix("assets:")
+    if source in shipped():
+        own = load(source)
+        same = {k: best[k] for k in ("metric", "steps", "error", "samples")}
+        method: str = own.method.name  # type: ignore[attr-defined]
+        made = Entry(
+            recipe=source, method=method, values=(best["value"],), updates=own.train.steps, **(shared | same)
+        )
+        out.append(replace(made, settings=()))
+    return out
+
+
+def _entry(line: dict[str, Any]) -> Entry:
+    return Entry(**line | {"settings": tuple(line["settings"]), "values": tuple(line["values"])})
