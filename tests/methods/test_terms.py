@@ -69,7 +69,7 @@ def critic_turn(method: Any, roles: Roles) -> dict[str, torch.Tensor]:
 
 WITH_CRITIC = {
     "dmd2": DMD2(), "sid": SiD(gan=Gan()), "f_distill": FDistill(), "uni_instruct": UniInstruct(),
-    "ctm": CTM(gan=Gan()), "segments": Segments(gan=Gan(), knots=8), "imagine_flash": ImagineFlash(),
+    "ctm": CTM(gan=Gan(), target_decay=None), "segments": Segments(gan=Gan(), knots=8), "imagine_flash": ImagineFlash(),
 }  # fmt: skip
 
 

@@ -84,7 +84,7 @@ def test_a_learned_weighting_and_an_adversary_train_one_student(tmp_path: Path) 
     }
     trainer.fit()
     assert trainer.progress.skipped == 0
-    assert sorted(trainer.optim) == ["discriminator", "student+weighting"]
+    assert sorted(trainer.loop.optim) == ["discriminator", "student+weighting"]
     after = {r: gradients_free(trainer.roles, r) for r in before}
     assert {r for r in before if not torch.equal(before[r], after[r])} == {
         "student",
@@ -93,7 +93,7 @@ def test_a_learned_weighting_and_an_adversary_train_one_student(tmp_path: Path) 
     }
     # The student's gradient is the weighted sum of both losses' on the draws that each has.
     roles, method = trainer.roles, trainer.recipe.method
-    batch = trainer.batch(trainer.recipe.stages()[-1], (0, 0), 0)
+    batch = trainer.loop.batch(trainer.recipe.stages()[-1], (0, 0), 0)
 
     def gradient(one: Any, draws: Draws) -> Tensor:
         roles.train_only("student", "weighting")
