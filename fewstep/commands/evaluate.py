@@ -162,7 +162,11 @@ def check_images(preset: Preset, request: Request, sampled: bool) -> None:
 
 def image_folder(preset: Preset, request: Request) -> ImageFolder:
     assert request.images is not None
-    return ImageFolder(request.images, preset.channels or 3, preset.number, request.allow_skips)
+    # A preset of null channels takes grey and colour: a grey value in all three channels is the same picture.
+    either = preset.channels is None
+    return ImageFolder(
+        request.images, preset.channels or 3, preset.number, request.allow_skips, grey_to_colour=either
+    )
 
 
 def check_order(files: Sequence[Path]) -> None:

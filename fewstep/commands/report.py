@@ -104,13 +104,14 @@ def _table(evaluations: Sequence[Evaluation]) -> None:
         cells = [_cell(name, e.metrics.get(name)) for name in names]
         speed = "" if e.seconds is None else f"{e.seconds:.2f}"
         out.add_row(e.name, *cells, "" if e.calls is None else str(e.calls), speed)
-    notes = ["calls: of the network, each sample; s / 1000: warm, processor time on a CPU"]
+    notes = [", ".join(names)]
+    notes += ["calls: of the network, each sample; s / 1000: warm, processor time on a CPU"]
     if any(f.standard_error is None for e in evaluations for f in e.frechet):
         notes.append(
             "without ±: no more samples than features, far too few for a distance that says anything"
         )
-    out.caption = "\n".join(notes)
     console.print(out)
+    console.print("\n".join(notes), soft_wrap=True, highlight=False)
 
 
 def _cell(name: str, entry: Mapping[str, Any] | None) -> str:
