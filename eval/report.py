@@ -233,7 +233,7 @@ def _lines(evaluations: Sequence[Evaluation], metric: str) -> bytes:
             look = {"label": group or None} if group in named else {"color": "lightgrey", "zorder": 0}
             axes.errorbar(steps, values, yerr=errors, marker="o", capsize=3, **look)
     _scale(axes, [v for e in evaluations if (v := _value_of(e, metric)) is not None])
-    ticks = sorted({e.calls for e in evaluations})
+    ticks = sorted({e.calls for e in evaluations if e.calls})
     axes.set_xscale("log", base=2)
     axes.set_xticks(ticks, [str(tick) for tick in ticks])
     axes.xaxis.minorticks_off()
@@ -249,7 +249,7 @@ def _pareto(evaluations: Sequence[Evaluation], metric: str) -> bytes:
     points = []
     for e in evaluations:
         found = _value_of(e, metric)
-        if found is None:
+        if found is None or e.seconds is None:
             continue
         value, error = found
         axes.errorbar(e.seconds, value, yerr=error, marker="o", color="tab:blue", capsize=3)
@@ -260,8 +260,13 @@ def _pareto(evaluations: Sequence[Evaluation], metric: str) -> bytes:
             front.append(point)
     for seconds, value, name in points if len(points) <= LEGEND else front:
         axes.annotate(name, (seconds, value), (6, 5), textcoords="offset points")
-    seconds, values, _ = zip(*front, strict=True)
-    axes.plot(seconds, values, color="tab:orange", zorder=0, label="best at its speed or faster")
+    axes.plot(
+        [point[0] for point in front],
+        [point[1] for point in front],
+        color="tab:orange",
+        zorder=0,
+        label="best at its speed or faster",
+    )
     axes.set_xscale("log")
     _scale(axes, [v for e in evaluations if (v := _value_of(e, metric)) is not None])
     axes.margins(0.2)

@@ -140,7 +140,8 @@ def comparison_rows(evaluations: Sequence[Evaluation]) -> tuple[list[str], list[
     names = list(dict.fromkeys(metric for e in evaluations for metric in e.metrics))
     costs = list(dict.fromkeys(cost for e in evaluations for cost in e.training))
     ranked = sorted(evaluations, key=lambda e: e.distance.value if distance_of(e) else 0.0)
-    header = ["model", "N", *names, "s / 1,000 images", "calls", *costs]
+    header = ["model", "N", *names, "s / 1,000 images", "calls"]
+    header += [f"training {cost.replace('_', ' ')}" for cost in costs]
     rows = []
     for e in ranked:
         cells = [e.name, f"{e.number:,}", *(format_entry(e.metrics.get(metric)) for metric in names)]
@@ -164,7 +165,7 @@ def format_entry(entry: Mapping[str, Any] | None) -> str:
     if error is not None and not math.isnan(error):
         text += f" ± {error:.2g}"
     if entry.get("spread") is not None:
-        text += f" (spread over {len(entry['seeds'])} seeds {entry['spread']:.2g})"
+        text += f" (spread over {len(entry['values'])} seeds {entry['spread']:.2g})"
     if entry.get("bias") is not None:
         text += f" (b/N {entry['bias']:.2g}"
         corrected = entry.get("corrected")

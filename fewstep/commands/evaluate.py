@@ -42,9 +42,7 @@ SHOWN = 64
 def run(request: Request) -> list[Evaluation]:
     """`fewstep eval`; returns the evaluations on the main process, nothing on the others."""
     if (request.path is None) == (request.images is None):
-        raise UserError(
-            "eval: give a run, an export or a diffusers folder to sample, or --images FOLDER --preset NAME"
-        )
+        raise UserError("eval: give a run, an export or a diffusers folder, or --images FOLDER --preset NAME")
     if request.seed is not None and request.preset is not None:
         raise UserError("--seed: a preset has seeds of its own; another seed is another protocol")
     steps, teacher = parse_steps(request.steps), parse_steps(request.teacher, "--teacher")

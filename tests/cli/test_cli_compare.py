@@ -17,7 +17,7 @@ import pytest
 import torch
 from fewstep.eval.metrics.estimate import Estimate
 from fewstep.eval.metrics.frechet import standard_error
-from fewstep.eval.protocol.evaluation import Evaluation
+from fewstep.eval.protocol.evaluation import Evaluation, PresetMismatch
 from fewstep.eval.protocol.preset import load_preset
 from tiny_compare import ARGUMENTS, train
 from tiny_runs import contents, environment, python, same
@@ -26,9 +26,10 @@ from fewstep.algebra.sampling import many_step
 from fewstep.bench.readme import comparison_table
 from fewstep.cli import main
 from fewstep.commands.compare.budget import Budget, Spent, bank_key, counted, lengths, with_lengths
-from fewstep.commands.compare.ranking import join, rank, with_error
+from fewstep.commands.compare.ranking import facts, join, rank, with_error, write
 from fewstep.config import UserError
 from fewstep.methods.pairs import Pairs
+from fewstep.recipe.schema import Evaluate
 from fewstep.recipe.store import load
 
 
@@ -202,6 +203,27 @@ def test_errors_join_seeds_and_sampling_and_pairing_cancels_what_is_shared():
     assert bare.metrics["FD (x)"]["sampling_error"] is None
     assert bare.distance.standard_error == pytest.approx(1.0)
     assert rank([row([7.0], None, None)])[0][0].distance.standard_error is None
+
+
+def test_the_report_is_of_the_evaluations_and_refuses_other_protocols(tmp_path: Path):
+    a, b = row([1.0, 3.0], None, None), row([2.0], None, None)
+    a.name, b.name = "one", "two"
+    teacher = replace(b, name="teacher, 8 steps", training={})
+    about = facts(Budget("updates", 3), (0, 1), (), Evaluate())
+    ranked = rank([a, b])
+    write(tmp_path, "T", about, ranked, [teacher], [{"recipe": "x", "seed": 0, "message": "gone"}], [])
+    told = results(tmp_path)
+    assert [(r["name"], r["rank"]) for r in told["rows"]] == [
+        (e.name, i) for i, (e, _) in enumerate(ranked, 1)
+    ]
+    assert Evaluation.from_json(told["teachers"][0]).distance == teacher.distance
+    assert "| teacher, 8 steps | | None | 2 | | 50.0 % |" in comparison_table(tmp_path / "results.json")
+    page = (tmp_path / "report.html").read_text()
+    assert "spread over 2 seeds 1.4" in page
+    assert "training cpu seconds" in page
+    teacher.preset_hash = "1"
+    with pytest.raises(PresetMismatch, match="different protocols"):
+        write(tmp_path, "T", about, ranked, [teacher], [], [])
 
 
 def test_numbers_have_the_decimals_of_their_error():

@@ -34,7 +34,7 @@ def join(recipe: str, runs: Sequence[Mapping[str, Any]], evaluations: Sequence[E
     first = evaluations[0]
     distance = distance_of(first)
     assert distance is not None  # a comparison is ranked by one
-    metrics = {}
+    metrics: dict[str, dict[str, Any]] = {}
     for name in first.metrics:
         known = [v for e in evaluations if (v := e.metrics[name]["value"]) is not None]
         metrics[name] = {"value": float(np.mean(known)) if known else None}
@@ -73,11 +73,12 @@ def join(recipe: str, runs: Sequence[Mapping[str, Any]], evaluations: Sequence[E
 
 def mean_influence(evaluations: Sequence[Evaluation]) -> Estimate | None:
     """The mean distance with the mean influence of each sample on it; None where one does not know its own."""
-    if not all(e.frechet and e.frechet[0].influence is not None for e in evaluations):
+    known = [e.frechet[0] for e in evaluations if e.frechet and e.frechet[0].influence is not None]
+    if len(known) < len(evaluations):
         return None
-    influence = np.mean([e.frechet[0].influence for e in evaluations], axis=0)
-    curvature = np.mean([e.frechet[0].curvature for e in evaluations], axis=0)
-    value = float(np.mean([e.frechet[0].value for e in evaluations]))
+    influence = np.mean(np.stack([k.influence for k in known]), axis=0)  # type: ignore[arg-type]
+    curvature = np.mean(np.stack([k.curvature for k in known]), axis=0)  # type: ignore[arg-type]
+    value = float(np.mean([k.value for k in known]))
     error = standard_error(influence, curvature)
     return Estimate(value=value, standard_error=error, influence=influence, curvature=curvature)
 
