@@ -7,7 +7,7 @@ from typing import Any
 # Resolved on first use, so that `import fewstep.eval` costs neither torch nor scikit-learn.
 _HOMES = {
     "FeatureStatistics": "metrics.statistics",
-    "FrechetResult": "metrics.frechet",
+    "Estimate": "metrics.estimate",
     "frechet_distance": "metrics.frechet",
     "paired_difference": "metrics.frechet",
     "FeatureExtractor": "features.base",

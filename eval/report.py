@@ -7,13 +7,11 @@ import html
 import io
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from fewstep.eval.protocol.evaluate import Evaluation, comparison_rows, distance_of
-from fewstep.eval.protocol.latency import Latency
+from fewstep.eval.protocol.evaluation import Evaluation, comparison_rows, distance_of
 from torch import Tensor
 
 from fewstep.files import atomic_path
@@ -44,23 +42,8 @@ SAMPLING_NOTE = (
 )
 
 
-@dataclass
-class Entry:
-    """One row of the report: a model at a number of network calls, `steps`; None where it is not known.
-
-    `images` are pixels (N, C, H, W) uint8 of the first global indices, the same for every entry; `group` joins entries of
-    one model in the plots.
-    """
-
-    evaluation: Evaluation
-    steps: int | None
-    group: str = ""
-    images: Tensor | None = None
-    latency: Sequence[Latency] = field(default_factory=tuple)
-
-
 def write_report(
-    entries: Sequence[Entry],
+    evaluations: Sequence[Evaluation],
     folder: str | Path,
     title: str = "Evaluation",
     notes: Sequence[str] = (SAMPLING_NOTE,),
@@ -70,11 +53,10 @@ def write_report(
     `notes` are paragraphs under the table: what its errors mean, what is missing from it.
 
     Raises:
-        ValueError: no entries. PresetMismatch: entries of different protocols.
+        ValueError: no evaluations. PresetMismatch: evaluations of different protocols.
     """
-    if not entries:
-        raise ValueError("entries: none were given")
-    evaluations = [entry.evaluation for entry in entries]
+    if not evaluations:
+        raise ValueError("evaluations: none were given")
     header, rows = comparison_rows(evaluations)
     first = evaluations[0]
     parts = [
@@ -85,9 +67,9 @@ def write_report(
         _table(header, rows),
         *(f'<p class="note">{html.escape(note)}</p>' for note in notes),
         *_notes(evaluations),
-        *_grids(entries),
-        *_plots(entries),
-        *_latency(entries),
+        *_grids(evaluations),
+        *_plots(evaluations),
+        *_latency(evaluations),
         "<h2>Environment</h2>",
         _table(["", "value"], [*map(list, first.environment.items()), *_files(evaluations)]),
     ]
@@ -98,11 +80,7 @@ def write_report(
         + "</body></html>\n"
     )
     folder = Path(folder)
-    content = [
-        entry.evaluation.as_json()
-        | {"steps": entry.steps, "group": entry.group, "latency": [asdict(item) for item in entry.latency]}
-        for entry in entries
-    ]
+    content = [e.as_json() for e in evaluations]
     with atomic_path(folder / "report.json") as temporary:
         temporary.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n")
     with atomic_path(folder / "report.html") as temporary:
@@ -159,20 +137,20 @@ def _png(data: bytes) -> str:
     return "data:image/png;base64," + base64.b64encode(data).decode()
 
 
-def _grids(entries: Sequence[Entry]) -> list[str]:
-    shown = [entry for entry in entries if entry.images is not None]
+def _grids(evaluations: Sequence[Evaluation]) -> list[str]:
+    shown = [(e, e.images) for e in evaluations if e.images is not None]
     if not shown:
         return []
     from PIL import Image
 
     parts = ['<h2>Samples</h2><p class="note">The same global indices, so the same noise, in every grid.</p>']
     parts.append('<div class="grids">')
-    for entry in shown:
-        picture = image_grid(entry.images).permute(1, 2, 0).numpy()
+    for e, images in shown:
+        picture = image_grid(images).permute(1, 2, 0).numpy()
         buffer = io.BytesIO()
         Image.fromarray(picture[..., 0] if picture.shape[2] == 1 else picture).save(buffer, "png")
-        name = html.escape(entry.evaluation.name)
-        calls = f" ({entry.steps} network call{'' if entry.steps == 1 else 's'})" if entry.steps else ""
+        name = html.escape(e.name)
+        calls = f" ({e.calls} network call{'' if e.calls == 1 else 's'})" if e.calls else ""
         parts.append(
             f'<figure><img src="{_png(buffer.getvalue())}" alt="samples of {name}">'
             f"<figcaption>{name}{calls}</figcaption></figure>"
@@ -187,15 +165,15 @@ def _value_of(evaluation: Evaluation, metric: str) -> tuple[float, float] | None
     return float(entry["value"]), float(entry.get("standard_error") or 0.0)
 
 
-def _plots(entries: Sequence[Entry]) -> list[str]:
-    metrics = list(entries[0].evaluation.metrics)
+def _plots(evaluations: Sequence[Evaluation]) -> list[str]:
+    metrics = list(evaluations[0].metrics)
     figures = []
-    counted = [entry for entry in entries if entry.steps]
-    if len({entry.steps for entry in counted}) > 1:
+    counted = [e for e in evaluations if e.calls]
+    if len({e.calls for e in counted}) > 1:
         for metric in metrics[:6]:
             figures.append((f"{metric} against network calls", _lines(counted, metric)))
-    distance = distance_of(entries[0].evaluation)
-    timed = [entry for entry in entries if entry.evaluation.seconds]
+    distance = distance_of(evaluations[0])
+    timed = [e for e in evaluations if e.seconds]
     if len(timed) > 1 and distance:
         figures.append((f"{distance} against time: lower left is better", _pareto(timed, distance)))
     if not figures:
@@ -232,60 +210,65 @@ def _scale(axes: Any, found: Sequence[tuple[float, float]]) -> None:
         axes.set_yscale("log")
 
 
-def _named(entries: Sequence[Entry], metric: str) -> list[str]:
+def _named(evaluations: Sequence[Evaluation], metric: str) -> list[str]:
     """The groups that a legend has room for: all, or those of the best values."""
     best: dict[str, float] = {}
-    for entry in entries:
-        if (found := _value_of(entry.evaluation, metric)) is not None:
-            best[entry.group] = min(found[0], best.get(entry.group, found[0]))
+    for e in evaluations:
+        if (found := _value_of(e, metric)) is not None:
+            best[e.group] = min(found[0], best.get(e.group, found[0]))
     return sorted(best, key=lambda group: best[group])[:LEGEND] if len(best) > LEGEND else list(best)
 
 
-def _lines(entries: Sequence[Entry], metric: str) -> bytes:
+def _lines(evaluations: Sequence[Evaluation], metric: str) -> bytes:
     figure, axes = _figure()
-    named = _named(entries, metric)
-    for group in dict.fromkeys(entry.group for entry in entries):
+    named = _named(evaluations, metric)
+    for group in dict.fromkeys(e.group for e in evaluations):
         points = sorted(
-            (entry.steps, *found)
-            for entry in entries
-            if entry.group == group and (found := _value_of(entry.evaluation, metric)) is not None
+            (e.calls, *found)
+            for e in evaluations
+            if e.group == group and (found := _value_of(e, metric)) is not None
         )
         if points:
             steps, values, errors = zip(*points, strict=True)
             look = {"label": group or None} if group in named else {"color": "lightgrey", "zorder": 0}
             axes.errorbar(steps, values, yerr=errors, marker="o", capsize=3, **look)
-    _scale(axes, [v for e in entries if (v := _value_of(e.evaluation, metric)) is not None])
-    ticks = sorted({entry.steps for entry in entries})
+    _scale(axes, [v for e in evaluations if (v := _value_of(e, metric)) is not None])
+    ticks = sorted({e.calls for e in evaluations if e.calls})
     axes.set_xscale("log", base=2)
     axes.set_xticks(ticks, [str(tick) for tick in ticks])
     axes.xaxis.minorticks_off()
     axes.set_xlabel("network calls")
     axes.set_ylabel(metric)
-    if any(entry.group for entry in entries):
+    if any(e.group for e in evaluations):
         axes.legend(frameon=False, fontsize=7 if len(named) > 6 else None)
     return _saved(figure)
 
 
-def _pareto(entries: Sequence[Entry], metric: str) -> bytes:
+def _pareto(evaluations: Sequence[Evaluation], metric: str) -> bytes:
     figure, axes = _figure()
     points = []
-    for entry in entries:
-        found = _value_of(entry.evaluation, metric)
-        if found is None:
+    for e in evaluations:
+        found = _value_of(e, metric)
+        if found is None or e.seconds is None:
             continue
         value, error = found
-        axes.errorbar(entry.evaluation.seconds, value, yerr=error, marker="o", color="tab:blue", capsize=3)
-        points.append((entry.evaluation.seconds, value, entry.evaluation.name))
+        axes.errorbar(e.seconds, value, yerr=error, marker="o", color="tab:blue", capsize=3)
+        points.append((e.seconds, value, e.name))
     front: list[tuple[float, float, str]] = []
     for point in sorted(points):
         if not front or point[1] < front[-1][1]:
             front.append(point)
     for seconds, value, name in points if len(points) <= LEGEND else front:
         axes.annotate(name, (seconds, value), (6, 5), textcoords="offset points")
-    seconds, values, _ = zip(*front, strict=True)
-    axes.plot(seconds, values, color="tab:orange", zorder=0, label="best at its speed or faster")
+    axes.plot(
+        [point[0] for point in front],
+        [point[1] for point in front],
+        color="tab:orange",
+        zorder=0,
+        label="best at its speed or faster",
+    )
     axes.set_xscale("log")
-    _scale(axes, [v for e in entries if (v := _value_of(e.evaluation, metric)) is not None])
+    _scale(axes, [v for e in evaluations if (v := _value_of(e, metric)) is not None])
     axes.margins(0.2)
     axes.set_xlabel("seconds per 1,000 images")
     axes.set_ylabel(metric)
@@ -293,13 +276,13 @@ def _pareto(entries: Sequence[Entry], metric: str) -> bytes:
     return _saved(figure)
 
 
-def _latency(entries: Sequence[Entry]) -> list[str]:
+def _latency(evaluations: Sequence[Evaluation]) -> list[str]:
     rows = []
-    for entry in entries:
-        for item in entry.latency:
+    for e in evaluations:
+        for item in e.latency:
             memory = "CPU" if item.peak_bytes is None else f"{item.peak_bytes / 2**20:.0f} MiB"
             times = [f"{1000 * item.p50:.3g}", f"{1000 * item.p95:.3g}", f"{item.images_per_second:.4g}"]
-            rows.append([entry.evaluation.name, str(entry.steps), str(item.batch_size), *times, memory])
+            rows.append([e.name, str(e.calls), str(item.batch_size), *times, memory])
     if not rows:
         return []
     header = ["model", "steps", "batch", "p50 ms", "p95 ms", "images / s", "peak memory"]

@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import errno
+import functools
+import inspect
 import sys
+from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, get_type_hints
 
 import typer
+
+from fewstep.commands.request import Request
 
 app = typer.Typer(
     name="fewstep",
@@ -32,6 +38,24 @@ Steps = Annotated[int | None, typer.Option(help="Network calls (a teacher: Heun 
 AnySteps = Annotated[
     bool, typer.Option("--any", help="Allow a number of steps the student was not trained for.")
 ]
+
+
+def by_fields(command: Callable[[Any], None]) -> Callable[..., None]:
+    """A command of one dataclass, as typer reads it: with the fields as its arguments and options."""
+    (kind,) = (hint for name, hint in get_type_hints(command).items() if name != "return")
+    hints = get_type_hints(kind, include_extras=True)
+
+    @functools.wraps(command)
+    def spread(**values: Any) -> None:
+        command(kind(**values))
+
+    told = inspect.Parameter.KEYWORD_ONLY
+    parameters = [
+        inspect.Parameter(f.name, told, default=f.default, annotation=hints[f.name]) for f in fields(kind)
+    ]
+    spread.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    spread.__annotations__ = hints
+    return spread
 
 
 @app.command(epilog="Example: `fewstep run digits-dmd2 train.steps=100 --out runs/short`")
@@ -77,106 +101,17 @@ def sample(
     "`fewstep eval --selftest`\n\n"
     "Several processes: `python -m torch.distributed.run --nproc-per-node 2 -m fewstep eval ...`",
 )
-def evaluate(
-    path: Annotated[
-        Path | None, typer.Argument(help="A run directory, an export or a diffusers folder.")
-    ] = None,
-    preset: Annotated[
-        str | None,
-        typer.Option(help="A protocol, shipped or a YAML file; left out: the recipe's `evaluate`."),
-    ] = None,
-    images: Annotated[
-        Path | None, typer.Option(help="Measure the images of this folder instead of sampling.")
-    ] = None,
-    steps: Annotated[
-        str | None, typer.Option(help="Network calls (a teacher: Heun steps); with --preset several: 1,2,4.")
-    ] = None,
-    teacher: Annotated[
-        str | None, typer.Option(help="With --preset: measure a run's teacher too, at these Heun steps.")
-    ] = None,
-    samples: Annotated[
-        int | None, typer.Option(min=2, help="Number of samples; another one is another protocol.")
-    ] = None,
-    seed: Annotated[int | None, typer.Option(help="Seed of the noise; a preset has its own.")] = None,
-    any_steps: AnySteps = False,
-    allow_skips: Annotated[
-        bool, typer.Option("--allow-skips", help="Leave out images that do not fit, and list them.")
-    ] = False,
-    extractor_path: Annotated[
-        Path | None, typer.Option(help="Weights of the preset's feature network.")
-    ] = None,
-    clip_path: Annotated[
-        Path | None, typer.Option(help="open-clip checkpoint of the preset's CLIP score.")
-    ] = None,
-    omit: Annotated[
-        list[str] | None,
-        typer.Option(help="A metric of the preset to leave out, such as clip-score.", metavar="METRIC"),
-    ] = None,
-    call: Annotated[
-        list[str] | None, typer.Option(help="An argument of the pipeline's call.", metavar="KEY=VALUE")
-    ] = None,
-    batch: Annotated[int, typer.Option(min=1, help="With --preset: images of one call.")] = 64,
-    report: Annotated[
-        Path | None, typer.Option(help="With --preset: folder for report.html and report.json.")
-    ] = None,
-    out: Annotated[
-        Path | None, typer.Option(help="Folder of the images that geneval and hpsv2 write.")
-    ] = None,
-    selftest: Annotated[
-        bool, typer.Option("--selftest", help="Check the harness itself on this machine.")
-    ] = False,
-) -> None:
+@by_fields
+def evaluate(request: Request) -> None:
     """Measure a run, an export, a diffusers folder or a folder of images."""
-    from fewstep.config import UserError
-
-    if selftest:
-        from fewstep.commands.protocol import check
+    if request.selftest:
+        from fewstep.commands.selftest import check
 
         check()
-        return
-    if preset is None:
-        alone = {"--images": images, "--report": report, "--out": out, "--call": call, "--teacher": teacher}
-        alone |= {"--extractor-path": extractor_path, "--allow-skips": allow_skips or None}
-        alone |= {"--clip-path": clip_path, "--omit": omit}
-        wanted = [name for name, value in alone.items() if value is not None]
-        if wanted:
-            raise UserError(f"{wanted[0]}: needs --preset NAME, such as digits")
-        if path is None:
-            raise UserError(
-                "eval: give a run, an export or a diffusers folder, or --images FOLDER --preset NAME"
-            )
-        from fewstep.commands.evaluate import evaluate as job
-        from fewstep.commands.options import parse_steps
+    else:
+        from fewstep.commands.evaluate import run
 
-        counts = parse_steps(steps)
-        if len(counts) > 1:
-            raise UserError(f"--steps {steps}: several numbers need --preset NAME, such as digits")
-        job(path, counts[0] if counts else None, samples, seed, any_steps)
-        return
-    if seed is not None:
-        raise UserError("--seed: a preset has seeds of its own; another seed is another protocol")
-    from fewstep.commands.options import parse_steps
-    from fewstep.commands.protocol import Request, run
-
-    run(
-        Request(
-            preset,
-            path,
-            images,
-            parse_steps(steps),
-            any_steps,
-            parse_steps(teacher, "--teacher"),
-            samples,
-            batch,
-            tuple(call or ()),
-            extractor_path,
-            allow_skips,
-            report,
-            out,
-            clip_path,
-            tuple(omit or ()),
-        )
-    )
+        run(request)
 
 
 @app.command(

@@ -72,6 +72,16 @@ def state_sha256(module: nn.Module) -> str:
     return digest.hexdigest()
 
 
+class Vectors:
+    """Samples that are no images, as they are: (N, D) -> (N, D); `dim` 0 stands for any."""
+
+    name, dim, input_size = "vectors", 0, None
+    sha256 = hashlib.sha256(b"vectors").hexdigest()
+
+    def __call__(self, images: Tensor) -> Tensor:
+        return images
+
+
 class RandomConv(nn.Module):
     """A seeded, untrained convolutional network: for tests of the plumbing, meaningless as a metric."""
 

@@ -179,4 +179,4 @@ def clip_score(
     if recipe.clip_negative:
         cosines = cosines.clamp(min=0)
     scores = recipe.scale * cosines
-    return Estimate(float(scores.mean()), float(scores.std()) / len(scores) ** 0.5)
+    return Estimate(value=float(scores.mean()), standard_error=float(scores.std()) / len(scores) ** 0.5)

@@ -6,7 +6,7 @@ import os
 import re
 from collections.abc import Callable
 
-from fewstep.eval.features.base import FeatureExtractor, random_conv
+from fewstep.eval.features.base import FeatureExtractor, Vectors, random_conv
 from fewstep.eval.features.house import house_digits, house_fashion
 from fewstep.eval.features.networks import dinov2, effnet_lite0, inception
 
@@ -14,6 +14,7 @@ _FACTORIES: dict[str, Callable[..., FeatureExtractor]] = {
     "house-digits": house_digits,
     "house-fashion-mnist": house_fashion,
     "inception-2015": inception,
+    "vectors": lambda path=None: Vectors(),
 }
 
 
@@ -21,7 +22,7 @@ def build_extractor(name: str, path: str | os.PathLike[str] | None = None) -> Fe
     """The extractor of that name, as presets and the command line write it.
 
     ``house-digits``, ``house-fashion-mnist``, ``inception-2015``, ``effnet-lite0-SIZE``,
-    ``random-conv-SEED``, and with a `path` ``dinov2`` and ``clip:ARCHITECTURE``.
+    ``random-conv-SEED``, ``vectors``, and with a `path` ``dinov2`` and ``clip:ARCHITECTURE``.
 
     Raises:
         ValueError: an unknown name, or a missing path.

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from fewstep.eval.features.base import as_pixels
+from fewstep.eval.features.base import as_pixels, state_sha256
 from fewstep.eval.metrics.estimate import Estimate
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -90,7 +91,7 @@ def retrieval_accuracy(scores: Tensor, own: Tensor, among: int = 100, seed: int 
         others = others + (others >= mine)  # numbers without `mine`
         hits += int((row[mine] > row[others]).all())
     share = hits / len(scores)
-    return Estimate(share, math.sqrt(share * (1 - share) / len(scores)))
+    return Estimate(value=share, standard_error=math.sqrt(share * (1 - share) / len(scores)))
 
 
 @dataclass(frozen=True)
@@ -100,6 +101,12 @@ class Retrieval:
     network: Contrastive
     captions: tuple[str, ...]
     features: Tensor
+
+    @property
+    def sha256(self) -> str:
+        """Of the weights and the captions."""
+        content = json.dumps([state_sha256(self.network), self.captions])
+        return hashlib.sha256(content.encode()).hexdigest()
 
     @torch.no_grad()
     def accuracy(self, images: Tensor, own: Tensor, among: int = 100, seed: int = 0) -> Estimate:

@@ -9,83 +9,14 @@ symmetric: no matrix square root, nothing complex, and L is computed once per re
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 import torch
+from fewstep.eval.metrics.estimate import Estimate
 from fewstep.eval.metrics.statistics import FeatureStatistics, as_features
 from numpy.typing import ArrayLike
 
 _PAIRS = 4096
-
-
-@dataclass(frozen=True)
-class FrechetResult:
-    """A Frechet distance and how far to trust it.
-
-    Attributes:
-        value: the distance, as every other package computes it.
-        n: samples behind `value`; None when unknown.
-        dim: feature dimension.
-        standard_error: sampling error (one sigma) of `value` over draws of the samples, reference fixed;
-            None when no features were given or n <= dim.
-        bias: expected excess b/n of `value` over its limit for n -> infinity; None in the same cases.
-        usable: whether `corrected` may be quoted: b/n <= value - b/n.
-        reason: why it may not; empty when it may.
-        influence: (n,) influence of each sample on `value`; two results on shared seeds subtract.
-        curvature: second-order influence of fixed pairs of samples; subtracts likewise.
-    """
-
-    value: float
-    n: int | None
-    dim: int
-    standard_error: float | None = None
-    bias: float | None = None
-    usable: bool = False
-    reason: str = "needs the features, not only their statistics"
-    influence: np.ndarray | None = field(default=None, repr=False, compare=False)
-    curvature: np.ndarray | None = field(default=None, repr=False, compare=False)
-
-    @property
-    def corrected(self) -> float | None:
-        """value - b/n, or None; quote it only when `usable`."""
-        return None if self.bias is None else self.value - self.bias
-
-    def __str__(self) -> str:
-        text = f"{self.value:.6g}"
-        if self.standard_error is not None:
-            text += f" ± {self.standard_error:.2g}"
-        text += f" (N={'unknown' if self.n is None else self.n}"
-        if self.bias is not None:
-            text += f", b/N={self.bias:.3g}"
-            if self.usable:
-                text += f", corrected {self.corrected:.6g}"
-        if not self.usable and self.reason.startswith("N too small"):
-            text += ", N too small for a corrected value: see KID or CMMD"
-        return text + ")"
-
-    def as_dict(self) -> dict[str, Any]:
-        """JSON-ready, without the per-sample influence; `corrected` is null unless usable."""
-        return {
-            "value": self.value,
-            "n": self.n,
-            "dim": self.dim,
-            "standard_error": self.standard_error,
-            "bias": self.bias,
-            "corrected": self.corrected if self.usable else None,
-            "usable": self.usable,
-            "reason": self.reason,
-        }
-
-
-@dataclass(frozen=True)
-class FrechetDifference:
-    """FD(a) - FD(b) against one reference for samples drawn from shared seeds, with its standard error."""
-
-    value: float
-    standard_error: float
-    n: int
 
 
 def frechet_distance(
@@ -93,7 +24,7 @@ def frechet_distance(
     reference: FeatureStatistics,
     *,
     features: ArrayLike | torch.Tensor | None = None,
-) -> FrechetResult:
+) -> Estimate:
     """Frechet distance of `sample` from `reference`.
 
     Args:
@@ -127,13 +58,16 @@ def frechet_distance(
         singular = np.linalg.svd((features - sample.mean) @ root, compute_uv=False)
         cross = float(singular.sum()) / math.sqrt(len(features) - 1)
         value = _clip(float(offset @ offset) + traces - 2 * cross, traces)
-        return FrechetResult(value, sample.n, sample.dim, reason="N too small: N <= dimension")
+        return Estimate(value=value, n=sample.n, dim=sample.dim, reason="N too small: N <= dimension")
 
     product = root.T @ sample.covariance @ root
     if features is None:
         eigenvalues = np.linalg.eigvalsh(product)
         cross = _trace_of_root(eigenvalues, sample.n)
-        return FrechetResult(_clip(float(offset @ offset) + traces - 2 * cross, traces), sample.n, sample.dim)
+        value = _clip(float(offset @ offset) + traces - 2 * cross, traces)
+        return Estimate(
+            value=value, n=sample.n, dim=sample.dim, reason="needs the features, not only their statistics"
+        )
 
     eigenvalues, vectors = np.linalg.eigh(product)
     value = _clip(float(offset @ offset) + traces - 2 * _trace_of_root(eigenvalues, sample.n), traces)
@@ -142,10 +76,20 @@ def frechet_distance(
     corrected = value - bias
     usable = bias <= corrected
     reason = "" if usable else f"N too small: b/N = {bias:.3g} exceeds the corrected value {corrected:.3g}"
-    return FrechetResult(value, sample.n, sample.dim, error, bias, usable, reason, influence, curvature)
+    return Estimate(
+        value=value,
+        standard_error=error,
+        n=sample.n,
+        dim=sample.dim,
+        bias=bias,
+        usable=usable,
+        reason=reason,
+        influence=influence,
+        curvature=curvature,
+    )
 
 
-def paired_difference(a: FrechetResult, b: FrechetResult) -> FrechetDifference:
+def paired_difference(a: Estimate, b: Estimate) -> Estimate:
     """FD(a) - FD(b) when sample i of both came from the same seed: their errors largely cancel.
 
     Raises:
@@ -157,7 +101,7 @@ def paired_difference(a: FrechetResult, b: FrechetResult) -> FrechetDifference:
         raise ValueError(f"a, b: {len(a.influence)} and {len(b.influence)} samples cannot be paired")
     n = len(a.influence)
     error = standard_error(a.influence - b.influence, a.curvature - b.curvature)
-    return FrechetDifference(a.value - b.value, error, n)
+    return Estimate(value=a.value - b.value, standard_error=error, n=n)
 
 
 def _trace_of_root(eigenvalues: np.ndarray, n: int | None) -> float:

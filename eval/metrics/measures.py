@@ -44,7 +44,7 @@ def class_accuracy(logits: Tensor, labels: Tensor) -> Estimate:
     if not torch.isfinite(logits).all():
         raise ValueError("logits: values that are not finite")
     share = float((logits.argmax(dim=1) == labels.to(logits.device)).double().mean())
-    return Estimate(share, math.sqrt(share * (1 - share) / len(labels)))
+    return Estimate(value=share, standard_error=math.sqrt(share * (1 - share) / len(labels)))
 
 
 def mean_pairwise_distance(features: ArrayLike | Tensor) -> float:
@@ -122,7 +122,8 @@ def cmmd(x: ArrayLike | Tensor, y: ArrayLike | Tensor, *, unbiased: bool = False
             raise ValueError(f"{name}: row {int(norms.argmin())} is zero and cannot be scaled to unit length")
         scaled.append(rows / norms)
     found = gaussian_mmd(scaled[0], scaled[1], sigma=10.0, unbiased=unbiased)
-    return Estimate(1000 * found.value, 1000 * found.standard_error)
+    assert found.standard_error is not None
+    return Estimate(value=1000 * found.value, standard_error=1000 * found.standard_error)
 
 
 def manifold(real: ArrayLike | Tensor, fake: ArrayLike | Tensor, k: int = 5) -> Manifold:
@@ -179,7 +180,7 @@ def classifier_score(logits: Tensor, splits: int = 10) -> Estimate:
         log_marginal = torch.logsumexp(part, dim=0) - math.log(len(part))
         scores.append(float((part.exp() * (part - log_marginal)).sum(dim=1).mean().exp()))
     error = float(np.std(scores, ddof=1)) / math.sqrt(splits) if splits > 1 else math.nan
-    return Estimate(float(np.mean(scores)), error)
+    return Estimate(value=float(np.mean(scores)), standard_error=error)
 
 
 def _same_width(a: np.ndarray, b: np.ndarray) -> int:
@@ -242,8 +243,10 @@ def _mmd(a: np.ndarray, b: np.ndarray, kernel: Kernel, biased: bool = False) -> 
         value = within_a + within_b - 2 * ab.sum() / (n * m)
     # Delete-one values follow from the row sums; with fewer than three rows none are defined.
     if min(n, m) < 3:
-        return Estimate(float(value), math.nan)
+        return Estimate(value=float(value), standard_error=math.nan)
     aa, bb = aa - aa_diagonal, bb - bb_diagonal
     without_a = (aa.sum() - 2 * aa) / ((n - 1) * (n - 2)) - 2 * (ab.sum() - ab) / ((n - 1) * m)
     without_b = (bb.sum() - 2 * bb) / ((m - 1) * (m - 2)) - 2 * (ab.sum() - ba) / (n * (m - 1))
-    return Estimate(float(value), math.sqrt((n - 1) * without_a.var() + (m - 1) * without_b.var()))
+    return Estimate(
+        value=float(value), standard_error=math.sqrt((n - 1) * without_a.var() + (m - 1) * without_b.var())
+    )

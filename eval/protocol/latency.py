@@ -1,4 +1,4 @@
-"""How fast samples come: warmed up, synchronised, percentiles over repeated calls, peak memory."""
+"""How fast samples come: warm calls only, synchronised; a speed, percentiles over repeated calls, peak memory."""
 
 from __future__ import annotations
 
@@ -47,3 +47,44 @@ def measure_latency(
     peak = torch.cuda.max_memory_allocated() if device else None
     p50, p95 = np.percentile(times, [50, 95])
     return Latency(batch_size, float(p50), float(p95), batch_size / float(np.mean(times)), repeats, peak)
+
+
+class Clock:
+    """A generator that tells its own speed: ``generate`` with a watch on it, from warm calls alone.
+
+    The first call is cold (memory, kernels, threads are found on it) and never counts; of the others only those of as
+    many images as the first one count, and of these the best does. On a CPU it is processor time over all threads, which
+    a busy machine does not lengthen, with CUDA wall time between two synchronisations.
+    """
+
+    def __init__(self, generate: Callable[[list[int]], Tensor], best_of: int = 3) -> None:
+        self.generate, self.best_of = generate, best_of
+        self.first: list[int] | None = None
+        self.warm: list[float] = []
+
+    def __call__(self, indices: list[int]) -> Tensor:
+        start = _now()
+        images = self.generate(indices)
+        seconds = _now() - start
+        if self.first is None:
+            self.first = list(indices)
+        elif len(indices) == len(self.first):
+            self.warm.append(seconds)
+        return images
+
+    @torch.no_grad()
+    def per_1000(self, indices: list[int]) -> float:
+        """Seconds per 1,000 images; where there were too few warm calls for a best of n, further ones are made.
+
+        `indices` are for a generator that was not called yet, such as when all its samples lay on the disk.
+        """
+        while self.first is None or len(self.warm) < self.best_of:
+            self(indices if self.first is None else self.first)
+        return 1000 * min(self.warm) / len(self.first)
+
+
+def _now() -> float:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+        return time.perf_counter()
+    return time.process_time()

@@ -42,21 +42,22 @@ class Conditions:
     """What the generator is asked for at each global index.
 
     ``none``; ``labels-cycle`` (index mod classes); ``labels-random`` (a seeded draw per index); ``prompts``
-    (line `index` of `file`).
+    (line `index` of `file`); ``data`` (what the model's own data hands out in turn: classes, captions or nothing; with
+    `classes`, where it has classes these many).
     """
 
-    kind: Literal["none", "labels-cycle", "labels-random", "prompts"]
+    kind: Literal["none", "labels-cycle", "labels-random", "prompts", "data"]
     classes: int | None = None
     file: File | None = None
 
 
 @checked_dataclass(frozen=True, config=_STRICT)
 class Reference:
-    """What is compared with: a ``builtin`` data set, or a statistics ``file``; ``none`` for export-only
-    protocols.
+    """What is compared with: a ``builtin`` data set, a statistics ``file`` or the run's own ``data``; ``none`` for
+    export-only protocols.
     """
 
-    kind: Literal["builtin", "file", "none"]
+    kind: Literal["builtin", "file", "data", "none"]
     name: str
     file: File | None = None
     images: int | None = None
@@ -87,15 +88,20 @@ class ClipScore:
 
 @checked_dataclass(frozen=True, config=_STRICT)
 class Preset:
-    """One protocol. `title` and `notes` are for people; every other field enters the hash."""
+    """One protocol. `title` and `notes` are for people; every other field enters the hash.
+
+    `size` and `channels` of null take any size, and one or three channels. The extractor ``vectors`` is for samples that
+    are no images: they are compared as they are, without quantiser and chain. `first_seed` numbers the noise: a
+    pipeline's image i starts from a generator of seed `first_seed` + i, a run's from sample i of seed `first_seed`.
+    """
 
     name: str
     title: str
     number: int
-    size: int
-    channels: int
+    size: int | None
+    channels: int | None
     conditions: Conditions
-    quantiser: str
+    quantiser: str | None
     chain: list[ResizeStep]
     extractor: str
     reference: Reference
@@ -110,7 +116,10 @@ class Preset:
 
     def __post_init__(self) -> None:
         problems = []
-        if self.quantiser not in QUANTISERS:
+        if self.vectors:
+            if any((self.size, self.channels, self.quantiser, self.chain)):
+                problems.append("extractor: vectors take no size, channels, quantiser or chain")
+        elif self.quantiser not in QUANTISERS:
             problems.append(f"quantiser: {self.quantiser!r} is not one of {sorted(QUANTISERS)}")
         for name, chain in (("chain", self.chain), ("clip.chain", self.clip.chain if self.clip else ())):
             for step in chain:
@@ -133,6 +142,11 @@ class Preset:
             problems.append("reference.file: needed for a reference of kind 'file'")
         if problems:
             raise ValueError("; ".join(problems))
+
+    @property
+    def vectors(self) -> bool:
+        """Whether samples are vectors, not images."""
+        return self.extractor == "vectors"
 
     @property
     def steps(self) -> list[Step]:
@@ -173,7 +187,9 @@ METRICS = (
     "classifier-score",
     "class-accuracy",
     "diversity",
+    "energy",
     "clip-score",
+    "retrieval",
 )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,11 +13,14 @@ import torch
 from fewstep.eval.features.base import FeatureExtractor, extract
 from fewstep.eval.metrics.statistics import FeatureStatistics
 from fewstep.eval.protocol.datasets import digits, fashion_mnist
+from fewstep.eval.protocol.images import to_pixels
+from fewstep.eval.protocol.preset import Preset, locate
+from fewstep.eval.protocol.resize import CHAINED, Step, apply_chain
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from fewstep.files import atomic_path, cache_dir
+from fewstep.files import atomic_path, cache_dir, file_sha256
 
 # Raised whenever the same images and network would give other numbers.
 REFERENCE_VERSION = 1
@@ -48,16 +52,76 @@ def fashion_reference(extractor: FeatureExtractor, split: str = "train") -> Refe
     return reference_of(f"fashion-mnist-{split}", images, labels, extractor)
 
 
-def reference_of(name: str, images: Tensor, labels: Tensor | None, extractor: FeatureExtractor) -> Reference:
-    """Statistics and features of `images` (N, C, H, W) in [0, 255], cached by content.
+def preset_reference(
+    preset: Preset,
+    extractor: FeatureExtractor,
+    data: Callable[[], tuple[Tensor, Tensor | None]] | None = None,
+) -> Reference:
+    """The reference a preset names, checked against the extractor.
+
+    Args:
+        data: all samples of a run's data, in [-1, 1] where they are images, and their classes or None.
+
+    Raises:
+        MissingFiles: files the user must supply; ValueError: a reference of another dimension or extractor, or no data.
+    """
+    builtin = {
+        "digits": digits_reference,
+        "fashion-mnist-train": lambda e: fashion_reference(e, "train"),
+        "fashion-mnist-test": lambda e: fashion_reference(e, "test"),
+    }
+    wanted = preset.reference
+    if wanted.kind == "none":
+        raise ValueError(f"preset {preset.name}: only exports images, it has no reference")
+    if wanted.kind == "data":
+        if data is None:
+            raise ValueError(
+                f"preset {preset.name}: compares with a run's data; nothing here says which these are"
+            )
+        real, labels = data()
+        if preset.vectors:
+            return vector_reference(wanted.name, real[: max(preset.number, wanted.images or 0)], extractor)
+        return reference_of(wanted.name, to_pixels(real), labels, extractor, preset.steps)
+    if wanted.kind == "builtin":
+        if wanted.name not in builtin:
+            raise ValueError(f"reference.name: unknown {wanted.name!r}, expected one of {sorted(builtin)}")
+        return builtin[wanted.name](extractor)
+    assert wanted.file is not None  # a Preset checks it
+    path = locate(wanted.file, "reference")
+    statistics = FeatureStatistics.load(path)
+    if statistics.dim != extractor.dim:
+        raise ValueError(f"{path}: dimension {statistics.dim}, but {extractor.name} gives {extractor.dim}")
+    made_with = statistics.provenance.get("extractor_sha256")
+    if made_with is not None and made_with != extractor.sha256:
+        raise ValueError(f"{path}: made with another extractor ({statistics.provenance.get('extractor')})")
+    return Reference(wanted.name, statistics, digest=file_sha256(path))
+
+
+def vector_reference(name: str, vectors: Tensor, extractor: FeatureExtractor) -> Reference:
+    """Vectors (N, D) as they are."""
+    key = reference_key(vectors, None, extractor)
+    statistics = FeatureStatistics(vectors.shape[1], provenance(name, key, extractor, len(vectors)))
+    statistics.update(vectors)
+    return Reference(name, statistics, vectors, digest=key)
+
+
+def reference_of(
+    name: str,
+    images: Tensor,
+    labels: Tensor | None,
+    extractor: FeatureExtractor,
+    chain: Sequence[Step] = (),
+) -> Reference:
+    """Statistics and features of `images` (N, C, H, W) in [0, 255] behind a resize chain, cached by content.
 
     A cached file that is damaged or belongs to another key is computed again, never trusted.
     """
-    key = reference_key(images, labels, extractor)
+    key = reference_key(images, labels, extractor, chain)
     path = cache_dir("reference") / f"{name}-{extractor.name}-{key[:16]}.safetensors"
     stored = _read(path, key)
     if stored is None:
-        features = extract(extractor, images)
+        parts = images.split(256 if not chain else CHAINED)
+        features = extract(extractor, (apply_chain(part, chain) for part in parts))
         stored = {"features": features}
         if labels is not None:
             stored["labels"] = labels
@@ -69,10 +133,13 @@ def reference_of(name: str, images: Tensor, labels: Tensor | None, extractor: Fe
     return Reference(name, statistics, features, stored.get("labels"), key)
 
 
-def reference_key(images: Tensor, labels: Tensor | None, extractor: FeatureExtractor) -> str:
-    """SHA-256 over the pixels, the labels, the extractor's weights and the code version."""
+def reference_key(
+    images: Tensor, labels: Tensor | None, extractor: FeatureExtractor, chain: Sequence[Step] = ()
+) -> str:
+    """SHA-256 over the pixels, the labels, the resize chain, the extractor's weights and the code version."""
     digest = hashlib.sha256()
     settings = [REFERENCE_VERSION, extractor.name, extractor.dim, extractor.input_size, extractor.sha256]
+    settings += [[step.op, step.size] for step in chain]
     digest.update(json.dumps(settings).encode())
     for tensor in (images, labels):
         if tensor is not None:

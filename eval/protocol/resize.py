@@ -55,18 +55,22 @@ QUANTISERS = {
 }
 
 
-def quantise(images: Tensor, rule: str) -> Tensor:
-    """Generated images (N, C, H, W) in [-1, 1] -> pixels by the named rule of QUANTISERS.
+CHAINED = 64
+"""Images that go through a chain at once: enlarged ones are large."""
+
+
+def quantise(images: Tensor, rule: str | None) -> Tensor:
+    """Generated images (N, C, H, W) in [-1, 1] -> pixels by the named rule of QUANTISERS; None changes nothing.
 
     Raises:
         ValueError: an unknown rule, or values that are not finite (clamping would turn them into pixels).
     """
-    if rule not in QUANTISERS:
+    if rule is not None and rule not in QUANTISERS:
         raise ValueError(f"quantiser: unknown {rule!r}, expected one of {sorted(QUANTISERS)}")
     bad = ~torch.isfinite(images).flatten(1).all(dim=1)
     if bad.any():
         raise ValueError(f"images: {int(bad.sum())} hold NaN or infinity, first {int(bad.int().argmax())}")
-    return QUANTISERS[rule](images)
+    return images if rule is None else QUANTISERS[rule](images)
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from fewstep.eval.features.base import FeatureExtractor, rows_at_once
 from fewstep.eval.metrics.statistics import FeatureStatistics
-from fewstep.eval.protocol.resize import Step, apply_chain, quantise
+from fewstep.eval.protocol.resize import CHAINED, Step, apply_chain, quantise
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -36,7 +36,7 @@ class Job:
         identity: anything JSON that identifies the model, its settings and the preset (hashes).
         shard_size: samples per shard file.
         batch_size: samples per call of `generate`; must not change the samples, so it may differ on resume.
-        quantiser, chain: from the preset.
+        quantiser, chain: from the preset; a quantiser of None leaves vectors (N, D) as they are.
         keep_images: store the quantised pixels beside the features.
         clip_chain: from the preset, before CLIP, where a CLIP score is asked for.
     """
@@ -45,7 +45,7 @@ class Job:
     identity: Mapping[str, Any]
     shard_size: int = 500
     batch_size: int = 100
-    quantiser: str = "round"
+    quantiser: str | None = "round"
     chain: Sequence[Step] = ()
     keep_images: bool = False
     clip_chain: Sequence[Step] = ()
@@ -82,7 +82,8 @@ class Samples:
     """Everything kept of the generated set, in the order of the indices.
 
     `features` (N, D) fp32, `logits` (N, K) where the extractor has a classifier, `statistics` fp64;
-    `clip` (N, D) are CLIP's image features where they were asked for; `shards` are the files.
+    `clip` (N, D) are CLIP's image features where they were asked for; `shards` are the files; `pixels` are there where
+    samples were kept without files.
     """
 
     features: Tensor
@@ -90,14 +91,38 @@ class Samples:
     statistics: FeatureStatistics
     shards: list[Path] = field(default_factory=list)
     clip: Tensor | None = None
+    pixels: Tensor | None = None
 
     def images(self) -> Iterator[Tensor]:
         """Quantised pixels shard by shard; raises ValueError when they were not kept."""
+        if self.pixels is not None:
+            yield self.pixels
+        elif not self.shards:
+            raise ValueError("images were not kept; generate with keep_images=True")
         for path in self.shards:
             with safe_open(path, framework="pt") as archive:
                 if "images" not in archive.keys():  # noqa: SIM118
                     raise ValueError(f"{path}: images were not kept; generate with keep_images=True")
                 yield archive.get_tensor("images")
+
+
+def shard_size(number: int) -> int:
+    """Small enough that several processes share a small set, the same for any number of them, whole batches of 2^k."""
+    return min(512, 1 << (-(-number // 8) - 1).bit_length())
+
+
+def make_samples(
+    job: Job, generate: Generate, extractor: FeatureExtractor, clip: FeatureExtractor | None = None
+) -> Samples:
+    """All samples of a job by this process, nothing on the disk; raises as `run_shards`."""
+    parts: dict[str, list[Tensor]] = {"features": [], "logits": [], "clip": [], "images": []}
+    for indices in job.shards:
+        for name, value in _make_shard(job, list(indices), generate, extractor, None, clip).items():
+            parts[name].append(value)
+    pixels = parts.pop("images")
+    samples = _samples(parts, [], extractor)
+    samples.pixels = torch.cat(pixels) if pixels else None
+    return samples
 
 
 def run_shards(
@@ -160,15 +185,13 @@ def collect(
         )
     parts: dict[str, list[Tensor]] = {"features": [], "logits": [], "clip": []}
     paths = []
-    statistics = FeatureStatistics(extractor.dim, {"job": key, "extractor": extractor.name})
     for number in range(len(job.shards)):
         path = _paths(folder, number)[0]
         with safe_open(path, framework="pt") as archive:
             for name in parts.keys() & set(archive.keys()):
                 parts[name].append(archive.get_tensor(name))
-        statistics.update(parts["features"][-1])
         paths.append(path)
-    return _samples(parts, statistics, paths)
+    return _samples(parts, paths, extractor)
 
 
 def extract_images(
@@ -179,21 +202,22 @@ def extract_images(
     clip_chain: Sequence[Step] = (),
 ) -> Samples:
     """Samples from ready pixels (uint8 (N, C, H, W) batches), such as those of an `ImageFolder`."""
-    statistics = FeatureStatistics(extractor.dim, {"extractor": extractor.name})
     parts: dict[str, list[Tensor]] = {"features": [], "logits": [], "clip": []}
     for batch in batches:
-        found = _features(extractor, apply_chain(batch, chain))
+        found = _chained(extractor, batch, chain)
         if clip is not None:
-            found["clip"] = _features(clip, apply_chain(batch, clip_chain))["features"]
-        statistics.update(found["features"])
+            found["clip"] = _chained(clip, batch, clip_chain)["features"]
         for name, value in found.items():
             parts[name].append(value)
     if not parts["features"]:
         raise ValueError("images: none were given")
-    return _samples(parts, statistics, [])
+    return _samples(parts, [], extractor)
 
 
-def _samples(parts: Mapping[str, list[Tensor]], statistics: FeatureStatistics, paths: list[Path]) -> Samples:
+def _samples(parts: Mapping[str, list[Tensor]], paths: list[Path], extractor: FeatureExtractor) -> Samples:
+    statistics = FeatureStatistics(parts["features"][0].shape[1], {"extractor": extractor.name})
+    for part in parts["features"]:
+        statistics.update(part)
     features, logits, clip = (torch.cat(v) if v else None for v in parts.values())
     assert features is not None
     return Samples(features, logits, statistics, paths, clip)
@@ -212,18 +236,19 @@ def _make_shard(
         wanted = indices[start : start + job.batch_size]
         with torch.no_grad():
             images = generate(wanted)
-        if images.ndim != 4 or len(images) != len(wanted):
+        rank, expected = (2, "(N, D)") if job.quantiser is None else (4, "(N, C, H, W)")
+        if images.ndim != rank or len(images) != len(wanted):
             raise ValueError(
                 f"generate: returned shape {tuple(images.shape)} for {len(wanted)} indices, "
-                "expected (N, C, H, W)"
+                f"expected {expected}"
             )
         try:
             pixels = quantise(images, job.quantiser)
         except ValueError as error:
             raise ValueError(f"generate: samples {wanted[0]}..{wanted[-1]}: {error}") from None
-        found = _features(extractor, apply_chain(pixels, job.chain))
+        found = _chained(extractor, pixels, job.chain)
         if clip is not None:
-            found["clip"] = _features(clip, apply_chain(pixels, job.clip_chain))["features"]
+            found["clip"] = _chained(clip, pixels, job.clip_chain)["features"]
         for name, network in (("features", extractor), ("clip", clip)):
             if network is not None and not torch.isfinite(found[name]).all():
                 raise ValueError(f"{network.name}: NaN features for samples {wanted[0]}..{wanted[-1]}")
@@ -234,6 +259,14 @@ def _make_shard(
         if progress:
             progress(len(wanted))
     return {name: torch.cat(values).contiguous() for name, values in parts.items()}
+
+
+def _chained(extractor: FeatureExtractor, pixels: Tensor, chain: Sequence[Step]) -> dict[str, Tensor]:
+    """Features behind a resize chain, a few images at a time: enlarged ones are large."""
+    if not chain:
+        return _features(extractor, pixels)
+    parts = [_features(extractor, apply_chain(part, chain)) for part in pixels.split(CHAINED)]
+    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
 
 def _features(extractor: FeatureExtractor, pixels: Tensor) -> dict[str, Tensor]:

@@ -7,44 +7,44 @@ import re
 from importlib.resources import files
 from pathlib import Path
 
-from fewstep.commands.compare.ranking import share, with_error
+from fewstep.commands.compare.ranking import by_class, with_error
+from fewstep.commands.report import read_results
+from fewstep.eval.protocol.evaluation import Evaluation, distance_of
 from fewstep.recipe.cards import table
 from fewstep.recipe.store import find, read, shipped
 
 
 def demo_table() -> str:
     """The main job's table, from assets/digits-dmd2.json, a copy of a run's report/results.json."""
-    report = json.loads((Path(str(files("fewstep.assets"))) / "digits-dmd2.json").read_text())
     lines = [
-        "| | FD ± standard error | samples | network calls | s / 1000 images | class accuracy | diversity |",
-        "|---|---|---|---|---|---|---|",
+        "| | FD ± standard error | samples | network calls | class accuracy | diversity |",
+        "|---|---|---|---|---|---|",
     ]
-    for r in report["rows"]:
-        lines.append(
-            f"| {r['title']} | {r['value']:.2f} ± {r['error']:.2f} | {r['samples']} | {r['calls']} "
-            f"| {r['seconds_per_1000']:.2f} | {100 * r['accuracy']:.1f} % | {r['diversity']:.2f} |"
-        )
+    for e in read_results(Path(str(files("fewstep.assets"))) / "digits-dmd2.json"):
+        distance = f"{e.distance.value:.2f} ± {e.distance.standard_error:.2f}"
+        lines.append(f"| {e.name} | {distance} | {e.number} | {e.calls} | {' | '.join(by_class(e))} |")
     return "\n".join(lines)
 
 
 def comparison_table(path: Path) -> str:
     """The rows of a results.json of `fewstep compare` (its copy is assets/compare-NAME.json), best first."""
     told = json.loads(path.read_text())
-    rows, about = told["rows"], told["environment"]
+    about = told["environment"]
     lines = [
         "| recipe | method | calls | FD ± | seeds | accuracy | diversity | CPU s | peak MiB |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
-    for r in rows:
+    for r in told["rows"]:
+        e = Evaluation.from_json({k: v for k, v in r.items() if k not in ("rank", "difference")})
+        seeds = len(e.metrics[str(distance_of(e))]["values"])
         lines.append(
-            f"| `{r['recipe']}` | {r['method']} | {r['calls']} | {with_error(r['value'], r['error'])} "
-            f"| {len(r['values'])} | {share(r['accuracy'])} | {_two(r['diversity'])} | {r['cpu_seconds']:.0f} "
-            f"| {r['peak_memory_mib']:.0f} |"
+            f"| `{e.name}` | {e.training['method']} | {e.calls} | {with_error(e.distance)} | {seeds} "
+            f"| {' | '.join(by_class(e))} | {e.training['cpu_seconds']:.0f} "
+            f"| {e.training['peak_memory_mib']:.0f} |"
         )
-    for r in told["teachers"]:
+    for e in map(Evaluation.from_json, told["teachers"]):
         lines.append(
-            f"| {r['title']} | | {r['calls']} | {with_error(r['value'], r['error'])} "
-            f"| | {share(r['accuracy'])} | {_two(r['diversity'])} | | |"
+            f"| {e.name} | | {e.calls} | {with_error(e.distance)} | | {' | '.join(by_class(e))} | | |"
         )
     settings = "".join(f", {s}" for s in told["settings"])
     failed = "".join(f" Failed: `{f['recipe']}` ({f['message'].splitlines()[0]})." for f in told["failed"])
@@ -55,10 +55,6 @@ def comparison_table(path: Path) -> str:
         f"{about['device']}, torch {about['torch']}, commit {about['commit'][:7]}.{failed}",
     ]
     return "\n".join(lines)
-
-
-def _two(value: float | None) -> str:
-    return "" if value is None else f"{value:.2f}"
 
 
 def recipes_table() -> str:

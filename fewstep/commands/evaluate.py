@@ -1,24 +1,313 @@
-"""`fewstep eval` by the recipe's own metric."""
+"""`fewstep eval`: a preset on a run, a diffusers folder or a folder of images, by any number of processes."""
 
 from __future__ import annotations
 
+import re
+import shutil
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
-from fewstep.commands.measure import Measured, measure
-from fewstep.commands.report import table
+import torch
+from torch import Tensor
+
+from fewstep.commands.judge import Judge, captions_of, check_fit, data_of, open_judge, preset_of, told
+from fewstep.commands.measure import teacher_product
+from fewstep.commands.options import parse_steps
+from fewstep.commands.processes import world
+from fewstep.commands.report import console, show
+from fewstep.commands.request import Request
+from fewstep.commands.sources import BATCH, CLASS_METRICS, PIPELINE_BATCH, Model, of_pipeline, of_product
+from fewstep.commands.write_images import write_images
+from fewstep.config import UserError
+from fewstep.eval.features.base import FeatureExtractor
+from fewstep.eval.protocol.evaluation import Evaluation
+from fewstep.eval.protocol.images import ImageFolder
+from fewstep.eval.protocol.latency import Clock, Latency, measure_latency
+from fewstep.eval.protocol.preset import Preset, load_preset, require_files
+from fewstep.eval.protocol.resize import quantise
+from fewstep.eval.protocol.runner import Job, Samples, collect, extract_images, run_shards
+from fewstep.eval.report import write_report
+from fewstep.files import cache_dir
 from fewstep.recipe.schema import Evaluate
-from fewstep.train.product import open_product
+from fewstep.train.build import build_roles
+from fewstep.train.product import Product, open_product
+
+SHOWN = 64
+"""Samples of each model in the report."""
 
 
-def evaluate(
-    path: Path, steps: int | None, samples: int | None, seed: int | None, any_steps: bool
-) -> Measured:
-    """`fewstep eval`: measure a run, an export or a diffusers folder."""
-    product = open_product(path).with_steps(steps, any_steps)
-    spec = product.recipe.evaluate if product.recipe else Evaluate()
-    spec = spec or Evaluate()
-    changes = {k: v for k, v in (("samples", samples), ("seed", seed)) if v is not None}
-    row, _ = measure(product, replace(spec, **changes))
-    table([row])
-    return row
+def run(request: Request) -> list[Evaluation]:
+    """`fewstep eval`; returns the evaluations on the main process, nothing on the others."""
+    if (request.path is None) == (request.images is None):
+        raise UserError("eval: give a run, an export or a diffusers folder, or --images FOLDER --preset NAME")
+    if request.seed is not None and request.preset is not None:
+        raise UserError("--seed: a preset has seeds of its own; another seed is another protocol")
+    steps, teacher = parse_steps(request.steps), parse_steps(request.teacher, "--teacher")
+    product = product_of(request)
+    spec = spec_of(request, product)
+    preset = preset_for(request, spec)
+    if preset.reference.kind == "none":
+        write_images(preset, request, steps)
+        return []
+    check_options(preset, request)
+    with told():
+        files = require_files(preset, request.extractor_path, request.clip_path, request.omit or ())
+        check_source(preset, request, product, steps, teacher)
+    captions = spec.retrieval if spec is not None and product is not None else None
+    judge = open_judge(
+        preset,
+        files,
+        data=None if product is None else data_of(product),
+        retrieval=None if captions is None or product is None else captions_of(product, captions),
+        extractor_path=request.extractor_path,
+        omit=request.omit or (),
+    )
+    with told():
+        if request.images is not None:
+            found = [of_folder(judge, request)]
+        else:
+            found = of_models(judge, request, product, steps, teacher)
+    if found:
+        show(found)
+    if found and request.report is not None:
+        title = f"{(request.path or request.images).name} by {preset.name}"  # type: ignore[union-attr]
+        page = write_report(found, request.report, title)
+        console.print(f"report {page}", soft_wrap=True, highlight=False)
+    return found
+
+
+def product_of(request: Request) -> Product | None:
+    """The product of a run; None for a diffusers folder, which is called as diffusers calls it, and for images."""
+    if request.path is None or (request.path / "model_index.json").is_file():
+        return None
+    return open_product(request.path)
+
+
+def spec_of(request: Request, product: Product | None) -> Evaluate | None:
+    """What a run's recipe says of its evaluation, the default for other folders; None where a preset is named."""
+    if request.preset is not None:
+        return None
+    if request.images is not None:
+        raise UserError("--images: needs --preset NAME, such as digits")
+    own = product.recipe.evaluate if product is not None and product.recipe is not None else None
+    changes = {"samples": request.samples, "seed": request.seed}
+    return replace(own or Evaluate(), **{k: v for k, v in changes.items() if v is not None})
+
+
+def preset_for(request: Request, spec: Evaluate | None) -> Preset:
+    """The preset of the command line, or the recipe's."""
+    if spec is not None:
+        return preset_of(spec)
+    assert request.preset is not None
+    with told():
+        preset = load_preset(request.preset)
+    return preset if request.samples is None else replace(preset, number=request.samples)
+
+
+def check_options(preset: Preset, request: Request) -> None:
+    """Refuse what would change nothing, or name no metric of the preset."""
+    omit = request.omit or ()
+    if request.out is not None:
+        raise UserError(f"--out: preset {preset.name} measures; only geneval and hpsv2 write images")
+    if request.allow_skips and request.images is None:
+        raise UserError("--allow-skips: is for a folder of images (--images); samples are never left out")
+    unknown = [m for m in omit if m not in preset.metrics]
+    if unknown:
+        raise UserError(f"--omit {unknown[0]}: preset {preset.name} measures {', '.join(preset.metrics)}")
+    if request.clip_path is not None and ("clip-score" not in preset.metrics or "clip-score" in omit):
+        raise UserError(f"--clip-path: preset {preset.name} takes no CLIP score here")
+
+
+def check_source(
+    preset: Preset, request: Request, product: Product | None, steps: Sequence[int], teacher: Sequence[int]
+) -> None:
+    """Refuse what cannot be measured before a reference is computed for it, which may take minutes."""
+    if request.images is not None:
+        check_images(preset, request, bool(steps or teacher))
+    elif product is None:
+        if teacher:
+            raise UserError(f"--teacher: {request.path} is a diffusers folder; only a run knows its teacher")
+    else:
+        if request.call:
+            raise UserError(
+                f"--call: {request.path} is not a diffusers folder; only a pipeline takes arguments"
+            )
+        check_fit(preset, product.picture_shape(), product.classes, str(request.path))
+        if teacher and (product.recipe is None or product.recipe.teacher is None):
+            raise UserError(f"--teacher: {product.title} has none")
+
+
+def check_images(preset: Preset, request: Request, sampled: bool) -> None:
+    """What a folder of images cannot be asked for; `sampled`: an option that only sampling reads was given."""
+    assert request.images is not None
+    if preset.vectors:
+        raise UserError(f"--images: preset {preset.name} is for vectors")
+    if preset.repetitions > 1:
+        raise UserError(
+            f"--images: preset {preset.name} wants {preset.repetitions} sets of {preset.number} images"
+        )
+    if sampled or request.call or request.any_steps:
+        raise UserError(
+            "--images: the samples are there already, --steps, --any, --teacher and --call change nothing"
+        )
+    folder = image_folder(preset, request)
+    if "clip-score" in preset.metrics and "clip-score" not in (request.omit or ()):
+        check_order([f.relative_to(folder.path) for f in folder.files[: preset.number]])
+
+
+def image_folder(preset: Preset, request: Request) -> ImageFolder:
+    assert request.images is not None
+    # A preset of null channels takes grey and colour: a grey value in all three channels is the same picture.
+    either = preset.channels is None
+    return ImageFolder(
+        request.images, preset.channels or 3, preset.number, request.allow_skips, grey_to_colour=either
+    )
+
+
+def check_order(files: Sequence[Path]) -> None:
+    """UserError where names such as 10.png and 9.png sort otherwise than their numbers: image i has prompt i."""
+
+    def numbers(file: Path) -> list[list[Any]]:
+        pieces = [re.split(r"([0-9]+)", part) for part in file.parts]
+        return [[int(p) if i % 2 else p for i, p in enumerate(piece)] for piece in pieces]
+
+    for a, b in pairwise(files):
+        if numbers(a) > numbers(b):
+            raise UserError(
+                f"--images: {a} comes before {b} by name and after it by number, so it is not known which prompt "
+                "belongs to which image; pad the numbers with zeros, or give --omit clip-score"
+            )
+
+
+def of_folder(judge: Judge, request: Request) -> Evaluation:
+    """Evaluate ready images, taken in the order of their names."""
+    preset = judge.preset
+    assert request.images is not None
+    folder = image_folder(preset, request)
+    shown: list[Tensor] = []
+
+    def batches() -> Iterator[Tensor]:
+        for batch in folder.batches(request.batch or PIPELINE_BATCH):
+            check_fit(preset, batch.shape[1:], None, str(request.images))
+            shown.append(batch[: max(0, SHOWN - sum(map(len, shown)))])
+            yield batch
+
+    samples = extract_images(batches(), judge.extractor, preset.steps, judge.clip_images, preset.clip_steps)
+    lacks = dict.fromkeys(CLASS_METRICS, "a folder of images does not say which class was asked for")
+    if folder.skipped:
+        lacks["clip-score"] = "images were skipped, so it is not known which prompt belongs to which"
+    name = request.images.name
+    model = Model(
+        name=name,
+        group=name,
+        steps=None,
+        calls=None,
+        digest=lambda: name,
+        generate=lambda _: _none,
+        lacks=lacks,
+    )
+    return judge.evaluate(model, samples, skipped=folder.skipped, images=torch.cat(shown))
+
+
+def _none(indices: list[int]) -> Tensor:
+    raise NotImplementedError("images of a folder are read, not generated")
+
+
+def models(
+    judge: Judge,
+    request: Request,
+    product: Product | None,
+    steps: Sequence[int],
+    teacher: Sequence[int],
+    device: torch.device,
+) -> list[Model]:
+    """A run at its steps (and its teacher's), or a pipeline as diffusers itself calls it."""
+    path, preset = request.path, judge.preset
+    assert path is not None
+    if product is None:
+        return of_pipeline(
+            preset,
+            path,
+            steps=steps,
+            call=request.call or (),
+            prompts=judge.prompts,
+            device=device,
+            check=lambda shape: check_fit(preset, shape, None, str(path)),
+        )
+    product.net.to(device)
+    found = [product.with_steps(n, request.any_steps) for n in steps] or [product]
+    out = [of_product(preset, p, path.name) for p in found]
+    if teacher:
+        recipe: Any = product.recipe
+        net = build_roles(recipe, recipe.data.open()).teacher.to(device)
+        out += [of_product(preset, teacher_product(product, net, n), "teacher") for n in teacher]
+    return out
+
+
+def of_models(
+    judge: Judge, request: Request, product: Product | None, steps: Sequence[int], teacher: Sequence[int]
+) -> list[Evaluation]:
+    """Generate and evaluate at every number of steps; empty on all but the main process."""
+    extractor, clip = judge.extractor, judge.clip_images
+    batch = request.batch or (PIPELINE_BATCH if product is None else BATCH)
+    found = []
+    with world() as (place, barrier):
+        for network in (extractor, clip):
+            if place.device.type != "cpu" and isinstance(network, torch.nn.Module):
+                network.to(place.device)
+        for model in models(judge, request, product, steps, teacher, place.device):
+            digest, clock = model.digest(), Clock(model.generate(0))
+            jobs = [
+                judge.job(batch, {"model": digest, "repetition": r}) for r in range(judge.preset.repetitions)
+            ]
+            for number, job in enumerate(jobs):
+                make = clock if number == 0 else model.generate(number)
+                folder = shards_of(job, extractor, clip)
+                run_shards(job, folder, make, extractor, rank=place.rank, world_size=place.size, clip=clip)
+            barrier()
+            if not place.main:
+                continue
+            sets = [collect(job, shards_of(job, extractor, clip), extractor, clip) for job in jobs]
+            found.append(of_samples(judge, model, sets, clock, batch, request.report is not None))
+            for samples in sets:
+                discard(samples)
+        barrier()
+    return found
+
+
+def of_samples(
+    judge: Judge, model: Model, sets: list[Samples], clock: Clock, batch: int, report: bool
+) -> Evaluation:
+    """The evaluation of one model; for a report with its first images and its latency."""
+    preset = judge.preset
+    latency: list[Latency] = []
+    images = None
+    if report:
+        make = model.generate(0)
+
+        def generate(indices: list[int]) -> Tensor:
+            # A small set has fewer conditions than the clock asks for.
+            return make([i % preset.number for i in indices])
+
+        first = torch.arange(min(SHOWN, preset.number)).split(batch)
+        with torch.no_grad():
+            if not preset.vectors:
+                images = torch.cat([generate(part.tolist()).cpu() for part in first])
+                images = quantise(images, preset.quantiser).round().to(torch.uint8)
+            for size in sorted({1, batch}):
+                latency.append(measure_latency(generate, size, repeats=5, warm_up=1))
+    seconds = clock.per_1000(list(range(min(batch, preset.number))))
+    return judge.evaluate(model, sets, seconds=seconds, images=images, latency=tuple(latency))
+
+
+def shards_of(job: Job, extractor: FeatureExtractor, clip: FeatureExtractor | None) -> Path:
+    return cache_dir("evaluation") / job.key(extractor, clip)[:24]
+
+
+def discard(samples: Samples) -> None:
+    """Remove the shards of a finished evaluation from the cache."""
+    # A killed attempt may have left temporary files; a folder that stays must not cost the result.
+    shutil.rmtree(samples.shards[0].parent, ignore_errors=True)

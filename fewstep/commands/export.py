@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
-from fewstep.commands.report import console
+from fewstep.commands.report import card_results, console, read_results
 from fewstep.config import UserError
 from fewstep.export.base import Exported, ExportRefused
 from fewstep.export.choose import export
@@ -47,8 +46,7 @@ def _export(product: Product, run: Path, folder: Path) -> Exported:
     rows: list[tuple[str, str]] = []
     results = run / "report" / "results.json"
     if results.is_file():
-        for r in json.loads(results.read_text())["rows"]:
-            rows.append((f"{r['metric']}, {r['title']}", f"{r['value']:.4g}"))
+        rows = card_results(read_results(results))
     check_product(product)
     done = export(product, folder, results=rows)
     show_export(done)

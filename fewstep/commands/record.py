@@ -5,10 +5,13 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from dataclasses import fields as dataclass_fields
 from pathlib import Path
 from typing import Any
 
+from fewstep.commands.report import read_results
 from fewstep.config import UserError
+from fewstep.eval.protocol.evaluation import Evaluation, distance_of
 from fewstep.recipe.diff import differences
 from fewstep.recipe.schema import Recipe
 from fewstep.recipe.store import load, load_run, shipped
@@ -78,20 +81,19 @@ def of_run(run: Path) -> Entry:
         raise UserError(
             f"{run}: has no report/results.json; the run is not finished, or its recipe evaluates nothing"
         )
-    data = json.loads(path.read_text())
     name, settings = _named(recipe, run)
-    row = data["rows"][-1]
+    rows = read_results(path)
+    if not rows:
+        raise UserError(f"{path}: holds no measured row")
+    row = rows[-1]
     return Entry(
         recipe=name,
         method=recipe.method.name,  # type: ignore[attr-defined]
         settings=settings,
-        metric=row["metric"],
-        steps=len(recipe.sampler().steps),
-        values=(row["value"],),
-        error=row["error"],
-        samples=row["samples"],
+        values=(row.distance.value,),
+        **_numbers(row) | {"steps": len(recipe.sampler().steps)},
         updates=recipe.train.steps,
-        commit=data.get("commit", "unknown"),
+        commit=json.loads(path.read_text()).get("commit", "unknown"),
     )
 
 
@@ -110,28 +112,40 @@ def of_comparison(path: Path) -> list[Entry]:
     """The numbers of a file by `fewstep compare`, each recipe at its own number of steps, and that of its teacher."""
     try:
         data = json.loads(path.read_text())
-        rows, teachers = data["rows"], data["teachers"]
+        fields = [f.name for f in dataclass_fields(Evaluation)]
+        rows, teachers = (
+            [Evaluation.from_json({k: v for k, v in r.items() if k in fields}) for r in data[part]]
+            for part in ("rows", "teachers")
+        )
         shared = {"settings": tuple(data["settings"]), "commit": data["environment"]["commit"][:7]}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path}: is no file by `fewstep compare`: {error}") from None
     out = []
-    for r in rows:
-        if r["recipe"] in shipped() and r["steps"] == len(load(r["recipe"]).sampler().steps):
-            same = {k: r[k] for k in ("recipe", "method", "metric", "steps", "error", "samples", "updates")}
-            out.append(Entry(**same, values=tuple(r["values"]), **shared))
-    best = min(teachers, key=lambda r: r["value"], default=None)
+    for row in rows:
+        if row.group in shipped() and row.steps == len(load(row.group).sampler().steps):
+            values = row.metrics[distance_of(row) or ""]["values"]
+            cost = {k: row.training[k] for k in ("method", "updates")}
+            out.append(Entry(recipe=row.group, values=tuple(values), **_numbers(row), **cost, **shared))
+    best = min(teachers, key=lambda row: row.distance.value, default=None)
     if best is None:
         return out
-    source = getattr(load(rows[0]["recipe"]).teacher, "path", "").removeprefix("assets:")
+    source = getattr(load(rows[0].group).teacher, "path", "").removeprefix("assets:")
     if source in shipped():
         own = load(source)
-        same = {k: best[k] for k in ("metric", "steps", "error", "samples")}
         method: str = own.method.name  # type: ignore[attr-defined]
-        made = Entry(
-            recipe=source, method=method, values=(best["value"],), updates=own.train.steps, **(shared | same)
+        cost = {"method": method, "updates": own.train.steps}
+        values = (best.distance.value,)
+        out.append(
+            Entry(recipe=source, values=values, **_numbers(best), **cost, **(shared | {"settings": ()}))
         )
-        out.append(replace(made, settings=()))
     return out
+
+
+def _numbers(row: Evaluation) -> dict[str, Any]:
+    """What an entry takes from a row as it is."""
+    metric = (distance_of(row) or "").translate(str.maketrans("", "", "()"))
+    error = row.distance.standard_error
+    return {"metric": metric, "steps": row.steps, "error": error, "samples": row.number}
 
 
 def _entry(line: dict[str, Any]) -> Entry:

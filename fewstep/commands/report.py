@@ -1,22 +1,29 @@
-"""The table and panels of measured rows."""
+"""What is printed of evaluations, and a student beside its teacher."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
-from fewstep.commands.measure import Measured, measure, teacher_product
-from fewstep.recipe.schema import Evaluate
+from fewstep.commands.judge import Judge
+from fewstep.commands.measure import measure, teacher_product
+from fewstep.config import UserError
+from fewstep.eval.protocol.evaluation import Evaluation, distance_of, format_entry
 from fewstep.train.build import build_roles
 from fewstep.train.product import Product
 from fewstep.train.trainer import Trainer
 
 console = Console()
 GRID = 100
+COLUMNS = 4
+"""Metrics that fit into the table of a terminal; of more a list is printed."""
 
 
 def first_teacher(trainer: Trainer) -> Any:
@@ -27,50 +34,99 @@ def first_teacher(trainer: Trainer) -> Any:
     return teacher.to(trainer.device) if teacher is not None else None
 
 
-def compare(student: Product, spec: Evaluate, teacher: Any) -> tuple[list[Measured], list[tuple[str, Any]]]:
+def compare(
+    student: Product, judge: Judge, teacher: Any, teacher_steps: Sequence[int]
+) -> tuple[list[Evaluation], list[tuple[str, Any]]]:
     """Teacher at 1 step, teacher at its best number of steps, student; and the first samples of each."""
     rows, panels = [], []
     if teacher is not None:
-        many = []
-        for n in spec.teacher_steps:
-            row, x = measure(teacher_product(student, teacher, n), spec)
-            many.append((row, x))
-        best = min((m for m in many if m[0].calls > 1), key=lambda m: m[0].value, default=None)
+        many = [measure(teacher_product(student, teacher, n), judge) for n in teacher_steps]
+        ranked = [m for m in many if distance_of(m[0])]
+        best = min((m for m in ranked if m[0].calls != 1), key=lambda m: m[0].distance.value, default=None)
         shown = [m for m in many if m[0].calls == 1] + ([best] if best else [])
-        least = min((m[0].value for m in many), default=None)
+        least = min((m[0].distance.value for m in ranked), default=None)
         for row, x in shown:
-            wins = len(many) > 1 and row.calls > 1 and row.value == least
-            title = row.title + (" (best)" if wins else "")
-            rows.append(replace(row, title=title))
+            wins = len(many) > 1 and row.calls != 1 and row.distance.value == least
+            title = row.name + (" (best)" if wins else "")
+            rows.append(replace(row, name=title))
             panels.append((title, _panel(x)))
-    row, x = measure(student, spec)
-    return [*rows, row], [*panels, (row.title, _panel(x))]
+    row, x = measure(student, judge)
+    return [*rows, row], [*panels, (row.name, _panel(x))]
 
 
 def _panel(x: Any) -> Any:
     return x[: GRID // 2] if x.ndim > 2 else x[:2000]
 
 
-def table(rows: Sequence[Measured]) -> None:
-    """Print measured rows."""
-    out = Table(
-        title=f"{rows[0].metric} (± one standard error; lower is better), network calls, seconds per 1000"
-    )
-    columns = ["", "distance", "samples", "calls", "s / 1000"]
-    extra = rows[0].accuracy is not None
-    found = rows[0].retrieval is not None
-    for name in columns + (["accuracy", "diversity"] if extra else []) + (["caption found"] if found else []):
+def read_results(path: Path) -> list[Evaluation]:
+    """The rows of a run's results.json; UserError when it is not one."""
+    try:
+        return [Evaluation.from_json(row) for row in json.loads(path.read_text())["rows"]]
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path}: {error}; delete it, or measure the run again") from None
+
+
+def card_results(evaluations: Sequence[Evaluation]) -> list[tuple[str, str]]:
+    """The distance of each model, as a model card states it."""
+    ranked = [(e, distance_of(e)) for e in evaluations]
+    return [
+        (f"{name}, {e.name}, {e.number} samples", f"{e.distance.value:.4g}") for e, name in ranked if name
+    ]
+
+
+def show(evaluations: Sequence[Evaluation]) -> None:
+    """Print every metric of every model: as a table where one has room for them, else as lists."""
+    if max(len(e.metrics) for e in evaluations) <= COLUMNS:
+        _table(evaluations)
+    else:
+        _list(evaluations)
+    for e in evaluations:
+        lines = [f"left out: {name}: {reason}" for name, reason in e.omitted.items()]
+        if e.skipped:
+            lines.append(f"{len(e.skipped)} images skipped:")
+            lines += [f"  {name}: {reason}" for name, reason in e.skipped.items()]
+        if lines:
+            console.print(
+                "\n".join([f"{e.name}:", *(f"  {line}" for line in lines)]),
+                soft_wrap=True,
+                highlight=False,
+                markup=False,
+            )
+
+
+def _table(evaluations: Sequence[Evaluation]) -> None:
+    first = evaluations[0]
+    names = list(dict.fromkeys(name for e in evaluations for name in e.metrics))
+    out = Table(title=f"{first.preset} ({first.preset_hash}), {first.number:,} samples, ± one standard error")
+    for name in ["", *(name.partition(" (")[0] for name in names), "calls", "s / 1000"]:
         out.add_column(name, justify="left" if not name else "right")
-    for r in rows:
-        value = f"{r.value:.4g}" + (f" ± {r.error:.2g}" if r.error is not None else "")
-        cells = [r.title, value, str(r.samples), str(r.calls), f"{r.seconds_per_1000:.2f}"]
-        if extra:
-            cells += [f"{100 * (r.accuracy or 0):.1f} %", f"{r.diversity:.3f}"]
-        if found:
-            cells.append(f"{100 * (r.retrieval or 0):.1f} %")
-        out.add_row(*cells)
-    if any(r.frechet is not None and r.error is None for r in rows):
-        out.caption = (
+    for e in evaluations:
+        cells = [_cell(name, e.metrics.get(name)) for name in names]
+        speed = "" if e.seconds is None else f"{e.seconds:.2f}"
+        out.add_row(e.name, *cells, "" if e.calls is None else str(e.calls), speed)
+    notes = [", ".join(names)]
+    notes += ["calls: of the network, each sample; s / 1000: warm, processor time on a CPU"]
+    if any(f.standard_error is None for e in evaluations for f in e.frechet):
+        notes.append(
             "without ±: no more samples than features, far too few for a distance that says anything"
         )
     console.print(out)
+    console.print("\n".join(notes), soft_wrap=True, highlight=False)
+
+
+def _cell(name: str, entry: Mapping[str, Any] | None) -> str:
+    if entry is None or entry["value"] is None:
+        return "-"
+    if name.startswith(("class accuracy", "caption found")):
+        return f"{100 * entry['value']:.1f} %"
+    error = entry.get("standard_error")
+    return f"{entry['value']:.4g}" + ("" if error is None or math.isnan(error) else f" ± {error:.2g}")
+
+
+def _list(evaluations: Sequence[Evaluation]) -> None:
+    for e in evaluations:
+        calls = "" if e.calls is None else f", {e.calls} network call{'s' * (e.calls != 1)} each"
+        speed = "" if e.seconds is None else f", {e.seconds:.3g} s per 1,000"
+        lines = [f"{e.name}: {e.preset} ({e.preset_hash}), {e.number} images{calls}{speed}"]
+        lines += [f"  {name}: {format_entry(entry)}" for name, entry in e.metrics.items()]
+        console.print("\n".join(lines), soft_wrap=True, highlight=False, markup=False)

@@ -22,10 +22,12 @@ from rich.progress import (
 
 from fewstep.algebra.guidance import Guided
 from fewstep.commands.export import show_export
-from fewstep.commands.measure import Measured, check_metric, measure
+from fewstep.commands.judge import Judge, judge_of
+from fewstep.commands.measure import measure
 from fewstep.commands.pictures import save_grid, save_side_by_side
-from fewstep.commands.report import GRID, compare, console, first_teacher, table
+from fewstep.commands.report import GRID, card_results, compare, console, first_teacher, show
 from fewstep.config import UserError
+from fewstep.eval.protocol.evaluation import Evaluation
 from fewstep.export.choose import export
 from fewstep.export.levels import check_product
 from fewstep.files import commit
@@ -76,7 +78,7 @@ def run_recipe(name: str, settings: Sequence[str], out: Path | None, resume: boo
     trainer = Trainer(
         recipe, None
     )  # builds every role: what is missing is said before the directory is claimed
-    _check_evaluation(trainer)
+    judge = _judge(trainer)
     main = trainer.accelerator.is_main_process
     if main:
         prepare(recipe, run, resume, force)
@@ -90,7 +92,7 @@ def run_recipe(name: str, settings: Sequence[str], out: Path | None, resume: boo
         )
         _say_export(trainer)
     try:
-        _train(trainer, run, main)
+        _train(trainer, run, main, judge)
     except KeyboardInterrupt:
         if main:
             again = shlex.join(["fewstep", "run", name, *settings, "--out", str(run), "--resume"])
@@ -103,18 +105,18 @@ def run_recipe(name: str, settings: Sequence[str], out: Path | None, resume: boo
         raise SystemExit(130) from None
     trainer.accelerator.wait_for_everyone()
     if main:
-        finish(trainer, run)
+        finish(trainer, run, judge)
     trainer.accelerator.end_training()  # closes trackers and the process group, whose threads abort an open exit
     return run
 
 
-def _check_evaluation(trainer: Trainer) -> None:
-    """Refuse before training what could not be measured after it."""
+def _judge(trainer: Trainer) -> Judge | None:
+    """What measures the run; refuses before training what could not be measured after it."""
     recipe = trainer.recipe
     if recipe.evaluate is None:
-        return
+        return None
     try:
-        check_metric(product_of(recipe, trainer.product, trainer.data, "student"), recipe.evaluate)
+        return judge_of(product_of(recipe, trainer.product, trainer.data, "student"), recipe.evaluate)
     except UserError as error:
         raise UserError(
             f"evaluate: {error}; give another metric, or evaluate=null to measure nothing"
@@ -133,7 +135,7 @@ def _say_export(trainer: Trainer) -> None:
         console.print(f"note: this run {told}", soft_wrap=True, highlight=False, markup=False)
 
 
-def _train(trainer: Trainer, run: Path, main: bool) -> None:
+def _train(trainer: Trainer, run: Path, main: bool, judge: Judge | None) -> None:
     recipe = trainer.recipe
 
     def on_sample(t: Trainer) -> None:
@@ -143,12 +145,12 @@ def _train(trainer: Trainer, run: Path, main: bool) -> None:
             save_grid(x, run / "samples" / f"step-{t.progress.done:06d}.png")
 
     def on_eval(t: Trainer) -> None:
-        if recipe.evaluate is None:
+        if judge is None:
             return
         product = product_of(recipe, t.product.eval(), t.data, "student")
-        row, _ = measure(product, recipe.evaluate)
+        row, _ = measure(product, judge)
         if t.log and main:
-            t.log.write({"done": t.progress.done, "evaluation": row.row()})
+            t.log.write({"done": t.progress.done, "evaluation": row.as_json()["metrics"]})
 
     trainer.hooks = Hooks(on_sample, on_eval)
     if not main:
@@ -185,7 +187,7 @@ def readings(record: dict[str, Any]) -> str:
     return "  ".join(f"{k} {v:.3g}" for k, v in record.items() if not k.startswith(skip))
 
 
-def finish(trainer: Trainer, run: Path) -> None:
+def finish(trainer: Trainer, run: Path, judge: Judge | None) -> None:
     """Table, side-by-side picture, report and export of a finished run."""
     recipe = trainer.recipe
     if trainer.session.sharded:  # the parts act together only; this is one process
@@ -195,22 +197,21 @@ def finish(trainer: Trainer, run: Path) -> None:
     steps = len(student.sampler.steps)
     role = "teacher" if student.sampler.kind == "ode" else "student"
     student = replace(student, title=f"{role}, {steps} step{'s' * (steps > 1)}")
-    rows: list[Measured] = []
-    if recipe.evaluate is not None:
+    rows: list[Evaluation] = []
+    if recipe.evaluate is not None and judge is not None:
         teacher = first_teacher(trainer)
         if teacher is not None and recipe.evaluate.guidance != 1.0:
             teacher = Guided(teacher, recipe.evaluate.guidance, trainer.data.null)
-        rows, panels = compare(student, recipe.evaluate, teacher)
+        rows, panels = compare(student, judge, teacher, recipe.evaluate.teacher_steps)
         save_side_by_side(panels, run / "report" / "side-by-side.png")
-        table(rows)
+        show(rows)
         told = {"recipe": recipe.about, "skips": trainer.progress.skipped, "commit": commit()[:7]}
-        report = {"rows": [r.row() for r in rows], **told}
+        report = {"rows": [r.as_json() for r in rows], **told}
         (run / "report" / "results.json").write_text(json.dumps(report, indent=1))
         console.print(f"pictures {run / 'samples'}, side by side {run / 'report' / 'side-by-side.png'}")
-    numbers = [(f"{r.metric}, {r.title}, {r.samples} samples", f"{r.value:.4g}") for r in rows]
     try:
         check_product(student)
-        done = export(replace(student, title=run.name), run / "export", results=numbers)
+        done = export(replace(student, title=run.name), run / "export", results=card_results(rows))
     except UserError as error:
         console.print(f"not exported: {error}")
         return

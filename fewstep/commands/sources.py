@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,117 +13,78 @@ import torch
 import yaml
 from torch import Tensor
 
-from fewstep.commands.measure import teacher_product
+from fewstep.algebra.condition import moved, rows
 from fewstep.config import UserError, plain
 from fewstep.eval.features.base import state_sha256
 from fewstep.eval.protocol.pipelines import count_calls, pipeline_generate
 from fewstep.eval.protocol.preset import Preset, labels_of
 from fewstep.files import file_sha256
-from fewstep.train.product import Product, open_product
+from fewstep.train.product import Product
 
 Generate = Callable[[list[int]], Tensor]
+BATCH = 256
+"""Samples of one call, of a run's product."""
+PIPELINE_BATCH = 64
+CLASS_METRICS = ("class-accuracy", "diversity")
 
 
-@dataclass(frozen=True)
-class Request:
-    """What is asked for on the command line; see `fewstep eval --help`."""
-
-    preset: str
-    path: Path | None = None
-    images: Path | None = None
-    steps: tuple[int, ...] = ()
-    any_steps: bool = False
-    teacher: tuple[int, ...] = ()
-    samples: int | None = None
-    batch: int = 64
-    call: tuple[str, ...] = ()
-    extractor_path: Path | None = None
-    allow_skips: bool = False
-    report: Path | None = None
-    out: Path | None = None
-    clip_path: Path | None = None
-    omit: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Model:
     """Something to evaluate: `generate(repetition)` gives the seam of `fewstep.eval.protocol.runner`.
 
-    `digest` identifies weights and settings; `calls` are network calls per image.
+    `digest()` identifies weights and settings; `calls` are network calls per image; `labels` are the classes asked for
+    where the preset leaves them to the model; `lacks` are metrics that it cannot have, and why.
     """
 
     name: str
     group: str
-    steps: int
-    calls: int
-    digest: str
+    steps: int | None
+    calls: int | None
+    digest: Callable[[], str]
     generate: Callable[[int], Generate]
+    labels: Tensor | None = None
+    lacks: Mapping[str, str] = field(default_factory=dict)
 
 
-def check_size(preset: Preset, shape: Sequence[int], what: str) -> None:
-    wanted = (preset.channels, preset.size, preset.size)
-    if tuple(shape) != wanted:
-        raise UserError(f"{what}: images are {list(shape)}, preset {preset.name} is for {list(wanted)}")
-
-
-def models(
-    preset: Preset, request: Request, prompts: Sequence[str] | None, device: torch.device
-) -> list[Model]:
-    """A run at its steps (and its teacher's), or a diffusers pipeline as diffusers itself calls it."""
-    assert request.path is not None
-    if (request.path / "model_index.json").is_file():
-        if request.teacher:
-            raise UserError(f"--teacher: {request.path} is a diffusers folder; only a run knows its teacher")
-        return pipelines(preset, request, prompts, device)
-    if request.call:
-        raise UserError(f"--call: {request.path} is not a diffusers folder; only a pipeline takes arguments")
-    product = open_product(request.path)
-    check_size(preset, product.shape, str(request.path))
-    if prompts is not None or product.classes != (preset.conditions.classes or 0):
-        wanted = "prompts" if prompts is not None else f"{preset.conditions.classes or 0} classes"
-        raise UserError(
-            f"{request.path}: was trained with {product.classes} classes, preset {preset.name} asks for {wanted}"
-        )
-    product.net.to(device)
-    found = [product.with_steps(n, request.any_steps) for n in request.steps] or [product]
-    out = [of_product(preset, p, request.path.name) for p in found]
-    if request.teacher:
-        out += [of_product(preset, p, "teacher") for p in teachers(product, request.teacher, device)]
-    return out
-
-
-def teachers(product: Product, steps: Sequence[int], device: torch.device) -> list[Product]:
-    """The teacher of a run at several numbers of Heun steps."""
-    from fewstep.train.build import build_roles
-
-    recipe = product.recipe
-    assert recipe is not None
-    if recipe.teacher is None:
-        raise UserError(f"--teacher: {product.title} has none")
-    teacher = build_roles(recipe, recipe.data.open()).teacher.to(device)  # type: ignore[attr-defined]
-    return [teacher_product(product, teacher, n) for n in steps]
-
-
-def of_product(preset: Preset, product: Product, group: str) -> Model:
+def of_product(preset: Preset, product: Product, group: str, name: str | None = None) -> Model:
+    """A run's student or teacher: sample i of repetition r is number i + r N of the seed."""
     steps = len(product.sampler.steps)
-    device = next((p.device for p in product.net.parameters()), torch.device("cpu"))
+    own = product.labels(preset.number) if preset.conditions.kind == "data" else None
+    decode = product.decoder()
 
     def generate(repetition: int) -> Generate:
-        first = preset.seeds(repetition).start
+        first = repetition * preset.number
 
+        @torch.no_grad()
         def images(indices: list[int]) -> Tensor:
+            device = product.device()
             index = torch.tensor([first + i for i in indices], device=device)
-            labels = None
-            if product.classes:
+            labels: Any = None
+            if own is not None:
+                labels = moved(rows(own, torch.tensor(indices)), device)
+            elif product.classes:
                 labels = torch.tensor(labels_of(preset, indices), device=device)
-            return product.images(index, labels)
+            return decode(product.images(index, labels, preset.first_seed))
 
         return images
 
-    content = json.dumps([state_sha256(product.net), plain(product.sampler)])
-    digest = hashlib.sha256(content.encode()).hexdigest()
-    name = f"{group}, {steps} step{'s' * (steps > 1)}"
-    return Model(name, group, steps, product.sampler.network_calls(), digest, generate)
+    def digest() -> str:
+        content = json.dumps([state_sha256(product.net), plain(product.sampler), product.vae])
+        return hashlib.sha256(content.encode()).hexdigest()
+
+    classes = own if isinstance(own, Tensor) else None
+    reason = "these samples are of no classes"
+    free = preset.conditions.kind == "data" and classes is None
+    return Model(
+        name=name or f"{group}, {steps} step{'s' * (steps > 1)}",
+        group=group,
+        steps=steps,
+        calls=product.sampler.network_calls(),
+        digest=digest,
+        generate=generate,
+        labels=classes,
+        lacks=dict.fromkeys(CLASS_METRICS, reason) if free else {},
+    )
 
 
 def arguments(pieces: Sequence[str]) -> dict[str, Any]:
@@ -154,22 +115,36 @@ def load_pipeline(path: Path, device: torch.device) -> Any:
     return pipeline.to(device)
 
 
-def pipelines(
-    preset: Preset, request: Request, prompts: Sequence[str] | None, device: torch.device
-) -> list[Model]:
-    """A diffusers folder at every number of steps asked for; an export knows its own."""
-    path = request.path
-    assert path is not None
+def noted(path: Path) -> dict[str, Any]:
+    """What an export says of itself; empty for other folders."""
     note = path / "fewstep.json"
-    known = json.loads(note.read_text()).get("steps") if note.is_file() else None
-    steps = request.steps or ((len(known),) if known else ())
+    return json.loads(note.read_text()) if note.is_file() else {}
+
+
+def of_pipeline(
+    preset: Preset,
+    path: Path,
+    *,
+    steps: Sequence[int],
+    call: Sequence[str],
+    prompts: Sequence[str] | None,
+    device: torch.device,
+    check: Callable[[Sequence[int]], None],
+) -> list[Model]:
+    """A diffusers folder as diffusers calls it, at every number of steps asked for; an export knows its own.
+
+    `check` is given the shape of an image before the rest is made.
+    """
+    known = noted(path).get("steps")
+    steps = steps or ((len(known),) if known else ())
     if not steps:
         raise UserError(f"{path}: does not say how many steps it takes; give --steps")
     pipeline = load_pipeline(path, device)
     network = getattr(pipeline, "unet", None) or getattr(pipeline, "transformer", None)
     files = sorted(p for p in path.rglob("*") if p.is_file() and not p.name.startswith("."))
-    given = arguments(request.call)
+    given = arguments(call)
     content = [[str(p.relative_to(path)), file_sha256(p)] for p in files]
+    labels, asked = labels_for(preset, network)
     out = []
     for n in steps:
 
@@ -177,7 +152,7 @@ def pipelines(
             return pipeline_generate(
                 pipeline,
                 seed=preset.seeds(repetition).start,
-                labels=(lambda i: labels_of(preset, i)) if preset.conditions.classes else None,
+                labels=labels,
                 prompts=prompts,
                 num_inference_steps=n,
                 **given,
@@ -188,8 +163,34 @@ def pipelines(
             image = generate(0)([0])
         except (TypeError, KeyError) as error:
             raise UserError(f"{path}: its pipeline cannot be called like that: {error}") from None
-        check_size(preset, tuple(image.shape[1:]), str(path))
+        check(image.shape[1:])
         digest = hashlib.sha256(json.dumps([content, n, given], default=str).encode()).hexdigest()
-        name = f"{path.name}, {n} step{'s' * (n > 1)}"
-        out.append(Model(name, path.name, n, calls, digest, generate))
+        free = preset.conditions.kind == "data" and asked is None
+        out.append(
+            Model(
+                name=f"{path.name}, {n} step{'s' * (n > 1)}",
+                group=path.name,
+                steps=n,
+                calls=calls,
+                digest=lambda digest=digest: digest,
+                generate=generate,
+                labels=asked,
+                lacks=dict.fromkeys(CLASS_METRICS, "its samples are of no classes") if free else {},
+            )
+        )
     return out
+
+
+def labels_for(preset: Preset, network: Any) -> tuple[Callable[[list[int]], list[int]] | None, Tensor | None]:
+    """The classes that a pipeline is asked for, None for none: the preset's, or those of its network in turn."""
+    if preset.conditions.kind != "data":
+        return ((lambda i: labels_of(preset, i)) if preset.conditions.classes else None), None
+    count = getattr(getattr(network, "config", None), "num_class_embeds", None)
+    if not count or not preset.conditions.classes:
+        return None, None
+    if count < preset.conditions.classes:
+        raise UserError(
+            f"preset {preset.name} is for {preset.conditions.classes} classes; this network has {count}"
+        )
+    classes = preset.conditions.classes
+    return (lambda i: [index % classes for index in i]), torch.arange(preset.number) % classes

@@ -14,6 +14,7 @@ import fewstep.networks.specs  # noqa: F401  registers networks and teachers
 from fewstep.algebra.process import Process
 from fewstep.algebra.sampling import Sampler
 from fewstep.config import RecipeError, Source, _close, choice, config
+from fewstep.eval.protocol.preset import preset_names
 from fewstep.networks.declared import declared_inputs, declared_process
 from fewstep.networks.specs import DiscriminatorSpec
 
@@ -133,13 +134,14 @@ class Train:
 class Evaluate:
     """What is measured at the end of a run, and how many samples."""
 
-    metric: Literal["fd-house-digits", "fd-house-fashion-mnist", "fd-effnet-lite0", "energy"] = (
-        "fd-house-digits"
-    )
-    """fd-house-...: Frechet distance on a house classifier's features; fd-effnet-lite0: on EfficientNet-lite0's, from
-    the recipe's own data; energy: energy distance (vectors)."""
+    metric: str = "fd-house-digits"
+    """A preset of `fewstep eval`: fd-house-digits and fd-house-fashion-mnist (Frechet distance on a house classifier's
+    features), fd-effnet-lite0 (on EfficientNet-lite0's, from the recipe's own data), energy (energy distance of
+    vectors), another shipped one, or a YAML file."""
     samples: int = 1797
+    """In place of the preset's number."""
     seed: int = 1000
+    """In place of the preset's first seed."""
     teacher_steps: tuple[int, ...] = (1, 8, 16, 32)
     """Heun steps at which the teacher is measured."""
     guidance: float = 1.0
@@ -148,6 +150,10 @@ class Evaluate:
     """Folder of a model by `fewstep train-retrieval`: also the share of captions found among 100."""
 
     def __post_init__(self) -> None:
+        if not self.metric.endswith((".yaml", ".yml")) and self.metric not in preset_names():
+            known = preset_names()
+            hint = _close(self.metric, known) or f"; shipped are {', '.join(known)}"
+            raise ValueError(f"metric {self.metric!r} is no preset and no YAML file{hint}")
         if self.samples < 2:
             raise ValueError(f"samples must be at least 2, not {self.samples}")
         if any(n < 1 for n in self.teacher_steps):

@@ -48,10 +48,10 @@ class Product:
 
     def draw(self, count: int, seed: int, labels: Any = None, batch: int = 256) -> Tensor:
         """`count` samples on the CPU, decoded where there is a VAE; labels default to index mod classes."""
-        device = next((p.device for p in self.net.parameters()), torch.device("cpu"))
+        device = self.device()
         index = torch.arange(count, device=device)
         labels = self.labels(count) if labels is None else labels
-        decode = self._decoder(device)
+        decode = self.decoder()
         out = []
         for i in range(0, count, batch):
             part = moved(rows(labels, slice(i, i + batch)), device)
@@ -63,15 +63,20 @@ class Product:
         if self.vae is None:
             return self.shape
         latents, *size = self.shape
-        small = self._decoder(torch.device("cpu"))(torch.zeros(1, latents, 4, 4))
+        small = self.decoder(torch.device("cpu"))(torch.zeros(1, latents, 4, 4))
         return (small.shape[1], *(n * small.shape[-1] // 4 for n in size))
 
-    def _decoder(self, device: Any) -> Callable[[Tensor], Tensor]:
+    def device(self) -> torch.device:
+        """Where the net is."""
+        return next((p.device for p in self.net.parameters()), torch.device("cpu"))
+
+    def decoder(self, device: torch.device | None = None) -> Callable[[Tensor], Tensor]:
+        """From what `images` gives to pictures: the VAE, on the net's device by default; nothing without one."""
         if self.vae is None:
             return lambda x: x
         from fewstep.data.latents import decoder
 
-        net = decoder(self.vae, device)
+        net = decoder(self.vae, device or self.device())
         return lambda z: torch.cat([net(part) for part in z.split(8)])
 
     def labels(self, count: int) -> Any:

@@ -267,13 +267,13 @@ def test_a_metric_that_does_not_fit_is_refused_before_training(refused: Call, tm
     digits, fashion = "evaluate.metric=fd-house-digits", "evaluate.metric=fd-house-fashion-mnist"
     remedy = "; give another metric, or evaluate=null to measure nothing"
     assert refused("run", "toy/dmd2", digits) == (
-        f"evaluate: metric fd-house-digits is for 8 x 8 images; these samples are [2]{remedy}"
+        f"evaluate: preset fd-house-digits is for 8 x 8 images; these samples are [2]{remedy}"
     )
     assert refused("run", "digits-teacher", "evaluate.metric=energy") == (
-        f"evaluate: metric energy is for vectors; these samples are [1, 8, 8]{remedy}"
+        f"evaluate: preset energy is for vectors; these samples are [1, 8, 8]{remedy}"
     )
     assert refused("run", "digits-teacher", fashion) == (
-        f"evaluate: metric fd-house-fashion-mnist is for 28 x 28 images; these samples are [1, 8, 8]{remedy}"
+        f"evaluate: preset fd-house-fashion-mnist is for 28 x 28 images; these samples are [1, 8, 8]{remedy}"
     )
     assert refused("run", "digits-teacher", "evaluate.samples=19") == (
         "evaluate: samples 19: the diversity within a class needs two of each, so at least 20 for 10 classes"
@@ -285,10 +285,10 @@ def test_a_metric_that_does_not_fit_is_refused_before_training(refused: Call, tm
         Image.new("L", (8, 8)).save(folder / name / "0.png")
     data = f"data={{name: images, path: {folder}, grey: true}}"
     assert refused("run", "digits-teacher", data, digits) == (
-        f"evaluate: metric fd-house-digits knows 10 classes; these samples are of 3 other ones{remedy}"
+        f"evaluate: preset fd-house-digits asks for 10 classes; these samples are of 3 classes{remedy}"
     )
     assert refused("compare", "toy/dmd2", "toy/sid", "--budget", "updates=4", "--set", digits) == (
-        "toy/dmd2: metric fd-house-digits is for 8 x 8 images; these samples are [2]"
+        "toy/dmd2: preset fd-house-digits is for 8 x 8 images; these samples are [2]"
     )
 
 

@@ -8,13 +8,17 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from fewstep.eval.metrics.estimate import Estimate
 from fewstep.eval.metrics.frechet import standard_error
+from fewstep.eval.protocol.evaluation import Evaluation, PresetMismatch
+from fewstep.eval.protocol.preset import load_preset
 from tiny_compare import ARGUMENTS, train
 from tiny_runs import contents, environment, python, same
 
@@ -22,9 +26,10 @@ from fewstep.algebra.sampling import many_step
 from fewstep.bench.readme import comparison_table
 from fewstep.cli import main
 from fewstep.commands.compare.budget import Budget, Spent, bank_key, counted, lengths, with_lengths
-from fewstep.commands.compare.ranking import Ranked, Scored, join, rank, with_error
+from fewstep.commands.compare.ranking import facts, join, rank, with_error, write
 from fewstep.config import UserError
 from fewstep.methods.pairs import Pairs
+from fewstep.recipe.schema import Evaluate
 from fewstep.recipe.store import load
 
 
@@ -151,21 +156,26 @@ def test_a_bank_of_pairs_is_made_once_and_charged_to_all(tmp_path: Path):
     assert again.spent.calls == alone.spent.calls
 
 
-def row(values: list[float], influences: list[np.ndarray] | None, curvature: np.ndarray | None) -> Ranked:
+def row(values: list[float], influences: list[np.ndarray] | None, curvature: np.ndarray | None) -> Evaluation:
     parts = []
     for i, value in enumerate(values):
-        measured = {
-            "value": value,
-            "steps": 1,
-            "calls": 1,
-            "metric": "FD",
-            "samples": 40,
-            "accuracy": 0.5 + i / 10,
-        }
-        measured |= {"diversity": None, "seconds_per_1000": 1.0}
-        parts.append(Scored(measured, influences[i] if influences else None, curvature))
+        metrics = {"FD (x)": {"value": value}, "class accuracy (x)": {"value": 0.5 + i / 10}}
+        known = {"influence": influences[i], "curvature": curvature} if influences else {}
+        parts.append(
+            Evaluation(
+                name="r",
+                preset="p",
+                preset_hash="0",
+                extractor="x",
+                number=40,
+                metrics=metrics,
+                seconds=1.0,
+                steps=1,
+                frechet=[Estimate(value=value, **known)],
+            )
+        )
     run = {"updates": 3, "seconds": 2.0, "cpu_seconds": 1.5, "network_calls": 7, "peak_memory_mib": 1.0}
-    return join("r", "m", [run] * len(values), parts)
+    return join("r", [{**run, "method": "m"}] * len(values), parts)
 
 
 def test_errors_join_seeds_and_sampling_and_pairing_cancels_what_is_shared():
@@ -173,37 +183,61 @@ def test_errors_join_seeds_and_sampling_and_pairing_cancels_what_is_shared():
     noise, curvature = generator.normal(size=(2, 40)), np.zeros(6)
     a = row([1.0, 3.0, 5.0], [noise[0] * s for s in (1, 2, 3)], curvature)
     sampling = standard_error(2 * noise[0], curvature)
-    assert a.value == 3.0
-    assert a.spread == pytest.approx(2.0)
-    assert a.sampling_error == pytest.approx(sampling)
-    assert a.error == pytest.approx(math.sqrt(4 / 3 + sampling**2))
-    assert a.accuracy == pytest.approx(0.6)
+    entry = a.metrics["FD (x)"]
+    assert a.distance.value == 3.0
+    assert entry["spread"] == pytest.approx(2.0)
+    assert entry["sampling_error"] == pytest.approx(sampling)
+    assert a.distance.standard_error == pytest.approx(math.sqrt(4 / 3 + sampling**2))
+    assert a.value("class accuracy") == pytest.approx(0.6)
     b = row([2.0], [2 * noise[0]], curvature)
-    assert b.spread is None
-    assert b.error == pytest.approx(sampling)
-    first, second = rank([a, b])
-    assert [first.value, second.value, first.difference, second.rank] == [2.0, 3.0, None, 2]
+    assert b.metrics["FD (x)"]["spread"] is None
+    assert b.distance.standard_error == pytest.approx(sampling)
+    (first, none), (second, apart) = rank([a, b])
+    assert [first.distance.value, second.distance.value, none] == [2.0, 3.0, None]
     # The influences agree, so only the seeds' spread is left of the difference's error.
-    assert second.difference == pytest.approx(1.0)
-    assert second.difference_error == pytest.approx(math.sqrt(4 / 3))
+    assert apart is not None
+    assert apart.value == pytest.approx(1.0)
+    assert apart.standard_error == pytest.approx(math.sqrt(4 / 3))
     c = row([9.0], [noise[1]], curvature)
-    assert rank([b, c])[1].difference_error == pytest.approx(
-        standard_error(noise[1] - 2 * noise[0], curvature)
-    )
+    apart = rank([b, c])[1][1]
+    assert apart is not None
+    assert apart.standard_error == pytest.approx(standard_error(noise[1] - 2 * noise[0], curvature))
     bare = row([4.0, 6.0], None, None)
-    assert bare.sampling_error is None
-    assert bare.error == pytest.approx(1.0)
-    assert rank([row([7.0], None, None)])[0].error is None
+    assert bare.metrics["FD (x)"]["sampling_error"] is None
+    assert bare.distance.standard_error == pytest.approx(1.0)
+    assert rank([row([7.0], None, None)])[0][0].distance.standard_error is None
+
+
+def test_the_report_is_of_the_evaluations_and_refuses_other_protocols(tmp_path: Path):
+    a, b = row([1.0, 3.0], None, None), row([2.0], None, None)
+    a.name, b.name = "one", "two"
+    teacher = replace(b, name="teacher, 8 steps", training={})
+    about = facts(Budget("updates", 3), (0, 1), (), Evaluate())
+    ranked = rank([a, b])
+    write(tmp_path, "T", about, ranked, [teacher], [{"recipe": "x", "seed": 0, "message": "gone"}], [])
+    told = results(tmp_path)
+    assert [(r["name"], r["rank"]) for r in told["rows"]] == [
+        (e.name, i) for i, (e, _) in enumerate(ranked, 1)
+    ]
+    assert Evaluation.from_json(told["teachers"][0]).distance == teacher.distance
+    assert "| teacher, 8 steps | | None | 2 | | 50.0 % |" in comparison_table(tmp_path / "results.json")
+    page = (tmp_path / "report.html").read_text()
+    assert "spread over 2 seeds 1.4" in page
+    assert "training cpu seconds" in page
+    teacher.preset_hash = "1"
+    with pytest.raises(PresetMismatch, match="different protocols"):
+        write(tmp_path, "T", about, ranked, [teacher], [], [])
 
 
 def test_numbers_have_the_decimals_of_their_error():
-    assert [with_error(*x) for x in ((1.2345, 0.034), (123.456, 12.3), (0.5, None), (2.0, 0.0))] == [
+    told = ((1.2345, 0.034), (123.456, 12.3), (0.5, None), (2.0, 0.0))
+    assert [with_error(Estimate(value=v, standard_error=e)) for v, e in told] == [
         "1.234 ± 0.034",
         "123 ± 12",
         "0.5",
         "2.000 ± 0.000",
     ]
-    assert with_error(1.0, 0.5, "+") == "+1.00 ± 0.50"
+    assert with_error(Estimate(value=1.0, standard_error=0.5), "+") == "+1.00 ± 0.50"
 
 
 def results(out: Path) -> Any:
@@ -211,8 +245,11 @@ def results(out: Path) -> Any:
 
 
 def but_for_the_clock(report: Any) -> list[dict[str, Any]]:
-    clock = ("seconds", "cpu_seconds", "seconds_per_1000", "peak_memory_mib")
-    return [{k: v for k, v in r.items() if k not in clock} for r in report["rows"]]
+    return [
+        {k: v for k, v in r.items() if k not in ("seconds", "latency", "training")}
+        | {k: r["training"][k] for k in ("method", "updates", "network_calls")}
+        for r in report["rows"]
+    ]
 
 
 def test_a_comparison_survives_kills_and_failures(tmp_path: Path, capfd: pytest.CaptureFixture[str]):
@@ -229,13 +266,18 @@ def test_a_comparison_survives_kills_and_failures(tmp_path: Path, capfd: pytest.
     report = results(out)
     assert [r["recipe"] for r in report["failed"]] == [str(bad)] * 2
     assert all("in a row had non-finite gradients" in r["message"] for r in report["failed"])
-    assert {r["recipe"] for r in report["rows"]} == {"toy/kd", "toy/cd"}
-    assert all(len(r["values"]) == 2 and r["updates"] == 40 for r in report["rows"])
+    assert {r["name"] for r in report["rows"]} == {"toy/kd", "toy/cd"}
+    energies = [r["metrics"]["energy x1000"] for r in report["rows"]]
+    assert all(len(entry["values"]) == 2 for entry in energies)
+    assert all(r["training"]["updates"] == 40 for r in report["rows"])
+    protocol = replace(load_preset("energy"), number=64)
+    assert {r["preset_hash"] for r in [*report["rows"], *report["teachers"]]} == {protocol.hash}
     assert but_for_the_clock(report) == but_for_the_clock(results(straight))
-    best = report["rows"][0]
+    best, entry = report["rows"][0], energies[0]
+    estimate = Estimate(value=entry["value"], standard_error=entry["standard_error"])
     table = comparison_table(out / "results.json").splitlines()
     assert table[2].startswith(
-        f"| `{best['recipe']}` | {best['method']} | 1 | {with_error(best['value'], best['error'])} | 2 |"
+        f"| `{best['name']}` | {best['training']['method']} | 1 | {with_error(estimate)} | 2 |"
     )
     assert "40 updates each, " in table[-1]
     assert "64 samples, energy" in table[-1]
@@ -267,11 +309,12 @@ def test_runs_in_processes_of_their_own(tmp_path: Path):
     )
     assert done.returncode == 0, done.stderr[-2000:]
     (row,) = results(tmp_path / "out")["rows"]
-    assert (row["rank"], row["steps"], row["samples"]) == (1, 1, 64)
+    assert (row["rank"], row["steps"], row["number"]) == (1, 1, 64)
+    spent = row["training"]
     # A step is 24 calls, and each of the two stages rounds to a whole one.
-    assert abs(row["network_calls"] - 9000) <= 2 * 24
-    assert 100 < row["peak_memory_mib"] < 5000
-    assert 0 < row["cpu_seconds"] <= (os.cpu_count() or 1) * row["seconds"] + 0.1
+    assert abs(spent["network_calls"] - 9000) <= 2 * 24
+    assert 100 < spent["peak_memory_mib"] < 5000
+    assert 0 < spent["cpu_seconds"] <= (os.cpu_count() or 1) * spent["seconds"] + 0.1
     assert "| 1 | `toy/kd` |" in done.stdout
 
 

@@ -19,7 +19,7 @@ from fewstep.eval.features.house import HouseDigits, house_digits
 from fewstep.eval.metrics.statistics import FeatureStatistics
 from fewstep.eval.protocol.datasets import digits
 from fewstep.eval.protocol.images import save_image
-from fewstep.eval.protocol.preset import Preset, labels_of, load_preset
+from fewstep.eval.protocol.preset import FOLDER, Preset, labels_of, load_preset
 from fewstep.eval.protocol.prompts import export_images, missing, prompts_of, read_prompts
 from fewstep.eval.protocol.reference import digits_reference
 from fewstep.eval.protocol.runner import Samples
@@ -28,8 +28,8 @@ from tiny_runs import environment
 from tiny_teacher import make_run, make_teacher
 
 from fewstep.cli import main
-from fewstep.commands.protocol import Judge, discard, job_of
-from fewstep.commands.sources import Model, Request
+from fewstep.commands.evaluate import discard
+from fewstep.commands.judge import Judge
 from fewstep.config import UserError
 
 N = 80
@@ -96,15 +96,19 @@ def test_arguments_that_make_no_sense(
 ):
     assert refused().startswith("eval: give a run, an export or a diffusers folder, or --images")
     assert refused("--images", pictures) == "--images: needs --preset NAME, such as digits"
-    assert refused(trained, "--report", "r") == "--report: needs --preset NAME, such as digits"
-    assert refused(trained, "--allow-skips") == "--allow-skips: needs --preset NAME, such as digits"
-    assert refused(trained, "--steps", "1,2").startswith("--steps 1,2: several numbers need --preset")
+    assert refused(trained, "--allow-skips").startswith("--allow-skips: is for a folder of images")
+    assert refused(trained, "--omit", "kid") == (
+        "--omit kid: preset fd-house-digits measures fd, class-accuracy, diversity"
+    )
+    assert refused(trained, "--samples", "19") == (
+        "samples 19: the diversity within a class needs two of each, so at least 20 for 10 classes"
+    )
     assert refused(trained, "--steps", "0").startswith("--steps '0': expected whole numbers of at least 1")
     preset = ("--preset", "digits")
     assert "preset digit: not one of" in refused(trained, "--preset", "digit")
     assert refused(trained, *preset, "--seed", "3").startswith("--seed: a preset has seeds of its own")
-    assert refused(*preset).startswith("eval: give either a run or diffusers folder")
-    assert refused(trained, *preset, "--images", pictures).startswith("eval: give either")
+    assert refused(*preset).startswith("eval: give a run, an export or a diffusers folder")
+    assert refused(trained, *preset, "--images", pictures).startswith("eval: give a run")
     assert refused(trained, *preset, "--out", "x").startswith("--out: preset digits measures")
     assert refused(trained, *preset, "--allow-skips").startswith("--allow-skips: is for a folder of images")
     assert refused("--images", pictures, *preset, "--any").startswith("--images: the samples are there")
@@ -123,10 +127,10 @@ def test_arguments_that_make_no_sense(
     assert "its pipeline cannot be called like that" in refused(
         teacher, *preset, "--steps", "1", "--call", "cfg=2"
     )
-    text = (Path(load_preset.__code__.co_filename).parent / "presets" / "digits.yaml").read_text()
+    text = (FOLDER / "digits.yaml").read_text()
     (tmp_path / "large.yaml").write_text(text.replace("size: 8", "size: 9"))
     assert refused(trained, "--preset", tmp_path / "large.yaml") == (
-        f"{trained}: images are [1, 8, 8], preset digits is for [1, 9, 9]"
+        f"{trained}: preset digits is for 9 x 9 grey images; these samples are [1, 8, 8]"
     )
     assert refused("nowhere", *preset) == "nowhere: no such run or folder"
 
@@ -161,7 +165,7 @@ def test_wrong_weights_and_references(refused: Call, pictures: Path, tmp_path: P
     weights = tmp_path / "inception-2015-12-05.pt"
     weights.write_bytes(b"another network")
     mine = tmp_path / "mine.yaml"
-    text = (Path(load_preset.__code__.co_filename).parent / "presets" / "edm-cifar10.yaml").read_text()
+    text = (FOLDER / "edm-cifar10.yaml").read_text()
     text, changed = re.subn(r"repetitions: 3", "repetitions: 1", text)
     assert changed == 1
     mine.write_text(
@@ -172,7 +176,7 @@ def test_wrong_weights_and_references(refused: Call, pictures: Path, tmp_path: P
     assert "expected f58cb9b6" in told
     # A reference of 63 features for an extractor of 64.
     narrow = tmp_path / "narrow.yaml"
-    text = (Path(load_preset.__code__.co_filename).parent / "presets" / "digits.yaml").read_text()
+    text = (FOLDER / "digits.yaml").read_text()
     file = "file: {name: narrow.npz, licence: none, source: here}"
     narrow.write_text(
         text.replace("kind: builtin, name: digits, images: 1797", f"kind: file, name: narrow, {file}")
@@ -240,7 +244,7 @@ def test_folders_that_do_not_hold_the_protocols_images(refused: Call, pictures: 
     for index in range(3):
         save_image(torch.zeros(1, 9, 9, dtype=torch.uint8), large / f"{index}.png")
     assert refused("--images", large, *preset, "--samples", 3) == (
-        f"{large}: images are [1, 9, 9], preset digits is for [1, 8, 8]"
+        f"{large}: preset digits is for 8 x 8 grey images; these samples are [1, 9, 9]"
     )
 
 
@@ -253,7 +257,7 @@ def test_features_that_are_not_numbers(
         HouseDigits, "forward", lambda self, x: good(self, x).where(x.sum((1, 2, 3))[:, None] < 0, torch.nan)
     )
     assert "hold NaN or infinity" in refused("--images", pictures, "--preset", "digits", "--samples", N)
-    assert "NaN features for samples 0..9" in refused(trained, "--preset", "digits", "--samples", N)
+    assert "NaN features for samples 0..15" in refused(trained, "--preset", "digits", "--samples", N)
 
 
 def test_a_folder_of_real_images_is_measured(ok: Call, pictures: Path, tmp_path: Path):
@@ -346,12 +350,12 @@ def test_what_a_killed_attempt_left_does_not_cost_the_result(tmp_path: Path):
 
 def test_shards_of_other_prompts_are_not_taken_up():
     preset = load_preset("digits")
-    model = Model("m", "m", 1, 1, "digest", lambda repetition: noise)
 
     def key(prompts: list[str] | None) -> str:
         extractor = house_digits()
-        by = Judge(preset, Request("digits"), extractor, digits_reference(extractor), prompts)
-        return job_of(by, model, 0).key(extractor)
+        reference = digits_reference(extractor)
+        judge = Judge(preset=preset, extractor=extractor, reference=reference, prompts=prompts)
+        return judge.job(64, {"model": "digest"}).key(extractor)
 
     assert len({key(None), key(["a"]), key(["b"])}) == 3
     assert key(["a"]) == key(["a"])

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from fewstep.eval.protocol.evaluation import Evaluation
 from typer.testing import CliRunner
 
 import fewstep
@@ -25,20 +26,15 @@ def run_of(folder: Path, name: str, value: float, *settings: str, **report: Any)
     (folder / "report").mkdir(parents=True)
     (folder / "recipe.yaml").write_text(dump(load(name, settings)))
     rows = [
-        {
-            "title": "teacher, 1 step",
-            "metric": "FD house-digits",
-            "value": 55.6,
-            "error": 1.4,
-            "samples": 1797,
-        },
-        {
-            "title": "student, 1 step",
-            "metric": "FD house-digits",
-            "value": value,
-            "error": 0.35,
-            "samples": 1797,
-        },
+        Evaluation(
+            name=title,
+            preset="fd-house-digits",
+            preset_hash="0",
+            extractor="house-digits",
+            number=1797,
+            metrics={"FD (house-digits)": {"value": found, "standard_error": error}},
+        ).as_json()
+        for title, found, error in (("teacher, 1 step", 55.6, 1.4), ("student, 1 step", value, 0.35))
     ]
     (folder / "report" / "results.json").write_text(json.dumps({"rows": rows, "commit": "abc1234", **report}))
     return folder
@@ -83,7 +79,7 @@ def test_a_comparison_gives_each_recipe_at_its_own_steps_and_the_teacher_its_bes
     assert found["digits-dmd2-4step"].steps == 4
     assert found["digits-dmd2-4step"].updates == 250
     data = json.loads((ASSETS / "compare-digits.json").read_text())
-    best = min(row["value"] for row in data["teachers"])
+    best = min(row["metrics"]["FD (house-digits)"]["value"] for row in data["teachers"])
     assert (found["digits-teacher"].values, found["digits-teacher"].method) == ((best,), "denoise")
     for entry in of_comparison(ASSETS / "compare-fashion.json"):
         assert entry.settings == (() if entry.recipe.endswith("teacher") else ("train.batch=32",))

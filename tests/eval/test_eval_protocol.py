@@ -12,9 +12,11 @@ from fewstep.eval.features.base import random_conv
 from fewstep.eval.features.house import house_digits
 from fewstep.eval.metrics.frechet import frechet_distance
 from fewstep.eval.metrics.statistics import FeatureStatistics
-from fewstep.eval.protocol import evaluate as evaluation
+from fewstep.eval.protocol import evaluation
 from fewstep.eval.protocol.datasets import digits
-from fewstep.eval.protocol.latency import measure_latency
+from fewstep.eval.protocol.evaluate import METRICS, evaluate
+from fewstep.eval.protocol.latency import Clock, measure_latency
+from fewstep.eval.protocol.preset import METRICS as NAMES
 from fewstep.eval.protocol.preset import (
     MissingFiles,
     Preset,
@@ -23,9 +25,9 @@ from fewstep.eval.protocol.preset import (
     preset_names,
     require_files,
 )
-from fewstep.eval.protocol.reference import digits_reference
-from fewstep.eval.protocol.runner import extract_images
-from fewstep.eval.report import Entry, image_grid, write_report
+from fewstep.eval.protocol.reference import digits_reference, preset_reference
+from fewstep.eval.protocol.runner import extract_images, shard_size
+from fewstep.eval.report import image_grid, write_report
 from fewstep.eval.tools.convert import read_pickled_statistics
 
 
@@ -155,12 +157,12 @@ def evaluations(tmp_path):
 
 def measured(tmp_path):
     preset, extractor = small(tmp_path), house_digits()
-    reference = evaluation.preset_reference(preset, extractor)
+    reference = preset_reference(preset, extractor)
     found = []
     for noise, seconds in ((60.0, 0.5), (25.0, 2.0)):
         samples, labels = digit_samples(noise)
         found.append(
-            evaluation.evaluate(
+            evaluate(
                 f"noise {noise:g}",
                 preset,
                 extractor,
@@ -233,9 +235,9 @@ def test_wrong_numbers_of_samples_are_refused(tmp_path):
     reference = digits_reference(extractor)
     samples, _ = digit_samples(5.0)
     with pytest.raises(ValueError, match="samples: 1797, preset digits asks for 5000"):
-        evaluation.evaluate("x", load_preset("digits"), extractor, samples, reference)
+        evaluate("x", load_preset("digits"), extractor, samples, reference)
     with pytest.raises(ValueError, match="2 repetitions, preset digits asks for 1"):
-        evaluation.evaluate("x", small(tmp_path), extractor, [samples, samples], reference)
+        evaluate("x", small(tmp_path), extractor, [samples, samples], reference)
 
 
 def test_metrics_a_reference_cannot_give_are_stated_not_dropped(tmp_path):
@@ -245,7 +247,7 @@ def test_metrics_a_reference_cannot_give_are_stated_not_dropped(tmp_path):
     samples, labels = digit_samples(5.0)
     path = edited(tmp_path, "number: 5000", "number: 1797")
     path.write_text(path.read_text().replace(", diversity", ""))
-    found = evaluation.evaluate("x", load_preset(path), extractor, samples, moments, labels=labels)
+    found = evaluate("x", load_preset(path), extractor, samples, moments, labels=labels)
     assert set(found.omitted) == {"kid", "prdc5"}
     assert "moments only" in found.omitted["kid"]
 
@@ -261,9 +263,9 @@ def test_file_references_of_another_kind_are_refused(tmp_path, cache):
     with pytest.raises(ValueError, match="sha256 is not the protocol's"):
         require_files(preset)
     with pytest.raises(ValueError, match=r"cifar10-32x32.npz: dimension 4, but random-conv-0-6 gives 6"):
-        evaluation.preset_reference(preset, random_conv(0, dim=6))
+        preset_reference(preset, random_conv(0, dim=6))
     with pytest.raises(ValueError, match="only exports images"):
-        evaluation.preset_reference(load_preset("geneval"), random_conv(0))
+        preset_reference(load_preset("geneval"), random_conv(0))
 
 
 def test_minimum_of_three_stands_beside_mean_and_spread(tmp_path):
@@ -275,9 +277,7 @@ def test_minimum_of_three_stands_beside_mean_and_spread(tmp_path):
     for report in ("min", "mean"):
         path.write_text(text + f"\nrepetitions: 3\nreport: {report}\n")
         runs = [digit_samples(noise)[0] for noise in (20.0, 22.0, 24.0)]
-        found = evaluation.evaluate(
-            "x", load_preset(path), house_digits(), runs, digits_reference(house_digits())
-        )
+        found = evaluate("x", load_preset(path), house_digits(), runs, digits_reference(house_digits()))
         results[report] = found.metrics["FD (house-digits)"]
     values = results["min"]["repetitions"]
     assert results["min"]["value"] == min(values)
@@ -290,18 +290,18 @@ def test_report_is_one_file_without_outside_links(evaluations, tmp_path):
     images = digits()[0][:10].round().to(torch.uint8)
     latency = measure_latency(lambda i: images[: len(i)], batch_size=3, repeats=4, warm_up=1)
     assert 0 < latency.p50 <= latency.p95
-    entries = [
-        Entry(e, steps, "model <b>", images, [latency]) for e, steps in zip(evaluations, (1, 4), strict=True)
-    ]
-    entries[0].evaluation.omitted["kid"] = "toy & reason"
-    page = write_report(entries, tmp_path / "report", title="Digits <test>").read_text()
+    for e, calls in zip(evaluations, (1, 4), strict=True):
+        e.calls, e.group, e.images, e.latency = calls, "model <b>", images, (latency,)
+    evaluations[0].omitted["kid"] = "toy & reason"
+    page = write_report(evaluations, tmp_path / "report", title="Digits <test>").read_text()
     assert "Digits &lt;test&gt;" in page
     assert "toy &amp; reason" in page
     assert page.count("data:image/png;base64,") >= 5
     assert not re.search(r'(src|href)="(?!data:)', page)
     assert not re.search(r"https?://", page)
     content = json.loads((tmp_path / "report" / "report.json").read_text())
-    assert [item["steps"] for item in content] == [1, 4]
+    assert [item["calls"] for item in content] == [1, 4]
+    assert [evaluation.Evaluation.from_json(item).as_json() for item in content] == content
     assert content[0]["latency"][0]["batch_size"] == 3
     with pytest.raises(ValueError, match="none were given"):
         write_report([], tmp_path)
@@ -341,3 +341,75 @@ def test_pickled_statistics_convert_without_running_anything(tmp_path):
     path.write_bytes(pickle.dumps([mu, sigma]))
     with pytest.raises(ValueError, match="expected mu and sigma inside, found list"):
         read_pickled_statistics(path)
+
+
+def test_every_metric_that_a_preset_may_name_is_computed():
+    assert set(METRICS) == set(NAMES)
+
+
+class Watch:
+    """A clock that a generator moves: the first call of each size costs `cold`, every further one what is listed."""
+
+    def __init__(self, costs):
+        self.now, self.costs, self.calls = 0.0, iter(costs), []
+
+    def generate(self, indices):
+        self.calls.append(list(indices))
+        self.now += next(self.costs)
+        return torch.zeros(len(indices), 1, 2, 3)
+
+
+@pytest.fixture
+def watch(monkeypatch):
+    def start(*costs):
+        made = Watch(costs)
+        monkeypatch.setattr("fewstep.eval.protocol.latency._now", lambda: made.now)
+        return made
+
+    return start
+
+
+def test_the_clock_reads_warm_calls_alone_and_the_best_of_them(watch):
+    made = watch(100.0, 6.0, 4.0, 5.0, 0.5)
+    clock = Clock(made.generate)
+    for indices in torch.arange(18).split(4):  # four calls of four samples and a rest of two, which says less
+        clock(indices.tolist())
+    assert clock.per_1000([0]) == 1000 * 4.0 / 4
+    assert len(made.calls) == 5  # three warm calls were there already
+
+
+def test_the_clock_makes_the_warm_calls_that_are_missing(watch):
+    made = watch(100.0, 7.0, 2.0, 3.0)
+    clock = Clock(made.generate)
+    clock([5, 6])
+    assert clock.per_1000([0]) == 1000 * 2.0 / 2
+    assert made.calls == [[5, 6]] * 4
+    never_called = watch(50.0, 9.0, 8.0, 9.0)  # every sample lay on the disk
+    assert Clock(never_called.generate).per_1000([0, 1, 2, 3]) == 1000 * 8.0 / 4
+    assert never_called.calls == [[0, 1, 2, 3]] * 4
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("size: null", "size: 8", "vectors take no size, channels, quantiser or chain"),
+        ("quantiser: null", "quantiser: round", "vectors take no size, channels, quantiser or chain"),
+        ("extractor: vectors", "extractor: house-digits", "quantiser: None is not one of"),
+    ],
+)
+def test_vectors_have_no_pixels(tmp_path, old, new, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        load_preset(edited(tmp_path, old, new, "energy"))
+
+
+def test_shards_are_whole_batches_for_any_number_of_processes():
+    assert [shard_size(n) for n in (1, 2, 9, 80, 1797, 4000, 5000, 50_000)] == [
+        1,
+        1,
+        2,
+        16,
+        256,
+        512,
+        512,
+        512,
+    ]

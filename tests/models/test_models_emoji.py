@@ -19,6 +19,7 @@ from fewstep.algebra.sampling import sample
 from fewstep.cli import app
 from fewstep.commands.check_teacher import check_teacher
 from fewstep.commands.gallery import LEFT, TOP, captioned, rows_of
+from fewstep.commands.judge import judge_of
 from fewstep.commands.measure import measure
 from fewstep.commands.prepare_emoji import prepare_emoji
 from fewstep.commands.train_retrieval import train_retrieval
@@ -204,9 +205,9 @@ def test_the_folder_s_own_encoder_gives_the_conditions_of_the_data(made: Path):
 class Real(Product):
     """Samples that are the data themselves, each under its own caption."""
 
-    def draw(self, count: int, seed: int, labels: Any = None, batch: int = 256) -> Any:
+    def images(self, index: Any, labels: Any, seed: int = 0) -> Any:
         data = self.recipe.data.open()  # type: ignore[union-attr,attr-defined]
-        return data.pictures(torch.arange(count) % len(data))
+        return data.pictures(index % len(data))
 
 
 def test_the_data_have_distance_zero_from_themselves_and_their_captions_are_found(made: Path, tmp_path: Path):
@@ -218,19 +219,18 @@ def test_the_data_have_distance_zero_from_themselves_and_their_captions_are_foun
     opened = open_product(made / "teacher")
     real = Real(**{f.name: getattr(opened, f.name) for f in dataclasses.fields(Product)})
     spec = Evaluate(metric="fd-effnet-lite0", samples=5, retrieval=str(tmp_path / "judge"))
-    row, _ = measure(real, spec)
-    assert row.metric == "FD effnet-lite0-224-enlarged"
-    assert abs(row.value) < 1e-6
-    assert row.retrieval == 1
+    row, _ = measure(real, judge_of(real, spec))
+    assert abs(row.metrics["FD (effnet-lite0-224)"]["value"]) < 1e-6
+    assert row.value("caption found among 5") == 1
     moved = replace(real, shape=(3, 24, 24))
     with pytest.raises(UserError, match=r"judge takes pictures of 16 x 16, these are \[3, 24, 24\]"):
-        measure(moved, spec)
+        judge_of(moved, spec)
     (tmp_path / "other").mkdir()
     replace(found, captions=found.captions[::-1]).save(tmp_path / "other")
     with pytest.raises(UserError, match="was trained on 5 captions, which are not the 5 of this run's data"):
-        measure(real, replace(spec, retrieval=str(tmp_path / "other")))
+        judge_of(real, replace(spec, retrieval=str(tmp_path / "other")))
     with pytest.raises(UserError, match=r"no retrieval model; train it with `fewstep train-retrieval`"):
-        measure(real, replace(spec, retrieval=str(tmp_path / "none")))
+        judge_of(real, replace(spec, retrieval=str(tmp_path / "none")))
 
 
 def test_a_gallery_has_a_row_for_each_source_and_refuses_other_captions(made: Path):

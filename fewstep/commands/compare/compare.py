@@ -16,17 +16,24 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 
 from fewstep.commands.compare import ranking
 from fewstep.commands.compare.budget import Budget
-from fewstep.commands.compare.one_run import NEVER, Task, read_json, refuse_changes, say, work, write_json
-from fewstep.commands.compare.ranking import Ranked, Scored
-from fewstep.commands.measure import check_metric
+from fewstep.commands.compare.one_run import (
+    NEVER,
+    Task,
+    read_evaluations,
+    read_json,
+    refuse_changes,
+    say,
+    work,
+    write_json,
+)
+from fewstep.commands.judge import judge_of
 from fewstep.config import UserError, plain
-from fewstep.eval.protocol.latency import Latency
+from fewstep.eval.protocol.evaluation import Evaluation, distance_of
 from fewstep.recipe.schema import Evaluate, Recipe
 from fewstep.recipe.store import load, shipped
 from fewstep.train.product import product_of
@@ -53,12 +60,7 @@ def compare(
         raise UserError(f"--steps: must be at least 1, not {min(steps)}")
     loaded = {name: load(name, [*settings, *NEVER]) for name in dict.fromkeys(recipes)}
     evaluation = common(loaded, samples)
-    for name, recipe in loaded.items():
-        data: Any = recipe.data.open()  # type: ignore[attr-defined]
-        try:
-            check_metric(product_of(recipe, nn.Identity(), data, name), evaluation)
-        except UserError as error:
-            raise UserError(f"{name}: {error}") from None
+    check_judges(loaded, evaluation)
     names = folders(loaded)
     content = {"budget": str(amount), "settings": list(settings), "steps": list(steps)}
     claim(out, resume, {**content, "evaluation": asdict(evaluation)})
@@ -88,8 +90,6 @@ def compare(
         str(out),
         "--resume",
     ]
-    again += ["--steps", ",".join(map(str, steps))] if steps else []
-    again += ["--samples", str(samples)] if samples is not None else []
     again += ["--steps", ",".join(map(str, steps))] if steps else []
     again += ["--samples", str(samples)] if samples is not None else []
     again += [part for s in settings for part in ("--set", s)]
@@ -129,6 +129,26 @@ def common(loaded: Mapping[str, Recipe], samples: int | None) -> Evaluate:
         raise UserError(f"--samples must be at least 2, not {samples}")
     every = sorted({n for e in asked.values() for n in e.teacher_steps})
     return replace(first, samples=samples or first.samples, teacher_steps=tuple(every))
+
+
+def check_judges(loaded: Mapping[str, Recipe], evaluation: Evaluate) -> None:
+    """UserError when a recipe cannot be measured like that, or when two are compared with different data."""
+    seen: dict[str, str] = {}
+    for name, recipe in loaded.items():
+        data: Any = recipe.data.open()  # type: ignore[attr-defined]
+        try:
+            judge = judge_of(product_of(recipe, nn.Identity(), data, name), evaluation)
+        except UserError as error:
+            raise UserError(f"{name}: {error}") from None
+        if not {"fd", "kid", "cmmd", "energy"} & set(judge.preset.metrics):
+            raise UserError(f"{name}: preset {judge.preset.name} measures no distance, so nothing ranks it")
+        seen.setdefault(judge.reference.digest, name)
+    if len(seen) > 1:
+        first, second, *_ = seen.values()
+        raise UserError(
+            f"{first} and {second} are measured against different data by {evaluation.metric}: they cannot stand in one "
+            "table"
+        )
 
 
 def folders(names: Mapping[str, Any]) -> dict[str, str]:
@@ -251,10 +271,10 @@ def outcome(task: Task) -> str:
     result = read_json(task.result)
     if result is None:
         return f"FAILED: {message_of(task).splitlines()[0]}"
-    rows = [
-        f"{r['metric']} {ranking.with_error(r['value'], r['error'])} at {r['steps']} step{'s' * (r['steps'] > 1)}"
-        for r in result["rows"]
-    ]
+    rows = []
+    for e in map(Evaluation.from_json, result["rows"]):
+        steps = f"{e.steps} step{'s' * (e.steps != 1)}"
+        rows.append(f"{distance_of(e)} {ranking.with_error(e.distance)} at {steps}")
     spent = f", {result['seconds']:.0f} s" if "seconds" in result else ""
     return "; ".join(rows) + spent
 
@@ -271,51 +291,27 @@ def finish(out: Path, about: dict[str, Any], tasks: Sequence[Task], teachers: Se
         for t in [*teachers, *tasks]
         if not t.result.is_file()
     ]
-    rows, shown = collect([t for t in tasks if t.result.is_file()])
-    ranked = ranking.rank(rows)
-    beside = []
-    for t in teachers:
-        for s in scores(t, read_json(t.result)) if t.result.is_file() else ():
-            beside.append((s.row, s.images))
+    ranked = ranking.rank(collect([t for t in tasks if t.result.is_file()]))
+    beside = [
+        e for t in teachers if t.result.is_file() for e in read_evaluations(t.folder, read_json(t.result))
+    ]
     title = f"Comparison under {about['budget']}"
-    ranking.write(out, title, about, ranked, shown, beside, failed, runs)
-    say(ranking.markdown(title, about, ranked, [row for row, _ in beside], failed))
+    ranking.write(out, title, about, ranked, beside, failed, runs)
+    say(ranking.markdown(title, about, ranked, beside, failed))
     if not ranked:
         raise UserError(f"no run succeeded; see {out / 'report.md'}")
     say(f"report {out / 'report.html'}, table {out / 'report.md'}, data {out / 'results.json'}")
     return out / "results.json"
 
 
-def collect(tasks: Sequence[Task]) -> tuple[list[Ranked], dict[tuple[str, int], Scored]]:
-    """A row per recipe and number of steps from the results in the tasks' folders, and what to show of each."""
-    found: dict[tuple[str, int], list[tuple[Any, Scored]]] = {}
+def collect(tasks: Sequence[Task]) -> list[Evaluation]:
+    """A row per recipe and number of steps from the results in the tasks' folders."""
+    found: dict[tuple[str, int | None], list[tuple[Any, Evaluation]]] = {}
     for task in tasks:
         result = read_json(task.result)
-        for s in scores(task, result):
-            found.setdefault((task.recipe, s.row["steps"]), []).append((result, s))
-    rows = [
-        ranking.join(recipe, parts[0][0]["method"], [r for r, _ in parts], [s for _, s in parts])
+        for e in read_evaluations(task.folder, result):
+            found.setdefault((task.recipe, e.steps), []).append((result, e))
+    return [
+        ranking.join(recipe, [r for r, _ in parts], [e for _, e in parts])
         for (recipe, _), parts in found.items()
     ]
-    return rows, {key: parts[0][1] for key, parts in found.items()}
-
-
-def scores(task: Task, result: Mapping[str, Any]) -> list[Scored]:
-    """The measurements of a run with their arrays."""
-    with np.load(task.folder / "scores.npz") as archive:
-        arrays = {k: archive[k] for k in archive.files}
-    out = []
-    latencies = result.get("latency") or [[]] * len(result["rows"])
-    for row, items in zip(result["rows"], latencies, strict=True):
-        n = row["steps"]
-        images = arrays.get(f"images-{n}")
-        out.append(
-            Scored(
-                row,
-                arrays.get(f"influence-{n}"),
-                arrays.get(f"curvature-{n}"),
-                None if images is None else torch.from_numpy(images),
-                tuple(Latency(**item) for item in items),
-            )
-        )
-    return out

@@ -7,8 +7,8 @@ import multiprocessing
 import sys
 import time
 import traceback
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +17,11 @@ import torch
 
 from fewstep.algebra.draws import fold
 from fewstep.commands.compare.budget import Accounted, Budget, lengths, probe, with_lengths
-from fewstep.commands.compare.ranking import Scored
+from fewstep.commands.judge import Judge, judge_of
 from fewstep.commands.measure import measure, teacher_product
+from fewstep.commands.sources import of_product
 from fewstep.config import UserError, plain
-from fewstep.eval.protocol.evaluate import environment
+from fewstep.eval.protocol.evaluation import Evaluation, environment
 from fewstep.eval.protocol.images import to_pixels
 from fewstep.eval.protocol.latency import measure_latency
 from fewstep.files import atomic_path
@@ -129,8 +130,9 @@ def train(task: Task) -> None:
     trainer, spent = account.trainer, account.spent
     peak = peak_memory()
     product = product_of(final, trainer.product.eval(), trainer.data, task.recipe, trainer.progress.done)
-    scored = [score(product.with_steps(n), task.evaluation) for n in step_counts(product, task.steps)]
-    keep_scores(run, scored)
+    judge = judge_of(product, task.evaluation)
+    found = [score(product.with_steps(n), judge) for n in step_counts(product, task.steps)]
+    keep_arrays(run, found)
     method: Any = final.method
     write_json(
         task.result,
@@ -148,8 +150,7 @@ def train(task: Task) -> None:
             "cpu_seconds": spent.cpu_seconds,
             "network_calls": spent.calls,
             "peak_memory_mib": peak,
-            "rows": [s.row for s in scored],
-            "latency": [[asdict(item) for item in s.latency] for s in scored],
+            "rows": [e.as_json() for e in found],
         },
     )
 
@@ -209,37 +210,49 @@ def step_counts(product: Product, wanted: Sequence[int]) -> list[int]:
     return sorted({*own, *(n for n in wanted if product.trained is None or n in product.trained)})
 
 
-def score(product: Product, evaluation: Evaluate) -> Scored:
-    """Measure a product; also its influence per sample, first pictures and latency."""
-    measured, x = measure(product, evaluation)
-    row = {**measured.row(), "steps": len(product.sampler.steps)}
-    images = to_pixels(x[:SHOWN]) if x.ndim == 4 else None
+def score(product: Product, judge: Judge) -> Evaluation:
+    """Measure a product; also its first pictures and its latency."""
+    evaluation, x = measure(product, judge)
+    number = judge.preset.number
+    make = of_product(judge.preset, product, product.title).generate(0)
 
     def generate(indices: list[int]) -> torch.Tensor:
-        device = next((p.device for p in product.net.parameters()), torch.device("cpu"))
-        index = torch.tensor(indices, device=device)
-        return product.images(index, index % product.classes if product.classes else None)
+        # A small set has fewer conditions than the clock asks for.
+        return make([i % number for i in indices])
 
     latency = tuple(measure_latency(generate, batch, repeats=5, warm_up=1) for batch in (1, SHOWN))
-    result = measured.frechet
-    if result is None:
-        return Scored(row, images=images, latency=latency)
-    return Scored(row, result.influence, result.curvature, images, latency)
+    return replace(evaluation, images=to_pixels(x[:SHOWN]) if x.ndim == 4 else None, latency=latency)
 
 
-def keep_scores(folder: Path, scored: Sequence[Scored]) -> None:
+def keep_arrays(folder: Path, found: Sequence[Evaluation]) -> None:
     """Influences and pictures of a run in scores.npz, written before its result."""
     arrays: dict[str, np.ndarray] = {}
-    for s in scored:
-        steps = s.row["steps"]
-        for name, value in (("influence", s.influence), ("curvature", s.curvature)):
+    for e in found:
+        for name in ("influence", "curvature") if e.frechet else ():
+            value = getattr(e.frechet[0], name)
             if value is not None:
-                arrays[f"{name}-{steps}"] = value
-        if s.images is not None:
-            arrays[f"images-{steps}"] = s.images.numpy()
+                arrays[f"{name}-{e.steps}"] = value
+        if e.images is not None:
+            arrays[f"images-{e.steps}"] = e.images.numpy()
     folder.mkdir(parents=True, exist_ok=True)
     with atomic_path(folder / "scores.npz") as temporary:
         np.savez(temporary, **arrays)
+
+
+def read_evaluations(folder: Path, result: Mapping[str, Any]) -> list[Evaluation]:
+    """The evaluations of a run with the arrays that `keep_arrays` wrote."""
+    with np.load(folder / "scores.npz") as archive:
+        arrays = {k: archive[k] for k in archive.files}
+    out = []
+    for row in result["rows"]:
+        e = Evaluation.from_json(row)
+        influence, images = arrays.get(f"influence-{e.steps}"), arrays.get(f"images-{e.steps}")
+        if influence is not None:
+            known = {"influence": influence, "curvature": arrays[f"curvature-{e.steps}"]}
+            e.frechet = [replace(e.distance, **known)]
+        e.images = None if images is None else torch.from_numpy(images)
+        out.append(e)
+    return out
 
 
 def score_teacher(task: Task) -> None:
@@ -248,9 +261,10 @@ def score_teacher(task: Task) -> None:
     data: Any = recipe.data.open()  # type: ignore[attr-defined]
     roles = build_roles(recipe, data)
     student = product_of(recipe, roles.student.eval(), data, task.recipe)
+    judge = judge_of(student, task.evaluation)
     rows = []
     for n in task.evaluation.teacher_steps:
         orphaned()
-        rows.append(score(teacher_product(student, roles.teacher, n), task.evaluation))
-    keep_scores(task.folder, rows)
-    write_json(task.result, {"recipe": task.recipe, "rows": [r.row for r in rows]})
+        rows.append(score(teacher_product(student, roles.teacher, n), judge))
+    keep_arrays(task.folder, rows)
+    write_json(task.result, {"recipe": task.recipe, "rows": [e.as_json() for e in rows]})

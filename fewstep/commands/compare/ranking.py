@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
-from fewstep.eval.metrics.frechet import standard_error
-from fewstep.eval.protocol.evaluate import Evaluation, environment
-from fewstep.eval.protocol.latency import Latency
-from fewstep.eval.report import Entry, write_report
+from fewstep.eval.metrics.estimate import Estimate
+from fewstep.eval.metrics.frechet import paired_difference, standard_error
+from fewstep.eval.protocol.evaluation import Evaluation, distance_of, environment
+from fewstep.eval.report import write_report
 from fewstep.files import atomic_path
 
 NOTE = (
@@ -27,145 +25,110 @@ NOTE = (
 )
 
 
-@dataclass
-class Scored:
-    """One student at one number of steps: a row of a run's result and its samples' influence on the distance.
+def join(recipe: str, runs: Sequence[Mapping[str, Any]], evaluations: Sequence[Evaluation]) -> Evaluation:
+    """A recipe at one number of steps: the mean of its seeds' `evaluations`, and of what its `runs` had cost.
 
-    influence (N,) and curvature (pairs,) are those of `FrechetResult`, None for other metrics.
+    The distance's entry also has its values, their spread and the sampling error of the mean; `frechet` is the mean's
+    influence per sample. Pictures and latency are the first seed's.
     """
-
-    row: Mapping[str, Any]
-    influence: np.ndarray | None = None
-    curvature: np.ndarray | None = None
-    images: torch.Tensor | None = None
-    latency: tuple[Latency, ...] = ()
-
-
-@dataclass
-class Ranked:
-    """A recipe at one number of steps, over its seeds. Numbers of a run (seconds, ...) are means over seeds."""
-
-    recipe: str
-    method: str
-    steps: int
-    calls: int
-    metric: str
-    samples: int
-    values: list[float]
-    value: float
-    error: float | None
-    spread: float | None
-    sampling_error: float | None
-    accuracy: float | None
-    diversity: float | None
-    seconds_per_1000: float
-    updates: int
-    seconds: float
-    cpu_seconds: float
-    network_calls: int
-    peak_memory_mib: float
-    rank: int = 0
-    difference: float | None = None
-    difference_error: float | None = None
-    influence: np.ndarray | None = field(default=None, repr=False)
-    curvature: np.ndarray | None = field(default=None, repr=False)
-
-    def as_json(self) -> dict[str, Any]:
-        return {k: v for k, v in self.__dict__.items() if k not in ("influence", "curvature")}
-
-
-def join(recipe: str, method: str, runs: Sequence[Mapping[str, Any]], scored: Sequence[Scored]) -> Ranked:
-    """One row of several seeds: `runs` are their results, `scored` their measurements at one number of steps."""
-    rows = [s.row for s in scored]
-    values = [float(r["value"]) for r in rows]
-    n = len(values)
-    spread = float(np.std(values, ddof=1)) if n > 1 else None
-    influence, curvature = _mean([s.influence for s in scored]), _mean([s.curvature for s in scored])
-    sampling = None if influence is None or curvature is None else standard_error(influence, curvature)
+    first = evaluations[0]
+    distance = distance_of(first)
+    assert distance is not None  # a comparison is ranked by one
+    metrics: dict[str, dict[str, Any]] = {}
+    for name in first.metrics:
+        known = [v for e in evaluations if (v := e.metrics[name]["value"]) is not None]
+        metrics[name] = {"value": float(np.mean(known)) if known else None}
+    values = [float(e.metrics[distance]["value"]) for e in evaluations]
+    spread = float(np.std(values, ddof=1)) if len(values) > 1 else None
+    mean = mean_influence(evaluations)
+    sampling = None if mean is None else mean.standard_error
     error = None
     if sampling is not None or spread is not None:
-        error = math.sqrt((sampling or 0.0) ** 2 + (spread or 0.0) ** 2 / n)
-    return Ranked(
-        recipe,
-        method,
-        int(rows[0]["steps"]),
-        int(rows[0]["calls"]),
-        str(rows[0]["metric"]),
-        int(rows[0]["samples"]),
-        values,
-        float(np.mean(values)),
-        error,
-        spread,
-        sampling,
-        _average([r["accuracy"] for r in rows]),
-        _average([r["diversity"] for r in rows]),
-        float(np.mean([r["seconds_per_1000"] for r in rows])),
-        round(np.mean([r["updates"] for r in runs])),
-        float(np.mean([r["seconds"] for r in runs])),
-        float(np.mean([r["cpu_seconds"] for r in runs])),
-        round(np.mean([r["network_calls"] for r in runs])),
-        float(np.max([r["peak_memory_mib"] for r in runs])),
-        influence=influence,
-        curvature=curvature,
+        error = math.sqrt((sampling or 0.0) ** 2 + (spread or 0.0) ** 2 / len(values))
+    metrics[distance] = {
+        "value": float(np.mean(values)),
+        "standard_error": error,
+        "values": values,
+        "spread": spread,
+        "sampling_error": sampling,
+    }
+    seconds = [e.seconds for e in evaluations if e.seconds is not None]
+    return replace(
+        first,
+        name=recipe,
+        group=recipe,
+        metrics=metrics,
+        seconds=float(np.mean(seconds)) if seconds else None,
+        training={
+            "method": runs[0]["method"],
+            "updates": round(np.mean([r["updates"] for r in runs])),
+            "seconds": float(np.mean([r["seconds"] for r in runs])),
+            "cpu_seconds": float(np.mean([r["cpu_seconds"] for r in runs])),
+            "network_calls": round(np.mean([r["network_calls"] for r in runs])),
+            "peak_memory_mib": float(np.max([r["peak_memory_mib"] for r in runs])),
+        },
+        frechet=[] if mean is None else [mean],
     )
 
 
-def rank(rows: Sequence[Ranked]) -> list[Ranked]:
-    """Sort by the distance and set each row's rank and paired difference from the best."""
-    ordered = sorted(rows, key=lambda r: r.value)
-    for number, row in enumerate(ordered, 1):
-        row.rank = number
-        if number > 1:
-            row.difference, row.difference_error = difference(row, ordered[0])
-    return ordered
+def mean_influence(evaluations: Sequence[Evaluation]) -> Estimate | None:
+    """The mean distance with the mean influence of each sample on it; None where one does not know its own."""
+    known = [e.frechet[0] for e in evaluations if e.frechet and e.frechet[0].influence is not None]
+    if len(known) < len(evaluations):
+        return None
+    influence = np.mean(np.stack([k.influence for k in known]), axis=0)  # type: ignore[arg-type]
+    curvature = np.mean(np.stack([k.curvature for k in known]), axis=0)  # type: ignore[arg-type]
+    value = float(np.mean([k.value for k in known]))
+    error = standard_error(influence, curvature)
+    return Estimate(value=value, standard_error=error, influence=influence, curvature=curvature)
 
 
-def difference(a: Ranked, b: Ranked) -> tuple[float, float | None]:
-    """value(a) - value(b) and its error: paired over samples, independent over training seeds."""
-    variances = [r.spread**2 / len(r.values) for r in (a, b) if r.spread is not None]
-    paired = a.influence is not None and b.influence is not None and len(a.influence) == len(b.influence)
-    if paired:
-        sampling = standard_error(a.influence - b.influence, a.curvature - b.curvature)  # type: ignore[operator]
-        variances.append(sampling**2)
-    return a.value - b.value, math.sqrt(sum(variances)) if variances else None
+def rank(rows: Sequence[Evaluation]) -> list[tuple[Evaluation, Estimate | None]]:
+    """Sorted by the distance, each with its paired difference from the best; None for the best itself."""
+    ordered = sorted(rows, key=lambda e: e.distance.value)
+    return [(e, None if i == 0 else difference(e, ordered[0])) for i, e in enumerate(ordered)]
 
 
-def _mean(parts: Sequence[np.ndarray | None]) -> np.ndarray | None:
-    known = [p for p in parts if p is not None]
-    return np.mean(known, axis=0) if known and len(known) == len(parts) else None
-
-
-def _average(values: Sequence[float | None]) -> float | None:
-    known = [v for v in values if v is not None]
-    return float(np.mean(known)) if known else None
+def difference(a: Evaluation, b: Evaluation) -> Estimate:
+    """distance(a) - distance(b): its error is paired over samples, independent over training seeds."""
+    variances = []
+    for e in (a, b):
+        entry = e.metrics[str(distance_of(e))]
+        if entry["spread"] is not None:
+            variances.append(entry["spread"] ** 2 / len(entry["values"]))
+    one, other = (e.frechet[0] if e.frechet else None for e in (a, b))
+    if one is not None and other is not None and len(one.influence) == len(other.influence):  # type: ignore[arg-type]
+        variances.append(paired_difference(one, other).standard_error ** 2)  # type: ignore[operator]
+    error = math.sqrt(sum(variances)) if variances else None
+    return Estimate(value=a.distance.value - b.distance.value, standard_error=error)
 
 
 def markdown(
-    title: str, about: Mapping[str, Any], rows: Sequence[Ranked], teachers: Sequence[Mapping[str, Any]],
-    failed: Sequence[Mapping[str, Any]],
+    title: str, about: Mapping[str, Any], ranked: Sequence[tuple[Evaluation, Estimate | None]],
+    teachers: Sequence[Evaluation], failed: Sequence[Mapping[str, Any]],
 ) -> str:  # fmt: skip
     """The comparison as a Markdown page."""
-    metric = rows[0].metric if rows else str(about["evaluation"]["metric"])
-    classes = any(r.accuracy is not None for r in rows)
+    every = [*(e for e, _ in ranked), *teachers]
+    metric = (distance_of(every[0]) if every else None) or str(about["evaluation"]["metric"])
+    classes = any(e.value("class accuracy") is not None for e in every)
     head = ["rank", "recipe", "method", "calls", f"{metric} ±", "spread over seeds", "from the best"]
     head += ["accuracy", "diversity"] if classes else []
     head += ["updates", "training s", "CPU s", "network calls", "peak MiB", "s / 1000"]
     lines = [f"# {title}", "", _facts(about), "", _cells(head), _cells(["---"] * len(head))]
-    for r in rows:
-        cells = [str(r.rank), f"`{r.recipe}`", r.method, str(r.calls), with_error(r.value, r.error)]
-        cells += ["" if r.spread is None else f"{r.spread:.2g} ({len(r.values)})"]
-        cells += ["" if r.difference is None else with_error(r.difference, r.difference_error, "+")]
-        cells += [share(r.accuracy), "" if r.diversity is None else f"{r.diversity:.2f}"] if classes else []
-        cells += [str(r.updates), f"{r.seconds:.0f}", f"{r.cpu_seconds:.0f}"]
-        cells += [f"{r.network_calls:.3g}", f"{r.peak_memory_mib:.0f}"]
-        lines.append(_cells([*cells, f"{r.seconds_per_1000:.2f}"]))
-    for t in teachers:
-        cells = ["", t["title"], "", str(t["calls"]), with_error(t["value"], t["error"]), "", ""]
-        cells += (
-            [share(t["accuracy"]), f"{t['diversity']:.2f}"] if classes and t["accuracy"] is not None else []
-        )
+    for number, (e, apart) in enumerate(ranked, 1):
+        t, entry = e.training, e.metrics[metric]
+        cells = [str(number), f"`{e.name}`", t["method"], str(e.calls), with_error(e.distance)]
+        cells += ["" if entry["spread"] is None else f"{entry['spread']:.2g} ({len(entry['values'])})"]
+        cells += ["" if apart is None else with_error(apart, "+")]
+        cells += [*by_class(e)] if classes else []
+        cells += [str(t["updates"]), f"{t['seconds']:.0f}", f"{t['cpu_seconds']:.0f}"]
+        cells += [f"{t['network_calls']:.3g}", f"{t['peak_memory_mib']:.0f}"]
+        lines.append(_cells([*cells, "" if e.seconds is None else f"{e.seconds:.2f}"]))
+    for e in teachers:
+        cells = ["", e.name, "", str(e.calls), with_error(e.distance), "", ""]
+        cells += [*by_class(e)] if classes else []
         cells += [""] * (len(head) - len(cells) - 1)
-        lines.append(_cells([*cells, f"{t['seconds_per_1000']:.2f}"]))
+        lines.append(_cells([*cells, "" if e.seconds is None else f"{e.seconds:.2f}"]))
     lines += ["", NOTE]
     if failed:
         lines += ["", "## Failed", ""]
@@ -173,17 +136,22 @@ def markdown(
     return "\n".join(lines) + "\n"
 
 
-def with_error(value: float, error: float | None, sign: str = "") -> str:
+def with_error(estimate: Estimate, sign: str = "") -> str:
     """`1.28 ± 0.34`, the value with as many decimals as its error."""
-    if error is None:
+    value, error = estimate.value, estimate.standard_error
+    if error is None or math.isnan(error):
         return f"{value:{sign}.4g}"
     decimals = min(6, max(0, 1 - math.floor(math.log10(error)))) if error > 0 else 3
     return f"{value:{sign}.{decimals}f} ± {error:.{decimals}f}"
 
 
-def share(value: float | None) -> str:
-    """A share in [0, 1] as per cent."""
-    return "" if value is None else f"{100 * value:.1f} %"
+def by_class(e: Evaluation) -> tuple[str, str]:
+    """Class accuracy as per cent and within-class diversity, empty where they are not known."""
+    accuracy, diversity = e.value("class accuracy"), e.value("within-class diversity")
+    return (
+        "" if accuracy is None else f"{100 * accuracy:.1f} %",
+        "" if diversity is None else f"{diversity:.2f}",
+    )
 
 
 def _facts(about: Mapping[str, Any]) -> str:
@@ -201,71 +169,41 @@ def _cells(cells: Sequence[str]) -> str:
 
 
 def page(
-    folder: Path, title: str, about: Mapping[str, Any], rows: Sequence[Ranked],
-    shown: Mapping[tuple[str, int], Scored], teachers: Sequence[tuple[Mapping[str, Any], torch.Tensor | None]],
-    failed: Sequence[Mapping[str, Any]],
+    folder: Path, title: str, about: Mapping[str, Any], ranked: Sequence[tuple[Evaluation, Estimate | None]],
+    teachers: Sequence[Evaluation], failed: Sequence[Mapping[str, Any]],
 ) -> Path:  # fmt: skip
-    """The comparison as one HTML file by fewstep.eval.report; `shown` gives each row's samples and latencies."""
-    facts = {"evaluation": dict(about["evaluation"])}
-    digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
-
-    def entry(
-        name: str, steps: int, row: Mapping[str, Any], more: Mapping[str, Any], scored: Scored
-    ) -> Entry:
-        metrics: dict[str, Any] = {row["metric"]: {"value": row["value"], "standard_error": row["error"]}}
-        metrics |= {k: {"value": v} for k, v in more.items() if v is not None}
-        evaluation = Evaluation(
-            name,
-            about["evaluation"]["metric"],
-            digest,
-            row["metric"],
-            row["samples"],
-            metrics,
-            dict(about["environment"]),
-            row["seconds_per_1000"],
-            row["calls"],
-        )
-        return Entry(evaluation, steps, name, scored.images, scored.latency)
-
-    entries = []
-    for r in rows:
-        more = {
-            "spread over seeds": r.spread,
-            "class accuracy": r.accuracy,
-            "diversity": r.diversity,
-            "updates": float(r.updates),
-            "training seconds": r.seconds,
-            "training CPU seconds": r.cpu_seconds,
-            "training network calls": float(r.network_calls),
-        }
-        entries.append(entry(r.recipe, r.calls, r.as_json(), more, shown[r.recipe, r.steps]))
-    for t, images in teachers:
-        more = {"class accuracy": t["accuracy"], "diversity": t["diversity"]}
-        entries.append(entry(t["title"], t["calls"], t, more, Scored(t, images=images)))
+    """The comparison as one HTML file by fewstep.eval.report."""
     notes = [_facts(about).replace("`", ""), NOTE]
     notes += [f"{f['recipe']}, seed {f['seed']}, failed: {f['message']}" for f in failed]
-    return write_report(entries, folder, title, notes=notes)
+    return write_report([*(e for e, _ in ranked), *teachers], folder, title, notes=notes)
 
 
 def write(
-    folder: Path, title: str, about: Mapping[str, Any], rows: Sequence[Ranked],
-    shown: Mapping[tuple[str, int], Scored], teachers: Sequence[tuple[Mapping[str, Any], torch.Tensor | None]],
-    failed: Sequence[Mapping[str, Any]], runs: Sequence[Mapping[str, Any]],
+    folder: Path, title: str, about: Mapping[str, Any], ranked: Sequence[tuple[Evaluation, Estimate | None]],
+    teachers: Sequence[Evaluation], failed: Sequence[Mapping[str, Any]], runs: Sequence[Mapping[str, Any]],
 ) -> None:  # fmt: skip
     """results.json, report.md and report.html in `folder`."""
     content = {
         **about,
-        "rows": [r.as_json() for r in rows],
-        "teachers": [t for t, _ in teachers],
+        "rows": [
+            {**_row(e), "rank": number, "difference": None if apart is None else apart.as_dict()}
+            for number, (e, apart) in enumerate(ranked, 1)
+        ],
+        "teachers": [_row(e) for e in teachers],
         "failed": list(failed),
         "runs": list(runs),
     }
     with atomic_path(folder / "results.json") as temporary:
         temporary.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n")
     with atomic_path(folder / "report.md") as temporary:
-        temporary.write_text(markdown(title, about, rows, [t for t, _ in teachers], failed))
-    if rows:
-        page(folder, title, about, rows, shown, teachers, failed)
+        temporary.write_text(markdown(title, about, ranked, teachers, failed))
+    if ranked:
+        page(folder, title, about, ranked, teachers, failed)
+
+
+def _row(e: Evaluation) -> dict[str, Any]:
+    """An evaluation without its environment, which the comparison tells once."""
+    return {key: value for key, value in e.as_json().items() if key != "environment"}
 
 
 def facts(budget: Any, seeds: Sequence[int], settings: Sequence[str], evaluation: Any) -> dict[str, Any]:

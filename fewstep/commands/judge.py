@@ -1,0 +1,217 @@
+"""A preset with everything that it measures with, and whether it is for such samples at all."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from fewstep.commands.sources import Model
+from fewstep.config import UserError
+from fewstep.eval.features.base import FeatureExtractor
+from fewstep.eval.features.clip import ClipScorer, tokenise
+from fewstep.eval.features.extractors import build_extractor
+from fewstep.eval.features.retrieval import Retrieval
+from fewstep.eval.protocol.evaluate import evaluate, preset_clip, prompts_digest
+from fewstep.eval.protocol.evaluation import Evaluation
+from fewstep.eval.protocol.preset import Preset, load_preset, require_files
+from fewstep.eval.protocol.prompts import prompts_of
+from fewstep.eval.protocol.reference import Reference, preset_reference
+from fewstep.eval.protocol.runner import Job, Samples, shard_size
+from fewstep.recipe.schema import Evaluate
+from fewstep.train.product import Product
+
+Data = Callable[[], tuple[Tensor, Tensor | None]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Judge:
+    """Everything that samples are measured with; `omit` are metrics to leave out, and why."""
+
+    preset: Preset
+    extractor: FeatureExtractor
+    reference: Reference
+    prompts: Sequence[str] | None = None
+    clip: ClipScorer | None = None
+    retrieval: Retrieval | None = None
+    omit: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def clip_images(self) -> FeatureExtractor | None:
+        return self.clip.images if self.clip else None
+
+    def job(self, batch: int, identity: Mapping[str, Any] | None = None) -> Job:
+        """What is generated; `identity` tells models apart whose samples lie in one cache."""
+        preset = self.preset
+        told: dict[str, Any] = {"preset": preset.hash, **(identity or {})}
+        if self.prompts is not None:
+            told["prompts"] = prompts_digest(self.prompts)
+        return Job(
+            preset.number,
+            told,
+            shard_size(preset.number),
+            batch,
+            preset.quantiser,
+            preset.steps,
+            keep_images=self.retrieval is not None,
+            clip_chain=preset.clip_steps,
+        )
+
+    def evaluate(self, model: Model, samples: Samples | list[Samples], **more: Any) -> Evaluation:
+        """The model's samples, one set per repetition, as numbers; `more` are fields of the Evaluation."""
+        return evaluate(
+            model.name,
+            self.preset,
+            self.extractor,
+            samples,
+            self.reference,
+            labels=model.labels,
+            omit={**self.omit, **model.lacks},
+            clip=self.clip,
+            prompts=self.prompts,
+            retrieval=self.retrieval,
+            group=model.group,
+            steps=model.steps,
+            calls=model.calls,
+            **more,
+        )
+
+
+@contextmanager
+def told() -> Iterator[None]:
+    """What the harness refuses is the user's to mend: one message instead of a traceback."""
+    try:
+        yield
+    except (ValueError, FileNotFoundError, PermissionError, ModuleNotFoundError, ArithmeticError) as error:
+        raise UserError(str(error)) from None
+
+
+def preset_of(spec: Evaluate) -> Preset:
+    """The preset that a recipe names, with the recipe's number of samples and seed."""
+    with told():
+        preset = load_preset(spec.metric)
+    metrics = preset.metrics if spec.retrieval is None else [*preset.metrics, "retrieval"]
+    return replace(preset, number=spec.samples, first_seed=spec.seed, metrics=metrics)
+
+
+def open_judge(
+    preset: Preset,
+    files: Mapping[str, Path],
+    *,
+    data: Data | None = None,
+    retrieval: Retrieval | None = None,
+    extractor_path: Path | None = None,
+    omit: Sequence[str] = (),
+) -> Judge:
+    """Networks, prompts and reference of a preset from `files` (see `require_files`); UserError for what is wrong."""
+    with told():
+        prompts = prompts_of(preset, files["prompts"]) if "prompts" in files else None
+        clip = clip_of(preset, files.get("clip"), prompts)
+        extractor = extractor_of(preset, files.get("weights", extractor_path))
+        reference = preset_reference(preset, extractor, data)
+    return Judge(
+        preset=preset,
+        extractor=extractor,
+        reference=reference,
+        prompts=prompts,
+        clip=clip,
+        retrieval=retrieval,
+        omit=dict.fromkeys(omit, "left out by --omit"),
+    )
+
+
+def judge_of(product: Product, spec: Evaluate) -> Judge:
+    """What a recipe is measured with; refuses before a sample is drawn what could not be measured.
+
+    Raises:
+        UserError: the preset is not for this product's samples, or a file that it needs is missing.
+    """
+    preset = preset_of(spec)
+    with told():
+        files = require_files(preset)
+    check_fit(preset, product.picture_shape(), product.classes)
+    captions = None if spec.retrieval is None else captions_of(product, spec.retrieval)
+    return open_judge(preset, files, data=data_of(product), retrieval=captions)
+
+
+def data_of(product: Product) -> Data | None:
+    """All samples of a run's data; None where a folder does not say which these are."""
+    recipe: Any = product.recipe
+    return None if recipe is None else lambda: recipe.data.open().all()
+
+
+def check_fit(preset: Preset, shape: Sequence[int], classes: int | None, what: str = "") -> None:
+    """UserError unless the preset is for samples of this shape and number of classes (0 none, None not known).
+
+    `what` names the samples where the message would not.
+    """
+    told = f"{what}: preset {preset.name}" if what else f"preset {preset.name}"
+    if preset.vectors:
+        if len(shape) != 1:
+            raise UserError(f"{told} is for vectors; these samples are {list(shape)}")
+    else:
+        side, channels = preset.size, preset.channels
+        right = len(shape) == 3 and shape[0] in ((1, 3) if channels is None else (channels,))
+        if not right or (side is not None and tuple(shape[1:]) != (side, side)):
+            kind = {None: "images", 1: "grey images", 3: "colour images"}.get(
+                channels, f"{channels}-channel images"
+            )
+            size = "" if side is None else f"{side} x {side} "
+            raise UserError(f"{told} is for {size}{kind}; these samples are {list(shape)}")
+    wanted = preset.conditions
+    if classes is None:
+        return
+    free = wanted.kind == "data" and (classes == 0 or wanted.classes is None)
+    if not free and classes != (wanted.classes or 0):
+        asked = "prompts" if wanted.kind == "prompts" else f"{wanted.classes or 0} classes"
+        raise UserError(f"{told} asks for {asked}; these samples are of {classes} classes")
+    if classes and "diversity" in preset.metrics and preset.number < 2 * classes:
+        raise UserError(
+            f"samples {preset.number}: the diversity within a class needs two of each, so at least {2 * classes} for "
+            f"{classes} classes"
+        )
+
+
+def extractor_of(preset: Preset, path: Path | None) -> FeatureExtractor:
+    """The preset's feature network; ValueError when its weights are not the ones the preset pins."""
+    extractor = build_extractor(preset.extractor, path)
+    pinned = preset.extractor_file.sha256 if preset.extractor_file else None
+    if pinned and not extractor.sha256.startswith(pinned):
+        raise ValueError(f"{path}: sha256 {extractor.sha256} is not the {pinned} of preset {preset.name}")
+    return extractor
+
+
+def clip_of(preset: Preset, path: Path | None, prompts: Sequence[str] | None) -> ClipScorer | None:
+    """CLIP for the preset's score, None where none is asked for; prompts that do not fit are found now."""
+    if path is None:
+        return None
+    assert preset.clip is not None
+    assert prompts is not None
+    clip = preset_clip(preset.clip, path)
+    tokenise(clip.recipe, prompts)
+    return clip
+
+
+def captions_of(product: Product, folder: str) -> Retrieval:
+    """The retrieval model of a folder; UserError when its captions are not those of the product's data."""
+    try:
+        retrieval = Retrieval.load(folder)
+    except (FileNotFoundError, ValueError) as error:
+        raise UserError(f"evaluate.retrieval: {error}") from None
+    data: Any = product.recipe.data.open() if product.recipe else None  # type: ignore[attr-defined]
+    captions = tuple(getattr(item, "caption", None) for item in getattr(data, "items", ()))
+    if captions != retrieval.captions:
+        raise UserError(
+            f"evaluate.retrieval: {folder} was trained on {len(retrieval.captions)} captions, which are not the "
+            f"{len(captions)} of this run's data; train it on them with `fewstep train-retrieval`"
+        )
+    if tuple(product.picture_shape()[-2:]) != (retrieval.network.size,) * 2:
+        raise UserError(
+            f"evaluate.retrieval: {folder} takes pictures of {retrieval.network.size} x {retrieval.network.size}, "
+            f"these are {list(product.picture_shape())}"
+        )
+    return retrieval
