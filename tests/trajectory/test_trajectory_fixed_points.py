@@ -231,6 +231,18 @@ def test_tcms_boundary_rows_have_the_papers_loss_on_a_student_that_is_the_first_
     assert float(torch.autograd.grad(losses["boundary"], student.slope)[0]) > 1e-2
 
 
+def test_tcm_rests_at_the_answer_to_data_of_one_point() -> None:
+    class Point(Batch64):
+        def data(self) -> Tensor:
+            return torch.full((len(self), 3), 0.6, dtype=F64)
+
+    for value, rests in ((0.6, True), (0.7, False)):
+        who = Roles(student=Constant(value), stage1=Constant(0.6))
+        (losses,) = TCM(boundary=0.5).losses(who, Point.of(40, 3), 0)
+        assert (float(losses["boundary"].detach()) < 1e-12) is rests
+        assert float(losses["consistency"].detach()) < 1e-12 or not rests
+
+
 def test_tcm_puts_the_stated_share_of_the_batch_at_its_boundary(monkeypatch: pytest.MonkeyPatch) -> None:
     n, seen = 6000, []
 

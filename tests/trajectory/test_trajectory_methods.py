@@ -120,6 +120,7 @@ def test_ctm_compared_at_the_clean_end_and_std_rest_at_the_exact_map() -> None:
 CONTINUOUS = [
     (SCM(warmup=1, weighting="one"), Trig()),
     (SCM(warmup=1, weighting="one"), TIGHT),
+    (SCM(warmup=1, weighting="one", fade="rcm", prior_weight=False), Trig()),
     (MeanFlow(source="teacher"), Flow()),
     (FreeFlow(correction=0.0), Flow()),
     (Shortcut(source="teacher", target_decay=None), Flow()),
