@@ -54,7 +54,8 @@ class Needs:
     def refuses_inputs(self, inputs: Iterable[str]) -> str:
         """Why a student that takes these inputs beside the time will not do; "" if it will."""
         have = set(inputs)
-        if self.inputs <= have:
+        # A network that is told how long its jump is knows where it ends.
+        if self.inputs <= (have | {"s"} if "length" in have else have):
             return ""
         return f"needs [{', '.join(sorted(self.inputs))}], not [{', '.join(sorted(have))}]"
 
