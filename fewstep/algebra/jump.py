@@ -34,6 +34,14 @@ def clean(process: Any, t: Tensor) -> Tensor:
     return process.grid(torch.zeros_like(t))
 
 
+def clean_of(net: Net, x: Tensor, t: Tensor, cond: Any = None, **call: Any) -> Tensor:
+    """x0 (b, *d) of the jump from t (b,) to the clean end; x itself in rows that stand there or below it."""
+    end = clean(net.process, t)  # type: ignore[attr-defined]
+    # Below sigma_min a network is not asked: log 0 would come back as NaN.
+    x0 = ask(net, x, torch.maximum(t, end), end, cond, **call).x0
+    return torch.where(bc(t, x) <= bc(end, x), x.to(x0.dtype), x0)
+
+
 def solver_step(
     net: Net, x: Tensor, t: Tensor, s: Tensor, cond: Any = None, solver: Solver = "ddim"
 ) -> Tensor:

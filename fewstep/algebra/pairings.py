@@ -58,6 +58,12 @@ class CTGrid:
     """Steps over which the grid grows."""
     start: PositiveInt = 2
     end: PositiveInt = 150
+    decay: float = 0.9
+    """mu0, the target's EMA decay at a grid of `start` points (CIFAR-10 .9; ImageNet-64 and LSUN .95)."""
+
+    def __post_init__(self) -> None:
+        if not 0 < self.decay < 1:
+            raise ValueError(f"decay must lie in (0, 1), not {self.decay}")
 
     def sample(self, draws: Draws, process: Process, step: int) -> tuple[Tensor, Tensor]:
         points = ct_points(min(step, self.total), self.total, self.start, self.end)
@@ -123,10 +129,14 @@ class ECTPairs:
             raise ValueError(f"need q > 1, 0 < cap < 1, first >= 0, not {self.q}, {self.cap}, {self.first}")
 
     def sample(self, draws: Draws, process: Process, step: int) -> tuple[Tensor, Tensor]:
-        t = self.times.sample(draws, process)
-        sigma = torch.tan(angle_of(process, t)).clamp_max(1e6)
+        t = self.times.sample(draws, process).clamp_min(1e-3)
+        return t, self.lower(process, t, step)
+
+    def lower(self, process: Process, t: Tensor, step: int) -> Tensor:
+        """u = r(t) < t, process times (b,); the clean end stands at sigma = 0, also where a process ends above it."""
         ratio = ect_ratio(self.first + step // self.stage_steps, self.q, self.cap)
-        u = process.t_of_angle(torch.atan(ect_lower(sigma, ratio)))
-        # A process that ends at sigma_min has no room below it: there t is pushed up instead.
-        floor = process.grid(torch.zeros_like(t))
-        return torch.maximum(t, floor + 1e-3), torch.minimum(u, torch.maximum(t, floor + 1e-3))
+        lower = ect_lower(torch.tan(angle_of(process, t)).clamp_max(1e6), ratio)
+        u = process.t_of_angle(torch.atan(lower))
+        # EDM has no time below sigma_min: a neighbour there is the clean sample, as r = 0 is.
+        end = torch.tan(angle_of(process, process.grid(torch.zeros_like(t))))
+        return torch.where((lower <= end) | (u >= t), torch.zeros_like(t), u)

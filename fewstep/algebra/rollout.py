@@ -8,12 +8,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from pydantic import PositiveInt
 from torch import Tensor
 
 from fewstep.algebra.draws import Draws
 from fewstep.algebra.jump import ask, clean, times_of
 from fewstep.algebra.prediction import Prediction
 from fewstep.algebra.process import EDM, Process, bc
+from fewstep.algebra.times import Uniform
+from fewstep.config import choice, config
 
 
 @dataclass(frozen=True)
@@ -23,6 +26,26 @@ class Rollout:
     x: Tensor
     x_in: Tensor
     t: Tensor
+
+
+@config
+class RandomSteps:
+    """Backward simulation at levels drawn anew each time, as rCM trains its score difference (arXiv 2510.08431).
+
+    From the prior the student takes 1 to `most` steps, a number for the whole update; each level is the lesser of a
+    fresh draw and the one before it, row by row.
+    """
+
+    most: PositiveInt = 4
+    times: choice("times") = Uniform(low=0.0, high=1.0, shift=5.0)  # type: ignore[valid-type]
+
+    def draw(self, draws: Draws, process: Process) -> list[Tensor]:
+        """Times (b,) of the steps, decreasing."""
+        times = [process.grid(torch.ones(len(draws), dtype=torch.float64, device=draws.device))]
+        # As many draws whatever the number of steps is, so that later ones do not depend on it.
+        for _ in range(self.most - 1):
+            times.append(torch.minimum(times[-1], self.times.sample(draws, process)))
+        return times[: exit_step(draws, self.most) + 1]
 
 
 def exit_step(draws: Draws, count: int) -> int:
@@ -46,7 +69,7 @@ def rollout(
     student: Callable[..., Prediction],
     draws: Draws,
     shape: tuple[int, ...],
-    steps: tuple[float, ...],
+    steps: tuple[float, ...] | RandomSteps,
     cond: Any = None,
     *,
     exit: int | None = None,
@@ -62,22 +85,26 @@ def rollout(
     Args:
         student: a denoiser with a `process`.
         shape: of one sample, (C, H, W) or (d,).
-        steps: levels u, decreasing.
+        steps: levels u, decreasing, or a law of them, whose last step is the one to stop at.
         exit: index of the step to stop at; None draws it from the shared stream.
         grad: False runs the last call without a graph too.
         call: further arguments of every call of the student.
     """
     process: Process = student.process  # type: ignore[attr-defined]
-    times = times_of(steps, process).to(draws.device)
-    last = exit_step(draws, len(steps)) if exit is None else exit
+    if isinstance(steps, RandomSteps):
+        times, most = steps.draw(draws, process), steps.most
+        last = len(times) - 1
+    else:
+        times = [t.expand(len(draws)) for t in times_of(steps, process).to(draws.device)]
+        most, last = len(steps), exit_step(draws, len(steps)) if exit is None else exit
     # All noise is drawn up front, so that the numbers of later draws do not depend on the exit step.
-    noise = [draws.normal(*shape) for _ in steps]
-    t = times[0].expand(len(draws))
+    noise = [draws.normal(*shape) for _ in range(most)]
+    t = times[0]
     x = process.prior(noise[0], t)
     for i in range(last):
         with torch.no_grad():
             x0 = ask(student, x, t, clean(process, t), cond, **call).x0
-        t = times[i + 1].expand(len(draws))
+        t = times[i + 1]
         x = renoise(process, x0, noise[i + 1], t)
     with nullcontext() if grad else torch.no_grad():
         out = ask(student, x, t, clean(process, t), cond, **call).x0

@@ -66,8 +66,8 @@ def any_steps(steps: Sequence[float], counts: Sequence[int] = (1, 2, 4, 8)) -> t
 
 
 def dynamic_guidance(level: float, scale: float, low: float, high: float) -> float:
-    """`scale` up to level low, 1 from high on, linear between (iCD, arXiv 2406.14539, sec. 3.3)."""
-    share = min(max((high - level) / (high - low), 0.0), 1.0)
+    """`scale` up to level low, 1 from high on, linear between; a step where they agree (arXiv 2406.14539, sec. 3.3)."""
+    share = min(max((high - level) / (high - low), 0.0), 1.0) if high > low else float(level <= low)
     return 1 + (scale - 1) * share
 
 
@@ -139,15 +139,17 @@ def _aim(sampler: Sampler, process: Process, s: Tensor, last: bool) -> Tensor:
 
 
 def way_point(process: Process, s: Tensor, eta: float) -> Tensor:
-    """s' = (1 - eta) s of TCD, at least the clean end; on a DDPM table rounded down to an index, 0 being clean.
+    """s' = (1 - eta) s of TCD, counted from the clean end; on a DDPM table rounded down to an index, 0 being clean.
 
-    The table's rule is that of the published sampler (floor of (1 - eta) times the index).
+    The table's rule is that of the published sampler (floor of (1 - eta) times the index); CTM's has
+    1 - eta = sqrt(1 - gamma^2).
     """
     if isinstance(process, DiscreteVP):
         # A level such as .75 of 1000 carries a rounding error that must not cost an index.
         index = torch.floor((1 - eta) * (s - 1) + 1e-6)
         return torch.where(index > 0, index + 1, torch.zeros_like(s))
-    return torch.maximum((1 - eta) * s, clean(process, s))
+    end = clean(process, s)
+    return end + (1 - eta) * (s - end)
 
 
 def gamma_step(prediction: Prediction, s: Tensor, eta: float, noise: Tensor) -> Tensor:

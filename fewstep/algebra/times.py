@@ -179,6 +179,30 @@ class LogitNormal:
         return _place(u, process, span)
 
 
+@part("times", "half_lognormal")
+class HalfLogNormal:
+    """Half of the rows from `lognormal`, half uniform in u above `low`: CTM's denoising times (arXiv 2310.02279)."""
+
+    mean: float = -1.2
+    std: float = 1.2
+    low: float = 0.3
+    """Smallest level of the uniform half (official: the noisiest .7 of the Karras grid)."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.low < 1:
+            raise ValueError(f"low must lie in [0, 1), not {self.low}")
+
+    def sample(self, draws: Draws, process: Process, span: tuple[float, float] = (0.0, 1.0)) -> Tensor:
+        if span != (0.0, 1.0):
+            raise ValueError(
+                "times: half_lognormal lives on sigma, it has no span; use uniform or logit_normal"
+            )
+        heads, place = draws.uniform(), draws.uniform()
+        log_ratio = self.mean + self.std * torch.special.ndtri(place)
+        flat = process.grid(self.low + (1 - self.low) * place)
+        return torch.where(heads < 0.5, _at_ratio(log_ratio, process), flat)
+
+
 @part("times", "sid")
 class SiDTimes:
     """The SiD map: u ~ U(0, t_max/1000) on the Karras grid, sigma in [sigma_min, 24.4] (arXiv 2404.04057)."""

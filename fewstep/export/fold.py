@@ -8,14 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fewstep.algebra.jump import clean
+from fewstep.algebra.jump import clean, times_of
 from fewstep.algebra.process import EDM, Process
 from fewstep.algebra.sampling import Sampler
 from fewstep.config import UserError
 from fewstep.export.routes import INSTEAD
 from fewstep.networks.adapters import plain_copy
 from fewstep.networks.denoiser import Denoiser, Rescheduled
-from fewstep.networks.extras import ANGLE
+from fewstep.networks.extras import ANGLE, values_of
 from fewstep.networks.unet2d import UNet2D
 
 
@@ -46,7 +46,7 @@ def fold(net: nn.Module, sampler: Sampler) -> Folded:
     if unet.device.type != "meta":  # `forecast` asks with shapes alone
         unet.cpu()
     several = len(sampler.steps) > 1
-    if inner.takes_s and several and sampler.kind != "renoise":
+    if moving(inner, sampler):
         counts = sampler.counts or ()
         one = "; it was trained for 1 step as well, which exports (method.steps)" if 1 in counts else ""
         raise UserError(
@@ -71,19 +71,25 @@ def fold(net: nn.Module, sampler: Sampler) -> Folded:
     return Folded(unet, inner.process, inner.prediction, inner.time_input, sampler)
 
 
+def moving(inner: Any, sampler: Sampler) -> bool:
+    """Whether the input that says where a jump ends, or how long it is, changes from call to call."""
+    return len(sampler.steps) > 1 and (
+        "length" in inner.inputs or (inner.takes_s and sampler.kind != "renoise")
+    )
+
+
 @torch.no_grad()
 def constant_inputs(net: Any, inner: Denoiser, sampler: Sampler) -> Tensor:
     """The sum of the input embeddings (width,) at the values that every call of the sampler has."""
-    process: Process = net.process
-    end = clean(process, process.grid(torch.ones(1, dtype=torch.float64)))
-    s = net._time(end) if isinstance(net, Rescheduled) else end
-    one = torch.ones(1, dtype=torch.float64)
-    scale = one if sampler.guidance is None else one * sampler.guidance
-    values = {"s": s, "w": scale, "mirror": 0 * one}
+    t = times_of(sampler.steps[:1], net.process)
+    s = clean(net.process, t)
+    if isinstance(net, Rescheduled):
+        t, s = net._time(t), net._time(s)
+    w = None if sampler.guidance is None else torch.full_like(t, sampler.guidance)
     extras: Any = inner.net.extras
     angles = {
-        n: ANGLE[n](inner.process, values[n]).to(extras[n].frequency.device, torch.float32)
-        for n in inner.inputs
+        n: ANGLE[n](inner.process, v).to(extras[n].frequency.device, torch.float32)
+        for n, v in values_of(inner.process, inner.inputs, t, s, w, None).items()
     }
     return extras.embed(angles)[0].float()
 

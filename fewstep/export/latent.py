@@ -23,7 +23,7 @@ from fewstep.algebra.sampling import Sampler, sample
 from fewstep.config import UserError
 from fewstep.export.base import PARITY, Exported, Way, aside_of, facts_of
 from fewstep.export.card import model_card, usage
-from fewstep.export.fold import constant_inputs
+from fewstep.export.fold import constant_inputs, moving
 from fewstep.export.levels import agree, levels_of, levels_of_scheduler
 from fewstep.export.routes import INSTEAD, plain_kind, route
 from fewstep.export.stock import difference, fresh_noise, open_stock, run_stock, without_variance
@@ -117,8 +117,7 @@ def student_of(product: Product) -> Denoiser:
             f"process, not in {type(net.process).__name__} (leave out teacher.process); {INSTEAD}"
         )
     if net.inputs:
-        several = len(product.sampler.steps) > 1
-        if net.takes_s and several and product.sampler.kind != "renoise":
+        if moving(net, product.sampler):
             raise UserError(
                 f"export: this student is told where each of its {len(product.sampler.steps)} steps ends, and no stock "
                 f"pipeline hands on a destination time; with one step it folds into the weights; {INSTEAD}"

@@ -6,19 +6,18 @@ from collections.abc import Iterator
 from typing import Any, ClassVar, Literal
 
 import torch
-from torch import Tensor
 
 from fewstep.algebra.batch import Batch
-from fewstep.algebra.jump import Solver, ask, clean
+from fewstep.algebra.jump import Solver, ask, clean, clean_of
 from fewstep.algebra.pairings import CTGrid, Grid, ct_decay, ct_points
-from fewstep.algebra.process import add_noise, bc
+from fewstep.algebra.process import add_noise
 from fewstep.algebra.sampling import Sampler, any_steps
 from fewstep.algebra.times import check_steps
 from fewstep.config import choice, part
 from fewstep.methods.method import Losses, Needs, Turn
 from fewstep.methods.terms import Apart, apart, perceptual
 from fewstep.networks.roles import Roles
-from fewstep.objectives.legs import Teacher, between
+from fewstep.objectives.legs import Scale, Teacher, check_scale, drawn, middle
 from fewstep.objectives.trajectory import follow
 
 
@@ -34,8 +33,8 @@ class Consistency:
     """The two times: grid (CD, LCM), ct, ict, ect."""
     solver: Solver = "heun"
     """CD: heun; LCM: ddim; ECT's distillation: euler."""
-    guidance: tuple[float, float] = (1.0, 1.0)
-    """Range of the teacher's guidance scale (LCM 6 to 16 in the w = 1 is none convention)."""
+    guidance: Scale = 1.0
+    """The teacher's guidance scale (LCM: between 6 and 16 in the w = 1 is none convention)."""
     embed_guidance: bool = False
     """True: the student takes the scale as its input w (LCM); it must be built with inputs: [w]."""
     distance: Apart = "mse"
@@ -54,8 +53,7 @@ class Consistency:
 
     def __post_init__(self) -> None:
         check_steps(self.steps)
-        if self.guidance[0] > self.guidance[1]:
-            raise ValueError(f"guidance must be a range low, high, not {list(self.guidance)}")
+        check_scale(self.guidance)
         if self.target_decay == "ct" and not isinstance(self.pairing, CTGrid):
             raise ValueError("target_decay: ct needs the pairing ct, whose grid sets it")
 
@@ -73,7 +71,7 @@ class Consistency:
         """The target's EMA decay at a step."""
         if self.target_decay == "ct":
             p = self.pairing
-            return ct_decay(ct_points(min(step, p.total), p.total, p.start, p.end), p.start)
+            return ct_decay(ct_points(min(step, p.total), p.total, p.start, p.end), p.start, p.decay)
         return float(self.target_decay or 0.0)
 
     def losses(self, roles: Roles, batch: Batch, step: int) -> Iterator[Losses]:
@@ -81,8 +79,7 @@ class Consistency:
         t, u = self.pairing.sample(batch.draws, process, step)
         x0, eps = batch.data(), batch.noise()
         x_t, _ = add_noise(process, x0, eps, t)
-        low, high = self.guidance
-        scale: float | Tensor = low if low == high else between(batch.draws, t * 0 + low, t * 0 + high)
+        scale = drawn(self.guidance, batch.draws)
         call = {"w": t * 0 + scale} if self.embed_guidance else {}
         target_net = roles.student if self.target_decay is None else roles.target
         end = clean(process, t)
@@ -91,18 +88,17 @@ class Consistency:
                 x_u = Teacher(roles.teacher, batch, scale, self.solver).step(x_t, t, u)
             else:
                 x_u, _ = add_noise(process, x0, eps, u)
-            target = ask(target_net, x_u, u, end, batch.cond, **call).x0
-            target = torch.where(bc(u, x_u) == bc(end, x_u), x_u.to(target.dtype), target)
+            target = clean_of(target_net, x_u, u, batch.cond, **call)
         weight = None if self.weight == "one" else 1 / (t - u).clamp_min(1e-6)
         here = ask(roles.student, x_t, t, end, batch.cond, **call).x0
         yield Losses({"consistency": apart(roles, here, target, self.distance, self.c, weight)})
 
     def sampler(self) -> Sampler:
-        middle = sum(self.guidance) / 2 if self.sample_guidance is None else self.sample_guidance
+        scale = middle(self.guidance) if self.sample_guidance is None else self.sample_guidance
         return Sampler(
             kind="renoise",
             steps=self.steps,
-            guidance=middle if self.embed_guidance else None,
+            guidance=scale if self.embed_guidance else None,
             counts=any_steps(self.steps),
             knots=self.pairing.points - 1 if isinstance(self.pairing, Grid) else None,
         )

@@ -15,6 +15,7 @@ from fewstep.algebra.sampling import Sampler, any_steps
 from fewstep.algebra.times import Uniform, check_steps
 from fewstep.config import choice, part
 from fewstep.methods.method import Losses, Needs, Turn
+from fewstep.methods.terms import dropped
 from fewstep.networks.roles import Roles
 from fewstep.objectives.legs import between, student_leg
 
@@ -46,20 +47,32 @@ class IMM:
     times: choice("times") = Uniform(low=0.0, high=0.994)  # type: ignore[valid-type]
     """t; the paper stops at .994 for flow."""
     k: float = 12.0
-    """u = max(s, eta^-1(eta(t) - range / 2^k)) with eta = sigma / alpha over [0, 160]."""
+    """u = max(s, eta^-1(eta(t) - eta_max / 2^k)) with eta = sigma / alpha (ImageNet 12, CIFAR-10 15)."""
+    eta_max: float = 0.994 / 0.006
+    """eta at the largest t (CIFAR-10: 160)."""
+    gap: float = 1e-4
+    """t - u is at least this, s permitting: at large t the eta rule alone goes below what half precision resolves."""
     kernel: Literal["laplace", "l2"] = "laplace"
     """laplace (paper); l2 with one particle is consistency training."""
     weight: Literal["paper", "one"] = "paper"
     """paper: sigmoid(b - lambda) (-dlambda/dt) alpha^a / (alpha^2 + sigma^2) / 2 with the full logSNR lambda."""
-    a: int = 1
-    b: float = 5.0
+    a: int = 2
+    """ImageNet, in flow: 2; CIFAR-10: 1."""
+    b: float = 4.0
+    """ImageNet, in flow: 4; CIFAR-10: 5."""
     clean_end: bool = False
     """True: always s = 0."""
-    steps: tuple[float, ...] = (1.0,)
-    """Levels; 1.0 is sampled at, although t trains up to .994 of it."""
+    drop_cond: float = 0.1
+    """Share of rows trained without their condition (official .1)."""
+    steps: tuple[float, ...] = (0.994,)
+    """Levels; sampling starts where t ends in training."""
 
     def __post_init__(self) -> None:
         check_steps(self.steps)
+        if self.eta_max <= 0 or self.gap < 0 or not 0 <= self.drop_cond <= 1:
+            raise ValueError(
+                f"need eta_max > 0, gap >= 0 and drop_cond in [0, 1], not {self.eta_max}, {self.gap}, {self.drop_cond}"
+            )
 
     def needs(self) -> Needs:
         return Needs(frozenset({"student"}), data=True, process="flow")
@@ -77,16 +90,16 @@ class IMM:
         """(t, u, s), each shared by a group of particles."""
         t = self.shared(self.times.sample(batch.draws, process)).clamp_min(1e-3)
         s = torch.zeros_like(t) if self.clean_end else self.shared(between(batch.draws, 0 * t, t))
-        eta = torch.tan(angle_of(process, t)) - 160 / 2**self.k
-        u = torch.maximum(s, process.t_of_angle(torch.atan(eta.clamp_min(0))))
-        return t, torch.minimum(u, t), s
+        eta = torch.tan(angle_of(process, t)) - self.eta_max / 2**self.k
+        u = torch.minimum(process.t_of_angle(torch.atan(eta.clamp_min(0))), t - self.gap)
+        return t, torch.maximum(s, u), s
 
     def losses(self, roles: Roles, batch: Batch) -> Iterator[Losses]:
         process = roles.student.process
         t, u, s = self.triple(batch, process)
         x0, eps = batch.data(), batch.noise()
         x_t, x_u = (add_noise(process, x0, eps, time)[0] for time in (t, u))
-        own = student_leg(roles.student, batch.cond)
+        own = student_leg(roles.student, dropped(batch, self.drop_cond))
         with torch.no_grad():
             there = own(x_u, u, s)
         here = own(x_t, t, s)

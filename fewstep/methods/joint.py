@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import cached_property
 from typing import Any, ClassVar
 
+import torch
 from torch import nn
 
 from fewstep.algebra.batch import Batch
 from fewstep.algebra.draws import Draws, fold
+from fewstep.algebra.process import Flow
 from fewstep.algebra.sampling import Sampler
 from fewstep.config import choice, config, part
-from fewstep.methods.method import Losses, Needs, Turn
+from fewstep.methods.method import Losses, Method, Needs, Turn
 from fewstep.networks.roles import Roles
 
 
@@ -22,24 +25,49 @@ class Share:
 
     method: choice("method")  # type: ignore[valid-type]
     weight: float = 1.0
+    start: int = 0
+    """Update at which the method begins; rCM's score difference begins where sCM's warm-up ends."""
 
     def __post_init__(self) -> None:
-        if self.weight <= 0:
-            raise ValueError(f"weight must be positive, not {self.weight}")
+        if self.weight <= 0 or self.start < 0:
+            raise ValueError(f"need weight > 0 and start >= 0, not {self.weight}, {self.start}")
+
+
+class Anyone(nn.Module):
+    """A role that stands in while the turns of a method are listed; none of their losses is computed."""
+
+    process, inputs, takes_s = Flow(), ("s", "w", "mirror"), True
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(1))
+
+    def fill(self, *_: Any) -> None:
+        """A state that a method fills at the start of its turns (the stored pairs of DMD) stays empty."""
+
+
+def turns_of(method: Method) -> list[tuple[str, ...]]:
+    """The roles that each turn of a method steps, listed at the first update and late in a run."""
+    needs = method.needs()
+    names = {*needs.roles, "student"} | ({"state"} if needs.state else set())
+    roles = Roles(**{name: Anyone() for name in names})
+    return [turn.updates for step in (0, 10**9) for turn in method.turns(roles, step)]
 
 
 @part("method", "joint")
 class Joint:
-    """Turns of several methods, merged where they update the same roles equally often: losses add, one step.
+    """Turns of several methods, merged where they train a role in common equally often: losses add, one step.
 
-    The first method's draws are its own; the others have streams of their own on the same batch of data. The
-    student is sampled as the first method says (rCM, arXiv 2510.08431, has sCM and DMD2).
+    Roles that some method steps together are stepped together in every turn: a learned weighting beside the student
+    belongs to all methods that train the student. The first method's draws are its own; the others have streams of
+    their own on the same batch of data. The student is sampled as the first method says (rCM, arXiv 2510.08431, has
+    sCM and DMD2).
     """
 
     cites: ClassVar[tuple[str, ...]] = ("2510.08431",)
 
     methods: tuple[Share, ...]
-    """Methods and weights. Two methods must not train one role in different company."""
+    """Methods and weights."""
 
     def __post_init__(self) -> None:
         if not self.methods:
@@ -47,6 +75,24 @@ class Joint:
         asked = sorted({n.process for n in (share.method.needs() for share in self.methods)} - {""})
         if len(asked) > 1:
             raise ValueError(f"methods need different processes of one student: {', '.join(asked)}")
+        if all(share.start for share in self.methods):
+            raise ValueError("every method starts later than at the first update; let one start at 0")
+        following = [share.method.name for share in self.methods if "target" in share.method.needs().roles]
+        if len(following) > 1:
+            raise ValueError(
+                f"{' and '.join(following)} both move the role target, an average of the student, which one update "
+                "may move once: let one of them do without (target_decay: null)"
+            )
+
+    @cached_property
+    def companies(self) -> list[tuple[str, ...]]:
+        """Sets of roles that share an optimiser: all that a chain of common turns connects."""
+        found: list[tuple[str, ...]] = []
+        for together in (updates for share in self.methods for updates in turns_of(share.method)):
+            mine = [c for c in found if set(c) & set(together)]
+            merged = tuple(dict.fromkeys(r for c in (*mine, together) for r in c))
+            found = [c for c in found if c not in mine] + [merged]
+        return found
 
     def needs(self) -> Needs:
         every = [share.method.needs() for share in self.methods]
@@ -70,7 +116,11 @@ class Joint:
         )
 
     def turns(self, roles: Roles, step: int) -> Iterator[Turn]:
-        running = {i: share.method.turns(self._roles(roles, i), step) for i, share in enumerate(self.methods)}
+        running = {
+            i: share.method.turns(self._roles(roles, i), step)
+            for i, share in enumerate(self.methods)
+            if step >= share.start
+        }
         while running:
             groups: dict[tuple[Any, ...], list[tuple[int, Turn]]] = {}
             for i, turns in list(running.items()):
@@ -78,7 +128,9 @@ class Joint:
                 if turn is None:
                     del running[i]
                 else:
-                    key = (turn.updates, turn.times, tuple(map(id, turn.batches)))
+                    company = next((c for c in self.companies if set(turn.updates) <= set(c)), turn.updates)
+                    turn = replace(turn, updates=company)
+                    key = (company, turn.times, tuple(map(id, turn.batches)))
                     groups.setdefault(key, []).append((i, turn))
             for members in groups.values():
                 yield self._merged(members)

@@ -9,13 +9,12 @@ import torch
 from torch import Tensor
 
 from fewstep.algebra.batch import Batch
-from fewstep.algebra.condition import differs
+from fewstep.algebra.condition import differs, replaced
 from fewstep.algebra.process import add_noise, bc
 from fewstep.algebra.sampling import Sampler, any_steps
 from fewstep.algebra.times import LogitNormal, check_steps
 from fewstep.config import choice, part
 from fewstep.methods.method import Losses, Needs, Turn
-from fewstep.methods.terms import dropped
 from fewstep.networks.roles import Roles
 from fewstep.objectives import trajectory as tr
 from fewstep.objectives.legs import Teacher
@@ -30,9 +29,9 @@ class MeanFlow:
     source: Literal["data", "teacher"] = "data"
     """Velocity v: eps - x0 of the pair (from scratch), or the teacher's (distillation)."""
     times: choice("times") = LogitNormal(mean=-0.4, std=1.0)  # type: ignore[valid-type]
-    """Distribution of both times; the larger is t (ImageNet; CIFAR: lognormal (-.6, 1.6) and (-4, 1.6))."""
-    apart: float = 0.75
-    """Share of the batch with s < t; the rest has s = t and is flow matching (CIFAR .75, ImageNet .25)."""
+    """Distribution of both times; the larger is t (ImageNet; CIFAR-10: mean -2, std 2)."""
+    apart: float = 0.25
+    """Share of the batch with s < t; the rest has s = t and is flow matching (ImageNet .25, CIFAR-10 .75)."""
     power: float = 1.0
     """p of the adaptive weight 1 / (e + c)^p (ImageNet 1, CIFAR .75)."""
     c: float = 1e-3
@@ -51,6 +50,8 @@ class MeanFlow:
     """Largest t with the own guided target (paper .75); above it v is the pair's. A teacher is guided at all t."""
     drop_cond: float = 0.0
     """Share of rows trained without their condition (official .1 with guidance)."""
+    drop_at: Literal["equal", "any"] = "equal"
+    """Which rows: those with s = t alone, at a rate that makes up the share (official), or any."""
     steps: tuple[float, ...] = (1.0,)
 
     def __post_init__(self) -> None:
@@ -79,12 +80,14 @@ class MeanFlow:
         t, s = self.pair(batch, process)
         x0, eps = batch.data(), batch.noise()
         x, _ = add_noise(process, x0, eps, t)
-        cond = dropped(batch, self.drop_cond)
+        cond = self.dropped(batch, t, s)
         with torch.no_grad():
             v = self.velocity(roles, batch, cond, x, t, eps - x0)
         here = tr.raw_of(student, "velocity", cond)
         raw = here(x, t, s)
-        moved = tr.tangent(here, (x, t, s), (v, torch.ones_like(t), None), self.tangent, floor=s)
+        moved = tr.tangent(
+            here, (x, t, s), (v, torch.ones_like(t), None), self.tangent, floor=s, ceiling=process.t_max
+        )
         fade = min(1.0, step / self.warmup) if self.warmup else 1.0
         residual = tr.eulerian(tr.slopes(process, "velocity", t, s, "t"), x, v, raw.detach(), moved, fade)
         if self.normalize is not None:
@@ -92,6 +95,15 @@ class MeanFlow:
         target = tr.toward_raw(raw.detach(), residual, -1.0)
         log = {"tangent_norm": moved.flatten(1).norm(dim=1).mean()}
         yield Losses({"meanflow": tr.adaptive(raw - target, self.power, self.c)}, log)
+
+    def dropped(self, batch: Batch, t: Tensor, s: Tensor) -> Any:
+        """The batch's condition with the null one in a share of rows."""
+        rate = self.drop_cond * torch.ones_like(t)
+        if self.drop_at == "equal" and self.apart < 1:
+            rate = torch.where(s == t, (rate / (1 - self.apart)).clamp_max(1), 0 * rate)
+        if self.drop_cond == 0 or batch.cond is None or batch.null_cond is None:
+            return batch.cond
+        return replaced(batch.cond, batch.draws.uniform() < rate, batch.null_cond)
 
     def velocity(self, roles: Roles, batch: Batch, cond: Any, x: Tensor, t: Tensor, pair: Tensor) -> Tensor:
         """The instantaneous velocity that the target follows, guided."""

@@ -18,7 +18,7 @@ from fewstep.config import part
 from fewstep.methods.method import Losses, Needs, Turn
 from fewstep.methods.terms import Gan
 from fewstep.networks.roles import Roles
-from fewstep.objectives.legs import Teacher, between, student_leg
+from fewstep.objectives.legs import Scale, Teacher, between, check_scale, drawn, student_leg
 from fewstep.objectives.trajectory import Distance, distance, follow, two_leg
 
 
@@ -33,21 +33,29 @@ class Segments:
     to: Literal["inside", "edge"] = "inside"
     """inside: s uniform down to the segment's lower edge (TSCD); edge: always the edge (PCM)."""
     knots: PositiveInt = 64
-    """Points of the solver's grid; a multiple of `segments`."""
+    """Points of the solver's grid (PCM 50, on SDXL 40). A segment begins at the last knot that is not above its place,
+    so that 4 of 50 begin at knots 0, 12, 25 and 37."""
     skip: PositiveInt = 1
     """Knots between t and u; the leg ends at the edge where it would cross it."""
     solver: Solver = "ddim"
-    guidance: float = 1.0
+    guidance: Scale = 1.0
+    """The teacher's scale (PCM on SD 1.5: between 5 and 6)."""
     target_decay: float | None = None
-    """None: the target is the student itself; a number: its EMA in the role `target` (PCM .95)."""
+    """None: the target is the student itself (PCM's script); a number: its EMA in the role `target`."""
     distance: Distance = "mse"
+    """PCM: huber, c 1e-3."""
     c: float = 1e-3
     gan: Gan | None = None
-    """Adversarial loss on the jump's end carried to x0 (late stages of TSCD, PCM); left out: none."""
+    """Adversarial loss on the jump's end carried to x0 (late stages of TSCD; PCM with weight .1); left out: none."""
 
     def __post_init__(self) -> None:
-        if self.knots % self.segments:
-            raise ValueError(f"knots {self.knots} must be a multiple of segments {self.segments}")
+        check_scale(self.guidance)
+        if self.segments > self.knots:
+            raise ValueError(f"segments {self.segments} must not exceed the {self.knots} knots")
+
+    def edges(self) -> list[int]:
+        """The knot at which each segment begins, from the clean end."""
+        return [j * self.knots // self.segments for j in range(self.segments)]
 
     def needs(self) -> Needs:
         roles = {"teacher", "student"} | ({"target"} if self.target_decay is not None else set())
@@ -64,8 +72,8 @@ class Segments:
     def levels(self, draws: Draws) -> tuple[Tensor, Tensor, Tensor]:
         """Levels (t, u, s), float64 (b,): t a knot, u its neighbour below, s in [edge, u]."""
         k = draws.integers(self.knots) + 1
-        size = self.knots // self.segments
-        edge = (k - 1) // size * size
+        edges = torch.tensor(self.edges(), device=k.device)
+        edge = edges[torch.searchsorted(edges, k - 1, right=True) - 1]
         u = torch.maximum(k - self.skip, edge)
         low, high = edge.double() / self.knots, u.double() / self.knots
         return k.double() / self.knots, high, low if self.to == "edge" else between(draws, low, high)
@@ -74,7 +82,7 @@ class Segments:
         process = roles.student.process
         t, u, s = (process.grid(v) for v in self.levels(batch.draws))
         x, _ = add_noise(process, batch.data(), batch.noise(), t)
-        teacher = Teacher(roles.teacher, batch, self.guidance, self.solver)
+        teacher = Teacher(roles.teacher, batch, drawn(self.guidance, batch.draws), self.solver)
         frozen = roles.student if self.target_decay is None else roles.target
         target = two_leg(teacher.step, student_leg(frozen, batch.cond), x, t, u, s)
         here = student_leg(roles.student, batch.cond)(x, t, s)
@@ -97,5 +105,5 @@ class Segments:
         yield self.gan.with_trunk(roles, batch, x)
 
     def sampler(self) -> Sampler:
-        levels = tuple(1 - i / self.segments for i in range(self.segments))
-        return Sampler(kind="map", steps=levels)
+        below = tuple(edge / self.knots for edge in reversed(self.edges()[1:]))
+        return Sampler(kind="map", steps=(1.0, *below))

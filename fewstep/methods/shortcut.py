@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import PositiveInt
@@ -11,13 +11,14 @@ from torch import Tensor
 
 from fewstep.algebra.batch import Batch
 from fewstep.algebra.draws import Draws
+from fewstep.algebra.jump import ask
 from fewstep.algebra.process import add_noise, bc
 from fewstep.algebra.sampling import Sampler
 from fewstep.config import part
 from fewstep.methods.method import Losses, Needs, Turn
 from fewstep.networks.roles import Roles
 from fewstep.objectives import mse
-from fewstep.objectives.legs import Teacher, student_leg
+from fewstep.objectives.legs import Leg, Teacher
 from fewstep.objectives.trajectory import follow, two_leg
 
 
@@ -29,20 +30,21 @@ class Shortcut:
 
     finest: PositiveInt = 128
     """Largest number of steps, a power of two: jumps of 1, 1/2, .. 1/finest."""
-    bootstrap: float = 0.25
-    """Share of the batch for the two-leg loss; the rest is flow matching (paper .25)."""
+    bootstrap: float = 0.125
+    """Share of the batch for the two-leg loss; the rest is flow matching (official code 1/8, paper 1/4)."""
     source: Literal["data", "teacher"] = "data"
     """Flow matching onto eps - x0 (from scratch) or onto the teacher's velocity."""
     guidance: float = 1.0
-    target_decay: float | None = None
+    target_decay: float | None = 0.999
     """None: targets by the student itself; a number: by its EMA in the role `target` (paper .999)."""
     counts: tuple[PositiveInt, ...] = (1, 2, 4, 8)
-    """Numbers of steps it may be sampled with, powers of two."""
+    """Numbers of steps it may be sampled with, powers of two below `finest`: the finest jump itself is untrained."""
 
     def __post_init__(self) -> None:
-        if self.finest & (self.finest - 1) or any(n & (n - 1) or n > self.finest for n in self.counts):
+        if self.finest & (self.finest - 1) or any(n & (n - 1) or n >= self.finest for n in self.counts):
             raise ValueError(
-                f"finest and counts must be powers of two, not {self.finest}, {list(self.counts)}"
+                f"finest must be a power of two and counts powers of two below it, not {self.finest}, "
+                f"{list(self.counts)}"
             )
         if not 0 <= self.bootstrap <= 1:
             raise ValueError(f"bootstrap must lie in [0, 1], not {self.bootstrap}")
@@ -65,6 +67,14 @@ class Shortcut:
         t = ((n * draws.uniform()).floor() + 1) / n
         return t, t - 0.5 / n, t - 1 / n
 
+    def leg(self, net: Any, cond: Any) -> Leg:
+        """The jumps of targets: one of 1/finest is asked at s = t, a condition that flow matching trains."""
+
+        def jump(x: Tensor, t: Tensor, s: Tensor) -> Tensor:
+            return ask(net, x, t, torch.where(t - s < 1.5 / self.finest, t, s), cond).at(s)
+
+        return jump
+
     def losses(self, roles: Roles, batch: Batch) -> Iterator[Losses]:
         student, process = roles.student, roles.student.process
         t, middle, s = self.jumps(batch.draws)
@@ -73,7 +83,7 @@ class Shortcut:
         middle, s = torch.where(boot, middle, t), torch.where(boot, s, t)
         x0, eps = batch.data(), batch.noise()
         x, _ = add_noise(process, x0, eps, t)
-        own = student_leg(student if self.target_decay is None else roles.target, batch.cond)
+        own = self.leg(student if self.target_decay is None else roles.target, batch.cond)
         length = torch.where(boot, t - s, torch.ones_like(t))
         chord = (x - two_leg(own, own, x, t, middle, s)) / bc(length, x)
         with torch.no_grad():

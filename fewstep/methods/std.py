@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Any, ClassVar, Literal
 
@@ -18,7 +19,7 @@ from fewstep.config import UserError, part
 from fewstep.data.base import Data
 from fewstep.methods.method import Losses, Needs, Turn
 from fewstep.networks.roles import Roles
-from fewstep.objectives.legs import Teacher, between, student_leg
+from fewstep.objectives.legs import Scale, Teacher, check_scale, drawn, student_leg
 from fewstep.objectives.trajectory import Distance, distance
 
 
@@ -53,27 +54,42 @@ class STD:
 
     knots: PositiveInt = 50
     """Knots of the DDIM grid."""
-    strength: float = 1.0
-    """Level at which trajectories start from noised data (.75 for image-to-image; 1 for noise)."""
+    strength: float = 0.75
+    """Trajectories start from noised data at knot ceil(strength knots) + 1, level .78 by default, for image-to-image as
+    published. A student that is to start from noise needs 1."""
     slots: PositiveInt = 256
     """States in the bank (official: 4 for a batch of 1)."""
     rate: float = 0.8
     """Probability of taking a row from its slot rather than from fresh data. A state gets n knots below its start with
     probability rate^n: 1 - 1 / knots trains all of them, .8 on 50 knots hardly any below the first fifteen."""
     target: Literal["random", "clean"] = "random"
-    """random: s uniform up to `reach` knots below; clean: s = 0, the consistency model (their mode lcm)."""
+    """random: s uniform over the `reach` knots below the teacher's step; clean: s = 0, the consistency model (their
+    mode lcm)."""
     reach: PositiveInt = 19
-    guidance: tuple[float, float] = (1.0, 1.0)
+    guidance: Scale = 1.0
+    """The teacher's scale (official: between 6 and 16)."""
     distance: Distance = "huber"
     c: float = 1e-3
-    steps: tuple[float, ...] = (1.0, 0.75, 0.5, 0.25)
+    steps: tuple[float, ...] = (0.78, 0.58, 0.38, 0.18)
+    """Levels, none above the start of the trajectories."""
 
     def __post_init__(self) -> None:
         check_steps(self.steps)
+        check_scale(self.guidance)
         if not 0 < self.strength <= 1 or not 0 <= self.rate <= 1:
             raise ValueError(
                 f"strength and rate must lie in (0, 1], [0, 1], not {self.strength}, {self.rate}"
             )
+        if self.steps[0] > self.first / self.knots:
+            raise ValueError(
+                f"steps {list(self.steps)} begin above level {self.first / self.knots:g}, where trajectories of "
+                f"strength {self.strength} start: begin there, or set strength: 1"
+            )
+
+    @property
+    def first(self) -> int:
+        """The knot at which trajectories start."""
+        return min(math.ceil(self.strength * self.knots) + 1, self.knots)
 
     def needs(self) -> Needs:
         def state(data: Data) -> nn.Module:
@@ -87,7 +103,7 @@ class STD:
     def start(self, bank: Bank, batch: Batch, process: Any) -> tuple[Tensor, Tensor, Tensor, Any]:
         """(slot, x, knot, cond) of each row: its slot's state, or noised data at the start level."""
         slot = batch.draws.index % self.slots
-        first = torch.full_like(slot, round(self.strength * self.knots))
+        first = torch.full_like(slot, self.first)
         fresh, _ = add_noise(process, batch.data(), batch.noise(), process.grid(first.double() / self.knots))
         banked = (bank.knot[slot] > 0) & (batch.draws.uniform() < self.rate)
         x = torch.where(banked.reshape(-1, *(1,) * (fresh.ndim - 1)), bank.x[slot].to(fresh.dtype), fresh)
@@ -99,11 +115,11 @@ class STD:
         return slot, x, torch.where(banked, bank.knot[slot], first), cond
 
     def destination(self, draws: Draws, knot: Tensor) -> Tensor:
-        """Knot to jump to, below `knot`."""
+        """Knot to jump to, below the one that the teacher steps to: at that one the student would learn its step."""
         if self.target == "clean":
             return torch.zeros_like(knot)
-        low = (knot - self.reach).clamp_min(0)
-        return low + ((knot - low) * draws.uniform()).long().clamp_max(knot - low - 1)
+        low, high = ((knot - k).clamp_min(0) for k in (1 + self.reach, 1))
+        return low + ((high - low) * draws.uniform()).long().clamp_max((high - low - 1).clamp_min(0))
 
     def losses(self, roles: Roles, batch: Batch) -> Iterator[Losses]:
         process, bank = roles.student.process, roles["state"]
@@ -112,8 +128,7 @@ class STD:
             process.grid(k.double() / self.knots)
             for k in (knot, knot - 1, self.destination(batch.draws, knot))
         )
-        low, high = self.guidance
-        scale = low if low == high else between(batch.draws, t * 0 + low, t * 0 + high)
+        scale = drawn(self.guidance, batch.draws)
         seen = Batch(batch.draws, batch.shape, batch.x0, cond, batch.null_cond)
         own = student_leg(roles.student, cond)
         with torch.no_grad():

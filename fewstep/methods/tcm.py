@@ -8,14 +8,15 @@ from typing import Any, ClassVar
 import torch
 
 from fewstep.algebra.batch import Batch
-from fewstep.algebra.jump import ask, clean
+from fewstep.algebra.jump import ask, clean, clean_of
 from fewstep.algebra.pairings import ECTPairs
 from fewstep.algebra.process import add_noise, bc
 from fewstep.algebra.sampling import Sampler
-from fewstep.algebra.times import Uniform, check_steps
-from fewstep.config import choice, part
+from fewstep.algebra.times import LogStudentT, check_steps
+from fewstep.config import part
 from fewstep.methods.method import Losses, Needs, Turn
 from fewstep.networks.roles import Roles
+from fewstep.objectives.reduce import global_mean
 from fewstep.objectives.trajectory import Distance, distance
 
 
@@ -25,14 +26,15 @@ class TCM:
 
     cites: ClassVar[tuple[str, ...]] = ("2410.14895",)
 
-    boundary: float = 0.4
-    """Level u of t' (sigma 1.0 on CIFAR is u = .47 of the Karras grid)."""
-    pairing: choice("pairing") = ECTPairs(times=Uniform(low=0.0, high=1.0))  # type: ignore[valid-type]
-    """Times of the consistency part; those below t' are moved to the boundary part (paper: ect with log_student_t)."""
+    boundary: float = 0.4034
+    """Level u of t' (CIFAR-10: sigma 1, which is .4034 of the Karras grid; in flow it is .5)."""
+    pairing: ECTPairs = ECTPairs(first=9, times=LogStudentT())
+    """Times, and how near their neighbours are: the second stage starts at the limit .999, where the first one ended.
+    Rows drawn below t' are moved to it."""
     boundary_fraction: float = 0.25
     """Share of the batch that stands exactly at t' (official: .25)."""
     boundary_weight: float = 0.1
-    """Weight of the boundary loss (official: .1)."""
+    """Weight of the mean loss of those rows, beside the mean loss of the others (official: .1)."""
     distance: Distance = "huber_sample"
     c: float = 1e-8
     steps: tuple[float, ...] = (1.0,)
@@ -55,24 +57,29 @@ class TCM:
         yield Turn(("student",), lambda batch: self.losses(roles, batch, step))
 
     def losses(self, roles: Roles, batch: Batch, step: int) -> Iterator[Losses]:
+        """Rows at t' have the same loss as all others; their neighbour lies below it, in the first stage."""
         process: Any = roles.student.process
         t, u = self.pairing.sample(batch.draws, process, step)
         edge = process.grid(torch.full_like(t, self.boundary))
         at_edge = (batch.draws.uniform() < self.boundary_fraction) | (t <= edge)
         t = torch.where(at_edge, edge, t)
-        u = torch.where(at_edge, edge, u)
+        u = torch.where(at_edge, self.pairing.lower(process, edge, step), u)
         x0, eps = batch.data(), batch.noise()
         x_t, x_u = (add_noise(process, x0, eps, time)[0] for time in (t, u))
-        end = clean(process, t)
         with torch.no_grad():
-            old = ask(roles.stage1, x_u, u, end, batch.cond).x0
-            own = ask(roles.student, x_u, u, end, batch.cond).x0
+            old, own = (clean_of(net, x_u, u, batch.cond) for net in (roles.stage1, roles.student))
             target = torch.where(bc(u, old) <= bc(edge, old), old, own)
-        here = ask(roles.student, x_t, t, end, batch.cond).x0
-        gap = 1 / (t - u).clamp_min(1e-6)
-        inner = distance(here, target, self.distance, self.c, torch.where(at_edge, 0 * gap, gap))
-        boundary = distance(here, target, "mse", 0.0, at_edge.to(gap.dtype))
-        yield Losses({"consistency": inner, "boundary": self.boundary_weight * boundary})
+        here = ask(roles.student, x_t, t, clean(process, t), batch.cond).x0
+        losses = Losses()
+        for name, weight, mine in (
+            ("consistency", 1.0, ~at_edge),
+            ("boundary", self.boundary_weight, at_edge),
+        ):
+            # Each part is the mean over its own rows, of all processes.
+            share = mine / global_mean(mine.double()).clamp_min(1e-12)
+            gap = share / (t - u).clamp_min(1e-6)
+            losses[name] = weight * distance(here, target, self.distance, self.c, gap)
+        yield losses
 
     def sampler(self) -> Sampler:
         return Sampler(kind="renoise", steps=self.steps)

@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from fewstep.algebra.prediction import Prediction
 from fewstep.algebra.process import Process
 from fewstep.kernels import attention_contexts, attention_in_force
+from fewstep.networks.extras import goes_to
 
 # Walking all modules of a large network at each call would cost more than switching; filled at injection.
 _LAYERS: WeakKeyDictionary[nn.Module, tuple[Any, ...]] = WeakKeyDictionary()
@@ -235,7 +236,7 @@ class Adapted(nn.Module):
 
     @property
     def takes_s(self) -> bool:
-        return "s" in self.inputs
+        return goes_to(self.inputs)
 
     def forward(self, x: Tensor, t: Tensor, cond: Any = None, **call: Any) -> Prediction:
         with active(self.layers, self.adapter):

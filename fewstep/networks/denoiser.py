@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from fewstep.algebra.prediction import PAIRS, Prediction, from_raw, from_x0
 from fewstep.algebra.process import EDM, Process, angle_of, bc
-from fewstep.networks.extras import ANGLE
+from fewstep.networks.extras import ANGLE, goes_to, values_of
 
 TimeInput = Literal["t", "1000t", "index", "angle", "log_sigma/4", "250log_sigma"]
 
@@ -57,13 +57,13 @@ class Denoiser(nn.Module):
 
     @property
     def inputs(self) -> tuple[str, ...]:
-        """Scalar inputs beside the time, of "s", "w" and "mirror"."""
+        """Scalar inputs beside the time, of "s", "length", "w" and "mirror"."""
         return tuple(getattr(self.net, "extras", ()))
 
     @property
     def takes_s(self) -> bool:
         """True: the answer at (x, t) depends on the destination s, as a flow map's must."""
-        return "s" in self.inputs
+        return goes_to(self.inputs)
 
     def add_inputs(self, names: tuple[str, ...]) -> None:
         """Give the network further inputs that have no effect yet. Raises ValueError where it cannot have any."""
@@ -75,13 +75,13 @@ class Denoiser(nn.Module):
 
     def _extras(self, t: Tensor, given: Mapping[str, Tensor | None]) -> dict[str, Any]:
         """Angles of the inputs; left out, s is t (the instantaneous denoiser), w 1 and mirror 0."""
-        surplus = [n for n, value in given.items() if value is not None and n not in self.inputs]
+        taken = {*self.inputs, *(("s",) if self.takes_s else ())}
+        surplus = [n for n, value in given.items() if value is not None and n not in taken]
         if surplus:
             raise ValueError(f"this network does not take {', '.join(surplus)}; name it under `inputs`")
         if not self.inputs:
             return {}
-        plain = {"s": t, "w": torch.ones_like(t), "mirror": torch.zeros_like(t)}
-        values = {n: plain[n] if given[n] is None else given[n] for n in self.inputs}
+        values = values_of(self.process, self.inputs, t, **given)
         return {"extras": {n: ANGLE[n](self.process, v).to(torch.float32) for n, v in values.items()}}
 
     def forward(
@@ -131,7 +131,7 @@ class Rescheduled(nn.Module):
 
     @property
     def takes_s(self) -> bool:
-        return "s" in self.inputs
+        return goes_to(self.inputs)
 
     def add_inputs(self, names: tuple[str, ...]) -> None:
         self.denoiser.add_inputs(names)  # type: ignore[operator]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Literal
 
 import torch
@@ -11,14 +11,40 @@ from torch import Tensor, nn
 
 from fewstep.algebra.process import Process, angle_of
 
-Input = Literal["s", "w", "mirror"]
+Input = Literal["s", "length", "w", "mirror"]
 
 ANGLE: dict[str, Callable[[Process, Tensor], Tensor]] = {
     "s": angle_of,
+    "length": lambda p, h: h,
     "w": lambda p, w: torch.atan(w),
     "mirror": lambda p, m: m * (math.pi / 2),
 }
-"""Each input as an angle in [0, pi/2]: s destination time, w guidance scale, mirror 0 or 1 (TwinFlow's sign)."""
+"""Each input as an angle in [0, pi/2]: s destination time, length of the jump (the difference of the angles of t and
+s, which MeanFlow and shortcut models feed in place of s), w guidance scale, mirror 0 or 1 (TwinFlow's sign)."""
+
+
+def values_of(
+    process: Process,
+    inputs: Sequence[str],
+    t: Tensor,
+    s: Tensor | None,
+    w: Tensor | None,
+    mirror: Tensor | None,
+) -> dict[str, Tensor]:
+    """What a network with these inputs is given, (b,) each; left out, s is t (the instantaneous denoiser)."""
+    end = t if s is None else s
+    known: dict[str, Callable[[], Tensor]] = {
+        "s": lambda: end,
+        "length": lambda: angle_of(process, t) - angle_of(process, end),
+        "w": lambda: torch.ones_like(t) if w is None else w,
+        "mirror": lambda: torch.zeros_like(t) if mirror is None else mirror,
+    }
+    return {n: known[n]() for n in inputs}
+
+
+def goes_to(inputs: Sequence[str]) -> bool:
+    """Whether these inputs tell a network where its jump ends."""
+    return "s" in inputs or "length" in inputs
 
 
 class Fourier(nn.Module):

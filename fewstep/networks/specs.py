@@ -71,7 +71,8 @@ class Copy:
     of: str = "teacher"
     """Role to copy: teacher, student or one that is built before."""
     inputs: tuple[Input, ...] = ()
-    """Further inputs that the copy takes: s (destination time), w (guidance), mirror; without effect at first."""
+    """Further inputs that the copy takes, without effect at first: s (destination time) or length (of the jump), w
+    (guidance), mirror."""
     max_frequency: float | None = None
     """Cut time features of a diffusers network that turn faster than this, in radians per unit of its own time input
     (1 to 1e-4): they make d/dt explode in sCM, MeanFlow and whatever else takes a tangent (sCM, sec. 4.1)."""
@@ -139,7 +140,8 @@ class MLPSpec:
     process: choice("process") = Flow()  # type: ignore[valid-type]
     prediction: str = "velocity"
     inputs: tuple[Input, ...] = ()
-    """Scalar inputs beside the time: s (destination time), w (embedded guidance), mirror (TwinFlow)."""
+    """Scalar inputs beside the time: s (destination time) or length (of the jump), w (embedded guidance), mirror
+    (TwinFlow)."""
     frequencies: PositiveInt = 16
     """Fourier features 2 k angle of the time; 3 or 4 for methods that differentiate in it (sCM, sec. 4.1)."""
 
@@ -165,7 +167,8 @@ class DiTSpec:
     process: choice("process") = Flow()  # type: ignore[valid-type]
     prediction: str = "velocity"
     inputs: tuple[Input, ...] = ()
-    """Scalar inputs beside the time: s (destination time), w (embedded guidance), mirror (TwinFlow)."""
+    """Scalar inputs beside the time: s (destination time) or length (of the jump), w (embedded guidance), mirror
+    (TwinFlow)."""
 
     def __post_init__(self) -> None:
         _check_prediction(self.prediction, self.process)

@@ -13,8 +13,54 @@ from fewstep.algebra.guidance import guided
 from fewstep.algebra.jump import Solver, ask, solver_step
 from fewstep.algebra.prediction import Prediction
 from fewstep.algebra.process import bc
+from fewstep.config import config
 
 Leg = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+@config
+class OneOf:
+    """One of a list of guidance scales, each as likely as the others."""
+
+    of: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        if not self.of:
+            raise ValueError("of is empty; give at least one scale")
+
+
+Scale = float | tuple[float, float] | OneOf
+"""A guidance scale, w = 1 is none: a number, or drawn for each sample, uniformly in [low, high] or of a list."""
+
+
+def check_scale(scale: Scale) -> None:
+    """Raise ValueError for a range whose ends are in the wrong order."""
+    if isinstance(scale, tuple) and scale[0] > scale[1]:
+        raise ValueError(f"guidance must be a range low, high, not {list(scale)}")
+
+
+def drawn(scale: Scale, draws: Any) -> float | Tensor:
+    """The scale of each sample, float64 (b,); a number when all have the same, which takes no draw."""
+    if isinstance(scale, OneOf):
+        values = torch.tensor(scale.of, dtype=torch.float64, device=draws.device)
+        return values[draws.integers(len(scale.of))] if len(scale.of) > 1 else scale.of[0]
+    if isinstance(scale, tuple):
+        low, high = scale
+        return low if low == high else low + (high - low) * draws.uniform()
+    return scale
+
+
+def ends(scale: Scale) -> tuple[float, float]:
+    """The smallest and the largest scale that is drawn."""
+    values = scale.of if isinstance(scale, OneOf) else scale if isinstance(scale, tuple) else (scale,)
+    return min(values), max(values)
+
+
+def middle(scale: Scale) -> float:
+    """What a student that takes the scale is sampled with: the middle of its range, or of its ordered list."""
+    values = sorted(scale.of) if isinstance(scale, OneOf) else ends(scale)
+    half = len(values) // 2
+    return values[half] if len(values) % 2 else (values[half - 1] + values[half]) / 2
 
 
 class Teacher:
@@ -50,6 +96,17 @@ class Teacher:
 def student_leg(net: Any, cond: Any, **call: Any) -> Leg:
     """The student's own jump as a leg; rows with s = t stay as they are."""
     return lambda x, t, s: ask(net, x, t, s, cond, **call).at(s)
+
+
+def frozen_leg(net: Any, cond: Any) -> Leg:
+    """The net's jump with gradients to x but none to its weights."""
+    weights = {n: p.detach() for n, p in net.named_parameters()}
+
+    def call(x: Tensor, t: Tensor, cond: Any = None, **rest: Any) -> Prediction:
+        return torch.func.functional_call(net, weights, (x, t, cond), rest)
+
+    call.takes_s = getattr(net, "takes_s", False)  # type: ignore[attr-defined]
+    return student_leg(call, cond)
 
 
 def between(draws: Any, low: Tensor, high: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ raw would divide by B_t or B_s, which vanish (x0 at s = 0, Trig at the full jump
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -115,12 +116,14 @@ def tangent(
     mode: Tangent = "jvp",
     step: float = 5e-3,
     floor: Tensor | None = None,
+    ceiling: Tensor | float | None = None,
 ) -> Tensor:
     """Derivative of raw(x, t, s) along (dx, dt, ds), without a gradient; (b, *d). None is a direction held fixed.
 
     jvp: forward mode. central: (f(+h) - f(-h)) / 2h with h = step. semi: forward mode in x and a backward
     difference in the times (rCM, arXiv 2510.08431, fd_type 1), for networks whose time embedding has no
-    forward rule. Rows whose moving time would fall below `floor` (b,) look ahead, (f(+h) - f) / h, in both.
+    forward rule. Rows whose moving time would fall below `floor` (b,) look ahead, (f(+h) - f) / h, in both; rows
+    of which it would exceed `ceiling` look back. Where neither side has room for h, h is the larger room.
     """
     moving = [i for i, d in enumerate(along) if d is not None]
     steps = [along[i].to(at[i].dtype) for i in moving]  # type: ignore[union-attr]
@@ -143,23 +146,35 @@ def tangent(
             full[i] = at[i] + rowwise(h, d) * d if i in which else at[i]
         return full
 
-    room: float | Tensor = 1.0
-    if floor is not None and moving[-1] > 0:
-        behind = [at[i] - step * d >= floor for i, d in zip(moving, steps, strict=True) if i]
-        room = torch.stack(behind).all(0).double()
+    back, ahead = _reach(at[moving[-1]], steps[-1], step, floor, ceiling) if moving[-1] else (step, step)
 
     with torch.no_grad(), _attention() if mode != "central" else nullcontext():
         if mode == "jvp":
             return move(raw, moving, steps)
         if mode == "central":
-            change = raw(*shifted(step, moving)) - raw(*shifted(-step * room, moving))
-            return change / rowwise(step + step * room, change)
+            change = raw(*shifted(ahead, moving)) - raw(*shifted(-back, moving))
+            return change / rowwise(ahead + back, change)
         if mode == "semi":
-            back = step * (2 * room - 1)
-            change = raw(*at) - raw(*shifted(-back, [1, 2]))
-            change = change / rowwise(back, change)
+            by = torch.where(back > 0, -back, ahead) if isinstance(back, Tensor) else -back
+            change = raw(*shifted(by, [1, 2])) - raw(*at)
+            change = change / rowwise(by, change)
             return change + move(raw, [0], steps[:1]) if 0 in moving else change
     raise ValueError(f"tangent {mode!r} is not one of jvp, central, semi")
+
+
+def _reach(
+    t: Tensor, d: Tensor, step: float, floor: Tensor | None, ceiling: Tensor | float | None
+) -> tuple[Tensor, Tensor]:
+    """How far (b,) a difference along d may go back and ahead from t: `step`, or 0 on the side of a bound."""
+    inf = torch.full_like(t, math.inf)
+    low = inf if floor is None else (t - floor) / d
+    high = inf if ceiling is None else (ceiling - t) / d
+    back, ahead = (torch.where(room >= step, step, torch.zeros_like(t)) for room in (low, high))
+    narrow = (back == 0) & (ahead == 0)
+    # At s = t = 1 there is no room at all: the derivative has the factor t - s there, it only must not be NaN.
+    some = torch.maximum(low, high).clamp(1e-4, step)
+    back = torch.where(narrow & (low >= high), some, back)
+    return back, torch.where(narrow & (low < high), some, ahead)
 
 
 def raw_of(net: Callable[..., Prediction], kind: str, cond: Any = None, **call: Any) -> Callable[..., Tensor]:

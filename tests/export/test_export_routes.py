@@ -104,11 +104,12 @@ def moving(net: UNet2D, names: tuple[str, ...]) -> UNet2D:
     return net
 
 
+@pytest.mark.parametrize("end", ["s", "length"])
 @pytest.mark.parametrize("process", [EDM(), Flow(), Trig()], ids=lambda p: type(p).__name__)
 def test_inputs_of_a_one_step_student_fold_into_its_weights(
-    base: Product, tmp_path: Path, process: Process
+    base: Product, tmp_path: Path, process: Process, end: str
 ) -> None:
-    inner = Denoiser(moving(unet(10), ("s", "w", "mirror")), EDM(), "cm", "250log_sigma")
+    inner = Denoiser(moving(unet(10), (end, "w", "mirror")), EDM(), "cm", "250log_sigma")
     net = inner if isinstance(process, EDM) else Rescheduled(inner, process)
     one = student(base, net, Sampler(kind="map", guidance=2.5))
     done = export(one, tmp_path / "out")
@@ -149,6 +150,7 @@ def refusal(product: Product, folder: Path) -> str:
 def test_refusals_say_why_and_what_to_do(base: Product, tmp_path: Path) -> None:
     cm = Denoiser(unet(10), EDM(), "cm", "250log_sigma")
     told = Denoiser(moving(unet(10), ("s",)), EDM(), "cm", "250log_sigma")
+    measured = Denoiser(moving(unet(10), ("length",)), EDM(), "cm", "250log_sigma")
     vp = Denoiser(unet(10), DiscreteVP(), "eps", "index")
     flow = Denoiser(unet(10), Flow(), "velocity", "1000t")
     bare = Denoiser(unet(0), Flow(), "velocity", "1000t")
@@ -157,6 +159,7 @@ def test_refusals_say_why_and_what_to_do(base: Product, tmp_path: Path) -> None:
         (cm, Sampler(kind="map", steps=FOUR), "only re-noises", "EDMEulerScheduler"),
         (told, Sampler(kind="map", steps=FOUR), "hands a UNet2DModel a destination time", "with one step it folds"),
         (told, Sampler(kind="map", steps=FOUR, counts=(1, 2, 4)), "destination time", "trained for 1 step as well"),
+        (measured, Sampler(steps=FOUR), "destination time", "with one step it folds"),
         (Rescheduled(cm, Flow()), Sampler(steps=FOUR), "trained in Flow on a network of EDM", "own process"),
         (vp, Sampler(kind="gamma", eta=0.2, steps=FOUR), "default eta 0.3", "set the method's eta"),
         (vp, Sampler(kind="map", steps=(0.9, 0.5)), "do not begin at the prior", "begin at 1.0"),

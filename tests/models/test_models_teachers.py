@@ -110,7 +110,7 @@ def roles_of(folder: Path, name: str) -> tuple[Roles, Batch]:
 METHODS = {
     "dmd2": DMD2(guidance=2.0, critic=Critic(steps=1)),
     "cd": Consistency(guidance=(3.0, 3.0), solver="ddim"),
-    "scm": SCM(guidance=2.0),
+    "scm": SCM(guidance=2.0, weighting="one"),
 }
 
 

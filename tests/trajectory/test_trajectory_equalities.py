@@ -103,7 +103,7 @@ def test_tdd_std_and_icd_with_a_clean_target_are_consistency_models(monkeypatch:
     got = only(TDD(guidance=1.0, drop_cond=0.0).losses(who, Batch64.of(9, 3)))
     assert torch.allclose(got, consistency_by_hand(who, x, t, u, **huber), rtol=1e-10)
 
-    method = SingleTrajectory(slots=9, knots=8, rate=0.0, target="clean")
+    method = SingleTrajectory(slots=9, knots=8, rate=0.0, target="clean", strength=1.0)
     holder = who.with_state(Bank(9, (3,)).double())
     x, _ = add_noise(process, batch.data(), Batch64.of(9, 3).noise(), torch.ones(9, dtype=F64))
     got = only(method.losses(holder, Batch64.of(9, 3)))
@@ -261,7 +261,7 @@ def test_scm_on_edm_is_scm_on_trigflow() -> None:
     trig = network(Trig(), "trig")
     trig.net.last.weight.data.neg_()
     trig.net.last.bias.data.neg_()
-    method, grads, losses = SCM(warmup=10), [], []
+    method, grads, losses = SCM(warmup=10, weighting="one"), [], []
     for net in (edm, trig):
         who = Roles(teacher=gaussian(net.process, 0.3, 0.9), student=net)
         loss = only(method.losses(who, Batch64.of(9, 3), 4))

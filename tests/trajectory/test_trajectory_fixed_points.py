@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from itertools import pairwise
 from typing import Any
 
@@ -10,9 +11,10 @@ import torch
 from torch import Tensor, nn
 from trajectory_helpers import F64, MEAN, STD, Batch64
 
-from fewstep.algebra.pairings import Grid
+from fewstep.algebra.pairings import ECTPairs, Grid
 from fewstep.algebra.prediction import Prediction, from_x0
 from fewstep.algebra.process import EDM, Flow, Process, bc
+from fewstep.algebra.times import Uniform
 from fewstep.methods.consistency import Consistency
 from fewstep.methods.tcm import TCM
 from fewstep.networks.analytic import gaussian
@@ -116,23 +118,31 @@ def test_tcm_hangs_on_the_first_stage_at_its_boundary_and_chains_above(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     process, edge, top = Flow(), 2, 5
-    levels = torch.linspace(0, 1, top + 1, dtype=F64)
+    levels = torch.linspace(0, 1, top + 1, dtype=F64).tolist()
 
-    def sample(self: Grid, draws: Any, process: Process, step: int) -> tuple[Tensor, Tensor]:
+    def sample(self: ECTPairs, draws: Any, process: Process, step: int) -> tuple[Tensor, Tensor]:
         k = draws.index // 64
         return process.grid((k + 1).double() / top), process.grid(k.double() / top)
 
-    monkeypatch.setattr(Grid, "sample", sample)
-    method = TCM(boundary=edge / top, pairing=Grid(points=top + 1), boundary_fraction=0.0, distance="mse")
+    monkeypatch.setattr(ECTPairs, "sample", sample)
+    monkeypatch.setattr(ECTPairs, "lower", lambda self, process, t, step: t - 1 / top)
+    method = TCM(boundary=edge / top, boundary_fraction=0.0, distance="mse")
     # A first stage that is visibly biased: what lies above the boundary must inherit the bias.
     stage1 = Affine(process, 0.9 - 0.1 * torch.arange(top + 1, dtype=F64), 0.03)
     student = Affine(process, torch.zeros(top + 1, dtype=F64))
     who = Roles(student=student, stage1=stage1)
     before = [p.detach().clone() for p in stage1.parameters()]
-    want = [float(stage1.slopes[edge].detach())]
-    for u, t in pairwise(levels[edge:].tolist()):
-        both = (1 - u) * (1 - t) * STD**2 + u * t
-        want.append(want[-1] * both / ((1 - t) ** 2 * STD**2 + t**2))
+
+    def regressed(slope: float, k: int) -> float:
+        """The slope at level k that answers as the given one does at level k - 1."""
+        u, t = levels[k - 1], levels[k]
+        return slope * ((1 - u) * (1 - t) * STD**2 + u * t) / ((1 - t) ** 2 * STD**2 + t**2)
+
+    # The boundary follows the first stage one level below it, the next level the first stage at the boundary.
+    old = stage1.slopes.detach().tolist()
+    want = [regressed(old[edge - 1], edge), regressed(old[edge], edge + 1)]
+    for k in range(edge + 2, top + 1):
+        want.append(regressed(want[-1], k))
 
     gaps = []
     for step in range(4):
@@ -141,7 +151,7 @@ def test_tcm_hangs_on_the_first_stage_at_its_boundary_and_chains_above(
         (losses,) = turn.losses(Quantiles.of(64 * top))
         newton(losses.total(), student.slopes, student.offsets)
         gaps.append((student.slopes[edge:].detach() - torch.tensor(want, dtype=F64)).abs())
-    # The boundary and the pair that ends on it are right at once, the levels above follow one by one.
+    # Both of them are right at once, the levels above follow one by one.
     for step, right in enumerate((2, 3, 4, 4)):
         assert float(gaps[step][:right].max()) < 1e-12
         assert bool((gaps[step][right:] > 1e-2).all())
@@ -169,33 +179,82 @@ def test_tcm_pairs_that_straddle_the_boundary_take_the_first_stages_answer(
 ) -> None:
     t = torch.tensor([0.3, 0.4, 0.5, 0.6, 0.9, 1.0], dtype=F64)
     u = torch.tensor([0.2, 0.3, 0.35, 0.4, 0.5, 0.8], dtype=F64)
-    monkeypatch.setattr(Grid, "sample", lambda self, draws, process, step: (t, u))
+    monkeypatch.setattr(ECTPairs, "sample", lambda self, draws, process, step: (t, u))
+    monkeypatch.setattr(ECTPairs, "lower", lambda self, process, t, step: 0.5 * t)
     student = Constant(1.0)
     who = Roles(student=student, stage1=Constant(0.0))
 
     def terms(fraction: float, boundary: float = 0.4) -> tuple[Tensor, Tensor]:
-        method = TCM(pairing=Grid(), boundary=boundary, boundary_fraction=fraction, distance="mse")
+        method = TCM(boundary=boundary, boundary_fraction=fraction, distance="mse")
         (losses,) = method.losses(who, Batch64.of(6, 3), 0)
         return losses["consistency"], losses["boundary"]
 
-    # Rows 0 and 1 stand at or below t' and are moved onto it; rows 2 and 3 reach it from above; 4 and 5 do not.
+    # Rows 0 and 1 stand at or below t' and are moved onto it; rows 2 and 3 reach it from above; 4 and 5 do not. Each
+    # part is a mean over its own rows, with the weight 1 / (t - u), which is 1 / .2 at t' here.
     inner, boundary = terms(0.0)
-    assert abs(float(inner.detach()) - (1 / 0.15 + 1 / 0.2) / 6) < 1e-12
-    assert abs(float(boundary.detach()) - 0.1 * 2 / 6) < 1e-15
+    assert abs(float(inner.detach()) - (1 / 0.15 + 1 / 0.2) / 4) < 1e-12
+    assert abs(float(boundary.detach()) - 0.1 / 0.2) < 1e-12
     (slope,) = torch.autograd.grad(inner, student.value)
-    assert abs(float(slope) - 2 * (1 / 0.15 + 1 / 0.2) / 6) < 1e-12
+    assert abs(float(slope) - 2 * (1 / 0.15 + 1 / 0.2) / 4) < 1e-12
     # A whole batch at t' has the boundary loss alone.
     inner, boundary = terms(1.0)
     assert float(inner.detach()) == 0
-    assert abs(float(boundary.detach()) - 0.1) < 1e-15
+    assert abs(float(boundary.detach()) - 0.1 / 0.2) < 1e-12
     # With t' below all pairs the student's own answer is the target everywhere.
     assert [float(v.detach()) for v in terms(0.0, 0.1)] == [0.0, 0.0]
 
 
-def test_tcm_puts_the_stated_share_of_the_batch_at_its_boundary() -> None:
-    n = 6000
+def test_tcms_boundary_rows_have_the_papers_loss_on_a_student_that_is_the_first_stage() -> None:
+    # f = x0 + a sigma eps at every sigma: at t' and at r(t') it answers the same sample a (t' - r) |eps| apart.
+    class Off(nn.Module):
+        takes_s, inputs, process = False, (), EDM()
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.slope = nn.Parameter(torch.tensor(0.3, dtype=F64))
+
+        def forward(self, x: Tensor, t: Tensor, cond: Any = None, **call: Any) -> Prediction:
+            return from_x0(self.process, x, t, self.slope * x)
+
+    student, n = Off(), 32
+    level = float(EDM().level(torch.tensor(1.0, dtype=F64)))
+    method = TCM(boundary=level, boundary_fraction=1.0)
+    (losses,) = method.losses(Roles(student=student, stage1=Off()), Batch64.of(n, 3), 0)
+    batch = Batch64.of(n, 3)
+    batch.draws.uniform(), batch.draws.uniform()
+    noise, r = batch.noise(), 1 - 0.001 * (1 + 8 / (1 + math.e))
+    error = 0.3 * (1 - r) * noise.pow(2).mean(1).sqrt()
+    want = ((torch.sqrt(error**2 + 1e-16) - 1e-8) / (1 - r)).mean()
+    assert abs(float(losses["boundary"].detach()) / (0.1 * float(want)) - 1) < 1e-6
+    # An error at the same x and t' would be 0 here, and so would its gradient.
+    assert abs(r - 0.99685) < 1e-5
+    assert float(torch.autograd.grad(losses["boundary"], student.slope)[0]) > 1e-2
+
+
+def test_tcm_rests_at_the_answer_to_data_of_one_point() -> None:
+    class Point(Batch64):
+        def data(self) -> Tensor:
+            return torch.full((len(self), 3), 0.6, dtype=F64)
+
+    for value, rests in ((0.6, True), (0.7, False)):
+        who = Roles(student=Constant(value), stage1=Constant(0.6))
+        (losses,) = TCM(boundary=0.5).losses(who, Point.of(40, 3), 0)
+        assert (float(losses["boundary"].detach()) < 1e-12) is rests
+        assert float(losses["consistency"].detach()) < 1e-12 or not rests
+
+
+def test_tcm_puts_the_stated_share_of_the_batch_at_its_boundary(monkeypatch: pytest.MonkeyPatch) -> None:
+    n, seen = 6000, []
+
+    def counted(a: Tensor, b: Tensor, kind: str, c: float, weight: Tensor) -> Tensor:
+        seen.append(float((weight > 0).double().mean()))
+        return weight.mean()
+
+    monkeypatch.setattr("fewstep.methods.tcm.distance", counted)
     who = Roles(student=Constant(1.0), stage1=Constant(0.0))
-    (losses,) = TCM(boundary=0.4, boundary_fraction=0.25).losses(who, Batch64.of(n, 1), 0)
+    pairing = ECTPairs(times=Uniform(low=0.0, high=1.0))
+    list(TCM(boundary=0.4, boundary_fraction=0.25, pairing=pairing).losses(who, Batch64.of(n, 1), 0))
     # Times are uniform: .4 of them are moved up, and a quarter of the others is drawn. Five standard errors.
     share = 0.4 + 0.25 * 0.6
-    assert abs(float(losses["boundary"].detach()) / 0.1 - share) < 5 * (share * (1 - share) / n) ** 0.5
+    assert abs(seen[1] - share) < 5 * (share * (1 - share) / n) ** 0.5
+    assert abs(seen[0] + seen[1] - 1) < 1e-12

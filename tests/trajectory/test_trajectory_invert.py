@@ -33,7 +33,7 @@ def test_exact_students_invert_exactly_to_the_priors_noise(process: Process) -> 
     x = MEAN + STD * draws(9, "invert").normal(1, dtype=F64)
     errors = []
     for knots in (500, 50):
-        method = ICD(knots=knots)
+        method = ICD(knots=knots, start=0.2 / knots)
         done = round_trip(method, method.sampler(), exact, exact, x)
         errors.append(float(done.error.max()))
     # The encoder starts a fifth of a knot above the clean end, and that is all the error there is.

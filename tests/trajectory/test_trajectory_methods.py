@@ -82,7 +82,7 @@ def _values(method: Any, who: Roles, step: int = 0) -> dict[str, float]:
 LEGS = [
     KD(teacher_steps=2),
     Consistency(pairing=Grid(points=7)),
-    CTM(denoise_weight=0.0, reconstruction_weight=1.0, velocity_weight=1.0),
+    CTM(points=None, compare="s", denoise_weight=0.0, reconstruction_weight=1.0, velocity_weight=1.0),
     TDD(guidance=1.0, drop_cond=0.0),
     Segments(segments=4, knots=16, skip=2),
     Segments(segments=2, knots=16, to="edge"),
@@ -110,19 +110,20 @@ def test_leg_methods_rest_at_the_exact_map(name: str, method: Any) -> None:
 @pytest.mark.usefixtures("exact_steps")
 def test_ctm_compared_at_the_clean_end_and_std_rest_at_the_exact_map() -> None:
     process = Flow()
-    assert values(CTM(denoise_weight=0.0, compare="clean"), process)["consistency"] < 1e-12
-    method = SingleTrajectory(slots=12, knots=10, reach=4)
+    assert values(CTM(denoise_weight=0.0, target_decay=None), process)["consistency"] < 1e-12
+    method = SingleTrajectory(slots=12, knots=10, reach=4, steps=(0.9,))
     who = roles(process, state=Bank(12, (3,)).double())
     for _ in range(3):
         assert _values(method, who)["consistency"] < 1e-12
 
 
 CONTINUOUS = [
-    (SCM(warmup=1), Trig()),
-    (SCM(warmup=1), TIGHT),
+    (SCM(warmup=1, weighting="one"), Trig()),
+    (SCM(warmup=1, weighting="one"), TIGHT),
+    (SCM(warmup=1, weighting="one", fade="rcm", prior_weight=False), Trig()),
     (MeanFlow(source="teacher"), Flow()),
     (FreeFlow(correction=0.0), Flow()),
-    (Shortcut(source="teacher"), Flow()),
+    (Shortcut(source="teacher", target_decay=None), Flow()),
 ]
 
 
@@ -135,7 +136,7 @@ def test_limits_rest_at_the_exact_map(method: Any, process: Process) -> None:
 
 
 def test_tbcm_follows_the_teacher_and_rests_at_the_exact_map() -> None:
-    method = SCM(source="trajectory", points=5, warmup=1, prior_weight=False)
+    method = SCM(source="trajectory", points=5, warmup=1, weighting="one", prior_weight=False)
     assert not method.needs().data
     who = roles(Trig())
     batch = Batch64.of(4, 3)
@@ -280,7 +281,7 @@ def test_twinflow_rests_where_both_sides_agree() -> None:
 def test_inversion_and_decoding_are_inverse() -> None:
     method, process = ICD(), Flow()
     x = MEAN + STD * draws(9, "x").normal(1, dtype=F64)
-    start = method.start(torch.zeros(9, dtype=F64), process)
+    start = method.begin(torch.zeros(9, dtype=F64), process)
     noise = invert(method, ExactMap(process), x)
     assert torch.allclose(noise, flow_map(process, MEAN, STD, x, start, torch.ones(9, dtype=F64)), atol=1e-10)
     back = sample(method.sampler(), ExactMap(process), noise)

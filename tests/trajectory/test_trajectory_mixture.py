@@ -156,7 +156,7 @@ METHODS: list[tuple[Any, str]] = [
     (Segments(segments=4, knots=16, skip=2), "vp"),
     (KD(steps=(1.0, 0.5), teacher_steps=2), "flow"),
     (MeanFlow(source="teacher", apart=1.0, power=0.0), "flow"),
-    (SCM(warmup=1, prior_weight=False), "trig"),
+    (SCM(warmup=1, weighting="one", prior_weight=False), "trig"),
 ]
 
 

@@ -51,7 +51,7 @@ def test_dynamic_guidance_falls_with_the_noise_level() -> None:
 def test_dynamic_guidance_needs_a_student_that_is_told_the_scale() -> None:
     with pytest.raises(ValueError, match="dynamic needs embed_guidance: true"):
         ICD(dynamic=(0.4, 0.8))
-    with pytest.raises(ValueError, match="0 <= low < high <= 1"):
+    with pytest.raises(ValueError, match="0 <= low <= high <= 1"):
         ICD(embed_guidance=True, dynamic=(0.8, 0.4))
 
 

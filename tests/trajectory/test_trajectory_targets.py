@@ -289,7 +289,7 @@ def test_scms_loss_moves_the_students_output_along_its_direction() -> None:
         def forward(self, x: Tensor, t: Tensor, cond: Any = None, **call: Any) -> Prediction:
             return from_raw(self.process, "trig", x, t, self.raw)
 
-    student, method = Free(), SCM(warmup=10)
+    student, method = Free(), SCM(warmup=10, weighting="one")
     who = Roles(teacher=gaussian(Trig(), 0.3, 0.9), student=student)
     (got,) = torch.autograd.grad(only(method.losses(who, Batch64.of(6, 3), 5)), student.raw)
     ((x, t, v),) = method.points_of(who, Batch64.of(6, 3))

@@ -78,7 +78,7 @@ def step(checkpointing: bool) -> tuple[Tensor, list[Tensor], int]:
     draws = Draws(fold("unet tangent"), torch.arange(2))
     x0 = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(3))
     batch = Batch(draws, (3, 8, 8), x0, torch.tensor([0, 3]), torch.tensor([5, 5]))
-    (losses,) = list(SCM(warmup=1).losses(Roles(teacher=teacher, student=student), batch, 5))
+    (losses,) = list(SCM(warmup=1, weighting="one").losses(Roles(teacher=teacher, student=student), batch, 5))
     before = len(runs)
     losses.total().backward()
     grads = [p.grad for p in student.parameters() if p.grad is not None]
