@@ -49,7 +49,7 @@ class SiD:
     gan: Gan | None = None
     """SiDA's adversarial term on the critic's features; needs data. The released one is {weight: 1e-4,
     discriminator_weight: .033, times: {name: lognormal}, shares_noise: true} on CIFAR-10, and .0083 on ImageNet-64."""
-    gan_at: Literal["score", "fresh"] = "score"
+    adversary_at: Literal["score", "fresh"] = "score"
     """Where the student meets it. score: at the score term's own noised sample, divided by the batch's mean of
     <|x - D_real|> (released code); fresh: at a level and noise of its own, undivided."""
 
@@ -97,7 +97,7 @@ class SiD:
             {"match": self.loss_scale * (scale * value).mean()},
             readings(x.detach(), real, gap, own, batch.cond),
         )
-        if self.gan and self.gan_at == "score":
+        if self.gan and self.adversary_at == "score":
             losses["gan"] = self.gan.beside(roles, batch, x_tau, tau, scale)
         elif self.gan:
             losses["gan"] = self.gan.generator(roles, batch, x)

@@ -150,7 +150,8 @@ class Critic:
     times: choice("times") = Uniform(low=0.0, high=1.0)  # type: ignore[valid-type]
     """Noise level of its loss; the score difference needs all of [0, 1] where it is taken at all of it."""
     weight: Weight = "x0"
-    """Weight of its x0 error: "edm" for EDM networks, "eps" for SD and SDXL (DMD2's code)."""
+    """Weight of its x0 error: "edm" for EDM networks, "eps" for SD and SDXL (DMD2's code), "velocity" for flow networks
+    (FastGen)."""
     steps: int = 1
     """Updates per student update."""
 

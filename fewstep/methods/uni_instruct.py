@@ -51,7 +51,7 @@ class UniInstruct:
     """The discriminator that gives the ratio, and its adversarial loss. Released: .01 beside 100 times a sum over d
     elements, 1e-4 on means; half the mean of EDM's weight beside a sum, .033 on CIFAR-10 (d = 3072) and .0083 on
     ImageNet-64; at the critic's levels and noise."""
-    gan_at: Literal["score", "fresh"] = "score"
+    adversary_at: Literal["score", "fresh"] = "score"
     """As SiD's: at the score term's own noised sample and divided by its omega = <|x - D_real|>, or a fresh look."""
 
     def __post_init__(self) -> None:
@@ -91,7 +91,7 @@ class UniInstruct:
             scale = obj.dmd_normalizer(x.detach(), real.x0.detach(), floor=1e-5).flatten()
         gap = obj.score_difference(fake, real).detach()
         losses = Losses({"match": (scale * value).mean()}, readings(x.detach(), real, gap, fake, batch.cond))
-        if self.gan_at == "score":
+        if self.adversary_at == "score":
             losses["gan"] = self.gan.beside(roles, batch, x_tau, tau, scale)
         else:
             losses["gan"] = self.gan.generator(roles, batch, x)

@@ -20,6 +20,8 @@ SDXL, SD15 = f"{DMD2} experiments/sdxl", f"{DMD2} experiments/sdv1.5"
 TDD = "RedAIGC/Target-Driven-Distillation @ 89cc1e8 train/SDXL"
 LCM = "diffusers @ 58eb52c examples/consistency_distillation"
 MEANFLOW = "Gsunshine/meanflow @ d70cb55"
+SANA = "NVlabs/Sana @ 3e449ba SanaSprint_1600M_1024px_allqknorm_bf16_scm_ladd.yaml"
+SCM_LADD = "NVlabs/Sana @ 0c07b19 train_scripts/train_scm_ladd.py"
 LSG = "mingyuanzhou/SiD-LSG @ 3ea6487"
 PHASED = "ModelTC/LightX2V @ f8aee98 lightx2v_train/configs/train/phased_dmd"
 UNET_LAYERS = [
@@ -182,7 +184,39 @@ PUBLISHED: dict[str, dict[str, tuple[Any, str]]] = {
         "train.clip": (1.0, f"{PHASED}/wan2_2_t2v_a14b_phased_dmd.yaml max_grad_norm"),
         "train.batch": (64, "arXiv 2510.27684"),
     },
-    "paper/sana-sprint": {},
+    "paper/sana-sprint": {
+        "discriminator.taps": (("block2", "block8", "block14", "block19"), f"{SANA} head_block_ids"),
+        "method.methods.0.weight": (1.0, f"{SANA} scm_lambda"),
+        "method.methods.0.method.times.mean": (0.2, f"{SANA} logit_mean"),
+        "method.methods.0.method.times.std": (1.6, f"{SANA} logit_std"),
+        "method.methods.0.method.times.sigma_data": (0.5, f"{SANA} sigma_data"),
+        "method.methods.0.method.guidance.of": ((4.0, 4.5, 5.0), f"{SANA} scm_cfg_scale"),
+        "method.methods.0.method.embed_guidance": (True, f"{SANA} cfg_embed"),
+        "method.methods.0.method.weighting": ("learned", f"{SANA} logvar"),
+        "method.methods.0.method.prior_weight": (True, f"{SCM_LADD} weight = 1 / sigma"),
+        "method.methods.0.method.c": (0.1 / 0.5, f"{SCM_LADD} .1 in units of sigma_data"),
+        "method.methods.0.method.warmup": (
+            4000 // 2,
+            f"{SANA} tangent_warmup_steps, two of global_step an update",
+        ),
+        "method.methods.1.weight": (0.5, f"{SANA} adv_lambda"),
+        "method.methods.1.method.student_times.mean": (0.2, f"{SCM_LADD} get_timesteps"),
+        "method.methods.1.method.student_times.std": (1.6, f"{SCM_LADD} get_timesteps"),
+        "method.methods.1.method.prior_share": (0.5, f"{SANA} largest_timestep_prob"),
+        "method.methods.1.method.guidance.of": ((4.0, 4.5, 5.0), f"{SCM_LADD} scm_cfg_scale"),
+        "method.methods.1.method.misaligned": (True, f"{SANA} misaligned_pairs_D"),
+        "method.methods.1.method.gan.times.mean": (-0.6, f"{SANA} logit_mean_discriminator"),
+        "method.methods.1.method.gan.times.std": (1.0, f"{SANA} logit_std_discriminator"),
+        "method.methods.1.method.gan.loss": ("hinge", f"{SANA} discriminator_loss"),
+        "optim.default.lr": (2e-6, f"{SANA} optimizer, optimizer_D"),
+        "optim.default.rule": ("came", f"{SANA} optimizer.type CAMEWrapper"),
+        "optim.default.betas": ((0.9, 0.999), f"{SANA} optimizer.betas"),
+        "optim.default.warmup": (0, f"{SCM_LADD}: the discriminator's optimiser has no schedule"),
+        "optim.student.warmup": (round(5000 / 32 + 0.5), f"{SANA} num_warmup_steps, one a process"),
+        "train.steps": (20_000 // 2, "arXiv 2503.09641, two of global_step an update"),
+        "train.batch": (512, "arXiv 2503.09641"),
+        "train.clip": (0.1, f"{SANA} gradient_clip"),
+    },
     "paper/sid-lsg-sd15": {
         "method.alpha": (1.0, f"{LSG} run_sid.sh alpha"),
         "method.guidance": (2.0, f"{LSG} run_sid.sh cfg_eval_real"),

@@ -70,7 +70,7 @@ def test_published_defaults_of_the_critics():
         "dmd2": Critic(times=every, weight="x0", steps=5),
         "f_distill": Critic(times=every, weight="x0", steps=5),
         "decoupled_dmd": Critic(times=every, weight="x0", steps=5),
-        "phased_dmd": Critic(times=Uniform(low=0.02, high=1.0), weight="x0", steps=5),
+        "phased_dmd": Critic(times=Uniform(low=0.02, high=1.0), weight="psi", steps=5),
         "dmd": Critic(times=every, weight="x0", steps=1),
         "vsd": Critic(times=every, weight="x0", steps=1),
         "emd": Critic(times=every, weight="x0", steps=1),

@@ -125,8 +125,8 @@ def test_settings_reach_every_depth_and_leave_the_rest(tmp_path: Path):
     assert new.optimizer("critic").lr == 1e-3
     assert differences(base, new, all_keys=True) == [
         "method.steps: [1.0] -> [1.0, 0.25]",
-        "optim.student: None -> {'lr': 0.002, 'betas': [0.9, 0.999], 'eps': 1e-08, 'weight_decay': 0.0, 'warmup': 0, "
-        "'decay': 'constant', 'bits': 32}",
+        "optim.student: None -> {'lr': 0.002, 'rule': 'adamw', 'betas': [0.9, 0.999], 'eps': 1e-08, 'weight_decay': 0.0, "
+        "'warmup': 0, 'decay': 'constant', 'bits': 32}",
         "train.steps: 40 -> 8",
     ]
     # A changed length may be continued, changed mathematics may not.
