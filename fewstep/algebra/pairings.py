@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Protocol
+from typing import Annotated, Protocol
 
 import torch
 from pydantic import PositiveInt
@@ -11,14 +11,17 @@ from torch import Tensor
 
 from fewstep.algebra.draws import Draws
 from fewstep.algebra.process import Process, angle_of
-from fewstep.algebra.times import LogNormal
-from fewstep.config import choice, part
+from fewstep.algebra.times import LogNormal, TimesPart
+from fewstep.config import OneOf, part
 
 
 class Pairing(Protocol):
     """Neighbouring times at a training step, process times float64 (b,) each, u < t."""
 
     def sample(self, draws: Draws, process: Process, step: int) -> tuple[Tensor, Tensor]: ...
+
+
+PairingPart = Annotated[Pairing, OneOf("pairing")]
 
 
 def _neighbours(k: Tensor, count: int, process: Process) -> tuple[Tensor, Tensor]:
@@ -116,7 +119,7 @@ def ect_lower(sigma: Tensor, ratio: float) -> Tensor:
 class ECTPairs:
     """ECT: t from a distribution, u = r(t) closing in on it stage by stage, on sigma / alpha (arXiv 2406.14548)."""
 
-    times: choice("times") = LogNormal(mean=-1.1, std=2.0)  # type: ignore[valid-type]
+    times: TimesPart = LogNormal(mean=-1.1, std=2.0)
     stage_steps: PositiveInt = 12_500
     """Steps of one stage; the gap shrinks by q from one to the next."""
     q: float = 2.0

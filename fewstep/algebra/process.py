@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import math
 from functools import lru_cache
-from typing import Literal, Protocol, runtime_checkable
+from typing import Annotated, Literal, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
-from fewstep.config import part
+from fewstep.config import OneOf, part
 
 
 def bc(c: Tensor, x: Tensor) -> Tensor:
@@ -54,6 +54,9 @@ class Process(Protocol):
     def prior(self, noise: Tensor, t: Tensor) -> Tensor:
         """What a sampler starts from at time t: pure noise at the scale the process has there."""
         ...
+
+
+ProcessPart = Annotated[Process, OneOf("process")]
 
 
 class _VariancePreserving:

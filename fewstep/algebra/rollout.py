@@ -15,8 +15,8 @@ from fewstep.algebra.draws import Draws
 from fewstep.algebra.jump import ask, clean, times_of
 from fewstep.algebra.prediction import Prediction
 from fewstep.algebra.process import EDM, Process, bc
-from fewstep.algebra.times import Uniform
-from fewstep.config import choice, config
+from fewstep.algebra.times import TimesPart, Uniform
+from fewstep.config import config
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class RandomSteps:
     """
 
     most: PositiveInt = 4
-    times: choice("times") = Uniform(low=0.0, high=1.0, shift=5.0)  # type: ignore[valid-type]
+    times: TimesPart = Uniform(low=0.0, high=1.0, shift=5.0)
 
     def draw(self, draws: Draws, process: Process) -> list[Tensor]:
         """Times (b,) of the steps, decreasing."""

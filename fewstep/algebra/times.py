@@ -9,14 +9,14 @@ from __future__ import annotations
 import math
 from functools import lru_cache
 from itertools import pairwise
-from typing import Protocol
+from typing import Annotated, Protocol
 
 import torch
 from torch import Tensor
 
 from fewstep.algebra.draws import Draws
 from fewstep.algebra.process import DiscreteVP, Process
-from fewstep.config import part
+from fewstep.config import OneOf, part
 
 
 class TimeDist(Protocol):
@@ -25,6 +25,9 @@ class TimeDist(Protocol):
     def sample(self, draws: Draws, process: Process, span: tuple[float, float] = (0.0, 1.0)) -> Tensor:
         """Process times, float64 (b,); `span` squeezes u linearly into a part of [0, 1]."""
         ...
+
+
+TimesPart = Annotated[TimeDist, OneOf("times")]
 
 
 def shift(u: Tensor, factor: float | Tensor) -> Tensor:

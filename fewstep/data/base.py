@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import Annotated, Any, Protocol
 
 from torch import Tensor
 
 from fewstep.algebra.draws import Draws
+from fewstep.config import OneOf
 
 
 class Data(Protocol):
@@ -32,3 +33,27 @@ class Data(Protocol):
     def all(self) -> tuple[Tensor, Tensor | None]:
         """The whole set as (images, labels), for reference statistics."""
         ...
+
+
+class DataSpec(Protocol):
+    """A data set as a recipe names it."""
+
+    @property
+    def name(self) -> str: ...
+    def open(self) -> Data:
+        """Find and check the files; UserError says what is missing."""
+        ...
+
+
+class EncoderSpec(Protocol):
+    """A text encoder as a recipe names it."""
+
+    @property
+    def name(self) -> str: ...
+    def open(self) -> Any:
+        """The encoder, loaded."""
+        ...
+
+
+DataPart = Annotated[DataSpec, OneOf("data")]
+EncoderPart = Annotated[EncoderSpec, OneOf("encoder")]

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from fewstep.algebra.draws import Draws
-from fewstep.config import UserError, choice, part
+from fewstep.config import UserError, part
+from fewstep.data.base import EncoderPart
 from fewstep.data.conditions import TextConditions
 from fewstep.data.shards import Shards, read_index, sha256_of
 from fewstep.data.text import Text, embed
@@ -72,7 +73,7 @@ class Latents:
     """The folder."""
     vae: str
     """The VAE or the pipeline that decodes them; one that did not make the cache is refused."""
-    encoder: choice("encoder") | None = None  # type: ignore[valid-type]
+    encoder: EncoderPart | None = None
     """Text encoder for the captions."""
     sample: bool = True
     """Draw from the VAE's posterior anew each time; False takes its mean."""

@@ -16,7 +16,8 @@ from pydantic import PositiveInt
 from torch import Tensor
 
 from fewstep.algebra.draws import Draws
-from fewstep.config import UserError, choice, part
+from fewstep.config import UserError, part
+from fewstep.data.base import EncoderPart
 from fewstep.data.conditions import TextConditions
 from fewstep.data.text import Text, embed, read_prompts
 
@@ -111,7 +112,7 @@ class Captions:
     """The folder."""
     size: PositiveInt
     """Side in pixels; pictures are resized to it and cut to a square."""
-    encoder: choice("encoder") | None = None  # type: ignore[valid-type]
+    encoder: EncoderPart | None = None
     """Text encoder; without one captions are read and not used."""
     captions: str | None = None
     """A file of lines {"file": ..., "text": ...} inside the folder; captions.jsonl, else .txt files, when left out."""
@@ -182,7 +183,7 @@ class WebDataset:
     """Path with wildcards or a range, such as data/train-{0000..0012}.tar."""
     size: PositiveInt
     """Side in pixels; pictures are resized to it and cut to a square."""
-    encoder: choice("encoder") | None = None  # type: ignore[valid-type]
+    encoder: EncoderPart | None = None
     """Text encoder for the captions; without one classes are the condition, if there are any."""
     classes: int = 0
     """Number of classes, where the samples have .cls files."""
@@ -284,7 +285,7 @@ class Prompts:
     """A text file, one prompt a line."""
     shape: tuple[PositiveInt, PositiveInt, PositiveInt]
     """Of one sample, channels, height, width; latents for a latent teacher."""
-    encoder: choice("encoder")  # type: ignore[valid-type]
+    encoder: EncoderPart
     """Text encoder."""
     vae: str | None = None
     """Folder of the VAE, or of a pipeline with one, that turns samples into pictures where they are latents."""

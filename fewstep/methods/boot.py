@@ -11,8 +11,8 @@ from torch import Tensor
 from fewstep.algebra.batch import Batch
 from fewstep.algebra.process import bc
 from fewstep.algebra.sampling import Sampler
-from fewstep.algebra.times import Uniform
-from fewstep.config import choice, part
+from fewstep.algebra.times import TimesPart, Uniform
+from fewstep.config import part
 from fewstep.methods.method import Losses, Needs, Turn
 from fewstep.networks.roles import Roles
 from fewstep.objectives import mse
@@ -25,7 +25,7 @@ class BOOT:
 
     cites: ClassVar[tuple[str, ...]] = ("2306.05544",)
 
-    times: choice("times") = Uniform(low=0.0, high=1.0)  # type: ignore[valid-type]
+    times: TimesPart = Uniform(low=0.0, high=1.0)
     """The upper time t of a pair."""
     step: float = 0.04
     """Distance in level between t and the time below it (paper: about 1/25 to 1/10)."""

@@ -12,8 +12,8 @@ from fewstep import objectives as obj
 from fewstep.algebra.batch import Batch
 from fewstep.algebra.rollout import rollout
 from fewstep.algebra.sampling import Sampler
-from fewstep.algebra.times import Uniform, check_steps
-from fewstep.config import choice, part
+from fewstep.algebra.times import TimesPart, Uniform, check_steps
+from fewstep.config import part
 from fewstep.methods.method import Losses, Needs, Turn
 from fewstep.methods.readings import spread
 from fewstep.methods.terms import accuracy, noised
@@ -30,7 +30,7 @@ class ClassRatio:
     """Levels u the student is sampled at."""
     divergence: Literal["rkl", "js"] = "js"
     """rkl: minimise -logit, whose gradient is DMD's; js: softplus(-logit), the non-saturating form."""
-    times: choice("times") = Uniform(low=0.02, high=1.0)  # type: ignore[valid-type]
+    times: TimesPart = Uniform(low=0.02, high=1.0)
     """Noise level at which classifier and student meet."""
     classifier_steps: int = 1
     """Classifier updates per student update."""

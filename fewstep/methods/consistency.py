@@ -9,11 +9,11 @@ import torch
 
 from fewstep.algebra.batch import Batch
 from fewstep.algebra.jump import Solver, ask, clean, clean_of
-from fewstep.algebra.pairings import CTGrid, Grid, ct_decay, ct_points
+from fewstep.algebra.pairings import CTGrid, Grid, PairingPart, ct_decay, ct_points
 from fewstep.algebra.process import add_noise
 from fewstep.algebra.sampling import Sampler, any_steps
 from fewstep.algebra.times import check_steps
-from fewstep.config import choice, part
+from fewstep.config import part
 from fewstep.methods.method import Losses, Needs, Turn
 from fewstep.methods.terms import Apart, apart, perceptual
 from fewstep.networks.roles import Roles
@@ -29,7 +29,7 @@ class Consistency:
 
     source: Literal["teacher", "data"] = "teacher"
     """How x_u follows from x_t: one step of the teacher's solver (CD), or the same data and noise (CT)."""
-    pairing: choice("pairing") = Grid()  # type: ignore[valid-type]
+    pairing: PairingPart = Grid()
     """The two times: grid (CD, LCM), ct, ict, ect."""
     solver: Solver = "heun"
     """CD: heun; LCM: ddim; ECT's distillation: euler."""

@@ -14,8 +14,8 @@ from fewstep.algebra.draws import Draws
 from fewstep.algebra.jump import Solver, clean
 from fewstep.algebra.process import add_noise
 from fewstep.algebra.sampling import Sampler, any_steps
-from fewstep.algebra.times import HalfLogNormal, Uniform, check_steps
-from fewstep.config import choice, part
+from fewstep.algebra.times import HalfLogNormal, TimesPart, Uniform, check_steps
+from fewstep.config import part
 from fewstep.methods.method import Losses, Needs, Turn
 from fewstep.methods.terms import Apart, Gan, apart, discriminate, perceptual
 from fewstep.networks.roles import Roles
@@ -33,7 +33,7 @@ class CTM:
     points: int | None = 40
     """Points of the grid that t, u and s are taken from (CTM: CIFAR-10 18, ImageNet-64 40): a leg of n intervals has
     probability ~ n and the teacher takes n steps on it; None: any times."""
-    times: choice("times") = Uniform(low=0.0, high=1.0)  # type: ignore[valid-type]
+    times: TimesPart = Uniform(low=0.0, high=1.0)
     """Without points: start t of the jump."""
     teacher_steps: PositiveInt = 2
     """Without points: solver steps of the teacher's leg."""
@@ -54,7 +54,7 @@ class CTM:
     """TraFlow: the chord's velocity against the teacher's path, (x_t - J) / (t - s)."""
     denoise_weight: float = 1.0
     """Denoising at s = t on data (CTM, eq. 12)."""
-    denoise_times: choice("times") = HalfLogNormal()  # type: ignore[valid-type]
+    denoise_times: TimesPart = HalfLogNormal()
     denoise_error: Weight = "edm"
     """Weight of its x0 error (official: 1 / sigma^2 + 1 / sigma_d^2)."""
     gan: Gan | None = None

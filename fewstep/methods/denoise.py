@@ -10,8 +10,8 @@ import torch
 from fewstep.algebra.batch import Batch
 from fewstep.algebra.process import add_noise
 from fewstep.algebra.sampling import Sampler, many_step
-from fewstep.algebra.times import LogNormal
-from fewstep.config import choice, part
+from fewstep.algebra.times import LogNormal, TimesPart
+from fewstep.config import part
 from fewstep.methods.method import Losses, Needs, Turn
 from fewstep.methods.terms import dropped
 from fewstep.networks.roles import Roles
@@ -25,7 +25,7 @@ class Denoise:
 
     cites: ClassVar[tuple[str, ...]] = ("2206.00364",)
 
-    times: choice("times") = LogNormal()  # type: ignore[valid-type]
+    times: TimesPart = LogNormal()
     """Noise levels; EDM trains on ln sigma ~ N(-1.2, 1.2^2) (table 1)."""
     weight: Weight = "edm"
     """Weight of the x0 error; "edm" for EDM (table 1)."""

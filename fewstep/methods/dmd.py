@@ -13,8 +13,8 @@ from fewstep.algebra.guidance import guided
 from fewstep.algebra.jump import Solver
 from fewstep.algebra.rollout import rollout
 from fewstep.algebra.sampling import Sampler, many_step
-from fewstep.algebra.times import Uniform
-from fewstep.config import choice, part
+from fewstep.algebra.times import TimesPart, Uniform
+from fewstep.config import part
 from fewstep.methods.method import Losses, Needs, Turn
 from fewstep.methods.pairs import Pairs
 from fewstep.methods.readings import readings
@@ -30,7 +30,7 @@ class DMD:
 
     level: float = 1.0
     """Level u of the one step."""
-    times: choice("times") = Uniform()  # type: ignore[valid-type]
+    times: TimesPart = Uniform()
     """Re-noising level of the score difference, U(0.02, 0.98)."""
     guidance: float = 1.0
     """Guidance scale of the teacher, in the score difference and in the pairs."""

@@ -14,8 +14,8 @@ from fewstep.algebra.batch import Batch
 from fewstep.algebra.guidance import guided
 from fewstep.algebra.rollout import rollout
 from fewstep.algebra.sampling import Sampler
-from fewstep.algebra.times import Uniform, check_steps
-from fewstep.config import choice, part
+from fewstep.algebra.times import TimesPart, Uniform, check_steps
+from fewstep.config import part
 from fewstep.methods.method import Losses, Needs, Turn
 from fewstep.methods.readings import readings
 from fewstep.methods.terms import Critic, Gan, noised
@@ -30,7 +30,7 @@ class DMD2:
 
     steps: tuple[float, ...] = (1.0,)
     """Levels u the student is sampled at, from the prior down (SDXL 4-step: 1, .75, .5, .25)."""
-    times: choice("times") = Uniform()  # type: ignore[valid-type]
+    times: TimesPart = Uniform()
     """Re-noising level of the score difference; U(0.02, 0.98) in the official code."""
     critic: Critic = Critic(steps=5)
     """5 updates per student update for ImageNet-64 and SDXL, 10 for SD1.5 (sec. 4.2); at all levels."""

@@ -16,8 +16,8 @@ from fewstep.algebra.guidance import guided
 from fewstep.algebra.prediction import Prediction
 from fewstep.algebra.rollout import rollout
 from fewstep.algebra.sampling import Sampler
-from fewstep.algebra.times import Uniform
-from fewstep.config import choice, part
+from fewstep.algebra.times import TimesPart, Uniform
+from fewstep.config import part
 from fewstep.methods.method import Losses, Needs, Turn
 from fewstep.methods.readings import readings
 from fewstep.methods.terms import Critic, scaled
@@ -47,7 +47,7 @@ class EMD:
 
     level: float = 1.0
     """Level u of the one step."""
-    times: choice("times") = Uniform()  # type: ignore[valid-type]
+    times: TimesPart = Uniform()
     """Noise level of the chain."""
     langevin: int = 4
     """Langevin steps K; 16 in the paper's best ImageNet-64 run, 1 in its fast ones."""

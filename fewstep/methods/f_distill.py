@@ -14,8 +14,8 @@ from fewstep.algebra.guidance import guided
 from fewstep.algebra.process import angle_of
 from fewstep.algebra.rollout import rollout
 from fewstep.algebra.sampling import Sampler
-from fewstep.algebra.times import Uniform, check_steps
-from fewstep.config import choice, part
+from fewstep.algebra.times import TimesPart, Uniform, check_steps
+from fewstep.config import part
 from fewstep.methods.method import Losses, Needs, Turn
 from fewstep.methods.readings import readings
 from fewstep.methods.terms import Critic, Gan, noised, scaled
@@ -51,7 +51,7 @@ class FDistill:
     """Levels u the student is sampled at."""
     divergence: Divergence = "js"
     """js is the official default and ImageNet's; CIFAR-10 used fkl; rkl is DMD2."""
-    times: choice("times") = Uniform()  # type: ignore[valid-type]
+    times: TimesPart = Uniform()
     """Re-noising level of the score difference."""
     guidance: float = 1.0
     """Guidance scale of the real score."""

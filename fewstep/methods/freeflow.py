@@ -16,8 +16,8 @@ from fewstep.algebra.condition import rows
 from fewstep.algebra.guidance import guided
 from fewstep.algebra.process import bc
 from fewstep.algebra.sampling import Sampler
-from fewstep.algebra.times import LogitNormal, Uniform
-from fewstep.config import choice, part
+from fewstep.algebra.times import LogitNormal, TimesPart, Uniform
+from fewstep.config import part
 from fewstep.methods.method import Losses, Needs, Turn
 from fewstep.methods.terms import Critic, noised
 from fewstep.networks.roles import Roles
@@ -31,7 +31,7 @@ class FreeFlow:
 
     cites: ClassVar[tuple[str, ...]] = ("2511.19428",)
 
-    times: choice("times") = Uniform(low=1e-3, high=1.0)  # type: ignore[valid-type]
+    times: TimesPart = Uniform(low=1e-3, high=1.0)
     """End s of the jump from t = 1 (the paper's 1 - delta)."""
     power: float = 1.0
     """k of the adaptive weight of the prediction loss (ablation: k = 1)."""
@@ -45,7 +45,7 @@ class FreeFlow:
     """Share of the batch given to the correction (paper .25). The prediction has all of it, in the paper the rest."""
     critic: Critic = Critic(times=Uniform(low=1e-3, high=1.0))
     """It tracks the one-step samples."""
-    correction_times: choice("times") = LogitNormal(mean=0.8, std=1.0)  # type: ignore[valid-type]
+    correction_times: TimesPart = LogitNormal(mean=0.8, std=1.0)
     """Noise level r of the correction, biased to high noise."""
     correction_guidance: float = 1.0
 

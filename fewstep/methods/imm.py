@@ -12,8 +12,8 @@ from torch import Tensor
 from fewstep.algebra.batch import Batch
 from fewstep.algebra.process import Process, add_noise, angle_of
 from fewstep.algebra.sampling import Sampler, any_steps
-from fewstep.algebra.times import Uniform, check_steps
-from fewstep.config import choice, part
+from fewstep.algebra.times import TimesPart, Uniform, check_steps
+from fewstep.config import part
 from fewstep.methods.method import Losses, Needs, Turn
 from fewstep.methods.terms import dropped
 from fewstep.networks.roles import Roles
@@ -44,7 +44,7 @@ class IMM:
 
     particles: PositiveInt = 4
     """M, rows that share their times; must divide the micro-batch."""
-    times: choice("times") = Uniform(low=0.0, high=0.994)  # type: ignore[valid-type]
+    times: TimesPart = Uniform(low=0.0, high=0.994)
     """t; the paper stops at .994 for flow."""
     k: float = 12.0
     """u = max(s, eta^-1(eta(t) - eta_max / 2^k)) with eta = sigma / alpha (ImageNet 12, CIFAR-10 15)."""

@@ -12,8 +12,8 @@ from torch import nn
 from fewstep.algebra.batch import Batch
 from fewstep.algebra.draws import Draws, fold
 from fewstep.algebra.sampling import Sampler
-from fewstep.config import choice, config, part
-from fewstep.methods.method import Losses, Needs, Turn, turns_of
+from fewstep.config import config, part
+from fewstep.methods.method import Losses, MethodPart, Needs, Turn, turns_of
 from fewstep.networks.roles import Roles
 
 
@@ -21,7 +21,7 @@ from fewstep.networks.roles import Roles
 class Share:
     """One method and the weight of its losses."""
 
-    method: choice("method")  # type: ignore[valid-type]
+    method: MethodPart
     weight: float = 1.0
     start: int = 0
     """Update at which the method begins; rCM's score difference begins where sCM's warm-up ends."""

@@ -12,8 +12,8 @@ from fewstep.algebra.batch import Batch
 from fewstep.algebra.process import add_noise, bc
 from fewstep.algebra.rollout import exit_step, rollout
 from fewstep.algebra.sampling import Sampler
-from fewstep.algebra.times import LogitNormal, check_steps
-from fewstep.config import choice, part
+from fewstep.algebra.times import LogitNormal, TimesPart, check_steps
+from fewstep.config import part
 from fewstep.methods.method import Losses, Needs, Turn
 from fewstep.methods.readings import spread
 from fewstep.methods.terms import Gan
@@ -33,7 +33,7 @@ class LADD:
     """Student input: data noised to one of the steps (paper), or the student's own samples, which needs none."""
     gan: Gan = Gan(weight=1.0, discriminator_weight=1.0, times=LogitNormal(mean=1.0, std=1.0), loss="hinge")
     """Hinge, at logit-normal levels (paper, mean 1 and std 1 for the final model); there is no other loss to weigh."""
-    student_times: choice("times") | None = None  # type: ignore[valid-type]
+    student_times: TimesPart | None = None
     """With data: levels of the student's input from this law in place of the steps (SANA-Sprint: that of sCM)."""
     prior_share: float = 0.0
     """Share of those rows that start from the prior (SANA-Sprint .5)."""

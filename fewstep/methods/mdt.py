@@ -12,8 +12,8 @@ from fewstep import objectives as obj
 from fewstep.algebra.batch import Batch
 from fewstep.algebra.process import add_noise, bc
 from fewstep.algebra.sampling import Sampler, any_steps
-from fewstep.algebra.times import LogitNormal, check_steps
-from fewstep.config import choice, part
+from fewstep.algebra.times import LogitNormal, TimesPart, check_steps
+from fewstep.config import part
 from fewstep.methods.method import Losses, Needs, Turn
 from fewstep.networks.roles import Roles
 from fewstep.objectives.legs import Teacher
@@ -25,7 +25,7 @@ class MDT:
 
     cites: ClassVar[tuple[str, ...]] = ("2509.04406",)
 
-    times: choice("times") = LogitNormal(mean=1.0, std=1.0)  # type: ignore[valid-type]
+    times: TimesPart = LogitNormal(mean=1.0, std=1.0)
     """t, mapped into [step, 1]."""
     step: float = 0.01
     """Delta of the backward difference along the teacher's velocity."""

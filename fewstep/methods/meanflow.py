@@ -12,8 +12,8 @@ from fewstep.algebra.batch import Batch
 from fewstep.algebra.condition import differs, replaced
 from fewstep.algebra.process import add_noise, bc
 from fewstep.algebra.sampling import Sampler, any_steps
-from fewstep.algebra.times import LogitNormal, check_steps
-from fewstep.config import choice, part
+from fewstep.algebra.times import LogitNormal, TimesPart, check_steps
+from fewstep.config import part
 from fewstep.methods.method import Losses, Needs, Turn
 from fewstep.networks.roles import Roles
 from fewstep.objectives import trajectory as tr
@@ -28,7 +28,7 @@ class MeanFlow:
 
     source: Literal["data", "teacher"] = "data"
     """Velocity v: eps - x0 of the pair (from scratch), or the teacher's (distillation)."""
-    times: choice("times") = LogitNormal(mean=-0.4, std=1.0)  # type: ignore[valid-type]
+    times: TimesPart = LogitNormal(mean=-0.4, std=1.0)
     """Distribution of both times; the larger is t (ImageNet; CIFAR-10: mean -2, std 2)."""
     apart: float = 0.25
     """Share of the batch with s < t; the rest has s = t and is flow matching (ImageNet .25, CIFAR-10 .75)."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Protocol
+from typing import Annotated, Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from fewstep.algebra.batch import Batch
 from fewstep.algebra.process import Flow
 from fewstep.algebra.sampling import Sampler
-from fewstep.config import REGISTRY
+from fewstep.config import REGISTRY, OneOf
 from fewstep.data.base import Data
 from fewstep.networks.roles import Roles
 
@@ -135,3 +135,6 @@ def turns_of(method: Method) -> list[tuple[str, ...]]:
     names = {*needs.roles, "student"} | ({"state"} if needs.state else set())
     roles = Roles(**{name: Anyone() for name in names})
     return [turn.updates for step in (0, 10**9) for turn in method.turns(roles, step)]
+
+
+MethodPart = Annotated[Method, OneOf("method")]

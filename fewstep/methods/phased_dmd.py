@@ -15,8 +15,8 @@ from fewstep.algebra.jump import times_of
 from fewstep.algebra.process import add_noise, transition
 from fewstep.algebra.rollout import exit_step
 from fewstep.algebra.sampling import Sampler
-from fewstep.algebra.times import Uniform, check_steps
-from fewstep.config import choice, part
+from fewstep.algebra.times import TimesPart, Uniform, check_steps
+from fewstep.config import part
 from fewstep.methods.method import Losses, Needs, Turn
 from fewstep.methods.readings import readings
 from fewstep.methods.terms import Critic, scaled
@@ -41,7 +41,7 @@ class PhasedDMD:
     """Which phase, from 1; the last one ends at clean samples."""
     exit: Literal["random", "last"] = "random"
     """Which of the phase's steps carries the gradient and jumps to its end (the paper draws it)."""
-    times: choice("times") = Uniform()  # type: ignore[valid-type]
+    times: TimesPart = Uniform()
     """Re-noising level, squeezed into (s, 1]: the whole noisier side."""
     guidance: float = 1.0
     """Guidance scale of the teacher (Wan2.2 and Qwen-Image runs use the teacher's own)."""

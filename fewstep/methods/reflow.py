@@ -13,8 +13,8 @@ from fewstep.algebra.batch import Batch
 from fewstep.algebra.jump import Solver
 from fewstep.algebra.process import bc
 from fewstep.algebra.sampling import Sampler
-from fewstep.algebra.times import Uniform, check_steps
-from fewstep.config import choice, part
+from fewstep.algebra.times import TimesPart, Uniform, check_steps
+from fewstep.config import part
 from fewstep.methods.method import Losses, Needs, Turn
 from fewstep.networks.roles import Roles
 from fewstep.objectives import mse
@@ -29,7 +29,7 @@ class Reflow:
 
     mode: Literal["reflow", "distill"] = "reflow"
     """reflow: a velocity at all t; distill: only the one-step end point (SlimFlow's second stage)."""
-    times: choice("times") = Uniform(low=0.0, high=1.0)  # type: ignore[valid-type]
+    times: TimesPart = Uniform(low=0.0, high=1.0)
     teacher_steps: PositiveInt = 16
     """Solver steps that make a pair."""
     solver: Solver = "heun"

@@ -13,8 +13,8 @@ from torch import Tensor
 from fewstep.algebra.batch import Batch
 from fewstep.algebra.process import Trig, add_noise, bc
 from fewstep.algebra.sampling import Sampler, any_steps
-from fewstep.algebra.times import TrigLogNormal, check_steps, shift
-from fewstep.config import choice, part
+from fewstep.algebra.times import TimesPart, TrigLogNormal, check_steps, shift
+from fewstep.config import part
 from fewstep.methods.method import Losses, Needs, Turn
 from fewstep.networks.denoiser import Rescheduled
 from fewstep.networks.roles import Roles
@@ -32,7 +32,7 @@ class SCM:
     source: Literal["teacher", "data", "trajectory"] = "teacher"
     """teacher: sCD, velocity of the teacher at noised data; data: sCT, velocity of the pair (x0, eps);
     trajectory: points on the teacher's own path from noise, without data (TBCM, arXiv 2511.20410)."""
-    times: choice("times") = TrigLogNormal(sigma_data=1.0)  # type: ignore[valid-type]
+    times: TimesPart = TrigLogNormal(sigma_data=1.0)
     """TrigFlow times; the paper's e^N(-1, 1.4^2) / sigma_data, with data scaled to 1 here."""
     points: PositiveInt = 15
     """TBCM: points taken from each teacher trajectory, one per interval of its route (official 15)."""

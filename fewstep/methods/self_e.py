@@ -11,8 +11,8 @@ from torch import Tensor
 from fewstep.algebra.batch import Batch
 from fewstep.algebra.process import Process, add_noise, bc
 from fewstep.algebra.sampling import Sampler, any_steps
-from fewstep.algebra.times import LogitNormal, check_steps
-from fewstep.config import UserError, choice, part
+from fewstep.algebra.times import LogitNormal, TimesPart, check_steps
+from fewstep.config import UserError, part
 from fewstep.methods.method import Losses, Needs, Turn
 from fewstep.methods.terms import dropped
 from fewstep.networks.roles import Roles
@@ -27,7 +27,7 @@ class SelfE:
 
     cites: ClassVar[tuple[str, ...]] = ("2512.22374",)
 
-    times: choice("times") = LogitNormal()  # type: ignore[valid-type]
+    times: TimesPart = LogitNormal()
     """Distribution of t (the paper's shift grows with the sequence length)."""
     local: float = 0.5
     """Share of the batch with s = t: flow matching alone."""

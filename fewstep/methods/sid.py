@@ -13,8 +13,8 @@ from fewstep.algebra.batch import Batch
 from fewstep.algebra.guidance import guided
 from fewstep.algebra.rollout import rollout
 from fewstep.algebra.sampling import Sampler
-from fewstep.algebra.times import LogNormal, SiDTimes, check_steps
-from fewstep.config import choice, part
+from fewstep.algebra.times import LogNormal, SiDTimes, TimesPart, check_steps
+from fewstep.config import part
 from fewstep.methods.method import Losses, Needs, Turn
 from fewstep.methods.readings import readings
 from fewstep.methods.terms import Critic, Gan, noised
@@ -37,7 +37,7 @@ class SiD:
     """Divide by <|x - D_real|> per sample, as SiD's code does; SIM's distance stands for it."""
     loss_scale: float = 1.0
     """Factor on the loss. SiD's code has 100 on the sum over elements, here losses are means (Adam hides it)."""
-    times: choice("times") = SiDTimes()  # type: ignore[valid-type]
+    times: TimesPart = SiDTimes()
     """Noise level of the loss."""
     guidance: float = 1.0
     """Guidance scale of the teacher; 1 in the paper, kappa_4 of SiD-LSG (its script: 2)."""

@@ -14,8 +14,8 @@ from fewstep.algebra.condition import replaced
 from fewstep.algebra.guidance import guided
 from fewstep.algebra.jump import ask, clean
 from fewstep.algebra.process import add_noise, bc
-from fewstep.algebra.times import Uniform
-from fewstep.config import choice, config
+from fewstep.algebra.times import TimesPart, Uniform
+from fewstep.config import config
 from fewstep.methods.method import Losses, Turn
 from fewstep.networks.roles import Roles
 from fewstep.objectives.reduce import global_mean
@@ -45,7 +45,7 @@ class Gan:
     """Weight of the generator's loss (DMD2: ImageNet-64 3e-3, SD1.5 1e-3, SDXL 5e-3)."""
     discriminator_weight: float = 1e-2
     """Weight of the discriminator's loss beside the critic's (DMD2: 1e-2)."""
-    times: choice("times") | None = Uniform(low=0.0, high=1.0)  # type: ignore[valid-type]
+    times: TimesPart | None = Uniform(low=0.0, high=1.0)
     """Noise level at which the discriminator looks; null shows clean samples, at the process's lowest level."""
     loss: Literal["logistic", "hinge"] = "logistic"
     """DMD2 and GDD: logistic (softplus); LADD: hinge."""
@@ -147,7 +147,7 @@ def accuracy(real: Tensor, fake: Tensor) -> Tensor:
 class Critic:
     """The network that tracks the student's distribution by denoising its samples: where, with what weight, how often."""
 
-    times: choice("times") = Uniform(low=0.0, high=1.0)  # type: ignore[valid-type]
+    times: TimesPart = Uniform(low=0.0, high=1.0)
     """Noise level of its loss; the score difference needs all of [0, 1] where it is taken at all of it."""
     weight: Weight = "x0"
     """Weight of its x0 error: "edm" for EDM networks, "eps" for SD and SDXL (DMD2's code), "velocity" for flow networks

@@ -13,8 +13,8 @@ from fewstep.algebra.batch import Batch
 from fewstep.algebra.condition import rows as cond_rows
 from fewstep.algebra.process import Flow, add_noise, bc
 from fewstep.algebra.sampling import Sampler, any_steps
-from fewstep.algebra.times import Beta, check_steps
-from fewstep.config import UserError, choice, part
+from fewstep.algebra.times import Beta, TimesPart, check_steps
+from fewstep.config import UserError, part
 from fewstep.methods.method import Losses, Needs, Turn
 from fewstep.networks.roles import Roles
 from fewstep.objectives.regression import per_sample
@@ -27,7 +27,7 @@ class TwinFlow:
 
     cites: ClassVar[tuple[str, ...]] = ("2512.05150",)
 
-    times: choice("times") = Beta()  # type: ignore[valid-type]
+    times: TimesPart = Beta()
     guidance_share: float = 0.0
     """enr: guidance in the target of the groups with 0 < t < 1, 0 for none. Data: the pair's velocity + enr (cond -
     uncond) (official .5 to .8); image_free: the teacher's scale, uncond + enr (cond - uncond) (official 4)."""

@@ -13,8 +13,8 @@ from fewstep.algebra.batch import Batch
 from fewstep.algebra.guidance import guided
 from fewstep.algebra.rollout import rollout
 from fewstep.algebra.sampling import Sampler
-from fewstep.algebra.times import LogNormal, SiDTimes, check_steps
-from fewstep.config import choice, part
+from fewstep.algebra.times import LogNormal, SiDTimes, TimesPart, check_steps
+from fewstep.config import part
 from fewstep.methods.method import Losses, Needs, Turn
 from fewstep.methods.readings import readings
 from fewstep.methods.terms import Critic, Gan, noised
@@ -33,7 +33,7 @@ class UniInstruct:
     """Levels u of the student; the official runs start at sigma 2.5 as SiD does."""
     divergence: Expanded = "fkl"
     """fkl gave the best published FID; rkl needs no ratio and is SiD with alpha 1/2."""
-    times: choice("times") = SiDTimes()  # type: ignore[valid-type]
+    times: TimesPart = SiDTimes()
     """Noise level of the loss."""
     normalize: bool = True
     """Divide by <|x - D_real|> per sample, as SiD does."""

@@ -14,8 +14,8 @@ from fewstep.algebra.guidance import guided, halves
 from fewstep.algebra.prediction import Prediction
 from fewstep.algebra.rollout import rollout
 from fewstep.algebra.sampling import Sampler
-from fewstep.algebra.times import Uniform, check_steps
-from fewstep.config import choice, part
+from fewstep.algebra.times import TimesPart, Uniform, check_steps
+from fewstep.config import part
 from fewstep.methods.method import Losses, Needs, Turn
 from fewstep.methods.readings import readings
 from fewstep.methods.terms import Critic, noised
@@ -31,7 +31,7 @@ class VSD:
 
     steps: tuple[float, ...] = (1.0,)
     """Levels u the student is sampled at; the papers have one."""
-    times: choice("times") = Uniform()  # type: ignore[valid-type]
+    times: TimesPart = Uniform()
     """Re-noising level of the score difference; U(0.02, 0.98) in SwiftBrush's code."""
     weight: ScoreWeight = "sigma2"
     """Weight of the score difference: sigma2 is SwiftBrush's; kl makes it the gradient of KL (Diff-Instruct)."""

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from fewstep.algebra.prediction import Prediction
 from fewstep.algebra.process import Process
-from fewstep.config import RecipeError, choice, part
+from fewstep.config import RecipeError, part
 from fewstep.networks.adapters import twin
+from fewstep.networks.parts import NetworkPart
 from fewstep.networks.specs import Site
 
 
@@ -93,7 +94,7 @@ def _members(of: Any, count: int, site: Site) -> list[nn.Module]:
 class ExpertsSpec:
     """One network per interval of noise levels (Phased DMD), all of one spec and with equal initial weights."""
 
-    of: choice("network")  # type: ignore[valid-type]
+    of: NetworkPart
     """Spec of each expert."""
     boundaries: tuple[float, ...] = (0.5,)
     """Levels u, decreasing, at which the next expert takes over."""
@@ -111,7 +112,7 @@ class ExpertsSpec:
 class ByClassSpec:
     """One network per contiguous group of classes (multi-student distillation, arXiv 2410.23274)."""
 
-    of: choice("network")  # type: ignore[valid-type]
+    of: NetworkPart
     """Spec of each student; smaller than the teacher if wished."""
     members: PositiveInt = 2
     """Students, at most as many as classes."""

@@ -12,8 +12,8 @@ from pydantic import Field, PositiveInt
 from torch import nn
 
 from fewstep.algebra.prediction import PAIRS
-from fewstep.algebra.process import EDM, DiscreteVP, Flow
-from fewstep.config import RecipeError, UserError, choice, config, part
+from fewstep.algebra.process import EDM, DiscreteVP, Flow, ProcessPart
+from fewstep.config import RecipeError, UserError, config, part
 from fewstep.networks.adapters import Adapted, fresh_name, frozen, plain_copy
 from fewstep.networks.analytic import ring
 from fewstep.networks.denoiser import Denoiser, Rescheduled, TimeInput
@@ -137,7 +137,7 @@ class MLPSpec:
 
     width: PositiveInt = 192
     depth: PositiveInt = 5
-    process: choice("process") = Flow()  # type: ignore[valid-type]
+    process: ProcessPart = Flow()
     prediction: str = "velocity"
     inputs: tuple[Input, ...] = ()
     """Scalar inputs beside the time: s (destination time) or length (of the jump), w (embedded guidance), mirror
@@ -164,7 +164,7 @@ class DiTSpec:
     width: PositiveInt = 64
     depth: PositiveInt = 4
     heads: PositiveInt = 4
-    process: choice("process") = Flow()  # type: ignore[valid-type]
+    process: ProcessPart = Flow()
     prediction: str = "velocity"
     inputs: tuple[Input, ...] = ()
     """Scalar inputs beside the time: s (destination time) or length (of the jump), w (embedded guidance), mirror
@@ -302,7 +302,7 @@ class DiffusersTeacher:
     """Folder, or assets:NAME for one that ships with fewstep."""
     classes: int | None = None
     """Real classes when the folder does not say (UNets with a null class have one embedding more)."""
-    process: choice("process") | None = None  # type: ignore[valid-type]
+    process: ProcessPart | None = None
     """Re-express it in this process by matching noise levels; its own when left out."""
     prediction: Literal["epsilon", "v_prediction", "sample"] | None = None
     """What the network predicts, for a scheduler config that does not say (early SD 1.x folders)."""
@@ -352,7 +352,7 @@ class ModuleTeacher:
     """What it predicts: eps, v, x0, velocity, psi, score, edm, trig."""
     time_input: TimeInput
     """What it takes as its time."""
-    process: choice("process")  # type: ignore[valid-type]
+    process: ProcessPart
     taps: dict[str, str] = Field(default_factory=dict)
     """Sub-modules that a discriminator may look at, by tap name, as dotted paths."""
 
@@ -381,7 +381,7 @@ class RingTeacher:
     modes: PositiveInt = 8
     radius: float = 1.25
     std: float = 0.1
-    process: choice("process") = Flow()  # type: ignore[valid-type]
+    process: ProcessPart = Flow()
 
     def build(self, site: Site) -> nn.Module:
         exact = ring(EDM(sigma_max=1000.0), self.modes, self.radius, self.std)

@@ -13,9 +13,12 @@ import fewstep.networks.routed
 import fewstep.networks.specs  # noqa: F401  registers networks and teachers
 from fewstep.algebra.process import Process
 from fewstep.algebra.sampling import Sampler
-from fewstep.config import RecipeError, Source, _close, choice, config
+from fewstep.config import RecipeError, Source, _close, config
+from fewstep.data.base import DataPart
 from fewstep.eval.protocol.preset import preset_names
+from fewstep.methods.method import MethodPart
 from fewstep.networks.declared import declared_inputs, declared_process
+from fewstep.networks.parts import NetworkPart, TeacherPart
 from fewstep.networks.specs import DiscriminatorSpec
 
 
@@ -55,7 +58,7 @@ class AdamW:
 class Stage:
     """One part of a run: a method for so many steps."""
 
-    method: choice("method")  # type: ignore[valid-type]
+    method: MethodPart
     steps: int
     """Student updates."""
     copy: dict[str, str] = Field(default_factory=dict)
@@ -177,14 +180,14 @@ class Recipe:
 
     about: str
     """One line."""
-    data: choice("data")  # type: ignore[valid-type]
-    student: choice("network")  # type: ignore[valid-type]
-    teacher: choice("teacher") | None = None  # type: ignore[valid-type]
-    critic: choice("network") | None = None  # type: ignore[valid-type]
+    data: DataPart
+    student: NetworkPart
+    teacher: TeacherPart | None = None
+    critic: NetworkPart | None = None
     discriminator: DiscriminatorSpec | None = None
-    roles: dict[str, choice("network")] = Field(default_factory=dict)  # type: ignore[valid-type]
+    roles: dict[str, NetworkPart] = Field(default_factory=dict)
     """Further roles by name, built after the student (target networks, experts, a reverse student)."""
-    method: choice("method")  # type: ignore[valid-type]
+    method: MethodPart
     before: tuple[Stage, ...] = ()
     """Stages that run before the method."""
     copy: dict[str, str] = Field(default_factory=dict)
