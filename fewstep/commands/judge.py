@@ -51,12 +51,12 @@ class Judge:
         if self.prompts is not None:
             told["prompts"] = prompts_digest(self.prompts)
         return Job(
-            preset.number,
-            told,
-            shard_size(preset.number),
-            batch,
-            preset.quantiser,
-            preset.steps,
+            number=preset.number,
+            identity=told,
+            shard_size=shard_size(preset.number),
+            batch_size=batch,
+            quantiser=preset.quantiser,
+            chain=preset.steps,
             keep_images=self.retrieval is not None,
             clip_chain=preset.clip_steps,
         )
