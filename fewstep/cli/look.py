@@ -1,0 +1,160 @@
+"""Commands that show: samples, health, recipes, methods."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from fewstep.cli.app import AnySteps, Force, Settings, Steps, app, methods, recipes
+
+
+@app.command(
+    rich_help_panel="Look", epilog="Example: `fewstep sample runs/digits-dmd2 --classes 0-9 --out grid.png`"
+)
+def sample(
+    path: Annotated[Path, typer.Argument(help="A run directory, an export or a diffusers folder.")],
+    steps: Steps = None,
+    classes: Annotated[
+        str | None, typer.Option(help="Classes to draw in turn, such as 0-9 or 1,4,7.")
+    ] = None,
+    count: Annotated[int, typer.Option(min=1, help="Number of samples.")] = 100,
+    seed: Annotated[int, typer.Option(help="Seed of the noise; each sample has its own.")] = 0,
+    out: Annotated[Path, typer.Option(help="PNG to write.")] = Path("grid.png"),
+    any_steps: AnySteps = False,
+) -> None:
+    """Draw a grid of samples as a PNG."""
+    from fewstep.commands.sample import draw
+
+    draw(path, steps, classes, count, seed, out, any_steps)
+
+
+@app.command(
+    rich_help_panel="Look",
+    epilog='Example: `fewstep gallery runs/emoji-dmd2 runs/emoji-dmd2-4step --captions "red apple,pizza"`',
+)
+def gallery(
+    runs: Annotated[list[Path], typer.Argument(help="Run directories on one data set with captions.")],
+    captions: Annotated[str, typer.Option(help="Captions of the data, separated by commas.")],
+    out: Annotated[Path, typer.Option(help="PNG to write.")] = Path("gallery.png"),
+    steps: Annotated[int, typer.Option(min=1, help="Heun steps of the teacher.")] = 12,
+    guidance: Annotated[float, typer.Option(help="Guidance scale of the teacher; 1 is none.")] = 1.0,
+    seed: Annotated[int, typer.Option(help="Seed of the noise.")] = 0,
+) -> None:
+    """Draw samples beside their captions: the data, the first run's teacher, each run, all from one noise."""
+    from fewstep.commands.gallery import draw_gallery
+
+    wanted = [c.strip() for c in captions.split(",") if c.strip()]
+    rows = draw_gallery(runs, wanted, out, steps=steps, guidance=guidance, seed=seed)
+    typer.echo(f"{out}: {rows} rows of {len(wanted)}")
+
+
+@app.command(rich_help_panel="Look", epilog="Example: `fewstep health runs/digits-dmd2`")
+def health(run: Annotated[Path, typer.Argument(help="A run directory.")]) -> None:
+    """Say in words whether a run is healthy, from its log, and which knob to turn; plot it into RUN/report."""
+    from fewstep.commands.health import last_stage, report
+    from fewstep.commands.health_plots import save
+    from fewstep.train.log import read_log
+
+    typer.echo(report(run))
+    picture = run / "report" / "health.png"
+    if save(last_stage(read_log(run / "log.jsonl")), picture):
+        typer.echo(f"readings {picture}")
+
+
+@recipes.command("ls")
+def recipes_ls() -> None:
+    """List shipped recipes."""
+    from fewstep.commands.recipes import list_recipes
+
+    list_recipes()
+
+
+@recipes.command("show", epilog="Example: `fewstep recipes show toy/dmd2 method.steps=[1.0,0.5]`")
+def recipes_show(name: str, settings: Settings = None) -> None:
+    """Print a recipe with every default filled in."""
+    from fewstep.recipe.store import dump, load
+
+    typer.echo(dump(load(name, settings or [])), nl=False)
+
+
+@recipes.command("diff", epilog="Example: `fewstep recipes diff digits-dmd2 --paper`")
+def recipes_diff(
+    a: Annotated[str, typer.Argument(help="A recipe.")],
+    b: Annotated[str | None, typer.Argument(help="Another one.")] = None,
+    paper: Annotated[
+        bool, typer.Option("--paper", help="Against the published settings of its method.")
+    ] = False,
+) -> None:
+    """Print what differs between two recipes, every default filled in."""
+    from fewstep.recipe.diff import diff
+
+    typer.echo(diff(a, b, paper))
+
+
+@recipes.command("cp", epilog="Example: `fewstep recipes cp digits-dmd2 mine.yaml`")
+def recipes_cp(name: str, to: Path, force: Force = False) -> None:
+    """Copy a shipped recipe to a file of your own."""
+    from fewstep.config import UserError
+    from fewstep.recipe.store import find
+
+    if to.exists() and not force:
+        raise UserError(f"{to}: exists; overwrite it with --force")
+    if to.suffix not in (".yaml", ".yml"):
+        raise UserError(f"{to}: a recipe's name ends in .yaml")
+    if not to.parent.is_dir():
+        raise UserError(f"{to.parent}: no such folder")
+    to.write_text(find(name).read_text())
+    typer.echo(f"{to}: run it with `fewstep run {to}`")
+
+
+@recipes.command("check", epilog="Example: `fewstep recipes check mine.yaml`")
+def recipes_check(name: str, settings: Settings = None) -> None:
+    """Check a recipe and print all its problems, or the stages it would run."""
+    from fewstep.commands.recipes import check
+
+    for line in check(name, settings or []):
+        typer.echo(line)
+
+
+@methods.command("ls")
+def methods_ls() -> None:
+    """List methods with what they need."""
+    from fewstep.commands.methods import list_methods
+
+    list_methods()
+
+
+@methods.command("show", epilog="Example: `fewstep methods show phased_dmd`")
+def methods_show(name: str) -> None:
+    """Print a method's card: equation, roles, deviations from its paper, numbers, known failures."""
+    from fewstep.recipe.cards import show
+
+    typer.echo(show(name))
+
+
+@methods.command("record", epilog="Example: `fewstep methods record runs/digits-dmd2 comparison.json`")
+def methods_record(
+    sources: Annotated[list[Path], typer.Argument(help="Run directories, or files by `fewstep compare`.")],
+    out: Annotated[
+        Path | None, typer.Option(help="JSON lines to add to; the checkout's own assets when left out.")
+    ] = None,
+) -> None:
+    """Put measured numbers of shipped recipes on the method cards (assets/results.jsonl)."""
+    from importlib.resources import files
+
+    from fewstep.commands.record import FILE, record
+
+    for entry in record(sources, out or Path(str(files("fewstep.assets"))) / FILE):
+        value = sum(entry.values) / len(entry.values)
+        steps = f"{entry.steps} step{'s' * (entry.steps > 1)}"
+        typer.echo(f"{entry.recipe}: {entry.metric} {value:.3g} at {steps}, {entry.updates} updates")
+
+
+@app.command(rich_help_panel="Look", epilog="Example: `fewstep cite digits-dmd2`")
+def cite(recipe: str) -> None:
+    """Print BibTeX of the papers behind a recipe."""
+    from fewstep.recipe.cards import cite as entries
+
+    typer.echo(entries(recipe))

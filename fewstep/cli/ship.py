@@ -1,0 +1,48 @@
+"""Commands whose result leaves fewstep."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from fewstep.cli.app import Force, app
+
+
+@app.command(rich_help_panel="Ship", epilog="Example: `fewstep export runs/digits-dmd2 --out my-pipeline`")
+def export(
+    run: Annotated[Path, typer.Argument(help="A run directory.")],
+    out: Annotated[Path | None, typer.Option(help="Folder to write [default: RUN/export].")] = None,
+    force: Force = False,
+    lora: Annotated[
+        bool,
+        typer.Option("--lora", help="Write the adapter alone, as diffusers' load_lora_weights reads it."),
+    ] = False,
+) -> None:
+    """Write a folder that plain diffusers opens, checked against fewstep's own sampler."""
+    from fewstep.commands.export import export_run
+
+    export_run(run, out, force, lora)
+
+
+@app.command(
+    rich_help_panel="Ship",
+    epilog="Example: `fewstep invert runs/digits-icd pictures --out codes.safetensors --classes 3`",
+)
+def invert(
+    run: Annotated[Path, typer.Argument(help="A run directory of the method icd.")],
+    images: Annotated[Path, typer.Argument(help="A picture, or a folder of them; sub-folders are classes.")],
+    out: Annotated[Path, typer.Option(help="Codes, as safetensors.")] = Path("codes.safetensors"),
+    classes: Annotated[
+        str | None, typer.Option(help="Classes of the pictures in turn, such as 3 or 0-9.")
+    ] = None,
+) -> None:
+    """Encode real images to noise that the run's student decodes to them again."""
+    from fewstep.commands.invert import invert_run
+
+    error = invert_run(run, images, out, classes).error
+    typer.echo(
+        f"{len(error)} images in {out}; decoded again they differ by {float(error.mean()):.3g} (root mean square "
+        f"in [-1, 1]; worst {float(error.max()):.3g}): {out.with_suffix('.png')}"
+    )

@@ -1,0 +1,78 @@
+"""Commands that train, and what a run will need."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from fewstep.cli.app import Force, Settings, app
+
+
+@app.command(
+    rich_help_panel="Train", epilog="Example: `fewstep run digits-dmd2 train.steps=100 --out runs/short`"
+)
+def run(
+    recipe: Annotated[str, typer.Argument(help="A shipped recipe's name, or the path of a YAML file.")],
+    settings: Settings = None,
+    out: Annotated[Path | None, typer.Option(help="Run directory [default: runs/NAME].")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue the run in that directory.")] = False,
+    force: Force = False,
+) -> None:
+    """Train a recipe, sample it, measure it against its teacher and export it."""
+    from fewstep.commands.run import run_recipe
+
+    run_recipe(recipe, settings or [], out, resume, force)
+
+
+@app.command(rich_help_panel="Train", epilog="Example: `fewstep plan digits-dmd2 train.batch=512`")
+def plan(
+    recipe: Annotated[str, typer.Argument(help="A shipped recipe's name, or the path of a YAML file.")],
+    settings: Settings = None,
+    processes: Annotated[int, typer.Option(min=1, help="Processes of the launch.")] = 1,
+    measure: Annotated[bool, typer.Option("--measure", help="Also take two real steps and compare.")] = False,
+) -> None:
+    """Estimate the memory of a run before it is launched, and which switches lower it."""
+    from fewstep.commands.plan import report
+
+    report(recipe, settings or [], processes, measure)
+
+
+@app.command(
+    rich_help_panel="Train",
+    epilog="Example: `fewstep compare digits-dmd2 digits-cd --budget updates=500 --out runs/compare`",
+)
+def compare(
+    recipes: Annotated[
+        list[str], typer.Argument(help="Shipped recipes or YAML files; they must share one metric.")
+    ],
+    budget: Annotated[
+        str,
+        typer.Option(
+            help="What every run may spend: updates=N (of the student), seconds=S (of training) or calls=C "
+            "(network forward passes of one sample; a backward pass counts two)."
+        ),
+    ],
+    seeds: Annotated[int, typer.Option(help="Runs of each recipe, with seeds 0, 1, ...")] = 2,
+    steps: Annotated[
+        str | None,
+        typer.Option(
+            help="Measure also at these numbers of steps, such as 1,2,4, where a student allows them."
+        ),
+    ] = None,
+    samples: Annotated[int | None, typer.Option(help="Samples of each measurement.")] = None,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="A change to every recipe, such as train.batch=32.", metavar="KEY=VALUE"),
+    ] = None,
+    out: Annotated[Path, typer.Option(help="Folder of all runs and the report.")] = Path("runs/compare"),
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Continue there; recipes and seeds may be added.")
+    ] = False,
+) -> None:
+    """Train several recipes under one budget, measure them alike and rank them with errors."""
+    from fewstep.commands.compare.compare import compare as job
+    from fewstep.commands.options import parse_steps
+
+    job(recipes, budget, seeds, out, resume, settings or [], parse_steps(steps), samples)
