@@ -53,7 +53,7 @@ def part(kind: str, name: str) -> Callable[[T], T]:
             raise ValueError(
                 f"{kind} {name!r} is registered twice: {taken[name].__module__}, {cls.__module__}"
             )
-        cls.__annotations__ = {"name": Literal[name], **cls.__annotations__}  # type: ignore[valid-type]
+        cls.__annotations__ = {"name": Literal[name], **cls.__annotations__}
         cls.name = name  # type: ignore[attr-defined]
         taken[name] = config(cls)
         return taken[name]  # type: ignore[return-value]

@@ -110,7 +110,7 @@ def table_of(
         rows.append(
             {
                 "expert": int(net.route(t, None)),
-                "time": float(_TIME[time_input](process, t)),  # type: ignore[index]
+                "time": float(_TIME[time_input](process, t)),
                 "c_in": float(scale),
                 "x": moved(one, zero, zero),
                 "raw": moved(zero, one, zero),

@@ -112,7 +112,7 @@ def student_of(product: Product) -> Denoiser:
             )
         constant = constant_inputs(net, net, product.sampler)
         with torch.no_grad():
-            for m in net.net.embedders():  # type: ignore[union-attr,operator]
+            for m in net.net.embedders():  # type: ignore[operator]
                 embedding: Any = m if hasattr(m, "linear_2") else m.timestep_embedder
                 embedding.linear_2.bias += constant.to(embedding.linear_2.bias)
     return net

@@ -69,7 +69,7 @@ class BOOT:
         )
 
     @staticmethod
-    def advance(process, teacher, y: Tensor, eps: Tensor, t: Tensor, s: Tensor) -> Tensor:  # type: ignore[no-untyped-def]
+    def advance(process, teacher, y: Tensor, eps: Tensor, t: Tensor, s: Tensor) -> Tensor:
         """y_s = k y_t + (1 - k) D(x_t, t), k = alpha_t sigma_s / (sigma_t alpha_s) (the signal ODE by DDIM)."""
         x = bc(process.alpha(t), y) * y + bc(process.sigma(t), y) * eps
         k = bc(process.alpha(t) * process.sigma(s) / (process.sigma(t) * process.alpha(s)), y)

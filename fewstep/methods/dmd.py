@@ -65,7 +65,7 @@ class DMD:
 
     def turns(self, roles: Roles, step: int) -> Iterator[Turn]:
         if self.regression_weight:
-            roles.state.fill(roles, many_step(self.pair_steps, self.pair_solver), self.guidance)  # type: ignore[operator]
+            roles.state.fill(roles, many_step(self.pair_steps, self.pair_solver), self.guidance)
         yield Turn(("student",), lambda batch: self.student_losses(roles, batch))
         yield self.critic.turn(lambda batch: self.critic_losses(roles, batch))
 
@@ -88,7 +88,7 @@ class DMD:
 
     def regression(self, roles: Roles, batch: Batch) -> Any:
         """Distance of the student's answer to a pair's noise from the pair's sample, a scalar."""
-        noise, target, cond = roles.state.draw(batch.draws)  # type: ignore[operator]
+        noise, target, cond = roles.state.draw(batch.draws)
         process: Any = roles.student.process
         level = torch.tensor(self.level, dtype=torch.float64, device=noise.device)
         t = process.grid(level).expand(len(noise))

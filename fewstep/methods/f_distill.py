@@ -111,8 +111,8 @@ class FDistill:
         logit = roles.discriminator(x, t, cond).mean(1).clamp(-self.logit_clip, self.logit_clip)
         ratio = logit.exp().clamp(*self.ratio_clip)
         if self.bins:
-            place = (angle_of(roles.student.process, t) / (torch.pi / 2) * self.bins).long()  # type: ignore[arg-type]
-            ratio = roles.state.normalize(ratio, place.clamp(0, self.bins - 1), self.bin_decay)  # type: ignore[operator]
+            place = (angle_of(roles.student.process, t) / (torch.pi / 2) * self.bins).long()
+            ratio = roles.state.normalize(ratio, place.clamp(0, self.bins - 1), self.bin_decay)
         h = obj.divergence_weight(self.divergence, ratio)
         return h / global_mean(h) if self.normalize else h
 

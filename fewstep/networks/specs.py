@@ -326,12 +326,12 @@ class DiffusersTeacher:
             wrapper=self.wrapper,
             dtype=self.dtype,
         )
-        channels = teacher.net.channels()  # type: ignore[union-attr,operator]
+        channels = teacher.net.channels()  # type: ignore[operator]
         if channels != site.shape[0]:
             raise UserError(
                 f"teacher {self.path}: takes {channels} channels, but the data has shape {list(site.shape)}"
             )
-        own = int(teacher.net.classes)  # type: ignore[union-attr,arg-type]
+        own = int(teacher.net.classes)  # type: ignore[arg-type]
         if site.classes and own and own != site.classes:
             raise UserError(
                 f"teacher {self.path}: has {own} classes, the data {site.classes}; their numbers (and the null class "

@@ -113,7 +113,7 @@ def _spelled(recipe: Recipe) -> Recipe:
 
 
 def _method(recipe: Recipe) -> str:
-    return recipe.method.name  # type: ignore[attr-defined]
+    return recipe.method.name
 
 
 # Keys that may change between the start of a run and its continuation.

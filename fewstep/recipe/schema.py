@@ -283,4 +283,4 @@ class Recipe:
 
     def sampler(self) -> Sampler:
         """How the product is sampled."""
-        return self.method.sampler()  # type: ignore[attr-defined]
+        return self.method.sampler()

@@ -58,7 +58,7 @@ def allocated(step: Callable[[], object]) -> int:
         activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
     ) as profile:
         step()
-    events: Any = profile.profiler.kineto_results.events()  # type: ignore[union-attr]
+    events: Any = profile.profiler.kineto_results.events()
     changes = [e for e in events if e.name() == "[memory]"]
     now = peak = 0
     for e in sorted(changes, key=lambda e: e.start_ns()):

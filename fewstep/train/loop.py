@@ -47,7 +47,7 @@ class Loop:
                 raise UserError(
                     f"copy: {target} and {source} are different networks; their weights cannot be copied"
                 ) from None
-        along = stage.method.needs().jvp  # type: ignore[attr-defined]
+        along = stage.method.needs().jvp
         if along:
             self._probe_tangent(stage, along)
         for ema in self.session.ema:
@@ -90,7 +90,7 @@ class Loop:
     def step(self, stage: Stage) -> None:
         """All turns of one step."""
         session, student_moved = self.session, False
-        for number, turn in enumerate(stage.method.turns(session.roles, self.progress.step)):  # type: ignore[attr-defined]
+        for number, turn in enumerate(stage.method.turns(session.roles, self.progress.step)):
             session.roles.train_only(*turn.updates)
             optimizer = self.optimizer(turn.updates, stage, turn.times)
             if session.offload:

@@ -122,7 +122,7 @@ def _open_run(path: Path) -> Product:
     if not found:
         raise UserError(f"{path}: has no checkpoint yet; train it with `fewstep run` first")
     progress, _ = read_state(found[-1])
-    data: Any = recipe.data.open()  # type: ignore[attr-defined]
+    data: Any = recipe.data.open()
     net = build_product(recipe, data)
     use_ema = recipe.train.product == "ema" and recipe.train.ema
     name = f"ema_{recipe.train.ema[0]}" if use_ema else "student"

@@ -37,7 +37,7 @@ def resume(loop: Loop, run: Path) -> bool:
     if progress.stage < len(stages) and progress.step > 0:
         stage = stages[progress.stage]
         loop.make_state(stage)
-        times = {t.updates: t.times for t in stage.method.turns(session.roles, progress.step)}  # type: ignore[attr-defined]
+        times = {t.updates: t.times for t in stage.method.turns(session.roles, progress.step)}
         for updates, n in times.items():
             if "+".join(updates) in progress.optim:
                 loop.optimizer(updates, stage, n)

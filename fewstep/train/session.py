@@ -41,7 +41,7 @@ class Session:
                 f"= {world} x {train.accumulate}"
             )
         self._check_attention()
-        self.data: Data = recipe.data.open()  # type: ignore[attr-defined]
+        self.data: Data = recipe.data.open()
         self.roles: Roles = build_roles(recipe, self.data)
         # A teacher without gradients keeps no activations, so there is nothing to save.
         through_teacher = any(stage.method.needs().teacher_grad for stage in recipe.stages())
@@ -65,7 +65,7 @@ class Session:
             check_device(wanted, self.device)
         except ValueError as error:
             raise UserError(f"train.attention: {error}") from None
-        if wanted == "xformers" and any(s.method.needs().jvp for s in self.recipe.stages()):  # type: ignore[attr-defined]
+        if wanted == "xformers" and any(s.method.needs().jvp for s in self.recipe.stages()):
             raise UserError("train.attention: 'xformers' has no tangent, which this method needs; use auto")
 
     @property
@@ -85,7 +85,7 @@ class Session:
 
     def make_state(self, stage: Stage) -> None:
         """The method's own buffers as the role `state`, in place of those of the stage before."""
-        make = stage.method.needs().state  # type: ignore[attr-defined]
+        make = stage.method.needs().state
         self.roles = self.roles.with_state(make(self.data).to(self.device) if make else None)
 
     def batch(self, stage: Stage, place: tuple[int, ...], micro: int) -> Batch:
@@ -99,7 +99,7 @@ class Session:
         first = self.accelerator.process_index * share + micro * size
         index = torch.arange(first, first + size, device=self.device)
         key = fold(train.seed, "train", *place)
-        needs = stage.method.needs()  # type: ignore[attr-defined]
+        needs = stage.method.needs()
         source = Draws(fold(key, "data"), index)
         x0, cond = self.data.batch(source) if needs.data else (None, self.data.conditions(source))
         return Batch(Draws(key, index), self.data.shape, x0, cond, self.data.null(cond))
@@ -117,7 +117,7 @@ class Session:
             if p.grad is None:
                 p.grad = torch.zeros_like(p)
         flat = torch.cat([p.grad.flatten() for p in parameters])  # type: ignore[union-attr]
-        flat = self.accelerator.reduce(flat, reduction="mean")  # type: ignore[assignment]
+        flat = self.accelerator.reduce(flat, reduction="mean")
         for p, part in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
             p.grad = part.view_as(p)
 
