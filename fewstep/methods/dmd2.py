@@ -12,7 +12,7 @@ from torch import Tensor
 from fewstep import objectives as obj
 from fewstep.algebra.batch import Batch
 from fewstep.algebra.guidance import guided
-from fewstep.algebra.rollout import rollout
+from fewstep.algebra.rollout import RandomSteps, rollout
 from fewstep.algebra.sampling import Sampler
 from fewstep.algebra.times import TimesPart, Uniform, check_steps
 from fewstep.config import part
@@ -40,6 +40,8 @@ class DMD2:
     """The discriminator on the critic's features; null removes it, and with it the data."""
     share_rollout: bool = False
     """True: the first critic update of a step trains on the samples of the student's turn: a rollout less."""
+    simulate: RandomSteps | None = None
+    """Training samples come from steps at random levels in place of `steps` (rCM, arXiv 2510.08431); null: from steps."""
 
     def __post_init__(self) -> None:
         check_steps(self.steps)
@@ -62,7 +64,7 @@ class DMD2:
         self, roles: Roles, batch: Batch, made: list[tuple[Tensor, Any]] | None = None
     ) -> Iterator[Losses]:
         """The losses of the student's turn; its samples and their conditions are appended to `made`."""
-        x = rollout(roles.student, batch.draws, batch.shape, self.steps, batch.cond).x
+        x = rollout(roles.student, batch.draws, batch.shape, self.simulate or self.steps, batch.cond).x
         if made is not None:
             made.append((x.detach(), batch.cond))
         log: dict[str, Tensor] = {}
@@ -89,6 +91,6 @@ class DMD2:
         if made is not None:
             x, fakes = made[0], replace(batch, cond=made[1])
         else:
-            x = rollout(roles.student, batch.draws, batch.shape, self.steps, batch.cond, grad=False).x
-            fakes = batch
+            steps, fakes = self.simulate or self.steps, batch
+            x = rollout(roles.student, batch.draws, batch.shape, steps, batch.cond, grad=False).x
         yield self.critic.losses(roles, batch, x, self.gan, fakes=fakes)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from trajectory_helpers import F64, Batch64
 
+from fewstep.algebra.batch import Batch
 from fewstep.algebra.draws import Draws, fold
 from fewstep.algebra.prediction import Prediction, from_x0
 from fewstep.algebra.process import DiscreteVP, Flow
@@ -160,6 +161,24 @@ def test_rcms_backward_simulation_walks_random_levels() -> None:
         assert not made.x_in.requires_grad
         assert bool((made.t <= 1).all())
     assert len(ahead) == 1
+
+
+def test_dmd2_trains_both_turns_on_simulated_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    walked: list[Any] = []
+
+    def listen(student: Any, draws: Draws, shape: Any, steps: Any, *rest: Any, **call: Any) -> Any:
+        walked.append(steps)
+        return rollout(student, draws, shape, steps, *rest, **call)
+
+    monkeypatch.setattr("fewstep.methods.dmd2.rollout", listen)
+    law = RandomSteps(times=Uniform(low=0.0, high=1.0))
+    roles = Roles(student=Told(), critic=Told(), teacher=Told())
+    for method in (DMD2(gan=None, simulate=law), DMD2(gan=None, steps=(1.0, 0.5))):
+        for turn in method.turns(roles, 0):
+            list(turn.losses(Batch(Draws(fold("dmd2"), torch.arange(4)), (2,))))
+    assert walked == [law, law, (1.0, 0.5), (1.0, 0.5)]
+    # A student is sampled at its own levels all the same.
+    assert DMD2(gan=None, simulate=law).sampler().steps == (1.0,)
 
 
 class Told(nn.Module):
