@@ -8,6 +8,7 @@ units; fewstep must give `factor` times that (`conversion` says why).
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -171,7 +172,11 @@ def losses_of(doc: dict[str, Any], case: dict[str, Any], nets: dict[str, Any]) -
     method = build("method", how["method"])
     for path, names in how["times"].items():
         *owner, field = path.split(".")
-        part = getattr(method, owner[0]) if owner else method
+        part = method
+        if owner:
+            # A copy: the part may be the method's default, which all its instances share.
+            part = copy.copy(getattr(method, owner[0]))
+            object.__setattr__(method, owner[0], part)
         listed = [[inputs[n] for n in name] if isinstance(name, list) else inputs[name] for name in names]
         object.__setattr__(part, field, Given(listed))
 
