@@ -23,7 +23,7 @@ import yaml
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass as pydantic_dataclass
 
-STRICT = ConfigDict(extra="forbid", strict=True, use_attribute_docstrings=True, allow_inf_nan=False)
+STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 REGISTRY: dict[str, dict[str, type]] = {}
 T = TypeVar("T", bound=type)
 
@@ -68,26 +68,35 @@ def choice(kind: str) -> Any:
     return Annotated[Union[members], Field(discriminator="name")]  # noqa: UP007
 
 
-class _Loader(yaml.SafeLoader):
-    """SafeLoader in which 1e-4 is a number (YAML 1.1 asks for a dot) and yes/no/on/off, dates and 1:30 stay text."""
-
-
-_REDEFINED = {f"tag:yaml.org,2002:{kind}" for kind in ("float", "bool", "int", "timestamp")}
-_Loader.yaml_implicit_resolvers = {
-    first: [(tag, rx) for tag, rx in rules if tag not in _REDEFINED]
-    for first, rules in yaml.SafeLoader.yaml_implicit_resolvers.items()
+FAST_LOADER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+"""YAML's safe loader, by libyaml where PyYAML was built with it."""
+_RULES = {
+    "int": (r"^[-+]?(?:0|[1-9][0-9_]*)$", "-+0123456789"),
+    "float": (
+        r"^[-+]?(?:\d[\d_]*\.[\d_]*(?:[eE][-+]?\d+)?|\.\d+(?:[eE][-+]?\d+)?|\d[\d_]*[eE][-+]?\d+)$",
+        "-+.0123456789",
+    ),
+    "bool": (r"^(?:true|false|True|False)$", "tTfF"),
+    "timestamp": (None, ""),
 }
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:int", re.compile(r"^[-+]?(?:0|[1-9][0-9_]*)$"), list("-+0123456789")
-)
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(?:\d[\d_]*\.[\d_]*(?:[eE][-+]?\d+)?|\.\d+(?:[eE][-+]?\d+)?|\d[\d_]*[eE][-+]?\d+)$"),
-    list("-+.0123456789"),
-)
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:bool", re.compile(r"^(?:true|false|True|False)$"), list("tTfF")
-)
+
+
+def recipe_loader(base: Any) -> Any:
+    """`base` in which 1e-4 is a number (YAML 1.1 asks for a dot) and yes/no/on/off, dates and 1:30 stay text."""
+    tag = "tag:yaml.org,2002:{}".format
+    redefined = {tag(kind) for kind in _RULES}
+    kept = {
+        first: [(name, rx) for name, rx in rules if name not in redefined]
+        for first, rules in base.yaml_implicit_resolvers.items()
+    }
+    loader = type("RecipeLoader", (base,), {"yaml_implicit_resolvers": kept})
+    for kind, (pattern, first) in _RULES.items():
+        if pattern is not None:
+            loader.add_implicit_resolver(tag(kind), re.compile(pattern), list(first))  # type: ignore[attr-defined]
+    return loader
+
+
+LOADER = recipe_loader(FAST_LOADER)
 
 Path_ = tuple[str | int, ...]
 
@@ -119,7 +128,7 @@ def parse(text: str, name: str) -> Source:
         return RecipeError(f"{name}:{line}: not valid YAML: {reason}")
 
     try:
-        loader = _Loader(text)
+        loader = LOADER(text)
         root = loader.get_single_node()
     except yaml.YAMLError as error:
         raise invalid(error) from None
