@@ -2,13 +2,17 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint types links conformance bench clean
+.PHONY: demo test long lint types links conformance bench clean
 
 demo: $(VENV)/.installed  ## the main job: distil the digits teacher to one step, measure it, export it
 	$(BIN)/fewstep run digits-dmd2 --resume
 
-test: $(VENV)/.tested  ## the whole suite
-	$(BIN)/pytest -q -n 2 --dist loadscope --no-loadscope-reorder
+# loadgroup: tests that share a fixture of their module stay together (tests/conftest.py), the largest groups first.
+test: $(VENV)/.tested  ## the whole suite, and its ten slowest tests
+	$(BIN)/pytest -q -n 2 --dist loadgroup --durations=10
+
+long: $(VENV)/.tested  ## what is too long for every change: series of kills; run it before an issue is closed
+	$(BIN)/pytest -q -n 2 --dist loadgroup --durations=10 -m long
 
 lint: $(VENV)/.tested
 	$(BIN)/ruff check .
