@@ -7,12 +7,11 @@ BIN := $(VENV)/bin
 demo: $(VENV)/.installed  ## the main job: distil the digits teacher to one step, measure it, export it
 	$(BIN)/fewstep run digits-dmd2 --resume
 
-# loadgroup: tests that share a fixture of their module stay together (tests/conftest.py), the largest groups first.
 test: $(VENV)/.tested  ## the whole suite, and its ten slowest tests
-	$(BIN)/pytest -q -n 2 --dist loadgroup --durations=10
+	$(BIN)/pytest -q -n 2 --dist loadscope --durations=10
 
 long: $(VENV)/.tested  ## what is too long for every change: series of kills; run it before an issue is closed
-	$(BIN)/pytest -q -n 2 --dist loadgroup --durations=10 -m long
+	$(BIN)/pytest -q -n 2 --dist loadscope --durations=10 -m long
 
 lint: $(VENV)/.tested
 	$(BIN)/ruff check .

@@ -1,6 +1,9 @@
 """What several modules of tests share."""
 
 from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,15 +18,24 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-CHEAP = {"one_thread"}
-"""Fixtures of a module that any worker may make again."""
+@cache
+def _shares(file: Path) -> bool:
+    return 'scope="module"' in file.read_text()
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """With `--dist loadgroup` tests that share a module's fixture stay on one worker; all others go where one is free."""
-    for item in items:
-        made = getattr(item, "_fixtureinfo", None)
-        named = made.name2fixturedefs if made is not None else {}
-        if any(defs[-1].scope == "module" for name, defs in named.items() if name not in CHEAP):
-            item.add_marker(pytest.mark.xdist_group(item.nodeid.partition("::")[0]))
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """`--dist loadscope`: files with a fixture of their own stay on one worker, largest first; then other tests singly.
+
+    xdist's loadgroup would say it, but sets a field that pytest has no more (9.2).
+    """
+    if config.getvalue("dist") != "loadscope":
+        return None
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByFixture(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = nodeid.partition("::")[0]
+            return file if _shares(config.rootpath / file) else nodeid
+
+    return ByFixture(config, log)
