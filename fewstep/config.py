@@ -97,6 +97,7 @@ def recipe_loader(base: Any) -> Any:
 
 
 LOADER = recipe_loader(FAST_LOADER)
+PLAIN_LOADER = recipe_loader(yaml.SafeLoader)
 
 Path_ = tuple[str | int, ...]
 
@@ -121,17 +122,22 @@ class Source:
 def parse(text: str, name: str) -> Source:
     """Read YAML text; syntax errors and repeated keys raise or are collected with their line."""
 
-    def invalid(error: yaml.YAMLError) -> RecipeError:
+    try:
+        return _parsed(text, name, LOADER)
+    except yaml.YAMLError:
+        pass
+    try:
+        return _parsed(text, name, PLAIN_LOADER)  # its complaints say more than libyaml's
+    except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = mark.line + 1 if mark else 1
         reason = getattr(error, "problem", None) or getattr(error, "reason", error)
-        return RecipeError(f"{name}:{line}: not valid YAML: {reason}")
+        raise RecipeError(f"{name}:{line}: not valid YAML: {reason}") from None
 
-    try:
-        loader = LOADER(text)
-        root = loader.get_single_node()
-    except yaml.YAMLError as error:
-        raise invalid(error) from None
+
+def _parsed(text: str, name: str, kind: Any) -> Source:
+    loader = kind(text)
+    root = loader.get_single_node()
     if not isinstance(root, yaml.MappingNode):
         raise RecipeError(f"{name}:1: a recipe is a mapping of keys to values")
     lines: dict[Path_, tuple[str, int]] = {(): (name, 1)}
@@ -159,10 +165,7 @@ def parse(text: str, name: str) -> Source:
             return items
         return loader.construct_object(node)
 
-    try:
-        return Source(walk(root, ()), lines, tuple(problems))
-    except yaml.YAMLError as error:
-        raise invalid(error) from None
+    return Source(walk(root, ()), lines, tuple(problems))
 
 
 def merge(base: Source, over: Source) -> Source:

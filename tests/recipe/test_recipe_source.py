@@ -6,11 +6,9 @@ import pytest
 import yaml
 
 from fewstep import config
-from fewstep.config import FAST_LOADER, RecipeError, Source, parse, recipe_loader
+from fewstep.config import FAST_LOADER, PLAIN_LOADER, RecipeError, Source, parse
 from fewstep.recipe import cards
 from fewstep.recipe.source import read, shipped
-
-PLAIN = recipe_loader(yaml.SafeLoader)
 
 
 @pytest.fixture
@@ -19,7 +17,7 @@ def plainly(monkeypatch: pytest.MonkeyPatch):
 
     def call(job, *arguments):
         with monkeypatch.context() as m:
-            m.setattr(config, "LOADER", PLAIN)
+            m.setattr(config, "LOADER", PLAIN_LOADER)
             return job(*arguments)
 
     return call
@@ -28,7 +26,7 @@ def plainly(monkeypatch: pytest.MonkeyPatch):
 def test_the_loader_is_libyamls_where_there_is_one():
     fast = yaml.CSafeLoader if yaml.__with_libyaml__ else yaml.SafeLoader
     assert issubclass(config.LOADER, fast)
-    assert not issubclass(PLAIN, fast) or fast is yaml.SafeLoader
+    assert not issubclass(PLAIN_LOADER, fast) or fast is yaml.SafeLoader
 
 
 def test_every_recipe_reads_alike(plainly):
@@ -106,9 +104,14 @@ def test_scalars_mean_what_they_look_like(plainly, value: str, means: object):
     ],
 )
 def test_a_syntax_error_has_its_line(plainly, text: str, line: int):
+    told = []
     for read_it in (parse, lambda *a: plainly(parse, *a)):
-        with pytest.raises(RecipeError, match=rf"^f:{line}: (not valid YAML: .|a recipe is a mapping)"):
+        with pytest.raises(
+            RecipeError, match=rf"^f:{line}: (not valid YAML: .|a recipe is a mapping)"
+        ) as caught:
             read_it(text, "f")
+        told.append(str(caught.value))
+    assert told[0] == told[1]
 
 
 def test_a_repeated_key_has_both_lines(plainly):
