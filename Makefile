@@ -2,13 +2,16 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint types links conformance bench clean
+.PHONY: demo test long lint types links conformance bench clean
 
 demo: $(VENV)/.installed  ## the main job: distil the digits teacher to one step, measure it, export it
 	$(BIN)/fewstep run digits-dmd2 --resume
 
-test: $(VENV)/.tested  ## the whole suite
-	$(BIN)/pytest -q -n 2 --dist loadscope --no-loadscope-reorder
+test: $(VENV)/.tested  ## the whole suite, and its ten slowest tests
+	$(BIN)/pytest -q -n 2 --dist loadscope --durations=10
+
+long: $(VENV)/.tested  ## what is too long for every change: series of kills; run it before an issue is closed
+	$(BIN)/pytest -q -n 2 --dist loadscope --durations=10 -m long
 
 lint: $(VENV)/.tested
 	$(BIN)/ruff check .

@@ -24,7 +24,7 @@ from pydantic import ConfigDict, Field, GetCoreSchemaHandler, TypeAdapter, Valid
 from pydantic.dataclasses import dataclass as pydantic_dataclass
 from pydantic_core import CoreSchema
 
-STRICT = ConfigDict(extra="forbid", strict=True, use_attribute_docstrings=True, allow_inf_nan=False)
+STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 REGISTRY: dict[str, dict[str, type]] = {}
 T = TypeVar("T", bound=type)
 
@@ -77,26 +77,36 @@ class OneOf:
         return handler.generate_schema(Annotated[Union[members], Field(discriminator="name")])  # noqa: UP007
 
 
-class _Loader(yaml.SafeLoader):
-    """SafeLoader in which 1e-4 is a number (YAML 1.1 asks for a dot) and yes/no/on/off, dates and 1:30 stay text."""
-
-
-_REDEFINED = {f"tag:yaml.org,2002:{kind}" for kind in ("float", "bool", "int", "timestamp")}
-_Loader.yaml_implicit_resolvers = {
-    first: [(tag, rx) for tag, rx in rules if tag not in _REDEFINED]
-    for first, rules in yaml.SafeLoader.yaml_implicit_resolvers.items()
+FAST_LOADER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+"""YAML's safe loader, by libyaml where PyYAML was built with it."""
+_RULES = {
+    "int": (r"^[-+]?(?:0|[1-9][0-9_]*)$", "-+0123456789"),
+    "float": (
+        r"^[-+]?(?:\d[\d_]*\.[\d_]*(?:[eE][-+]?\d+)?|\.\d+(?:[eE][-+]?\d+)?|\d[\d_]*[eE][-+]?\d+)$",
+        "-+.0123456789",
+    ),
+    "bool": (r"^(?:true|false|True|False)$", "tTfF"),
+    "timestamp": (None, ""),
 }
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:int", re.compile(r"^[-+]?(?:0|[1-9][0-9_]*)$"), list("-+0123456789")
-)
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(?:\d[\d_]*\.[\d_]*(?:[eE][-+]?\d+)?|\.\d+(?:[eE][-+]?\d+)?|\d[\d_]*[eE][-+]?\d+)$"),
-    list("-+.0123456789"),
-)
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:bool", re.compile(r"^(?:true|false|True|False)$"), list("tTfF")
-)
+
+
+def recipe_loader(base: Any) -> Any:
+    """`base` in which 1e-4 is a number (YAML 1.1 asks for a dot) and yes/no/on/off, dates and 1:30 stay text."""
+    tag = "tag:yaml.org,2002:{}".format
+    redefined = {tag(kind) for kind in _RULES}
+    kept = {
+        first: [(name, rx) for name, rx in rules if name not in redefined]
+        for first, rules in base.yaml_implicit_resolvers.items()
+    }
+    loader = type("RecipeLoader", (base,), {"yaml_implicit_resolvers": kept})
+    for kind, (pattern, first) in _RULES.items():
+        if pattern is not None:
+            loader.add_implicit_resolver(tag(kind), re.compile(pattern), list(first))  # type: ignore[attr-defined]
+    return loader
+
+
+LOADER = recipe_loader(FAST_LOADER)
+PLAIN_LOADER = recipe_loader(yaml.SafeLoader)
 
 Path_ = tuple[str | int, ...]
 
@@ -121,17 +131,22 @@ class Source:
 def parse(text: str, name: str) -> Source:
     """Read YAML text; syntax errors and repeated keys raise or are collected with their line."""
 
-    def invalid(error: yaml.YAMLError) -> RecipeError:
+    try:
+        return _parsed(text, name, LOADER)
+    except yaml.YAMLError:
+        pass
+    try:
+        return _parsed(text, name, PLAIN_LOADER)  # its complaints say more than libyaml's
+    except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = mark.line + 1 if mark else 1
         reason = getattr(error, "problem", None) or getattr(error, "reason", error)
-        return RecipeError(f"{name}:{line}: not valid YAML: {reason}")
+        raise RecipeError(f"{name}:{line}: not valid YAML: {reason}") from None
 
-    try:
-        loader = _Loader(text)
-        root = loader.get_single_node()
-    except yaml.YAMLError as error:
-        raise invalid(error) from None
+
+def _parsed(text: str, name: str, kind: Any) -> Source:
+    loader = kind(text)
+    root = loader.get_single_node()
     if not isinstance(root, yaml.MappingNode):
         raise RecipeError(f"{name}:1: a recipe is a mapping of keys to values")
     lines: dict[Path_, tuple[str, int]] = {(): (name, 1)}
@@ -159,10 +174,7 @@ def parse(text: str, name: str) -> Source:
             return items
         return loader.construct_object(node)
 
-    try:
-        return Source(walk(root, ()), lines, tuple(problems))
-    except yaml.YAMLError as error:
-        raise invalid(error) from None
+    return Source(walk(root, ()), lines, tuple(problems))
 
 
 def merge(base: Source, over: Source) -> Source:

@@ -1,7 +1,8 @@
 """Exact attention, tangent and cotangents in plain torch, a block of query rows at a time.
 
-Peak extra memory is two score blocks of `heads x ROWS x M` entries instead of several N x M matrices per
-head. It is the CPU implementation and runs on any device. float16 and bfloat16 are computed in float32.
+Peak extra memory is two score blocks of `threads x ROWS x M` entries, or SCORES where that is more, instead of
+several N x M matrices per head. It is the CPU implementation and runs on any device. float16 and bfloat16 are
+computed in float32.
 """
 
 from collections.abc import Iterator
@@ -12,6 +13,8 @@ from fewstep.kernels.ranges import KeyRange, Ranges
 from torch import Tensor
 
 ROWS = 128
+SCORES = ROWS * 1024
+"""Entries of a score block that is made of several heads."""
 
 
 @dataclass(frozen=True)
@@ -32,8 +35,9 @@ class Block:
 
 
 def _blocks(groups: int, n: int, m: int, ranges: Ranges | None, causal: bool) -> Iterator[Block]:
-    # One head per thread keeps the score block in cache while bmm runs the heads in parallel.
-    step = min(groups, max(1, torch.get_num_threads()))
+    # One head per thread keeps the score block in cache while bmm runs the heads in parallel; of short sequences so
+    # many that a block holds SCORES entries, or calls would cost more than what they compute.
+    step = min(groups, max(1, torch.get_num_threads(), SCORES // max(1, min(n, ROWS) * m)))
     for first in range(0, groups, step):
         last = min(first + step, groups)
         if ranges is None:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny_runs import in_child, killed
+from tiny_runs import import_before_forks, in_child, killed
 
 SMALL = ("before=[]", "train.batch=6", "student.width=16", "student.depth=3", "evaluate.samples=64")
 ARGUMENTS = ["--budget", "updates=40", "--seeds", "2", *(x for s in SMALL for x in ("--set", s))]
@@ -61,6 +61,7 @@ def drive_compare(folder: Path, *recipes: str) -> None:
     from fewstep.commands.compare import compare
     from fewstep.train.trainer import Trainer
 
+    import_before_forks()
     compare.start_method = lambda: multiprocessing.get_context("fork")
 
     def run(out: str, *more: str, only: tuple[str, ...] = recipes) -> None:

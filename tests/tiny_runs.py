@@ -35,6 +35,8 @@ TINY = (
     "evaluate.teacher_steps=[1]",
 )
 """toy/dmd2 with a discriminator on the critic's trunk, two averages, two stages; checkpoints off the log's beat."""
+HALF = ("before.0.steps=30", "train.steps=70")
+"""100 steps in place of 200; checkpoints still end two steps before the run does."""
 
 
 def tiny(*settings: str) -> Any:
@@ -86,32 +88,40 @@ def die() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def drive_random_kills(folder: Path, seed: int, kills: int = 3) -> None:
-    """reference/ without a break; killed/ with kill -9 at random moments, then left alone. Prints where they came."""
-    import fewstep.train.trainer  # noqa: F401  imported once, before the forks
+def import_before_forks() -> None:
+    """What every run imports on its way, once for all forks: optimisers want torch._dynamo, which takes seconds."""
+    import torch._dynamo  # noqa: F401
 
-    assert in_child(lambda: train(folder / "reference")) == 0
+    import fewstep.train.trainer  # noqa: F401
+
+
+def drive_random_kills(folder: Path, seed: int, *settings: str, lines_in_all: int, kills: int = 3) -> None:
+    """reference/ without a break; killed/ with kill -9 at random moments, then left alone. Prints where they came."""
+    import_before_forks()
+    assert in_child(lambda: train(folder / "reference", *settings)) == 0
     draw, log, left = random.Random(seed), folder / "killed" / "log.jsonl", []
 
     def lines() -> int:
         return len(log.read_text().splitlines()) if log.exists() else 0
 
     # By progress and not by the clock: on a busy host every kill would come before the first step.
-    for goal in sorted(draw.sample(range(1, 38), kills)):
+    for goal in sorted(draw.sample(range(1, lines_in_all - 2), kills)):
         status = in_child(
-            lambda: train(folder / "killed"), lambda goal=goal: lines() >= goal, draw.uniform(0, 0.05)
+            lambda: train(folder / "killed", *settings),
+            lambda goal=goal: lines() >= goal,
+            draw.uniform(0, 0.05),
         )
         assert killed(status) or status == 0
         if status == 0:
             break
         left.append(lines())
-    assert in_child(lambda: train(folder / "killed")) == 0
+    assert in_child(lambda: train(folder / "killed", *settings)) == 0
     print(json.dumps({"log lines at each kill": left}))
 
 
-def drive_kill_points(folder: Path) -> None:
+def drive_kill_points(folder: Path, *settings: str) -> None:
     """One run per point of `save_checkpoint` and of the log at which the process dies; then it is continued."""
-    import fewstep.train.trainer  # noqa: F401  imported once, before the forks
+    import_before_forks()
     from fewstep.train import log, state
 
     def optimizer_half_written() -> None:
@@ -121,7 +131,7 @@ def drive_kill_points(folder: Path) -> None:
         def half(value: Any, path: Path) -> None:
             save(value, path)
             count[0] += 1
-            if count[0] == 17:
+            if count[0] == 13:
                 path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
                 die()
 
@@ -132,7 +142,7 @@ def drive_kill_points(folder: Path) -> None:
 
         def stop(self: Path, target: Path) -> Path:
             count[0] += 1
-            return die() if count[0] == 12 else rename(self, target)  # type: ignore[return-value,func-returns-value]
+            return die() if count[0] == 8 else rename(self, target)  # type: ignore[return-value,func-returns-value]
 
         Path.rename = stop  # type: ignore[assignment,method-assign]
 
@@ -142,7 +152,7 @@ def drive_kill_points(folder: Path) -> None:
         def stop(path: Path, **options: Any) -> None:
             if path.name.endswith(".old.tmp"):
                 count[0] += 1
-                if count[0] == 10:
+                if count[0] == 6:
                     next(path.glob("student*")).unlink()
                     die()
             rmtree(path, **options)
@@ -153,18 +163,18 @@ def drive_kill_points(folder: Path) -> None:
         def write(self: Any, record: dict[str, Any]) -> None:
             line = json.dumps(record) + "\n"
             with self.path.open("a") as f:
-                f.write(line[:40] if record["done"] == 90 else line)
-            if record["done"] == 90:
+                f.write(line[:40] if record["done"] == 45 else line)
+            if record["done"] == 45:
                 die()
 
         log.Log.write = write  # type: ignore[method-assign]
 
     for point in (optimizer_half_written, before_the_rename, while_dropping_old_ones, within_a_log_line):
         run = folder / point.__name__
-        status = in_child(lambda point=point, run=run: (point(), train(run)))  # type: ignore[misc]
+        status = in_child(lambda point=point, run=run: (point(), train(run, *settings)))  # type: ignore[misc]
         assert killed(status), (point.__name__, status)
         print(json.dumps({point.__name__: sorted(p.name for p in (run / "checkpoints").iterdir())}))
-        assert in_child(lambda run=run: train(run)) == 0  # type: ignore[misc]
+        assert in_child(lambda run=run: train(run, *settings)) == 0  # type: ignore[misc]
 
 
 def python(code: str, *arguments: str, **options: Any) -> subprocess.CompletedProcess[str]:

@@ -22,7 +22,8 @@ from fewstep.config import UserError
 from fewstep.eval import energy_distance
 from fewstep.files import commit
 from fewstep.recipe.schema import Recipe
-from fewstep.recipe.store import load, shipped
+from fewstep.recipe.source import shipped
+from fewstep.recipe.store import load
 from fewstep.train.product import product_of
 from fewstep.train.trainer import Hooks, Trainer
 

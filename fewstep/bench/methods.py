@@ -33,7 +33,8 @@ from fewstep.networks.denoiser import Denoiser
 from fewstep.networks.heads import Discriminator, LogVar
 from fewstep.networks.roles import Roles
 from fewstep.objectives.trajectory import tangent
-from fewstep.recipe.store import load, shipped
+from fewstep.recipe.source import shipped
+from fewstep.recipe.store import load
 from fewstep.train.live import allocated
 from fewstep.train.trainer import Trainer
 

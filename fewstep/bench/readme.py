@@ -11,7 +11,7 @@ from fewstep.commands.compare.ranking import by_class, with_error
 from fewstep.commands.report import read_results
 from fewstep.eval.protocol.evaluation import Evaluation, distance_of
 from fewstep.recipe.cards import table
-from fewstep.recipe.store import find, read, shipped
+from fewstep.recipe.source import find, read, shipped
 
 
 def demo_table() -> str:

@@ -97,7 +97,7 @@ def recipes_diff(
 def recipes_cp(name: str, to: Path, force: Force = False) -> None:
     """Copy a shipped recipe to a file of your own."""
     from fewstep.config import UserError
-    from fewstep.recipe.store import find
+    from fewstep.recipe.source import find
 
     if to.exists() and not force:
         raise UserError(f"{to}: exists; overwrite it with --force")
@@ -112,7 +112,7 @@ def recipes_cp(name: str, to: Path, force: Force = False) -> None:
 @recipes.command("check", epilog="Example: `fewstep recipes check mine.yaml`")
 def recipes_check(name: str, settings: Settings = None) -> None:
     """Check a recipe and print all its problems, or the stages it would run."""
-    from fewstep.commands.recipes import check
+    from fewstep.commands.check_recipe import check
 
     for line in check(name, settings or []):
         typer.echo(line)

@@ -14,7 +14,8 @@ from fewstep.config import UserError
 from fewstep.eval.protocol.evaluation import Evaluation, distance_of
 from fewstep.recipe.diff import differences
 from fewstep.recipe.schema import Recipe
-from fewstep.recipe.store import load, load_run, shipped
+from fewstep.recipe.source import shipped
+from fewstep.recipe.store import load, load_run
 
 FILE = "results.jsonl"
 """In the checkout's assets; the cards read it."""

@@ -33,7 +33,8 @@ from fewstep.export.levels import check_product
 from fewstep.files import commit
 from fewstep.recipe.diff import differences
 from fewstep.recipe.schema import Recipe
-from fewstep.recipe.store import dump, load, load_run, shipped
+from fewstep.recipe.source import shipped
+from fewstep.recipe.store import dump, load, load_run
 from fewstep.train.product import open_product, product_of
 from fewstep.train.trainer import Hooks, Trainer
 

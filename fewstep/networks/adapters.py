@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -30,6 +31,8 @@ def _layers(net: nn.Module) -> Sequence[Any]:
 
 def lora_layers(net: nn.Module) -> list[Any]:
     """peft's LoRA layers inside a network."""
+    if "peft" not in sys.modules:  # then there are none, and importing it costs as much as torch
+        return []
     from peft.tuners.lora import LoraLayer
 
     return [m for m in net.modules() if isinstance(m, LoraLayer)]

@@ -15,8 +15,8 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BeforeValidator, TypeAdapter, ValidationError
 
-from fewstep.config import REGISTRY, RecipeError, _close, config
-from fewstep.recipe.store import load, read, shipped
+from fewstep.config import FAST_LOADER, REGISTRY, RecipeError, _close, config
+from fewstep.recipe.source import read, shipped
 
 ENERGY = "energy distance x1000"
 
@@ -92,7 +92,7 @@ class Card:
 
 
 def _folder() -> Path:
-    return Path(str(files("fewstep.methods")))
+    return Path(str(files("fewstep"))) / "methods"  # files("fewstep.methods") would import them
 
 
 @lru_cache(maxsize=1)
@@ -101,7 +101,7 @@ def cards() -> dict[str, Card]:
     out = {}
     for path in sorted((_folder() / "cards").glob("*.yaml")):
         try:
-            data = yaml.safe_load(path.read_text(encoding="utf-8"))
+            data = yaml.load(path.read_text(encoding="utf-8"), FAST_LOADER)
             card = TypeAdapter(Card).validate_python(data, strict=False)
         except (ValidationError, UnicodeDecodeError, yaml.YAMLError) as error:
             raise RecipeError(f"{path.name}: {error}") from None
@@ -201,6 +201,8 @@ def places(c: Card) -> list[tuple[str, str, int | None]]:
 
     Raises RecipeError for a name that the file does not define.
     """
+    import fewstep.methods  # noqa: F401  registers them
+
     out = []
     method = REGISTRY["method"].get(c.name)
     for file, name in _PLACE.findall(c.code):
@@ -269,9 +271,9 @@ def _ours(r: Ours) -> str:
 
 
 def listing() -> list[tuple[str, str, str]]:
-    """(name, title, needs) of every card, and of methods that have none."""
+    """(name, title, needs) of every card, and of methods registered so far that have none."""
     rows = [(c.name, c.title, c.needs) for c in cards().values()]
-    rows += [(n, "(no card yet)", "") for n in REGISTRY["method"] if n not in cards()]
+    rows += [(n, "(no card yet)", "") for n in REGISTRY.get("method", {}) if n not in cards()]
     return sorted(rows)
 
 
@@ -301,9 +303,11 @@ def _cited(method: Any) -> list[str]:
 
 def cite(recipe: str, settings: tuple[str, ...] = ()) -> str:
     """BibTeX of the papers behind every stage of a recipe, the last stage's first."""
+    from fewstep.recipe.store import load
+
     stages = load(recipe, settings).stages()
     ids = list(dict.fromkeys(i for stage in reversed(stages) for i in _cited(stage.method)))
-    known = yaml.safe_load((_folder() / "bibliography.yaml").read_text(encoding="utf-8"))
+    known = yaml.load((_folder() / "bibliography.yaml").read_text(encoding="utf-8"), FAST_LOADER)
     return "\n\n".join(_entry(i, known.get(i)) for i in ids)
 
 

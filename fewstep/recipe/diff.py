@@ -9,7 +9,8 @@ from typing import Any
 
 from fewstep.config import UserError, plain
 from fewstep.recipe.schema import Recipe
-from fewstep.recipe.store import load, read, shipped
+from fewstep.recipe.source import read, shipped
+from fewstep.recipe.store import load
 
 PAPER = "paper/"
 """Shipped recipes with published settings stand under this name."""

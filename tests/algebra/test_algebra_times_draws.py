@@ -10,6 +10,7 @@ import torch
 from helpers_core import F64, PROCESSES, col
 from scipy import stats
 
+from fewstep.algebra import draws as rd
 from fewstep.algebra import times as td
 from fewstep.algebra.draws import Draws, fold
 from fewstep.algebra.process import EDM, DiscreteVP, Flow, Trig
@@ -210,3 +211,35 @@ def test_dtypes_do_not_depend_on_the_default() -> None:
     # More than float32's 24 bits: float64 numbers that are no float32 numbers.
     for v in (values[0][0], values[0][2]):
         assert float((v == v.float().double()).double().mean()) < 0.01
+
+
+@pytest.mark.parametrize("key", [0, 1, 2**63 - 1, 2**63, 2**64 - 1, fold("a", 3)])
+@pytest.mark.parametrize("count", [0, 1, 2, 31, 64, 257])
+def test_numpy_and_torch_make_the_same_bits(key: int, count: int) -> None:
+    rows = [
+        torch.arange(0),
+        torch.arange(1),
+        torch.arange(37) + 123_456_789,
+        torch.tensor([0, -1, 2**62, -(2**63), 2**63 - 1]),
+        torch.arange(40)[::3],
+    ]
+    for index in rows:
+        a, b = rd._bits_numpy(index, key, count), rd._bits_torch(index, key, count)
+        assert a.dtype is torch.int64
+        assert a.shape == (len(index), count)
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(), (2,), (3, 5, 7)])
+def test_draws_are_alike_by_numpy_and_torch(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, shape: tuple[int, ...]
+) -> None:
+    def drawn(seed: int) -> list[torch.Tensor]:
+        d = draws(fold(seed), n=19)
+        return [d.normal(*shape, dtype=dtype), d.uniform(*shape), d.integers(11), d.normal(*shape)]
+
+    fast = [drawn(seed) for seed in range(3)]
+    monkeypatch.setattr(rd, "_bits_numpy", rd._bits_torch)
+    for a, b in zip(fast, [drawn(seed) for seed in range(3)], strict=True):
+        assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))

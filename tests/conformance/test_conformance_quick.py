@@ -14,7 +14,8 @@ import torch
 from fewstep.eval import energy_distance
 
 from fewstep.algebra.draws import Draws, fold
-from fewstep.recipe.store import load, shipped
+from fewstep.recipe.source import shipped
+from fewstep.recipe.store import load
 from fewstep.train.product import product_of
 from fewstep.train.trainer import Hooks, Trainer
 

@@ -15,7 +15,8 @@ import fewstep
 from fewstep.cli import app
 from fewstep.config import REGISTRY, RecipeError
 from fewstep.recipe.cards import card, cards, cite, listing, places, show, table
-from fewstep.recipe.store import load, shipped
+from fewstep.recipe.source import shipped
+from fewstep.recipe.store import load
 
 ROOT = Path(fewstep.__file__).parent
 

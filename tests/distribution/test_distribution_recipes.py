@@ -19,7 +19,8 @@ from fewstep.methods.gdd import GDD
 from fewstep.methods.method import Needs
 from fewstep.networks.adapters import own_state
 from fewstep.recipe.schema import Recipe
-from fewstep.recipe.store import dump, load, shipped
+from fewstep.recipe.source import shipped
+from fewstep.recipe.store import dump, load
 from fewstep.train.product import open_product
 from fewstep.train.trainer import Trainer
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from fewstep.algebra.process import EDM, DiscreteVP, Flow, ShiftedFlow, Trig
 from fewstep.algebra.sampling import Sampler
-from fewstep.commands.recipes import check_recipe
+from fewstep.commands.check_recipe import check_recipe
 from fewstep.config import UserError
 from fewstep.export import latent
 from fewstep.export.base import PARITY, ExportRefused, Stock

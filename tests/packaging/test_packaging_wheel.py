@@ -93,7 +93,7 @@ def test_the_unpacked_wheel_finds_its_own_recipes_and_assets(wheel: zipfile.ZipF
         "from fewstep.networks.diffusers import resolve\n"
         "for m in (fewstep, fewstep.eval, fewstep.kernels):\n"
         "    assert m.__file__.startswith(sys.argv[1]), m.__file__\n"
-        "names = fewstep.recipe.store.shipped()\n"
+        "names = fewstep.recipe.source.shipped()\n"
         "assert all(str(p).startswith(sys.argv[1]) for p in names.values())\n"
         "assert resolve('assets:house-digits').joinpath('model.safetensors').is_file()\n"
         "for name in names: fewstep.recipe.store.load(name)\n"

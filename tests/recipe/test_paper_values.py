@@ -12,7 +12,8 @@ from diffusers import LCMScheduler, UNet2DConditionModel
 from fewstep.algebra.sampling import knot_levels
 from fewstep.config import plain
 from fewstep.methods.tdd import target_set
-from fewstep.recipe.store import load, shipped
+from fewstep.recipe.source import shipped
+from fewstep.recipe.store import load
 from fewstep.train.product import product_of
 
 DMD2 = "tianweiy/DMD2 @ 8d8fa55"

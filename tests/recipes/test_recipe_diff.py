@@ -8,7 +8,8 @@ import pytest
 
 from fewstep.config import UserError
 from fewstep.recipe.diff import diff, published
-from fewstep.recipe.store import load, shipped
+from fewstep.recipe.source import shipped
+from fewstep.recipe.store import load
 
 PAPER = sorted(n for n in shipped() if n.startswith("paper/"))
 

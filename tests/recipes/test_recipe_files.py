@@ -11,7 +11,8 @@ import yaml
 from fewstep.config import REGISTRY, RecipeError, UserError, plain
 from fewstep.recipe.diff import differences
 from fewstep.recipe.schema import Recipe, Train
-from fewstep.recipe.store import dump, find, load, load_run, read, shipped
+from fewstep.recipe.source import find, read, shipped
+from fewstep.recipe.store import dump, load, load_run
 
 GOOD = """\
 about: a test

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from fewstep.algebra.process import EDM, Flow
-from fewstep.commands.recipes import check
+from fewstep.commands.check_recipe import check
 from fewstep.config import REGISTRY, RecipeError
 from fewstep.methods.joint import Joint, Share
 from fewstep.methods.method import Needs

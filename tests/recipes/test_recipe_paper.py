@@ -25,7 +25,8 @@ from fewstep.export.forecast import about, warning
 from fewstep.networks.adapters import own_parameters
 from fewstep.networks.diffusers import load_denoiser
 from fewstep.recipe.schema import Recipe
-from fewstep.recipe.store import load, shipped
+from fewstep.recipe.source import shipped
+from fewstep.recipe.store import load
 from fewstep.train.product import product_of
 from fewstep.train.trainer import Trainer
 

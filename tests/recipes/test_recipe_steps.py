@@ -8,7 +8,8 @@ import pytest
 from torch import nn
 
 from fewstep.config import UserError
-from fewstep.recipe.store import load, shipped
+from fewstep.recipe.source import shipped
+from fewstep.recipe.store import load
 from fewstep.train.product import product_of
 
 KINDS = {"renoise", "map", "gamma"}

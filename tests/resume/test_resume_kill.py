@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
-from tiny_runs import contents, names, python, records, same
+from tiny_runs import HALF, contents, names, python, records, same
 
 EXPECTED = {
     "student",
@@ -18,53 +20,83 @@ EXPECTED = {
     "optim-critic+discriminator",
     "progress",
 }
+Runs = tuple[Path, list[int], dict[str, list[str]]]
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[int]]:
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
     folder = tmp_path_factory.mktemp("runs")
-    code = "import sys, pathlib, tiny_runs; tiny_runs.drive_random_kills(pathlib.Path(sys.argv[1]), seed=7)"
-    printed = python(code, str(folder)).stdout
-    return folder, json.loads(printed.splitlines()[-1])["log lines at each kill"]
+    return folder, *driven(folder, HALF)
 
 
-def test_kill_at_random_moments_changes_no_bit(runs: tuple[Path, list[int]]):
-    folder, kills = runs
-    assert sum(0 < lines < 40 for lines in kills) >= 1, kills
+def driven(
+    folder: Path, settings: Sequence[str] = (), seed: int = 7
+) -> tuple[list[int], dict[str, list[str]]]:
+    """Log lines at each random kill, and the checkpoint folders left behind at each kill point, by one driver."""
+    code = (
+        "import json, pathlib, sys, tiny_runs\n"
+        "folder, settings = pathlib.Path(sys.argv[1]), json.loads(sys.argv[2])\n"
+        "lines = 20 if settings else 40\n"
+        "tiny_runs.drive_random_kills(folder, int(sys.argv[3]), *settings, lines_in_all=lines)\n"
+        "tiny_runs.drive_kill_points(folder, *settings)\n"
+    )
+    left: dict[str, Any] = {}
+    for line in python(code, str(folder), json.dumps(settings), str(seed)).stdout.splitlines():
+        left.update(json.loads(line))
+    return left.pop("log lines at each kill"), left
+
+
+def check_random_kills(folder: Path, kills: list[int], last: tuple[int, int], updates: int) -> None:
+    assert sum(0 < lines < last[1] / 5 for lines in kills) >= 1, kills
     reference, other = (folder / n / "checkpoints" for n in ("reference", "killed"))
-    assert names(reference) == names(other) == ["step-00000196", "step-00000200"]
+    assert names(reference) == names(other) == [f"step-{n:08}" for n in last]
     for step in names(reference):
         a, b = contents(reference / step), contents(other / step)
         assert set(a) == EXPECTED
         a["progress"]["meter"].pop("seconds", None)
         b["progress"]["meter"].pop("seconds", None)
         assert same(a, b) == []
-    assert contents(reference / "step-00000200")["progress"]["optim"] == {
-        "student": {"updates": 140, "skipped": 0},
-        "critic+discriminator": {"updates": 280, "skipped": 0},
+    assert contents(reference / f"step-{last[1]:08}")["progress"]["optim"] == {
+        "student": {"updates": updates, "skipped": 0},
+        "critic+discriminator": {"updates": 2 * updates, "skipped": 0},
     }
 
 
-def test_the_log_is_the_same_but_for_the_clock(runs: tuple[Path, list[int]]):
-    folder, _ = runs
-    reference = records(folder / "reference")
-    assert [r["done"] for r in reference] == list(range(5, 201, 5))
-    assert {"match", "gan", "dsm", "discriminator", "grad_norm/critic+discriminator"} <= set(reference[-1])
-    assert same(reference, records(folder / "killed")) == []
-
-
-def test_kill_while_a_checkpoint_or_a_log_line_is_written(runs: tuple[Path, list[int]], tmp_path: Path):
-    folder, _ = runs
-    code = "import sys, pathlib, tiny_runs; tiny_runs.drive_kill_points(pathlib.Path(sys.argv[1]))"
-    left = {}
-    for line in python(code, str(tmp_path)).stdout.splitlines():
-        left.update(json.loads(line))
+def check_kill_points(folder: Path, left: dict[str, list[str]], last: tuple[int, int]) -> None:
     # The kill came where it was meant to: a temporary folder, or a checkpoint being dropped, was left behind.
     assert sum(".tmp" in n for n in left["optimizer_half_written"]) == 1
     assert sum(".tmp" in n for n in left["before_the_rename"]) == 1
     assert len(left["while_dropping_old_ones"]) == 3
-    expected = contents(folder / "reference" / "checkpoints" / "step-00000200")
+    end = f"step-{last[1]:08}"
+    expected = contents(folder / "reference" / "checkpoints" / end)
+    assert len(left) == 4
     for point in left:
-        assert names(tmp_path / point / "checkpoints") == ["step-00000196", "step-00000200"]
-        assert same(expected, contents(tmp_path / point / "checkpoints" / "step-00000200")) == []
-        assert same(records(folder / "reference"), records(tmp_path / point)) == []
+        assert names(folder / point / "checkpoints") == [f"step-{n:08}" for n in last]
+        assert same(expected, contents(folder / point / "checkpoints" / end)) == []
+        assert same(records(folder / "reference"), records(folder / point)) == []
+
+
+def test_kill_at_random_moments_changes_no_bit(runs: Runs):
+    folder, kills, _ = runs
+    check_random_kills(folder, kills, (98, 100), 70)
+
+
+def test_the_log_is_the_same_but_for_the_clock(runs: Runs):
+    folder, _, _ = runs
+    reference = records(folder / "reference")
+    assert [r["done"] for r in reference] == list(range(5, 101, 5))
+    assert {"match", "gan", "dsm", "discriminator", "grad_norm/critic+discriminator"} <= set(reference[-1])
+    assert same(reference, records(folder / "killed")) == []
+
+
+def test_kill_while_a_checkpoint_or_a_log_line_is_written(runs: Runs):
+    folder, _, left = runs
+    check_kill_points(folder, left, (98, 100))
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("seed", range(8))
+def test_kills_of_a_run_of_twice_the_length(tmp_path: Path, seed: int):
+    kills, left = driven(tmp_path, seed=seed)
+    check_random_kills(tmp_path, kills, (196, 200), 140)
+    check_kill_points(tmp_path, left, (196, 200))

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from fewstep.config import REGISTRY, RecipeError, UserError
-from fewstep.recipe.store import load, shipped
+from fewstep.recipe.source import shipped
+from fewstep.recipe.store import load
 from fewstep.train.product import product_of
 from fewstep.train.trainer import Trainer
 

@@ -35,7 +35,8 @@ from fewstep.commands.judge import judge_of
 from fewstep.config import UserError, plain
 from fewstep.eval.protocol.evaluation import Evaluation, distance_of
 from fewstep.recipe.schema import Evaluate, Recipe
-from fewstep.recipe.store import load, shipped
+from fewstep.recipe.source import shipped
+from fewstep.recipe.store import load
 from fewstep.train.product import product_of
 
 PRELOADED = ("torch._dynamo", "peft", "torchvision", "sklearn.datasets", "diffusers.models.unets.unet_2d")
