@@ -26,7 +26,7 @@ from fewstep.algebra.sampling import Sampler, sample
 from fewstep.config import REGISTRY, Source, validate
 from fewstep.networks.roles import Roles
 
-FOLDER = Path(__file__).parent / "laws" / "golden"
+FOLDER = Path(__file__).parents[1] / "laws" / "golden"
 TIME: dict[str, Callable[[Tensor], Tensor]] = {
     "t": lambda t: t,
     "5t": lambda t: 5 * t,
