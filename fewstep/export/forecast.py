@@ -18,9 +18,10 @@ from fewstep.networks.adapters import Adapted, lora_layers
 from fewstep.networks.denoiser import Denoiser, Rescheduled
 from fewstep.networks.diffusers import wrapper_of
 from fewstep.networks.folder import Folder, read_folder
+from fewstep.networks.parts import Site
 from fewstep.networks.routed import Routed
 from fewstep.networks.scheduler import read_scheduler
-from fewstep.networks.specs import Copy, Site
+from fewstep.networks.specs import Copy
 from fewstep.recipe.schema import Recipe
 from fewstep.train.product import Product, product_of
 

@@ -1,4 +1,4 @@
-"""Networks and denoisers. `fewstep.networks.specs` registers the ones a recipe can name."""
+"""Networks and denoisers. `specs` and `teachers` register the ones a recipe can name."""
 
 from fewstep.networks.analytic import Mixture as Mixture
 from fewstep.networks.denoiser import Denoiser as Denoiser

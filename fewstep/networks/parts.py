@@ -2,14 +2,45 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Protocol
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Annotated, Any, Protocol
 
+import torch
 from torch import nn
 
-from fewstep.config import OneOf
+from fewstep.algebra.prediction import PAIRS
+from fewstep.algebra.process import EDM
+from fewstep.config import OneOf, RecipeError
 
-if TYPE_CHECKING:
-    from fewstep.networks.specs import Site
+
+@dataclass(frozen=True)
+class Site:
+    """Where a role is built: the data's shape and classes, the roles built so far, the seed of its weights."""
+
+    shape: tuple[int, ...]
+    classes: int
+    roles: Mapping[str, nn.Module]
+    seed: int
+
+    def role(self, name: str, asked_by: str) -> nn.Module:
+        if name not in self.roles:
+            raise RecipeError(f"{asked_by}: refers to role {name!r}, which this recipe does not have")
+        return self.roles[name]
+
+
+def seeded(site: Site, build: Any) -> nn.Module:
+    """Build with a fixed seed without disturbing the caller's generator."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(site.seed)
+        return build()
+
+
+def check_prediction(prediction: str, process: Any) -> None:
+    if prediction not in PAIRS:
+        raise ValueError(f"prediction {prediction!r} is not one of {', '.join(PAIRS)}")
+    if prediction in ("edm", "cm") and not isinstance(process, EDM):
+        raise ValueError(f"prediction {prediction!r} needs the process edm, not {process.name}")
 
 
 class Spec(Protocol):

@@ -12,7 +12,7 @@ from pydantic import PositiveInt
 from torch import Tensor, nn
 
 from fewstep.config import RecipeError, UserError, part
-from fewstep.networks.specs import Site
+from fewstep.networks.parts import Site
 
 CUTS = (3, 8, 15, 22, 29)
 """Indices in torchvision's vgg16().features of relu1_2, relu2_2, relu3_3, relu4_3, relu5_3."""

@@ -13,8 +13,7 @@ from fewstep.algebra.prediction import Prediction
 from fewstep.algebra.process import Process
 from fewstep.config import RecipeError, part
 from fewstep.networks.adapters import twin
-from fewstep.networks.parts import NetworkPart
-from fewstep.networks.specs import Site
+from fewstep.networks.parts import NetworkPart, Site
 
 
 def _rows(cond: Any, rows: Tensor) -> Any:

@@ -2,57 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
-from pydantic import Field, PositiveInt
+from pydantic import PositiveInt
 from torch import nn
 
-from fewstep.algebra.prediction import PAIRS
 from fewstep.algebra.process import EDM, DiscreteVP, Flow, ProcessPart
-from fewstep.config import RecipeError, UserError, config, part
-from fewstep.networks.adapters import Adapted, fresh_name, frozen, plain_copy
-from fewstep.networks.analytic import ring
-from fewstep.networks.denoiser import Denoiser, Rescheduled, TimeInput
+from fewstep.config import RecipeError, config, part
+from fewstep.networks.adapters import Adapted, fresh_name, plain_copy
+from fewstep.networks.denoiser import Denoiser
 from fewstep.networks.dit import DiT
 from fewstep.networks.extras import Input
 from fewstep.networks.heads import Discriminator, LogVar
 from fewstep.networks.lora_file import read_lora
 from fewstep.networks.mlp import MLP
+from fewstep.networks.parts import Site, check_prediction, seeded
 from fewstep.networks.slow_time import slow_time
 from fewstep.networks.wrappers.base import Wrapper
-
-
-@dataclass(frozen=True)
-class Site:
-    """Where a role is built: the data's shape and classes, the roles built so far, the seed of its weights."""
-
-    shape: tuple[int, ...]
-    classes: int
-    roles: Mapping[str, nn.Module]
-    seed: int
-
-    def role(self, name: str, asked_by: str) -> nn.Module:
-        if name not in self.roles:
-            raise RecipeError(f"{asked_by}: refers to role {name!r}, which this recipe does not have")
-        return self.roles[name]
-
-
-def _seeded(site: Site, build: Any) -> nn.Module:
-    """Build with a fixed seed without disturbing the caller's generator."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(site.seed)
-        return build()
-
-
-def _check_prediction(prediction: str, process: Any) -> None:
-    if prediction not in PAIRS:
-        raise ValueError(f"prediction {prediction!r} is not one of {', '.join(PAIRS)}")
-    if prediction in ("edm", "cm") and not isinstance(process, EDM):
-        raise ValueError(f"prediction {prediction!r} needs the process edm, not {process.name}")
 
 
 def example_condition(net: Any) -> Any:
@@ -86,7 +54,7 @@ class Copy:
         twin = plain_copy(source)
         if self.inputs:
             try:
-                _seeded(site, lambda: twin.add_inputs(self.inputs))  # type: ignore[operator]
+                seeded(site, lambda: twin.add_inputs(self.inputs))  # type: ignore[operator]
             except (AttributeError, ValueError) as error:
                 raise RecipeError(f"copy.inputs: the {self.of} cannot take further inputs: {error}") from None
         for p in twin.parameters():
@@ -123,7 +91,7 @@ class Lora:
             raise RecipeError(f"lora.of: the {self.of} is analytic and has no weights to adapt")
         sizes = {"rank": self.rank, "alpha": self.alpha, "targets": self.targets}
         try:
-            adapted: Any = _seeded(site, lambda: Adapted(base, fresh_name(base), **sizes))  # type: ignore[arg-type]
+            adapted: Any = seeded(site, lambda: Adapted(base, fresh_name(base), **sizes))  # type: ignore[arg-type]
         except ValueError as error:
             raise RecipeError(f"lora: {error}") from None
         if self.file is not None:
@@ -146,13 +114,13 @@ class MLPSpec:
     """Fourier features 2 k angle of the time; 3 or 4 for methods that differentiate in it (sCM, sec. 4.1)."""
 
     def __post_init__(self) -> None:
-        _check_prediction(self.prediction, self.process)
+        check_prediction(self.prediction, self.process)
 
     def build(self, site: Site) -> nn.Module:
         if len(site.shape) != 1:
             raise RecipeError(f"network mlp is for vectors; the data has shape {list(site.shape)}")
         sizes = (self.width, self.depth, site.classes, self.inputs, self.frequencies)
-        net = _seeded(site, lambda: MLP(site.shape[0], *sizes))
+        net = seeded(site, lambda: MLP(site.shape[0], *sizes))
         return Denoiser(net, self.process, self.prediction, "angle")
 
 
@@ -171,14 +139,14 @@ class DiTSpec:
     (TwinFlow)."""
 
     def __post_init__(self) -> None:
-        _check_prediction(self.prediction, self.process)
+        check_prediction(self.prediction, self.process)
 
     def build(self, site: Site) -> nn.Module:
         if len(site.shape) != 3:
             raise RecipeError(f"network dit is for images; the data has shape {list(site.shape)}")
         shape = (site.shape[0], site.shape[1], site.shape[2])
         sizes = (self.patch, self.width, self.depth, self.heads)
-        net = _seeded(site, lambda: DiT(shape, *sizes, site.classes, self.inputs))
+        net = seeded(site, lambda: DiT(shape, *sizes, site.classes, self.inputs))
         return Denoiser(net, self.process, self.prediction, "angle")
 
 
@@ -222,7 +190,7 @@ class UNet2DSpec:
         pixels = _pixels(site, "unet2d")
         inner = "Attn" if self.attention else ""
         deeper = len(self.channels) - 1
-        model = _seeded(
+        model = seeded(
             site,
             lambda: UNet2DModel(
                 **pixels,
@@ -272,7 +240,7 @@ class UNetTextSpec:
 
         pixels = _pixels(site, "unet-text")
         finer = len(self.channels) - 1
-        model = _seeded(
+        model = seeded(
             site,
             lambda: UNet2DConditionModel(
                 **pixels,
@@ -294,100 +262,6 @@ class UNetTextSpec:
         return Denoiser(UNetCondition(model), self.process, "v", "index")
 
 
-@part("teacher", "diffusers")
-class DiffusersTeacher:
-    """A frozen teacher from a diffusers folder; class, process and prediction are read from its own configs."""
-
-    path: str
-    """Folder, or assets:NAME for one that ships with fewstep."""
-    classes: int | None = None
-    """Real classes when the folder does not say (UNets with a null class have one embedding more)."""
-    process: ProcessPart | None = None
-    """Re-express it in this process by matching noise levels; its own when left out."""
-    prediction: Literal["epsilon", "v_prediction", "sample"] | None = None
-    """What the network predicts, for a scheduler config that does not say (early SD 1.x folders)."""
-    guidance: float | None = None
-    """Guidance scale that the network takes as an input (Flux-dev 3.5); not a guided call."""
-    wrapper: str | None = None
-    """A wrapper of your own, module:Class or file.py:Class, whose code is run; chosen by the class when left out."""
-    dtype: Literal["fp32", "bf16", "fp16"] = "fp32"
-    """Of the frozen weights; copies and adapters that are trained are kept in fp32."""
-
-    def build(self, site: Site) -> nn.Module:
-        from fewstep.networks.diffusers import load_denoiser
-
-        size = (site.shape[1], site.shape[2]) if len(site.shape) == 3 else None
-        teacher = load_denoiser(
-            self.path,
-            classes=self.classes or site.classes,
-            size=size,
-            prediction=self.prediction,
-            guidance=self.guidance,
-            wrapper=self.wrapper,
-            dtype=self.dtype,
-        )
-        channels = teacher.net.channels()  # type: ignore[operator]
-        if channels != site.shape[0]:
-            raise UserError(
-                f"teacher {self.path}: takes {channels} channels, but the data has shape {list(site.shape)}"
-            )
-        own = int(teacher.net.classes)  # type: ignore[arg-type]
-        if site.classes and own and own != site.classes:
-            raise UserError(
-                f"teacher {self.path}: has {own} classes, the data {site.classes}; their numbers (and the null class "
-                f"{own}) must mean the same"
-            )
-        return frozen(teacher if self.process is None else Rescheduled(teacher, self.process))
-
-
-@part("teacher", "module")
-class ModuleTeacher:
-    """A frozen teacher from a function of yours, for networks that are in no diffusers folder."""
-
-    factory: str
-    """module:function or file.py:function, called without arguments; returns the loaded network. Its code is run."""
-    arguments: dict[str, str]
-    """Names of the network's arguments by x, time and the keys of a condition: {x: sample, time: t, label: y}."""
-    prediction: str
-    """What it predicts: eps, v, x0, velocity, psi, score, edm, trig."""
-    time_input: TimeInput
-    """What it takes as its time."""
-    process: ProcessPart
-    taps: dict[str, str] = Field(default_factory=dict)
-    """Sub-modules that a discriminator may look at, by tap name, as dotted paths."""
-
-    def __post_init__(self) -> None:
-        _check_prediction(self.prediction, self.process)
-
-    def build(self, site: Site) -> nn.Module:
-        from fewstep.networks.diffusers import import_name
-        from fewstep.networks.wrappers import Generic
-
-        model = import_name(self.factory, "teacher.factory")()
-        if not isinstance(model, nn.Module):
-            raise UserError(
-                f"teacher.factory {self.factory!r}: returned a {type(model).__name__}, not a torch module"
-            )
-        net = Generic(
-            model, self.arguments, self.taps, classes=site.classes if "label" in self.arguments else 0
-        )
-        return frozen(Denoiser(net, self.process, self.prediction, self.time_input))
-
-
-@part("teacher", "ring")
-class RingTeacher:
-    """The exact denoiser of the ring data set, in EDM coordinates or re-expressed in another process."""
-
-    modes: PositiveInt = 8
-    radius: float = 1.25
-    std: float = 0.1
-    process: ProcessPart = Flow()
-
-    def build(self, site: Site) -> nn.Module:
-        exact = ring(EDM(sigma_max=1000.0), self.modes, self.radius, self.std)
-        return frozen(Rescheduled(exact, self.process))
-
-
 @part("network", "logvar")
 class LogVarSpec:
     """A scalar of the noise level, for learned loss weights (EDM2, sCM)."""
@@ -395,7 +269,7 @@ class LogVarSpec:
     width: PositiveInt = 32
 
     def build(self, site: Site) -> nn.Module:
-        return _seeded(site, lambda: LogVar(site.role("student", "logvar").process, self.width))  # type: ignore[arg-type]
+        return seeded(site, lambda: LogVar(site.role("student", "logvar").process, self.width))  # type: ignore[arg-type]
 
 
 @config
@@ -422,6 +296,6 @@ class DiscriminatorSpec:
             torch.zeros(1, dtype=torch.long) if site.classes else example_condition(trunk),
         )
         try:
-            return _seeded(site, lambda: Discriminator(trunk, self.taps, example, self.width))
+            return seeded(site, lambda: Discriminator(trunk, self.taps, example, self.width))
         except ValueError as error:
             raise RecipeError(f"discriminator: {error}") from None

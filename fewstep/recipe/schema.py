@@ -10,7 +10,8 @@ import fewstep.data
 import fewstep.methods
 import fewstep.networks.perceptual
 import fewstep.networks.routed
-import fewstep.networks.specs  # noqa: F401  registers networks and teachers
+import fewstep.networks.specs
+import fewstep.networks.teachers  # noqa: F401  registers networks and teachers
 from fewstep.algebra.process import Process
 from fewstep.algebra.sampling import Sampler
 from fewstep.config import RecipeError, Source, _close, config

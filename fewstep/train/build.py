@@ -9,8 +9,8 @@ from fewstep.algebra.draws import fold
 from fewstep.config import RecipeError
 from fewstep.data.base import Data
 from fewstep.networks.adapters import Adapted, own_parameters
+from fewstep.networks.parts import Site
 from fewstep.networks.roles import Roles
-from fewstep.networks.specs import Site
 from fewstep.recipe.schema import Recipe
 
 

@@ -25,8 +25,9 @@ from fewstep.methods.segments import Segments
 from fewstep.methods.shortcut import Shortcut
 from fewstep.methods.std import STD as SingleTrajectory
 from fewstep.networks.analytic import gaussian
+from fewstep.networks.parts import Site
 from fewstep.networks.roles import Roles
-from fewstep.networks.specs import MLPSpec, Site
+from fewstep.networks.specs import MLPSpec
 from fewstep.objectives.legs import Scales, check_scale, drawn, ends, middle
 from fewstep.objectives.trajectory import tangent
 

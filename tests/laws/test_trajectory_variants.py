@@ -26,9 +26,9 @@ from fewstep.networks.analytic import gaussian
 from fewstep.networks.denoiser import Denoiser
 from fewstep.networks.heads import Discriminator
 from fewstep.networks.mlp import MLP
+from fewstep.networks.parts import Site
 from fewstep.networks.perceptual import CHANNELS, LPIPSSpec, Perceptual
 from fewstep.networks.roles import Roles
-from fewstep.networks.specs import Site
 from fewstep.recipe.store import load
 from fewstep.train.trainer import Trainer, gradients
 

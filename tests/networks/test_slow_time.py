@@ -12,8 +12,9 @@ from torch import nn
 
 from fewstep.config import RecipeError
 from fewstep.networks.mlp import MLP
+from fewstep.networks.parts import Site
 from fewstep.networks.slow_time import slow_time
-from fewstep.networks.specs import Copy, MLPSpec, Site
+from fewstep.networks.specs import Copy, MLPSpec
 
 
 @pytest.mark.parametrize(("shift", "fastest", "cut"), [(0, 0.2, 1), (0, 0.05, 2), (1, 0.05, 1), (1, 1.0, 0)])

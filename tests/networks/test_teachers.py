@@ -29,9 +29,11 @@ from fewstep.networks.adapters import frozen
 from fewstep.networks.diffusers import load_denoiser
 from fewstep.networks.folder import read_folder, read_latents
 from fewstep.networks.heads import Discriminator
+from fewstep.networks.parts import Site
 from fewstep.networks.roles import Roles
 from fewstep.networks.scheduler import read_scheduler
-from fewstep.networks.specs import DiffusersTeacher, ModuleTeacher, Site, example_condition
+from fewstep.networks.specs import example_condition
+from fewstep.networks.teachers import DiffusersTeacher, ModuleTeacher
 from fewstep.networks.wrappers import Generic
 from fewstep.networks.wrappers.flux import pack, unpack
 

@@ -17,7 +17,8 @@ from fewstep.methods.denoise import Denoise
 from fewstep.methods.dmd2 import DMD2
 from fewstep.methods.terms import Critic, Gan
 from fewstep.networks.roles import Roles
-from fewstep.networks.specs import DiscriminatorSpec, MLPSpec, RingTeacher
+from fewstep.networks.specs import DiscriminatorSpec, MLPSpec
+from fewstep.networks.teachers import RingTeacher
 from fewstep.recipe.schema import AdamW, Recipe, Stage, Train
 from fewstep.train.ema import EMA
 from fewstep.train.optim import TurnOptimizer

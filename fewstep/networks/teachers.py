@@ -1,0 +1,109 @@
+"""Teachers as recipe parts: a diffusers folder, a function of yours, the exact denoiser of the ring."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, PositiveInt
+from torch import nn
+
+from fewstep.algebra.process import EDM, Flow, ProcessPart
+from fewstep.config import UserError, part
+from fewstep.networks.adapters import frozen
+from fewstep.networks.analytic import ring
+from fewstep.networks.denoiser import Denoiser, Rescheduled, TimeInput
+from fewstep.networks.parts import Site, check_prediction
+
+
+@part("teacher", "diffusers")
+class DiffusersTeacher:
+    """A frozen teacher from a diffusers folder; class, process and prediction are read from its own configs."""
+
+    path: str
+    """Folder, or assets:NAME for one that ships with fewstep."""
+    classes: int | None = None
+    """Real classes when the folder does not say (UNets with a null class have one embedding more)."""
+    process: ProcessPart | None = None
+    """Re-express it in this process by matching noise levels; its own when left out."""
+    prediction: Literal["epsilon", "v_prediction", "sample"] | None = None
+    """What the network predicts, for a scheduler config that does not say (early SD 1.x folders)."""
+    guidance: float | None = None
+    """Guidance scale that the network takes as an input (Flux-dev 3.5); not a guided call."""
+    wrapper: str | None = None
+    """A wrapper of your own, module:Class or file.py:Class, whose code is run; chosen by the class when left out."""
+    dtype: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """Of the frozen weights; copies and adapters that are trained are kept in fp32."""
+
+    def build(self, site: Site) -> nn.Module:
+        from fewstep.networks.diffusers import load_denoiser
+
+        size = (site.shape[1], site.shape[2]) if len(site.shape) == 3 else None
+        teacher = load_denoiser(
+            self.path,
+            classes=self.classes or site.classes,
+            size=size,
+            prediction=self.prediction,
+            guidance=self.guidance,
+            wrapper=self.wrapper,
+            dtype=self.dtype,
+        )
+        channels = teacher.net.channels()  # type: ignore[operator]
+        if channels != site.shape[0]:
+            raise UserError(
+                f"teacher {self.path}: takes {channels} channels, but the data has shape {list(site.shape)}"
+            )
+        own = int(teacher.net.classes)  # type: ignore[arg-type]
+        if site.classes and own and own != site.classes:
+            raise UserError(
+                f"teacher {self.path}: has {own} classes, the data {site.classes}; their numbers (and the null class "
+                f"{own}) must mean the same"
+            )
+        return frozen(teacher if self.process is None else Rescheduled(teacher, self.process))
+
+
+@part("teacher", "module")
+class ModuleTeacher:
+    """A frozen teacher from a function of yours, for networks that are in no diffusers folder."""
+
+    factory: str
+    """module:function or file.py:function, called without arguments; returns the loaded network. Its code is run."""
+    arguments: dict[str, str]
+    """Names of the network's arguments by x, time and the keys of a condition: {x: sample, time: t, label: y}."""
+    prediction: str
+    """What it predicts: eps, v, x0, velocity, psi, score, edm, trig."""
+    time_input: TimeInput
+    """What it takes as its time."""
+    process: ProcessPart
+    taps: dict[str, str] = Field(default_factory=dict)
+    """Sub-modules that a discriminator may look at, by tap name, as dotted paths."""
+
+    def __post_init__(self) -> None:
+        check_prediction(self.prediction, self.process)
+
+    def build(self, site: Site) -> nn.Module:
+        from fewstep.networks.diffusers import import_name
+        from fewstep.networks.wrappers import Generic
+
+        model = import_name(self.factory, "teacher.factory")()
+        if not isinstance(model, nn.Module):
+            raise UserError(
+                f"teacher.factory {self.factory!r}: returned a {type(model).__name__}, not a torch module"
+            )
+        net = Generic(
+            model, self.arguments, self.taps, classes=site.classes if "label" in self.arguments else 0
+        )
+        return frozen(Denoiser(net, self.process, self.prediction, self.time_input))
+
+
+@part("teacher", "ring")
+class RingTeacher:
+    """The exact denoiser of the ring data set, in EDM coordinates or re-expressed in another process."""
+
+    modes: PositiveInt = 8
+    radius: float = 1.25
+    std: float = 0.1
+    process: ProcessPart = Flow()
+
+    def build(self, site: Site) -> nn.Module:
+        exact = ring(EDM(sigma_max=1000.0), self.modes, self.radius, self.std)
+        return frozen(Rescheduled(exact, self.process))
