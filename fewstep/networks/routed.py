@@ -9,6 +9,7 @@ import torch
 from pydantic import PositiveInt
 from torch import Tensor, nn
 
+import fewstep.networks.specs  # noqa: F401  experts are made of these
 from fewstep.algebra.prediction import Prediction
 from fewstep.algebra.process import Process
 from fewstep.config import RecipeError, part
