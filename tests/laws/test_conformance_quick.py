@@ -64,6 +64,8 @@ def run(name: str, steps: int) -> tuple[float, float]:
         settings += [f"before.0.steps={WARM}"]
     if load(f"toy/{name}").method.name == "scm":
         settings += ["method.warmup=20"]
+    if name == "rcm":
+        settings += ["method.methods.0.method.warmup=20"]
     if name in FAR:
         settings += ["before.0.method.weight=x0"]
     settings += [f"before.{i}.steps={steps // 3}" for i in range(1, len(whole.before))]

@@ -210,10 +210,10 @@ class Mean(nn.Module):
 
 
 class Judge(nn.Module):
-    """Logits that see the sample and whether its condition is its own class, the sign of its first element."""
+    """Logits that see whether the sample's first element has the sign of its class."""
 
     def forward(self, x: Tensor, t: Tensor, cond: Any = None) -> Tensor:
-        return 0.3 * x[:, :1] + (cond.double()[:, None] - 0.5)
+        return 0.3 * x[:, :1] * (2 * cond.double()[:, None] - 1)
 
 
 def labelled(n: int, *name: int | str) -> Batch64:
