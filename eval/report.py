@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from fewstep.eval.protocol.evaluation import Evaluation, comparison_rows, distance_of
 from torch import Tensor
 
+from fewstep.eval.protocol.evaluation import Evaluation, comparison_rows, distance_of
 from fewstep.files import atomic_path
 
 _STYLE = """
@@ -94,9 +94,7 @@ def image_grid(images: Tensor, columns: int = 8, gap: int = 1) -> Tensor:
         raise ValueError(f"images: expected uint8 (N, C, H, W), got {images.dtype} {tuple(images.shape)}")
     count, channels, height, width = images.shape
     rows = -(-count // columns)
-    canvas = torch.full(
-        (channels, rows * (height + gap) - gap, columns * (width + gap) - gap), 255, dtype=torch.uint8
-    )
+    canvas = torch.full((channels, rows * (height + gap) - gap, columns * (width + gap) - gap), 255, dtype=torch.uint8)
     for index, image in enumerate(images):
         top, left = index // columns * (height + gap), index % columns * (width + gap)
         canvas[:, top : top + height, left : left + width] = image
@@ -224,9 +222,7 @@ def _lines(evaluations: Sequence[Evaluation], metric: str) -> bytes:
     named = _named(evaluations, metric)
     for group in dict.fromkeys(e.group for e in evaluations):
         points = sorted(
-            (e.calls, *found)
-            for e in evaluations
-            if e.group == group and (found := _value_of(e, metric)) is not None
+            (e.calls, *found) for e in evaluations if e.group == group and (found := _value_of(e, metric)) is not None
         )
         if points:
             steps, values, errors = zip(*points, strict=True)

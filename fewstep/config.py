@@ -1,10 +1,9 @@
 """Recipes as checked data: registered parts, YAML with line numbers, and all problems of a file at once.
 
-A part is a frozen pydantic dataclass registered under (kind, name); YAML chooses it by its short name. Pydantic
-does the checking; a line map taken from the YAML nodes turns its error locations into file:line.
-
-A mapping without `name` changes the default of its field key by key: `critic: {steps: 2}` leaves a method's other
-critic settings as the method has them. With `name` it is a new part, with that part's own defaults.
+A part is a frozen pydantic dataclass registered under (kind, name); YAML chooses it by its short name. Pydantic does the
+checking; a line map taken from the YAML nodes turns its error locations into file:line. A mapping without `name` changes
+the default of its field key by key: `critic: {steps: 2}` leaves a method's other critic settings as the method has them.
+With `name` it is a new part, with that part's own defaults.
 """
 
 from __future__ import annotations
@@ -50,9 +49,7 @@ def part(kind: str, name: str) -> Callable[[T], T]:
     def register(cls: T) -> T:
         taken = REGISTRY.setdefault(kind, {})
         if name in taken:
-            raise ValueError(
-                f"{kind} {name!r} is registered twice: {taken[name].__module__}, {cls.__module__}"
-            )
+            raise ValueError(f"{kind} {name!r} is registered twice: {taken[name].__module__}, {cls.__module__}")
         cls.__annotations__ = {"name": Literal[name], **cls.__annotations__}
         cls.name = name  # type: ignore[attr-defined]
         taken[name] = config(cls)
@@ -211,9 +208,7 @@ def override(source: Source, settings: Sequence[str]) -> Source:
                     here[str(k)] = {}
                 here = here[str(k)]
             else:
-                raise RecipeError(
-                    f"argument {setting!r}: {'.'.join(map(str, path[: depth + 1]))} has no keys"
-                )
+                raise RecipeError(f"argument {setting!r}: {'.'.join(map(str, path[: depth + 1]))} has no keys")
         if isinstance(here, list):
             index = path[-1]
             if not isinstance(index, int) or index >= len(here):
@@ -340,9 +335,7 @@ def _problem(error: Mapping[str, Any], root: type, source: Source, whole: Any) -
     where, kind, ctx = source.where(path), error["type"], error.get("ctx", {})
     if kind in _UNKNOWN:
         allowed, deeper = _fields_at(root, whole, path)
-        hint = _close(str(path[-1]), [*allowed, *deeper]) or (
-            f"; allowed: {', '.join(allowed)}" if allowed else ""
-        )
+        hint = _close(str(path[-1]), [*allowed, *deeper]) or (f"; allowed: {', '.join(allowed)}" if allowed else "")
         return f"{where}: {dotted}: unknown key{hint}"
     if kind in _MISSING:
         return f"{where}: {dotted}: required key is missing"
@@ -382,9 +375,7 @@ def validate(root: type, source: Source) -> Any:
     except (TypeError, ValueError) as error:
         raise RecipeError(f"{source.where(())}: {error}") from None
     if problems:
-        unique = sorted(
-            dict.fromkeys(problems), key=lambda p: [int(n) for n in re.findall(r":(\d+):", p)[:1]] or [0]
-        )
+        unique = sorted(dict.fromkeys(problems), key=lambda p: [int(n) for n in re.findall(r":(\d+):", p)[:1]] or [0])
         raise RecipeError("\n".join(unique))
     return built
 

@@ -7,9 +7,7 @@ if __name__ != "fewstep.kernels":
     def __getattr__(name: str) -> object:
         if name.startswith("__"):
             raise AttributeError(name)
-        raise ImportError(
-            "import fewstep.kernels, not kernels: this folder is mapped into the fewstep package"
-        )
+        raise ImportError("import fewstep.kernels, not kernels: this folder is mapped into the fewstep package")
 
 else:
     from .api import Choice, attention, attention_jvp, attention_tangent, check_device, explain

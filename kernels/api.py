@@ -6,13 +6,14 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd import forward_ad
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
 from fewstep.kernels import reference
 from fewstep.kernels.arguments import check_call, check_names
 from fewstep.kernels.operators import OPERATORS
 from fewstep.kernels.ranges import Ranges
-from torch import Tensor
-from torch.autograd import forward_ad
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
 
@@ -112,9 +113,7 @@ def _scale(scale: float | None, q: Tensor) -> float:
     return q.shape[3] ** -0.5 if scale is None else float(scale)
 
 
-def _torch_sdpa(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float, moving: bool
-) -> Tensor:
+def _torch_sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float, moving: bool) -> Tensor:
     if mask is not None and mask.dtype != torch.bool:
         mask = mask.to(q.dtype)
     if not moving:
@@ -237,9 +236,7 @@ def attention_jvp(
         lse, mu = lse.to(wide), mu.to(wide)
     else:
         flat = [] if ranges is None else ranges.encode()
-        o, to, lse, mu = OPERATORS.attention_jvp(
-            q, k, v, tq, tk, tv, mask, flat, causal, c, choice.impl, keep
-        )
+        o, to, lse, mu = OPERATORS.attention_jvp(q, k, v, tq, tk, tv, mask, flat, causal, c, choice.impl, keep)
     if layout == "bnhd":
         o, to = o.transpose(1, 2), to.transpose(1, 2)
     return (o, to) + ((lse,) if return_lse else ()) + ((mu,) if return_mu else ())
@@ -286,9 +283,7 @@ def attention_tangent(
         raise ValueError(f"lse: dtype must be {wanted}, got {lse.dtype}")
     choice = _choose(q, v, _moving(tangents), ranges, impl)
     flat = [] if ranges is None else ranges.encode()
-    return OPERATORS.attention_tangent(
-        q, k, v, tq, tk, tv, o, lse, mask, flat, causal, _scale(scale, q), choice.impl
-    )
+    return OPERATORS.attention_tangent(q, k, v, tq, tk, tv, o, lse, mask, flat, causal, _scale(scale, q), choice.impl)
 
 
 def explain(

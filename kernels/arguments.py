@@ -4,8 +4,9 @@ import math
 from collections.abc import Mapping
 
 import torch
-from fewstep.kernels.ranges import Ranges
 from torch import Tensor
+
+from fewstep.kernels.ranges import Ranges
 
 IMPLEMENTATIONS = ("auto", "reference", "chunked", "triton", "sdpa", "xformers")
 LAYOUTS = ("bhnd", "bnhd")
@@ -75,9 +76,7 @@ def check_call(
             check_tensor(name, tangent)
             _same_kind(name, tangent, q)
             if tangent.shape != primal.shape:
-                raise ValueError(
-                    f"{name}: shape must be that of {name[1]}, {_shape(primal)}, got {_shape(tangent)}"
-                )
+                raise ValueError(f"{name}: shape must be that of {name[1]}, {_shape(primal)}, got {_shape(tangent)}")
     if (mask is not None) + (ranges is not None) + bool(causal) > 1:
         raise ValueError("mask, ranges, causal: give at most one of them")
     if mask is not None:

@@ -9,8 +9,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
-from fewstep.kernels.ranges import KeyRange, Ranges
 from torch import Tensor
+
+from fewstep.kernels.ranges import KeyRange, Ranges
 
 ROWS = 128
 SCORES = ROWS * 1024

@@ -1,9 +1,10 @@
 """Cotangents of chunked attention, through the output and through its tangent (kernels.md 5.5)."""
 
 import torch
+from torch import Tensor
+
 from fewstep.kernels.chunked import Block, _Operand, _operand, _Scores
 from fewstep.kernels.ranges import Ranges
-from torch import Tensor
 
 
 class _Sum:

@@ -14,12 +14,13 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from fewstep.kernels.api import attention
-from fewstep.kernels.arguments import IMPLEMENTATIONS, MAX_HEAD_DIM
-from fewstep.kernels.ranges import Ranges
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.overrides import TorchFunctionMode
+
+from fewstep.kernels.api import attention
+from fewstep.kernels.arguments import IMPLEMENTATIONS, MAX_HEAD_DIM
+from fewstep.kernels.ranges import Ranges
 
 _SDPA = F.scaled_dot_product_attention
 _DISPATCH = "diffusers.models.attention_dispatch"
@@ -33,9 +34,7 @@ def _repeated(name: str, tensor: Tensor, query: Tensor) -> Tensor:
     """tensor with its heads repeated to those of query (grouped-query attention)."""
     mine, theirs = tensor.shape[-3], query.shape[-3]
     if theirs % mine:
-        raise ValueError(
-            f"{name}: enable_gqa needs a number of heads that divides the query's {theirs}, got {mine}"
-        )
+        raise ValueError(f"{name}: enable_gqa needs a number of heads that divides the query's {theirs}, got {mine}")
     return tensor if mine == theirs else tensor.repeat_interleave(theirs // mine, -3)
 
 
@@ -95,9 +94,7 @@ def sdpa(
         )
     for name, x in (("query", query), ("key", key), ("value", value)):
         if x.dim() < (3 if enable_gqa else 2):
-            raise ValueError(
-                f"{name}: expected (..., N, D) with a head dimension for enable_gqa, got {x.shape}"
-            )
+            raise ValueError(f"{name}: expected (..., N, D) with a head dimension for enable_gqa, got {x.shape}")
     device = query.device.type
     if torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
@@ -108,9 +105,7 @@ def sdpa(
     chosen = impl
     if impl == "auto" and max(query.shape[-1], value.shape[-1]) > MAX_HEAD_DIM:
         chosen = "chunked"
-    out = attention(
-        query, key, value, mask=attn_mask, ranges=here, causal=is_causal, scale=scale, impl=chosen
-    )
+    out = attention(query, key, value, mask=attn_mask, ranges=here, causal=is_causal, scale=scale, impl=chosen)
     if calls is not None and not torch.compiler.is_compiling():
         calls["fewstep"] += 1
     if len(lead) == 2:

@@ -10,12 +10,13 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from fewstep.kernels import chunked, chunked_backward
-from fewstep.kernels.layout import output_like
-from fewstep.kernels.ranges import decode
 from torch import Tensor
 from torch._library.autograd import Info, make_autograd_impl
 from torch.autograd import forward_ad
+
+from fewstep.kernels import chunked, chunked_backward
+from fewstep.kernels.layout import output_like
+from fewstep.kernels.ranges import decode
 
 _LIBRARY = torch.library.Library("fewstep", "FRAGMENT")
 _TAIL = "Tensor? mask, int[] ranges, bool causal, float scale, str impl"
@@ -156,9 +157,7 @@ def _setup_none(ctx, inputs, output):  # type: ignore[no-untyped-def]
 
 def _refuse(what: str) -> Callable[..., Any]:
     def backward(ctx, *cotangents):  # type: ignore[no-untyped-def]
-        raise RuntimeError(
-            f"fewstep attention: the gradient of {what} is not implemented; use impl='reference' for it"
-        )
+        raise RuntimeError(f"fewstep attention: the gradient of {what} is not implemented; use impl='reference' for it")
 
     return backward
 

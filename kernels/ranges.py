@@ -137,9 +137,7 @@ def _decode(flat: tuple[int, ...]) -> Ranges:
     while at < len(flat):
         start, stop, still, count = flat[at : at + 4]
         at += 4
-        keys = [
-            KeyRange(*flat[at + 3 * i : at + 3 * i + 2], bool(flat[at + 3 * i + 2])) for i in range(count)
-        ]
+        keys = [KeyRange(*flat[at + 3 * i : at + 3 * i + 2], bool(flat[at + 3 * i + 2])) for i in range(count)]
         at += 3 * count
         segments.append(Segment(start, stop, tuple(keys), bool(still)))
     return Ranges(flat[0], flat[1], tuple(segments))

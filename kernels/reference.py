@@ -8,13 +8,12 @@ t = c (tq k^T + q tk^T), mu = rowsum(p t), to = p tv + (p (t - mu)) v.
 """
 
 import torch
-from fewstep.kernels.ranges import Ranges
 from torch import Tensor
 
+from fewstep.kernels.ranges import Ranges
 
-def dense_mask(
-    q: Tensor, k: Tensor, mask: Tensor | None, ranges: Ranges | None, causal: bool
-) -> Tensor | None:
+
+def dense_mask(q: Tensor, k: Tensor, mask: Tensor | None, ranges: Ranges | None, causal: bool) -> Tensor | None:
     """The mask, ranges or causal flag of a call as one mask broadcastable to (B, H, N, M), or None."""
     if ranges is not None:
         return ranges.mask(q.device)

@@ -8,6 +8,7 @@ dtv = p^T g. Two kernels, one per query tile and one per key tile, so that nothi
 
 import triton
 import triton.language as tl
+
 from fewstep.kernels.triton_forward import LOG2E, load_rows, mask_scores, score_tangent
 
 
@@ -25,9 +26,7 @@ def _query_keys(
         k = load_rows(K, columns, hi, stride_kn, columns_d, stride_kd, D, UP)
         v = load_rows(V, columns, hi, stride_vn, columns_v, stride_vd, DV, UP)
         s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * (scale * LOG2E)
-        s = mask_scores(
-            s, rows[:, None], columns[None, :], row_stop, hi, Mask, stride_mn, stride_mm, CAUSAL, MASK
-        )
+        s = mask_scores(s, rows[:, None], columns[None, :], row_stop, hi, Mask, stride_mn, stride_mm, CAUSAL, MASK)
         p = tl.exp2(s - lse2[:, None])
         if HAS_O:
             ds = tl.dot(do, tl.trans(v), input_precision=PRECISION)
@@ -101,17 +100,11 @@ def backward_query_kernel(
     q = load_rows(Q + b * stride_qb + h * stride_qh, rows, row_stop, stride_qn, columns_d, stride_qd, D, UP)
     tq = q
     if HAS_TQ:
-        tq = load_rows(
-            TQ + b * stride_tqb + h * stride_tqh, rows, row_stop, stride_tqn, columns_d, stride_tqd, D, UP
-        )
-    do = load_rows(
-        DO + b * stride_dob + h * stride_doh, rows, row_stop, stride_don, columns_v, stride_dod, DV, UP
-    )
+        tq = load_rows(TQ + b * stride_tqb + h * stride_tqh, rows, row_stop, stride_tqn, columns_d, stride_tqd, D, UP)
+    do = load_rows(DO + b * stride_dob + h * stride_doh, rows, row_stop, stride_don, columns_v, stride_dod, DV, UP)
     g = do
     if HAS_G:
-        g = load_rows(
-            G + b * stride_gb + h * stride_gh, rows, row_stop, stride_gn, columns_v, stride_gd, DV, UP
-        )
+        g = load_rows(G + b * stride_gb + h * stride_gh, rows, row_stop, stride_gn, columns_v, stride_gd, DV, UP)
     lse2 = tl.load(LSE + head + rows, mask=inside, other=0.0) * LOG2E
     lse2 = tl.where(lse2 == float("-inf"), 0.0, lse2)
     sub = tl.load(SUB + head + rows, mask=inside, other=0.0)
@@ -179,9 +172,7 @@ def _key_queries(
         lse2 = tl.where(lse2 == float("-inf"), 0.0, lse2)
         sub = tl.load(SUB + head + rows, mask=inside, other=0.0)
         s = tl.dot(k, tl.trans(q), input_precision=PRECISION) * (scale * LOG2E)
-        s = mask_scores(
-            s, rows[None, :], columns[:, None], hi, stop, Mask, stride_mn, stride_mm, CAUSAL, MASK
-        )
+        s = mask_scores(s, rows[None, :], columns[:, None], hi, stop, Mask, stride_mn, stride_mm, CAUSAL, MASK)
         p = tl.exp2(s - lse2[None, :])
         if HAS_O:
             do = load_rows(DO, rows, hi, stride_don, columns_v, stride_dod, DV, UP)
@@ -264,13 +255,9 @@ def backward_key_kernel(
     tk = k
     tv = v
     if HAS_TK:
-        tk = load_rows(
-            TK + b * stride_tkb + h * stride_tkh, columns, stop, stride_tkn, columns_d, stride_tkd, D, UP
-        )
+        tk = load_rows(TK + b * stride_tkb + h * stride_tkh, columns, stop, stride_tkn, columns_d, stride_tkd, D, UP)
     if HAS_TV:
-        tv = load_rows(
-            TV + b * stride_tvb + h * stride_tvh, columns, stop, stride_tvn, columns_v, stride_tvd, DV, UP
-        )
+        tv = load_rows(TV + b * stride_tvb + h * stride_tvh, columns, stop, stride_tvn, columns_v, stride_tvd, DV, UP)
     dk = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     dv = tl.zeros((BLOCK_N, BLOCK_V), tl.float32)
     dtk = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)

@@ -28,9 +28,7 @@ def load_rows(base, rows, stop, stride_n, columns, stride_d, width, UP: tl.const
 
 
 @triton.jit
-def mask_scores(
-    s, rows, columns, row_stop, stop, Mask, stride_mn, stride_mm, CAUSAL: tl.constexpr, MASK: tl.constexpr
-):
+def mask_scores(s, rows, columns, row_stop, stop, Mask, stride_mn, stride_mm, CAUSAL: tl.constexpr, MASK: tl.constexpr):
     """Base 2 scores with disallowed entries at -inf. rows and columns are broadcastable index tensors.
 
     MASK: 0 none, 1 boolean bytes, 2 additive values in natural units, finite ones at least LEAST.
@@ -39,9 +37,7 @@ def mask_scores(
     if CAUSAL:
         valid = valid & (columns <= rows)
     if MASK != 0:
-        entry = tl.load(
-            Mask + rows.to(tl.int64) * stride_mn + columns.to(tl.int64) * stride_mm, mask=valid, other=0
-        )
+        entry = tl.load(Mask + rows.to(tl.int64) * stride_mn + columns.to(tl.int64) * stride_mm, mask=valid, other=0)
         if MASK == 1:
             valid = valid & (entry != 0)
         else:
@@ -97,9 +93,7 @@ def _over_keys(
         k = load_rows(K, columns, hi, stride_kn, columns_d, stride_kd, D, UP)
         v = load_rows(V, columns, hi, stride_vn, columns_v, stride_vd, DV, UP)
         s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * (scale * LOG2E)
-        s = mask_scores(
-            s, rows[:, None], columns[None, :], row_stop, hi, Mask, stride_mn, stride_mm, CAUSAL, MASK
-        )
+        s = mask_scores(s, rows[:, None], columns[None, :], row_stop, hi, Mask, stride_mn, stride_mm, CAUSAL, MASK)
         if GIVEN:
             p = tl.exp2(s - lse2[:, None])
         else:

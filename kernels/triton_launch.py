@@ -8,11 +8,12 @@ from typing import Any
 
 import torch
 import triton
+from torch import Tensor
+
 from fewstep.kernels.layout import output_like
 from fewstep.kernels.ranges import Ranges, Segment
 from fewstep.kernels.triton_backward import backward_key_kernel, backward_query_kernel
 from fewstep.kernels.triton_forward import attention_kernel
-from torch import Tensor
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
 
@@ -100,8 +101,7 @@ def _tables(ranges: Ranges, block: int, transposed: bool, device: torch.device) 
             first, middle = len(spans), len(spans) + sum(r.still for r in ordered)
             spans += [(r.start, r.stop) for r in ordered]
             tiles += [
-                (start, segment.stop, first, middle, len(spans))
-                for start in range(segment.start, segment.stop, block)
+                (start, segment.stop, first, middle, len(spans)) for start in range(segment.start, segment.stop, block)
             ]
         if tiles:
             spans = spans or [(0, 0)]

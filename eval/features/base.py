@@ -54,9 +54,7 @@ def as_pixels(images: Tensor, channels: int | None = None, size: int | None = No
         low, high = pixels.aminmax()
         # aminmax carries NaN through, and a comparison with NaN is false.
         if not (low >= 0 and high <= 255):
-            raise ValueError(
-                f"images: expected values in [0, 255], got {float(low):.4g} to {float(high):.4g}"
-            )
+            raise ValueError(f"images: expected values in [0, 255], got {float(low):.4g} to {float(high):.4g}")
     if channels is None or channels == images.shape[1]:
         return pixels
     return pixels.mean(dim=1, keepdim=True) if channels == 1 else pixels.expand(-1, 3, -1, -1)
@@ -114,9 +112,7 @@ def random_conv(seed: int = 0, dim: int = 32) -> RandomConv:
 class Wrapped(nn.Module):
     """A bare callable (such as a clean-fid extractor) with the attributes of the protocol."""
 
-    def __init__(
-        self, function: Callable[[Tensor], Tensor], name: str, dim: int, input_size: int | None, sha256: str
-    ):
+    def __init__(self, function: Callable[[Tensor], Tensor], name: str, dim: int, input_size: int | None, sha256: str):
         super().__init__()
         self.function = function
         self.name, self.dim, self.input_size, self.sha256 = name, dim, input_size, sha256
@@ -130,9 +126,7 @@ class Wrapped(nn.Module):
         return features.float()
 
 
-def wrap(
-    function: Callable[[Tensor], Tensor], *, name: str, dim: int, input_size: int | None, sha256: str
-) -> Wrapped:
+def wrap(function: Callable[[Tensor], Tensor], *, name: str, dim: int, input_size: int | None, sha256: str) -> Wrapped:
     """Make a FeatureExtractor of any callable fp32 (N, 3, H, W) in [0, 255] -> (N, D).
 
     `sha256` identifies the weights behind it; features of unknown weights cannot be cached or compared.
@@ -172,9 +166,7 @@ def extract(extractor: FeatureExtractor, batches: Tensor | Iterable[Tensor], bat
             part = torch.cat([extractor(chunk) for chunk in batch.split(rows)]).float().cpu()
         bad = ~torch.isfinite(part).all(dim=1)
         if bad.any():
-            raise ValueError(
-                f"{extractor.name}: features of image {seen + int(bad.int().argmax())} are not finite"
-            )
+            raise ValueError(f"{extractor.name}: features of image {seen + int(bad.int().argmax())} are not finite")
         parts.append(part)
         seen += len(part)
     if not seen:

@@ -11,6 +11,8 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import torch
+from torch import Tensor, nn
+
 from fewstep.eval.features.base import state_sha256
 from fewstep.eval.features.pixel_network import (
     CLIP_MEAN,
@@ -20,7 +22,6 @@ from fewstep.eval.features.pixel_network import (
     find_weights,
 )
 from fewstep.eval.metrics.estimate import Estimate
-from torch import Tensor, nn
 
 
 @dataclass(frozen=True)
@@ -60,9 +61,7 @@ RECIPES = {
 }
 
 
-def load_clip(
-    architecture: str, path: str | os.PathLike[str], sha256: str | None = None
-) -> tuple[nn.Module, str]:
+def load_clip(architecture: str, path: str | os.PathLike[str], sha256: str | None = None) -> tuple[nn.Module, str]:
     """An open-clip model and its sha256: from a local checkpoint, or by one of open-clip's tags.
 
     A tag, such as ``laion2b_s12b_b42k``, is what `path` names when there is no such file; open-clip downloads it, and
@@ -136,9 +135,7 @@ def tokenise(recipe: ClipRecipe, prompts: Sequence[str]) -> Tensor:
         # Two places go to start and end of text.
         length = len(tokenizer.encode(recipe.prefix + prompt)) + 2
         if length > context and recipe.on_long_prompt == "error":
-            raise ValueError(
-                f"prompt {index}: {length} tokens, {recipe.architecture} reads {context}: {prompt[:60]!r}"
-            )
+            raise ValueError(f"prompt {index}: {length} tokens, {recipe.architecture} reads {context}: {prompt[:60]!r}")
     return tokenizer([recipe.prefix + prompt for prompt in prompts])
 
 

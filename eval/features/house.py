@@ -6,10 +6,10 @@ from importlib import resources
 from pathlib import Path
 
 import torch
-from fewstep.eval.features.base import as_pixels
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from fewstep.eval.features.base import as_pixels
 from fewstep.files import file_sha256
 
 WEIGHTS_NAME = "model.safetensors"
@@ -86,17 +86,13 @@ class HouseClassifier(nn.Module):
             )
         digest = file_sha256(source)
         if path is None and digest != cls.pinned:
-            raise ValueError(
-                f"{source}: sha256 {digest} is not the pinned {cls.pinned}; the file was changed"
-            )
+            raise ValueError(f"{source}: sha256 {digest} is not the pinned {cls.pinned}; the file was changed")
         network = cls()
         expected = {name: tuple(value.shape) for name, value in network.state_dict().items()}
         state = load_file(source)
         found = {name: tuple(value.shape) for name, value in state.items()}
         if found != expected:
-            wrong = sorted(
-                name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name)
-            )
+            wrong = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
             raise ValueError(f"{source}: not weights of {cls.name}; names or shapes differ at {wrong}")
         network.load_state_dict(state)
         network.sha256 = digest

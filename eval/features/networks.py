@@ -9,6 +9,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import torch
+
 from fewstep.eval.features.pixel_network import (
     IMAGENET_MEAN,
     IMAGENET_STD,

@@ -7,9 +7,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from fewstep.eval.features.base import as_pixels
 from torch import Tensor, nn
 
+from fewstep.eval.features.base import as_pixels
 from fewstep.files import cache_dir, file_sha256, refuse_world_writable
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -77,7 +77,5 @@ def checked_digest(name: str, path: Path, expected: str | None) -> str:
     """The sha256 of `path`; raises ValueError when it does not begin with `expected`."""
     digest = file_sha256(path)
     if expected is not None and not digest.startswith(expected):
-        raise ValueError(
-            f"{name}: {path} has sha256 {digest}, expected {expected}; truncated or another network"
-        )
+        raise ValueError(f"{name}: {path} has sha256 {digest}, expected {expected}; truncated or another network")
     return digest

@@ -9,13 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from fewstep.eval.features.base import as_pixels, state_sha256
-from fewstep.eval.metrics.estimate import Estimate
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional
 
+from fewstep.eval.features.base import as_pixels, state_sha256
+from fewstep.eval.metrics.estimate import Estimate
 from fewstep.files import atomic_path
 
 WEIGHTS_NAME = "model.safetensors"
@@ -172,9 +172,7 @@ def train(
 ) -> Contrastive:
     """Train on pictures (N, 3, S, S) in [0, 255] and the text features (N, d) of their captions."""
     if len(images) != len(features) or len(images) < 2:
-        raise ValueError(
-            f"images, features: {len(images)} and {len(features)} rows; expected two or more pairs"
-        )
+        raise ValueError(f"images, features: {len(images)} and {len(features)} rows; expected two or more pairs")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         network = Contrastive(images.shape[-1], features.shape[1], width)

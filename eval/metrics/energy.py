@@ -40,7 +40,5 @@ def _points(x: torch.Tensor, name: str) -> torch.Tensor:
 def _sum_of_distances(a: torch.Tensor, b: torch.Tensor) -> float:
     rows = max(1, _PAIRS_AT_ONCE // len(b))
     # The product form of cdist loses digits between near points, which is where this distance lives.
-    parts = [
-        torch.cdist(chunk, b, compute_mode="donot_use_mm_for_euclid_dist").sum() for chunk in a.split(rows)
-    ]
+    parts = [torch.cdist(chunk, b, compute_mode="donot_use_mm_for_euclid_dist").sum() for chunk in a.split(rows)]
     return float(torch.stack(parts).sum())

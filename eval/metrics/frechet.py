@@ -12,9 +12,10 @@ import math
 
 import numpy as np
 import torch
+from numpy.typing import ArrayLike
+
 from fewstep.eval.metrics.estimate import Estimate
 from fewstep.eval.metrics.statistics import FeatureStatistics, as_features
-from numpy.typing import ArrayLike
 
 _PAIRS = 4096
 
@@ -65,9 +66,7 @@ def frechet_distance(
         eigenvalues = np.linalg.eigvalsh(product)
         cross = _trace_of_root(eigenvalues, sample.n)
         value = _clip(float(offset @ offset) + traces - 2 * cross, traces)
-        return Estimate(
-            value=value, n=sample.n, dim=sample.dim, reason="needs the features, not only their statistics"
-        )
+        return Estimate(value=value, n=sample.n, dim=sample.dim, reason="needs the features, not only their statistics")
 
     eigenvalues, vectors = np.linalg.eigh(product)
     value = _clip(float(offset @ offset) + traces - 2 * _trace_of_root(eigenvalues, sample.n), traces)

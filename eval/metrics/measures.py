@@ -8,10 +8,11 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from fewstep.eval.metrics.estimate import Estimate
-from fewstep.eval.metrics.statistics import as_features
 from numpy.typing import ArrayLike
 from torch import Tensor
+
+from fewstep.eval.metrics.estimate import Estimate
+from fewstep.eval.metrics.statistics import as_features
 
 _ROWS = 1024
 
@@ -34,13 +35,9 @@ def class_accuracy(logits: Tensor, labels: Tensor) -> Estimate:
         ValueError: shapes that do not match, labels outside 0..K-1, or logits that are not finite.
     """
     if logits.ndim != 2 or labels.shape != logits.shape[:1] or not len(logits):
-        raise ValueError(
-            f"logits, labels: shapes {tuple(logits.shape)} and {tuple(labels.shape)} do not match"
-        )
+        raise ValueError(f"logits, labels: shapes {tuple(logits.shape)} and {tuple(labels.shape)} do not match")
     if labels.min() < 0 or labels.max() >= logits.shape[1]:
-        raise ValueError(
-            f"labels: expected 0..{logits.shape[1] - 1}, got {int(labels.min())}..{int(labels.max())}"
-        )
+        raise ValueError(f"labels: expected 0..{logits.shape[1] - 1}, got {int(labels.min())}..{int(labels.max())}")
     if not torch.isfinite(logits).all():
         raise ValueError("logits: values that are not finite")
     share = float((logits.argmax(dim=1) == labels.to(logits.device)).double().mean())
@@ -95,9 +92,7 @@ def kernel_distance(x: ArrayLike | Tensor, y: ArrayLike | Tensor) -> Estimate:
     return _mmd(a, b, lambda p, q: (p @ q.T / dim + 1) ** 3)
 
 
-def gaussian_mmd(
-    x: ArrayLike | Tensor, y: ArrayLike | Tensor, *, sigma: float, unbiased: bool = True
-) -> Estimate:
+def gaussian_mmd(x: ArrayLike | Tensor, y: ArrayLike | Tensor, *, sigma: float, unbiased: bool = True) -> Estimate:
     """Squared MMD with the kernel exp(-|x - y|^2 / (2 sigma^2)); `unbiased=False` is the V-statistic."""
     if not sigma > 0:
         raise ValueError(f"sigma: expected a positive width, got {sigma}")
@@ -138,9 +133,7 @@ def manifold(real: ArrayLike | Tensor, fake: ArrayLike | Tensor, k: int = 5) -> 
     a, b = as_features(real), as_features(fake)
     _same_width(a, b)
     if not 1 <= k < min(len(a), len(b)):
-        raise ValueError(
-            f"k: expected 1 to {min(len(a), len(b)) - 1} for sets of {len(a)} and {len(b)}, got {k}"
-        )
+        raise ValueError(f"k: expected 1 to {min(len(a), len(b)) - 1} for sets of {len(a)} and {len(b)}, got {k}")
     centre = a.mean(axis=0)
     a, b = a - centre, b - centre
     real_radius, fake_radius = _radii(a, k), _radii(b, k)
@@ -247,6 +240,4 @@ def _mmd(a: np.ndarray, b: np.ndarray, kernel: Kernel, biased: bool = False) -> 
     aa, bb = aa - aa_diagonal, bb - bb_diagonal
     without_a = (aa.sum() - 2 * aa) / ((n - 1) * (n - 2)) - 2 * (ab.sum() - ab) / ((n - 1) * m)
     without_b = (bb.sum() - 2 * bb) / ((m - 1) * (m - 2)) - 2 * (ab.sum() - ba) / (n * (m - 1))
-    return Estimate(
-        value=float(value), standard_error=math.sqrt((n - 1) * without_a.var() + (m - 1) * without_b.var())
-    )
+    return Estimate(value=float(value), standard_error=math.sqrt((n - 1) * without_a.var() + (m - 1) * without_b.var()))

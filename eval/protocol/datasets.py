@@ -22,9 +22,7 @@ def digits() -> tuple[Tensor, Tensor]:
     return images, torch.from_numpy(bunch.target).long()
 
 
-def fashion_mnist(
-    split: str = "train", folder: str | os.PathLike[str] | None = None
-) -> tuple[Tensor, Tensor]:
+def fashion_mnist(split: str = "train", folder: str | os.PathLike[str] | None = None) -> tuple[Tensor, Tensor]:
     """Fashion-MNIST: images (60000 or 10000, 1, 28, 28) uint8 and labels.
 
     `folder` (or ``FEWSTEP_FASHION_MNIST``, or where the Debian package ``dataset-fashion-mnist`` puts it)

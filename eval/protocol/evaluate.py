@@ -12,6 +12,8 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
+
 from fewstep.eval.features.base import FeatureExtractor
 from fewstep.eval.features.clip import ClipRecipe, ClipScorer, clip_images
 from fewstep.eval.features.retrieval import Retrieval
@@ -23,7 +25,6 @@ from fewstep.eval.protocol.evaluation import Evaluation, environment
 from fewstep.eval.protocol.preset import ClipScore, Preset, labels_of
 from fewstep.eval.protocol.reference import Reference
 from fewstep.eval.protocol.runner import Samples
-from torch import Tensor
 
 Entries = dict[str, dict[str, Any]]
 
@@ -72,9 +73,7 @@ def evaluate(
     """
     runs = [samples] if isinstance(samples, Samples) else list(samples)
     if len(runs) != preset.repetitions:
-        raise ValueError(
-            f"samples: {len(runs)} repetitions, preset {preset.name} asks for {preset.repetitions}"
-        )
+        raise ValueError(f"samples: {len(runs)} repetitions, preset {preset.name} asks for {preset.repetitions}")
     for run in runs:
         if len(run.features) != preset.number:
             raise ValueError(f"samples: {len(run.features)}, preset {preset.name} asks for {preset.number}")
@@ -190,9 +189,7 @@ def _clip_score(i: Inputs) -> Entries:
 
 def _retrieval(i: Inputs) -> Entries:
     if i.retrieval is None:
-        raise ValueError(
-            "retrieval: needs a model that finds captions; a recipe names it in evaluate.retrieval"
-        )
+        raise ValueError("retrieval: needs a model that finds captions; a recipe names it in evaluate.retrieval")
     pixels = torch.cat(list(i.runs[0].images()))
     count = len(i.retrieval.captions)
     # Sample i was asked for caption i mod count.

@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from fewstep.eval.metrics.estimate import Estimate
-from fewstep.eval.protocol.latency import Latency
 from torch import Tensor
 
+from fewstep.eval.metrics.estimate import Estimate
+from fewstep.eval.protocol.latency import Latency
 from fewstep.files import atomic_path, commit
 
 FILES = ("extractor", "reference", "prompts", "clip", "retrieval")

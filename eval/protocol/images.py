@@ -50,9 +50,7 @@ class ImageFolder:
         if not self.path.is_dir():
             raise FileNotFoundError(f"{self.path}: no such folder")
         self.files = sorted(
-            file
-            for file in self.path.rglob("*")
-            if file.suffix.lower() in EXTENSIONS and not file.name.startswith(".")
+            file for file in self.path.rglob("*") if file.suffix.lower() in EXTENSIONS and not file.name.startswith(".")
         )
         if not self.files:
             raise ValueError(f"{self.path}: no images ({', '.join(sorted(EXTENSIONS))}) in it")
@@ -90,8 +88,7 @@ class ImageFolder:
             yield torch.from_numpy(image)
         if self.number is not None and given < self.number:
             raise ValueError(
-                f"{self.path}: only {given} usable images, {self.number} asked for, "
-                f"{len(self.skipped)} skipped"
+                f"{self.path}: only {given} usable images, {self.number} asked for, {len(self.skipped)} skipped"
             )
         if not given:
             raise ValueError(f"{self.path}: none of {len(self.files)} images is usable")
@@ -147,9 +144,7 @@ class ImageFolder:
         except (ValueError, OSError, EOFError) as error:
             raise ValueError(f"cannot be read ({error})") from None
         if array.dtype != np.uint8 or array.ndim != 3 or array.shape[0] != self.channels:
-            raise ValueError(
-                f"is {array.dtype} of shape {array.shape}, expected uint8 ({self.channels}, H, W)"
-            )
+            raise ValueError(f"is {array.dtype} of shape {array.shape}, expected uint8 ({self.channels}, H, W)")
         return array
 
 
@@ -157,9 +152,7 @@ def save_image(image: Tensor, path: str | Path) -> None:
     """Write uint8 (C, H, W) as PNG: JPEG would change the metric."""
     target = Path(path)
     if target.suffix.lower() != ".png":
-        raise ValueError(
-            f"path: expected a .png name, got {target.name!r}; lossy formats change every metric"
-        )
+        raise ValueError(f"path: expected a .png name, got {target.name!r}; lossy formats change every metric")
     if image.dtype != torch.uint8:
         raise ValueError(f"image: expected uint8, got {image.dtype}; quantise first")
     pixels = image.permute(1, 2, 0).cpu().numpy()

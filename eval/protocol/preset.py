@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from fewstep.eval.protocol.resize import OPERATIONS, QUANTISERS, Step
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass as checked_dataclass
 
+from fewstep.eval.protocol.resize import OPERATIONS, QUANTISERS, Step
 from fewstep.files import cache_dir, file_sha256
 
 FOLDER = Path(__file__).parents[1] / "presets"
@@ -234,9 +234,7 @@ def load_preset(name_or_path: str | os.PathLike[str]) -> Preset:
     except yaml.YAMLError as error:
         raise ValueError(f"{path}: not YAML ({error})") from None
     except ValidationError as error:
-        problems = "; ".join(
-            f"{'.'.join(map(str, e['loc'])) or 'preset'}: {e['msg']}" for e in error.errors()
-        )
+        problems = "; ".join(f"{'.'.join(map(str, e['loc'])) or 'preset'}: {e['msg']}" for e in error.errors())
         raise ValueError(f"{path}: {problems}") from None
 
 

@@ -8,11 +8,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
-from fewstep.eval.protocol.preset import Preset
-from fewstep.eval.protocol.resize import quantise
 from PIL import Image
 from torch import Tensor
 
+from fewstep.eval.protocol.preset import Preset
+from fewstep.eval.protocol.resize import quantise
 from fewstep.files import atomic_path
 
 HPSV2_STYLES = ("anime", "concept-art", "paintings", "photo")

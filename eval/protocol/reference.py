@@ -10,16 +10,16 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
 from fewstep.eval.features.base import FeatureExtractor, extract
 from fewstep.eval.metrics.statistics import FeatureStatistics
 from fewstep.eval.protocol.datasets import digits, fashion_mnist
 from fewstep.eval.protocol.images import to_pixels
 from fewstep.eval.protocol.preset import Preset, locate
 from fewstep.eval.protocol.resize import CHAINED, Step, apply_chain
-from safetensors import safe_open
-from safetensors.torch import save_file
-from torch import Tensor
-
 from fewstep.files import atomic_path, cache_dir, file_sha256
 
 # Raised whenever the same images and network would give other numbers.
@@ -75,9 +75,7 @@ def preset_reference(
         raise ValueError(f"preset {preset.name}: only exports images, it has no reference")
     if wanted.kind == "data":
         if data is None:
-            raise ValueError(
-                f"preset {preset.name}: compares with a run's data; nothing here says which these are"
-            )
+            raise ValueError(f"preset {preset.name}: compares with a run's data; nothing here says which these are")
         real, labels = data()
         if preset.vectors:
             return vector_reference(wanted.name, real[: max(preset.number, wanted.images or 0)], extractor)
@@ -133,9 +131,7 @@ def reference_of(
     return Reference(name, statistics, features, stored.get("labels"), key)
 
 
-def reference_key(
-    images: Tensor, labels: Tensor | None, extractor: FeatureExtractor, chain: Sequence[Step] = ()
-) -> str:
+def reference_key(images: Tensor, labels: Tensor | None, extractor: FeatureExtractor, chain: Sequence[Step] = ()) -> str:
     """SHA-256 over the pixels, the labels, the resize chain, the extractor's weights and the code version."""
     digest = hashlib.sha256()
     settings = [REFERENCE_VERSION, extractor.name, extractor.dim, extractor.input_size, extractor.sha256]

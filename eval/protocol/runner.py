@@ -15,13 +15,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from fewstep.eval.features.base import FeatureExtractor, rows_at_once
-from fewstep.eval.metrics.statistics import FeatureStatistics
-from fewstep.eval.protocol.resize import CHAINED, Step, apply_chain, quantise
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from fewstep.eval.features.base import FeatureExtractor, rows_at_once
+from fewstep.eval.metrics.statistics import FeatureStatistics
+from fewstep.eval.protocol.resize import CHAINED, Step, apply_chain, quantise
 from fewstep.files import atomic_path, file_sha256
 
 Generate = Callable[[list[int]], Tensor]
@@ -167,9 +167,7 @@ def run_shards(
     return made
 
 
-def collect(
-    job: Job, folder: str | Path, extractor: FeatureExtractor, clip: FeatureExtractor | None = None
-) -> Samples:
+def collect(job: Job, folder: str | Path, extractor: FeatureExtractor, clip: FeatureExtractor | None = None) -> Samples:
     """Gather all shards of `job` after every rank is done.
 
     Raises:
@@ -180,9 +178,7 @@ def collect(
     absent = [number for number in range(len(job.shards)) if not _is_done(folder, number, key)]
     if absent:
         names = [_paths(folder, number)[0].name for number in absent[:5]]
-        raise ValueError(
-            f"{folder}: {len(absent)} of {len(job.shards)} shards missing or damaged: {', '.join(names)}"
-        )
+        raise ValueError(f"{folder}: {len(absent)} of {len(job.shards)} shards missing or damaged: {', '.join(names)}")
     parts: dict[str, list[Tensor]] = {"features": [], "logits": [], "clip": []}
     paths = []
     for number in range(len(job.shards)):
@@ -239,8 +235,7 @@ def _make_shard(
         rank, expected = (2, "(N, D)") if job.quantiser is None else (4, "(N, C, H, W)")
         if images.ndim != rank or len(images) != len(wanted):
             raise ValueError(
-                f"generate: returned shape {tuple(images.shape)} for {len(wanted)} indices, "
-                f"expected {expected}"
+                f"generate: returned shape {tuple(images.shape)} for {len(wanted)} indices, expected {expected}"
             )
         try:
             pixels = quantise(images, job.quantiser)
@@ -295,8 +290,7 @@ def _claim(folder: Path, job: Job, extractor: FeatureExtractor, clip: FeatureExt
     if found.get("key") != key:
         differing = sorted(name for name in content if found.get(name) != content[name] and name != "key")
         raise ValueError(
-            f"{folder}: holds shards of another job (differs in {differing or ['settings']}); "
-            "give another folder"
+            f"{folder}: holds shards of another job (differs in {differing or ['settings']}); give another folder"
         )
     return key
 

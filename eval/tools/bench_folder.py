@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import torch
+
 from fewstep.eval.features.base import random_conv
 from fewstep.eval.metrics.frechet import frechet_distance
 from fewstep.eval.protocol.images import ImageFolder, save_image
@@ -22,9 +23,7 @@ def main(arguments: list[str] | None = None) -> None:
     """Write two folders of 32x32 noise images, measure both tools, print seconds and the two values."""
     parser = argparse.ArgumentParser(prog="python -m fewstep.eval.tools.bench_folder", description=__doc__)
     parser.add_argument("--images", type=int, default=10000)
-    parser.add_argument(
-        "--size", type=int, default=32, help="side of the images; the network sees them as they are"
-    )
+    parser.add_argument("--size", type=int, default=32, help="side of the images; the network sees them as they are")
     parser.add_argument("--workers", type=int, default=2, help="clean-fid's data loader processes")
     options = parser.parse_args(arguments)
     from cleanfid import fid
@@ -60,9 +59,7 @@ def main(arguments: list[str] | None = None) -> None:
         )
         their_seconds = time.perf_counter() - start_time
     print(f"two folders of {options.images} images, {options.size}x{options.size}, {extractor.name}")
-    print(
-        f"ours {our_seconds:.1f} s (with error bar), clean-fid {their_seconds:.1f} s, value {ours} and {theirs:.6g}"
-    )
+    print(f"ours {our_seconds:.1f} s (with error bar), clean-fid {their_seconds:.1f} s, value {ours} and {theirs:.6g}")
     print(f"ratio {their_seconds / our_seconds:.2f}")
 
 

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable
 
 import numpy as np
+
 from fewstep.eval.metrics.frechet import frechet_distance
 from fewstep.eval.metrics.statistics import FeatureStatistics
 

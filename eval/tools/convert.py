@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from fewstep.eval.metrics.statistics import FeatureStatistics
 
+from fewstep.eval.metrics.statistics import FeatureStatistics
 from fewstep.files import file_sha256
 
 # All that numpy needs to rebuild a plain array, under the module names of numpy 1 and 2.

@@ -14,6 +14,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
+from torch import Tensor
+
 from fewstep.eval.features.base import FeatureExtractor, extract
 from fewstep.eval.features.extractors import build_extractor
 from fewstep.eval.metrics.statistics import FeatureStatistics
@@ -21,8 +23,6 @@ from fewstep.eval.protocol.images import ImageFolder
 from fewstep.eval.protocol.preset import Preset, load_preset, locate
 from fewstep.eval.protocol.reference import provenance
 from fewstep.eval.protocol.resize import apply_chain
-from torch import Tensor
-
 from fewstep.files import cache_dir
 
 
@@ -78,9 +78,7 @@ def make(arguments: Sequence[str] | None = None) -> Path:
     given = parser.parse_args(arguments)
     preset = load_preset(given.preset)
     if preset.reference.file is None:
-        raise ValueError(
-            f"preset {preset.name}: its reference is {preset.reference.kind!r}, there is no file to make"
-        )
+        raise ValueError(f"preset {preset.name}: its reference is {preset.reference.kind!r}, there is no file to make")
     folder = ImageFolder(given.folder, preset.channels, any_size=True, grey_to_colour=given.grey_to_colour)
     weights = given.extractor_path
     if weights is None and preset.extractor_file is not None:

@@ -11,6 +11,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image
+from torch import Tensor
+
 from fewstep.eval.features.base import FeatureExtractor, random_conv
 from fewstep.eval.features.house import house_digits
 from fewstep.eval.metrics.frechet import frechet_distance
@@ -19,8 +22,6 @@ from fewstep.eval.protocol.datasets import digits
 from fewstep.eval.protocol.reference import Reference, digits_reference
 from fewstep.eval.protocol.resize import QUANTISERS, resize_pil, resize_tensor
 from fewstep.eval.protocol.runner import Job, collect, run_shards
-from PIL import Image
-from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -121,8 +122,7 @@ def _folder_check(name: str, fid: object) -> Check:
             custom_feat_extractor=extractor,
         )
         ours = [
-            extract_images(ImageFolder(folder).batches(20), extractor, [Step("pil-bicubic", 299)])
-            for folder in folders
+            extract_images(ImageFolder(folder).batches(20), extractor, [Step("pil-bicubic", 299)]) for folder in folders
         ]
         value = frechet_distance(ours[0].features, ours[1].statistics).value
     return Check(name, abs(value / theirs - 1), 1e-6)

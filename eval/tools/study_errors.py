@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+
 from fewstep.eval.features.base import FeatureExtractor
 from fewstep.eval.features.house import house_digits, house_fashion
 from fewstep.eval.features.networks import effnet_lite0
@@ -142,9 +143,7 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     real, pool = pools(options.features, options.shift, options.noise, options.copies, count=options.images)
     print(f"{options.features}: {len(real)} real images, pool of {len(pool)}, {options.sets} sets a row")
-    print(
-        "| N | N/d | truth | FD | b/N | SE / spread | first order | corrected | 15-point | spread ratio | usable |"
-    )
+    print("| N | N/d | truth | FD | b/N | SE / spread | first order | corrected | 15-point | spread ratio | usable |")
     print("|---|---|---|---|---|---|---|---|---|---|---|")
     for n in options.samples:
         row = study(real, pool, n, options.sets, compare=not options.no_extrapolation)

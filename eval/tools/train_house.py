@@ -14,6 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
 from fewstep.eval.features.house import (
     WEIGHTS_NAME,
     HouseClassifier,
@@ -23,9 +26,6 @@ from fewstep.eval.features.house import (
     parameter_count,
 )
 from fewstep.eval.protocol.datasets import digits, fashion_mnist
-from safetensors.torch import save_file
-from torch import Tensor, nn
-
 from fewstep.files import atomic_path, file_sha256
 
 
@@ -151,13 +151,9 @@ def main(arguments: list[str] | None = None) -> None:
         save_file(network.state_dict(), temporary)
     digest = file_sha256(target)
     out = options.out.as_posix() if not options.out.is_absolute() else options.out.name
-    command = (
-        f"python -m fewstep.eval.tools.train_house --data {options.data} --out {out} --seed {options.seed}"
-    )
+    command = f"python -m fewstep.eval.tools.train_house --data {options.data} --out {out} --seed {options.seed}"
     (options.out / "README.md").write_text(card(options.data, network, held_out, digest, command))
-    print(
-        f"{network.name}: held-out accuracy {100 * held_out:.2f} %, {parameter_count(network):,} parameters"
-    )
+    print(f"{network.name}: held-out accuracy {100 * held_out:.2f} %, {parameter_count(network):,} parameters")
     print(f"{target}: sha256 {digest}, {time.perf_counter() - started:.0f} s")
 
 

@@ -32,9 +32,7 @@ class Corrected(nn.Module):
         fresh: noise of the correction at step i, (b, *d).
     """
 
-    def __init__(
-        self, student: Any, teacher: Any, sampler: Sampler, weight: float, fresh: Fresh, first: int = 1
-    ) -> None:
+    def __init__(self, student: Any, teacher: Any, sampler: Sampler, weight: float, fresh: Fresh, first: int = 1) -> None:
         super().__init__()
         if not 0 <= weight <= 1:
             raise ValueError(f"weight must lie in [0, 1], not {weight}")

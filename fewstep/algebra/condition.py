@@ -33,18 +33,14 @@ def checked(cond: Any, needs: Iterable[str], takes: Iterable[str], who: str) -> 
     Raises ValueError naming `who` for a key of `needs` that is missing and for one in neither list.
     """
     needs, takes = tuple(needs), tuple(takes)
-    given: Mapping[str, Tensor] = (
-        {} if cond is None else {"label": cond} if isinstance(cond, Tensor) else cond
-    )
+    given: Mapping[str, Tensor] = {} if cond is None else {"label": cond} if isinstance(cond, Tensor) else cond
     missing = [k for k in needs if k not in given]
     if missing:
         told = f"cond[{missing[0]!r}] {KEYS.get(missing[0], '')}".strip()
         raise ValueError(f"{who}: the condition lacks {told}; it has {', '.join(given) or 'nothing'}")
     unknown = [k for k in given if k not in needs and k not in takes]
     if unknown:
-        raise ValueError(
-            f"{who}: does not take cond[{unknown[0]!r}]; it takes {', '.join(needs + takes) or 'none'}"
-        )
+        raise ValueError(f"{who}: does not take cond[{unknown[0]!r}]; it takes {', '.join(needs + takes) or 'none'}")
     return given
 
 
@@ -73,9 +69,7 @@ def joined(a: Any, b: Any) -> Any:
             pair = [_padded(v, length) for v in pair]
         if pair[0].shape[1:] != pair[1].shape[1:]:
             hint = "; give both a mask, or the same number of tokens" if key in _PADDED else ""
-            raise ValueError(
-                f"cond[{key!r}]: rows of {list(value.shape[1:])} and {list(b[key].shape[1:])} differ{hint}"
-            )
+            raise ValueError(f"cond[{key!r}]: rows of {list(value.shape[1:])} and {list(b[key].shape[1:])} differ{hint}")
         out[key] = torch.cat(pair)
     return out
 
@@ -125,9 +119,7 @@ def nulled(cond: Any, empty: Any) -> Any:
         return torch.full_like(cond, int(empty))
     strange = [k for k in empty if k not in cond]
     if strange:
-        raise ValueError(
-            f"the null condition has {strange[0]!r}, which the condition with {_shown(cond)} has not"
-        )
+        raise ValueError(f"the null condition has {strange[0]!r}, which the condition with {_shown(cond)} has not")
     out = {}
     for key, value in cond.items():
         row = empty.get(key)
@@ -137,9 +129,7 @@ def nulled(cond: Any, empty: Any) -> Any:
         if key in _PADDED and "mask" in cond:
             row = _padded(row[:, : value.shape[1]], value.shape[1])
         if row.shape[1:] != value.shape[1:]:
-            raise ValueError(
-                f"null condition {key!r}: a row of {list(row.shape[1:])} for {list(value.shape[1:])}"
-            )
+            raise ValueError(f"null condition {key!r}: a row of {list(row.shape[1:])} for {list(value.shape[1:])}")
         out[key] = row.to(value).expand_as(value)
     return out
 

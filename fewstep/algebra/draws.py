@@ -95,9 +95,7 @@ class Draws:
 
     def _bits(self, count: int) -> Tensor:
         """(b, count) int64 with 64 random bits each."""
-        plain = (
-            type(self.index) is Tensor and self.device.type == "cpu"
-        )  # a fake tensor (`plan`) has no numbers
+        plain = type(self.index) is Tensor and self.device.type == "cpu"  # a fake tensor (`plan`) has no numbers
         bits = _bits_numpy if plain else _bits_torch
         return bits(self.index, self._next(), count)
 

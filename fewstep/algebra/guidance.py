@@ -69,9 +69,7 @@ def guided(
         process = conditional.process
         ratio = process.sigma(t) / process.alpha(t)
         inside = (ratio >= interval[0]) & (ratio <= interval[1])
-        scale = torch.where(
-            inside, torch.as_tensor(scale, dtype=t.dtype, device=t.device), torch.ones_like(t)
-        )
+        scale = torch.where(inside, torch.as_tensor(scale, dtype=t.dtype, device=t.device), torch.ones_like(t))
     return conditional.mix(unconditional, scale)
 
 
@@ -102,9 +100,7 @@ class Guided(nn.Module):
     def process(self) -> Process:
         return self.denoiser.process  # type: ignore[return-value]
 
-    def forward(
-        self, x: Tensor, t: Tensor, cond: Any = None, *, taps: Sequence[str] = (), **call: Any
-    ) -> Prediction:
+    def forward(self, x: Tensor, t: Tensor, cond: Any = None, *, taps: Sequence[str] = (), **call: Any) -> Prediction:
         null = None if cond is None else self.null(cond)
         return guided(self.denoiser, x, t, cond, null, self.scale, interval=self.interval, taps=taps, **call)
 

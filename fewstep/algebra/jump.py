@@ -42,9 +42,7 @@ def clean_of(net: Net, x: Tensor, t: Tensor, cond: Any = None, **call: Any) -> T
     return torch.where(bc(t, x) <= bc(end, x), x.to(x0.dtype), x0)
 
 
-def solver_step(
-    net: Net, x: Tensor, t: Tensor, s: Tensor, cond: Any = None, solver: Solver = "ddim"
-) -> Tensor:
+def solver_step(net: Net, x: Tensor, t: Tensor, s: Tensor, cond: Any = None, solver: Solver = "ddim") -> Tensor:
     """One step of the probability-flow ODE from t to s.
 
     ddim: exact for a constant x0 (Euler in sigma/alpha); euler: explicit Euler in t; heun: its trapezoidal

@@ -1,8 +1,7 @@
 """Noising processes x_t = alpha(t) x0 + sigma(t) eps, and the one function that adds noise.
 
-Time grows with noise. Times are tensors of shape (b,) or (b, *f), float32 or float64; every schedule
-function keeps their shape and dtype. Processes compare through the angle atan2(sigma, alpha), which stays
-finite at sigma = 0 and at alpha = 0 where the ratio sigma / alpha does not.
+Time grows with noise. Times are tensors of shape (b,) or (b, *f), float32 or float64; every schedule function keeps their
+shape and dtype. Processes compare through the angle atan2(sigma, alpha), finite at sigma = 0 and at alpha = 0 too.
 """
 
 from __future__ import annotations
@@ -379,9 +378,7 @@ def transition(process: Process, s: Tensor | None, t: Tensor) -> tuple[Tensor, T
     return alpha_ts, torch.sqrt((sigma_t**2 - alpha_ts**2 * sigma_s**2).clamp_min(0))
 
 
-def add_noise(
-    process: Process, x: Tensor, eps: Tensor, t: Tensor, s: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
+def add_noise(process: Process, x: Tensor, eps: Tensor, t: Tensor, s: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Noise x from time s to time t and give the unbiased regression target of a denoiser at t.
 
     Args:

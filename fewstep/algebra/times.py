@@ -82,9 +82,7 @@ class Index:
 
     def __post_init__(self) -> None:
         if not 0 <= self.low <= self.high < self.count or self.count < 2:
-            raise ValueError(
-                f"need 0 <= low <= high < count and count >= 2, not {self.low}, {self.high}, {self.count}"
-            )
+            raise ValueError(f"need 0 <= low <= high < count and count >= 2, not {self.low}, {self.high}, {self.count}")
 
     def sample(self, draws: Draws, process: Process, span: tuple[float, float] = (0.0, 1.0)) -> Tensor:
         k = (self.low + draws.integers(self.high - self.low + 1)).double()
@@ -115,9 +113,7 @@ class TrigLogNormal:
 
     def sample(self, draws: Draws, process: Process, span: tuple[float, float] = (0.0, 1.0)) -> Tensor:
         if span != (0.0, 1.0):
-            raise ValueError(
-                "times: trig_lognormal lives on sigma, it has no span; use uniform or logit_normal"
-            )
+            raise ValueError("times: trig_lognormal lives on sigma, it has no span; use uniform or logit_normal")
         tau = self.mean + self.std * standard_normal(draws)
         return _at_ratio(tau - math.log(self.sigma_data), process)
 
@@ -152,15 +148,11 @@ class LogStudentT:
 
     def __post_init__(self) -> None:
         if not 0 < self.low < self.high or min(self.std, self.df) <= 0:
-            raise ValueError(
-                f"need 0 < low < high and std, df > 0, not {self.low}, {self.high}, {self.std}, {self.df}"
-            )
+            raise ValueError(f"need 0 < low < high and std, df > 0, not {self.low}, {self.high}, {self.std}, {self.df}")
 
     def sample(self, draws: Draws, process: Process, span: tuple[float, float] = (0.0, 1.0)) -> Tensor:
         if span != (0.0, 1.0):
-            raise ValueError(
-                "times: log_student_t lives on sigma, it has no span; use uniform or logit_normal"
-            )
+            raise ValueError("times: log_student_t lives on sigma, it has no span; use uniform or logit_normal")
         x, below = _student_t_table(self.mean, self.std, self.df, self.low, self.high)
         p = draws.uniform()
         x, below = x.to(p.device), below.to(p.device)
@@ -197,9 +189,7 @@ class HalfLogNormal:
 
     def sample(self, draws: Draws, process: Process, span: tuple[float, float] = (0.0, 1.0)) -> Tensor:
         if span != (0.0, 1.0):
-            raise ValueError(
-                "times: half_lognormal lives on sigma, it has no span; use uniform or logit_normal"
-            )
+            raise ValueError("times: half_lognormal lives on sigma, it has no span; use uniform or logit_normal")
         heads, place = draws.uniform(), draws.uniform()
         log_ratio = self.mean + self.std * torch.special.ndtri(place)
         flat = process.grid(self.low + (1 - self.low) * place)

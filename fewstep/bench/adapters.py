@@ -155,9 +155,7 @@ class Step:
             self()
             return torch.cuda.max_memory_allocated()
         stay = [t for m in self.roles.values() for t in (*m.parameters(), *m.buffers())]
-        stay += [
-            v for o in self.optimizers.values() for s in o.adam.state.values() for v in s.values() if v.ndim
-        ]
+        stay += [v for o in self.optimizers.values() for s in o.adam.state.values() for v in s.values() if v.ndim]
         with Live(stay) as live:
             self()
         return bytes_of(stay) + live.peak

@@ -96,9 +96,7 @@ def train(name: str, steps: int, seed: int) -> Outcome:
     calls = recipe.sampler().network_calls()
     method = recipe.method.name  # type: ignore[attr-defined]
     guided = getattr(recipe.method, "guidance", 1.0) not in (1.0, (1.0, 1.0))
-    return Outcome(
-        name, method, calls, steps, seed, energy, initial, floor, round(seconds, 1), commit()[:7], guided
-    )
+    return Outcome(name, method, calls, steps, seed, energy, initial, floor, round(seconds, 1), commit()[:7], guided)
 
 
 def record(path: Path, outcome: Outcome) -> None:

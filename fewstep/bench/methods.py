@@ -107,9 +107,7 @@ def _tensors(output: Any) -> list[Tensor]:
         return [t for value in output.values() for t in _tensors(value)]
     if isinstance(output, (tuple, list)):
         return [t for value in output for t in _tensors(value)]
-    inner = [
-        getattr(output, name) for name in ("x0", "eps") if isinstance(getattr(output, name, None), Tensor)
-    ]
+    inner = [getattr(output, name) for name in ("x0", "eps") if isinstance(getattr(output, name, None), Tensor)]
     return inner
 
 
@@ -145,9 +143,7 @@ def recording(roles: Roles) -> Iterator[list[Call]]:
             moving, graph = _is_moving(args), torch.is_grad_enabled()
             trained = any(p.requires_grad for p in module.parameters())
             bare, named = tuple(_bare(a) for a in args), {k: _bare(v) for k, v in kwargs.items()}
-            calls.append(
-                Call(role, module, bare, named, chosen[0] if chosen else None, graph, trained, moving)
-            )
+            calls.append(Call(role, module, bare, named, chosen[0] if chosen else None, graph, trained, moving))
 
         return hook
 
@@ -217,9 +213,7 @@ def replay_of(trainer: Trainer, step: Callable[[], None]) -> tuple[list[Call], C
     return calls, replay
 
 
-def cost(
-    name: str, settings: Sequence[str] = (), rounds: int = 8, other: Callable[[], None] | None = None
-) -> Cost:
+def cost(name: str, settings: Sequence[str] = (), rounds: int = 8, other: Callable[[], None] | None = None) -> Cost:
     """Measure one recipe's method; `other` is a step of another recipe to compare it with."""
     trainer, step = prepare(name, settings)
     step()
@@ -257,18 +251,12 @@ def main(argv: Sequence[str] = ()) -> None:
     parser = argparse.ArgumentParser(prog="python -m fewstep.bench.methods", description=__doc__)
     parser.add_argument("names", nargs="*", help="recipes; every digits recipe when left out")
     parser.add_argument("--rounds", type=int, default=8, help="pairs of step and replay")
-    parser.add_argument(
-        "--set", action="append", default=[], metavar="KEY=VALUE", help="changes to every recipe"
-    )
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="changes to every recipe")
     parser.add_argument("--against", metavar="NAME", help="a recipe whose step each one's is divided by")
     parser.add_argument("--out", type=Path, default=Path("methods-bench.jsonl"))
     given = parser.parse_args(argv)
     names = given.names or [n for n in shipped() if n.startswith("digits-")]
-    where = (
-        torch.cuda.get_device_name()
-        if torch.cuda.is_available()
-        else f"CPU, {torch.get_num_threads()} threads"
-    )
+    where = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
     print(f"{where}, torch {torch.__version__}")
     other = prepare(given.against, given.set)[1] if given.against else None
     if other:

@@ -43,9 +43,7 @@ def comparison_table(path: Path) -> str:
             f"| {e.training['peak_memory_mib']:.0f} |"
         )
     for e in map(Evaluation.from_json, told["teachers"]):
-        lines.append(
-            f"| {e.name} | | {e.calls} | {with_error(e.distance)} | | {' | '.join(by_class(e))} | | |"
-        )
+        lines.append(f"| {e.name} | | {e.calls} | {with_error(e.distance)} | | {' | '.join(by_class(e))} | | |")
     settings = "".join(f", {s}" for s in told["settings"])
     failed = "".join(f" Failed: `{f['recipe']}` ({f['message'].splitlines()[0]})." for f in told["failed"])
     lines += [
@@ -64,9 +62,7 @@ def recipes_table() -> str:
         data = read(name).data
         if not data.get("results"):
             continue
-        found = [
-            f"{r['metric']} {r['value']} (N={r['samples']}, {r['source']})" for r in data.get("results", [])
-        ]
+        found = [f"{r['metric']} {r['value']} (N={r['samples']}, {r['source']})" for r in data.get("results", [])]
         lines.append(f"| `{name}` | {data['method']['name']} | {data['about']} | {'; '.join(found)} |")
     return "\n".join([*lines, "", f"`fewstep recipes ls` lists all {len(shipped())}."])
 

@@ -66,9 +66,7 @@ def main(argv: Sequence[str]) -> None:
     base = _apart(recipe, settings)
     if isinstance(base, str):
         raise SystemExit(base)
-    print(
-        f"{recipe} {' '.join(settings)}, {place()}: {base['peak']:.1f} MiB, {base['seconds']:.2f} s a step\n"
-    )
+    print(f"{recipe} {' '.join(settings)}, {place()}: {base['peak']:.1f} MiB, {base['seconds']:.2f} s a step\n")
     print("| setting | peak | step |\n|---|---|---|", flush=True)
     for switch in SWITCHES:
         base, found = _apart(recipe, settings), _apart(recipe, [*settings, *switch])

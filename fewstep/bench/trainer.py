@@ -49,9 +49,7 @@ def by_hand(recipe: Recipe) -> Callable[[], None]:
     """The same networks, losses, optimisers and averages, written as one function without fewstep's spine."""
     trainer = Trainer(recipe, cpu=True)
     m: Any = recipe.method
-    student, critic, teacher = (
-        copy.deepcopy(trainer.roles[r].net.model) for r in ("student", "critic", "teacher")
-    )
+    student, critic, teacher = (copy.deepcopy(trainer.roles[r].net.model) for r in ("student", "critic", "teacher"))
     head: nn.Module = copy.deepcopy(trainer.roles.discriminator.heads["mid"])  # type: ignore[union-attr,index]
     images, labels = trainer.data.all()
     assert labels is not None
@@ -66,10 +64,7 @@ def by_hand(recipe: Recipe) -> Callable[[], None]:
         s = t[:, None, None, None]
         skip = data**2 / ((s - low) ** 2 + data**2)
         out = (s - low) * data / (s**2 + data**2).sqrt()
-        return (
-            skip * x
-            + out * net(x / (s**2 + data**2).sqrt(), 250 * t.log(), class_labels=c, return_dict=False)[0]
-        )
+        return skip * x + out * net(x / (s**2 + data**2).sqrt(), 250 * t.log(), class_labels=c, return_dict=False)[0]
 
     def encode(net: Any, x: Tensor, t: Tensor, c: Tensor) -> Tensor:
         embedding = net.time_embedding(net.time_proj(250 * t.log())) + net.class_embedding(c)
@@ -117,9 +112,7 @@ def by_hand(recipe: Recipe) -> Callable[[], None]:
             logits = []
             for seen in (real, x):
                 t = lognormal(m.gan.times)
-                logits.append(
-                    head(encode(teacher, seen + t[:, None, None, None] * torch.randn_like(x), t, c))
-                )
+                logits.append(head(encode(teacher, seen + t[:, None, None, None] * torch.randn_like(x), t, c)))
             loss = F.softplus(logits[1]).mean() + F.softplus(-logits[0]).mean()
             (dsm + m.gan.discriminator_weight * loss).backward()
             _clipped_step(adam_c, recipe.train.clip)
@@ -132,9 +125,7 @@ def by_hand(recipe: Recipe) -> Callable[[], None]:
 
 
 def _adam(groups: list[tuple[nn.Module, Any]]) -> torch.optim.AdamW:
-    specs = [
-        {"params": list(n.parameters()), "lr": s.lr, "betas": s.betas, "weight_decay": 0.0} for n, s in groups
-    ]
+    specs = [{"params": list(n.parameters()), "lr": s.lr, "betas": s.betas, "weight_decay": 0.0} for n, s in groups]
     return torch.optim.AdamW(specs, fused=True)
 
 
@@ -183,8 +174,7 @@ def memory() -> dict[str, tuple[float, float]]:
     """MiB of ours and of the hand-written loop, by {"tensors", "resident"}; a process each."""
     command = [sys.executable, "-m", "fewstep.bench.trainer"]
     ours, hand = (
-        json.loads(subprocess.run([*command, w], capture_output=True, check=True).stdout)
-        for w in ("ours", "hand")
+        json.loads(subprocess.run([*command, w], capture_output=True, check=True).stdout) for w in ("ours", "hand")
     )
     return {k: (ours[k] / 2**20, hand[k] / 2**20) for k in ours}
 
@@ -197,9 +187,7 @@ def main() -> None:
     print(f"DMD2 step, digits: {1000 * a:.0f} ms, by hand {1000 * b:.0f} ms, ratio {ratio:.3f}")
     if sys.argv[1:] != ["time"]:
         for what, (a, b) in memory().items():
-            print(
-                f"peak memory of that step at batch 512, {what}: {a:.0f} MiB, by hand {b:.0f} MiB, {a / b:.3f}"
-            )
+            print(f"peak memory of that step at batch 512, {what}: {a:.0f} MiB, by hand {b:.0f} MiB, {a / b:.3f}")
 
 
 if __name__ == "__main__":

@@ -75,11 +75,7 @@ def build(name: str) -> tuple[Denoiser, Tensor, Tensor, Any]:
     torch.manual_seed(0)
     wrapper = WRAPPERS[name](getattr(diffusers, name)(**CONFIGS[name]))
     flow = wrapper.levels == "sigmas"
-    net = (
-        Denoiser(wrapper, Flow(), "velocity", "1000t")
-        if flow
-        else Denoiser(wrapper, DiscreteVP(), "eps", "index")
-    )
+    net = Denoiser(wrapper, Flow(), "velocity", "1000t") if flow else Denoiser(wrapper, DiscreteVP(), "eps", "index")
     x, t = torch.randn(2, wrapper.channels(), *SIZE), net.process.grid(torch.tensor([0.3, 0.8]).double())
     return net.eval(), x, t, wrapper.example(2)
 

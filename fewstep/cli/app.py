@@ -30,9 +30,7 @@ Settings = Annotated[
 ]
 Force = Annotated[bool, typer.Option("--force", help="Overwrite what is there.")]
 Steps = Annotated[int | None, typer.Option(help="Network calls (a teacher: Heun steps).")]
-AnySteps = Annotated[
-    bool, typer.Option("--any", help="Allow a number of steps the student was not trained for.")
-]
+AnySteps = Annotated[bool, typer.Option("--any", help="Allow a number of steps the student was not trained for.")]
 
 
 def by_fields(command: Callable[[Any], None]) -> Callable[..., None]:
@@ -45,9 +43,7 @@ def by_fields(command: Callable[[Any], None]) -> Callable[..., None]:
         command(kind(**values))
 
     told = inspect.Parameter.KEYWORD_ONLY
-    parameters = [
-        inspect.Parameter(f.name, told, default=f.default, annotation=hints[f.name]) for f in fields(kind)
-    ]
+    parameters = [inspect.Parameter(f.name, told, default=f.default, annotation=hints[f.name]) for f in fields(kind)]
     spread.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     spread.__annotations__ = hints
     return spread

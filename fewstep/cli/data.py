@@ -19,9 +19,7 @@ def cache_latents(
     recipe: Annotated[str, typer.Argument(help="A recipe whose data are pictures.")],
     vae: Annotated[str, typer.Option(help="Folder of a VAE, or of a pipeline with one.")],
     settings: Settings = None,
-    out: Annotated[Path, typer.Option(help="Folder to write; goes on where it was stopped.")] = Path(
-        "latents"
-    ),
+    out: Annotated[Path, typer.Option(help="Folder to write; goes on where it was stopped.")] = Path("latents"),
     batch: Annotated[int, typer.Option(min=1, help="Pictures encoded at once.")] = 8,
 ) -> None:
     """Encode a recipe's pictures once; `data: {name: latents}` reads them from then on."""
@@ -51,8 +49,7 @@ def prepare_emoji(
     size: Annotated[int, typer.Option(min=8, max=64, help="Side in pixels.")] = 32,
 ) -> None:
     """Write emoji art as pictures with captions, the data of the emoji recipes."""
-    from fewstep.commands.prepare_emoji import CATEGORIES
-    from fewstep.commands.prepare_emoji import prepare_emoji as job
+    from fewstep.commands.prepare_emoji import CATEGORIES, prepare_emoji as job
 
     count = job(package, out, categories=category or CATEGORIES, size=size, text=text)
     typer.echo(f"{out}: {count} pictures with captions; use them with data: {{name: captions, path: {out}}}")

@@ -10,15 +10,11 @@ import typer
 from fewstep.cli.app import AnySteps, Force, Settings, Steps, app, methods, recipes
 
 
-@app.command(
-    rich_help_panel="Look", epilog="Example: `fewstep sample runs/digits-dmd2 --classes 0-9 --out grid.png`"
-)
+@app.command(rich_help_panel="Look", epilog="Example: `fewstep sample runs/digits-dmd2 --classes 0-9 --out grid.png`")
 def sample(
     path: Annotated[Path, typer.Argument(help="A run directory, an export or a diffusers folder.")],
     steps: Steps = None,
-    classes: Annotated[
-        str | None, typer.Option(help="Classes to draw in turn, such as 0-9 or 1,4,7.")
-    ] = None,
+    classes: Annotated[str | None, typer.Option(help="Classes to draw in turn, such as 0-9 or 1,4,7.")] = None,
     count: Annotated[int, typer.Option(min=1, help="Number of samples.")] = 100,
     seed: Annotated[int, typer.Option(help="Seed of the noise; each sample has its own.")] = 0,
     out: Annotated[Path, typer.Option(help="PNG to write.")] = Path("grid.png"),
@@ -83,9 +79,7 @@ def recipes_show(name: str, settings: Settings = None) -> None:
 def recipes_diff(
     a: Annotated[str, typer.Argument(help="A recipe.")],
     b: Annotated[str | None, typer.Argument(help="Another one.")] = None,
-    paper: Annotated[
-        bool, typer.Option("--paper", help="Against the published settings of its method.")
-    ] = False,
+    paper: Annotated[bool, typer.Option("--paper", help="Against the published settings of its method.")] = False,
 ) -> None:
     """Print what differs between two recipes, every default filled in."""
     from fewstep.recipe.diff import diff

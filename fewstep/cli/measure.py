@@ -49,12 +49,8 @@ def check_teacher(
     prediction: Annotated[
         str | None, typer.Option(help="epsilon, v_prediction or sample, where the scheduler does not say.")
     ] = None,
-    guidance: Annotated[
-        float | None, typer.Option(help="Guidance scale that the network takes as an input.")
-    ] = None,
-    wrapper: Annotated[
-        str | None, typer.Option(help="A wrapper of your own, file.py:Class; its code is run.")
-    ] = None,
+    guidance: Annotated[float | None, typer.Option(help="Guidance scale that the network takes as an input.")] = None,
+    wrapper: Annotated[str | None, typer.Option(help="A wrapper of your own, file.py:Class; its code is run.")] = None,
     classes: Annotated[int | None, typer.Option(help="Classes beside the null class.")] = None,
 ) -> None:
     """Try every convention of a teacher: schedule, prediction, time, guidance, latents, samples, tangents.

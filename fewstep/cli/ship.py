@@ -34,9 +34,7 @@ def invert(
     run: Annotated[Path, typer.Argument(help="A run directory of the method icd.")],
     images: Annotated[Path, typer.Argument(help="A picture, or a folder of them; sub-folders are classes.")],
     out: Annotated[Path, typer.Option(help="Codes, as safetensors.")] = Path("codes.safetensors"),
-    classes: Annotated[
-        str | None, typer.Option(help="Classes of the pictures in turn, such as 3 or 0-9.")
-    ] = None,
+    classes: Annotated[str | None, typer.Option(help="Classes of the pictures in turn, such as 3 or 0-9.")] = None,
 ) -> None:
     """Encode real images to noise that the run's student decodes to them again."""
     from fewstep.commands.invert import invert_run

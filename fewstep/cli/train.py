@@ -10,9 +10,7 @@ import typer
 from fewstep.cli.app import Force, Settings, app
 
 
-@app.command(
-    rich_help_panel="Train", epilog="Example: `fewstep run digits-dmd2 train.steps=100 --out runs/short`"
-)
+@app.command(rich_help_panel="Train", epilog="Example: `fewstep run digits-dmd2 train.steps=100 --out runs/short`")
 def run(
     recipe: Annotated[str, typer.Argument(help="A shipped recipe's name, or the path of a YAML file.")],
     settings: Settings = None,
@@ -44,9 +42,7 @@ def plan(
     epilog="Example: `fewstep compare digits-dmd2 digits-cd --budget updates=500 --out runs/compare`",
 )
 def compare(
-    recipes: Annotated[
-        list[str], typer.Argument(help="Shipped recipes or YAML files; they must share one metric.")
-    ],
+    recipes: Annotated[list[str], typer.Argument(help="Shipped recipes or YAML files; they must share one metric.")],
     budget: Annotated[
         str,
         typer.Option(
@@ -57,9 +53,7 @@ def compare(
     seeds: Annotated[int, typer.Option(help="Runs of each recipe, with seeds 0, 1, ...")] = 2,
     steps: Annotated[
         str | None,
-        typer.Option(
-            help="Measure also at these numbers of steps, such as 1,2,4, where a student allows them."
-        ),
+        typer.Option(help="Measure also at these numbers of steps, such as 1,2,4, where a student allows them."),
     ] = None,
     samples: Annotated[int | None, typer.Option(help="Samples of each measurement.")] = None,
     settings: Annotated[
@@ -67,9 +61,7 @@ def compare(
         typer.Option("--set", help="A change to every recipe, such as train.batch=32.", metavar="KEY=VALUE"),
     ] = None,
     out: Annotated[Path, typer.Option(help="Folder of all runs and the report.")] = Path("runs/compare"),
-    resume: Annotated[
-        bool, typer.Option("--resume", help="Continue there; recipes and seeds may be added.")
-    ] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue there; recipes and seeds may be added.")] = False,
 ) -> None:
     """Train several recipes under one budget, measure them alike and rank them with errors."""
     from fewstep.commands.compare.compare import compare as job

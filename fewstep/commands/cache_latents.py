@@ -14,9 +14,7 @@ from fewstep.data.latents import Encoder, vae_hash
 from fewstep.data.shards import Shards
 
 
-def cache_latents(
-    name: str, settings: Sequence[str], vae: str, out: Path, *, batch: int = 8, rows: int = 256
-) -> Shards:
+def cache_latents(name: str, settings: Sequence[str], vae: str, out: Path, *, batch: int = 8, rows: int = 256) -> Shards:
     """`fewstep cache-latents`: encode the pictures of a recipe's data; goes on where it was stopped.
 
     The data must give pictures by number (captions, webdataset, images, digits). Their captions or classes are kept

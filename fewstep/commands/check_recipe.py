@@ -39,9 +39,5 @@ def check_recipe(recipe: Recipe, source: Source | None = None) -> str:
         return f"schedule: an ODE sampler of {len(sampler.steps)} steps, any number is allowed{export}"
     evaluation = levels_of(process, sampler.steps)
     agree(trained_levels(recipe.method, process), evaluation)
-    parts = (
-        ["training", "evaluation"]
-        if way is None or not way.scheduler
-        else ["training, evaluation", way.scheduler]
-    )
+    parts = ["training", "evaluation"] if way is None or not way.scheduler else ["training, evaluation", way.scheduler]
     return f"schedule: {' and '.join(parts)} agree (sigma / alpha {evaluation.shown()}){export}"

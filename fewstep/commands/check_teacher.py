@@ -112,13 +112,9 @@ def _read(case: Case) -> Iterator[Finding]:
     net, folder = case.net, case.folder
     process = f"{type(net.process).__name__}({_fields(net.process)})"
     yield Finding("network", f"{folder.kind}, x of {list(case.x.shape[1:])}, prediction {net.prediction}")
-    yield Finding(
-        "noise schedule", f"{process} of {folder.scheduler.get('_class_name')}, time {net.time_input}"
-    )
+    yield Finding("noise schedule", f"{process} of {folder.scheduler.get('_class_name')}, time {net.time_input}")
     lat = folder.latents
-    told = (
-        f"x = (z - {lat.shift:g}) * {lat.scale:g}, {lat.pixels} pixels a latent" if lat else "pixels, no VAE"
-    )
+    told = f"x = (z - {lat.shift:g}) * {lat.scale:g}, {lat.pixels} pixels a latent" if lat else "pixels, no VAE"
     yield Finding("latents", told)
 
 
@@ -212,11 +208,7 @@ def _times(case: Case) -> Iterator[Finding]:
 def null_of(wrapper: Any, cond: Any) -> Any:
     """A null condition to try guidance with: the null class, or other embeddings; None where there is none."""
     if isinstance(cond, Tensor):
-        rows = (
-            wrapper.model.get_submodule("class_embedding").weight.shape[0]
-            if wrapper.component == "unet"
-            else None
-        )
+        rows = wrapper.model.get_submodule("class_embedding").weight.shape[0] if wrapper.component == "unet" else None
         return None if rows == wrapper.classes else nulled(cond, wrapper.classes)
     if cond is None:
         return None
@@ -249,9 +241,7 @@ def _taps(case: Case) -> Iterator[Finding]:
     alone = case.net.features(case.x, case.t, case.cond, names[:1])
     ok = all(bool(torch.isfinite(f).all()) and f.shape[0] == B for f in whole.values())
     ok = ok and torch.equal(alone[names[0]], whole[names[0]]) and set(whole) == set(names)
-    shown = [
-        f"{n} {list(whole[n].shape[1:])}" for n in (names[0], names[len(names) // 2], names[-1]) if n in whole
-    ]
+    shown = [f"{n} {list(whole[n].shape[1:])}" for n in (names[0], names[len(names) // 2], names[-1]) if n in whole]
     yield Finding("discriminator taps", f"{len(names)}: " + ", ".join(dict.fromkeys(shown)), ok)
 
 
@@ -306,11 +296,7 @@ def _first_order(case: Case, steps: int) -> tuple[Any, Tensor]:
         keys = ("base_shift", "max_shift", "base_image_seq_len", "max_image_seq_len", "time_shift_type")
         more = {k: config[k] for k in ("use_dynamic_shifting", *keys) if config.get(k) is not None}
         scheduler: Any = diffusers.FlowMatchEulerDiscreteScheduler(shift=shift, **more)
-        mu = (
-            {"mu": dynamic_mu(config, case.wrapper.tokens(size))}
-            if config.get("use_dynamic_shifting")
-            else {}
-        )
+        mu = {"mu": dynamic_mu(config, case.wrapper.tokens(size))} if config.get("use_dynamic_shifting") else {}
         scheduler.set_timesteps(sigmas=[1 - i / steps for i in range(steps)], **mu)
     elif name in DDPM_FAMILY:
         changes = {
@@ -368,9 +354,7 @@ def _memory(case: Case) -> Iterator[Finding]:
     trained = 4 * count * 4
     roles = (("teacher", size), ("student", trained + 4 * count), ("critic", trained))
     parts = ", ".join(f"{name} {_bytes(b)}" for name, b in roles)
-    said = (
-        f"{count:,} weights; {parts} when trained in full in float32 (gradients, Adam, one average included)"
-    )
+    said = f"{count:,} weights; {parts} when trained in full in float32 (gradients, Adam, one average included)"
     yield Finding("memory per role", said)
 
 

@@ -132,9 +132,7 @@ def check_source(
             raise UserError(f"--teacher: {request.path} is a diffusers folder; only a run knows its teacher")
     else:
         if request.call:
-            raise UserError(
-                f"--call: {request.path} is not a diffusers folder; only a pipeline takes arguments"
-            )
+            raise UserError(f"--call: {request.path} is not a diffusers folder; only a pipeline takes arguments")
         check_fit(preset, product.picture_shape(), product.classes, str(request.path))
         if teacher and (product.recipe is None or product.recipe.teacher is None):
             raise UserError(f"--teacher: {product.title} has none")
@@ -146,13 +144,9 @@ def check_images(preset: Preset, request: Request, sampled: bool) -> None:
     if preset.vectors:
         raise UserError(f"--images: preset {preset.name} is for vectors")
     if preset.repetitions > 1:
-        raise UserError(
-            f"--images: preset {preset.name} wants {preset.repetitions} sets of {preset.number} images"
-        )
+        raise UserError(f"--images: preset {preset.name} wants {preset.repetitions} sets of {preset.number} images")
     if sampled or request.call or request.any_steps:
-        raise UserError(
-            "--images: the samples are there already, --steps, --any, --teacher and --call change nothing"
-        )
+        raise UserError("--images: the samples are there already, --steps, --any, --teacher and --call change nothing")
     folder = image_folder(preset, request)
     if "clip-score" in preset.metrics and "clip-score" not in (request.omit or ()):
         check_order([f.relative_to(folder.path) for f in folder.files[: preset.number]])
@@ -162,9 +156,7 @@ def image_folder(preset: Preset, request: Request) -> ImageFolder:
     assert request.images is not None
     # A preset of null channels takes grey and colour: a grey value in all three channels is the same picture.
     either = preset.channels is None
-    return ImageFolder(
-        request.images, preset.channels or 3, preset.number, request.allow_skips, grey_to_colour=either
-    )
+    return ImageFolder(request.images, preset.channels or 3, preset.number, request.allow_skips, grey_to_colour=either)
 
 
 def check_order(files: Sequence[Path]) -> None:
@@ -260,9 +252,7 @@ def of_models(
                 network.to(place.device)
         for model in models(judge, request, product, steps, teacher, place.device):
             digest, clock = model.digest(), Clock(model.generate(0))
-            jobs = [
-                judge.job(batch, {"model": digest, "repetition": r}) for r in range(judge.preset.repetitions)
-            ]
+            jobs = [judge.job(batch, {"model": digest, "repetition": r}) for r in range(judge.preset.repetitions)]
             for number, job in enumerate(jobs):
                 make = clock if number == 0 else model.generate(number)
                 folder = shards_of(job, extractor, clip)
@@ -278,9 +268,7 @@ def of_models(
     return found
 
 
-def of_samples(
-    judge: Judge, model: Model, sets: list[Samples], clock: Clock, batch: int, report: bool
-) -> Evaluation:
+def of_samples(judge: Judge, model: Model, sets: list[Samples], clock: Clock, batch: int, report: bool) -> Evaluation:
     """The evaluation of one model; for a report with its first images and its latency."""
     preset = judge.preset
     latency: list[Latency] = []

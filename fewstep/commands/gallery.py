@@ -27,9 +27,7 @@ def captioned(rows: Sequence[tuple[str, Tensor]], captions: Sequence[str], scale
 
     count, _, height, width = rows[0][1].shape
     if any(x.shape != rows[0][1].shape for _, x in rows) or len(captions) != count:
-        raise ValueError(
-            f"rows of {[tuple(x.shape) for _, x in rows]} and {len(captions)} captions do not match"
-        )
+        raise ValueError(f"rows of {[tuple(x.shape) for _, x in rows]} and {len(captions)} captions do not match")
     cell_h, cell_w = scale * height + 4, scale * width + 4
     sheet = Image.new("RGB", (LEFT + count * cell_w, TOP + len(rows) * cell_h), "white")
     pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(size=10)
@@ -40,9 +38,7 @@ def captioned(rows: Sequence[tuple[str, Tensor]], captions: Sequence[str], scale
         top = TOP + i * cell_h
         pen.multiline_text((2, top + cell_h // 2 - 12), name.replace(", ", ",\n"), "black", font, spacing=1)
         for j, pixels in enumerate(to_pixels(images.expand(-1, 3, -1, -1)).permute(0, 2, 3, 1).cpu().numpy()):
-            picture = Image.fromarray(pixels).resize(
-                (scale * width, scale * height), Image.Resampling.NEAREST
-            )
+            picture = Image.fromarray(pixels).resize((scale * width, scale * height), Image.Resampling.NEAREST)
             sheet.paste(picture, (LEFT + j * cell_w + 2, top + 2))
     return sheet
 
@@ -58,9 +54,7 @@ def _wrapped(text: str, width: float, length: Any) -> list[str]:
     return lines
 
 
-def rows_of(
-    runs: Sequence[Path], captions: Sequence[str], steps: int, guidance: float, seed: int
-) -> list[Any]:
+def rows_of(runs: Sequence[Path], captions: Sequence[str], steps: int, guidance: float, seed: int) -> list[Any]:
     """(name, images) of the data, the guided teacher and each run, for captions of the first run's data."""
     products = [open_product(run) for run in runs]
     recipe = products[0].recipe
@@ -70,9 +64,7 @@ def rows_of(
     known = [getattr(item, "caption", None) for item in getattr(data, "items", ())]
     unknown = [c for c in captions if c not in known]
     if unknown or not captions:
-        raise UserError(
-            f"caption {(unknown or ['(none)'])[0]!r}: is not one of the {len(known)} of {runs[0]}'s data"
-        )
+        raise UserError(f"caption {(unknown or ['(none)'])[0]!r}: is not one of the {len(known)} of {runs[0]}'s data")
     where = torch.tensor([known.index(c) for c in captions])
     cond = data.condition(where)
     drawn: list[tuple[str, Product]] = []

@@ -119,9 +119,7 @@ def contrast(records: Sequence[dict[str, Any]]) -> Verdict | None:
     if last > SATURATE:
         return Verdict("oversaturated", False, text, "lower method.guidance, or strengthen the critic's term")
     if last < FADE:
-        return Verdict(
-            "washed out", False, text, "train longer; check that the student's first level is the prior"
-        )
+        return Verdict("washed out", False, text, "train longer; check that the student's first level is the prior")
     return Verdict("contrast", True, text)
 
 
@@ -190,9 +188,7 @@ def report(run: Path) -> str:
     records = read_log(path)
     found = verdicts(records)
     if not found:
-        raise UserError(
-            f"{run}: fewer than {FEWEST} records in the last stage; train longer or lower train.log_every"
-        )
+        raise UserError(f"{run}: fewer than {FEWEST} records in the last stage; train longer or lower train.log_every")
     width = max(len(v.name) for v in found)
     since = alarms(last_stage(records))
     lines = []

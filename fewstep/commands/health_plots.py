@@ -54,11 +54,7 @@ PANELS = (
 
 def points(records: Sequence[dict[str, Any]], key: str) -> tuple[list[float], list[float]]:
     """(steps done, values) of the records that have a reading."""
-    found = [
-        (float(r["done"]), float(r[key]))
-        for r in records
-        if isinstance(r.get(key), (int, float)) and "done" in r
-    ]
+    found = [(float(r["done"]), float(r[key])) for r in records if isinstance(r.get(key), (int, float)) and "done" in r]
     return [d for d, _ in found], [v for _, v in found]
 
 

@@ -32,9 +32,7 @@ class Inverted:
 
 
 @torch.no_grad()
-def round_trip(
-    method: ICD, sampler: Sampler, student: Any, forward: Any, x: Tensor, cond: Any = None
-) -> Inverted:
+def round_trip(method: ICD, sampler: Sampler, student: Any, forward: Any, x: Tensor, cond: Any = None) -> Inverted:
     """Encode images x (b, *d) with `forward` and decode them with `student`.
 
     The noise is in units of the prior, as `fewstep.algebra.sampling.sample` takes it.
@@ -58,15 +56,11 @@ def read_images(path: Path, shape: tuple[int, ...]) -> tuple[Tensor, Tensor | No
         folder = ImageFolder(path=str(path), grey=shape[0] == 1).open()
         x, labels, classes = folder.images, folder.labels, folder.classes
     if tuple(x.shape[1:]) != shape:
-        raise UserError(
-            f"{path}: pictures are {list(x.shape[1:])}, this run's are {list(shape)}; resize them first"
-        )
+        raise UserError(f"{path}: pictures are {list(x.shape[1:])}, this run's are {list(shape)}; resize them first")
     return x, labels, classes
 
 
-def labels_of(
-    product: Product, given: str | None, found: Tensor | None, kinds: int, count: int
-) -> Tensor | None:
+def labels_of(product: Product, given: str | None, found: Tensor | None, kinds: int, count: int) -> Tensor | None:
     """The class of each image: those given in order and repeated, or those of the sub-folders."""
     if not product.classes:
         if given is not None:

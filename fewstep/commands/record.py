@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
-from dataclasses import fields as dataclass_fields
+from dataclasses import asdict, dataclass, fields as dataclass_fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -79,9 +78,7 @@ def of_run(run: Path) -> Entry:
     recipe = load_run(run)
     path = run / "report" / "results.json"
     if not path.is_file():
-        raise UserError(
-            f"{run}: has no report/results.json; the run is not finished, or its recipe evaluates nothing"
-        )
+        raise UserError(f"{run}: has no report/results.json; the run is not finished, or its recipe evaluates nothing")
     name, settings = _named(recipe, run)
     rows = read_results(path)
     if not rows:
@@ -136,9 +133,7 @@ def of_comparison(path: Path) -> list[Entry]:
         method: str = own.method.name  # type: ignore[attr-defined]
         cost = {"method": method, "updates": own.train.steps}
         values = (best.distance.value,)
-        out.append(
-            Entry(recipe=source, values=values, **_numbers(best), **cost, **(shared | {"settings": ()}))
-        )
+        out.append(Entry(recipe=source, values=values, **_numbers(best), **cost, **(shared | {"settings": ()})))
     return out
 
 

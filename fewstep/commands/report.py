@@ -69,9 +69,7 @@ def read_results(path: Path) -> list[Evaluation]:
 def card_results(evaluations: Sequence[Evaluation]) -> list[tuple[str, str]]:
     """The distance of each model, as a model card states it."""
     ranked = [(e, distance_of(e)) for e in evaluations]
-    return [
-        (f"{name}, {e.name}, {e.number} samples", f"{e.distance.value:.4g}") for e, name in ranked if name
-    ]
+    return [(f"{name}, {e.name}, {e.number} samples", f"{e.distance.value:.4g}") for e, name in ranked if name]
 
 
 def show(evaluations: Sequence[Evaluation]) -> None:
@@ -107,9 +105,7 @@ def _table(evaluations: Sequence[Evaluation]) -> None:
     notes = [", ".join(names)]
     notes += ["calls: of the network, each sample; s / 1000: warm, processor time on a CPU"]
     if any(f.standard_error is None for e in evaluations for f in e.frechet):
-        notes.append(
-            "without ±: no more samples than features, far too few for a distance that says anything"
-        )
+        notes.append("without ±: no more samples than features, far too few for a distance that says anything")
     console.print(out)
     console.print("\n".join(notes), soft_wrap=True, highlight=False)
 

@@ -17,32 +17,18 @@ class Request:
     preset: Annotated[
         str | None, Option(help="A protocol, shipped or a YAML file; left out: the run's own `evaluate`.")
     ] = None
-    images: Annotated[Path | None, Option(help="Measure the images of this folder instead of sampling.")] = (
+    images: Annotated[Path | None, Option(help="Measure the images of this folder instead of sampling.")] = None
+    steps: Annotated[str | None, Option(help="Network calls (a teacher: Heun steps), such as 1,2,4.")] = None
+    any_steps: Annotated[bool, Option("--any", help="Allow a number of steps the student was not trained for.")] = False
+    teacher: Annotated[str | None, Option(help="Measure a run's teacher too, at these Heun steps, such as 1,12.")] = None
+    samples: Annotated[int | None, Option(min=2, help="Number of samples; another one is another protocol.")] = None
+    seed: Annotated[int | None, Option(help="Seed of the noise; a named preset has its own.")] = None
+    batch: Annotated[int | None, Option(min=1, help="Images of one call [default: 256 of a run, 64 of a pipeline].")] = (
         None
     )
-    steps: Annotated[str | None, Option(help="Network calls (a teacher: Heun steps), such as 1,2,4.")] = None
-    any_steps: Annotated[
-        bool, Option("--any", help="Allow a number of steps the student was not trained for.")
-    ] = False
-    teacher: Annotated[
-        str | None, Option(help="Measure a run's teacher too, at these Heun steps, such as 1,12.")
-    ] = None
-    samples: Annotated[
-        int | None, Option(min=2, help="Number of samples; another one is another protocol.")
-    ] = None
-    seed: Annotated[int | None, Option(help="Seed of the noise; a named preset has its own.")] = None
-    batch: Annotated[
-        int | None, Option(min=1, help="Images of one call [default: 256 of a run, 64 of a pipeline].")
-    ] = None
-    call: Annotated[
-        list[str] | None, Option(help="An argument of the pipeline's call.", metavar="KEY=VALUE")
-    ] = None
-    omit: Annotated[
-        list[str] | None, Option(help="A metric of the preset to leave out.", metavar="METRIC")
-    ] = None
-    allow_skips: Annotated[
-        bool, Option("--allow-skips", help="Leave out images that do not fit, and list them.")
-    ] = False
+    call: Annotated[list[str] | None, Option(help="An argument of the pipeline's call.", metavar="KEY=VALUE")] = None
+    omit: Annotated[list[str] | None, Option(help="A metric of the preset to leave out.", metavar="METRIC")] = None
+    allow_skips: Annotated[bool, Option("--allow-skips", help="Leave out images that do not fit, and list them.")] = False
     extractor_path: Annotated[Path | None, Option(help="Weights of the preset's feature network.")] = None
     clip_path: Annotated[Path | None, Option(help="open-clip checkpoint of the preset's CLIP score.")] = None
     report: Annotated[Path | None, Option(help="Folder for report.html and report.json.")] = None

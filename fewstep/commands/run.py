@@ -46,20 +46,15 @@ def prepare(recipe: Recipe, run: Path, resume: bool, force: bool) -> None:
     if run.exists() and any(run.iterdir()):
         if force:
             if not (run / "recipe.yaml").is_file():
-                raise UserError(
-                    f"{run}: is not a run directory; --force deletes only those. Choose another --out"
-                )
+                raise UserError(f"{run}: is not a run directory; --force deletes only those. Choose another --out")
             shutil.rmtree(run)
         elif not resume:
-            raise UserError(
-                f"{run}: is already used; continue it with --resume, or overwrite it with --force"
-            )
+            raise UserError(f"{run}: is already used; continue it with --resume, or overwrite it with --force")
         else:
             changed = differences(load_run(run), recipe)
             if changed:
                 raise UserError(
-                    f"{run}: was started with another recipe, so it cannot be resumed:\n  "
-                    + "\n  ".join(changed)
+                    f"{run}: was started with another recipe, so it cannot be resumed:\n  " + "\n  ".join(changed)
                 )
     run.mkdir(parents=True, exist_ok=True)
     aside = run / ".recipe.tmp"
@@ -76,9 +71,7 @@ def run_recipe(name: str, settings: Sequence[str], out: Path | None, resume: boo
     """`fewstep run`: train, sample, evaluate, export."""
     recipe = load(name, settings)
     run = out or Path("runs") / default_name(name)
-    trainer = Trainer(
-        recipe, None
-    )  # builds every role: what is missing is said before the directory is claimed
+    trainer = Trainer(recipe, None)  # builds every role: what is missing is said before the directory is claimed
     judge = _judge(trainer)
     main = trainer.accelerator.is_main_process
     if main:
@@ -88,9 +81,7 @@ def run_recipe(name: str, settings: Sequence[str], out: Path | None, resume: boo
     continued = resume and trainer.resume()
     if main:
         console.print(f"[bold]{name}[/]: {recipe.about}")
-        console.print(
-            f"run directory {run}" + (f", continued at step {trainer.progress.done}" if continued else "")
-        )
+        console.print(f"run directory {run}" + (f", continued at step {trainer.progress.done}" if continued else ""))
         _say_export(trainer)
     try:
         _train(trainer, run, main, judge)
@@ -119,9 +110,7 @@ def _judge(trainer: Trainer) -> Judge | None:
     try:
         return judge_of(product_of(recipe, trainer.product, trainer.data, "student"), recipe.evaluate)
     except UserError as error:
-        raise UserError(
-            f"evaluate: {error}; give another metric, or evaluate=null to measure nothing"
-        ) from None
+        raise UserError(f"evaluate: {error}; give another metric, or evaluate=null to measure nothing") from None
 
 
 def _say_export(trainer: Trainer) -> None:
@@ -174,9 +163,7 @@ def _train(trainer: Trainer, run: Path, main: bool, judge: Judge | None) -> None
             text = readings(t.last_record)
             bar.update(task, completed=t.progress.done, losses=text)
             if not console.is_terminal and t.progress.done % every == 0:
-                console.print(
-                    f"step {t.progress.done}/{t.total_steps}  {text}", soft_wrap=True, highlight=False
-                )
+                console.print(f"step {t.progress.done}/{t.total_steps}  {text}", soft_wrap=True, highlight=False)
 
         trainer.hooks = Hooks(on_sample, on_eval, on_step)
         trainer.fit()

@@ -13,9 +13,7 @@ from fewstep.config import UserError
 from fewstep.train.product import open_product
 
 
-def draw(
-    path: Path, steps: int | None, classes: str | None, count: int, seed: int, out: Path, any_steps: bool
-) -> Path:
+def draw(path: Path, steps: int | None, classes: str | None, count: int, seed: int, out: Path, any_steps: bool) -> Path:
     """`fewstep sample`: a PNG grid."""
     product = open_product(path).with_steps(steps, any_steps)
     labels, per_row = None, 10

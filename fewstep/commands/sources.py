@@ -189,8 +189,6 @@ def labels_for(preset: Preset, network: Any) -> tuple[Callable[[list[int]], list
     if not count or not preset.conditions.classes:
         return None, None
     if count < preset.conditions.classes:
-        raise UserError(
-            f"preset {preset.name} is for {preset.conditions.classes} classes; this network has {count}"
-        )
+        raise UserError(f"preset {preset.name} is for {preset.conditions.classes} classes; this network has {count}")
     classes = preset.conditions.classes
     return (lambda i: [index % classes for index in i]), torch.arange(preset.number) % classes

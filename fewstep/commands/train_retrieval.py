@@ -28,9 +28,7 @@ def train_retrieval(
     captions = tuple(item.caption for item in opened.items)
     if len(set(captions)) < len(captions):
         twice = next(c for c in captions if captions.count(c) > 1)
-        raise UserError(
-            f"{data}: the caption {twice!r} is several pictures'; retrieval needs distinct captions"
-        )
+        raise UserError(f"{data}: the caption {twice!r} is several pictures'; retrieval needs distinct captions")
     every = torch.arange(len(captions))
     images, features = to_pixels(opened.pictures(every)), opened.text.take(every)["pooled"]
     made = Retrieval(train(images, features, steps, seed=seed), captions, features)

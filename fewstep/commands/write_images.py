@@ -26,9 +26,7 @@ def write_images(preset: Preset, request: Request, steps: Sequence[int]) -> None
     unused |= {"--teacher": request.teacher}
     for option, value in unused.items():
         if value:
-            raise UserError(
-                f"{option}: preset {preset.name} measures nothing, it writes images for another package"
-            )
+            raise UserError(f"{option}: preset {preset.name} measures nothing, it writes images for another package")
     if len(steps) > 1:
         raise UserError(f"--steps: preset {preset.name} writes one set of images; give one number")
     with told():

@@ -1,9 +1,7 @@
 """Real samples and conditions. Importing this package registers every data set."""
 
-from fewstep.data import images as images
-from fewstep.data import toy as toy
+from fewstep.data import images as images, toy as toy
 
 from fewstep.data import text as text  # isort: skip  pictures and latents choose among its encoders
-from fewstep.data import latents as latents
-from fewstep.data import pictures as pictures
+from fewstep.data import latents as latents, pictures as pictures
 from fewstep.data.base import Data as Data

@@ -104,7 +104,5 @@ class ImageFolder:
             images.append(data.reshape(pixels.height, pixels.width, -1).permute(2, 0, 1))
             if images[-1].shape != images[0].shape:
                 size, first = tuple(images[-1].shape[1:]), tuple(images[0].shape[1:])
-                raise UserError(
-                    f"{p}: is {size[0]} x {size[1]}, but {files[0].name} is {first[0]} x {first[1]}"
-                )
+                raise UserError(f"{p}: is {size[0]} x {size[1]}, but {files[0].name} is {first[0]} x {first[1]}")
         return torch.stack(images).float() / 127.5 - 1

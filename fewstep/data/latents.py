@@ -94,9 +94,7 @@ class Latents:
         if self.encoder is not None:
             if captions is None:
                 raise UserError(f"{root}: was made from pictures without captions; leave out data.encoder")
-            text = embed(
-                self.encoder, captions, negative=self.negative, zeros=self.zeros, cache=self.text_cache
-            )
+            text = embed(self.encoder, captions, negative=self.negative, zeros=self.zeros, cache=self.text_cache)
         return LatentData(shards, int(told["made_with"]["classes"]), text, self.sample)
 
 

@@ -59,9 +59,7 @@ def decode(data: bytes, size: int, grey: bool, name: str) -> Tensor:
 class Pictures(TextConditions):
     """Pictures by number, with captions as text conditions, or with classes, or with neither."""
 
-    def __init__(
-        self, items: Sequence[Item], size: int, grey: bool, classes: int = 0, text: Text | None = None
-    ) -> None:
+    def __init__(self, items: Sequence[Item], size: int, grey: bool, classes: int = 0, text: Text | None = None) -> None:
         self.items, self.size, self.grey, self.text = items, size, grey, text
         self.classes = classes
         self.shape: tuple[int, ...] = (1 if grey else 3, size, size)
@@ -154,9 +152,7 @@ def _caption_file(path: Path) -> list[tuple[int, str, str]]:
             entry = json.loads(line)
             out.append((n, str(entry["file"]), str(entry["text"])))
         except (ValueError, KeyError, TypeError):
-            raise UserError(
-                f'{path}:{n}: expected {{"file": "NAME", "text": "CAPTION"}}, got {line[:60]!r}'
-            ) from None
+            raise UserError(f'{path}:{n}: expected {{"file": "NAME", "text": "CAPTION"}}, got {line[:60]!r}') from None
     if not out:
         raise UserError(f"{path}: holds no caption")
     return out
@@ -205,9 +201,7 @@ class WebDataset:
         if self.classes:
             wrong = next((i for i in items if i.label is None or not 0 <= i.label < self.classes), None)
             if wrong:
-                raise UserError(
-                    f"{wrong.name}: its class is {wrong.label}, not one of 0..{self.classes - 1} (.cls)"
-                )
+                raise UserError(f"{wrong.name}: its class is {wrong.label}, not one of 0..{self.classes - 1} (.cls)")
         return Pictures(items, self.size, self.grey, self.classes, _texts(items, self))
 
 
@@ -256,9 +250,7 @@ def index(path: Path) -> list[Item]:
         picture = next((parts[s[1:]] for s in SUFFIXES if s[1:] in parts), None)
         name = f"{path}:{stem}"
         if picture is None:
-            raise UserError(
-                f"{name}: has no picture ({', '.join(SUFFIXES)}), only {', '.join(sorted(parts))}"
-            )
+            raise UserError(f"{name}: has no picture ({', '.join(SUFFIXES)}), only {', '.join(sorted(parts))}")
         if picture[0] + picture[1] > end:
             raise UserError(f"{path}: ends within {stem}; the file is cut off, copy it again")
         caption, label = None, None

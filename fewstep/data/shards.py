@@ -77,9 +77,7 @@ class Shards:
                     f"{_short(value)}; {self.remedy}"
                 )
         if told["count"] != self.count:
-            raise UserError(
-                f"{self.folder}: holds {told['count']} rows, {self.count} are needed; {self.remedy}"
-            )
+            raise UserError(f"{self.folder}: holds {told['count']} rows, {self.count} are needed; {self.remedy}")
         self.rows, self.done = told["rows"], told["shards"]
 
     def __len__(self) -> int:
@@ -157,9 +155,7 @@ class Shards:
         for n, (size, crc) in self.done.items():
             path = self._path(int(n))
             if path.stat().st_size != size or crc32_of(path) != crc:
-                raise UserError(
-                    f"{path}: is damaged, its checksum differs; delete this file and make it again"
-                )
+                raise UserError(f"{path}: is damaged, its checksum differs; delete this file and make it again")
 
     def take(self, k: Tensor) -> dict[str, Tensor]:
         """Rows by number, int64 (b,) -> tensors (b, ...) on the CPU. Of a file only these rows are read."""

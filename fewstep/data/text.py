@@ -84,16 +84,8 @@ class PipelineEncoder:
 
     def key(self) -> str:
         root, _ = _text_parts(self.path)
-        files = [
-            p
-            for d in root.glob("t*")
-            if d.name.startswith(("text_encoder", "tokenizer"))
-            for p in d.rglob("*")
-        ]
-        return (
-            sha256_of([*(p for p in files if p.is_file()), root / "model_index.json"], root)
-            + f"-{self.length}"
-        )
+        files = [p for d in root.glob("t*") if d.name.startswith(("text_encoder", "tokenizer")) for p in d.rglob("*")]
+        return sha256_of([*(p for p in files if p.is_file()), root / "model_index.json"], root) + f"-{self.length}"
 
     def open(self) -> Encode:
         import inspect
@@ -164,9 +156,7 @@ def _class_of(root: Path, entry: Sequence[Any]) -> Any:
 
     cls = getattr(transformers, str(entry[-1]), None)
     if entry[0] != "transformers" or not hasattr(cls, "from_pretrained"):
-        raise UserError(
-            f"{root / 'model_index.json'}: text encoder {list(entry)} is no class of transformers"
-        )
+        raise UserError(f"{root / 'model_index.json'}: text encoder {list(entry)} is no class of transformers")
     return cls
 
 
@@ -179,9 +169,7 @@ def _time_ids(root: Path, pipeline: str) -> dict[str, Tensor]:
     latents = read_latents(root / "vae" / "config.json")
     if latents is None or not isinstance(size, list):
         lacking = "vae/config.json is missing" if latents is None else "unet/config.json has no sample_size"
-        raise UserError(
-            f"encoder {root}: {lacking}, on which SDXL's size conditions depend; copy it from the original"
-        )
+        raise UserError(f"encoder {root}: {lacking}, on which SDXL's size conditions depend; copy it from the original")
     high, wide = (float(n * latents.pixels) for n in size)
     return {"time_ids": torch.tensor([[high, wide, 0.0, 0.0, high, wide]])}
 
@@ -231,9 +219,7 @@ class SentenceEncoder:
                 max_length=self.length,
                 return_tensors="pt",
             )
-            states = model(
-                input_ids=tokens["input_ids"], attention_mask=tokens["attention_mask"]
-            ).last_hidden_state
+            states = model(input_ids=tokens["input_ids"], attention_mask=tokens["attention_mask"]).last_hidden_state
             mask = tokens["attention_mask"].to(states.dtype)
             pooled = (states * mask[..., None]).sum(1) / mask.sum(1, keepdim=True).clamp_min(1)
             whole = {"text": states, "mask": mask, "pooled": pooled}
@@ -288,9 +274,7 @@ def embed(
         raise UserError("prompts: there are none")
     facts = {"encoder": encoder.key(), "prompts": _digest([*prompts, negative]), "store": encoder.store}
     root = Path(cache).expanduser() if cache else default_cache()
-    shards = Shards(
-        root / _digest([json.dumps(facts)])[:32], facts, len(prompts) + 1, remedy="delete this folder"
-    )
+    shards = Shards(root / _digest([json.dumps(facts)])[:32], facts, len(prompts) + 1, remedy="delete this folder")
     rows = [*prompts, negative]
     with shards.claimed() as todo:
         encode = encoder.open() if todo else None

@@ -105,8 +105,7 @@ def write_checked(parts: Parts, folder: Path, *, results: Rows = (), shown: str 
     place = shown or str(folder)
     with _aside_of(folder) as aside:
         members = [
-            write_checked(member, aside / name, shown=f"{place}/{name}").parity
-            for name, member in parts.members.items()
+            write_checked(member, aside / name, shown=f"{place}/{name}").parity for name, member in parts.members.items()
         ]
         parts.save(aside)
         name, text = parts.note

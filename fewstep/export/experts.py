@@ -82,9 +82,7 @@ def _by_class(product: Product, parts_of: Callable[[Product], Parts]) -> Parts:
 
 
 @torch.no_grad()
-def table_of(
-    net: Routed, sampler: Any, prediction: str, time_input: str
-) -> tuple[float, list[dict[str, Any]]]:
+def table_of(net: Routed, sampler: Any, prediction: str, time_input: str) -> tuple[float, list[dict[str, Any]]]:
     """(scale of the start noise, one row per call): x' = row.x x + row.raw raw + row.noise z, all exact numbers."""
     process: Any = net.process
     times = times_of(sampler.steps, process)
@@ -96,9 +94,7 @@ def table_of(
         t, last = t.expand(1), i + 1 == len(times)
         s = clean(process, t) if last else times[i + 1].expand(1)
 
-        def moved(
-            x: Tensor, raw: Tensor, z: Tensor, t: Tensor = t, s: Tensor = s, last: bool = last
-        ) -> float:
+        def moved(x: Tensor, raw: Tensor, z: Tensor, t: Tensor = t, s: Tensor = s, last: bool = last) -> float:
             answer = from_raw(process, prediction, x, t, raw)
             if last:
                 return float(answer.x0)

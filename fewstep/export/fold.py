@@ -29,9 +29,7 @@ def fold(net: nn.Module, sampler: Sampler) -> tuple[Denoiser, Sampler]:
     net = plain_copy(net)  # an adapter is merged, adapters of other roles are left out
     inner = net.denoiser if isinstance(net, Rescheduled) else net
     if not (isinstance(inner, Denoiser) and isinstance(inner.net, UNet2D)):
-        raise ExportRefused(
-            f"no stock diffusers pipeline runs a {type(getattr(inner, 'net', inner)).__name__} student"
-        )
+        raise ExportRefused(f"no stock diffusers pipeline runs a {type(getattr(inner, 'net', inner)).__name__} student")
     unet: Any = inner.net.model.eval()
     if unet.device.type != "meta":  # `forecast` asks with shapes alone
         unet.cpu()
@@ -64,9 +62,7 @@ def fold(net: nn.Module, sampler: Sampler) -> tuple[Denoiser, Sampler]:
 
 def moving(inner: Any, sampler: Sampler) -> bool:
     """Whether the input that says where a jump ends, or how long it is, changes from call to call."""
-    return len(sampler.steps) > 1 and (
-        "length" in inner.inputs or (inner.takes_s and sampler.kind != "renoise")
-    )
+    return len(sampler.steps) > 1 and ("length" in inner.inputs or (inner.takes_s and sampler.kind != "renoise"))
 
 
 @torch.no_grad()

@@ -125,9 +125,7 @@ def _teacher(spec: Any, data: Any) -> Denoiser:
     classes = int(getattr(model.config, "num_class_embeds", 0) or 0)
     pixels = folder.latents.pixels if folder.latents else 1
     net: Any = wrapper_of(folder, spec.wrapper)(model, classes, guidance=spec.guidance, pixels=pixels)
-    process, kind, time_input = read_scheduler(
-        schedule, str(folder.scheduler_file), net.tokens(_size(data, net))
-    )
+    process, kind, time_input = read_scheduler(schedule, str(folder.scheduler_file), net.tokens(_size(data, net)))
     return Denoiser(net, process, kind, time_input)
 
 

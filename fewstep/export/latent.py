@@ -122,9 +122,7 @@ def source_of(product: Product) -> Folder:
     """The teacher's folder, whose other parts the export takes over."""
     spec: Any = product.recipe.teacher if product.recipe else None
     if getattr(spec, "name", None) != "diffusers":
-        raise ExportRefused(
-            "the recipe's teacher is no diffusers folder, so there is no pipeline to put it into"
-        )
+        raise ExportRefused("the recipe's teacher is no diffusers folder, so there is no pipeline to put it into")
     folder = read_folder(spec.path)
     folder.require_components()
     if not folder.index:

@@ -82,8 +82,7 @@ def agree(training: Levels | None, evaluation: Levels, exported: Levels | None =
     rows = [f"  {name + ':':20}{lv.shown() if lv is not None else '-'}" for name, lv in lists.items()]
     raise UserError(
         f"schedule: {worst[1]} and {worst[2]} stand at different noise levels (by {worst[0]:.2g}, allowed {TOLERANCE:g});"
-        " a student answers well only at the levels it was trained at. sigma / alpha, first to last:\n"
-        + "\n".join(rows)
+        " a student answers well only at the levels it was trained at. sigma / alpha, first to last:\n" + "\n".join(rows)
     )
 
 
@@ -101,9 +100,7 @@ def check_product(product: Any) -> None:
     agree(trained_levels(product.recipe.method, process), levels_of(process, product.sampler.steps))
 
 
-def check_export(
-    process: Process, steps: Sequence[float], scheduler: Any, arguments: Mapping[str, Any]
-) -> None:
+def check_export(process: Process, steps: Sequence[float], scheduler: Any, arguments: Mapping[str, Any]) -> None:
     """The sampler's levels against those of the scheduler that is about to be written; UserError when they differ.
 
     arguments: what the pipeline hands to `set_timesteps`.

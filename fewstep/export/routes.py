@@ -37,9 +37,7 @@ def schedule(steps: Sequence[float]) -> tuple[int, dict[str, Any]]:
     fractions = [Fraction(d).limit_denominator(9_999) for d in depth]
     common = lcm(*(f.denominator for f in fractions))
     if common > 9_999 or any(abs(float(f) - d) > 1e-9 for f, d in zip(fractions, depth, strict=True)):
-        raise ExportRefused(
-            f"steps {list(steps)} lie on no grid of up to 10,000 points; round them, say to 1/1000"
-        )
+        raise ExportRefused(f"steps {list(steps)} lie on no grid of up to 10,000 points; round them, say to 1/1000")
     index = [int(f * common) for f in fractions]
     return common + 1, {"num_inference_steps": None, "timesteps": index[::-1]}
 
@@ -61,9 +59,7 @@ def plain_kind(sampler: Sampler, process: Process) -> str:
     if sampler.kind == "map" and sampler.keep_noise and len(sampler.steps) > 1:
         first = process.grid(torch.tensor(sampler.steps[0], dtype=torch.float64))
         if float(process.alpha(first)) > 0:
-            raise ExportRefused(
-                f"no stock scheduler keeps the start noise (noise correction) above alpha = 0; {INSTEAD}"
-            )
+            raise ExportRefused(f"no stock scheduler keeps the start noise (noise correction) above alpha = 0; {INSTEAD}")
     if sampler.kind == "gamma" and sampler.eta in (0.0, 1.0):
         return "renoise" if sampler.eta else "map"
     if sampler.kind == "gamma" and isinstance(process, Flow) and len(sampler.steps) > 1:
@@ -99,9 +95,7 @@ def unet_stock(net: Denoiser, sampler: Sampler) -> Stock:
     if isinstance(process, Trig) and prediction in ("trig", "v") and time_input in ("t", "angle"):
         if one or kind == "renoise":
             return _scm(process, sampler)
-        raise ExportRefused(
-            f"SCMScheduler re-noises between steps, this student takes {kind} steps; {INSTEAD}"
-        )
+        raise ExportRefused(f"SCMScheduler re-noises between steps, this student takes {kind} steps; {INSTEAD}")
     raise ExportRefused(
         f"no stock scheduler reads prediction {prediction!r} with time input {time_input!r} on "
         f"{type(process).__name__}; train from a teacher in diffusers format, whose parametrisation a student "
@@ -133,14 +127,11 @@ def _edm_euler(process: EDM, sampler: Sampler) -> Stock:
     span = steps[0] - steps[-1]
     if n > 2 and any(abs(u - (steps[0] - span * i / (n - 1))) > 1e-9 for i, u in enumerate(steps)):
         raise ExportRefused(
-            f"steps {list(steps)} are not evenly spaced, and EDMEulerScheduler has no others in a pipeline; "
-            f"{INSTEAD}"
+            f"steps {list(steps)} are not evenly spaced, and EDMEulerScheduler has no others in a pipeline; {INSTEAD}"
         )
     first, last = (float(process.grid(torch.tensor(u, dtype=torch.float64))) for u in (steps[0], steps[-1]))
     low = process.sigma_min if n == 1 else last
-    scheduler: Any = EDMEulerScheduler(
-        sigma_min=low, sigma_max=first, sigma_data=process.sigma_data, rho=process.rho
-    )
+    scheduler: Any = EDMEulerScheduler(sigma_min=low, sigma_max=first, sigma_data=process.sigma_data, rho=process.rho)
     levels = (1.0,) if n == 1 else tuple((u - steps[-1]) / span for u in steps)
     # It starts from sqrt(sigma^2 + 1) times the noise, which one step can make good and several cannot.
     scale = first / scheduler.init_noise_sigma if n == 1 else 1.0

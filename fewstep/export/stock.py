@@ -25,17 +25,13 @@ def open_stock(root: Path, **components: Any) -> Any:
     none: dict[str, Any] = {k: None for k in absent if k not in components}
     if "safety_checker" in none:
         none["requires_safety_checker"] = False
-    pipe = DiffusionPipeline.from_pretrained(
-        root, torch_dtype=torch.float32, use_safetensors=True, **none, **components
-    )
+    pipe = DiffusionPipeline.from_pretrained(root, torch_dtype=torch.float32, use_safetensors=True, **none, **components)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
 
 @torch.no_grad()
-def run_stock(
-    pipe: Any, net: Wrapper, start: Tensor, cond: Any, levels: Mapping[str, Any], seed: int = 0
-) -> Tensor:
+def run_stock(pipe: Any, net: Wrapper, start: Tensor, cond: Any, levels: Mapping[str, Any], seed: int = 0) -> Tensor:
     """Latents (b, c, h, w) that the pipeline draws from the noise `start`, without guidance.
 
     All further noise comes from torch's global generator with this seed, as pipelines that hand none to their

@@ -53,9 +53,7 @@ def save_text_teacher(product: Product, folder: Path) -> None:
         clip_sample=False,
         timestep_spacing="trailing",
     )
-    absent: Any = dict.fromkeys(
-        ("tokenizer", "text_encoder", "safety_checker", "feature_extractor", "watermarker")
-    )
+    absent: Any = dict.fromkeys(("tokenizer", "text_encoder", "safety_checker", "feature_extractor", "watermarker"))
     pipe: Any = IFPipeline(
         **absent,
         unet=copy.deepcopy(net.net.model).cpu().eval(),
@@ -78,9 +76,7 @@ def _add_encoder(to: Path, root: Path) -> None:
     config = json.loads((root / "config.json").read_text())
     names = config.get("architectures") or []
     if len(names) != 1:
-        raise UserError(
-            f"{root / 'config.json'}: architectures is {names}; expected the one class of the model"
-        )
+        raise UserError(f"{root / 'config.json'}: architectures is {names}; expected the one class of the model")
     (to / "text_encoder").mkdir()
     for name in ("config.json", "model.safetensors"):
         shutil.copyfile(root / name, to / "text_encoder" / name)

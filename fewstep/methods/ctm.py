@@ -88,9 +88,7 @@ class CTM:
         if self.averaged:
             follow(roles.target, roles.student, float(self.target_decay or 0))
         if self.gan:
-            yield Turn(
-                ("critic", "discriminator"), lambda batch: discriminate(self.gan, roles, batch, self.times)
-            )
+            yield Turn(("critic", "discriminator"), lambda batch: discriminate(self.gan, roles, batch, self.times))
 
     def legs(self, draws: Draws, process: Any) -> tuple[Tensor, Tensor, Tensor, int]:
         """(t, u, s), t >= u >= s, and the number of solver steps from t to u."""

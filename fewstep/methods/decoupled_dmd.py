@@ -96,13 +96,9 @@ class DecoupledDMD:
         return add_noise(process, x, batch.noise(), tau)[0], tau
 
     @torch.no_grad()
-    def gradient(
-        self, roles: Roles, batch: Batch, x: Tensor, level: float
-    ) -> tuple[Tensor, dict[str, Tensor]]:
+    def gradient(self, roles: Roles, batch: Batch, x: Tensor, level: float) -> tuple[Tensor, dict[str, Tensor]]:
         """DM / n_DM + CA / n_CA for student samples x made at `level`, and readings."""
-        x_ca, t_ca = self.renoise(
-            roles, batch, x, level if self.schedule in ("constrained", "hybrid") else 1.0
-        )
+        x_ca, t_ca = self.renoise(roles, batch, x, level if self.schedule in ("constrained", "hybrid") else 1.0)
         cond = roles.teacher(x_ca, t_ca, batch.cond)
         guide = guided(roles.teacher, x_ca, t_ca, batch.cond, batch.null_cond, self.guidance)
         augment = cond.x0 - guide.x0

@@ -53,9 +53,7 @@ class DMD2:
     def turns(self, roles: Roles, step: int) -> Iterator[Turn]:
         made: list[tuple[Tensor, Any]] | None = [] if self.share_rollout else None
         yield Turn(("student",), lambda batch: self.student_losses(roles, batch, made))
-        yield self.critic.turn(
-            lambda batch: self.critic_losses(roles, batch, made.pop(0) if made else None), self.gan
-        )
+        yield self.critic.turn(lambda batch: self.critic_losses(roles, batch, made.pop(0) if made else None), self.gan)
 
     def sampler(self) -> Sampler:
         return Sampler(kind="renoise", steps=self.steps)
@@ -84,9 +82,7 @@ class DMD2:
             log.update(readings(x, real, gradient, fake, batch.cond))
         return gradient
 
-    def critic_losses(
-        self, roles: Roles, batch: Batch, made: tuple[Tensor, Any] | None = None
-    ) -> Iterator[Losses]:
+    def critic_losses(self, roles: Roles, batch: Batch, made: tuple[Tensor, Any] | None = None) -> Iterator[Losses]:
         """The losses of critic and head, on fresh samples of the student or on given ones with their conditions."""
         if made is not None:
             x, fakes = made[0], replace(batch, cond=made[1])

@@ -82,9 +82,7 @@ class FreeFlow:
         t = torch.ones_like(s)
         here = tr.raw_of(roles.student, "velocity", batch.cond)
         raw = here(x, t, s)
-        moved = tr.tangent(
-            here, (x, t, s), (None, None, torch.ones_like(s)), self.tangent, floor=0 * s, ceiling=t
-        )
+        moved = tr.tangent(here, (x, t, s), (None, None, torch.ones_like(s)), self.tangent, floor=0 * s, ceiling=t)
         slope = tr.slopes(process, "velocity", t, s, "s")
         with torch.no_grad():
             end = bc(slope.a, x) * x + bc(slope.b, x) * raw

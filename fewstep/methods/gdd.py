@@ -54,9 +54,7 @@ class GDD:
         yield Turn(("student",), lambda batch: self.student_losses(roles, batch))
         updates = ("critic", "discriminator") if self.train_trunk else ("discriminator",)
         r1 = 0.0 if step % self.r1_every else float(self.r1_every)
-        yield Turn(
-            updates, lambda batch: self.discriminator_losses(roles, batch, r1), times=self.discriminator_steps
-        )
+        yield Turn(updates, lambda batch: self.discriminator_losses(roles, batch, r1), times=self.discriminator_steps)
 
     def sampler(self) -> Sampler:
         return Sampler(kind="renoise", steps=self.steps)
@@ -70,9 +68,7 @@ class GDD:
     def student_losses(self, roles: Roles, batch: Batch) -> Iterator[Losses]:
         self.hold(roles)
         x = rollout(roles.student, batch.draws, batch.shape, self.steps, batch.cond).x
-        yield Losses(
-            {"gan": self.gan.generator(roles, batch, x)}, {"health/diversity": spread(x, batch.cond)}
-        )
+        yield Losses({"gan": self.gan.generator(roles, batch, x)}, {"health/diversity": spread(x, batch.cond)})
 
     def discriminator_losses(self, roles: Roles, batch: Batch, r1: float) -> Iterator[Losses]:
         x = rollout(roles.student, batch.draws, batch.shape, self.steps, batch.cond, grad=False).x

@@ -60,9 +60,7 @@ class ICD:
             raise ValueError(f"start must lie in the first knot, (0, {1 / self.knots:g}], not {self.start}")
         if self.dynamic is not None:
             if not self.embed_guidance:
-                raise ValueError(
-                    "dynamic needs embed_guidance: true, so that the scale can change from step to step"
-                )
+                raise ValueError("dynamic needs embed_guidance: true, so that the scale can change from step to step")
             if not 0 <= self.dynamic[0] <= self.dynamic[1] <= 1:
                 raise ValueError(f"dynamic must satisfy 0 <= low <= high <= 1, not {list(self.dynamic)}")
 

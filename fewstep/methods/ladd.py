@@ -66,9 +66,7 @@ class LADD:
     def turns(self, roles: Roles, step: int) -> Iterator[Turn]:
         yield Turn(("student",), lambda batch: self.student_losses(roles, batch))
         updates = ("critic", "discriminator") if self.train_trunk else ("discriminator",)
-        yield Turn(
-            updates, lambda batch: self.discriminator_losses(roles, batch), times=self.discriminator_steps
-        )
+        yield Turn(updates, lambda batch: self.discriminator_losses(roles, batch), times=self.discriminator_steps)
 
     def sampler(self) -> Sampler:
         scale = None if self.guidance is None else middle(self.guidance)
@@ -106,9 +104,7 @@ class LADD:
 
     def student_losses(self, roles: Roles, batch: Batch) -> Iterator[Losses]:
         x = self.produce(roles, batch, grad=True)
-        yield Losses(
-            {"gan": self.gan.generator(roles, batch, x)}, {"health/diversity": spread(x, batch.cond)}
-        )
+        yield Losses({"gan": self.gan.generator(roles, batch, x)}, {"health/diversity": spread(x, batch.cond)})
 
     def discriminator_losses(self, roles: Roles, batch: Batch) -> Iterator[Losses]:
         fake = self.gan.look(roles, batch, self.produce(roles, batch, grad=False))

@@ -85,9 +85,7 @@ class MeanFlow:
             v = self.velocity(roles, batch, cond, x, t, eps - x0)
         here = tr.raw_of(student, "velocity", cond)
         raw = here(x, t, s)
-        moved = tr.tangent(
-            here, (x, t, s), (v, torch.ones_like(t), None), self.tangent, floor=s, ceiling=process.t_max
-        )
+        moved = tr.tangent(here, (x, t, s), (v, torch.ones_like(t), None), self.tangent, floor=s, ceiling=process.t_max)
         fade = min(1.0, step / self.warmup) if self.warmup else 1.0
         residual = tr.eulerian(tr.slopes(process, "velocity", t, s, "t"), x, v, raw.detach(), moved, fade)
         if self.normalize is not None:

@@ -113,9 +113,7 @@ class PhasedDMD:
         yield Losses({"match": obj.toward(x_s if self.loss_on == "x_s" else x0, gradient)}, log)
 
     @torch.no_grad()
-    def gradient(
-        self, roles: Roles, batch: Batch, x_s: Tensor, x0: Tensor
-    ) -> tuple[Tensor, dict[str, Tensor]]:
+    def gradient(self, roles: Roles, batch: Batch, x_s: Tensor, x0: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """w (D_fake - D_real) at x_t, noised from x_s, and readings.
 
         kl is w = alpha_t alpha_{t|s} / sigma_t^2, the x0 form of the paper's generator weight on psi.
@@ -127,9 +125,7 @@ class PhasedDMD:
         fake = roles.critic(x_t, t, batch.cond)
         gradient = obj.score_difference(fake, real)
         if self.weight == "kl":
-            gradient = scaled(
-                process.alpha(t) * transition(process, s, t)[0] / process.sigma(t) ** 2, gradient
-            )
+            gradient = scaled(process.alpha(t) * transition(process, s, t)[0] / process.sigma(t) ** 2, gradient)
         else:
             gradient = gradient * obj.dmd_normalizer(x0, real.x0)
         # Only in the last phase is x0 the sample that the critic denoises towards.

@@ -52,9 +52,7 @@ class Reflow:
 
     def needs(self) -> Needs:
         own = {"straight"} if self.guide_weight and self.guide == "straight" else set()
-        return Needs(
-            frozenset({"teacher", "student", *own}), process="flow", frozen=frozenset({"teacher", *own})
-        )
+        return Needs(frozenset({"teacher", "student", *own}), process="flow", frozen=frozenset({"teacher", *own}))
 
     def turns(self, roles: Roles, step: int) -> Iterator[Turn]:
         yield Turn(("student",), lambda batch: self.losses(roles, batch, step))

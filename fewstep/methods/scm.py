@@ -68,9 +68,7 @@ class SCM:
     def needs(self) -> Needs:
         roles = {"student"} | (set() if self.source == "data" else {"teacher"})
         roles |= {"weighting"} if self.weighting == "learned" else set()
-        return Needs(
-            frozenset(roles), data=self.source != "trajectory", jvp=tr.forward_directions(self.tangent, "xt")
-        )
+        return Needs(frozenset(roles), data=self.source != "trajectory", jvp=tr.forward_directions(self.tangent, "xt"))
 
     def turns(self, roles: Roles, step: int) -> Iterator[Turn]:
         updates = ("student", "weighting") if self.weighting == "learned" else ("student",)

@@ -37,9 +37,7 @@ class SFD:
 
     def __post_init__(self) -> None:
         if not self.counts or self.between < 0:
-            raise ValueError(
-                f"counts must not be empty and between not negative: {self.counts}, {self.between}"
-            )
+            raise ValueError(f"counts must not be empty and between not negative: {self.counts}, {self.between}")
 
     def needs(self) -> Needs:
         return Needs(frozenset({"teacher", "student"}))

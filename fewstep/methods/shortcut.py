@@ -43,8 +43,7 @@ class Shortcut:
     def __post_init__(self) -> None:
         if self.finest & (self.finest - 1) or any(n & (n - 1) or n >= self.finest for n in self.counts):
             raise ValueError(
-                f"finest must be a power of two and counts powers of two below it, not {self.finest}, "
-                f"{list(self.counts)}"
+                f"finest must be a power of two and counts powers of two below it, not {self.finest}, {list(self.counts)}"
             )
         if not 0 <= self.bootstrap <= 1:
             raise ValueError(f"bootstrap must lie in [0, 1], not {self.bootstrap}")

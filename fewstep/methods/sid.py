@@ -56,9 +56,7 @@ class SiD:
     def __post_init__(self) -> None:
         check_steps(self.steps)
         if self.huber is not None and self.huber <= 0:
-            raise ValueError(
-                f"huber must be positive, not {self.huber}; leave it out for the squared distance"
-            )
+            raise ValueError(f"huber must be positive, not {self.huber}; leave it out for the squared distance")
         if self.loss_scale <= 0:
             raise ValueError(f"loss_scale must be positive, not {self.loss_scale}")
 

@@ -77,9 +77,7 @@ class STD:
         check_steps(self.steps)
         check_scale(self.guidance)
         if not 0 < self.strength <= 1 or not 0 <= self.rate <= 1:
-            raise ValueError(
-                f"strength and rate must lie in (0, 1], [0, 1], not {self.strength}, {self.rate}"
-            )
+            raise ValueError(f"strength and rate must lie in (0, 1], [0, 1], not {self.strength}, {self.rate}")
         if self.steps[0] > self.first / self.knots:
             raise ValueError(
                 f"steps {list(self.steps)} begin above level {self.first / self.knots:g}, where trajectories of "
@@ -124,10 +122,7 @@ class STD:
     def losses(self, roles: Roles, batch: Batch) -> Iterator[Losses]:
         process, bank = roles.student.process, roles["state"]
         slot, x, knot, cond = self.start(bank, batch, process)  # type: ignore[arg-type]
-        t, u, s = (
-            process.grid(k.double() / self.knots)
-            for k in (knot, knot - 1, self.destination(batch.draws, knot))
-        )
+        t, u, s = (process.grid(k.double() / self.knots) for k in (knot, knot - 1, self.destination(batch.draws, knot)))
         scale = drawn(self.guidance, batch.draws)
         seen = Batch(batch.draws, batch.shape, batch.x0, cond, batch.null_cond)
         own = student_leg(roles.student, cond)

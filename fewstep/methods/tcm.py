@@ -45,9 +45,7 @@ class TCM:
         if not 0 < self.boundary < 1:
             raise ValueError(f"boundary must lie in (0, 1), not {self.boundary}")
         if self.steps[-1] < self.boundary:
-            raise ValueError(
-                f"steps {list(self.steps)} go below the boundary {self.boundary}, untrained there"
-            )
+            raise ValueError(f"steps {list(self.steps)} go below the boundary {self.boundary}, untrained there")
 
     def needs(self) -> Needs:
         roles = frozenset({"student", "stage1"})

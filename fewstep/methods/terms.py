@@ -58,9 +58,7 @@ class Gan:
 
     def __post_init__(self) -> None:
         if self.weight <= 0 or self.discriminator_weight <= 0:
-            raise ValueError(
-                "weight and discriminator_weight must be positive; `gan: null` is no discriminator"
-            )
+            raise ValueError("weight and discriminator_weight must be positive; `gan: null` is no discriminator")
         if self.r1_weight < 0:
             raise ValueError(f"r1_weight must not be negative, not {self.r1_weight}")
 
@@ -104,9 +102,7 @@ class Gan:
         fake = self.look(roles, fakes or batch, x.detach())
         return self.judge(roles, batch, fake, *self.shown(roles, batch, batch.data()))
 
-    def judge(
-        self, roles: Roles, batch: Batch, fake: Tensor, seen: Tensor, tau: Tensor, r1: float = 1.0
-    ) -> Losses:
+    def judge(self, roles: Roles, batch: Batch, fake: Tensor, seen: Tensor, tau: Tensor, r1: float = 1.0) -> Losses:
         """`discriminator` from the logits (b, heads) of student samples and real samples seen at tau.
 
         r1: factor on R1's weight, 0 for none (lazy R1 takes it rarely and as many times as large).
@@ -202,9 +198,7 @@ Apart = Literal["mse", "l1", "huber", "huber_sample", "lpips"]
 """A distance of trajectory methods, or LPIPS by the frozen role `perceptual`."""
 
 
-def apart(
-    roles: Roles, a: Tensor, b: Tensor, kind: Apart, c: float = 1e-3, weight: Tensor | None = None
-) -> Tensor:
+def apart(roles: Roles, a: Tensor, b: Tensor, kind: Apart, c: float = 1e-3, weight: Tensor | None = None) -> Tensor:
     """The batch mean of weight (b,) times a distance of samples a and b (b, *d), a scalar."""
     if kind != "lpips":
         return distance(a, b, kind, c, weight)

@@ -110,9 +110,7 @@ class TwinFlow:
         return v + bc(share, x) * gap
 
     @torch.no_grad()
-    def target(
-        self, roles: Roles, batch: Batch, x: Tensor, t: Tensor, s: Tensor, v: Tensor, here: Tensor
-    ) -> Tensor:
+    def target(self, roles: Roles, batch: Batch, x: Tensor, t: Tensor, s: Tensor, v: Tensor, here: Tensor) -> Tensor:
         """raw - clamp(R), R = ((t - s) raw - path) / step - v: the Eulerian residual by a difference (RCGM)."""
         close = (t - s) < self.step
         below = torch.maximum(t - self.step, s)

@@ -80,9 +80,7 @@ class UniInstruct:
         real = guided(roles.teacher, x_tau, tau, batch.cond, batch.null_cond, self.guidance)
         fake = roles.critic(x_tau, tau, batch.cond)
         ratio = (-roles.discriminator(x_tau, tau, batch.cond).mean(1)).exp().clamp(*self.ratio_clip)
-        alpha, weight = obj.expanded_divergence(
-            self.divergence, ratio.detach() if self.stop_grad_ratio else ratio
-        )
+        alpha, weight = obj.expanded_divergence(self.divergence, ratio.detach() if self.stop_grad_ratio else ratio)
         if self.normalize_ratio:
             weight = weight / global_mean(weight)
         value = obj.inverse_matching(real, fake, x, alpha=alpha, ratio=weight)

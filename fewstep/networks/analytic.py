@@ -67,9 +67,7 @@ class Mixture(nn.Module):
         """log p_t(x), float64 (b,)."""
         return torch.logsumexp(self._logits(x, t, cond)[0], 1)
 
-    def forward(
-        self, x: Tensor, t: Tensor, cond: Any = None, *, taps: Sequence[str] = (), **call: Any
-    ) -> Prediction:
+    def forward(self, x: Tensor, t: Tensor, cond: Any = None, *, taps: Sequence[str] = (), **call: Any) -> Prediction:
         """x (b, d), t (b,) -> the exact Prediction in x's dtype. It has no features to tap."""
         if taps:
             raise ValueError("an analytic teacher has no features; put the discriminator on the critic")

@@ -69,9 +69,7 @@ class Denoiser(nn.Module):
         """Give the network further inputs that have no effect yet. Raises ValueError where it cannot have any."""
         extras: Any = getattr(self.net, "extras", None)
         if extras is None:
-            raise ValueError(
-                f"a {type(self.net).__name__} takes no further inputs, asked for {', '.join(names)}"
-            )
+            raise ValueError(f"a {type(self.net).__name__} takes no further inputs, asked for {', '.join(names)}")
         extras.add(names)
 
     def _extras(self, t: Tensor, given: Mapping[str, Tensor | None]) -> dict[str, Any]:
@@ -148,9 +146,7 @@ class Rescheduled(nn.Module):
         c = norm / torch.hypot(self.process.alpha(t), self.process.sigma(t))
         return bc(c, x) * x, t_base
 
-    def forward(
-        self, x: Tensor, t: Tensor, cond: Any = None, *, s: Tensor | None = None, **call: Any
-    ) -> Prediction:
+    def forward(self, x: Tensor, t: Tensor, cond: Any = None, *, s: Tensor | None = None, **call: Any) -> Prediction:
         # A chord's x0 is the same in every process, because a jump with constant x0 and eps is.
         if s is not None:
             call["s"] = self._time(s)

@@ -13,11 +13,8 @@ import torch
 from fewstep.config import UserError
 from fewstep.networks import unet2d as _unet2d  # noqa: F401  registers UNet2DModel
 from fewstep.networks.denoiser import Denoiser
-from fewstep.networks.folder import Folder, read_folder
-from fewstep.networks.folder import resolve as resolve
-from fewstep.networks.scheduler import DDPM_FAMILY as DDPM_FAMILY
-from fewstep.networks.scheduler import PREDICTIONS
-from fewstep.networks.scheduler import read_scheduler as read_scheduler
+from fewstep.networks.folder import Folder, read_folder, resolve as resolve
+from fewstep.networks.scheduler import DDPM_FAMILY as DDPM_FAMILY, PREDICTIONS, read_scheduler as read_scheduler
 from fewstep.networks.wrappers import WRAPPERS, Wrapper
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -53,9 +50,7 @@ def load_denoiser(
     if prediction is not None:
         said = schedule.get("prediction_type", prediction)
         if said != prediction or prediction not in PREDICTIONS:
-            allowed = (
-                f"{folder.scheduler_file} says {said!r}" if said != prediction else ", ".join(PREDICTIONS)
-            )
+            allowed = f"{folder.scheduler_file} says {said!r}" if said != prediction else ", ".join(PREDICTIONS)
             raise UserError(f"teacher {path}: prediction {prediction!r}: {allowed}")
         schedule["prediction_type"] = prediction
     read_scheduler(schedule, str(folder.scheduler_file), tokens=256)  # before the weights, which take long

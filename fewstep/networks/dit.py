@@ -95,9 +95,7 @@ class DiT(nn.Module):
         (c, h, w), p = self.shape, self.patch
         unknown = set(taps) - {f"block{i}" for i in range(len(self.blocks))}
         if unknown:
-            raise ValueError(
-                f"taps {sorted(unknown)} are unknown; allowed: block0..block{len(self.blocks) - 1}"
-            )
+            raise ValueError(f"taps {sorted(unknown)} are unknown; allowed: block0..block{len(self.blocks) - 1}")
         tokens = x.reshape(-1, c, h // p, p, w // p, p).permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
         embedding = self.time(time) + self.extras.embed(extras)
         if self.label is not None and cond is not None:

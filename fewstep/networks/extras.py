@@ -85,7 +85,5 @@ class Extras(nn.ModuleDict):
         given = angles or {}
         if set(given) != set(self.keys()):
             wanted = ", ".join(self.keys()) or "none"
-            raise ValueError(
-                f"this network takes the inputs {wanted}; it was given {', '.join(given) or 'none'}"
-            )
+            raise ValueError(f"this network takes the inputs {wanted}; it was given {', '.join(given) or 'none'}")
         return sum((self[name](angle) for name, angle in given.items()), 0.0)

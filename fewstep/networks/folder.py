@@ -140,9 +140,7 @@ class Folder:
         kind = self.index.get("_class_name")
         cls = getattr(diffusers, kind, None) if isinstance(kind, str) else None
         # Without transformers, diffusers puts a stand-in with _backends in a pipeline's place.
-        known = isinstance(cls, type) and (
-            issubclass(cls, diffusers.DiffusionPipeline) or hasattr(cls, "_backends")
-        )
+        known = isinstance(cls, type) and (issubclass(cls, diffusers.DiffusionPipeline) or hasattr(cls, "_backends"))
         if not known:
             raise UserError(
                 f"{self.root / 'model_index.json'}: _class_name {kind!r} is no pipeline of diffusers, and an export is "
@@ -161,18 +159,14 @@ def read_folder(path: str, dtype: torch.dtype = torch.float32) -> Folder:
             f"family (here Stable Diffusion 1 and 2), then give {to}:\n  {shell(f'{code}.save_pretrained({str(to)!r})')}"
         )
     if not root.is_dir():
-        raise UserError(
-            f"teacher {path}: no such folder; train one with `fewstep run digits-teacher` or give a path"
-        )
+        raise UserError(f"teacher {path}: no such folder; train one with `fewstep run digits-teacher` or give a path")
     component = "transformer" if (root / "transformer").is_dir() else "unet"
     if component == "transformer" and (root / "unet").is_dir():
         raise UserError(f"teacher {path}: has both unet/ and transformer/; which one is meant is not clear")
     schedule = root / "scheduler" / "scheduler_config.json"
     for needed in (root / component / "config.json", schedule):
         if not needed.is_file():
-            raise UserError(
-                f"teacher {path}: {needed.relative_to(root)} is missing; a diffusers pipeline has it"
-            )
+            raise UserError(f"teacher {path}: {needed.relative_to(root)} is missing; a diffusers pipeline has it")
     index = root / "model_index.json"
     return Folder(
         root,
@@ -194,9 +188,7 @@ def read_latents(path: Path) -> Latents | None:
     kind = config.get("_class_name")
     for key in ("latents_mean", "latents_std"):
         if config.get(key) is not None:
-            raise UserError(
-                f"{path}: {key} is set, which is not supported; only scaling_factor and shift_factor"
-            )
+            raise UserError(f"{path}: {key} is set, which is not supported; only scaling_factor and shift_factor")
     if config.get("scaling_factor") is None and ("scaling_factor" in config or kind not in _SCALING):
         raise UserError(
             f"{path}: scaling_factor is {config.get('scaling_factor', 'missing')} and {kind} has no default; add the "

@@ -56,18 +56,14 @@ class Discriminator(nn.Module):
         width: of a head's hidden layer; None takes the feature's channels.
     """
 
-    def __init__(
-        self, trunk: nn.Module, taps: Sequence[str], example: tuple[Any, ...], width: int | None = None
-    ) -> None:
+    def __init__(self, trunk: nn.Module, taps: Sequence[str], example: tuple[Any, ...], width: int | None = None) -> None:
         super().__init__()
         self._trunk = (trunk,)  # in a tuple, so that its parameters are not registered twice
         self.taps = tuple(taps)
         with torch.no_grad():
             features = trunk.features(*example, self.taps)  # type: ignore[operator]
         channels = {tap: f.shape[2 if f.ndim == 3 else 1] for tap, f in features.items()}
-        self.heads = nn.ModuleDict(
-            {tap: _head(features[tap].shape, width or channels[tap]) for tap in self.taps}
-        )
+        self.heads = nn.ModuleDict({tap: _head(features[tap].shape, width or channels[tap]) for tap in self.taps})
 
     @property
     def trunk(self) -> nn.Module:

@@ -100,9 +100,7 @@ def read_lora(adapted: Adapted, path: Path) -> None:
             )
     alpha = header.get(f"{part}.lora_alpha")
     if alpha is not None and float(alpha) != adapted.alpha:
-        raise UserError(
-            f"{path}: was trained with alpha {alpha}, not {adapted.alpha}; set lora.alpha to {alpha}"
-        )
+        raise UserError(f"{path}: was trained with alpha {alpha}, not {adapted.alpha}; set lora.alpha to {alpha}")
     prefix, _ = diffusers_model(network_of(adapted.base))
     with torch.no_grad():
         for key, p in adapted.own.items():

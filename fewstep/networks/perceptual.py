@@ -98,17 +98,13 @@ class LPIPSSpec:
         from torchvision.models import vgg16
 
         if len(site.shape) != 3 or site.shape[0] not in (1, 3):
-            raise RecipeError(
-                f"network lpips is for grey or RGB images; the data has shape {list(site.shape)}"
-            )
+            raise RecipeError(f"network lpips is for grey or RGB images; the data has shape {list(site.shape)}")
         side = self.size or min(site.shape[1:])
         if side < 16:
             raise RecipeError(f"lpips.size: VGG16 halves four times, so images need a side of 16, not {side}")
         layers = vgg16(weights=None).features
         weights = {
-            k.removeprefix("features."): v
-            for k, v in read_weights(self.features).items()
-            if "classifier" not in k
+            k.removeprefix("features."): v for k, v in read_weights(self.features).items() if "classifier" not in k
         }
         linear = read_weights(self.linear)
         try:
@@ -116,7 +112,5 @@ class LPIPSSpec:
             rows = [linear[f"lin{i}.model.1.weight"].reshape(1, c, 1, 1) for i, c in enumerate(CHANNELS)]
         except (KeyError, RuntimeError) as error:
             first = str(error).splitlines()[0]
-            raise UserError(
-                f"lpips: {self.features}, {self.linear}: not VGG16's and LPIPS's weights: {first}"
-            ) from None
+            raise UserError(f"lpips: {self.features}, {self.linear}: not VGG16's and LPIPS's weights: {first}") from None
         return Perceptual(layers, rows, self.size)

@@ -35,9 +35,7 @@ EDM_FAMILY = ("EDMEulerScheduler", "EDMDPMSolverMultistepScheduler")
 PREDICTIONS = {"epsilon": "eps", "v_prediction": "v", "sample": "x0"}
 
 
-def read_scheduler(
-    config: Mapping[str, Any], where: str, tokens: int | None = None
-) -> tuple[Process, str, TimeInput]:
+def read_scheduler(config: Mapping[str, Any], where: str, tokens: int | None = None) -> tuple[Process, str, TimeInput]:
     """(process, prediction, time input) of a scheduler_config.json. Raises UserError where it is ambiguous.
 
     tokens: number of image tokens, on which a dynamic flow shift depends.
@@ -52,9 +50,7 @@ def read_scheduler(
         raise UserError(f"{where}: scheduler {name!r} is not supported; known: {', '.join(known)}")
     kind = config.get("prediction_type")
     if kind is None:
-        raise UserError(
-            f"{where}: prediction_type is missing; add one of {', '.join(map(repr, PREDICTIONS))} as trained"
-        )
+        raise UserError(f"{where}: prediction_type is missing; add one of {', '.join(map(repr, PREDICTIONS))} as trained")
     if kind == "flow_prediction" or config.get("use_flow_sigmas"):
         if kind != "flow_prediction" or not config.get("use_flow_sigmas"):
             raise UserError(
@@ -98,24 +94,18 @@ def _edm(config: Mapping[str, Any], where: str, name: str) -> tuple[Process, str
     return process, "edm", "log_sigma/4"
 
 
-def _flow(
-    config: Mapping[str, Any], where: str, shift: float, tokens: int | None
-) -> tuple[Process, str, TimeInput]:
+def _flow(config: Mapping[str, Any], where: str, shift: float, tokens: int | None) -> tuple[Process, str, TimeInput]:
     if number(config, "num_train_timesteps", 1000, where, whole=True) != 1000:
         raise UserError(f"{where}: num_train_timesteps {config['num_train_timesteps']} of a flow; only 1000")
     if config.get("invert_sigmas"):
         raise UserError(f"{where}: invert_sigmas is set, which is not supported")
     if config.get("use_dynamic_shifting"):
         if tokens is None:
-            raise UserError(
-                f"{where}: use_dynamic_shifting is set, so the shift depends on the image size; give it"
-            )
+            raise UserError(f"{where}: use_dynamic_shifting is set, so the shift depends on the image size; give it")
         mu = dynamic_mu(config, tokens, where)
         shift = mu if config.get("time_shift_type") == "linear" else math.exp(mu)
         if shift <= 0:
-            raise UserError(
-                f"{where}: base_shift and max_shift give the shift {shift:g}; it must be positive"
-            )
+            raise UserError(f"{where}: base_shift and max_shift give the shift {shift:g}; it must be positive")
     return (Flow() if shift == 1.0 else ShiftedFlow(shift=shift)), "velocity", "1000t"
 
 
@@ -124,9 +114,7 @@ def dynamic_mu(config: Mapping[str, Any], tokens: int, where: str = "scheduler_c
     low = number(config, "base_image_seq_len", 256, where)
     high = number(config, "max_image_seq_len", 4096, where)
     if not low < high:
-        raise UserError(
-            f"{where}: base_image_seq_len is {low:g}; it must be below max_image_seq_len {high:g}"
-        )
+        raise UserError(f"{where}: base_image_seq_len is {low:g}; it must be below max_image_seq_len {high:g}")
     base = number(config, "base_shift", 0.5, where, positive=False)
     top = number(config, "max_shift", 1.15, where, positive=False)
     return base + (top - base) * (tokens - low) / (high - low)

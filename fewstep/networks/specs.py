@@ -63,9 +63,7 @@ class Copy:
             try:
                 slow_time(twin, self.max_frequency)
             except ValueError as error:
-                raise RecipeError(
-                    f"copy.max_frequency {self.max_frequency}: the {self.of}: {error}"
-                ) from None
+                raise RecipeError(f"copy.max_frequency {self.max_frequency}: the {self.of}: {error}") from None
         return twin.eval()
 
 
@@ -229,9 +227,7 @@ class UNetTextSpec:
         if len(self.channels) < 2 or any(c % self.groups for c in self.channels):
             raise ValueError(f"channels {list(self.channels)} must be two or more multiples of {self.groups}")
         if self.channels[-1] % self.heads or self.text % self.heads:
-            raise ValueError(
-                f"heads {self.heads} must divide channels {self.channels[-1]} and text {self.text}"
-            )
+            raise ValueError(f"heads {self.heads} must divide channels {self.channels[-1]} and text {self.text}")
 
     def build(self, site: Site) -> nn.Module:
         from diffusers import UNet2DConditionModel

@@ -49,9 +49,7 @@ class DiffusersTeacher:
         )
         channels = teacher.net.channels()  # type: ignore[operator]
         if channels != site.shape[0]:
-            raise UserError(
-                f"teacher {self.path}: takes {channels} channels, but the data has shape {list(site.shape)}"
-            )
+            raise UserError(f"teacher {self.path}: takes {channels} channels, but the data has shape {list(site.shape)}")
         own = int(teacher.net.classes)  # type: ignore[arg-type]
         if site.classes and own and own != site.classes:
             raise UserError(
@@ -86,12 +84,8 @@ class ModuleTeacher:
 
         model = import_name(self.factory, "teacher.factory")()
         if not isinstance(model, nn.Module):
-            raise UserError(
-                f"teacher.factory {self.factory!r}: returned a {type(model).__name__}, not a torch module"
-            )
-        net = Generic(
-            model, self.arguments, self.taps, classes=site.classes if "label" in self.arguments else 0
-        )
+            raise UserError(f"teacher.factory {self.factory!r}: returned a {type(model).__name__}, not a torch module")
+        net = Generic(model, self.arguments, self.taps, classes=site.classes if "label" in self.arguments else 0)
         return frozen(Denoiser(net, self.process, self.prediction, self.time_input))
 
 

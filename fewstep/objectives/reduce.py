@@ -17,9 +17,7 @@ def _everywhere(x: Tensor) -> Tensor:
 @torch.no_grad()
 def global_mean(x: Tensor) -> Tensor:
     """The mean of x (b,) over this micro-batch of all processes, a scalar without gradient."""
-    total = _everywhere(
-        torch.stack((x.sum().double(), torch.tensor(float(x.numel()), device=x.device).double()))
-    )
+    total = _everywhere(torch.stack((x.sum().double(), torch.tensor(float(x.numel()), device=x.device).double())))
     return (total[0] / total[1]).to(x.dtype)
 
 

@@ -51,9 +51,7 @@ def chord_x0(process: Process, x: Tensor, t: Tensor, x_s: Tensor, s: Tensor) -> 
     return (x_s - bc(k, x) * x) / bc(process.alpha(s) - k * process.alpha(t), x)
 
 
-def distance(
-    a: Tensor, b: Tensor, kind: Distance = "mse", c: float = 1e-3, weight: Tensor | None = None
-) -> Tensor:
+def distance(a: Tensor, b: Tensor, kind: Distance = "mse", c: float = 1e-3, weight: Tensor | None = None) -> Tensor:
     """A scalar: the batch mean of weight (b,) times a per-sample distance.
 
     mse, l1: means over a sample. huber: mean of sqrt(e^2 + c^2) - c over elements (LCM). huber_sample:
@@ -281,9 +279,7 @@ def _gap(raw: Callable[..., Tensor], at: tuple[Tensor, Tensor, Tensor], along: A
     try:
         forward = tangent(raw, at, along, "jvp")
     except (NotImplementedError, RuntimeError) as error:
-        raise UserError(
-            f"this network has no forward-mode derivative: {error}; set tangent: central"
-        ) from None
+        raise UserError(f"this network has no forward-mode derivative: {error}; set tangent: central") from None
     gaps = []
     # Time embeddings of high frequency need tiny steps, rounding in float32 needs large ones.
     for step in (3e-2, 1e-2, 3e-3, 1e-3, 2e-4, 4e-5):

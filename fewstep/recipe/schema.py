@@ -208,9 +208,7 @@ class Recipe:
             missing = sorted(stage.method.needs().roles - have)
             if missing:
                 name = stage.method.name
-                raise ValueError(
-                    f"method {name} needs the role{'s' * (len(missing) > 1)} {', '.join(missing)}"
-                )
+                raise ValueError(f"method {name} needs the role{'s' * (len(missing) > 1)} {', '.join(missing)}")
             inputs, key = declared_inputs(self.student, "student", self._specs())
             if wrong := stage.method.needs().refuses_inputs(inputs):
                 raise ValueError(f"{key}: method {stage.method.name} {wrong}")
@@ -220,9 +218,7 @@ class Recipe:
             for target, source in stage.copy.items():
                 for role in (target, source):
                     if role not in have:
-                        raise ValueError(
-                            f"copy: role {role!r} is not in this recipe; it has {', '.join(sorted(have))}"
-                        )
+                        raise ValueError(f"copy: role {role!r} is not in this recipe; it has {', '.join(sorted(have))}")
                 if target == "teacher" and self._adapters_on_teacher():
                     raise ValueError(
                         f"copy: {self._adapters_on_teacher()[0]} is an adapter on the teacher's weights, which "

@@ -40,9 +40,7 @@ def read(name: str, settings: Sequence[str] = ()) -> Source:
     base_name = source.data.pop("extends", None)
     if base_name is not None:
         beside = path.parent / str(base_name)
-        base_path = (
-            beside if beside.suffix in (".yaml", ".yml") and beside.is_file() else find(str(base_name))
-        )
+        base_path = beside if beside.suffix in (".yaml", ".yml") and beside.is_file() else find(str(base_name))
         base = load_yaml(base_path, base_path.name if str(base_name) in shipped() else str(base_path))
         if "extends" in base.data:
             raise RecipeError(f"{base_path.name}: extends another recipe; only one level is allowed")

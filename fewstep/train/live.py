@@ -54,9 +54,7 @@ class Live(TorchDispatchMode):
 
 def allocated(step: Callable[[], object]) -> int:
     """Bytes of CPU tensors alive at the worst moment of a call beyond those alive before it, by torch's profiler."""
-    with torch.profiler.profile(
-        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
-    ) as profile:
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         step()
     events: Any = profile.profiler.kineto_results.events()
     changes = [e for e in events if e.name() == "[memory]"]

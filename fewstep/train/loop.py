@@ -80,9 +80,7 @@ class Loop:
             for other in self.optim.values():
                 shared = set(other.names) & set(updates)
                 if shared:
-                    raise ValueError(
-                        f"{shared.pop()} would be stepped by two optimisers: {other.names}, {updates}"
-                    )
+                    raise ValueError(f"{shared.pop()} would be stepped by two optimisers: {other.names}, {updates}")
             specs = {name: self.session.recipe.optimizer(name) for name in updates}
             self.optim[key] = TurnOptimizer(self.session.roles, updates, specs, stage.steps * times)
         return self.optim[key]

@@ -69,14 +69,10 @@ class TurnOptimizer:
         self.adam.zero_grad(set_to_none=True)
 
 
-def _made(
-    kinds: set[tuple[str, int]], groups: list[dict[str, Any]], names: tuple[str, ...]
-) -> torch.optim.Optimizer:
+def _made(kinds: set[tuple[str, int]], groups: list[dict[str, Any]], names: tuple[str, ...]) -> torch.optim.Optimizer:
     """The optimiser of the groups; UserError for kinds that cannot step together, or whose package is missing."""
     if len(kinds) > 1:
-        raise UserError(
-            f"optim: the roles {', '.join(names)} step together; give them the same rule and bits"
-        )
+        raise UserError(f"optim: the roles {', '.join(names)} step together; give them the same rule and bits")
     rule, bits = next(iter(kinds))
     if rule == "came":
         return _came(groups)
@@ -94,9 +90,7 @@ def _made(
 
 def _came(groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
     if any(is_sharded(p) for group in groups for p in group["params"]):
-        raise UserError(
-            "optim.rule: came factors whole matrices, and train.parallel fsdp cuts them; use ddp or adamw"
-        )
+        raise UserError("optim.rule: came factors whole matrices, and train.parallel fsdp cuts them; use ddp or adamw")
     try:
         from pytorch_optimizer import CAME
     except ImportError:
@@ -105,6 +99,4 @@ def _came(groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
             "rule to adamw"
         ) from None
     own = [{k: v for k, v in group.items() if k != "eps"} for group in groups]
-    return CAME(
-        [{**group, "betas": (*group["betas"], 0.9999), "eps1": 1e-30, "eps2": 1e-16} for group in own]
-    )
+    return CAME([{**group, "betas": (*group["betas"], 0.9999), "eps1": 1e-30, "eps2": 1e-16} for group in own])

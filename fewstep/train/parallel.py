@@ -140,8 +140,7 @@ def read_sharded(tensors: Mapping[str, Tensor], path: Path) -> None:
 def gathered_optimizer(state: dict[str, Any]) -> dict[str, Any]:
     """An optimiser's state_dict with whole tensors on the CPU; every process must call this."""
     moments = {
-        i: {k: full(v).cpu() if isinstance(v, Tensor) else v for k, v in s.items()}
-        for i, s in state["state"].items()
+        i: {k: full(v).cpu() if isinstance(v, Tensor) else v for k, v in s.items()} for i, s in state["state"].items()
     }
     return {**state, "state": moments}
 
@@ -150,9 +149,7 @@ def scattered_optimizer(state: dict[str, Any], parameters: list[nn.Parameter]) -
     """A whole state_dict cut as the parameters are, in the optimiser's order."""
     moments = {
         i: {
-            k: like(v, parameters[i])
-            if isinstance(v, Tensor) and v.shape == parameters[i].shape and v.ndim
-            else v
+            k: like(v, parameters[i]) if isinstance(v, Tensor) and v.shape == parameters[i].shape and v.ndim else v
             for k, v in s.items()
         }
         for i, s in state["state"].items()

@@ -93,9 +93,7 @@ class Product:
             raise UserError(f"--steps must be at least 1, not {steps}")
         if self.trained is not None and steps not in self.trained and not any_steps:
             allowed = ", ".join(map(str, self.trained))
-            raise UserError(
-                f"--steps {steps}: this student was trained for {allowed}; add --any to try it anyway"
-            )
+            raise UserError(f"--steps {steps}: this student was trained for {allowed}; add --any to try it anyway")
         if steps == len(self.sampler.steps):
             return self
         knots = self.sampler.knots
@@ -111,9 +109,7 @@ def open_product(path: Path) -> Product:
         return _open_folder(path)
     if not path.exists():
         raise UserError(f"{path}: no such run or folder")
-    raise UserError(
-        f"{path}: neither a run directory (recipe.yaml) nor a diffusers folder (model_index.json)"
-    )
+    raise UserError(f"{path}: neither a run directory (recipe.yaml) nor a diffusers folder (model_index.json)")
 
 
 def _open_run(path: Path) -> Product:
@@ -154,9 +150,7 @@ def _open_folder(path: Path) -> Product:
     net = load_denoiser(str(path), classes=told.get("classes"), size=size)
     wrapper: Any = net.net
     if "text" in wrapper.needs:
-        raise UserError(
-            f"{path}: takes text; draw from it with diffusers' {wrapper.pipeline}, as its card shows"
-        )
+        raise UserError(f"{path}: takes text; draw from it with diffusers' {wrapper.pipeline}, as its card shows")
     shape = (wrapper.channels(), *(size or wrapper.sample_size()))
     classes = int(wrapper.classes)
     if "steps" not in told:

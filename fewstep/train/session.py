@@ -125,9 +125,7 @@ class Session:
         """The mean over processes of each reading."""
         if self.accelerator.num_processes == 1 or not values:
             return values
-        flat = torch.tensor(
-            [v for vs in values.values() for v in vs], dtype=torch.float64, device=self.device
-        )
+        flat = torch.tensor([v for vs in values.values() for v in vs], dtype=torch.float64, device=self.device)
         mean: Any = self.accelerator.reduce(flat, reduction="mean")
         parts = mean.split([len(vs) for vs in values.values()])
         return {k: part.tolist() for k, part in zip(values, parts, strict=True)}

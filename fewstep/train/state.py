@@ -120,9 +120,7 @@ def save_checkpoint(
         if final.exists():
             shutil.rmtree(final)
         aside.rename(final)
-        _flush(
-            folder
-        )  # the new name is on the disk before an older checkpoint goes, so keep = 1 always has one
+        _flush(folder)  # the new name is on the disk before an older checkpoint goes, so keep = 1 always has one
     except (OSError, RuntimeError, SafetensorError) as error:
         shutil.rmtree(aside, ignore_errors=True)
         full = getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error)
@@ -156,9 +154,7 @@ def checkpoints(folder: Path) -> list[Path]:
     """Complete checkpoints, oldest first."""
     if not folder.is_dir():
         return []
-    found = (
-        p for p in folder.iterdir() if re.fullmatch(r"step-\d{8}", p.name) and (p / "state.json").is_file()
-    )
+    found = (p for p in folder.iterdir() if re.fullmatch(r"step-\d{8}", p.name) and (p / "state.json").is_file())
     return sorted(found)
 
 
@@ -174,9 +170,7 @@ def read_state(path: Path) -> tuple[Progress, dict[str, Any]]:
         if not p.is_file():
             raise UserError(f"{p}: is missing from the checkpoint; {_remedy(path)}")
         if p.stat().st_size != size or crc32_of(p) != crc:
-            raise UserError(
-                f"{p}: is damaged ({p.stat().st_size} of {size} bytes, checksum differs); {_remedy(path)}"
-            )
+            raise UserError(f"{p}: is damaged ({p.stat().st_size} of {size} bytes, checksum differs); {_remedy(path)}")
     return progress, manifest
 
 

@@ -53,9 +53,7 @@ class Trainer:
         cpu: stay on the CPU where there is a GPU.
     """
 
-    def __init__(
-        self, recipe: Recipe, run: Path | None = None, *, hooks: Hooks | None = None, cpu: bool = False
-    ) -> None:
+    def __init__(self, recipe: Recipe, run: Path | None = None, *, hooks: Hooks | None = None, cpu: bool = False) -> None:
         self.recipe, self.hooks = recipe, hooks or Hooks()
         self.session = Session(recipe, cpu=cpu)
         self.loop = Loop(self.session, self._made_state)

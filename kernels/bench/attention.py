@@ -13,11 +13,12 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
 from fewstep.kernels import attention_jvp, reference
 from fewstep.kernels.bench.record import UNMEASURED, Row, environment, write
 from fewstep.kernels.bench.timing import BusyHost, fastest, least_cpu_seconds, peak_extra_bytes
-from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 GOALS = {1024: ("2.5", "0.4"), 4096: ("3", "0.1")}
 
@@ -85,15 +86,11 @@ def _ratios(case: str, calls: dict[str, Callable[[], Any]], pairs: list[tuple[st
     used = least_cpu_seconds(calls, max(1, repeats // 2))
     detail = "1 thread: " + ", ".join(f"{k} {v * 1e3:.0f} ms" for k, v in used.items())
     for metric, over, under, goal in pairs:
-        rows.append(
-            _row(case, f"{metric}, processor time of 1 thread", used[over] / used[under], goal, detail, "cpu")
-        )
+        rows.append(_row(case, f"{metric}, processor time of 1 thread", used[over] / used[under], goal, detail, "cpu"))
     try:
         wall = fastest(calls, repeats, "cpu")
     except BusyHost as busy:
-        return rows + [
-            _row(case, f"{m}, wall time", None, goal, f"host busy: {busy}", "cpu") for m, _, _, goal in pairs
-        ]
+        return rows + [_row(case, f"{m}, wall time", None, goal, f"host busy: {busy}", "cpu") for m, _, _, goal in pairs]
     detail = ", ".join(f"{k} {v * 1e3:.0f} ms" for k, v in wall.items())
     for metric, over, under, goal in pairs:
         rows.append(_row(case, f"{metric}, wall time", wall[over] / wall[under], goal, detail, "cpu"))
@@ -190,9 +187,7 @@ def gpu(repeats: int) -> list[Row]:
                     continue
                 label = "SDPA math JVP" if name == "math" else name
                 goal = {"math": ">= 3.5" if n == 8192 else "", "jvp_flash_attention": ">= 1.5"}.get(name, "")
-                rows.append(
-                    _row(case, f"times faster than {label}", seconds / t["ours"], goal, detail, "cuda")
-                )
+                rows.append(_row(case, f"times faster than {label}", seconds / t["ours"], goal, detail, "cuda"))
             extra = peak_extra_bytes(calls["ours"], "cuda") / 2**30
             goal = "<= 0.5" if n == 8192 and d == 128 else ""
             rows.append(_row(case, "peak extra GiB", extra, goal, "outputs included", "cuda"))

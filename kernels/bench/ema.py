@@ -4,6 +4,7 @@ python -m fewstep.kernels.bench.ema
 """
 
 import torch
+
 from fewstep.kernels.bench.record import Row, environment, write
 from fewstep.kernels.bench.timing import fastest, least_cpu_seconds
 from fewstep.kernels.ema import ema_update

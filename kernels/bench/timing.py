@@ -42,8 +42,7 @@ def fastest(calls: Calls, repeats: int, device: str) -> dict[str, float]:
     share = (time.process_time() - used) / (time.perf_counter() - wall) / threads
     if share < 0.8:
         raise BusyHost(
-            f"got {share:.0%} of {threads} threads (load {load:.1f} on {processors} processors); "
-            "repeat on a quiet host"
+            f"got {share:.0%} of {threads} threads (load {load:.1f} on {processors} processors); repeat on a quiet host"
         )
     return best
 

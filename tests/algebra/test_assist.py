@@ -84,9 +84,7 @@ def test_no_steps_of_the_teacher_is_the_student_and_all_of_them_the_teacher() ->
 
 def test_adaptive_refinement_by_percentile() -> None:
     index = torch.arange(40)
-    values = torch.linspace(-1, 1, 40, dtype=F64)[
-        torch.randperm(40, generator=torch.Generator().manual_seed(1))
-    ]
+    values = torch.linspace(-1, 1, 40, dtype=F64)[torch.randperm(40, generator=torch.Generator().manual_seed(1))]
     asked: list[list[int]] = []
 
     def refine(x: Tensor, rows: Tensor) -> Tensor:

@@ -82,9 +82,7 @@ def test_a_gamma_step_with_eta_one_is_re_noising_in_every_process() -> None:
             gamma_step(prediction, s, 1.0, noise), renoise(process, x0, noise, s), rtol=1e-12, atol=1e-14
         )
         # eta = 0 is the deterministic step.
-        torch.testing.assert_close(
-            gamma_step(prediction, s, 0.0, noise), prediction.at(s), rtol=1e-12, atol=1e-12
-        )
+        torch.testing.assert_close(gamma_step(prediction, s, 0.0, noise), prediction.at(s), rtol=1e-12, atol=1e-12)
 
 
 def test_a_way_point_on_a_table_is_rounded_down_to_an_index() -> None:

@@ -124,9 +124,7 @@ def test_free_flow_from_pure_noise() -> None:
     printed((f - z) / 0.5, ".4231098884")
 
 
-@pytest.mark.parametrize(
-    ("count", "digits"), [(3, "8.005443547e-4"), (18, ".00420761882"), (40, ".004637682257")]
-)
+@pytest.mark.parametrize(("count", "digits"), [(3, "8.005443547e-4"), (18, ".00420761882"), (40, ".004637682257")])
 def test_euler_chain_slope_on_the_karras_grid(count: int, digits: str) -> None:
     # The Euler chain is affine in its start: its slope is the fixed point of CD, KD and SFD with that teacher.
     process = EDM()

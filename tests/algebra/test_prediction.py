@@ -17,9 +17,7 @@ from fewstep.networks.denoiser import Denoiser
 SHAPE = (2, 3, 4)
 
 
-def triple(
-    process: Process, t: torch.Tensor, seed: int = 0
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def triple(process: Process, t: torch.Tensor, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(x0, eps, x_t) of shape (len(t), *SHAPE)."""
     g = torch.Generator().manual_seed(seed)
     x0, eps = (torch.randn(len(t), *SHAPE, generator=g, dtype=F64) for _ in range(2))
@@ -251,6 +249,4 @@ def test_linear_flow_to_trig_formula() -> None:
     v = gaussian(Flow(), 0.3, 1.1, dim=3)(x_flow, s).raw("velocity")
     s = s[:, None]
     want = ((1 - 2 * s) * x_flow + (1 - 2 * s + 2 * s**2) * v) / norm
-    assert torch.allclose(
-        gaussian(Trig(), 0.3, 1.1, dim=3)(x, angle).raw("trig"), want, rtol=1e-10, atol=1e-11
-    )
+    assert torch.allclose(gaussian(Trig(), 0.3, 1.1, dim=3)(x, angle).raw("trig"), want, rtol=1e-10, atol=1e-11)

@@ -185,9 +185,7 @@ def test_per_chunk_times_lead_the_axes() -> None:
 
 @pytest.mark.parametrize("name", ["flow", "edm", "vp", "trig", "ddpm"])
 @pytest.mark.parametrize("levels", [(0.3, 0.5), (0.4, 0.9), (0.55, 0.6)])
-def test_sub_interval_target_is_unbiased_and_the_naive_one_is_not(
-    name: str, levels: tuple[float, float]
-) -> None:
+def test_sub_interval_target_is_unbiased_and_the_naive_one_is_not(name: str, levels: tuple[float, float]) -> None:
     # E[target | x_t] by quadrature over x_s of the posterior p(x_s | x_t), against the exact denoiser.
     p = PROCESSES[name]
     s, t = p.grid(col(levels[0])), p.grid(col(levels[1]))

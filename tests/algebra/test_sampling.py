@@ -259,9 +259,7 @@ def test_guidance_identities() -> None:
         g = guided(net, x, t, cond, null, w)
         assert torch.allclose(g.x0, u.x0 + w * (c.x0 - u.x0), rtol=1e-13)
         for kind in ("eps", "v", "score", "edm"):
-            assert torch.allclose(
-                g.raw(kind), u.raw(kind) + w * (c.raw(kind) - u.raw(kind)), rtol=1e-9, atol=1e-12
-            )
+            assert torch.allclose(g.raw(kind), u.raw(kind) + w * (c.raw(kind) - u.raw(kind)), rtol=1e-9, atol=1e-12)
     per_row = guided(net, x, t, cond, null, col(1.0, 2.0, 3.0))
     assert torch.allclose(per_row.x0[1], u.x0[1] + 2 * (c.x0[1] - u.x0[1]))
     # (s_u + w (s_c - s_u)) - s_f = (s_c - s_f) + (w - 1)(s_c - s_u)

@@ -33,9 +33,7 @@ from fewstep.methods.tdd import TDD, target_set
 from fewstep.networks.analytic import flow_map, gaussian
 
 
-@pytest.mark.parametrize(
-    ("step", "points"), [(0, 2), (1000, 6), (100_000, 54), (400_000, 107), (800_000, 151)]
-)
+@pytest.mark.parametrize(("step", "points"), [(0, 2), (1000, 6), (100_000, 54), (400_000, 107), (800_000, 151)])
 def test_ct_grid_grows_as_published(step: int, points: int) -> None:
     assert ct_points(step, 800_000) == points
 
@@ -45,9 +43,7 @@ def test_ct_decay_follows_the_grid(points: int, decay: float) -> None:
     assert round(ct_decay(points), 5) == decay
 
 
-@pytest.mark.parametrize(
-    ("step", "points"), [(0, 11), (50_000, 21), (100_000, 41), (200_000, 161), (400_000, 1281)]
-)
+@pytest.mark.parametrize(("step", "points"), [(0, 11), (50_000, 21), (100_000, 41), (200_000, 161), (400_000, 1281)])
 def test_ict_grid_doubles(step: int, points: int) -> None:
     assert ict_points(step, 400_000) == points
 
@@ -172,9 +168,7 @@ def test_imm_times_are_shared_and_ordered() -> None:
     assert found[1e-4] == pytest.approx((1e-4, 1e-4), rel=1e-9)
 
 
-@pytest.mark.parametrize(
-    ("points", "slope"), [(3, 8.005443547e-4), (18, 0.00420761882), (40, 0.004637682257)]
-)
+@pytest.mark.parametrize(("points", "slope"), [(3, 8.005443547e-4), (18, 0.00420761882), (40, 0.004637682257)])
 def test_euler_steps_of_the_teacher_chain_to_the_karras_product(points: int, slope: float) -> None:
     process = EDM()
     teacher = gaussian(process, MEAN, STD)

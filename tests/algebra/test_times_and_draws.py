@@ -10,8 +10,7 @@ import torch
 from helpers_core import F64, PROCESSES, col
 from scipy import stats
 
-from fewstep.algebra import draws as rd
-from fewstep.algebra import times as td
+from fewstep.algebra import draws as rd, times as td
 from fewstep.algebra.draws import Draws, fold
 from fewstep.algebra.process import EDM, DiscreteVP, Flow, Trig
 

@@ -48,9 +48,7 @@ def test_a_tangent_is_counted_and_repeated_in_forward_mode() -> None:
     assert [c.moving for c in calls if c.role == "student"] == [False, True]
     assert all(torch.isfinite(a).all() for c in calls for a in c.args if isinstance(a, torch.Tensor))
     moving = next(c for c in calls if c.moving)
-    assert not any(
-        torch._C._functorch.is_functorch_wrapped_tensor(a) for a in moving.args if isinstance(a, torch.Tensor)
-    )
+    assert not any(torch._C._functorch.is_functorch_wrapped_tensor(a) for a in moving.args if isinstance(a, torch.Tensor))
 
 
 def test_the_replay_has_the_step_s_gradients() -> None:
@@ -73,9 +71,7 @@ def test_the_replay_has_the_step_s_gradients() -> None:
         torch.testing.assert_close(p.grad, g)
 
 
-def test_the_table_and_its_lines(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: Any
-) -> None:
+def test_the_table_and_its_lines(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: Any) -> None:
     monkeypatch.setattr(bench_methods, "checkpointing_memory", lambda settings: (3.0, 2.0))
     settings = [f"--set={s}" for s in SMALL]
     bench_methods.main(["toy/cd", "toy/kd", "--rounds=1", f"--out={tmp_path / 'out.jsonl'}", *settings])
@@ -89,9 +85,7 @@ def test_the_table_and_its_lines(
     assert cost("toy/cd", SMALL, rounds=1).batch == 12
 
 
-def test_a_step_beside_another_recipes(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: Any
-) -> None:
+def test_a_step_beside_another_recipes(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: Any) -> None:
     monkeypatch.setattr(bench_methods, "checkpointing_memory", lambda settings: (3.0, 2.0))
     settings = [f"--set={s}" for s in SMALL]
     out = tmp_path / "out.jsonl"

@@ -72,13 +72,8 @@ def test_recipes_and_settings(refused: Call):
     assert refused("run", "toy/dmd2", "student.process={name: trig}").startswith(
         "dmd2.yaml:3: teacher.process: Flow(name='flow') differs from the student's"
     )
-    assert (
-        refused("recipes", "show", "toy/dmd22")
-        == "recipe 'toy/dmd22' is not shipped; did you mean 'toy/dmd2'?"
-    )
-    assert refused("recipes", "check", "toy/dmd2", "train.steps=x").endswith(
-        "train.steps: expected int, got 'x'"
-    )
+    assert refused("recipes", "show", "toy/dmd22") == "recipe 'toy/dmd22' is not shipped; did you mean 'toy/dmd2'?"
+    assert refused("recipes", "check", "toy/dmd2", "train.steps=x").endswith("train.steps: expected int, got 'x'")
     assert refused("recipes", "cp", "toy/dmd2", "mine.txt") == "mine.txt: a recipe's name ends in .yaml"
     assert refused("recipes", "cp", "toy/dmd2", "no/mine.yaml") == "no: no such folder"
 
@@ -108,9 +103,7 @@ def no_prediction(folder: Path) -> None:
 
 
 def odd_prediction(folder: Path) -> None:
-    edit_json(
-        folder / "scheduler" / "scheduler_config.json", _class_name="DDIMScheduler", prediction_type="flow"
-    )
+    edit_json(folder / "scheduler" / "scheduler_config.json", _class_name="DDIMScheduler", prediction_type="flow")
 
 
 def odd_scheduler(folder: Path) -> None:
@@ -232,10 +225,7 @@ def test_what_can_be_sampled(refused: Call, trained: Path, teacher: Path, tmp_pa
             f"--classes {text!r}: expected numbers and ranges such as 0-9 or 1,4,7"
         )
     assert refused("sample", trained, "--out", "grid.jpg") == "--out grid.jpg: must end in .png"
-    assert (
-        refused("export", teacher)
-        == f"{teacher}: is a diffusers folder already; export takes a run directory"
-    )
+    assert refused("export", teacher) == f"{teacher}: is a diffusers folder already; export takes a run directory"
     assert refused("export", trained, "--out", teacher) == f"{teacher}: exists; overwrite it with --force"
     assert refused("export", trained, "--out", teacher, "--force") == (
         f"{teacher}: exists and is not an earlier export; choose another folder"
@@ -276,8 +266,7 @@ def test_a_metric_that_does_not_fit_is_refused_before_training(refused: Call, tm
         f"evaluate: preset fd-house-fashion-mnist is for 28 x 28 images; these samples are [1, 8, 8]{remedy}"
     )
     assert refused("run", "digits-teacher", "evaluate.samples=19") == (
-        "evaluate: samples 19: the diversity within a class needs two of each, so at least 20 for 10 classes"
-        + remedy
+        "evaluate: samples 19: the diversity within a class needs two of each, so at least 20 for 10 classes" + remedy
     )
     folder = tmp_path / "pictures"
     for name in ("a", "b", "c"):
@@ -326,9 +315,7 @@ def test_run_directories(refused: Call, trained: Path, teacher: Path, tmp_path: 
     assert (letters / "a.txt").read_text() == "dear"
 
 
-def test_a_full_disk(
-    refused: Call, trained: Path, teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
+def test_a_full_disk(refused: Call, trained: Path, teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """ENOSPC from the system calls beneath: the recipe, the log, a checkpoint, a picture."""
     full = OSError(errno.ENOSPC, "No space left on device")
 

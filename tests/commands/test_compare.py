@@ -15,10 +15,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from fewstep.eval.metrics.estimate import Estimate
-from fewstep.eval.metrics.frechet import standard_error
-from fewstep.eval.protocol.evaluation import Evaluation, PresetMismatch
-from fewstep.eval.protocol.preset import load_preset
 from tiny_compare import ARGUMENTS, train
 from tiny_runs import contents, environment, python, same
 
@@ -28,15 +24,17 @@ from fewstep.cli import main
 from fewstep.commands.compare.budget import Budget, Spent, bank_key, counted, lengths, with_lengths
 from fewstep.commands.compare.ranking import facts, join, rank, with_error, write
 from fewstep.config import UserError
+from fewstep.eval.metrics.estimate import Estimate
+from fewstep.eval.metrics.frechet import standard_error
+from fewstep.eval.protocol.evaluation import Evaluation, PresetMismatch
+from fewstep.eval.protocol.preset import load_preset
 from fewstep.methods.pairs import Pairs
 from fewstep.recipe.schema import Evaluate
 from fewstep.recipe.store import load
 
 
 @pytest.fixture
-def refused(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
-) -> Callable[..., str]:
+def refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Callable[..., str]:
     monkeypatch.chdir(tmp_path)
 
     def call(*arguments: Any) -> str:
@@ -147,9 +145,7 @@ def test_a_bank_of_pairs_is_made_once_and_charged_to_all(tmp_path: Path):
         alone.trainer.product.state_dict()["net.last.weight"],
     )
     pairs = Pairs(50, second.trainer.data)
-    keys = {
-        bank_key(second.trainer.roles.teacher, pairs, many_step(n), g) for n in (3, 4) for g in (1.0, 2.0)
-    }
+    keys = {bank_key(second.trainer.roles.teacher, pairs, many_step(n), g) for n in (3, 4) for g in (1.0, 2.0)}
     assert len(keys) == 4
     made[0].write_bytes(made[0].read_bytes()[:-40])
     again = train("toy/dmd", 2, *settings, banks=tmp_path)  # a damaged bank is made anew
@@ -216,9 +212,7 @@ def test_the_report_is_of_the_evaluations_and_refuses_other_protocols(tmp_path: 
     ranked = rank([a, b])
     write(tmp_path, "T", about, ranked, [teacher], [{"recipe": "x", "seed": 0, "message": "gone"}], [])
     told = results(tmp_path)
-    assert [(r["name"], r["rank"]) for r in told["rows"]] == [
-        (e.name, i) for i, (e, _) in enumerate(ranked, 1)
-    ]
+    assert [(r["name"], r["rank"]) for r in told["rows"]] == [(e.name, i) for i, (e, _) in enumerate(ranked, 1)]
     assert Evaluation.from_json(told["teachers"][0]).distance == teacher.distance
     assert "| teacher, 8 steps | | None | 2 | | 50.0 % |" in comparison_table(tmp_path / "results.json")
     page = (tmp_path / "report.html").read_text()
@@ -276,9 +270,7 @@ def test_a_comparison_survives_kills_and_failures(tmp_path: Path, capfd: pytest.
     best, entry = report["rows"][0], energies[0]
     estimate = Estimate(value=entry["value"], standard_error=entry["standard_error"])
     table = comparison_table(out / "results.json").splitlines()
-    assert table[2].startswith(
-        f"| `{best['name']}` | {best['training']['method']} | 1 | {with_error(estimate)} | 2 |"
-    )
+    assert table[2].startswith(f"| `{best['name']}` | {best['training']['method']} | 1 | {with_error(estimate)} | 2 |")
     assert "40 updates each, " in table[-1]
     assert "64 samples, energy" in table[-1]
     assert f"Failed: `{bad}`" in table[-1]

@@ -87,9 +87,7 @@ def test_pictures_lie_on_white_with_their_names_in_the_order_of_display(made: Pa
         # The upper third of 12 rows is transparent; four of 16 rows are out of the filter's reach.
         assert picture.crop((0, 0, 16, 2)).getextrema() == ((255, 255),) * 3
     told = (made / "data" / "ATTRIBUTION").read_text()
-    assert told.startswith(
-        "Pictures: Noto Emoji by Google, Apache License 2.0, from emoji-datasource-google 1.2.3"
-    )
+    assert told.startswith("Pictures: Noto Emoji by Google, Apache License 2.0, from emoji-datasource-google 1.2.3")
     assert (made / "data" / "LICENSE").read_text() == "terms\n"
     assert sorted(p.name for p in (made / "data" / "encoder").iterdir()) == [
         "config.json",
@@ -114,9 +112,7 @@ def test_a_stopped_preparation_goes_on_and_ends_with_the_same_bytes(tmp_path: Pa
     for file in out.iterdir():
         assert file.read_bytes() == (tmp_path / "again" / file.name).read_bytes()
     assert f"{out}: was made from " in refused(package, out, size=24)
-    assert refused(package, tmp_path).endswith(
-        "exists and was not made by prepare-emoji; choose another folder"
-    )
+    assert refused(package, tmp_path).endswith("exists and was not made by prepare-emoji; choose another folder")
 
 
 @pytest.mark.parametrize(
@@ -133,9 +129,7 @@ def test_a_stopped_preparation_goes_on_and_ends_with_the_same_bytes(tmp_path: Pa
         ({"img__google__64__1f0.png": None}, "img/google/64/1f0.png is missing; the package is not whole"),
     ],
 )
-def test_a_package_that_is_not_whole_is_refused_by_name(
-    tmp_path: Path, changes: dict[str, Any], message: str
-):
+def test_a_package_that_is_not_whole_is_refused_by_name(tmp_path: Path, changes: dict[str, Any], message: str):
     package = make_package(tmp_path / "p", **changes)
     told = refused(package, tmp_path / "out")
     assert told.startswith(f"{package}: ")
@@ -145,9 +139,7 @@ def test_a_package_that_is_not_whole_is_refused_by_name(
 
 def test_what_is_no_package_is_refused(tmp_path: Path):
     package = make_package(tmp_path / "p")
-    assert "the package has Food & Drink, Smileys & Emotion" in refused(
-        package, tmp_path / "o", categories=("Fod",)
-    )
+    assert "the package has Food & Drink, Smileys & Emotion" in refused(package, tmp_path / "o", categories=("Fod",))
     assert "no such package; fetch it with `npm pack NAME`" in refused(tmp_path / "none.tgz", tmp_path / "o")
     archive = packed(package, tmp_path / "cut.tgz")
     archive.write_bytes(archive.read_bytes()[:900])
@@ -197,9 +189,7 @@ def test_the_folder_s_own_encoder_gives_the_conditions_of_the_data(made: Path):
     encode = PipelineEncoder(path=str(made / "teacher" / "export")).open()
     live = encode(KEPT[1:3])
     assert set(live) == {"text"}
-    torch.testing.assert_close(
-        live["text"], open_product(made / "teacher").labels(3)["text"][1:], rtol=0, atol=1e-6
-    )
+    torch.testing.assert_close(live["text"], open_product(made / "teacher").labels(3)["text"][1:], rtol=0, atol=1e-6)
 
 
 class Real(Product):
@@ -246,9 +236,7 @@ def test_a_gallery_has_a_row_for_each_source_and_refuses_other_captions(made: Pa
 
 
 @pytest.mark.parametrize("name", ["emoji-dmd2", "emoji-dmd2-4step", "emoji-dmd2-lora"])
-def test_a_student_trains_and_its_pipeline_draws_from_a_prompt_what_fewstep_draws(
-    made: Path, tmp_path: Path, name: str
-):
+def test_a_student_trains_and_its_pipeline_draws_from_a_prompt_what_fewstep_draws(made: Path, tmp_path: Path, name: str):
     from diffusers import IFPipeline
 
     teacher = made / "teacher" / "export"

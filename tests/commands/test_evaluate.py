@@ -15,14 +15,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from fewstep.eval.features.house import HouseDigits, house_digits
-from fewstep.eval.metrics.statistics import FeatureStatistics
-from fewstep.eval.protocol.datasets import digits
-from fewstep.eval.protocol.images import save_image
-from fewstep.eval.protocol.preset import FOLDER, Preset, labels_of, load_preset
-from fewstep.eval.protocol.prompts import export_images, missing, prompts_of, read_prompts
-from fewstep.eval.protocol.reference import digits_reference
-from fewstep.eval.protocol.runner import Samples
 from PIL import Image
 from tiny_runs import environment
 from tiny_teacher import make_run, make_teacher
@@ -31,6 +23,14 @@ from fewstep.cli import main
 from fewstep.commands.evaluate import discard
 from fewstep.commands.judge import Judge
 from fewstep.config import UserError
+from fewstep.eval.features.house import HouseDigits, house_digits
+from fewstep.eval.metrics.statistics import FeatureStatistics
+from fewstep.eval.protocol.datasets import digits
+from fewstep.eval.protocol.images import save_image
+from fewstep.eval.protocol.preset import FOLDER, Preset, labels_of, load_preset
+from fewstep.eval.protocol.prompts import export_images, missing, prompts_of, read_prompts
+from fewstep.eval.protocol.reference import digits_reference
+from fewstep.eval.protocol.runner import Samples
 
 N = 80
 
@@ -91,9 +91,7 @@ def ok(capfd: pytest.CaptureFixture[str]) -> Call:
     return call
 
 
-def test_arguments_that_make_no_sense(
-    refused: Call, trained: Path, teacher: Path, pictures: Path, tmp_path: Path
-):
+def test_arguments_that_make_no_sense(refused: Call, trained: Path, teacher: Path, pictures: Path, tmp_path: Path):
     assert refused().startswith("eval: give a run, an export or a diffusers folder, or --images")
     assert refused("--images", pictures) == "--images: needs --preset NAME, such as digits"
     assert refused(trained, "--allow-skips").startswith("--allow-skips: is for a folder of images")
@@ -112,21 +110,15 @@ def test_arguments_that_make_no_sense(
     assert refused(trained, *preset, "--out", "x").startswith("--out: preset digits measures")
     assert refused(trained, *preset, "--allow-skips").startswith("--allow-skips: is for a folder of images")
     assert refused("--images", pictures, *preset, "--any").startswith("--images: the samples are there")
-    assert refused("--images", pictures, *preset, "--steps", "2").startswith(
-        "--images: the samples are there"
-    )
+    assert refused("--images", pictures, *preset, "--steps", "2").startswith("--images: the samples are there")
     assert refused(trained, *preset, "--steps", "4") == (
         "--steps 4: this student was trained for 1; add --any to try it anyway"
     )
     assert refused(trained, *preset, "--call", "guidance_scale=2").startswith("--call: ")
     assert refused(teacher, *preset, "--steps", "1", "--teacher", "2").startswith("--teacher: ")
     assert refused(teacher, *preset) == f"{teacher}: does not say how many steps it takes; give --steps"
-    assert refused(teacher, *preset, "--steps", "1", "--call", "a b=2").startswith(
-        "--call 'a b=2': expected key"
-    )
-    assert "its pipeline cannot be called like that" in refused(
-        teacher, *preset, "--steps", "1", "--call", "cfg=2"
-    )
+    assert refused(teacher, *preset, "--steps", "1", "--call", "a b=2").startswith("--call 'a b=2': expected key")
+    assert "its pipeline cannot be called like that" in refused(teacher, *preset, "--steps", "1", "--call", "cfg=2")
     text = (FOLDER / "digits.yaml").read_text()
     (tmp_path / "large.yaml").write_text(text.replace("size: 8", "size: 9"))
     assert refused(trained, "--preset", tmp_path / "large.yaml") == (
@@ -149,9 +141,7 @@ def test_a_preset_without_its_files_names_them_all(refused: Call, trained: Path,
 
 def test_wrong_weights_and_references(refused: Call, pictures: Path, tmp_path: Path, cache: Path):
     images = ("--images", pictures)
-    assert refused(
-        *images, "--preset", "digits", "--samples", N, "--extractor-path", tmp_path / "no.safetensors"
-    ) == (
+    assert refused(*images, "--preset", "digits", "--samples", N, "--extractor-path", tmp_path / "no.safetensors") == (
         f"{tmp_path / 'no.safetensors'}: no weights of house-digits; make them with "
         "`python -m fewstep.eval.tools.train_house --data digits`"
     )
@@ -178,9 +168,7 @@ def test_wrong_weights_and_references(refused: Call, pictures: Path, tmp_path: P
     narrow = tmp_path / "narrow.yaml"
     text = (FOLDER / "digits.yaml").read_text()
     file = "file: {name: narrow.npz, licence: none, source: here}"
-    narrow.write_text(
-        text.replace("kind: builtin, name: digits, images: 1797", f"kind: file, name: narrow, {file}")
-    )
+    narrow.write_text(text.replace("kind: builtin, name: digits, images: 1797", f"kind: file, name: narrow, {file}"))
     folder = cache / "reference"
     folder.mkdir(parents=True, exist_ok=True)
     FeatureStatistics.from_moments(np.zeros(63), np.eye(63), 99).save(folder / "narrow.npz")
@@ -248,9 +236,7 @@ def test_folders_that_do_not_hold_the_protocols_images(refused: Call, pictures: 
     )
 
 
-def test_features_that_are_not_numbers(
-    refused: Call, pictures: Path, trained: Path, monkeypatch: pytest.MonkeyPatch
-):
+def test_features_that_are_not_numbers(refused: Call, pictures: Path, trained: Path, monkeypatch: pytest.MonkeyPatch):
     digits_reference(house_digits())  # cached with good features
     good = HouseDigits.forward
     monkeypatch.setattr(
@@ -279,10 +265,7 @@ def test_a_folder_of_real_images_is_measured(ok: Call, pictures: Path, tmp_path:
 
 def report_of(folder: Path) -> list[dict[str, Any]]:
     rows = json.loads((folder / "report.json").read_text())
-    return [
-        {"name": r["name"], "calls": r["calls"], "hash": r["preset_hash"], "metrics": r["metrics"]}
-        for r in rows
-    ]
+    return [{"name": r["name"], "calls": r["calls"], "hash": r["preset_hash"], "metrics": r["metrics"]} for r in rows]
 
 
 def test_two_processes_give_the_numbers_of_one(ok: Call, trained: Path, tmp_path: Path, cache: Path):
@@ -376,9 +359,7 @@ def test_prompt_files(tmp_path: Path):
         read_prompts(objects, 2)
     lines.write_text("one\u2028line\r\na dog\x85\n", encoding="utf-8")
     assert read_prompts(lines, 2) == ["one\u2028line", "a dog"]
-    assert (
-        prompts_of(replace(load_preset("geneval"), number=7), lines) == ["one\u2028line"] * 4 + ["a dog"] * 3
-    )
+    assert prompts_of(replace(load_preset("geneval"), number=7), lines) == ["one\u2028line"] * 4 + ["a dog"] * 3
 
 
 def noise(indices: list[int]) -> torch.Tensor:
@@ -404,17 +385,13 @@ def test_folders_for_geneval_and_hpsv2(tmp_path: Path):
     hps = replace(load_preset("hpsv2"), number=8)
     assert export_images(hps, file, tmp_path / "hps", noise) == 8
     found = sorted(str(p.relative_to(tmp_path / "hps")) for p in (tmp_path / "hps").rglob("*.jpg"))
-    assert found == [
-        f"{s}/{i:05d}.jpg" for s in ("anime", "concept-art", "paintings", "photo") for i in range(2)
-    ]
+    assert found == [f"{s}/{i:05d}.jpg" for s in ("anime", "concept-art", "paintings", "photo") for i in range(2)]
     with pytest.raises(ValueError, match="preset digits: fewstep knows no folder layout"):
         export_images(load_preset("digits"), file, out, noise)
 
 
 def test_export_presets_say_what_they_need(refused: Call, trained: Path, teacher: Path):
-    assert refused(trained, "--preset", "geneval").startswith(
-        "preset geneval: writes images of a diffusers folder"
-    )
+    assert refused(trained, "--preset", "geneval").startswith("preset geneval: writes images of a diffusers folder")
     assert refused(teacher, "--preset", "geneval").endswith("say where with --out FOLDER")
     for option in (("--omit", "fd"), ("--clip-path", "x"), ("--extractor-path", "x"), ("--allow-skips",)):
         told = refused(teacher, "--preset", "geneval", "--out", "x", *option)
@@ -426,9 +403,7 @@ def test_a_selftest_that_fails_says_so(refused: Call, monkeypatch: pytest.Monkey
     from fewstep.eval.tools.selftest import Check, Sensitivity
 
     checks = [Check("good", 1e-9, 1e-6), Check("bad", 1e-3, 1e-6), Check("absent", 0.0, 0.0, "no scipy")]
-    monkeypatch.setattr(
-        "fewstep.eval.tools.selftest.selftest", lambda: (checks, [Sensitivity("none", 1.0, 0.0)])
-    )
+    monkeypatch.setattr("fewstep.eval.tools.selftest.selftest", lambda: (checks, [Sensitivity("none", 1.0, 0.0)]))
     assert refused("--selftest") == "selftest: 1 of 3 checks failed: bad"
 
 
@@ -450,7 +425,5 @@ def test_fashion_mnist_is_a_data_set_of_recipes(tmp_path: Path):
     assert labels is not None
     assert labels.tolist() == [0, 3, 9, 1, 2, 5]
     torch.testing.assert_close((images + 1) * 127.5, torch.from_numpy(pixels).float().unsqueeze(1))
-    with pytest.raises(
-        UserError, match=r"data fashion-mnist: .*train-images-idx3-ubyte\(\.gz\): no Fashion-MNIST"
-    ):
+    with pytest.raises(UserError, match=r"data fashion-mnist: .*train-images-idx3-ubyte\(\.gz\): no Fashion-MNIST"):
         FashionMNIST(path=str(tmp_path)).open()

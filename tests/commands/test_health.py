@@ -12,8 +12,7 @@ from distribution_cases import F64, MEAN, STD, Affine, Follow
 
 from fewstep.algebra.draws import Draws, fold
 from fewstep.algebra.process import Flow, add_noise
-from fewstep.commands.health import FEWEST, last_stage, report, verdicts
-from fewstep.commands.health import alarms as first_alarms
+from fewstep.commands.health import FEWEST, alarms as first_alarms, last_stage, report, verdicts
 from fewstep.commands.health_plots import points, save
 from fewstep.config import UserError
 from fewstep.methods.readings import readings, spread
@@ -30,10 +29,7 @@ def records(count: int = 40, **series: Any) -> list[dict[str, Any]]:
         "skips": lambda p: 0,
     }
     made = {**healthy, **series}
-    rows = [
-        {"done": 10 * i, "stage": 1, **{k: f(i / count) for k, f in made.items()}}
-        for i in range(1, count + 1)
-    ]
+    rows = [{"done": 10 * i, "stage": 1, **{k: f(i / count) for k, f in made.items()}} for i in range(1, count + 1)]
     rows[-1]["stage"] = 2
     # An earlier stage in which everything is wrong must not count.
     before = [{"done": 0, "stage": 0, "health/contrast": 9.0, "health/critic_slope": 5.0, "skips": 0}] * 20
@@ -77,9 +73,7 @@ def test_report_speaks_of_a_run_directory(tmp_path: Path):
     log = run / "log.jsonl"
     log.write_text("".join(json.dumps(r) + "\n" for r in records()))
     assert report(run).endswith("mine: fine")
-    log.write_text(
-        "".join(json.dumps(r) + "\n" for r in records(**{"health/diversity": lambda p: 1 - 0.9 * p}))
-    )
+    log.write_text("".join(json.dumps(r) + "\n" for r in records(**{"health/diversity": lambda p: 1 - 0.9 * p})))
     text = report(run)
     assert "ALARM  collapsing" in text
     assert "-> lower optim.student.lr" in text
@@ -135,9 +129,7 @@ def test_diversity_is_that_within_classes():
     assert abs(float(spread(x)) - (1e4 * 2 / 3 * 1200 / 1199 + 1) ** 0.5) < 1
     # Two samples a class: the unbiased variance, (a - b)^2 / 2, whatever the classes' means.
     pairs = torch.tensor([[0.0], [2.0], [50.0], [56.0], [900.0]], dtype=F64)
-    assert float(spread(pairs, torch.tensor([4, 4, 1, 1, 0]))) == pytest.approx(
-        ((2 + 2 + 18 + 18) / 4) ** 0.5
-    )
+    assert float(spread(pairs, torch.tensor([4, 4, 1, 1, 0]))) == pytest.approx(((2 + 2 + 18 + 18) / 4) ** 0.5)
     assert float(spread(pairs[:1], torch.tensor([4]))) == 0.0
 
 

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import pytest
-from fewstep.eval import energy_distance
 
 from fewstep.commands.health import alarms
+from fewstep.eval import energy_distance
 from fewstep.recipe.store import load
 from fewstep.train.product import product_of
 from fewstep.train.trainer import Hooks, Trainer

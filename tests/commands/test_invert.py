@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from fewstep.eval.protocol.images import to_pixels
 from safetensors.torch import load_file
 from tiny_runs import names
 from tiny_teacher import make_run, make_teacher
@@ -19,6 +18,7 @@ from fewstep.algebra.sampling import sample
 from fewstep.cli import main
 from fewstep.commands.invert import invert_run, read_images, round_trip
 from fewstep.config import UserError
+from fewstep.eval.protocol.images import to_pixels
 from fewstep.methods.icd import ICD
 from fewstep.networks.analytic import flow_map
 from fewstep.recipe.store import dump, load

@@ -9,13 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from fewstep.eval.features.house import house_digits
-from fewstep.eval.metrics.energy import energy_distance
-from fewstep.eval.metrics.frechet import frechet_distance
-from fewstep.eval.metrics.measures import class_accuracy, within_class_diversity
-from fewstep.eval.protocol.images import to_pixels
-from fewstep.eval.protocol.preset import load_preset, preset_names
-from fewstep.eval.protocol.reference import digits_reference
 from tiny_teacher import make_run, make_teacher
 
 from fewstep.cli import main
@@ -23,6 +16,13 @@ from fewstep.commands.compare.compare import check_judges
 from fewstep.commands.judge import judge_of, preset_of
 from fewstep.commands.measure import measure
 from fewstep.config import RecipeError, UserError
+from fewstep.eval.features.house import house_digits
+from fewstep.eval.metrics.energy import energy_distance
+from fewstep.eval.metrics.frechet import frechet_distance
+from fewstep.eval.metrics.measures import class_accuracy, within_class_diversity
+from fewstep.eval.protocol.images import to_pixels
+from fewstep.eval.protocol.preset import load_preset, preset_names
+from fewstep.eval.protocol.reference import digits_reference
 from fewstep.recipe.schema import Evaluate
 from fewstep.recipe.store import load
 from fewstep.train.build import build_roles
@@ -69,9 +69,7 @@ def test_vectors_are_measured_as_by_hand():
     product = toy()
     row, x = measure(product, judge_of(product, Evaluate(metric="energy", samples=300, seed=3)))
     real, _ = product.recipe.data.open().all()  # type: ignore[union-attr,attr-defined]
-    assert row.metrics["energy x1000"]["value"] == pytest.approx(
-        1000 * energy_distance(x, real[:4000]), rel=1e-12
-    )
+    assert row.metrics["energy x1000"]["value"] == pytest.approx(1000 * energy_distance(x, real[:4000]), rel=1e-12)
     assert torch.equal(x, product.draw(300, 3, batch=64))
     assert row.omitted == {}
 
@@ -80,9 +78,7 @@ def test_a_sample_that_is_no_number_is_told_and_nothing_is_measured():
     product = toy()
     with torch.no_grad():
         next(product.net.parameters()).fill_(torch.nan)
-    with pytest.raises(
-        UserError, match=r"toy: generate: samples 0\.\.63: .*64 hold NaN.*; nothing was measured"
-    ):
+    with pytest.raises(UserError, match=r"toy: generate: samples 0\.\.63: .*64 hold NaN.*; nothing was measured"):
         measure(product, judge_of(product, Evaluate(metric="energy", samples=300)))
 
 
@@ -109,9 +105,7 @@ def test_a_recipe_may_name_any_preset_that_measures(name: str):
 
 
 def test_a_metric_that_is_no_preset_is_refused_with_a_suggestion():
-    with pytest.raises(
-        RecipeError, match=r"'fd-house-digit' is no preset .*did you mean 'fd-house-digits'\?"
-    ):
+    with pytest.raises(RecipeError, match=r"'fd-house-digit' is no preset .*did you mean 'fd-house-digits'\?"):
         load("digits-dmd2", ["evaluate.metric=fd-house-digit"])
 
 

@@ -87,9 +87,7 @@ def test_eight_bit_moments_take_a_quarter(teacher: Path):
 
 
 def test_a_batch_that_cannot_be_split_is_refused(teacher: Path):
-    with pytest.raises(
-        UserError, match=r"batch 24 must be divisible by processes x train\.accumulate = 5 x 1"
-    ):
+    with pytest.raises(UserError, match=r"batch 24 must be divisible by processes x train\.accumulate = 5 x 1"):
         plan(recipe_of(teacher), 5)
 
 

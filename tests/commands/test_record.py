@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fewstep.eval.protocol.evaluation import Evaluation
 from typer.testing import CliRunner
 
 import fewstep
 from fewstep.cli import app
 from fewstep.commands.record import Entry, of_comparison, record
 from fewstep.config import UserError
+from fewstep.eval.protocol.evaluation import Evaluation
 from fewstep.recipe.cards import measured
 from fewstep.recipe.store import dump, load
 
@@ -116,6 +116,4 @@ def test_what_has_no_number_is_refused(tmp_path: Path):
 def test_the_command_prints_what_it_put_there(tmp_path: Path):
     run = run_of(tmp_path / "a", "digits-sid", 2.0)
     done = CliRunner().invoke(app, ["methods", "record", str(run), "--out", str(tmp_path / "r.jsonl")])
-    assert (
-        done.output == f"digits-sid: FD house-digits 2 at 1 step, {load('digits-sid').train.steps} updates\n"
-    )
+    assert done.output == f"digits-sid: FD house-digits 2 at 1 step, {load('digits-sid').train.steps} updates\n"

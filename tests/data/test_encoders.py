@@ -68,9 +68,7 @@ def test_half_precision_alone_is_refused_and_its_command_works(sd: Path):
     file = sd / "text_encoder" / "model.safetensors"
     file.rename(file.with_name("model.fp16.safetensors"))
     told = told_of(sd)
-    assert told.startswith(
-        f"encoder {sd}: text_encoder/ has model.fp16.safetensors and no plain weights, which"
-    )
+    assert told.startswith(f"encoder {sd}: text_encoder/ has model.fp16.safetensors and no plain weights, which")
     run_command(told)
     assert len(embed(PipelineEncoder(path=str(sd)), PROMPTS, cache=str(sd.parent / "cache"))) == 2
 
@@ -79,9 +77,7 @@ def test_damaged_encoder_folders_are_named(sd: Path):
     file = sd / "text_encoder" / "model.safetensors"
     whole, index = file.read_bytes(), (sd / "model_index.json").read_text()
     file.write_bytes(whole[:300])
-    assert told_of(sd).startswith(
-        f"encoder {sd}: text_encoder/model.safetensors is truncated or damaged (300 bytes): "
-    )
+    assert told_of(sd).startswith(f"encoder {sd}: text_encoder/model.safetensors is truncated or damaged (300 bytes): ")
     file.write_bytes(whole)
     weights = load_file(file)
     lost = next(k for k in weights if k.endswith("final_layer_norm.weight"))
@@ -97,9 +93,7 @@ def test_damaged_encoder_folders_are_named(sd: Path):
     )
     (sd / "model_index.json").write_text(index)
     set_index(sd, text_encoder=["mine", "CLIPTextModel"])
-    assert told_of(sd) == (
-        f"{sd}/model_index.json: text encoder ['mine', 'CLIPTextModel'] is no class of transformers"
-    )
+    assert told_of(sd) == (f"{sd}/model_index.json: text encoder ['mine', 'CLIPTextModel'] is no class of transformers")
     set_index(sd, text_encoder=[None, None])
     assert told_of(sd) == (
         f"encoder {sd}: model_index.json has no text_encoder ([null, null]), so this folder cannot encode prompts; name "
@@ -107,9 +101,7 @@ def test_damaged_encoder_folders_are_named(sd: Path):
     )
     (sd / "model_index.json").write_text(index)
     (sd / "tokenizer").rename(sd / "away")
-    assert told_of(sd).startswith(
-        f"encoder {sd}: tokenizer is missing; a folder that save_pretrained wrote has"
-    )
+    assert told_of(sd).startswith(f"encoder {sd}: tokenizer is missing; a folder that save_pretrained wrote has")
     (sd / "away").rename(sd / "tokenizer")
     (sd / "text_encoder").rename(sd / "away")
     assert told_of(sd).startswith(f"encoder {sd}: text_encoder is missing; ")
@@ -204,12 +196,8 @@ def test_a_vae_is_taken_only_as_the_teacher_takes_it(coder: Path):
         want = (model.encode(x).latent_dist.mean - 0.25) * 0.5
     torch.testing.assert_close(Encoder(str(coder))(x)[0], want, rtol=0, atol=1e-6)
     for open_it in (Encoder, decoder):
-        config.write_text(
-            json.dumps(json.loads(plain) | {"latents_mean": [1.0] * 4, "latents_std": [2.0] * 4})
-        )
-        assert refusal(open_it, str(coder)).startswith(
-            f"{config}: latents_mean is set, which is not supported"
-        )
+        config.write_text(json.dumps(json.loads(plain) | {"latents_mean": [1.0] * 4, "latents_std": [2.0] * 4}))
+        assert refusal(open_it, str(coder)).startswith(f"{config}: latents_mean is set, which is not supported")
         config.write_text(plain)
         lost = {k: v for k, v in whole.items() if k != "encoder.conv_in.bias"}
         save_file(lost, file, metadata={"format": "pt"})
@@ -219,15 +207,11 @@ def test_a_vae_is_taken_only_as_the_teacher_takes_it(coder: Path):
         save_file(whole, file, metadata={"format": "pt"})
         data = file.read_bytes()
         file.write_bytes(data[:500])
-        assert refusal(open_it, str(coder)).startswith(
-            f"vae {coder}: vae/{SAFE} is truncated or damaged (500 bytes): "
-        )
+        assert refusal(open_it, str(coder)).startswith(f"vae {coder}: vae/{SAFE} is truncated or damaged (500 bytes): ")
         file.write_bytes(data)
 
 
-@pytest.mark.parametrize(
-    "name", ["diffusion_pytorch_model.bin", "diffusion_pytorch_model.fp16.bin", "v.ckpt"]
-)
+@pytest.mark.parametrize("name", ["diffusion_pytorch_model.bin", "diffusion_pytorch_model.fp16.bin", "v.ckpt"])
 def test_a_pickled_vae_is_refused_and_its_command_works(coder: Path, name: str):
     file = coder / "vae" / SAFE
     before = load_file(file)

@@ -46,10 +46,7 @@ def test_shards_go_on_where_they_stopped_and_notice_damage(tmp_path: Path):
     with pytest.raises(ValueError, match="3 rows are needed"):
         third.write(range(0, 3), {"x": x[:2]})
     told = refused(lambda: Shards(tmp_path / "s", {"vae": "b" * 64}, 7, remedy="do this"))
-    assert (
-        told
-        == f"{tmp_path / 's'}: was made with another vae, aaaaaaaaaaaa… instead of bbbbbbbbbbbb…; do this"
-    )
+    assert told == f"{tmp_path / 's'}: was made with another vae, aaaaaaaaaaaa… instead of bbbbbbbbbbbb…; do this"
     assert "holds 7 rows, 8 are needed" in refused(lambda: Shards(tmp_path / "s", {}, 8))
     data = bytearray((tmp_path / "s" / "00001.safetensors").read_bytes())
     data[-1] ^= 1

@@ -114,9 +114,7 @@ def captioned(folder: Path, recipe: Path) -> list[Path]:
     files = pictures(folder)
     lines = [json.dumps({"file": p.name, "text": f"picture {i}"}) for i, p in enumerate(files)]
     (folder / "captions.jsonl").write_text("\n".join(lines))
-    recipe.write_text(
-        f"extends: digits-dmd2\ndata: {{name: captions, path: {folder}, size: 8}}\nevaluate: null\n"
-    )
+    recipe.write_text(f"extends: digits-dmd2\ndata: {{name: captions, path: {folder}, size: 8}}\nevaluate: null\n")
     return files
 
 
@@ -143,9 +141,7 @@ def test_the_hash_of_pictures_is_of_contents_order_and_classes(tmp_path: Path):
     files = [p.read_bytes() for p in pictures(tmp_path / "p", 2)]
 
     def of(*samples: tuple[bytes, bytes]) -> str:
-        parts = {
-            f"{n}.{kind}": b for n, s in enumerate(samples) for kind, b in zip(("png", "cls"), s, strict=True)
-        }
+        parts = {f"{n}.{kind}": b for n, s in enumerate(samples) for kind, b in zip(("png", "cls"), s, strict=True)}
         make_tar(tmp_path / "t.tar", parts)
         return pictures_hash(WebDataset(shards=str(tmp_path / "t.tar"), size=6, classes=5).open())
 
@@ -195,9 +191,7 @@ def test_latents_are_the_vaes_and_bound_to_it(tmp_path: Path):
     chosen = Draws(7, torch.arange(3))
     picked = chosen.integers(5)
     noise = chosen.normal_like(mean[:3])
-    torch.testing.assert_close(
-        latents.batch(draws)[0], mean[picked] + deviation[picked] * noise, rtol=0, atol=1e-5
-    )
+    torch.testing.assert_close(latents.batch(draws)[0], mean[picked] + deviation[picked] * noise, rtol=0, atol=1e-5)
     still = Latents(path=str(tmp_path / "latents"), vae=str(vae), sample=False).open()
     torch.testing.assert_close(still.batch(Draws(7, torch.arange(3)))[0], mean[picked], rtol=0, atol=1e-5)
     told = refused(Latents(path=str(tmp_path / "latents"), vae=str(other)).open)
@@ -215,9 +209,7 @@ def test_pictures_are_resized_and_cut_to_the_middle(tmp_path: Path):
         want = raw[:, 2:7].permute(2, 0, 1).float() / 127.5 - 1
         assert torch.equal(decode(p.read_bytes(), 5, False, "x"), want)
         assert decode(p.read_bytes(), 8, True, "x").shape == (1, 8, 8)
-    assert refused(lambda: decode(b"none", 8, False, "where.png")).startswith(
-        "where.png: not a readable picture"
-    )
+    assert refused(lambda: decode(b"none", 8, False, "where.png")).startswith("where.png: not a readable picture")
 
 
 def test_caption_folders_say_what_is_missing(tmp_path: Path):
@@ -258,9 +250,7 @@ def make_tar(path: Path, files: dict[str, bytes]) -> Path:
 def test_tar_shards_hold_pictures_captions_and_classes(tmp_path: Path):
     files = [p.read_bytes() for p in pictures(tmp_path / "p", 3)]
     make_tar(tmp_path / "t-00.tar", {"a.png": files[0], "a.txt": b"one", "b.png": files[1], "b.txt": b"two"})
-    make_tar(
-        tmp_path / "t-01.tar", {"x/c.png": files[2], "x/c.json": b'{"caption": "three"}', "x/c.cls": b"4"}
-    )
+    make_tar(tmp_path / "t-01.tar", {"x/c.png": files[2], "x/c.json": b'{"caption": "three"}', "x/c.cls": b"4"})
     pattern = str(tmp_path / "t-{00..01}.tar")
     data = WebDataset(shards=pattern, size=6).open()
     assert [i.caption for i in data.items] == ["one", "two", "three"]
@@ -279,9 +269,7 @@ def test_tar_shards_hold_pictures_captions_and_classes(tmp_path: Path):
     (tmp_path / "cut.tar").write_bytes(whole[: 512 + len(files[0]) // 2])
     assert "cut.tar" in refused(WebDataset(shards=str(tmp_path / "cut.tar"), size=6).open)
     (tmp_path / "no.tar").write_bytes(b"no tar at all" * 99)
-    assert "no.tar: not a readable tar file" in refused(
-        WebDataset(shards=str(tmp_path / "no.tar"), size=6).open
-    )
+    assert "no.tar: not a readable tar file" in refused(WebDataset(shards=str(tmp_path / "no.tar"), size=6).open)
     make_tar(tmp_path / "bare.tar", {"a.txt": b"one"})
     assert "bare.tar:a: has no picture" in refused(WebDataset(shards=str(tmp_path / "bare.tar"), size=6).open)
 
@@ -294,9 +282,7 @@ def make_sentence(folder: Path) -> Path:
     words = ["[PAD]", "[UNK]", *sorted({w for p in PROMPTS for w in p.split()})]
     plain = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="[UNK]"))
     plain.pre_tokenizer = pre_tokenizers.Whitespace()
-    PreTrainedTokenizerFast(tokenizer_object=plain, pad_token="[PAD]", unk_token="[UNK]").save_pretrained(
-        folder
-    )
+    PreTrainedTokenizerFast(tokenizer_object=plain, pad_token="[PAD]", unk_token="[UNK]").save_pretrained(folder)
     torch.manual_seed(0)
     sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8}
     BertModel(BertConfig(vocab_size=len(words), **sizes)).save_pretrained(folder)
@@ -337,9 +323,7 @@ def make_pipeline(folder: Path) -> Path:
     words = ["[PAD]", "[UNK]", *sorted({w for p in PROMPTS for w in p.split()})]
     plain = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="[UNK]"))
     plain.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=plain, pad_token="[PAD]", unk_token="[UNK]", model_max_length=9
-    )
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=plain, pad_token="[PAD]", unk_token="[UNK]", model_max_length=9)
     torch.manual_seed(0)
     sizes = {"hidden_size": 12, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 8}
     text = CLIPTextModel(
@@ -372,9 +356,7 @@ def test_a_pipelines_own_encoder_gives_the_rows(tmp_path: Path):
     text = embed(PipelineEncoder(path=str(folder)), PROMPTS, cache=str(tmp_path / "cache"))
     pipe = StableDiffusionPipeline.from_pretrained(folder, unet=None, vae=None, safety_checker=None)
     with torch.no_grad():
-        want, empty = pipe.encode_prompt(
-            list(PROMPTS), torch.device("cpu"), 1, True, negative_prompt=[""] * 4
-        )
+        want, empty = pipe.encode_prompt(list(PROMPTS), torch.device("cpu"), 1, True, negative_prompt=[""] * 4)
     got = text.take(torch.arange(4))
     assert list(got) == ["text"]
     torch.testing.assert_close(got["text"], want, rtol=0, atol=1e-5)

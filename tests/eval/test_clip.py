@@ -5,6 +5,7 @@ import math
 import open_clip
 import pytest
 import torch
+
 from fewstep.eval.features.base import state_sha256
 from fewstep.eval.features.clip import RECIPES, ClipRecipe, clip_images, clip_score, load_clip, tokenise
 

@@ -9,6 +9,8 @@ import open_clip
 import pytest
 import torch
 import yaml
+
+from fewstep.cli import main
 from fewstep.eval.features.base import random_conv
 from fewstep.eval.features.clip import RECIPES, clip_images, clip_score
 from fewstep.eval.features.extractors import build_extractor
@@ -27,8 +29,6 @@ from fewstep.eval.protocol.reference import Reference
 from fewstep.eval.protocol.resize import Step, apply_chain
 from fewstep.eval.protocol.runner import Job, collect, extract_images, run_shards
 
-from fewstep.cli import main
-
 N = 24
 EXTRACTOR = random_conv(0, dim=6)
 PROMPTS = [f"a picture of {i} things" for i in range(N)]
@@ -46,9 +46,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def pixels() -> torch.Tensor:
-    return torch.randint(
-        0, 256, (N, 3, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(5)
-    )
+    return torch.randint(0, 256, (N, 3, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(5))
 
 
 @pytest.fixture(scope="module")
@@ -89,9 +87,7 @@ def test_the_section_enters_the_hash_and_its_absence_does_not():
     assert without.hash == "7d4ad5fecf933b81"
 
 
-def test_a_checkpoint_is_asked_for_unless_the_score_is_left_out(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
+def test_a_checkpoint_is_asked_for_unless_the_score_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("FEWSTEP_CACHE", str(tmp_path))
     monkeypatch.delenv("FEWSTEP_WEIGHTS", raising=False)
     preset = load_preset("coco30k")
@@ -127,9 +123,7 @@ def test_shards_carry_clip_features_and_know_the_network(
         run_shards(job, tmp_path / "nan", generate, EXTRACTOR, clip=clip.images)
 
 
-def test_evaluate_names_the_score_and_refuses_to_do_without(
-    checkpoint: Path, pixels: torch.Tensor, expected: float
-):
+def test_evaluate_names_the_score_and_refuses_to_do_without(checkpoint: Path, pixels: torch.Tensor, expected: float):
     clip = preset_clip(section(checkpoint), checkpoint)
     preset = replace(
         load_preset("coco30k"),
@@ -204,18 +198,14 @@ def told(capsys: pytest.CaptureFixture[str], code: int, *arguments: object) -> s
     return " ".join((err if code else out).split())
 
 
-def test_command_scores_a_folder(
-    protocol: Path, checkpoint: Path, expected: float, capsys: pytest.CaptureFixture[str]
-):
+def test_command_scores_a_folder(protocol: Path, checkpoint: Path, expected: float, capsys: pytest.CaptureFixture[str]):
     images = ("--images", protocol.parent / "pictures", "--preset", protocol)
     out = told(capsys, 0, *images, "--clip-path", checkpoint)
     assert "CLIP score (ViT-S-32, cos, x1, prefix '', long prompts: error)" in out
     assert f"{expected:.4g}" in out
 
 
-def test_prompts_belong_to_images_by_number(
-    protocol: Path, checkpoint: Path, capsys: pytest.CaptureFixture[str]
-):
+def test_prompts_belong_to_images_by_number(protocol: Path, checkpoint: Path, capsys: pytest.CaptureFixture[str]):
     pictures = protocol.parent / "pictures"
     for path in pictures.iterdir():
         path.rename(pictures / f"{int(path.stem)}.png")
@@ -225,9 +215,7 @@ def test_prompts_belong_to_images_by_number(
     assert "FD (random-conv-0-32)" in told(capsys, 0, *images, "--omit", "clip-score")
 
 
-def test_command_says_what_is_missing_or_wrong(
-    protocol: Path, checkpoint: Path, capsys: pytest.CaptureFixture[str]
-):
+def test_command_says_what_is_missing_or_wrong(protocol: Path, checkpoint: Path, capsys: pytest.CaptureFixture[str]):
     pictures = protocol.parent / "pictures"
     images = ("--images", pictures, "--preset", protocol)
     assert "clip.pt: missing" in told(capsys, 2, *images)

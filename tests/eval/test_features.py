@@ -3,6 +3,8 @@
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
+
 from fewstep.eval.features.base import (
     FeatureExtractor,
     as_pixels,
@@ -15,8 +17,6 @@ from fewstep.eval.features.house import HouseDigits, HouseFashion, accuracy, hou
 from fewstep.eval.protocol.datasets import digits, fashion_mnist
 from fewstep.eval.protocol.reference import digits_reference, reference_of
 from fewstep.eval.tools.train_house import PLANS, augment, split_digits, train
-from safetensors.torch import save_file
-
 from fewstep.files import cache_dir
 
 
@@ -181,9 +181,7 @@ def test_digits_reference_is_the_whole_set(cache):
     found = digits_reference(house_digits())
     assert found.statistics.n == 1797
     assert found.features.shape == (1797, 64)
-    np.testing.assert_allclose(
-        found.statistics.covariance, np.cov(found.features.double().numpy().T), rtol=1e-9
-    )
+    np.testing.assert_allclose(found.statistics.covariance, np.cov(found.features.double().numpy().T), rtol=1e-9)
     assert list(cache.rglob("*.safetensors"))
 
 

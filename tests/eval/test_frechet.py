@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 from cleanfid.fid import frechet_distance as cleanfid_distance
+
 from fewstep.eval.metrics import frechet
 from fewstep.eval.metrics.frechet import frechet_distance, paired_difference
 from fewstep.eval.metrics.statistics import FeatureStatistics
@@ -21,9 +22,7 @@ def test_commuting_gaussians_have_the_closed_form():
     a, b = np.array([4.0, 1.0, 0.25, 9.0, 2.0]), np.array([1.0, 1.0, 4.0, 0.5, 3.0])
     shift = np.arange(5.0)
     expected = float(shift @ shift + np.sum((np.sqrt(a) - np.sqrt(b)) ** 2))
-    result = frechet_distance(
-        gaussian(shift, q @ np.diag(a) @ q.T), gaussian(np.zeros(5), q @ np.diag(b) @ q.T)
-    )
+    result = frechet_distance(gaussian(shift, q @ np.diag(a) @ q.T), gaussian(np.zeros(5), q @ np.diag(b) @ q.T))
     assert result.value == pytest.approx(expected, rel=1e-12)
     assert (result.n, result.standard_error, result.corrected, result.usable) == (None, None, None, False)
 
@@ -42,9 +41,7 @@ def test_singular_gaussians_are_exact():
     u, v = np.array([1.0, 2.0, 2.0]), np.array([2.0, -1.0, 3.0])
     result = frechet_distance(gaussian(np.zeros(3), np.outer(u, u)), gaussian(np.zeros(3), np.outer(v, v)))
     assert result.value == pytest.approx(9 + 14 - 2 * 6, rel=1e-7)
-    ranked = frechet_distance(
-        gaussian(np.zeros(3), np.outer(u, u), 2), gaussian(np.zeros(3), np.outer(v, v), 2)
-    )
+    ranked = frechet_distance(gaussian(np.zeros(3), np.outer(u, u), 2), gaussian(np.zeros(3), np.outer(v, v), 2))
     assert ranked.value == pytest.approx(9 + 14 - 2 * 6, rel=1e-13)
 
 
@@ -98,9 +95,7 @@ def test_standard_error_and_bias_agree_with_simulation_for_a_gaussian():
     scales = np.linspace(0.6, 1.6, d)
     mixing = rotation(d, 4)
     reference = gaussian(np.zeros(d), np.diag(np.linspace(1.0, 2.0, d)))
-    truth = frechet_distance(
-        gaussian(np.full(d, 0.3), mixing @ np.diag(scales**2) @ mixing.T), reference
-    ).value
+    truth = frechet_distance(gaussian(np.full(d, 0.3), mixing @ np.diag(scales**2) @ mixing.T), reference).value
     results = simulate(lambda g, n: g.normal(size=(n, d)) * scales @ mixing.T + 0.3, reference, 600, 400)
     values = np.array([r.value for r in results])
     spread = values.std(ddof=1)
@@ -138,17 +133,15 @@ def test_second_order_influence_is_the_curvature_of_the_distance():
         weights[j] += b
         weights /= weights.sum()
         mean = weights @ x
-        return frechet_distance(
-            gaussian(mean, (x - mean).T @ ((x - mean) * weights[:, None])), reference
-        ).value
+        return frechet_distance(gaussian(mean, (x - mean).T @ ((x - mean) * weights[:, None])), reference).value
 
     # d2 FD / da db = (2 h - IF_i - IF_j) / n^2 when weights are normalised.
     step = 0.5
     for k in range(6):
         i, j = left[k], right[k]
-        mixed = (
-            at(i, j, step, step) - at(i, j, step, -step) - at(i, j, -step, step) + at(i, j, -step, -step)
-        ) / (4 * step**2)
+        mixed = (at(i, j, step, step) - at(i, j, step, -step) - at(i, j, -step, step) + at(i, j, -step, -step)) / (
+            4 * step**2
+        )
         found = (2 * result.curvature[k] - result.influence[i] - result.influence[j]) / 300**2
         assert found == pytest.approx(mixed, rel=0.05, abs=3e-6)
 

@@ -7,6 +7,8 @@ import numpy as np
 import pytest
 import torch
 from cleanfid.resize import make_resizer
+from PIL import Image
+
 from fewstep.eval.protocol.images import ImageFolder, save_image
 from fewstep.eval.protocol.resize import (
     QUANTISERS,
@@ -18,7 +20,6 @@ from fewstep.eval.protocol.resize import (
     resize_pil,
     resize_tensor,
 )
-from PIL import Image
 
 
 def noise(*shape, seed=0):
@@ -37,9 +38,7 @@ def test_pixels_come_back_in_the_order_of_names(tmp_path, channels):
     batches = list(ImageFolder(tmp_path, channels=channels).batches(3))
     assert [len(batch) for batch in batches] == [3, 1]
     assert torch.equal(torch.cat(batches), noise(4, channels, 5, 7))
-    assert torch.equal(
-        torch.cat(list(ImageFolder(tmp_path, channels, number=2).batches(9))), torch.cat(batches)[:2]
-    )
+    assert torch.equal(torch.cat(list(ImageFolder(tmp_path, channels, number=2).batches(9))), torch.cat(batches)[:2])
 
 
 def test_arrays_stand_beside_pictures(tmp_path):
@@ -59,12 +58,7 @@ def deep_png(pixels):
     height, width = pixels.shape[:2]
     rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in pixels)
     head = struct.pack(">IIBBBBB", width, height, 16, 2, 0, 0, 0)
-    return (
-        b"\x89PNG\r\n\x1a\n"
-        + chunk(b"IHDR", head)
-        + chunk(b"IDAT", zlib.compress(rows))
-        + chunk(b"IEND", b"")
-    )
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
 
 
 def write_bad(path, kind):

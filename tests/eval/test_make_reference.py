@@ -8,12 +8,13 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from PIL import Image
+
 from fewstep.eval.features.extractors import build_extractor
 from fewstep.eval.metrics.statistics import FeatureStatistics
 from fewstep.eval.protocol.images import save_image
 from fewstep.eval.protocol.resize import Step, apply_chain
 from fewstep.eval.tools.make_reference import main, make
-from PIL import Image
 
 SIZES = [(20, 30), (24, 24), (31, 22), (40, 20), (21, 23)]
 
@@ -84,17 +85,13 @@ def test_what_does_not_fit_is_refused(
     (real / "4.png").unlink()
     with pytest.raises(ValueError, match="4 images, the reference of preset tiny is of 5"):
         make(arguments)
-    with pytest.raises(
-        ValueError, match="preset digits: its reference is 'builtin', there is no file to make"
-    ):
+    with pytest.raises(ValueError, match="preset digits: its reference is 'builtin', there is no file to make"):
         make([str(real), "--preset", "digits"])
     content = yaml.safe_load(preset.read_text())
     content["chain"] = []
     content["reference"]["images"] = None
     preset.write_text(yaml.safe_dump(content))
-    with pytest.raises(
-        ValueError, match=r"leaves images of different sizes, \[3, 20, 30\] and \[3, 24, 24\]"
-    ):
+    with pytest.raises(ValueError, match=r"leaves images of different sizes, \[3, 20, 30\] and \[3, 24, 24\]"):
         make(arguments)
 
 

@@ -6,6 +6,7 @@ import math
 import numpy as np
 import pytest
 import torch
+
 from fewstep.eval.metrics import measures as metrics
 from fewstep.eval.metrics.energy import energy_distance
 

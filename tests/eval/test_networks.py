@@ -7,6 +7,7 @@ import pytest
 import torch
 from cleanfid import fid
 from diffusers import DDIMScheduler, DDPMPipeline, UNet2DModel
+
 from fewstep.eval.features import networks
 from fewstep.eval.features.base import random_conv
 from fewstep.eval.features.extractors import build_extractor
@@ -74,8 +75,9 @@ def test_inception_goes_through_clean_fids_own_wrapper(tmp_path, monkeypatch):
 
 
 def test_effnet_names_what_sklearns_photographs_show():
-    from fewstep.eval.protocol.resize import apply_chain
     from sklearn.datasets import load_sample_image
+
+    from fewstep.eval.protocol.resize import apply_chain
 
     extractor = build_extractor("effnet-lite0-224")
     # ImageNet classes: 698 palace, 442 bell cote, 663 monastery; 985 daisy.
@@ -99,9 +101,7 @@ def test_dinov2_folder_loads_and_missing_tensors_are_refused(tmp_path):
     from transformers import Dinov2Config, Dinov2Model
 
     torch.manual_seed(0)
-    config = Dinov2Config(
-        hidden_size=24, num_hidden_layers=1, num_attention_heads=2, patch_size=14, image_size=224
-    )
+    config = Dinov2Config(hidden_size=24, num_hidden_layers=1, num_attention_heads=2, patch_size=14, image_size=224)
     Dinov2Model(config).save_pretrained(tmp_path)
     extractor = build_extractor("dinov2", tmp_path)
     assert extractor(torch.full((2, 3, 224, 224), 90.0)).shape == (2, 24)
@@ -143,10 +143,7 @@ def test_our_extractor_works_inside_clean_fid_and_folders_agree(tmp_path):
     )
     ours = {}
     for step in ("pil-bicubic", "clean-bicubic"):
-        a, b = (
-            extract_images(ImageFolder(tmp_path / part).batches(16), extractor, [Step(step, 299)])
-            for part in "ab"
-        )
+        a, b = (extract_images(ImageFolder(tmp_path / part).batches(16), extractor, [Step(step, 299)]) for part in "ab")
         ours[step] = frechet_distance(a.features, b.statistics).value
     assert ours["pil-bicubic"] == pytest.approx(theirs, rel=1e-6)
     assert ours["clean-bicubic"] == pytest.approx(theirs, rel=1e-4)

@@ -8,6 +8,7 @@ import re
 import numpy as np
 import pytest
 import torch
+
 from fewstep.eval.features.base import random_conv
 from fewstep.eval.features.house import house_digits
 from fewstep.eval.metrics.frechet import frechet_distance
@@ -16,8 +17,8 @@ from fewstep.eval.protocol import evaluation
 from fewstep.eval.protocol.datasets import digits
 from fewstep.eval.protocol.evaluate import METRICS, evaluate
 from fewstep.eval.protocol.latency import Clock, measure_latency
-from fewstep.eval.protocol.preset import METRICS as NAMES
 from fewstep.eval.protocol.preset import (
+    METRICS as NAMES,
     MissingFiles,
     Preset,
     labels_of,
@@ -223,9 +224,7 @@ def test_too_few_samples_are_said_to_be_too_few():
     reference = digits_reference(house_digits()).statistics
     noise = np.random.default_rng(0).normal(size=(70, reference.root.shape[1]))
     features = reference.mean + noise @ reference.root.T
-    texts = [
-        evaluation.format_entry(frechet_distance(features[:n], reference).as_dict()) for n in (60, 64, 70)
-    ]
+    texts = [evaluation.format_entry(frechet_distance(features[:n], reference).as_dict()) for n in (60, 64, 70)]
     assert all(text.endswith("N too small: see KID or CMMD)") for text in texts[:2])
     assert texts[2].endswith("N too small to correct: see KID or CMMD)")
 
@@ -269,9 +268,7 @@ def test_file_references_of_another_kind_are_refused(tmp_path, cache):
 
 
 def test_minimum_of_three_stands_beside_mean_and_spread(tmp_path):
-    path = edited(
-        tmp_path, "metrics: [fd, kid, prdc5, class-accuracy, diversity, classifier-score]", "metrics: [fd]"
-    )
+    path = edited(tmp_path, "metrics: [fd, kid, prdc5, class-accuracy, diversity, classifier-score]", "metrics: [fd]")
     text = path.read_text().replace("number: 5000", "number: 1797")
     results = {}
     for report in ("min", "mean"):

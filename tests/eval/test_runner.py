@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from fewstep.eval.features.base import random_conv, wrap
 from fewstep.eval.protocol.resize import Step, quantise
 from fewstep.eval.protocol.runner import Job, collect, extract_images, run_shards
@@ -59,9 +60,7 @@ def test_only_missing_or_damaged_shards_are_made_again(tmp_path):
     # The batch size may change between attempts.
     assert run_shards(job(batch_size=5), tmp_path, watching, EXTRACTOR) == 11
     assert asked == [*range(6, 12), *range(18, 23)]
-    torch.testing.assert_close(
-        collect(job(), tmp_path, EXTRACTOR).features, first.features, rtol=1e-5, atol=1e-6
-    )
+    torch.testing.assert_close(collect(job(), tmp_path, EXTRACTOR).features, first.features, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize(

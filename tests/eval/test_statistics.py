@@ -7,6 +7,7 @@ import pickle
 import numpy as np
 import pytest
 import torch
+
 from fewstep.eval.metrics.statistics import FeatureStatistics
 
 
@@ -109,9 +110,7 @@ def test_file_round_trip_keeps_moments_count_and_provenance(tmp_path):
 def test_foreign_files_with_mu_and_sigma_are_read(tmp_path):
     x = draw(30, 3)
     extra = {"mu_s": np.zeros(2), "sigma_s": np.eye(2), "arr_0": np.zeros((1, 4, 4, 3), np.uint8)}
-    np.savez(
-        tmp_path / "adm.npz", mu=x.mean(0).astype(np.float32), sigma=np.cov(x.T).astype(np.float32), **extra
-    )
+    np.savez(tmp_path / "adm.npz", mu=x.mean(0).astype(np.float32), sigma=np.cov(x.T).astype(np.float32), **extra)
     stats = FeatureStatistics.load(tmp_path / "adm.npz")
     assert stats.n is None
     np.testing.assert_allclose(stats.covariance, np.cov(x.T), rtol=1e-6)

@@ -20,9 +20,7 @@ from fewstep.train.product import Product, product_of
 from fewstep.train.trainer import Trainer
 
 MLP = "will not export to a stock pipeline: no stock diffusers pipeline runs a MLP student"
-MODULE = (
-    "{name: module, factory: a:b, arguments: {x: x}, prediction: v, time_input: t, process: {name: flow}}"
-)
+MODULE = "{name: module, factory: a:b, arguments: {x: x}, prediction: v, time_input: t, process: {name: flow}}"
 SHORT = ["before=[]", "copy={}", "train.steps=1", "train.batch=6", "train.sample_every=0", "evaluate=null"]
 
 
@@ -66,9 +64,7 @@ def test_asking_copies_no_weight_and_changes_none():
     before = {k: v.clone() for k, v in net.base.state_dict().items()}
     bare: Any = weightless(net)
     assert {t.device.type for t in (*bare.parameters(), *bare.buffers())} == {"meta"}
-    assert {k: v.shape for k, v in bare.state_dict().items()} == {
-        k: v.shape for k, v in own_state(net.base).items()
-    }
+    assert {k: v.shape for k, v in bare.state_dict().items()} == {k: v.shape for k, v in own_state(net.base).items()}
     assert warning(lambda: product) == ""
     after = net.base.state_dict()
     assert before.keys() == after.keys()
@@ -96,13 +92,9 @@ def test_run_plan_and_check_say_it_in_one_line(tmp_path: Path):
     assert checked[-1] == f"toy/dmd2: export: {MLP}"
     assert checked[-2].startswith("toy/dmd2: schedule: training and evaluation agree")
     good = lines("recipes", "check", "digits-dmd2")
-    assert good[-1].startswith(
-        "digits-dmd2: schedule: training, evaluation and CMStochasticIterativeScheduler"
-    )
+    assert good[-1].startswith("digits-dmd2: schedule: training, evaluation and CMStochasticIterativeScheduler")
     lost = lines("recipes", "check", "digits-dmd2", "teacher.path=nowhere")
-    assert lost[-1].startswith(
-        "digits-dmd2: schedule and export: not checked: teacher nowhere: no such folder"
-    )
+    assert lost[-1].startswith("digits-dmd2: schedule and export: not checked: teacher nowhere: no such folder")
     out = lines("run", "toy/dmd2", *SHORT, "train.log_every=1", "--out", str(tmp_path / "run"))
     said, trained = out.index(f"note: this run {MLP}"), next(i for i, x in enumerate(out) if "step 1/1" in x)
     assert said < trained

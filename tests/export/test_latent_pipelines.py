@@ -53,9 +53,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_each_class_is_written_and_drawn_alike_by_its_stock_pipeline(
-    folders: dict[str, Path], tmp_path: Path, name: str
-):
+def test_each_class_is_written_and_drawn_alike_by_its_stock_pipeline(folders: dict[str, Path], tmp_path: Path, name: str):
     product = make_product(folders[name], name, Sampler(kind="renoise", steps=FOUR))
     done = export(product, tmp_path / "out")
     assert 0 < done.parity <= PARITY
@@ -66,9 +64,7 @@ def test_each_class_is_written_and_drawn_alike_by_its_stock_pipeline(
     assert changed <= {"scheduler"}
     if (folders[name] / "vae").is_dir():
         for file in ("config.json", "diffusion_pytorch_model.safetensors"):
-            assert (tmp_path / "out" / "vae" / file).read_bytes() == (
-                folders[name] / "vae" / file
-            ).read_bytes()
+            assert (tmp_path / "out" / "vae" / file).read_bytes() == (folders[name] / "vae" / file).read_bytes()
     assert done.usage.splitlines()[0] == f"from diffusers import {FAMILIES[name].pipeline}"
     assert done.usage in (tmp_path / "out" / "README.md").read_text()
     assert not [p for p in (tmp_path / "out").rglob("*") if p.suffix in (".bin", ".ckpt", ".pkl", ".pth")]
@@ -118,11 +114,7 @@ def drawn(product: Product, tmp_path: Path) -> Tensor:
         if i + 1 == len(times):
             break
         s = times[i + 1]
-        renoised = (
-            (1 - s) * x0 + s * torch.randn(2, 6, 8, 12)
-            if product.sampler.kind == "renoise"
-            else x + (s - t) * v
-        )
+        renoised = (1 - s) * x0 + s * torch.randn(2, 6, 8, 12) if product.sampler.kind == "renoise" else x + (s - t) * v
         x = renoised
     assert difference(x0, theirs) <= 1e-4
     return theirs
@@ -171,9 +163,7 @@ def test_an_adapter_and_a_constant_input_are_merged(folders: dict[str, Path], tm
     net.add_inputs(("s",))
     net.net.extras["s"].linear.weight.data.normal_(std=0.3)
     assert export(replace(product, net=net), tmp_path / "folded").parity <= PARITY
-    with pytest.raises(
-        UserError, match="this student is told where each of its 2 steps ends, and no stock pipeline"
-    ):
+    with pytest.raises(UserError, match="this student is told where each of its 2 steps ends, and no stock pipeline"):
         export(replace(product, net=net, sampler=Sampler(kind="map", steps=(1.0, 0.5))), tmp_path / "no")
 
 
@@ -196,12 +186,8 @@ def test_what_no_stock_pipeline_runs_is_refused(folders: dict[str, Path], tmp_pa
         "no stock flow scheduler takes steps of eta 0.5; set it to 0 or 1"
     )
     other = Denoiser(sd3.net.net, EDM(), "edm", "log_sigma/4")  # type: ignore[arg-type]
-    assert refused(replace(sd3, net=other)).startswith(
-        "StableDiffusion3Pipeline has no scheduler for a student"
-    )
-    assert refused(replace(sd3, recipe=load("toy/dmd2"))).startswith(
-        "the recipe's teacher is no diffusers folder"
-    )
+    assert refused(replace(sd3, net=other)).startswith("StableDiffusion3Pipeline has no scheduler for a student")
+    assert refused(replace(sd3, recipe=load("toy/dmd2"))).startswith("the recipe's teacher is no diffusers folder")
 
 
 def test_a_wrong_schedule_or_a_parity_violation_leaves_nothing(
@@ -242,9 +228,7 @@ def test_a_wrong_schedule_or_a_parity_violation_leaves_nothing(
 def test_lint_compares_three_lists_to_one_in_a_million():
     p = DiscreteVP()
     same = levels_of(p, FOUR)
-    agree(
-        same, same, levels_of_scheduler(DDIMScheduler(timestep_spacing="trailing"), p, num_inference_steps=4)
-    )
+    agree(same, same, levels_of_scheduler(DDIMScheduler(timestep_spacing="trailing"), p, num_inference_steps=4))
     agree(None, same)
     # One table index at pure noise: sigma differs by 4e-7 only, alpha gives it away.
     near = levels_of(p, (0.999, 0.75, 0.5, 0.25))
@@ -282,11 +266,7 @@ def test_lint_of_products_and_recipes(folders: dict[str, Path]):
     assert check_recipe(load("digits-dmd2")) == (
         "schedule: training, evaluation and CMStochasticIterativeScheduler agree (sigma / alpha 80)"
     )
-    told = check_recipe(
-        load("digits-dmd2", [f"teacher.path={folders['sd15']}", f"method.steps={list(FOUR)}"])
-    )
+    told = check_recipe(load("digits-dmd2", [f"teacher.path={folders['sd15']}", f"method.steps={list(FOUR)}"]))
     assert told.startswith("schedule: training, evaluation and LCMScheduler agree (sigma / alpha 14.6")
-    off = check_recipe(
-        load("digits-dmd2", [f"teacher.path={folders['sd15']}", "method.steps=[1.0, 0.1234567]"])
-    )
+    off = check_recipe(load("digits-dmd2", [f"teacher.path={folders['sd15']}", "method.steps=[1.0, 0.1234567]"]))
     assert "fall between the 1000 indices of the table" in off

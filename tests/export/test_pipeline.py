@@ -179,9 +179,7 @@ def test_the_card_states_levels_parity_usage_and_a_recipe_that_parses(product: P
     assert yaml.safe_load(text.split("---")[1])["library_name"] == "diffusers"
     assert "A 4-call generator" in text
     sigmas = [(0.002 ** (1 / 7) + u * (80 ** (1 / 7) - 0.002 ** (1 / 7))) ** 7 for u in STEPS["four"]]
-    assert (
-        f"| noise levels (sigma / alpha), first to last | {', '.join(f'{s:.6g}' for s in sigmas)} |" in text
-    )
+    assert f"| noise levels (sigma / alpha), first to last | {', '.join(f'{s:.6g}' for s in sigmas)} |" in text
     assert f"| largest difference from fewstep's own sampler, same noise | {done.parity:.2e} |" in text
     assert "| FD, 1797 samples | 3.21 |" in text
     assert done.usage in text
@@ -196,9 +194,7 @@ def test_an_exported_folder_is_opened_and_drawn_from(product: Product, exports: 
     assert (again.classes, again.shape, again.trained) == (10, (1, 8, 8), (4,))
     a, b = at(product, STEPS["four"]).draw(12, seed=5, batch=5), again.draw(12, seed=5)
     assert float((a - b).abs().max()) <= 1e-4
-    with pytest.raises(
-        UserError, match=r"^--steps 1: this student was trained for 4; add --any to try it anyway$"
-    ):
+    with pytest.raises(UserError, match=r"^--steps 1: this student was trained for 4; add --any to try it anyway$"):
         again.with_steps(1)
     assert len(again.with_steps(2, any_steps=True).sampler.steps) == 2
 
@@ -208,9 +204,7 @@ def test_a_parity_violation_leaves_nothing(
     product: Product, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, parity: float
 ):
     monkeypatch.setattr(base, "difference", lambda *_: parity)
-    with pytest.raises(
-        ExportRefused, match=r"^the pipeline differs from fewstep's sampler by (2\.00e-04|nan) > 1e-04$"
-    ):
+    with pytest.raises(ExportRefused, match=r"^the pipeline differs from fewstep's sampler by (2\.00e-04|nan) > 1e-04$"):
         export(product, tmp_path / "out")
     assert names(tmp_path) == []
 
@@ -221,9 +215,7 @@ def test_a_wrong_schedule_is_caught_by_the_real_comparison(
     export(product, tmp_path / "out")
     before = (tmp_path / "out" / "README.md").read_text()
     monkeypatch.setattr(routes, "schedule", lambda _: (3, {"num_inference_steps": 2}))
-    with pytest.raises(
-        UserError, match=r"^schedule: evaluation and exported scheduler stand at different noise"
-    ):
+    with pytest.raises(UserError, match=r"^schedule: evaluation and exported scheduler stand at different noise"):
         export(product, tmp_path / "out")
     monkeypatch.setattr(unet, "check_export", lambda *_: None)
     with pytest.raises(ExportRefused, match="differs from fewstep's sampler by"):
@@ -262,9 +254,7 @@ def test_a_full_disk_leaves_nothing(product: Product, tmp_path: Path, monkeypatc
             raise failure
 
         monkeypatch.setattr(ConsistencyModelPipeline, "save_pretrained", full)
-        with pytest.raises(
-            UserError, match=r"out: the export could not be written: .*No space left on device"
-        ):
+        with pytest.raises(UserError, match=r"out: the export could not be written: .*No space left on device"):
             export(product, tmp_path / "out")
         assert names(tmp_path) == []
 
@@ -292,11 +282,8 @@ def test_students_without_a_stock_pipeline_are_refused(product: Product, tmp_pat
     assert refused(Denoiser(MLP(2, 8, 2), Flow(), "velocity", "angle")) == (
         "no stock diffusers pipeline runs a MLP student"
     )
-    assert refused(
-        Denoiser(net.net, net.process, "edm", "log_sigma/4"), Sampler(steps=(1.0, 0.5))
-    ).startswith(
-        "EDMEulerScheduler has no noise to add between steps as this student needs it; train with prediction "
-        "'cm'"
+    assert refused(Denoiser(net.net, net.process, "edm", "log_sigma/4"), Sampler(steps=(1.0, 0.5))).startswith(
+        "EDMEulerScheduler has no noise to add between steps as this student needs it; train with prediction 'cm'"
     )
     with pytest.raises(ExportRefused, match=f"^{product.title} is not a run of fewstep$"):
         export(replace(product, recipe=None), tmp_path / "out")

@@ -115,9 +115,7 @@ def test_inputs_of_a_one_step_student_fold_into_its_weights(
     done = export(one, tmp_path / "out")
     assert done.parity <= PARITY
     plain = Denoiser(unet(10), EDM(), "cm", "250log_sigma")
-    without = student(
-        base, plain if isinstance(process, EDM) else Rescheduled(plain, process), Sampler(kind="map")
-    )
+    without = student(base, plain if isinstance(process, EDM) else Rescheduled(plain, process), Sampler(kind="map"))
     # Without the fold the images would be others: the inputs have an effect.
     assert difference(*both(without, tmp_path / "out", {"num_inference_steps": 1})) > 100 * PARITY
 
@@ -172,9 +170,7 @@ def test_refusals_say_why_and_what_to_do(base: Product, tmp_path: Path) -> None:
         (Denoiser(unet(0), Trig(), "x0", "angle"), Sampler(), "reads prediction 'x0'", "diffusers format"),
     ]  # fmt: skip
     for net, sampler, why, instead in cases:
-        said = refusal(
-            student(base, net, sampler, int(net.net.classes) if isinstance(net, Denoiser) else 10), tmp_path
-        )
+        said = refusal(student(base, net, sampler, int(net.net.classes) if isinstance(net, Denoiser) else 10), tmp_path)
         assert why in said, said
         assert instead in said, said
 
@@ -227,9 +223,7 @@ def experts(kind: type = EDM) -> Routed:
     return Routed(members, ByTime(members[0].process, (0.5,)))
 
 
-@pytest.mark.parametrize(
-    "sampler", [Sampler(kind="gamma", eta=0.0, steps=FOUR), Sampler(kind="map", steps=(1.0, 0.5))]
-)
+@pytest.mark.parametrize("sampler", [Sampler(kind="gamma", eta=0.0, steps=FOUR), Sampler(kind="map", steps=(1.0, 0.5))])
 def test_experts_run_from_the_text_of_their_card(base: Product, tmp_path: Path, sampler: Sampler) -> None:
     net = experts().eval()
     one = student(base, net, sampler)
@@ -260,9 +254,7 @@ def test_students_by_class_are_a_pipeline_each(base: Product, tmp_path: Path) ->
     with torch.no_grad():
         whole = sample(one.sampler, one.net, noise, labels)
         for name, group in groups.items():
-            part: Tensor = sample(
-                one.sampler, open_product(tmp_path / "out" / name).net, noise[group], labels[group]
-            )
+            part: Tensor = sample(one.sampler, open_product(tmp_path / "out" / name).net, noise[group], labels[group])
             assert float((part - whole[group]).abs().max()) <= 1e-5
     members[2].net.model.conv_out.bias.data.fill_(float("nan"))
     with pytest.raises(ExportRefused, match=r"^the pipeline differs from fewstep's sampler by nan > "):

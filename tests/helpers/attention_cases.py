@@ -5,6 +5,7 @@ import json
 import sys
 
 import torch
+
 from fewstep.kernels import (
     KeyRange,
     Ranges,
@@ -52,9 +53,7 @@ def relative(a, b):
     return float((a - b).norm() / b.norm().clamp(min=1e-12))
 
 
-def errors(
-    inputs, present, *, mask=None, ranges=None, still=(0, 0), causal=False, scale=0.2, impl, grads=True
-):
+def errors(inputs, present, *, mask=None, ranges=None, still=(0, 0), causal=False, scale=0.2, impl, grads=True):
     """Relative errors of every output and gradient of `impl` against the reference in fp64."""
     inputs = [x.clone() for x in inputs]
     for x, rows in zip(inputs[3:], (still[0], still[1], still[1]), strict=True):
@@ -67,9 +66,7 @@ def errors(
     dense = reference.dense_mask(exact[0], exact[1], mask, ranges, causal)
     o, to, lse, mu = reference.attention_jvp(*exact, mask=dense, scale=scale)
     got = attention_jvp(*inputs[:3], *given, **options, return_lse=True, return_mu=True)
-    result = {
-        n: relative(a, b) for n, a, b in zip(("o", "to", "lse", "mu"), got, (o, to, lse, mu), strict=True)
-    }
+    result = {n: relative(a, b) for n, a, b in zip(("o", "to", "lse", "mu"), got, (o, to, lse, mu), strict=True)}
     plain = [None if x is None else x.detach() for x in (*inputs[:3], got[0], got[2], *given)]
     alone = attention_tangent(*plain, **options)
     result |= {"tangent-only": relative(alone[0], to), "tangent-only mu": relative(alone[1], mu)}
@@ -80,9 +77,7 @@ def errors(
     losses = {"primal": (1, 0), "tangent": (0, 1), "both": (1, 1)}
     names = [n for n, p in zip(("q", "k", "v", "tq", "tk", "tv"), (1, 1, 1, *present), strict=True) if p]
     for loss, (a, b) in losses.items():
-        truth = torch.autograd.grad(
-            a * (o * w).sum() + b * (to * u).sum(), truths, retain_graph=True, allow_unused=True
-        )
+        truth = torch.autograd.grad(a * (o * w).sum() + b * (to * u).sum(), truths, retain_graph=True, allow_unused=True)
         pair = [(got[0] * w.to(got[0].dtype)).sum(), (got[1] * u.to(got[1].dtype)).sum()]
         value = pair[0] if not b else pair[1] if not a else pair[0] + pair[1]
         mine = torch.autograd.grad(value, leaves, retain_graph=True, allow_unused=True)
@@ -149,9 +144,7 @@ def interpreter_cases():
     common = tensors(64, 96, 32, batch=1, heads=1, dtype=torch.float16)
     common[1] += 10.0
     add("float16, keys with common mode 10", 2e-3, common, grads=False)
-    strided = [
-        x.transpose(1, 2).contiguous().transpose(1, 2) for x in tensors(20, 30, 8, 12, dtype=torch.float32)
-    ]
+    strided = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in tensors(20, 30, 8, 12, dtype=torch.float32)]
     add("heads inside the sequence", 3e-6, strided)
     return cases
 

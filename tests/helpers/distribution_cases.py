@@ -100,9 +100,7 @@ def midpoints(count: int) -> tuple[Tensor, Tensor]:
     return a.reshape(-1, 1), b.reshape(-1, 1)
 
 
-def players(
-    process: Process | None = None, mean: float = MEAN, std: float = STD, **extra: nn.Module
-) -> Roles:
+def players(process: Process | None = None, mean: float = MEAN, std: float = STD, **extra: nn.Module) -> Roles:
     """Teacher N(0.7, 0.4^2), affine student N(mean, std^2), exact critic and discriminator."""
     process = process or Flow()
     student = Affine(process, mean, std)

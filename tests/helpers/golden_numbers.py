@@ -65,9 +65,7 @@ class Network(nn.Module):
         by_label = 0 if label is None else self.raw.L[label]
         return x, torch.tanh(x @ self.raw.C.T + torch.stack(scalars, 1) @ self.raw.D.T + by_label)
 
-    def forward(
-        self, x: Tensor, t: Tensor, cond: Any = None, *, taps: Sequence[str] = (), **given: Any
-    ) -> Prediction:
+    def forward(self, x: Tensor, t: Tensor, cond: Any = None, *, taps: Sequence[str] = (), **given: Any) -> Prediction:
         scaled, h = self.hidden(x, t, cond, **given)
         raw = scaled @ self.raw.A.T + h @ self.raw.B.T + self.raw.f
         return from_raw(self.process, self.kind, x, t, raw, {"h": h} if taps else {})
@@ -188,9 +186,7 @@ def losses_of(doc: dict[str, Any], case: dict[str, Any], nets: dict[str, Any]) -
     roles = Roles(**{role: nets[name] for role, name in how["roles"].items()})
     turns = method.turns(roles, 0) if how["call"] == "turns" else None
     for _ in range(how.get("turn", 0) + 1):
-        made = (
-            next(turns).losses(batch) if turns else getattr(method, how["call"])(roles, batch, *how["args"])
-        )
+        made = next(turns).losses(batch) if turns else getattr(method, how["call"])(roles, batch, *how["args"])
         losses = next(iter(made))
     assert not draws.queue, f"fewstep left {len(draws.queue)} draws unused"
     return losses
@@ -207,10 +203,7 @@ def differences(doc: dict[str, Any], case: dict[str, Any]) -> dict[str, tuple[fl
         value = sum(losses[k] for k in term["terms"]) if term["terms"] else losses.total()
         weights = {n.split(".")[-1]: p for n, p in nets[term["wrt"]].named_parameters()}
         found = torch.autograd.grad(value, list(weights.values()), allow_unused=True, retain_graph=True)
-        ours = {
-            n: torch.zeros_like(p) if g is None else g
-            for (n, p), g in zip(weights.items(), found, strict=True)
-        }
+        ours = {n: torch.zeros_like(p) if g is None else g for (n, p), g in zip(weights.items(), found, strict=True)}
         factor = term.get("factor", 1.0)
         theirs = {n: factor * torch.tensor(v, dtype=torch.float64) for n, v in term["grad"].items()}
         largest = max(float(v.abs().max()) for v in theirs.values())

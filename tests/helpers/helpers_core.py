@@ -49,16 +49,12 @@ class Recorder(nn.Module):
         self.answer = answer
         self.seen: list[tuple[Tensor, Tensor, Any]] = []
 
-    def forward(
-        self, x: Tensor, time: Tensor, cond: Any = None, *, taps: Any = (), stop: bool = False
-    ) -> Any:
+    def forward(self, x: Tensor, time: Tensor, cond: Any = None, *, taps: Any = (), stop: bool = False) -> Any:
         self.seen.append((x, time, cond))
         return self.answer(x, time, cond), {}
 
 
-def native(
-    kind: str, alpha: Tensor, sigma: Tensor, da: Tensor, ds: Tensor, x0: Tensor, eps: Tensor
-) -> Tensor:
+def native(kind: str, alpha: Tensor, sigma: Tensor, da: Tensor, ds: Tensor, x0: Tensor, eps: Tensor) -> Tensor:
     """What a perfect network of a parametrisation outputs, from the definitions (algorithms 1.2)."""
     x = alpha * x0 + sigma * eps
     var = 0.25
@@ -71,9 +67,7 @@ def native(
         "score": lambda: -eps / sigma,
         "edm": lambda: (x0 - var / (sigma**2 + var) * x) * torch.sqrt(sigma**2 + var) / (sigma * 0.5),
         "cm": lambda: (
-            (x0 - var / ((sigma - 0.002) ** 2 + var) * x)
-            * torch.sqrt(sigma**2 + var)
-            / ((sigma - 0.002) * 0.5)
+            (x0 - var / ((sigma - 0.002) ** 2 + var) * x) * torch.sqrt(sigma**2 + var) / ((sigma - 0.002) * 0.5)
         ),
         "trig": lambda: alpha * eps - sigma * x0,
     }[kind]()

@@ -122,12 +122,8 @@ def sana() -> Any:
         num_cross_attention_heads=2, cross_attention_head_dim=8, cross_attention_dim=16, caption_channels=12,
         mlp_ratio=2.0, sample_size=8, patch_size=1,
     )  # fmt: skip
-    scheduler = d.DPMSolverMultistepScheduler(
-        prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0
-    )
-    return d.SanaPipeline(
-        transformer=transformer, scheduler=scheduler, vae=None, tokenizer=None, text_encoder=None
-    )
+    scheduler = d.DPMSolverMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0)
+    return d.SanaPipeline(transformer=transformer, scheduler=scheduler, vae=None, tokenizer=None, text_encoder=None)
 
 
 FAMILIES = {

@@ -18,9 +18,7 @@ def word_tokenizer(prompts: Sequence[str], length: int) -> Any:
     words = ["[PAD]", "[UNK]", *sorted({w for p in prompts for w in p.split()})]
     plain = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="[UNK]"))
     plain.pre_tokenizer = pre_tokenizers.Whitespace()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=plain, pad_token="[PAD]", unk_token="[UNK]", model_max_length=length
-    )
+    return PreTrainedTokenizerFast(tokenizer_object=plain, pad_token="[PAD]", unk_token="[UNK]", model_max_length=length)
 
 
 def text_pipeline(folder: Path, prompts: Sequence[str], **parts: Any) -> Path:

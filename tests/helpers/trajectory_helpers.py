@@ -32,9 +32,7 @@ class ExactMap(nn.Module):
         self.process = process
         self.inner = gaussian(process, MEAN, STD)
 
-    def forward(
-        self, x: Tensor, t: Tensor, cond: Any = None, *, s: Tensor | None = None, **call: Any
-    ) -> Prediction:
+    def forward(self, x: Tensor, t: Tensor, cond: Any = None, *, s: Tensor | None = None, **call: Any) -> Prediction:
         if s is None:
             return self.inner(x, t)
         there = s != t

@@ -6,16 +6,17 @@ import types
 import pytest
 import torch
 from attention_cases import relative, tensors
+from torch.autograd import forward_ad
+
 from fewstep.kernels import (
     attention,
     attention_jvp,
     attention_tangent,
     block_causal,
     reference,
+    use_fewstep_attention as use,
     xformers_backend,
 )
-from fewstep.kernels import use_fewstep_attention as use
-from torch.autograd import forward_ad
 
 
 def good():

@@ -4,6 +4,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from attention_cases import SUBSETS, errors, layouts, masks, relative, tensors
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
 from fewstep.kernels import (
     Ranges,
     attention,
@@ -13,7 +15,6 @@ from fewstep.kernels import (
     reference,
     teacher_forcing,
 )
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 
 def worst(result):
@@ -27,9 +28,7 @@ def test_every_output_and_gradient_with_every_subset_of_tangents(present, kind):
     assert worst(errors(tensors(150, 61, 8, 12), present, mask=mask, impl="chunked")) < 1e-12
 
 
-@pytest.mark.parametrize(
-    ("n", "m", "d"), [(1, 17, 28), (17, 1, 40), (256, 77, 72), (130, 257, 160), (3, 5, 300)]
-)
+@pytest.mark.parametrize(("n", "m", "d"), [(1, 17, 28), (17, 1, 40), (256, 77, 72), (130, 257, 160), (3, 5, 300)])
 def test_lengths_and_head_dimensions(n, m, d):
     # one key makes every score gradient zero, where a relative error says nothing
     assert worst(errors(tensors(n, m, d), (True, True, True), impl="chunked", grads=m > 1)) < 1e-12
@@ -69,9 +68,7 @@ def test_rows_masked_throughout_by_a_finite_value_keep_their_weights(least):
     for impl in ("reference", "chunked"):
         o, to, lse = attention_jvp(q, k, v, *tangents, mask=mask, impl=impl, return_lse=True)
         with sdpa_kernel(SDPBackend.MATH):
-            exact = torch.func.jvp(
-                lambda *x: F.scaled_dot_product_attention(*x, mask), (q, k, v), tuple(tangents)
-            )
+            exact = torch.func.jvp(lambda *x: F.scaled_dot_product_attention(*x, mask), (q, k, v), tuple(tangents))
         assert relative(o, exact[0]) < 1e-6
         assert relative(to, exact[1]) < 1e-6
         if impl == "chunked":
@@ -87,9 +84,7 @@ def test_statistics_of_half_precision_are_float32():
 
 def test_a_row_without_keys_in_ranges_is_zero():
     ranges = teacher_forcing([3, 4])
-    hollow = Ranges(
-        14, 14, tuple(s if i else type(s)(s.start, s.stop, (), True) for i, s in enumerate(ranges.segments))
-    )
+    hollow = Ranges(14, 14, tuple(s if i else type(s)(s.start, s.stop, (), True) for i, s in enumerate(ranges.segments)))
     q, k, v, *tangents = tensors(14, 14, 4)
     for t in tangents:
         t[:, :, :7] = 0

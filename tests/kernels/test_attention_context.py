@@ -8,11 +8,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from attention_cases import relative, tensors
-from fewstep.kernels import attention_contexts
-from fewstep.kernels import use_fewstep_attention as use
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
+
+from fewstep.kernels import attention_contexts, use_fewstep_attention as use
 
 SHAPES = {
     "query batch 1": (lambda q, k, v: (q[:1], k, v), {}),
@@ -132,9 +132,7 @@ def test_checkpointed_diffusers_models_train_inside_the_context():
         return torch.cat([g.flatten() for g in grads if g is not None])
 
     exact = gradient()
-    network.enable_gradient_checkpointing(
-        partial(checkpoint, use_reentrant=False, context_fn=attention_contexts)
-    )
+    network.enable_gradient_checkpointing(partial(checkpoint, use_reentrant=False, context_fn=attention_contexts))
     with use("chunked") as context:
         got = gradient()
     assert context.calls == {"fewstep": 4}

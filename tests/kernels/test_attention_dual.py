@@ -3,10 +3,11 @@
 import pytest
 import torch
 from attention_cases import layouts, masks, relative, tensors
-from fewstep.kernels import attention, explain, reference
 from torch import nn
 from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
+
+from fewstep.kernels import attention, explain, reference
 
 BACKENDS = ["aot_eager", "inductor"]
 
@@ -79,17 +80,13 @@ def test_masks_ranges_causal_and_layout_under_jvp():
     mask = masks(6, 9)["bool"]
     causal = torch.ones(6, 9, dtype=torch.bool).tril()
     for options, dense in (({"mask": mask}, mask), ({"causal": True}, causal)):
-        expected = torch.func.jvp(
-            lambda *x, d=dense: reference.attention(*x, mask=d, scale=0.3), primals, tangents
-        )
+        expected = torch.func.jvp(lambda *x, d=dense: reference.attention(*x, mask=d, scale=0.3), primals, tangents)
         got = torch.func.jvp(lambda *x, o=options: attention(*x, scale=0.3, **o), primals, tangents)
         assert relative(got[1], expected[1]) < 1e-13
     ranges, _, still = layouts()["block-causal"]
     q, k, v, tq, tk, tv = tensors(ranges.queries, ranges.keys, 4)
     tk[:, :, :still] = tv[:, :, :still] = 0
-    expected = torch.func.jvp(
-        lambda *x: reference.attention(*x, mask=ranges.mask(), scale=0.3), (q, k, v), (tq, tk, tv)
-    )
+    expected = torch.func.jvp(lambda *x: reference.attention(*x, mask=ranges.mask(), scale=0.3), (q, k, v), (tq, tk, tv))
     got = torch.func.jvp(lambda *x: attention(*x, scale=0.3, ranges=ranges), (q, k, v), (tq, tk, tv))
     assert relative(got[1], expected[1]) < 1e-13
     swapped = [[x.transpose(1, 2) for x in group] for group in (primals, tangents)]

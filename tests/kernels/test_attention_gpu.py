@@ -3,6 +3,7 @@
 import pytest
 import torch
 from attention_cases import SUBSETS, errors, layouts, masks, relative, tensors
+
 from fewstep.kernels import attention_jvp, explain, reference
 
 pytestmark = [

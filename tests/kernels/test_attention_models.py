@@ -6,9 +6,9 @@ import torch
 import torch.nn.functional as F
 from attention_cases import relative, tensors
 from diffusers.models import attention_dispatch
-from fewstep.kernels import attention, block_causal, reference, register_diffusers_backend
-from fewstep.kernels import use_fewstep_attention as use
 from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from fewstep.kernels import attention, block_causal, reference, register_diffusers_backend, use_fewstep_attention as use
 
 
 def unet():

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from fewstep.kernels import KeyRange, Ranges, Segment, block_causal, teacher_forcing
 from fewstep.kernels.ranges import decode
 

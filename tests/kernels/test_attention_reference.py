@@ -4,8 +4,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from attention_cases import SUBSETS, masks, relative, tensors
-from fewstep.kernels import attention_jvp, merge, reference
 from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from fewstep.kernels import attention_jvp, merge, reference
 
 
 @pytest.mark.parametrize("kind", [None, "bool", "float"])
@@ -33,9 +34,7 @@ def test_tangents_are_the_limits_of_central_differences():
     eps = 1e-5
 
     def at(sign):
-        return reference.attention_jvp(
-            q + sign * eps * tq, k + sign * eps * tk, v + sign * eps * tv, scale=0.3
-        )
+        return reference.attention_jvp(q + sign * eps * tq, k + sign * eps * tk, v + sign * eps * tv, scale=0.3)
 
     _, to, _, mu = reference.attention_jvp(q, k, v, tq, tk, tv, scale=0.3)
     plus, minus = at(1), at(-1)

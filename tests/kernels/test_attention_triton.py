@@ -17,9 +17,7 @@ def results():
     script = Path(__file__).parents[1] / "attention_cases.py"
     env = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     runs = [
-        subprocess.Popen(
-            [sys.executable, str(script), str(part), str(PARTS)], stdout=subprocess.PIPE, env=env, text=True
-        )
+        subprocess.Popen([sys.executable, str(script), str(part), str(PARTS)], stdout=subprocess.PIPE, env=env, text=True)
         for part in range(PARTS)
     ]
     lines = [line for run in runs for line in run.communicate()[0].splitlines()]

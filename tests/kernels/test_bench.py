@@ -4,6 +4,7 @@ import re
 
 import pytest
 import torch
+
 from fewstep.kernels.bench import attention, record, table
 
 
@@ -38,9 +39,7 @@ def test_new_rows_replace_old_ones_but_unmeasured_never_hides_a_figure(tmp_path)
     path = tmp_path / "rows.csv"
     old = record.Row("a", "b", "c", "1.5", hardware="x")
     record.write([old, record.Row("a", "b", "d", record.UNMEASURED)], path)
-    record.write(
-        [record.Row("a", "b", "c", record.UNMEASURED), record.Row("a", "b", "d", "2", detail="x, y")], path
-    )
+    record.write([record.Row("a", "b", "c", record.UNMEASURED), record.Row("a", "b", "d", "2", detail="x, y")], path)
     assert record.read(path) == [old, record.Row("a", "b", "d", "2", detail="x, y")]
 
 

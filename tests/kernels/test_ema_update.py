@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from fewstep.kernels import ema_update
 
 

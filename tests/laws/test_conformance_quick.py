@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 import torch
-from fewstep.eval import energy_distance
 
 from fewstep.algebra.draws import Draws, fold
+from fewstep.eval import energy_distance
 from fewstep.recipe.source import shipped
 from fewstep.recipe.store import load
 from fewstep.train.product import product_of

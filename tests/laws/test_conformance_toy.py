@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from fewstep.eval import energy_distance
 
 from fewstep.algebra.sampling import Sampler, sample, seeded
+from fewstep.eval import energy_distance
 from fewstep.recipe.store import load
 from fewstep.train.trainer import Hooks, Trainer
 
@@ -77,7 +77,5 @@ def test_four_steps_by_backward_simulation_end_better_than_they_began():
         "train.batch=128",
     )
     before, after = distance(start, real, steps), distance(product, real, steps)
-    assert before < 0.5 * distance(
-        start, real, (1.0,)
-    )  # four steps of the warm start are worth something already
+    assert before < 0.5 * distance(start, real, (1.0,))  # four steps of the warm start are worth something already
     assert after < before / 2, (before, after)

@@ -47,9 +47,7 @@ def sigma_level(sigma: float) -> Levels:
     ("sigma", "d_mean", "d_std"),
     [(0.5, -4.1463414634, 3.0585365854), (2.0, -0.4086538462, 0.1205769231)],
 )
-def test_class_ratio_of_the_reverse_kl_has_the_printed_gradient_of_kl(
-    sigma: float, d_mean: float, d_std: float
-):
+def test_class_ratio_of_the_reverse_kl_has_the_printed_gradient_of_kl(sigma: float, d_mean: float, d_std: float):
     # Three Gauss-Hermite nodes as a multiset: the plain batch mean is the expectation of the linear score times z.
     nodes = 3**0.5 * torch.tensor([-1.0, 0.0, 0.0, 0.0, 0.0, 1.0], dtype=F64)
     z, eps = (c.reshape(-1, 1) for c in torch.meshgrid(nodes, nodes, indexing="ij"))

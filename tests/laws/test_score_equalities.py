@@ -109,9 +109,7 @@ def test_phased_dmd_of_one_phase_is_dmd2_without_gan():
     # And a second phase is something else.
     other = PhasedDMD(steps=(1.0, 0.5), boundaries=(0.5,), guidance=2.5)
     roles = cast()
-    assert not torch.allclose(
-        gradient_of(other, roles, batch(), "student"), gradient_of(dmd2, roles, batch(), "student")
-    )
+    assert not torch.allclose(gradient_of(other, roles, batch(), "student"), gradient_of(dmd2, roles, batch(), "student"))
 
 
 @pytest.mark.parametrize("steps", [(1.0,), (1.0, 0.6, 0.3)])
@@ -163,9 +161,7 @@ def test_hybrid_and_full_coincide_for_a_one_step_student():
     roles = cast()
     full, hybrid = (DecoupledDMD(schedule=s, steps=steps) for s in ("full", "hybrid"))
     differ = [
-        not torch.equal(
-            gradient_of(full, roles, batch(k), "student"), gradient_of(hybrid, roles, batch(k), "student")
-        )
+        not torch.equal(gradient_of(full, roles, batch(k), "student"), gradient_of(hybrid, roles, batch(k), "student"))
         for k in range(6)
     ]
     assert any(differ)
@@ -286,9 +282,7 @@ def test_disback_without_checkpoints_is_dmd2(steps: tuple[float, ...]):
     same(plain, dmd2, cast())
     same(plain, dmd2, cast(), role="critic")
     roles = cast()
-    assert [(t.updates, t.times) for t in plain.turns(roles, 0)] == [
-        (t.updates, t.times) for t in dmd2.turns(roles, 0)
-    ]
+    assert [(t.updates, t.times) for t in plain.turns(roles, 0)] == [(t.updates, t.times) for t in dmd2.turns(roles, 0)]
 
 
 def test_a_checkpoint_equal_to_the_teacher_changes_nothing_and_another_does():

@@ -50,9 +50,7 @@ class Tracking(nn.Module):
         return normal(self.process, x, t, s.mu.detach(), s.b.detach())
 
 
-def normal(
-    process: Process, x: torch.Tensor, t: torch.Tensor, mu: torch.Tensor, b: torch.Tensor
-) -> Prediction:
+def normal(process: Process, x: torch.Tensor, t: torch.Tensor, mu: torch.Tensor, b: torch.Tensor) -> Prediction:
     """The exact denoiser of N(mu, b^2), from its definition."""
     a, n = process.alpha(t)[:, None], process.sigma(t)[:, None]
     return from_x0(process, x, t, mu + a * b**2 / (a**2 * b**2 + n**2) * (x - a * mu))
@@ -79,9 +77,7 @@ def test_golden_divergences_in_ve(sigma: float, kl: str, d_mu: str, d_b: str, fi
     x_t = mu + b * z + sigma * e
     rows = t.expand(len(z))
     fake, real = normal(p, x_t, rows, mu, b), gaussian(p, M, S)(x_t, rows)
-    value = gaussian_kl(
-        mu, b**2 + sigma**2, torch.tensor(M, dtype=F64), torch.tensor(S**2 + sigma**2, dtype=F64)
-    )
+    value = gaussian_kl(mu, b**2 + sigma**2, torch.tensor(M, dtype=F64), torch.tensor(S**2 + sigma**2, dtype=F64))
     assert float(value) == pytest.approx(float(kl), abs=6e-11)
     g = obj.score_difference(fake, real)[:, 0] / sigma**2
     assert float((w * g).sum()) == pytest.approx(float(d_mu), abs=6e-11)

@@ -77,9 +77,7 @@ def expanded(kind: str, mean: Tensor, std: Tensor, sigma: float) -> Tensor:
     return (w * big_f * gap**2).sum()
 
 
-def tractable(
-    kind: str, mean: float, std: float, sigma: float, detach: bool = False
-) -> tuple[Tensor, Tensor]:
+def tractable(kind: str, mean: float, std: float, sigma: float, detach: bool = False) -> tuple[Tensor, Tensor]:
     """Gradient of 2 sigma^-4 times inverse matching with the divergence's alpha and weight, by quadrature."""
     student = Affine(VE, mean, std)
     z, eps, w = grid(70)

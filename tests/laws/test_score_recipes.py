@@ -34,14 +34,10 @@ NAMES = [
 def short(name: str, *settings: str) -> Recipe:
     """A toy recipe of two steps a stage with small networks."""
     stages = len(load(name).before)
-    student = (
-        "student.of.width=16" if "of" in vars(load(name).student) and name != "toy/x" else "student.width=16"
-    )
+    student = "student.of.width=16" if "of" in vars(load(name).student) and name != "toy/x" else "student.width=16"
     cut = [f"before.{i}.steps=2" for i in range(stages)]
     extra = ["method.pairs=20", "method.pair_steps=3"] if name == "toy/dmd" else []
-    return load(
-        name, [*cut, *extra, student, "train.steps=2", "train.batch=16", "train.log_every=1", *settings]
-    )
+    return load(name, [*cut, *extra, student, "train.steps=2", "train.batch=16", "train.log_every=1", *settings])
 
 
 @pytest.mark.parametrize("name", NAMES)

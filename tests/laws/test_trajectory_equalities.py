@@ -23,15 +23,13 @@ from fewstep.methods.progressive import Progressive
 from fewstep.methods.scm import SCM
 from fewstep.methods.segments import Segments
 from fewstep.methods.sfd import SFD
-from fewstep.methods.std import STD as SingleTrajectory
-from fewstep.methods.std import Bank
+from fewstep.methods.std import STD as SingleTrajectory, Bank
 from fewstep.methods.tdd import TDD
 from fewstep.networks.analytic import gaussian
 from fewstep.networks.denoiser import Denoiser
 from fewstep.networks.mlp import MLP
 from fewstep.networks.roles import Roles
-from fewstep.objectives import mse
-from fewstep.objectives import trajectory as tr
+from fewstep.objectives import mse, trajectory as tr
 from fewstep.objectives.legs import Teacher, student_leg, time_between
 
 
@@ -44,9 +42,7 @@ def network(process: Process, prediction: str, inputs: tuple[str, ...] = ()) -> 
 
 
 def gradient(loss: Tensor, net: torch.nn.Module) -> Tensor:
-    return torch.cat(
-        [g.flatten() for g in torch.autograd.grad(loss, list(net.parameters()), allow_unused=False)]
-    )
+    return torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(net.parameters()), allow_unused=False)])
 
 
 def only(losses: Any) -> Tensor:

@@ -59,9 +59,7 @@ def euler_slopes(levels: list[float]) -> Tensor:
     return torch.tensor(slopes, dtype=F64)
 
 
-@pytest.mark.parametrize(
-    ("points", "golden"), [(3, 8.005443547e-4), (18, 0.00420761882), (40, 0.004637682257)]
-)
+@pytest.mark.parametrize(("points", "golden"), [(3, 8.005443547e-4), (18, 0.00420761882), (40, 0.004637682257)])
 def test_cd_with_euler_rests_at_the_chained_slopes_and_nowhere_near(points: int, golden: float) -> None:
     process = EDM()
     levels = process.grid(torch.linspace(0, 1, points, dtype=F64))

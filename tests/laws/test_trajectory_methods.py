@@ -27,8 +27,7 @@ from fewstep.methods.reflow import Reflow, interpolate
 from fewstep.methods.scm import SCM
 from fewstep.methods.segments import Segments
 from fewstep.methods.shortcut import Shortcut
-from fewstep.methods.std import STD as SingleTrajectory
-from fewstep.methods.std import Bank
+from fewstep.methods.std import STD as SingleTrajectory, Bank
 from fewstep.methods.tdd import TDD
 from fewstep.methods.twinflow import TwinFlow
 from fewstep.networks.analytic import flow_map, gaussian

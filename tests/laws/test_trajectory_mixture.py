@@ -80,9 +80,7 @@ class Chord(nn.Module):
         super().__init__()
         self.process, self.kind, self.inner = process, kind, mixture(process)
 
-    def forward(
-        self, x: Tensor, t: Tensor, cond: Any = None, *, s: Tensor | None = None, **call: Any
-    ) -> Prediction:
+    def forward(self, x: Tensor, t: Tensor, cond: Any = None, *, s: Tensor | None = None, **call: Any) -> Prediction:
         s = t if s is None else s
         there = s != t
         if not bool(there.any()):

@@ -78,9 +78,7 @@ def test_ects_rows_without_a_lower_neighbour_take_the_clean_sample() -> None:
 
 
 def test_cts_first_decay_is_a_field() -> None:
-    plain, imagenet = (
-        Consistency(source="data", pairing=CTGrid(**k), target_decay="ct") for k in ({}, {"decay": 0.95})
-    )
+    plain, imagenet = (Consistency(source="data", pairing=CTGrid(**k), target_decay="ct") for k in ({}, {"decay": 0.95}))
     # mu(k) = exp(s0 ln mu0 / N(k)), N(0) = 2, N(100k) = 54.
     for step, points in ((0, 2), (100_000, 54)):
         assert abs(plain.decay(step) - 0.9 ** (2 / points)) < 1e-12
@@ -192,9 +190,7 @@ def test_shortcuts_finest_legs_are_asked_where_flow_matching_trains() -> None:
     class Listening(Scaled):
         takes_s = True
 
-        def forward(
-            self, x: Tensor, t: Tensor, cond: Any = None, *, s: Any = None, **call: Any
-        ) -> Prediction:
+        def forward(self, x: Tensor, t: Tensor, cond: Any = None, *, s: Any = None, **call: Any) -> Prediction:
             asked.append(torch.stack((t, s)))
             return super().forward(x, t)
 
@@ -316,9 +312,7 @@ def test_meanflow_and_freeflow_ask_no_network_beyond_the_prior() -> None:
         latest = 0.0
 
         def forward(self, x: Tensor, t: Tensor, cond: Any = None, **call: Any) -> Prediction:
-            Map.latest = max(
-                Map.latest, float(t.max()), float(call["s"].max()) if call.get("s") is not None else 0.0
-            )
+            Map.latest = max(Map.latest, float(t.max()), float(call["s"].max()) if call.get("s") is not None else 0.0)
             return super().forward(x, t, cond, **call)
 
     from fewstep.methods.freeflow import FreeFlow
@@ -388,9 +382,7 @@ def test_an_embedded_scale_is_the_teachers_own_and_the_students_input() -> None:
     class Told(nn.Module):
         process, takes_s, inputs = Trig(), False, ("w",)
 
-        def forward(
-            self, x: Tensor, t: Tensor, cond: Any = None, *, w: Any = None, **call: Any
-        ) -> Prediction:
+        def forward(self, x: Tensor, t: Tensor, cond: Any = None, *, w: Any = None, **call: Any) -> Prediction:
             heard.append(w)
             return from_raw(self.process, "trig", x, t, 0.1 * x * w[:, None])
 

@@ -91,9 +91,7 @@ def test_toy_recipe_trains_and_samples(name: str) -> None:
     x = product.draw(6, 0)
     assert x.shape == (6, 2)
     assert bool(torch.isfinite(x).all())
-    assert torch.equal(x, product.draw(6, 0, batch=4)) or torch.allclose(
-        x, product.draw(6, 0, batch=4), atol=1e-5
-    )
+    assert torch.equal(x, product.draw(6, 0, batch=4)) or torch.allclose(x, product.draw(6, 0, batch=4), atol=1e-5)
     assert product.trained is not None
     with pytest.raises(UserError, match="was trained for"):
         product.with_steps(23)
@@ -121,7 +119,5 @@ def test_a_flow_method_refuses_another_process() -> None:
         "student.prediction=trig",
         "teacher.process.name=trig",
     ]
-    with pytest.raises(
-        RecipeError, match=r"student\.process: method meanflow needs flow or shifted_flow, not trig$"
-    ):
+    with pytest.raises(RecipeError, match=r"student\.process: method meanflow needs flow or shifted_flow, not trig$"):
         load("toy/meanflow-scratch", settings)

@@ -172,9 +172,7 @@ def test_meanflows_guided_target_is_unbiased_for_the_field_of_scale_omega_over_o
     rows, times = torch.full((n, 1), x, dtype=F64), torch.full((n,), t, dtype=F64)
     pair = (rows - (1 - t) * x0) / t - x0
     likelihood = torch.exp(-((rows - (1 - t) * x0) ** 2) / (2 * t**2))
-    parts = [
-        w / s * torch.exp(-((x0 - m) ** 2) / (2 * s**2)) for w, m, s in zip(weights, means, stds, strict=True)
-    ]
+    parts = [w / s * torch.exp(-((x0 - m) ** 2) / (2 * s**2)) for w, m, s in zip(weights, means, stds, strict=True)]
     null = torch.full((n,), 2)
     for label, density in enumerate((*parts, parts[0] + parts[1])):
         cond = torch.full((n,), label)
@@ -256,9 +254,7 @@ def trig_answer(student: str, process: Process, mean: float, std: float) -> Any:
         ("exact", 1.0, 0.0),
     ],
 )
-def test_scms_direction_is_the_bounded_golden_tangent(
-    student: str, warmup: float, golden: float, tangent: Any
-) -> None:
+def test_scms_direction_is_the_bounded_golden_tangent(student: str, warmup: float, golden: float, tangent: Any) -> None:
     # The golden numbers have sigma_d = .5; divided by it, data and g have sigma_d = 1.
     process, sd = Trig(), 0.5
     here = trig_answer(student, process, MEAN / sd, STD / sd)

@@ -40,9 +40,7 @@ def test_clipping_limits_x0_to_its_quantile_and_keeps_x() -> None:
     x = (1 - t)[:, None] * x0 + t[:, None] * eps
     got = clipped(Prediction(x0, eps, x, t, Flow()), 0.5)
     # The median size of the first row is below 1, so its limit is 1; that of the second is 3.5.
-    torch.testing.assert_close(
-        got.x0, torch.tensor([[0.1, -0.2, 0.3, 1.0], [-3.5, 3.5, 3.0, 2.0]], dtype=F64)
-    )
+    torch.testing.assert_close(got.x0, torch.tensor([[0.1, -0.2, 0.3, 1.0], [-3.5, 3.5, 3.0, 2.0]], dtype=F64))
     torch.testing.assert_close((1 - t)[:, None] * got.x0 + t[:, None] * got.eps, x)
     same = clipped(Prediction(x0, eps, x, t, Flow()), 1.0)
     torch.testing.assert_close(same.x0, x0)
@@ -113,9 +111,7 @@ def test_align_your_flow_rests_at_the_exact_map_and_has_a_bounded_residual() -> 
 
         def forward(self, x: Tensor, t: Tensor, cond: Any = None, **call: Any) -> Prediction:
             right = exact(x, t, cond, **call)
-            return Prediction(
-                right.x0 + weight, right.eps - (1 - t)[:, None] / t[:, None] * weight, x, t, Flow()
-            )
+            return Prediction(right.x0 + weight, right.eps - (1 - t)[:, None] / t[:, None] * weight, x, t, Flow())
 
     roles = Roles(student=Off(), teacher=gaussian(Flow(), MEAN, STD))
     method = MeanFlow(source="teacher", apart=1.0, power=0.0, normalize=0.1, warmup=0)

@@ -80,9 +80,7 @@ def test_a_learned_weighting_and_an_adversary_train_one_student(tmp_path: Path) 
     path = tmp_path / "sprint.yaml"
     path.write_text(SPRINT)
     trainer = Trainer(load(str(path)), cpu=True)
-    before = {
-        r: gradients_free(trainer.roles, r) for r in ("student", "weighting", "discriminator", "critic")
-    }
+    before = {r: gradients_free(trainer.roles, r) for r in ("student", "weighting", "discriminator", "critic")}
     trainer.fit()
     assert trainer.progress.skipped == 0
     assert sorted(trainer.loop.optim) == ["discriminator", "student+weighting"]
@@ -118,9 +116,7 @@ def gradients_free(roles: Roles, name: str) -> Tensor:
 def test_a_bad_sum_is_named_by_its_line(tmp_path: Path) -> None:
     path = tmp_path / "sum.yaml"
     both = "[{method: {name: consistency, target_decay: 0.9}}, {method: {name: shortcut}}]"
-    path.write_text(
-        f"about: x\ndata: {{name: ring}}\nstudent: {{name: mlp}}\nmethod: {{name: joint, methods: {both}}}\n"
-    )
+    path.write_text(f"about: x\ndata: {{name: ring}}\nstudent: {{name: mlp}}\nmethod: {{name: joint, methods: {both}}}\n")
     with pytest.raises(RecipeError, match=r"sum\.yaml:4: method.*both move the role target"):
         load(str(path))
 
@@ -249,9 +245,7 @@ def test_sprints_student_starts_at_levels_of_its_law_or_at_the_prior() -> None:
     n = 4000
     for process in (Flow(), DiscreteVP()):
         student, scales = Mean(process), Scales(of=(4.0, 5.0))
-        method = LADD(
-            steps=(1.0,), student_times=Uniform(low=0.2, high=0.4), prior_share=0.5, guidance=scales
-        )
+        method = LADD(steps=(1.0,), student_times=Uniform(low=0.2, high=0.4), prior_share=0.5, guidance=scales)
         method.produce(Roles(student=student), labelled(n), grad=False)
         x, t, w = student.at[0]
         level = process.level(t)

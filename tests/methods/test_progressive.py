@@ -46,9 +46,7 @@ def trained(settings: list[str]) -> tuple[Trainer, list[dict[str, Any]], list[in
 def test_stages_in_place_equal_stages_with_a_copy_and_hold_two_networks(tmp_path: Path) -> None:
     common = [*SHORT, f"teacher.path={make_teacher(tmp_path / 'teacher')}"]
     here, losses, places = trained([*common, *STAGES])
-    there, copied, _ = trained(
-        [*common, "roles={previous: {name: copy, of: teacher}}", *stages("previous", "previous")]
-    )
+    there, copied, _ = trained([*common, "roles={previous: {name: copy, of: teacher}}", *stages("previous", "previous")])
     assert losses == copied
     assert len(losses) == 8
     for name, value in there.roles.student.state_dict().items():

@@ -30,9 +30,7 @@ class Line(torch.nn.Module):
 def gradient(guide: str) -> float:
     """Of the loss at the weight of a student that is the teacher's one-step map N(0, 1) -> N(0, STD^2)."""
     student = Line()
-    roles = Roles(
-        teacher=gaussian(Flow(), 0.0, STD, 2), student=student, straight=Line().requires_grad_(False)
-    )
+    roles = Roles(teacher=gaussian(Flow(), 0.0, STD, 2), student=student, straight=Line().requires_grad_(False))
     method = Reflow(mode="distill", guide_weight=1.0, guide=guide, teacher_steps=64)  # type: ignore[arg-type]
     losses = next(iter(method.losses(roles, Batch64.of(400, 2), 0)))
     losses["guide"].backward()

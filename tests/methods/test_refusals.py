@@ -13,8 +13,7 @@ from fewstep.config import UserError
 from fewstep.methods.imm import IMM
 from fewstep.methods.self_e import SelfE
 from fewstep.methods.sfd import SFD
-from fewstep.methods.std import STD as SingleTrajectory
-from fewstep.methods.std import Bank
+from fewstep.methods.std import STD as SingleTrajectory, Bank
 from fewstep.networks.analytic import gaussian
 from fewstep.networks.roles import Roles
 from fewstep.recipe.store import load

@@ -34,9 +34,7 @@ class Exact(nn.Module):
 def batch(count: int) -> Batch64:
     d = draws(count, "self-e")
     label = d.integers(2)
-    x0 = torch.tensor(MEANS, dtype=F64)[label][:, None] * torch.tensor([1.0, 0.0]) + STD * d.normal(
-        2, dtype=F64
-    )
+    x0 = torch.tensor(MEANS, dtype=F64)[label][:, None] * torch.tensor([1.0, 0.0]) + STD * d.normal(2, dtype=F64)
     return Batch64(d, (2,), x0, label, torch.full_like(label, 2))
 
 

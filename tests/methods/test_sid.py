@@ -55,9 +55,7 @@ class Logit(nn.Module):
 
 
 def players() -> Roles:
-    return Roles(
-        student=Told(0.3, 0.2), teacher=Told(0.5, 0.7), critic=Told(0.4, -0.3), discriminator=Logit()
-    )
+    return Roles(student=Told(0.3, 0.2), teacher=Told(0.5, 0.7), critic=Told(0.4, -0.3), discriminator=Logit())
 
 
 def batch_of(key: int = 5) -> Batch:
@@ -79,9 +77,7 @@ def test_a_guided_critic_is_guided_in_the_loss_and_through_both_halves():
     level = 1 + tau.reshape(-1, 1, 1, 1)
     real, fake = 0.5 * x_tau / level + 2 * 0.7 * label, 0.4 * x_tau / level - 3 * 0.3 * label
     # alpha = 1: (D_real - D_fake)(D_fake - x), as SiD-LSG's script has it.
-    assert float(found.detach()) == pytest.approx(
-        float(((real - fake) * (fake - x)).mean().detach()), rel=1e-12
-    )
+    assert float(found.detach()) == pytest.approx(float(((real - fake) * (fake - x)).mean().detach()), rel=1e-12)
     unguided = SiD(alpha=1.0, guidance=2.0, normalize=False).loss(roles, batch_of(), x)["match"]
     assert float(unguided.detach()) != pytest.approx(float(found.detach()), rel=1e-3)
 

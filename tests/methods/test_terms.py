@@ -93,9 +93,7 @@ def test_shared_noise_judges_fakes_and_data_at_the_critic_s_levels():
     assert (seen[0] == 0.25).all()
     seen.clear()
     handle = roles.discriminator.register_forward_pre_hook(lambda _m, args: seen.append(args[1]))
-    Critic(times=Levels(at=(0.25,))).losses(
-        roles, batch(), torch.randn(B, 2), replace(gan, shares_noise=False)
-    )
+    Critic(times=Levels(at=(0.25,))).losses(roles, batch(), torch.randn(B, 2), replace(gan, shares_noise=False))
     handle.remove()
     assert [float(t.unique()) for t in seen] == [0.9, 0.9]
 

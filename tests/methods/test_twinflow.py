@@ -97,10 +97,7 @@ def test_image_free_is_guided_by_the_teacher_and_data_mode_by_the_target() -> No
     # Image free the ratio is the teacher's scale: 1.5 goes half a gap past the condition, 1 nowhere past it.
     free = TwinFlow(image_free=True, guidance_share=1.5).velocity(who, batch, x, t, group, pair)
     assert torch.allclose(free, own * pair + (1 - own) * (x + gap) + share * gap, atol=1e-13)
-    one, none = (
-        TwinFlow(image_free=True, guidance_share=enr).velocity(who, batch, x, t, group, pair)
-        for enr in (1, 0)
-    )
+    one, none = (TwinFlow(image_free=True, guidance_share=enr).velocity(who, batch, x, t, group, pair) for enr in (1, 0))
     assert torch.equal(one, none)
     plain = TwinFlow(guidance_share=0.5).velocity(who, batch, x, t, group, pair)
     assert torch.allclose(plain, pair + 7 * share * gap, atol=1e-13)
@@ -175,9 +172,7 @@ def test_data_mode_is_what_it_was() -> None:
 
 def test_robust_gradient_by_hand() -> None:
     d = draws(5, "robust")
-    error = (
-        d.normal(2, 3, 7, dtype=F64) * bc(10.0 ** -torch.arange(5, dtype=F64), torch.ones(5, 2, 3, 7))
-    ).detach()
+    error = (d.normal(2, 3, 7, dtype=F64) * bc(10.0 ** -torch.arange(5, dtype=F64), torch.ones(5, 2, 3, 7))).detach()
     error.requires_grad_(True)
     weight = torch.arange(1, 6, dtype=F64)
     loss = robust(error, weight, 1e-3)

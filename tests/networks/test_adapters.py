@@ -46,9 +46,7 @@ def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module", params=ROLES, ids=str)
-def run(
-    request: pytest.FixtureRequest, teacher: Path, tmp_path_factory: pytest.TempPathFactory
-) -> tuple[str, Path]:
+def run(request: pytest.FixtureRequest, teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
     folder = tmp_path_factory.mktemp("run") / "r"
     return request.param, make_run(folder, teacher, *ROLES[request.param], *SLOW, "train.checkpoint_every=1")
 
@@ -114,19 +112,12 @@ def test_resumed_is_the_same_run(run: tuple[str, Path], teacher: Path, tmp_path:
     kind, folder = run
     shutil.copytree(folder, tmp_path / "again")
     shutil.rmtree(tmp_path / "again" / "checkpoints" / "step-00000002")
-    recipe = load(
-        "digits-dmd2", [*student_settings(teacher), *ROLES[kind], *SLOW, "train.checkpoint_every=1"]
-    )
+    recipe = load("digits-dmd2", [*student_settings(teacher), *ROLES[kind], *SLOW, "train.checkpoint_every=1"])
     trainer = Trainer(recipe, tmp_path / "again", cpu=True)
     assert trainer.resume()
     trainer.fit()
     left, right = (contents(f / "checkpoints" / "step-00000002") for f in (folder, tmp_path / "again"))
-    assert (
-        same(
-            {k: v for k, v in left.items() if k != "progress"}, {k: right[k] for k in left if k != "progress"}
-        )
-        == []
-    )
+    assert same({k: v for k, v in left.items() if k != "progress"}, {k: right[k] for k in left if k != "progress"}) == []
 
 
 def test_training_leaves_the_teacher_as_it_was(teacher: Path):
@@ -249,9 +240,7 @@ def test_diffusers_loads_the_lora_file(tmp_path: Path, targets: tuple[str, ...] 
         torch.testing.assert_close(theirs, mine, rtol=0, atol=1e-5)
         pipe.fuse_lora()
         torch.testing.assert_close(pipe.unet(x, t, text).sample, mine, rtol=0, atol=2e-5)
-    other = Adapted(
-        Bare(copy.deepcopy(plain_copy(one.base).net["model"])), "two", rank=3, alpha=5.0, targets=targets
-    )
+    other = Adapted(Bare(copy.deepcopy(plain_copy(one.base).net["model"])), "two", rank=3, alpha=5.0, targets=targets)
     read_lora(other, tmp_path)
     assert same(own_state(other), own_state(one)) == []
 
@@ -276,9 +265,7 @@ def test_lora_files_that_do_not_fit_are_refused(tmp_path: Path):
     told = refused(tmp_path / "x.onnx", targets=("to_q",))
     assert told == f"{tmp_path}/x.onnx: a LoRA file must be safetensors, such as {NAME}"
     (tmp_path / "half.safetensors").write_bytes(path.read_bytes()[:99])
-    assert "half.safetensors: cannot be read as a LoRA file" in refused(
-        tmp_path / "half.safetensors", targets=("to_q",)
-    )
+    assert "half.safetensors: cannot be read as a LoRA file" in refused(tmp_path / "half.safetensors", targets=("to_q",))
     outside = Adapted(Bare(condition_unet()), "x", targets=("to_q",))
     outside.own["elsewhere/lora_A/weight"] = torch.nn.Parameter(torch.zeros(1))
     with pytest.raises(UserError, match="also holds elsewhere"):
@@ -322,11 +309,7 @@ def test_a_student_that_diffusers_loads_no_lora_into_says_so(run: tuple[str, Pat
 
     _, folder = run
     product = open_product(folder)
-    message = (
-        "UNet2DModel; export fused"
-        if isinstance(product.net, Adapted)
-        else "needs a student that is an adapter"
-    )
+    message = "UNet2DModel; export fused" if isinstance(product.net, Adapted) else "needs a student that is an adapter"
     with pytest.raises(UserError, match=message):
         export_lora(product, tmp_path / "out")
     assert not (tmp_path / "out").exists()

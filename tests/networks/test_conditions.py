@@ -41,16 +41,12 @@ def test_different_numbers_of_tokens_are_padded_only_with_a_mask():
     assert not both["mask"][:B, N:].any()
     assert torch.equal(both["mask"][B:], b["mask"])
     del a["mask"], b["mask"]
-    with pytest.raises(
-        ValueError, match=r"^cond\['text'\]: rows of \[5, 4\] and \[7, 4\] differ; give both a mask"
-    ):
+    with pytest.raises(ValueError, match=r"^cond\['text'\]: rows of \[5, 4\] and \[7, 4\] differ; give both a mask"):
         joined(a, b)
 
 
 def test_conditions_of_different_kinds_do_not_mix():
-    with pytest.raises(
-        ValueError, match="conditions with labels and with the keys text, mask, pooled, time_ids do not"
-    ):
+    with pytest.raises(ValueError, match="conditions with labels and with the keys text, mask, pooled, time_ids do not"):
         joined(torch.tensor([1]), text())
     with pytest.raises(ValueError, match="do not go into one batch"):
         joined(text(), {"text": text()["text"]})
@@ -88,9 +84,7 @@ def test_moving_changes_the_dtype_of_floats_alone():
 
 
 def test_a_network_says_what_it_lacks():
-    with pytest.raises(
-        ValueError, match=r"^Net: the condition lacks cond\['pooled'\] \(b, d\) pooled .*; it has text"
-    ):
+    with pytest.raises(ValueError, match=r"^Net: the condition lacks cond\['pooled'\] \(b, d\) pooled .*; it has text"):
         checked({"text": torch.zeros(1, 2, 3)}, ("text", "pooled"), (), "Net")
     with pytest.raises(ValueError, match=r"^Net: does not take cond\['label'\]; it takes text"):
         checked({"text": torch.zeros(1), "label": torch.zeros(1)}, ("text",), (), "Net")

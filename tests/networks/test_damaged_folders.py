@@ -164,9 +164,7 @@ def test_a_pickled_safety_checker_is_refused_with_its_command(sd15: Path):
     assert load_denoiser(str(sd15)).prediction == "eps"
 
 
-def test_a_single_file_is_named_and_its_command_makes_the_folder(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
+def test_a_single_file_is_named_and_its_command_makes_the_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     # from_single_file takes the configs of Stable Diffusion's repository: here a cache with tiny ones stands for it.
     hub = tmp_path / "hub" / "models--stable-diffusion-v1-5--stable-diffusion-v1-5"
     (hub / "refs").mkdir(parents=True)
@@ -266,7 +264,5 @@ def test_numbers_of_a_config(tmp_path: Path):
     ):
         file.write_text(json.dumps({"_class_name": "AutoencoderKL", "block_out_channels": [1, 2]} | change))
         assert refusal(read_latents, file).startswith(f"{file}: {said}")
-    file.write_text(
-        json.dumps({"_class_name": "AutoencoderKL", "block_out_channels": [1, 2], "shift_factor": None})
-    )
+    file.write_text(json.dumps({"_class_name": "AutoencoderKL", "block_out_channels": [1, 2], "shift_factor": None}))
     assert read_latents(file) is not None

@@ -61,10 +61,7 @@ def test_a_pipeline_of_each_class_is_read_right(folders: dict[str, Path], name: 
     report = check_teacher(str(folder), size=family.shape[1:])
     said = {f.name: f for f in report.findings}
     assert report.ok, report.text()
-    assert (
-        report.verdict()
-        == f"{folder} can be distilled: every convention was read from its own files and holds."
-    )
+    assert report.verdict() == f"{folder} can be distilled: every convention was read from its own files and holds."
     # Measured against the stock pipeline, from its own noise, at its own levels.
     for key in ("samples, 1 step", "samples, 4 steps"):
         assert family.pipeline in said[key].said
@@ -344,13 +341,9 @@ def test_flow_shifts_are_those_of_the_scheduler():
         torch.testing.assert_close(ours, scheduler.sigmas[:3].double(), rtol=1e-6, atol=0)
     config = config_of(FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, time_shift_type="linear"))
     assert read_scheduler(config, "f", tokens=1024)[0] == ShiftedFlow(shift=0.5 + 0.65 * 768 / 3840)
-    with pytest.raises(
-        UserError, match=r"^f: use_dynamic_shifting is set, so the shift depends on the image size"
-    ):
+    with pytest.raises(UserError, match=r"^f: use_dynamic_shifting is set, so the shift depends on the image size"):
         read_scheduler(config, "f")
-    solver = DPMSolverMultistepScheduler(
-        prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0
-    )
+    solver = DPMSolverMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0)
     assert read_scheduler(config_of(solver), "f") == (ShiftedFlow(shift=3.0), "velocity", "1000t")
 
 
@@ -365,9 +358,7 @@ AMBIGUOUS = [
 
 
 @pytest.mark.parametrize(("change", "message"), AMBIGUOUS)
-def test_an_ambiguous_scheduler_is_refused(
-    folders: dict[str, Path], tmp_path: Path, change: Any, message: str
-):
+def test_an_ambiguous_scheduler_is_refused(folders: dict[str, Path], tmp_path: Path, change: Any, message: str):
     folder = Path(shutil.copytree(folders["pixart"], tmp_path / "T"))
     edit_json(folder / "scheduler" / "scheduler_config.json", **change)
     with pytest.raises(UserError) as caught:
@@ -436,9 +427,7 @@ def test_latents_of_a_vae(tmp_path: Path):
     old = read_latents(write(_class_name="AutoencoderKL"))
     assert old is not None
     assert (old.scale, old.shift, old.pixels, old.channels) == (0.18215, 0.0, 8, 5)
-    with pytest.raises(
-        UserError, match=r"config.json: scaling_factor is missing and AutoencoderX has no default"
-    ):
+    with pytest.raises(UserError, match=r"config.json: scaling_factor is missing and AutoencoderX has no default"):
         read_latents(write(_class_name="AutoencoderX"))
     with pytest.raises(UserError, match="scaling_factor is None"):
         read_latents(write(_class_name="AutoencoderKL", scaling_factor=None))

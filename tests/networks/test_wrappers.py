@@ -31,9 +31,7 @@ from fewstep.networks.unet2d import UNet2D
 B, C, H, W = 2, 3, 8, 16
 
 
-def truth(
-    p: Process, t: torch.Tensor, dtype: torch.dtype = F64
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def truth(p: Process, t: torch.Tensor, dtype: torch.dtype = F64) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     g = torch.Generator().manual_seed(1)
     x0, eps = (torch.randn(len(t), C, H, W, generator=g, dtype=F64) for _ in range(2))
     a, s = (f(t)[:, None, None, None] for f in (p.alpha, p.sigma))
@@ -78,9 +76,7 @@ FOLDERS: list[tuple[Any, str, Process]] = [
     (DDPMScheduler(prediction_type="v_prediction"), "v", DiscreteVP()),
     (DDIMScheduler(prediction_type="sample"), "x0", DiscreteVP()),
     (
-        DDIMScheduler(
-            beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, num_train_timesteps=500
-        ),
+        DDIMScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, num_train_timesteps=500),
         "eps",
         DiscreteVP(schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, steps=500),
     ),

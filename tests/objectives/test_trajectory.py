@@ -229,9 +229,7 @@ class _Silent(torch.autograd.Function):
 
 
 class _Broken(MLP):
-    def forward(
-        self, x: Tensor, time: Tensor, *args: object, **kwargs: object
-    ) -> tuple[Tensor, dict[str, Tensor]]:
+    def forward(self, x: Tensor, time: Tensor, *args: object, **kwargs: object) -> tuple[Tensor, dict[str, Tensor]]:
         out, features = super().forward(x, time, *args, **kwargs)  # type: ignore[arg-type]
         return _Silent.apply(out), features
 
@@ -293,6 +291,4 @@ def test_bounded_and_adaptive() -> None:
     assert torch.allclose(tr.adaptive(error, 0.0), (error**2).mean())
     (gradient,) = torch.autograd.grad(tr.adaptive(error, 1.0, 0.01), error)
     mean_square = (error**2).flatten(1).mean(1)
-    assert torch.allclose(
-        gradient, (2 * error / (mean_square + 0.01).view(-1, 1, 1) / error.numel()).detach()
-    )
+    assert torch.allclose(gradient, (2 * error / (mean_square + 0.01).view(-1, 1, 1) / error.numel()).detach())

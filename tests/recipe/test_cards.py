@@ -46,9 +46,7 @@ def test_show_prints_the_deviations_and_says_when_nothing_was_measured():
     assert "released code" in text
     assert "arXiv 2505.20755" in text
     for c in cards().values():
-        assert ("\n  compared with\n" in show(c.name)) != (
-            f"\n  not compared: {c.not_compared}\n" in show(c.name)
-        )
+        assert ("\n  compared with\n" in show(c.name)) != (f"\n  not compared: {c.not_compared}\n" in show(c.name))
     with pytest.raises(RecipeError, match="did you mean 'phased_dmd'"):
         card("phased_dm")
 
@@ -92,9 +90,7 @@ def test_code_is_shown_with_the_line_of_the_function():
         text = (ROOT.parent / file).read_text().splitlines()[int(line) - 1]
         assert re.match(rf"\s*(def|class) {want.split('.')[-1]}\b", text), text
     gone = replace(card("dmd2"), code="fewstep/methods/dmd2.py:DMD2.gradiant")
-    with pytest.raises(
-        RecipeError, match=r"dmd2.yaml: code: .*dmd2.py defines no 'DMD2.gradiant'.*DMD2.gradient"
-    ):
+    with pytest.raises(RecipeError, match=r"dmd2.yaml: code: .*dmd2.py defines no 'DMD2.gradiant'.*DMD2.gradient"):
         places(gone)
 
 

@@ -83,9 +83,9 @@ def test_published_defaults_of_the_critics():
 
 def test_a_mapping_without_a_name_changes_the_default_and_one_with_a_name_is_new():
     assert build("sid", {"critic": {"times": {"std": 1.5}}}).critic.times == LogNormal(mean=-1.2, std=1.5)
-    assert build("ladd", {"gan": {"times": {"mean": 0.0}}}).gan.times == METHODS[
-        "ladd"
-    ]().gan.times.__class__(mean=0.0, std=1.0)
+    assert build("ladd", {"gan": {"times": {"mean": 0.0}}}).gan.times == METHODS["ladd"]().gan.times.__class__(
+        mean=0.0, std=1.0
+    )
     # dmd2's critic has low 0; a part that is named has its own defaults, low 0.02.
     assert build("dmd2", {"critic": {"times": {"high": 0.9}}}).critic.times == Uniform(low=0.0, high=0.9)
     named = build("dmd2", {"critic": {"times": {"name": "uniform", "high": 0.9}}}).critic.times

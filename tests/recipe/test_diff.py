@@ -33,9 +33,7 @@ def test_a_recipe_against_the_published_settings():
     # Compared role by role, whether a rate stands under the role or under `default`.
     rate = load("digits-dmd2").optimizer("student").lr
     assert f"optim.student.lr: {rate} -> 1e-05" in lines
-    assert not any(
-        line.startswith(("data", "teacher", "evaluate", "results", "optim.default")) for line in lines
-    )
+    assert not any(line.startswith(("data", "teacher", "evaluate", "results", "optim.default")) for line in lines)
     # A part of another kind is one line: an index and a level in [0, 1] are not the same key.
     assert any(line.startswith("method.times: {'name': 'uniform', ") for line in lines)
     assert not any(line.startswith(("method.times.", "method.critic.times.")) for line in lines)

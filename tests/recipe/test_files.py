@@ -136,9 +136,7 @@ def test_settings_reach_every_depth_and_leave_the_rest(tmp_path: Path):
 
 def test_extends_one_level_and_replaces_a_part_whose_name_changes(tmp_path: Path):
     write(tmp_path, GOOD.replace("name: ring}\nteacher", "name: ring, modes: 5}\nteacher"), "base.yaml")
-    child = write(
-        tmp_path, "extends: base.yaml\nabout: child\nmethod: {steps: [1.0, 0.5]}\nteacher: {std: 0.2}\n"
-    )
+    child = write(tmp_path, "extends: base.yaml\nabout: child\nmethod: {steps: [1.0, 0.5]}\nteacher: {std: 0.2}\n")
     recipe = load(child)
     assert recipe.about == "child"
     assert recipe.method.steps == (1.0, 0.5)
@@ -202,8 +200,7 @@ train:
 
 def test_missing_keys_are_named(tmp_path: Path):
     assert problems(tmp_path, "train: {steps: 3}\n") == [
-        f"mine.yaml:1: {key}: required key is missing"
-        for key in ("about", "data", "student", "method", "optim")
+        f"mine.yaml:1: {key}: required key is missing" for key in ("about", "data", "student", "method", "optim")
     ]
     assert problems(tmp_path, GOOD.replace("{lr: 1e-3}", "{warmup: 3}")) == [
         "mine.yaml:10: optim.default.lr: required key is missing"
@@ -292,9 +289,7 @@ def test_a_role_that_is_not_there_is_blamed_on_its_own_key(tmp_path: Path):
 
 
 def test_a_role_that_the_method_needs_is_asked_for(tmp_path: Path):
-    assert problems(tmp_path, GOOD, "critic=null") == [
-        "mine.yaml:6: method: method dmd2 needs the role critic"
-    ]
+    assert problems(tmp_path, GOOD, "critic=null") == ["mine.yaml:6: method: method dmd2 needs the role critic"]
     assert problems(tmp_path, GOOD, "critic=null", "teacher=null") == [
         "mine.yaml:6: method: method dmd2 needs the roles critic, teacher"
     ]
@@ -304,9 +299,7 @@ def test_a_role_that_the_method_needs_is_asked_for(tmp_path: Path):
     assert problems(tmp_path, GOOD + "roles: {student: {name: mlp}}\n") == [
         "mine.yaml:13: roles: 'student' has a meaning of its own; choose another name"
     ]
-    kept = load(
-        write(tmp_path, GOOD + "roles: {target: {name: copy, of: student}}\ncopy: {target: student}\n")
-    )
+    kept = load(write(tmp_path, GOOD + "roles: {target: {name: copy, of: student}}\ncopy: {target: student}\n"))
     assert kept.role_names() == ["teacher", "student", "target", "critic"]
 
 
@@ -352,12 +345,8 @@ def test_roles_that_do_not_fit_each_other_are_refused_before_training():
             build_roles(recipe, recipe.data.open())
         return str(caught.value)
 
-    assert refused("student={name: copy}", "critic={name: copy}").startswith(
-        "copy.of: the teacher is analytic and"
-    )
-    assert refused("discriminator={taps: [mid, top]}") == (
-        "discriminator: taps ['top'] are unknown to MLP; allowed: mid"
-    )
+    assert refused("student={name: copy}", "critic={name: copy}").startswith("copy.of: the teacher is analytic and")
+    assert refused("discriminator={taps: [mid, top]}") == ("discriminator: taps ['top'] are unknown to MLP; allowed: mid")
     assert refused("discriminator={trunk: teacher}") == (
         "discriminator: an analytic teacher has no features; put the discriminator on the critic"
     )

@@ -68,9 +68,7 @@ def test_missing_inputs_are_refused_with_file_and_key(method: str, tmp_path: Pat
         text = ", ".join(have)
         path.write_text(f"extends: {name}\nabout: mine\nstudent: {{inputs: [{text}]}}\n")
         wanted = ", ".join(INPUTS[method])
-        assert (
-            refused(str(path)) == f"{path}:3: student.inputs: method {method} needs [{wanted}], not [{text}]"
-        )
+        assert refused(str(path)) == f"{path}:3: student.inputs: method {method} needs [{wanted}], not [{text}]"
     # One of two is not enough.
     if method == "twinflow":
         assert refused(name, "student.inputs=[s]").endswith("needs [mirror, s], not [s]")

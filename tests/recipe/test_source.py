@@ -106,9 +106,7 @@ def test_scalars_mean_what_they_look_like(plainly, value: str, means: object):
 def test_a_syntax_error_has_its_line(plainly, text: str, line: int):
     told = []
     for read_it in (parse, lambda *a: plainly(parse, *a)):
-        with pytest.raises(
-            RecipeError, match=rf"^f:{line}: (not valid YAML: .|a recipe is a mapping)"
-        ) as caught:
+        with pytest.raises(RecipeError, match=rf"^f:{line}: (not valid YAML: .|a recipe is a mapping)") as caught:
             read_it(text, "f")
         told.append(str(caught.value))
     assert told[0] == told[1]

@@ -33,9 +33,7 @@ def test_every_shipped_student_refuses_other_numbers_of_steps() -> None:
         with pytest.raises(UserError) as caught:
             product.with_steps(23)
         wanted = ", ".join(map(str, product.trained))
-        assert str(caught.value).startswith(
-            f"--steps 23: this student was trained for {wanted}; add --any"
-        ), name
+        assert str(caught.value).startswith(f"--steps 23: this student was trained for {wanted}; add --any"), name
         other = product.with_steps(23, any_steps=True).sampler
         assert len(other.steps) == 23
         assert (other.kind, other.eta, other.guidance) == (

@@ -26,3 +26,17 @@ def test_tests_lie_in_folders_and_helpers_hold_none():
     for path in TESTS.rglob("*.py"):
         if path.parent.name != "helpers" and path.name != "conftest.py":
             assert path.name.startswith("test_"), path
+
+
+def test_files_stay_short():
+    """A file is one idea: 400 lines at most; a method, 150."""
+    long = {
+        str(path.relative_to(ROOT)): count
+        for top in ("fewstep", "kernels", "eval")
+        for path in (ROOT / top).rglob("*.py")
+        if (count := len(path.read_text().splitlines())) > 400
+    }
+    assert long == {}
+    shared = {"terms.py"}  # the parts of many methods
+    methods = (ROOT / "fewstep" / "methods").glob("*.py")
+    assert [p.name for p in methods if p.name not in shared and len(p.read_text().splitlines()) > 150] == []

@@ -10,9 +10,7 @@ import pytest
 from fewstep.bench.readme import fill, tables
 
 ROOT = Path(__file__).resolve().parents[2]
-READMES = [
-    p for top in ("fewstep", "kernels", "eval", "recipes", "assets") for p in (ROOT / top).rglob("README.md")
-]
+READMES = [p for top in ("fewstep", "kernels", "eval", "recipes", "assets") for p in (ROOT / top).rglob("README.md")]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *READMES]
 
 

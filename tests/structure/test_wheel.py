@@ -41,9 +41,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> zipfile.ZipFile:
         shutil.copy(ROOT / name, source)
     target = source.parent / "out"
     command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "--no-index", "-q"]
-    done = subprocess.run(
-        [*command, "-w", str(target), str(source)], capture_output=True, text=True, env=environment()
-    )
+    done = subprocess.run([*command, "-w", str(target), str(source)], capture_output=True, text=True, env=environment())
     assert done.returncode == 0, done.stderr[-3000:]
     (built,) = target.glob("*.whl")
     return zipfile.ZipFile(built)
@@ -76,9 +74,7 @@ def test_the_wheel_holds_every_module_recipe_preset_and_asset_and_no_leftovers(w
     for folder, pattern in data:
         files = [p for p in (ROOT / folder).rglob(pattern) if p.is_file() and "__pycache__" not in p.parts]
         assert files or folder == "fewstep", folder
-        wanted |= {
-            f"fewstep/{p.relative_to(ROOT).as_posix()}".replace("fewstep/fewstep/", "fewstep/") for p in files
-        }
+        wanted |= {f"fewstep/{p.relative_to(ROOT).as_posix()}".replace("fewstep/fewstep/", "fewstep/") for p in files}
     assert wanted - held == set()
     assert {"fewstep/recipes/toy/dmd2.yaml", "fewstep/assets/house-digits/model.safetensors"} <= held
     assert [name for name in held if "__pycache__" in name or name.endswith(".pyc")] == []
@@ -183,7 +179,5 @@ def test_elsewhere_only_fewstep_can_be_imported(tmp_path: Path):
         "    print(name, spec and (spec.origin or list(spec.submodule_search_locations)))"
     )
     env = {k: v for k, v in environment().items() if k != "PYTHONPATH"}
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=tmp_path, env=env, capture_output=True, text=True, check=True
-    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=env, capture_output=True, text=True, check=True)
     assert str(ROOT) + os.sep not in done.stdout

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from fewstep.kernels import use_fewstep_attention
 
 from fewstep.config import RecipeError, UserError
+from fewstep.kernels import use_fewstep_attention
 from fewstep.recipe.schema import Recipe
 from fewstep.recipe.store import load
 from fewstep.train.trainer import Trainer
@@ -35,9 +35,7 @@ def trained(attention: str, monkeypatch: pytest.MonkeyPatch) -> tuple[torch.Tens
 
 
 def test_every_choice_trains_the_same_student(monkeypatch: pytest.MonkeyPatch) -> None:
-    start = torch.cat(
-        [p.detach().flatten() for p in Trainer(meanflow("auto"), cpu=True).roles.student.parameters()]
-    )
+    start = torch.cat([p.detach().flatten() for p in Trainer(meanflow("auto"), cpu=True).roles.student.parameters()])
     auto, ran, _ = trained("auto", monkeypatch)
     assert ran == {"auto"}
     assert float((auto - start).abs().max()) > 1e-5
@@ -63,9 +61,7 @@ def test_checkpointing_recomputes_with_the_attention_of_the_forward() -> None:
     unet = ["student={name: unet2d, channels: [8, 16], layers: 1, attention: true}", "train.batch=6"]
     plain, saved = (
         Trainer(
-            load(
-                "digits-teacher", [*unet, *SHORT[:-1], "train.attention=chunked", f"train.checkpointing={on}"]
-            ),
+            load("digits-teacher", [*unet, *SHORT[:-1], "train.attention=chunked", f"train.checkpointing={on}"]),
             cpu=True,
         )
         for on in ("false", "true")

@@ -34,8 +34,7 @@ def recipe(method: Any = None, *, gan: bool = True, lr: float = 1e-3, **train: A
         student=MLPSpec(width=12, depth=4),
         critic=MLPSpec(width=10, depth=4),
         discriminator=DiscriminatorSpec(width=6) if gan else None,
-        method=method
-        or DMD2(steps=(1.0, 0.6, 0.3), gan=Gan(weight=0.5, discriminator_weight=0.5) if gan else None),
+        method=method or DMD2(steps=(1.0, 0.6, 0.3), gan=Gan(weight=0.5, discriminator_weight=0.5) if gan else None),
         optim={"default": AdamW(lr=lr)},
         train=Train(**settings),
         evaluate=None,
@@ -81,9 +80,7 @@ def test_a_step_repeats_itself_exactly() -> None:
     for _ in range(2):
         trainer, stage = trainer_of(recipe())
         trainer.loop.step(stage)
-        states.append(
-            {f"{n}.{k}": v.clone() for n in trainer.roles for k, v in trainer.roles[n].state_dict().items()}
-        )
+        states.append({f"{n}.{k}": v.clone() for n in trainer.roles for k, v in trainer.roles[n].state_dict().items()})
     assert states[0].keys() == states[1].keys()
     assert all(torch.equal(states[0][k], states[1][k]) for k in states[0])
 
@@ -109,9 +106,7 @@ def collected(r: Recipe, monkeypatch: pytest.MonkeyPatch, *, micro: int | None =
 
 
 @pytest.mark.parametrize("gan", [False, True])
-def test_accumulation_leaves_the_gradient_of_every_role_unchanged(
-    gan: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_accumulation_leaves_the_gradient_of_every_role_unchanged(gan: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = collected(recipe(gan=gan), monkeypatch)
     assert len(whole) == 6
     assert all(float(g.abs().max()) > 0 for g in whole)
@@ -222,9 +217,7 @@ def test_ema_closed_form(warmup: float) -> None:
     history = []
     for n in range(60):
         with torch.no_grad():
-            net.weight.copy_(
-                torch.randn(2, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(n))
-            )
+            net.weight.copy_(torch.randn(2, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(n)))
         history.append(net.weight.detach().clone())
         average.update(net)
     # shadow_N = prod d_i w_init + sum_k (1 - d_k) prod_{i > k} d_i w_k, d_n = min(d, (1 + n) / (w + n)).

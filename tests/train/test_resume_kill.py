@@ -29,9 +29,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
     return folder, *driven(folder, HALF)
 
 
-def driven(
-    folder: Path, settings: Sequence[str] = (), seed: int = 7
-) -> tuple[list[int], dict[str, list[str]]]:
+def driven(folder: Path, settings: Sequence[str] = (), seed: int = 7) -> tuple[list[int], dict[str, list[str]]]:
     """Log lines at each random kill, and the checkpoint folders left behind at each kill point, by one driver."""
     code = (
         "import json, pathlib, sys, tiny_runs\n"

@@ -31,9 +31,7 @@ def agree(whole: tuple[Path, list[torch.Tensor]], run: Path, seen: list[torch.Te
     left, right = (contents(r / "checkpoints" / "step-00000006") for r in (reference, run))
     for name in ("student", "critic", "discriminator", "ema_0.9", "ema_0.99"):
         for key, value in left[name].items():
-            torch.testing.assert_close(
-                right[name][key], value, rtol=0, atol=1e-6, msg=lambda m, k=key: f"{k}: {m}"
-            )
+            torch.testing.assert_close(right[name][key], value, rtol=0, atol=1e-6, msg=lambda m, k=key: f"{k}: {m}")
     for a, b in zip(records(reference), records(run), strict=True):
         assert a.keys() == b.keys()
         # Health readings are spreads within a micro-batch, so they are the only ones that depend on its size.
@@ -46,9 +44,7 @@ def test_accumulation_changes_nothing(whole: tuple[Path, list[torch.Tensor]], tm
     agree(whole, tmp_path, [g for _, g in record_gradients(tmp_path, f"train.accumulate={count}")])
 
 
-def test_two_processes_change_nothing_and_stop_together(
-    whole: tuple[Path, list[torch.Tensor]], tmp_path: Path
-):
+def test_two_processes_change_nothing_and_stop_together(whole: tuple[Path, list[torch.Tensor]], tmp_path: Path):
     # Not `accelerate launch --cpu`: without MPI it starts one process whatever --num_processes says.
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     done = subprocess.run(

@@ -59,9 +59,7 @@ def test_a_finished_run_has_nothing_to_do(copied: Path):
 
 
 def test_fewer_steps_than_are_done_is_refused(copied: Path):
-    with pytest.raises(
-        UserError, match=r"has already done 20 steps of the last stage; train\.steps must be at least"
-    ):
+    with pytest.raises(UserError, match=r"has already done 20 steps of the last stage; train\.steps must be at least"):
         train(copied, *SHORT, "train.steps=15")
 
 
@@ -88,9 +86,7 @@ def prepare_fresh(run: Path) -> None:
 def test_a_used_directory_is_never_overwritten_unasked(copied: Path, tmp_path: Path):
     recipe = tiny(*SHORT, "train.steps=20")
     prepare_fresh(copied)
-    with pytest.raises(
-        UserError, match=r"is already used; continue it with --resume, or overwrite it with --force$"
-    ):
+    with pytest.raises(UserError, match=r"is already used; continue it with --resume, or overwrite it with --force$"):
         prepare(recipe, copied, resume=False, force=False)
     assert len(checkpoints(copied / "checkpoints")) == 2
     prepare(recipe, copied, resume=False, force=True)
@@ -138,15 +134,11 @@ def test_damaged_state_and_missing_files_are_named(copied: Path):
 
 
 def test_weights_of_another_network_are_refused(copied: Path):
-    with pytest.raises(
-        UserError, match=r"does not fit this recipe's network: size mismatch for net\.first\.weight"
-    ):
+    with pytest.raises(UserError, match=r"does not fit this recipe's network: size mismatch for net\.first\.weight"):
         train(copied, *SHORT, "train.steps=30", "student.width=24")
 
 
-def test_a_full_disk_leaves_the_older_checkpoint_and_nothing_else(
-    copied: Path, monkeypatch: pytest.MonkeyPatch
-):
+def test_a_full_disk_leaves_the_older_checkpoint_and_nothing_else(copied: Path, monkeypatch: pytest.MonkeyPatch):
     import errno
 
     from fewstep.train import state
@@ -296,9 +288,7 @@ def test_a_student_that_never_moves_stops_the_run(monkeypatch: pytest.MonkeyPatc
     start = [p.clone() for p in trainer.roles.student.parameters()]
     with pytest.raises(UserError) as caught:
         trainer.fit()
-    assert str(caught.value).startswith(
-        "stopped at step 2: 3 updates of student in a row had non-finite gradients"
-    )
+    assert str(caught.value).startswith("stopped at step 2: 3 updates of student in a row had non-finite gradients")
     assert trainer.progress.skipped == 3
     assert trainer.loop.optim["student"].updates == 0
     assert trainer.loop.optim["critic+discriminator"].updates == 4

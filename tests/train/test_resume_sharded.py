@@ -31,9 +31,7 @@ def adapters_run(teacher: Path, run: Path, *settings: str) -> Any:
     from fewstep.train.trainer import Trainer
 
     run.mkdir(parents=True, exist_ok=True)
-    trainer = Trainer(
-        load("digits-dmd2", [*student_settings(teacher), *SETS, *LINEAR, *settings]), run, cpu=True
-    )
+    trainer = Trainer(load("digits-dmd2", [*student_settings(teacher), *SETS, *LINEAR, *settings]), run, cpu=True)
     trainer.fit()
     return trainer
 
@@ -73,9 +71,7 @@ def same_weights(left: Path, right: Path, names: Sequence[str]) -> None:
     for name in names:
         assert a[name].keys() == b[name].keys()
         for key, value in a[name].items():
-            torch.testing.assert_close(
-                b[name][key], value, rtol=0, atol=2e-6, msg=lambda m, k=key: f"{k}: {m}"
-            )
+            torch.testing.assert_close(b[name][key], value, rtol=0, atol=2e-6, msg=lambda m, k=key: f"{k}: {m}")
 
 
 @pytest.fixture(scope="module")
@@ -132,9 +128,7 @@ def test_a_checkpoint_of_one_is_continued_by_two_and_back(runs: tuple[Path, list
     assert trainer.progress.done == 3
     trainer.fit()
     same_weights(folder / "one" / END, back / END, NAMES)
-    left, right = (
-        contents(r / END)["optim-student"]["state"] for r in (folder / "one", folder / "one-then-two")
-    )
+    left, right = (contents(r / END)["optim-student"]["state"] for r in (folder / "one", folder / "one-then-two"))
     assert left.keys() == right.keys()
     for i, state in left.items():
         for key, value in state.items():
@@ -145,9 +139,7 @@ def test_adapters_on_a_sharded_base(runs: tuple[Path, list[torch.Tensor]]):
     folder, _ = runs
     one = adapters_run(folder / "teacher", folder / "adapters-one")
     end = Path("checkpoints") / "step-00000001"
-    same_weights(
-        folder / "adapters-one" / end, folder / "adapters-two" / end, ("student", "critic", "ema_0.98")
-    )
+    same_weights(folder / "adapters-one" / end, folder / "adapters-two" / end, ("student", "critic", "ema_0.98"))
     assert any(float(p.abs().max()) > 0 for k, p in one.roles.student.own.items() if "lora_B" in k)
 
 

@@ -41,9 +41,7 @@ def same(a: Trainer, b: Trainer, tolerance: float) -> None:
         left, right = own_state(a.roles[role]), own_state(b.roles[role])
         assert left.keys() == right.keys()
         for key, value in left.items():
-            torch.testing.assert_close(
-                right[key], value, rtol=0, atol=tolerance, msg=lambda m, k=key: f"{k}: {m}"
-            )
+            torch.testing.assert_close(right[key], value, rtol=0, atol=tolerance, msg=lambda m, k=key: f"{k}: {m}")
     for x, y in zip(a.ema[0].module.parameters(), b.ema[0].module.parameters(), strict=True):
         torch.testing.assert_close(y, x, rtol=0, atol=tolerance)
 
@@ -111,13 +109,9 @@ def test_idle_roles_leave_and_come_back_when_called(teacher: Path, monkeypatch: 
 def test_eight_bit_moments_ask_for_their_package(teacher: Path, monkeypatch: pytest.MonkeyPatch):
     eight = "optim={default: {lr: 1e-2, eps: 1e-2, bits: 8}}"
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
-    with pytest.raises(
-        UserError, match=r"need bitsandbytes, which is not installed: pip install bitsandbytes"
-    ):
+    with pytest.raises(UserError, match=r"need bitsandbytes, which is not installed: pip install bitsandbytes"):
         trained(teacher, eight)
-    with pytest.raises(
-        UserError, match="critic, discriminator step together; give them the same rule and bits"
-    ):
+    with pytest.raises(UserError, match="critic, discriminator step together; give them the same rule and bits"):
         trained(teacher, "optim={default: {lr: 1e-2}, critic: {lr: 1e-2, bits: 8}}", "before=[]")
     made: list[Any] = []
 
@@ -175,9 +169,7 @@ def test_a_shared_rollout_saves_one_and_keeps_its_conditions(teacher: Path, monk
         extra = (f"method.share_rollout={shared}", "method.critic.steps=3", "train.accumulate=2")
         trainer = Trainer(load("digits-dmd2", [*student_settings(teacher), *LINEAR, *extra]), cpu=True)
         calls: list[torch.Tensor] = []
-        trainer.roles.student.register_forward_hook(
-            lambda _m, _a, out, calls=calls: calls.append(out.x0.detach())
-        )
+        trainer.roles.student.register_forward_hook(lambda _m, _a, out, calls=calls: calls.append(out.x0.detach()))
         given.clear()
         trainer.loop.step(trainer.recipe.stages()[-1])
         counts.append(len(calls))

@@ -52,9 +52,7 @@ class Budget:
         except ValueError:
             amount = math.nan
         if kind not in ("updates", "seconds", "calls") or not 0 < amount < math.inf:
-            raise UserError(
-                f"--budget {text!r}: expected updates=N, seconds=S or calls=C with a positive number"
-            )
+            raise UserError(f"--budget {text!r}: expected updates=N, seconds=S or calls=C with a positive number")
         if kind == "updates" and (amount < 1 or amount != int(amount)):
             raise UserError(f"--budget {text!r}: updates must be a whole number")
         return cls(kind, amount)  # type: ignore[arg-type]
@@ -188,9 +186,7 @@ def lengths(recipe: Recipe, budget: Budget, costs: Sequence[tuple[float, float]]
     first = sum(a for a, _ in costs)
     further = sum(b * (n - 1) for (_, b), n in zip(costs, planned, strict=True))
     if budget.amount <= first:
-        raise UserError(
-            f"a budget of {budget} ends before each stage has taken one step ({first:.3g} needed)"
-        )
+        raise UserError(f"a budget of {budget} ends before each stage has taken one step ({first:.3g} needed)")
     share = (budget.amount - first) / max(further, 1e-12)
     return [1 + round((n - 1) * share) for n in planned]
 

@@ -66,9 +66,7 @@ def compare(
     content = {"budget": str(amount), "settings": list(settings), "steps": list(steps)}
     claim(out, resume, {**content, "evaluation": asdict(evaluation)})
     tasks = [
-        Task(
-            name, out / names[name] / f"seed-{seed}", tuple(settings), amount, evaluation, tuple(steps), seed
-        )
+        Task(name, out / names[name] / f"seed-{seed}", tuple(settings), amount, evaluation, tuple(steps), seed)
         for name in loaded
         for seed in range(seeds)
     ]
@@ -76,9 +74,7 @@ def compare(
         if task.result.is_file():
             final = task.load()
             refuse_changes(task.folder, final)
-    teachers = [
-        replace(t, seed=None, folder=out / "teachers" / names[t.recipe]) for t in teacher_tasks(tasks, loaded)
-    ]
+    teachers = [replace(t, seed=None, folder=out / "teachers" / names[t.recipe]) for t in teacher_tasks(tasks, loaded)]
     again = [
         "fewstep",
         "compare",
@@ -112,16 +108,11 @@ def common(loaded: Mapping[str, Recipe], samples: int | None) -> Evaluate:
     for name, other in asked.items():
         if other.metric != first.metric:
             raise UserError(
-                f"{first_name} is measured by {first.metric} and {name} by {other.metric}: "
-                "they cannot stand in one table"
+                f"{first_name} is measured by {first.metric} and {name} by {other.metric}: they cannot stand in one table"
             )
         for key, option in (("samples", samples), ("seed", None)):
             if getattr(other, key) != getattr(first, key) and option is None:
-                hint = (
-                    "give one number to all with --samples"
-                    if key == "samples"
-                    else "use --set evaluate.seed=N"
-                )
+                hint = "give one number to all with --samples" if key == "samples" else "use --set evaluate.seed=N"
                 raise UserError(
                     f"{first_name} is measured with {key} {getattr(first, key)} and {name} with "
                     f"{getattr(other, key)}; {hint}"
@@ -159,9 +150,7 @@ def folders(names: Mapping[str, Any]) -> dict[str, str]:
         folder = name.replace("/", "-") if name in shipped() else Path(name).stem
         taken = [other for other, f in found.items() if f == folder]
         if taken or folder in ("banks", "teachers"):
-            raise UserError(
-                f"{name}: would use the folder {folder!r} of {(taken or ['the comparison'])[0]}; rename it"
-            )
+            raise UserError(f"{name}: would use the folder {folder!r} of {(taken or ['the comparison'])[0]}; rename it")
         found[name] = folder
     return found
 
@@ -186,9 +175,7 @@ def claim(out: Path, resume: bool, content: Mapping[str, Any]) -> None:
         wrong += ["evaluation"] * (before != now)
         if wrong:
             told = "; ".join(f"{k}: {found[k]} -> {content[k]}" for k in wrong)
-            raise UserError(
-                f"{out}: is a comparison with another {wrong[0]}, so it cannot be continued ({told})"
-            )
+            raise UserError(f"{out}: is a comparison with another {wrong[0]}, so it cannot be continued ({told})")
     write_json(stamp, content)
 
 
@@ -293,9 +280,7 @@ def finish(out: Path, about: dict[str, Any], tasks: Sequence[Task], teachers: Se
         if not t.result.is_file()
     ]
     ranked = ranking.rank(collect([t for t in tasks if t.result.is_file()]))
-    beside = [
-        e for t in teachers if t.result.is_file() for e in read_evaluations(t.folder, read_json(t.result))
-    ]
+    beside = [e for t in teachers if t.result.is_file() for e in read_evaluations(t.folder, read_json(t.result))]
     title = f"Comparison under {about['budget']}"
     ranking.write(out, title, about, ranked, beside, failed, runs)
     say(ranking.markdown(title, about, ranked, beside, failed))
@@ -312,7 +297,4 @@ def collect(tasks: Sequence[Task]) -> list[Evaluation]:
         result = read_json(task.result)
         for e in read_evaluations(task.folder, result):
             found.setdefault((task.recipe, e.steps), []).append((result, e))
-    return [
-        ranking.join(recipe, [r for r, _ in parts], [e for _, e in parts])
-        for (recipe, _), parts in found.items()
-    ]
+    return [ranking.join(recipe, [r for r, _ in parts], [e for _, e in parts]) for (recipe, _), parts in found.items()]

@@ -56,9 +56,7 @@ class Task:
 
     @property
     def title(self) -> str:
-        return f"{self.place} {self.recipe}" + (
-            f", seed {self.seed}" if self.seed is not None else ", teacher"
-        )
+        return f"{self.place} {self.recipe}" + (f", seed {self.seed}" if self.seed is not None else ", teacher")
 
     @property
     def result(self) -> Path:
@@ -183,8 +181,7 @@ def refuse_changes(run: Path, recipe: Recipe) -> None:
         recipe = with_lengths(recipe, [stage.steps for stage in stored.stages()])
     if changed := differences(stored, recipe):
         raise UserError(
-            f"{run}: was trained with another recipe; delete {run.parent} to train it again:\n  "
-            + "\n  ".join(changed)
+            f"{run}: was trained with another recipe; delete {run.parent} to train it again:\n  " + "\n  ".join(changed)
         )
 
 

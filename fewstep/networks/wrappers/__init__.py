@@ -1,8 +1,6 @@
 """diffusers classes as fewstep networks, one short file each; importing this registers them."""
 
-from fewstep.networks.wrappers.base import WRAPPERS as WRAPPERS
-from fewstep.networks.wrappers.base import Wrapper as Wrapper
-from fewstep.networks.wrappers.base import wraps as wraps
+from fewstep.networks.wrappers.base import WRAPPERS as WRAPPERS, Wrapper as Wrapper, wraps as wraps
 from fewstep.networks.wrappers.dit import DiT as DiT
 from fewstep.networks.wrappers.flux import Flux as Flux
 from fewstep.networks.wrappers.generic import Generic as Generic

@@ -61,9 +61,7 @@ class Wrapper(nn.Module):
     pick: ClassVar[int] = 0
     """Which output of a tapped block that returns several is the image's."""
 
-    def __init__(
-        self, model: nn.Module, classes: int = 0, *, guidance: float | None = None, pixels: int = 1
-    ) -> None:
+    def __init__(self, model: nn.Module, classes: int = 0, *, guidance: float | None = None, pixels: int = 1) -> None:
         super().__init__()
         self.model: Any = model
         self.classes = classes
@@ -170,9 +168,7 @@ class Wrapper(nn.Module):
             further = self.extras.embed(extras) if self.width else None
             if isinstance(further, Tensor):
                 # diffusers has no argument for inputs of ours: they join where it adds its own conditions.
-                handles += [
-                    m.register_forward_hook(lambda _m, _a, out: out + further) for m in self.embedders()
-                ]
+                handles += [m.register_forward_hook(lambda _m, _a, out: out + further) for m in self.embedders()]
             return self.call(x.to(dtype), time, moved(given, dtype=dtype)), features
         except _Stop:
             return None, features
@@ -216,6 +212,4 @@ def first_half(raw: Tensor, channels: int) -> Tensor:
 
 def doubled(raw: Tensor, model: Any) -> Tensor:
     """raw with zeros for the learned variance where the model returns one."""
-    return (
-        torch.cat((raw, torch.zeros_like(raw)), 1) if model.config.out_channels == 2 * raw.shape[1] else raw
-    )
+    return torch.cat((raw, torch.zeros_like(raw)), 1) if model.config.out_channels == 2 * raw.shape[1] else raw
