@@ -1,4 +1,4 @@
-"""Checksums of files."""
+"""Files: checksums, atomic writes, the user's cache, the commit that runs."""
 
 from __future__ import annotations
 

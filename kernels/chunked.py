@@ -307,7 +307,7 @@ def attention_tangent(
     causal: bool = False,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
-    """(to, mu) given the primal's o (B, H, N, Dv) and lse (B, H, N) (kernels.md 5.3); mu in lse's dtype."""
+    """(to, mu) given the primal's o (B, H, N, Dv) and lse (B, H, N); mu in lse's dtype."""
     _check_still(ranges, tq, tk, tv)
     scores, values, outputs = _Scores(q, k, tq, tk, mask, ranges, causal, scale), _Operand(v), _Operand(o)
     moving = _operand(tv)

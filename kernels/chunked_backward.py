@@ -1,4 +1,4 @@
-"""Cotangents of chunked attention, through the output and through its tangent (kernels.md 5.5)."""
+"""Cotangents of chunked attention, through the output and through its tangent."""
 
 import torch
 from torch import Tensor

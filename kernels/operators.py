@@ -53,7 +53,7 @@ def _statistic(q: Tensor, keep: bool) -> Tensor:
     return q.new_empty(q.shape[:3] if keep else (0,), dtype=dtype)
 
 
-def _attention(q, k, v, mask, ranges, causal, scale, impl, keep_lse):  # type: ignore[no-untyped-def]
+def _attention(q, k, v, mask, ranges, causal, scale, impl, keep_lse):
     options = {"mask": mask, "ranges": decode(ranges), "causal": causal, "scale": scale}
     if impl == "triton":
         o, _, lse, _ = _triton().forward(q, k, v, None, None, None, **options)
@@ -61,20 +61,20 @@ def _attention(q, k, v, mask, ranges, causal, scale, impl, keep_lse):  # type: i
     return chunked.attention(q, k, v, **options, keep_lse=keep_lse)
 
 
-def _attention_jvp(q, k, v, tq, tk, tv, mask, ranges, causal, scale, impl, keep_lse):  # type: ignore[no-untyped-def]
+def _attention_jvp(q, k, v, tq, tk, tv, mask, ranges, causal, scale, impl, keep_lse):
     options = {"mask": mask, "ranges": decode(ranges), "causal": causal, "scale": scale}
     if impl == "triton":
         return _triton().forward(q, k, v, tq, tk, tv, **options, tangent=True)
     return chunked.attention_jvp(q, k, v, tq, tk, tv, **options, keep_lse=keep_lse)
 
 
-def _attention_tangent(q, k, v, tq, tk, tv, o, lse, mask, ranges, causal, scale, impl):  # type: ignore[no-untyped-def]
+def _attention_tangent(q, k, v, tq, tk, tv, o, lse, mask, ranges, causal, scale, impl):
     options = {"mask": mask, "ranges": decode(ranges), "causal": causal, "scale": scale}
     run = _triton().tangent if impl == "triton" else chunked.attention_tangent
     return run(q, k, v, tq, tk, tv, o, lse, **options)
 
 
-def _attention_backward(do, dto, q, k, v, tq, tk, tv, o, to, lse, mu, mask, ranges, causal, scale, impl):  # type: ignore[no-untyped-def]
+def _attention_backward(do, dto, q, k, v, tq, tk, tv, o, to, lse, mu, mask, ranges, causal, scale, impl):
     options = {"mask": mask, "ranges": decode(ranges), "causal": causal, "scale": scale}
     if impl == "triton":
         grads = _triton().backward(do, dto, q, k, v, tq, tk, tv, o, to, lse, mu, **options)
@@ -83,21 +83,21 @@ def _attention_backward(do, dto, q, k, v, tq, tk, tv, o, to, lse, mu, mask, rang
     return tuple(q.new_empty(0) if g is None else g for g in grads)
 
 
-def _fake_attention(q, k, v, mask, ranges, causal, scale, impl, keep_lse):  # type: ignore[no-untyped-def]
+def _fake_attention(q, k, v, mask, ranges, causal, scale, impl, keep_lse):
     return _allocate(q, v.shape[3], impl), _statistic(q, keep_lse or impl == "triton")
 
 
-def _fake_attention_jvp(q, k, v, tq, tk, tv, mask, ranges, causal, scale, impl, keep_lse):  # type: ignore[no-untyped-def]
+def _fake_attention_jvp(q, k, v, tq, tk, tv, mask, ranges, causal, scale, impl, keep_lse):
     keep = keep_lse or impl == "triton"
     outputs = _allocate(q, v.shape[3], impl), _allocate(q, v.shape[3], impl)
     return (*outputs, _statistic(q, keep), _statistic(q, keep))
 
 
-def _fake_attention_tangent(q, k, v, tq, tk, tv, o, lse, mask, ranges, causal, scale, impl):  # type: ignore[no-untyped-def]
+def _fake_attention_tangent(q, k, v, tq, tk, tv, o, lse, mask, ranges, causal, scale, impl):
     return _allocate(q, v.shape[3], impl), _statistic(q, True)
 
 
-def _fake_attention_backward(do, dto, q, k, v, tq, tk, tv, o, to, lse, mu, mask, ranges, causal, scale, impl):  # type: ignore[no-untyped-def]
+def _fake_attention_backward(do, dto, q, k, v, tq, tk, tv, o, to, lse, mu, mask, ranges, causal, scale, impl):
     def like(x: Tensor, needed: bool = True) -> Tensor:
         if not needed:
             return q.new_empty(0)
@@ -108,7 +108,7 @@ def _fake_attention_backward(do, dto, q, k, v, tq, tk, tv, o, to, lse, mu, mask,
     return (like(q), like(k), like(v), *tangents)
 
 
-def _setup(ctx, inputs, output):  # type: ignore[no-untyped-def]
+def _setup(ctx, inputs, output):
     # Without materialised gradients a missing cotangent stays None, so the backward sees which outputs
     # the loss really used; a guard Function would vanish under torch.compile.
     ctx.set_materialize_grads(False)
@@ -116,7 +116,7 @@ def _setup(ctx, inputs, output):  # type: ignore[no-untyped-def]
     ctx.save_for_backward(q, k, v, output[0], output[1], mask)
 
 
-def _backward(ctx, do, dlse):  # type: ignore[no-untyped-def]
+def _backward(ctx, do, dlse):
     if dlse is not None:
         raise RuntimeError("fewstep attention: the gradient of lse is not implemented; detach lse")
     if do is None:
@@ -129,13 +129,13 @@ def _backward(ctx, do, dlse):  # type: ignore[no-untyped-def]
     return (*grads[:3], *(None,) * 6)
 
 
-def _setup_jvp(ctx, inputs, output):  # type: ignore[no-untyped-def]
+def _setup_jvp(ctx, inputs, output):
     ctx.set_materialize_grads(False)
     q, k, v, tq, tk, tv, mask, ctx.ranges, ctx.causal, ctx.scale, ctx.impl, _ = inputs
     ctx.save_for_backward(q, k, v, tq, tk, tv, *output, mask)
 
 
-def _backward_jvp(ctx, do, dto, dlse, dmu):  # type: ignore[no-untyped-def]
+def _backward_jvp(ctx, do, dto, dlse, dmu):
     if dlse is not None or dmu is not None:
         raise RuntimeError("fewstep attention: the gradient of lse and mu is not implemented; detach them")
     if do is None and dto is None:
@@ -151,19 +151,19 @@ def _backward_jvp(ctx, do, dto, dlse, dmu):  # type: ignore[no-untyped-def]
     return (*grads[:3], *tangents, *(None,) * 6)
 
 
-def _setup_none(ctx, inputs, output):  # type: ignore[no-untyped-def]
+def _setup_none(ctx, inputs, output):
     ctx.set_materialize_grads(False)
 
 
 def _refuse(what: str) -> Callable[..., Any]:
-    def backward(ctx, *cotangents):  # type: ignore[no-untyped-def]
+    def backward(ctx, *cotangents):
         raise RuntimeError(f"fewstep attention: the gradient of {what} is not implemented; use impl='reference' for it")
 
     return backward
 
 
 def _guarded(kernel: Callable[..., Any]) -> Callable[..., Any]:
-    def run(keyset, *args):  # type: ignore[no-untyped-def]
+    def run(keyset, *args):
         for arg in args:
             if isinstance(arg, Tensor) and forward_ad.unpack_dual(arg).tangent is not None:
                 raise NotImplementedError(

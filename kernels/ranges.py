@@ -117,7 +117,7 @@ class Ranges:
         return tuple(result)
 
     def jvp_work(self, *, skip: bool = True) -> int:
-        """Score entries times matmuls of a forward + JVP pass (kernels.md 5.6).
+        """Score entries times matmuls of a forward + JVP pass.
 
         2 matmuls where neither side moves, 4 where only the query moves, 5 where only key and value move,
         6 where all do. With skip=False every allowed entry costs 6.

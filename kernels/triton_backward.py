@@ -1,6 +1,6 @@
 """Triton kernels: cotangents of attention through its output and, with HAS_G, through its tangent.
 
-kernels.md 5.5. With delta = do.o, beta = g.to's partner g.o, gamma = g.to, the tiles are
+With delta = do.o, beta = g.to's partner g.o, gamma = g.to, the tiles are
 a = do v^T + g tv^T, b = g v^T - beta, u = t - mu, dT = p b, dS = p (a - delta - gamma + u b), and
 dq = c (dS k + dT tk), dk = c (dS^T q + dT^T tq), dv = p^T do + (p u)^T g, dtq = c dT k, dtk = c dT^T q,
 dtv = p^T g. Two kernels, one per query tile and one per key tile, so that nothing is accumulated atomically.

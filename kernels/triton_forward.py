@@ -1,6 +1,6 @@
 """Triton kernels: attention with its tangent in one pass, and the tangent alone given (o, lse).
 
-kernels.md 5.2 and 5.3. Two accumulators: p tv and h v rescale alike, so they share one. The score tangent is
+Two accumulators: p tv and h v rescale alike, so they share one. The score tangent is
 shifted per row by c (tq . mean k + q . mean tk) over the first key tile, which leaves the result unchanged
 and keeps low-precision h = p t small when the keys have a common mode. Absent tangents cost no load and no
 matmul; key ranges marked still take a loop without them.

@@ -158,7 +158,7 @@ def distance_of(e: Evaluation) -> str | None:
 
 def format_entry(entry: Mapping[str, Any] | None) -> str:
     """One metric as text: value ± error, for FD also b/N and the corrected value or that N is too small."""
-    if entry is None:
+    if entry is None or entry["value"] is None:
         return "-"
     text = f"{entry['value']:.4g}"
     error = entry.get("standard_error")

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import math
-import subprocess
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +25,7 @@ from fewstep.eval.features.house import (
     parameter_count,
 )
 from fewstep.eval.protocol.datasets import digits, fashion_mnist
-from fewstep.files import atomic_path, file_sha256
+from fewstep.files import atomic_path, commit, file_sha256
 
 
 @dataclass(frozen=True)
@@ -116,7 +115,6 @@ def card(name: str, network: HouseClassifier, held_out: float, digest: str, comm
         "fashion-mnist": "Fashion-MNIST (Zalando Research, MIT licence), the 60,000 training images; "
         "the 10,000 test images are the held-out set",
     }[name]
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
     rows = (
         f"# {network.name}\n",
         "A small convolutional classifier. fewstep's evaluation uses its 64 penultimate values (before the",
@@ -128,7 +126,7 @@ def card(name: str, network: HouseClassifier, held_out: float, digest: str, comm
         f"| trained on | {source} |",
         f"| held-out accuracy | {100 * held_out:.2f} % (measured, one seed) |",
         f"| made by | `{command}` |",
-        f"| commit | {commit.stdout.strip() or 'unknown'} (the state this command was run on) |",
+        f"| commit | {commit()} (the state this command was run on) |",
         f"| torch | {torch.__version__}, CPU, {torch.get_num_threads()} threads |",
         "| licence | Apache-2.0 |",
         "\nThe digest is pinned in `eval/features/house.py`. Training again elsewhere gives an equally good but not",

@@ -1,1 +1,1 @@
-"""One command, one file. Imported only when the command runs."""
+"""One command, one file. Imported only when the command runs, but for `request`, which is light."""

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fewstep.commands.judge import Judge, captions_of, check_fit, data_of, open_judge, preset_of, told
-from fewstep.commands.measure import teacher_product
+from fewstep.commands.measure import guided_teacher, teacher_product
 from fewstep.commands.options import parse_steps
 from fewstep.commands.processes import world
 from fewstep.commands.report import console, show
@@ -234,7 +234,9 @@ def models(
     out = [of_product(preset, p, path.name) for p in found]
     if teacher:
         recipe: Any = product.recipe
-        net = build_roles(recipe, recipe.data.open()).teacher.to(device)
+        data = recipe.data.open()
+        net: Any = build_roles(recipe, data).teacher.to(device)
+        net = guided_teacher(net, recipe.evaluate.guidance if recipe.evaluate else 1.0, data.null)
         out += [of_product(preset, teacher_product(product, net, n), "teacher") for n in teacher]
     return out
 

@@ -60,7 +60,7 @@ def rows_of(runs: Sequence[Path], captions: Sequence[str], steps: int, guidance:
     recipe = products[0].recipe
     if recipe is None:
         raise UserError(f"{runs[0]}: not a run directory; its recipe tells data and teacher")
-    data: Any = recipe.data.open()  # type: ignore[attr-defined]
+    data: Any = recipe.data.open()
     known = [getattr(item, "caption", None) for item in getattr(data, "items", ())]
     unknown = [c for c in captions if c not in known]
     if unknown or not captions:

@@ -88,7 +88,7 @@ def invert_run(run: Path, images: Path, out: Path, classes: str | None = None, b
         raise UserError(f"{run}: has no encoder; only runs of the method icd invert images")
     x, found, kinds = read_images(images, product.shape)
     labels = labels_of(product, classes, found, kinds, len(x))
-    forward = build_roles(recipe, recipe.data.open())["forward"].eval()  # type: ignore[attr-defined]
+    forward = build_roles(recipe, recipe.data.open())["forward"].eval()
     file = checkpoints(run / "checkpoints")[-1] / "forward.safetensors"
     load_into(forward, load_tensors(file), file)
     parts = [

@@ -200,7 +200,7 @@ def captions_of(product: Product, folder: str) -> Retrieval:
         retrieval = Retrieval.load(folder)
     except (FileNotFoundError, ValueError) as error:
         raise UserError(f"evaluate.retrieval: {error}") from None
-    data: Any = product.recipe.data.open() if product.recipe else None  # type: ignore[attr-defined]
+    data: Any = product.recipe.data.open() if product.recipe else None
     captions = tuple(getattr(item, "caption", None) for item in getattr(data, "items", ()))
     if captions != retrieval.captions:
         raise UserError(

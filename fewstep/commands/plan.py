@@ -259,7 +259,7 @@ class _Tracer:
         known = [t for m in roles.values() for t in (*m.parameters(), *m.buffers())]
         known += [t for m in roles.values() if isinstance(m, Adapted) for t in m.base.parameters()]
         session.recipe = replace(session.recipe, train=replace(session.recipe.train, batch=micro))
-        for number, turn in enumerate(stage.method.turns(roles, 0)):  # type: ignore[attr-defined]
+        for number, turn in enumerate(stage.method.turns(roles, 0)):
             roles.train_only(*turn.updates)
             called: set[str] = set()
             hooks = [m.register_forward_pre_hook(_noting(called, n, roles)) for n, m in roles.items()]

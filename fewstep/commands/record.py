@@ -11,6 +11,7 @@ from typing import Any
 from fewstep.commands.report import read_results
 from fewstep.config import UserError
 from fewstep.eval.protocol.evaluation import Evaluation, distance_of
+from fewstep.files import atomic_path
 from fewstep.recipe.diff import differences
 from fewstep.recipe.schema import Recipe
 from fewstep.recipe.source import shipped
@@ -59,9 +60,8 @@ def record(sources: Sequence[Path], out: Path) -> list[Entry]:
     kept = [_entry(json.loads(line)) for line in out.read_text().splitlines()] if out.exists() else []
     every = {e.key: e for e in kept} | made
     lines = [json.dumps(asdict(every[key])) for key in sorted(every, key=str)]
-    aside = out.with_name(f".{out.name}.tmp")
-    aside.write_text("\n".join(lines) + "\n")
-    aside.replace(out)
+    with atomic_path(out) as temporary:
+        temporary.write_text("\n".join(lines) + "\n")
     return list(made.values())
 
 
@@ -86,7 +86,7 @@ def of_run(run: Path) -> Entry:
     row = rows[-1]
     return Entry(
         recipe=name,
-        method=recipe.method.name,  # type: ignore[attr-defined]
+        method=recipe.method.name,
         settings=settings,
         values=(row.distance.value,),
         **_numbers(row) | {"steps": len(recipe.sampler().steps)},
@@ -130,7 +130,7 @@ def of_comparison(path: Path) -> list[Entry]:
     source = getattr(load(rows[0].group).teacher, "path", "").removeprefix("assets:")
     if source in shipped():
         own = load(source)
-        method: str = own.method.name  # type: ignore[attr-defined]
+        method: str = own.method.name
         cost = {"method": method, "updates": own.train.steps}
         values = (best.distance.value,)
         out.append(Entry(recipe=source, values=values, **_numbers(best), **cost, **(shared | {"settings": ()})))

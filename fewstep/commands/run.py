@@ -1,4 +1,4 @@
-"""The jobs behind the commands: train and report, evaluate, sample, export. Imported only when one runs."""
+"""`fewstep run`: train, sample, measure against the teacher and export."""
 
 from __future__ import annotations
 
@@ -20,10 +20,9 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from fewstep.algebra.guidance import Guided
 from fewstep.commands.export import show_export
 from fewstep.commands.judge import Judge, judge_of
-from fewstep.commands.measure import measure
+from fewstep.commands.measure import guided_teacher, measure
 from fewstep.commands.pictures import save_grid, save_side_by_side
 from fewstep.commands.report import GRID, card_results, compare, console, first_teacher, show
 from fewstep.config import UserError
@@ -188,8 +187,8 @@ def finish(trainer: Trainer, run: Path, judge: Judge | None) -> None:
     rows: list[Evaluation] = []
     if recipe.evaluate is not None and judge is not None:
         teacher = first_teacher(trainer)
-        if teacher is not None and recipe.evaluate.guidance != 1.0:
-            teacher = Guided(teacher, recipe.evaluate.guidance, trainer.data.null)
+        if teacher is not None:
+            teacher = guided_teacher(teacher, recipe.evaluate.guidance, trainer.data.null)
         rows, panels = compare(student, judge, teacher, recipe.evaluate.teacher_steps)
         save_side_by_side(panels, run / "report" / "side-by-side.png")
         show(rows)

@@ -22,7 +22,7 @@ from fewstep.algebra.sampling import Sampler, sample
 from fewstep.export.base import ExportRefused, Parts, Stock
 from fewstep.export.card import student_card, usage
 from fewstep.export.fold import constant_inputs, moving
-from fewstep.export.levels import check_export, levels_of, levels_of_scheduler
+from fewstep.export.levels import TOLERANCE, check_export, levels_of, levels_of_scheduler
 from fewstep.export.routes import INSTEAD, plain_kind, unet_stock
 from fewstep.export.stock import fresh_noise, open_stock, run_stock, without_variance
 from fewstep.networks.adapters import Adapted, on_cpu, plain_copy
@@ -61,7 +61,7 @@ def latent_stock(net: Denoiser, sampler: Sampler) -> Stock:
         # With the whole table as its training schedule n even steps are its own, and the config carries them.
         scheduler.register_to_config(original_inference_steps=process.steps)
     visited = levels_of_scheduler(scheduler, process, **counted)
-    if visited.differ(levels_of(process, sampler.steps)) < 1e-6:
+    if visited.differ(levels_of(process, sampler.steps)) < TOLERANCE:
         return Stock(scheduler, counted | eta, _written(sampler), levels=counted)
     if wrapper.levels != "timesteps":
         raise ExportRefused(

@@ -1,4 +1,4 @@
-"""Networks and teachers as recipe parts: each spec builds one role."""
+"""Networks and discriminators as recipe parts: each spec builds one role."""
 
 from __future__ import annotations
 

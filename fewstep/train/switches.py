@@ -109,8 +109,3 @@ class Offload:
                 for key, value in state.items():
                     if isinstance(value, torch.Tensor) and value.ndim:
                         state[key] = value.to(target)
-
-    def all_here(self) -> None:
-        """Bring every role back."""
-        for name in list(self.away):
-            self._bring(name)

@@ -32,9 +32,9 @@ class Hooks:
     """Called by a trainer, with itself; None is nothing."""
 
     on_sample: Hook | None = None
-    """Every `sample_every` steps and at the end, on the main process."""
+    """Every `sample_every` steps and at the end, on the main process (on every one when sharded)."""
     on_eval: Hook | None = None
-    """Every `eval_every` steps, on the main process."""
+    """Every `eval_every` steps, on the main process (on every one when sharded)."""
     on_step: Hook | None = None
     """After every step (progress display)."""
     on_save: Hook | None = None

@@ -1,4 +1,4 @@
-"""Numbers computed once, by hand-written fp64 programs independent of this package (algorithms.md, section 8)."""
+"""Numbers computed once, by hand-written fp64 programs independent of this package."""
 
 from __future__ import annotations
 

@@ -14,7 +14,7 @@ PARTS = 2
 
 @pytest.fixture(scope="module")
 def results():
-    script = Path(__file__).parents[1] / "attention_cases.py"
+    script = Path(__file__).parents[1] / "helpers" / "attention_cases.py"
     env = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     runs = [
         subprocess.Popen([sys.executable, str(script), str(part), str(PARTS)], stdout=subprocess.PIPE, env=env, text=True)

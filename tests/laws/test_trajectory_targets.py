@@ -223,7 +223,7 @@ def test_twinflow_enhances_guidance_between_the_ends_of_time_only() -> None:
     assert torch.equal(plain.velocity(who, batch, x, t, group, v), v)
     without = Batch64(batch.draws, batch.shape, batch.x0)
     assert torch.equal(method.velocity(who, without, x, t, group, v), v)
-    # And so in the loss: one step from noise and the mirrored side do not see the share (corrections A15).
+    # And so in the loss: one step from noise and the mirrored side do not see the share.
     for k in range(4):
         index = 4 * torch.arange(6) + k
         a, b = (only(m.losses(who, labelled(index))) for m in (plain, method))

@@ -173,7 +173,7 @@ def test_accuracy_counts_signs():
     assert float(accuracy(real, fake)) == (0.75 + 0.25) / 2
 
 
-def test_decoupled_dmd_of_a_gan_trains_the_discriminator_alone_as_often_as_critic_steps_says():
+def test_decoupled_dmd_of_a_gan_trains_the_discriminator_alone_as_often_as_the_critics_steps_say():
     method = DecoupledDMD(regularizer="gan", critic=Critic(steps=4))
     turn = list(method.turns(cast(), 0))[1]
     assert (turn.updates, turn.times) == (("discriminator",), 4)

@@ -110,9 +110,9 @@ def common(loaded: Mapping[str, Recipe], samples: int | None) -> Evaluate:
             raise UserError(
                 f"{first_name} is measured by {first.metric} and {name} by {other.metric}: they cannot stand in one table"
             )
-        for key, option in (("samples", samples), ("seed", None)):
+        for key, option in (("samples", samples), ("seed", None), ("guidance", None), ("retrieval", None)):
             if getattr(other, key) != getattr(first, key) and option is None:
-                hint = "give one number to all with --samples" if key == "samples" else "use --set evaluate.seed=N"
+                hint = "give one number to all with --samples" if key == "samples" else f"use --set evaluate.{key}=VALUE"
                 raise UserError(
                     f"{first_name} is measured with {key} {getattr(first, key)} and {name} with "
                     f"{getattr(other, key)}; {hint}"
@@ -127,7 +127,7 @@ def check_judges(loaded: Mapping[str, Recipe], evaluation: Evaluate) -> None:
     """UserError when a recipe cannot be measured like that, or when two are compared with different data."""
     seen: dict[str, str] = {}
     for name, recipe in loaded.items():
-        data: Any = recipe.data.open()  # type: ignore[attr-defined]
+        data: Any = recipe.data.open()
         try:
             judge = judge_of(product_of(recipe, nn.Identity(), data, name), evaluation)
         except UserError as error:

@@ -18,7 +18,7 @@ import torch
 from fewstep.algebra.draws import fold
 from fewstep.commands.compare.budget import Accounted, Budget, lengths, probe, with_lengths
 from fewstep.commands.judge import Judge, judge_of
-from fewstep.commands.measure import measure, teacher_product
+from fewstep.commands.measure import guided_teacher, measure, teacher_product
 from fewstep.commands.sources import of_product
 from fewstep.config import UserError, plain
 from fewstep.eval.protocol.evaluation import Evaluation, environment
@@ -255,13 +255,14 @@ def read_evaluations(folder: Path, result: Mapping[str, Any]) -> list[Evaluation
 def score_teacher(task: Task) -> None:
     """Measure a recipe's teacher at the evaluation's numbers of Heun steps."""
     recipe = task.load()
-    data: Any = recipe.data.open()  # type: ignore[attr-defined]
+    data: Any = recipe.data.open()
     roles = build_roles(recipe, data)
     student = product_of(recipe, roles.student.eval(), data, task.recipe)
     judge = judge_of(student, task.evaluation)
     rows = []
+    teacher = guided_teacher(roles.teacher, task.evaluation.guidance, data.null)
     for n in task.evaluation.teacher_steps:
         orphaned()
-        rows.append(score(teacher_product(student, roles.teacher, n), judge))
+        rows.append(score(teacher_product(student, teacher, n), judge))
     keep_arrays(task.folder, rows)
     write_json(task.result, {"recipe": task.recipe, "rows": [e.as_json() for e in rows]})
