@@ -85,7 +85,7 @@ def test_killed_process_leaves_a_folder_that_resumes_to_the_same(tmp_path):
         import os, signal, sys, importlib.util
         spec = importlib.util.spec_from_file_location("cases", {str(Path(__file__))!r})
         cases = importlib.util.module_from_spec(spec); spec.loader.exec_module(cases)
-        from fewstep.eval import runner
+        from fewstep.eval.protocol import runner
         calls = 0
         def dying(indices):
             global calls

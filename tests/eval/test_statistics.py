@@ -128,7 +128,7 @@ class Boom:
 def test_pickles_and_broken_files_are_refused_by_name(tmp_path):
     pickled = tmp_path / "edm2.pkl"
     pickled.write_bytes(pickle.dumps({"fid": Boom()}))
-    with pytest.raises(ValueError, match=r"edm2\.pkl: a pickle .* refused.*fewstep\.eval\.convert"):
+    with pytest.raises(ValueError, match=r"edm2\.pkl: a pickle .* refused.*fewstep\.eval\.tools\.convert"):
         FeatureStatistics.load(pickled)
     hidden = tmp_path / "object.npz"
     np.savez(hidden, mu=np.array([Boom()], dtype=object), sigma=np.eye(1))

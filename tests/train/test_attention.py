@@ -12,7 +12,7 @@ from fewstep.recipe.store import load
 from fewstep.train.trainer import Trainer
 
 SMALL = [
-    "student={name: dit, process: {name: flow}, patch: 2, width: 16, depth: 2, heads: 2}",
+    "student={name: dit, process: {name: flow}, patch: 2, width: 16, depth: 2, heads: 2, inputs: [s]}",
     "train.batch=6",
 ]
 SHORT = ["train.steps=2", "train.sample_every=0", "evaluate=null", "optim.default.warmup=0"]

@@ -42,7 +42,7 @@ def same(a: Trainer, b: Trainer, tolerance: float) -> None:
         assert left.keys() == right.keys()
         for key, value in left.items():
             torch.testing.assert_close(right[key], value, rtol=0, atol=tolerance, msg=lambda m, k=key: f"{k}: {m}")
-    for x, y in zip(a.ema[0].module.parameters(), b.ema[0].module.parameters(), strict=True):
+    for x, y in zip(a.session.ema[0].module.parameters(), b.session.ema[0].module.parameters(), strict=True):
         torch.testing.assert_close(y, x, rtol=0, atol=tolerance)
 
 
