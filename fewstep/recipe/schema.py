@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import fields, is_dataclass
 from typing import Any, Literal
 
 from pydantic import Field
@@ -18,6 +20,7 @@ from fewstep.config import RecipeError, Source, _close, config
 from fewstep.data.base import DataPart
 from fewstep.eval.protocol.preset import preset_names
 from fewstep.methods.method import MethodPart
+from fewstep.methods.terms import Gan
 from fewstep.networks.declared import declared_inputs, declared_process
 from fewstep.networks.parts import NetworkPart, TeacherPart
 from fewstep.networks.specs import DiscriminatorSpec
@@ -212,6 +215,12 @@ class Recipe:
             inputs, key = declared_inputs(self.student, "student", self._specs())
             if wrong := stage.method.needs().refuses_inputs(inputs):
                 raise ValueError(f"{key}: method {stage.method.name} {wrong}")
+            trunk = self.discriminator.trunk if self.discriminator else "critic"
+            if trunk != "critic" and any(gan.shares_noise for gan in _gans(stage.method)):
+                raise ValueError(
+                    f"discriminator.trunk: {trunk!r} will not do where gan.shares_noise judges student samples on the "
+                    "critic's features; use critic, or leave shares_noise out"
+                )
             for role in sorted(stage.method.needs().trained):
                 if role not in self.optim and "default" not in self.optim:
                     raise ValueError(f"optim has no entry for {role} and no default")
@@ -281,3 +290,13 @@ class Recipe:
     def sampler(self) -> Sampler:
         """How the product is sampled."""
         return self.method.sampler()
+
+
+def _gans(part: Any) -> Iterator[Gan]:
+    """The discriminators' settings of a method, those of methods inside it too."""
+    values = [getattr(part, f.name) for f in fields(part)] if is_dataclass(part) else part
+    for value in values if isinstance(values, list | tuple) else ():
+        if isinstance(value, Gan):
+            yield value
+        elif is_dataclass(value) or isinstance(value, tuple):
+            yield from _gans(value)

@@ -142,3 +142,11 @@ def test_joint_asks_for_what_its_methods_ask():
 def test_a_process_that_does_not_exist_cannot_be_needed():
     with pytest.raises(ValueError, match="process 'flwo' is not one of flow, "):
         Needs(frozenset(), process="flwo")
+
+
+def test_shared_noise_asks_for_the_critic_s_trunk():
+    told = refused("digits-dmd2", "method.gan.shares_noise=true")
+    assert told.startswith("digits-dmd2.yaml:7: discriminator.trunk: 'teacher' will not do where gan.shares_noise judges")
+    load("digits-dmd2", ["method.gan.shares_noise=true", "discriminator.trunk=critic"])
+    joint = "method.methods.0.method.gan.shares_noise=true"
+    assert "discriminator.trunk: 'teacher' will not do" in refused("digits-joint", joint)
