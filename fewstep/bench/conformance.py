@@ -20,7 +20,7 @@ import torch
 from fewstep.algebra.draws import Draws, fold
 from fewstep.config import UserError
 from fewstep.eval import energy_distance
-from fewstep.files import commit
+from fewstep.files import atomic_path, commit
 from fewstep.recipe.schema import Recipe
 from fewstep.recipe.source import shipped
 from fewstep.recipe.store import load
@@ -103,9 +103,8 @@ def record(path: Path, outcome: Outcome) -> None:
     """Put an outcome into a file of JSON lines, in place of that recipe's earlier one."""
     lines = path.read_text().splitlines() if path.exists() else []
     kept = [line for line in lines if json.loads(line)["recipe"] != outcome.recipe]
-    aside = path.with_name(f".{path.name}.tmp")
-    aside.write_text("\n".join([*kept, json.dumps(asdict(outcome))]) + "\n")
-    aside.replace(path)
+    with atomic_path(path) as temporary:
+        temporary.write_text("\n".join([*kept, json.dumps(asdict(outcome))]) + "\n")
 
 
 def main(argv: list[str] | None = None) -> None:
