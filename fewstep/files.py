@@ -1,18 +1,29 @@
-"""Files: checksums, atomic writes, the user's cache, the commit that runs."""
+"""Files: checksums, atomic writes, folders that are ours, the user's cache, the commit that runs."""
 
 from __future__ import annotations
 
 import hashlib
+import json
 import os
+import re
+import shutil
 import stat
 import subprocess
 import sys
 import tempfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
+from typing import Any
+
+from fewstep.config import UserError
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
 
 
 def crc32_of(path: Path) -> int:
@@ -82,7 +93,8 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
     """A temporary path beside `path`, renamed onto it when the block succeeds and removed when it fails."""
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{target.stem}-", suffix=target.suffix, dir=target.parent)
+    suffix = f".{os.getpid()}.fewstep-tmp{target.suffix}"
+    handle, name = tempfile.mkstemp(prefix=f".{target.stem}-", suffix=suffix, dir=target.parent)
     os.close(handle)
     temporary = Path(name)
     try:
@@ -94,3 +106,151 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
         temporary.replace(target)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+LOCK = ".lock"
+"""The file that `locked` locks."""
+MARK = ".fewstep"
+"""The file by which fewstep knows a folder that it made, and what it wrote there."""
+LEFTOVER = re.compile(r"\..+\.(\d+)\.fewstep-tmp(\.\w+)?")
+"""Names of what is written aside; the number is the process that writes it."""
+
+
+def aside_name(name: str) -> str:
+    """The hidden name under which this process writes `name` until it is whole; `clear_leftovers` knows it."""
+    return f".{name}.{os.getpid()}.fewstep-tmp"
+
+
+def clear_leftovers(folder: Path) -> None:
+    """Remove what processes that are gone left half-written in `folder`; a running one's stays."""
+    if not folder.is_dir():
+        return
+    for path in folder.iterdir():
+        match = LEFTOVER.fullmatch(path.name)
+        if match is None or _runs(int(match[1])):
+            continue
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
+
+
+def _runs(pid: int) -> bool:
+    if pid == os.getpid():
+        return True
+    try:
+        os.kill(pid, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except OSError:  # somebody else's
+        return True
+    return True
+
+
+def write_mark(folder: Path, kind: str) -> None:
+    """Mark a folder as fewstep's, a `kind` of thing, with every file that is in it now as ours."""
+    held = {"made_by": "fewstep", "kind": kind, "files": sorted([*_files(folder), MARK])}
+    with atomic_path(folder / MARK) as temporary:
+        temporary.write_text(json.dumps(held, indent=1))
+
+
+def read_mark(folder: Path) -> dict[str, Any] | None:
+    """What `write_mark` wrote; None for a folder that fewstep did not make, and for a link to one."""
+    path = folder / MARK
+    if folder.is_symlink() or path.is_symlink() or not path.is_file():
+        return None
+    try:
+        held = json.loads(path.read_text())
+        kind, files = held["kind"], held["files"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return None
+    whole = isinstance(kind, str) and isinstance(files, list) and all(isinstance(f, str) for f in files)
+    return held if whole else None
+
+
+def strangers(folder: Path, ours: Collection[str] = ()) -> list[str]:
+    """Files in a folder that fewstep did not write, relative to it.
+
+    ours: top-level names that are ours with all that they hold, but for marked folders in them, which tell themselves.
+    """
+    held = read_mark(folder)
+    known = set(held["files"]) if held else set()
+    found: list[str] = []
+    for path in sorted(folder.iterdir()):
+        if path.is_dir() and not path.is_symlink() and read_mark(path) is not None:
+            found += [f"{path.name}/{name}" for name in strangers(path)]
+        elif path.name in ours or LEFTOVER.fullmatch(path.name):
+            continue
+        elif path.is_dir() and not path.is_symlink():
+            found += [f"{path.name}/{name}" for name in _files(path) if f"{path.name}/{name}" not in known]
+        elif path.name not in known:
+            found.append(path.name)
+    return found
+
+
+def _files(folder: Path) -> list[str]:
+    """Files and links below a folder, as relative posix paths; links are not followed."""
+    found = []
+    for root, folders, names in os.walk(folder):
+        links = [name for name in folders if os.path.islink(os.path.join(root, name))]
+        found += [Path(root, name).relative_to(folder).as_posix() for name in (*names, *links)]
+    return found
+
+
+def remove_ours(folder: Path, kind: str, ours: Collection[str] = (), keep: Collection[str] = ()) -> None:
+    """Delete a folder that fewstep made, with all it holds; where something is to be kept the folder stays with that.
+
+    kind: what it must be. ours: as `strangers` takes it. keep: top-level names.
+
+    Raises UserError, with nothing deleted, for a link, for a folder without the mark of that kind, and for one that
+    holds somebody else's files.
+    """
+    if folder.is_symlink():
+        raise UserError(f"{folder}: is a symbolic link; fewstep deletes nothing through one. Give the folder itself")
+    held = read_mark(folder)
+    if held is None or held["kind"] != kind:
+        raise UserError(f"{folder}: is no {kind} that fewstep made, so it is not deleted; choose another folder")
+    others = strangers(folder, ours)
+    if others:
+        more = f" and {len(others) - 1} more" if len(others) > 1 else ""
+        raise UserError(f"{folder}: holds {others[0]}{more}, which fewstep did not write; move that away first")
+    if not keep:
+        shutil.rmtree(folder)
+        return
+    for path in folder.iterdir():
+        if path.name in keep:
+            continue
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+
+
+@contextmanager
+def locked(folder: Path, what: str) -> Iterator[None]:
+    """Keep a folder to this process while the block runs; freed also by a process that dies.
+
+    Raises UserError naming the process that has it. Where the file system has no locks nothing is kept.
+    """
+    if fcntl is None:
+        yield
+        return
+    flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0)
+    try:
+        handle = os.open(folder / LOCK, flags, 0o666)
+    except OSError as error:
+        raise UserError(f"{folder / LOCK}: cannot be opened: {error.strerror}") from None
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            pid = os.read(handle, 32).decode("ascii", "replace").strip()
+            raise UserError(f"{folder}: {what} by process {pid or 'unknown'}; wait for it or stop it first") from None
+        except OSError:
+            pass
+        else:
+            os.ftruncate(handle, 0)
+            os.pwrite(handle, f"{os.getpid()}\n".encode(), 0)
+        yield
+    finally:
+        os.close(handle)

@@ -17,11 +17,15 @@ def run(
     out: Annotated[Path | None, typer.Option(help="Run directory [default: runs/NAME].")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue the run in that directory.")] = False,
     force: Force = False,
+    start: Annotated[
+        Path | None,
+        typer.Option("--from", help="Go on from another run or its checkpoint RUN/step-N with these settings."),
+    ] = None,
 ) -> None:
     """Train a recipe, sample it, measure it against its teacher and export it."""
     from fewstep.commands.run import run_recipe
 
-    run_recipe(recipe, settings or [], out, resume, force)
+    run_recipe(recipe, settings or [], out, resume, force, start)
 
 
 @app.command(rich_help_panel="Train", epilog="Example: `fewstep plan digits-dmd2 train.batch=512`")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import tarfile
 import zipfile
 from collections.abc import Callable, Sequence
@@ -148,6 +149,9 @@ def _entries(source: Package, art: str, categories: Sequence[str]) -> list[tuple
         if unknown or not categories:
             raise UserError(f"category {(unknown or ['(none)'])[0]!r}: the package has {', '.join(have)}")
         wanted = [e for e in rows if e["category"] in categories and e[f"has_img_{art}"]]
+        for e in wanted:
+            if not re.fullmatch(r"[\w-]+\.png", str(e["image"])):
+                raise UserError(f"{source.path}: emoji.json: image {e['image']!r} is not the name of a PNG file")
         return [(str(e["image"]), str(e["name"]).lower()) for e in wanted]
     except (KeyError, TypeError) as error:
         raise UserError(f"{source.path}: emoji.json: an entry lacks {error}; expected name, image, ...") from None

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
-import shutil
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -20,6 +21,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from fewstep.commands.claim import held, prepare, write_origin
 from fewstep.commands.export import show_export
 from fewstep.commands.judge import Judge, judge_of
 from fewstep.commands.measure import guided_teacher, measure
@@ -33,32 +35,12 @@ from fewstep.files import commit
 from fewstep.recipe.diff import differences
 from fewstep.recipe.schema import Recipe
 from fewstep.recipe.source import shipped
-from fewstep.recipe.store import dump, load, load_run
+from fewstep.recipe.store import load, load_run
 from fewstep.train.product import open_product, product_of
+from fewstep.train.resume import newest_of
 from fewstep.train.trainer import Hooks, Trainer
 
-
-def prepare(recipe: Recipe, run: Path, resume: bool, force: bool) -> None:
-    """Claim a run directory: new, or the same recipe's to continue, or emptied by --force."""
-    if run.exists() and not run.is_dir():
-        raise UserError(f"{run}: is a file; choose another --out")
-    if run.exists() and any(run.iterdir()):
-        if force:
-            if not (run / "recipe.yaml").is_file():
-                raise UserError(f"{run}: is not a run directory; --force deletes only those. Choose another --out")
-            shutil.rmtree(run)
-        elif not resume:
-            raise UserError(f"{run}: is already used; continue it with --resume, or overwrite it with --force")
-        else:
-            changed = differences(load_run(run), recipe)
-            if changed:
-                raise UserError(
-                    f"{run}: was started with another recipe, so it cannot be resumed:\n  " + "\n  ".join(changed)
-                )
-    run.mkdir(parents=True, exist_ok=True)
-    aside = run / ".recipe.tmp"
-    aside.write_text(dump(recipe))
-    aside.replace(run / "recipe.yaml")
+STOPPING = b"\nstopping after this step, with a checkpoint; once more stops at once, without one\n"
 
 
 def default_name(recipe: str) -> str:
@@ -66,39 +48,70 @@ def default_name(recipe: str) -> str:
     return recipe.replace("/", "-") if recipe in shipped() else Path(recipe).stem
 
 
-def run_recipe(name: str, settings: Sequence[str], out: Path | None, resume: bool, force: bool) -> Path:
-    """`fewstep run`: train, sample, evaluate, export."""
+def run_recipe(
+    name: str, settings: Sequence[str], out: Path | None, resume: bool, force: bool, start: Path | None = None
+) -> Path:
+    """`fewstep run`: train, sample, evaluate, export; `start` is the run or checkpoint to go on from."""
     recipe = load(name, settings)
     run = out or Path("runs") / default_name(name)
+    begin = _beginning(start, run, resume)
     trainer = Trainer(recipe, None)  # builds every role: what is missing is said before the directory is claimed
     judge = _judge(trainer)
+    if begin is not None:
+        trainer.go_on_from(begin)
     main = trainer.accelerator.is_main_process
-    if main:
-        prepare(recipe, run, resume, force)
-    trainer.accelerator.wait_for_everyone()
-    trainer.attach(run)
-    continued = resume and trainer.resume()
-    if main:
-        console.print(f"[bold]{name}[/]: {recipe.about}")
-        console.print(f"run directory {run}" + (f", continued at step {trainer.progress.done}" if continued else ""))
-        _say_export(trainer)
-    try:
-        _train(trainer, run, main, judge)
-    except KeyboardInterrupt:
+    with ExitStack() as stack:
         if main:
-            again = shlex.join(["fewstep", "run", name, *settings, "--out", str(run), "--resume"])
-            console.print(
-                f"stopped at step {trainer.progress.done}; continue with: {again}",
-                soft_wrap=True,
-                highlight=False,
-                markup=False,
-            )
-        raise SystemExit(130) from None
-    trainer.accelerator.wait_for_everyone()
-    if main:
-        finish(trainer, run, judge)
+            stack.enter_context(held(run))
+            prepare(recipe, run, resume, force)
+        trainer.accelerator.wait_for_everyone()
+        trainer.attach(run)
+        continued = resume and trainer.resume()
+        if begin is not None:
+            trainer.save()  # the run's first checkpoint: --resume finds it
+        if main:
+            console.print(f"[bold]{name}[/]: {recipe.about}")
+            console.print(f"run directory {run}" + (f", continued at step {trainer.progress.done}" if continued else ""))
+            if begin is not None:
+                _say_beginning(begin, recipe, run, trainer.progress.done)
+            _say_export(trainer)
+        again = shlex.join(["fewstep", "run", name, *settings, "--out", str(run), "--resume"])
+        try:
+            _train(trainer, run, main, judge)
+        except KeyboardInterrupt:
+            if main:
+                console.print(
+                    f"stopped at step {trainer.progress.done}; continue with: {again}",
+                    soft_wrap=True,
+                    highlight=False,
+                    markup=False,
+                )
+            raise SystemExit(130) from None
+        trainer.accelerator.wait_for_everyone()
+        if main:
+            finish(trainer, run, judge)
     trainer.accelerator.end_training()  # closes trackers and the process group, whose threads abort an open exit
     return run
+
+
+def _beginning(start: Path | None, run: Path, resume: bool) -> Path | None:
+    """The checkpoint of `--from`; UserError where it cannot begin a run in that directory."""
+    if start is None:
+        return None
+    if resume:
+        raise UserError("--from begins a run from another's weights, --resume continues one; give one of the two")
+    checkpoint = newest_of(start)
+    load_run(checkpoint.parent.parent)  # what changed since is said
+    if run.exists() and checkpoint.resolve().is_relative_to(run.resolve()):
+        raise UserError(f"--from {start}: lies in {run}, where the new run would be; choose another --out")
+    return checkpoint
+
+
+def _say_beginning(checkpoint: Path, recipe: Recipe, run: Path, done: int) -> None:
+    changed = differences(load_run(checkpoint.parent.parent), recipe, all_keys=True)
+    write_origin(run, checkpoint, changed)
+    lines = "".join(f"\n  {line}" for line in changed) or " nothing"
+    console.print(f"from {checkpoint} at step {done}; changed:{lines}", soft_wrap=True, highlight=False, markup=False)
 
 
 def _judge(trainer: Trainer) -> Judge | None:
@@ -141,6 +154,10 @@ def _train(trainer: Trainer, run: Path, main: bool, judge: Judge | None) -> None
         if t.log and main:
             t.log.write({"done": t.progress.done, "evaluation": row.as_json()["metrics"]})
 
+    def on_stop(t: Trainer, again: bool) -> None:
+        # Within a signal handler: print may be in the middle of its own work.
+        os.write(2, b"\nstopping at once\n" if again else STOPPING)
+
     trainer.hooks = Hooks(on_sample, on_eval)
     if not main:
         trainer.fit()
@@ -164,7 +181,7 @@ def _train(trainer: Trainer, run: Path, main: bool, judge: Judge | None) -> None
             if not console.is_terminal and t.progress.done % every == 0:
                 console.print(f"step {t.progress.done}/{t.total_steps}  {text}", soft_wrap=True, highlight=False)
 
-        trainer.hooks = Hooks(on_sample, on_eval, on_step)
+        trainer.hooks = Hooks(on_sample, on_eval, on_step, on_stop=on_stop)
         trainer.fit()
 
 

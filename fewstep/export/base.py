@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -17,6 +16,7 @@ from torch import Tensor
 from fewstep.algebra.sampling import Sampler
 from fewstep.config import UserError
 from fewstep.export.stock import difference
+from fewstep.files import aside_name, clear_leftovers, read_mark, strangers, write_mark
 
 PARITY = 1e-4
 """Largest allowed `difference` between an export and fewstep.
@@ -24,6 +24,9 @@ PARITY = 1e-4
 In float32 most stay below 4e-6. EDMEulerScheduler does not: it has x0 by x - sigma (x - x0) / sigma, which rounds at the
 size of x, several hundred at sigma = 80; 8e-5 was measured.
 """
+
+KIND = "export"
+"""What the mark of an export's folder says."""
 
 Rows = Sequence[tuple[str, str]]
 """Measured (name, value) rows of a model card."""
@@ -130,14 +133,22 @@ def _largest(parts: Parts, folder: Path) -> float:
 @contextmanager
 def _aside_of(folder: Path) -> Iterator[Path]:
     """An empty folder to write into that becomes `folder` when all went well and vanishes otherwise."""
-    marks = ("fewstep.json", "steps.json", "classes.json")  # a teacher's folder has none of them
-    if folder.exists() and any(folder.iterdir()) and not any((folder / m).is_file() for m in marks):
-        raise UserError(f"{folder}: exists and is not an earlier export; choose another folder")
-    aside = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+    if folder.is_symlink():
+        raise UserError(f"{folder}: is a symbolic link; fewstep replaces nothing through one. Give the folder itself")
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"{folder}: is a file; choose another folder")
+    if folder.is_dir() and any(folder.iterdir()):
+        if (read_mark(folder) or {}).get("kind") != KIND:
+            raise UserError(f"{folder}: exists and is not an earlier export; choose another folder")
+        if others := strangers(folder):
+            raise UserError(f"{folder}: holds {others[0]}, which fewstep did not write; move that away first")
+    clear_leftovers(folder.parent)
+    aside = folder.with_name(aside_name(folder.name))
     shutil.rmtree(aside, ignore_errors=True)
     try:
         aside.mkdir(parents=True)
         yield aside
+        write_mark(aside, KIND)
         if folder.exists():
             shutil.rmtree(folder)
         aside.rename(folder)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import fields, is_dataclass
 from typing import Any, Literal
@@ -203,6 +204,12 @@ class Recipe:
     results: tuple[Result, ...] = ()
 
     def __post_init__(self) -> None:
+        for role in self.roles:
+            if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]{0,63}", role) or role.startswith("ema_"):
+                raise ValueError(
+                    f"roles: {role!r} cannot name a file; a role's name has letters, digits and _, begins with no digit "
+                    "and not with ema_, and has at most 64"
+                )
         taken = sorted({"teacher", "student", "critic", "discriminator", "state"} & set(self.roles))
         if taken:
             raise ValueError(f"roles: {taken[0]!r} has a meaning of its own; choose another name")

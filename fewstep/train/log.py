@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from fewstep.config import UserError
+from fewstep.files import atomic_path
 
 
 class Meter:
@@ -55,27 +55,28 @@ class Log:
         if not self.path.exists():
             return
         kept = []
-        for line in self.path.read_text().splitlines():
-            try:
-                record = json.loads(line)
-            except json.JSONDecodeError:
-                continue
+        for line, record in _records(self.path):
             if record.get("done", 0) <= done:
                 kept.append(line)
-        aside = self.path.with_suffix(".tmp")
-        aside.write_text("".join(f"{line}\n" for line in kept))
-        os.replace(aside, self.path)
+        with atomic_path(self.path) as aside:
+            aside.write_text("".join(f"{line}\n" for line in kept))
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:
     """All complete records of a log.jsonl."""
-    records = []
-    for line in path.read_text().splitlines():
+    return [record for _, record in _records(path)]
+
+
+def _records(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Lines of a log that are records; others, which a kill or an editor left, are passed over."""
+    for line in path.read_bytes().split(b"\n"):
         try:
-            records.append(json.loads(line))
-        except json.JSONDecodeError:
+            text = line.decode()
+            record = json.loads(text)
+        except (ValueError, RecursionError):
             continue
-    return records
+        if isinstance(record, dict) and isinstance(record.get("done", 0), int | float):
+            yield text, record
 
 
 def check_trackers(names: Sequence[str]) -> None:

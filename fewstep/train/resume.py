@@ -21,7 +21,8 @@ def save(loop: Loop, run: Path) -> None:
     if main or session.sharded:
         parts = main if session.sharded else None
         keep = session.recipe.train.keep
-        save_checkpoint(run / "checkpoints", session.modules(), adams, progress, keep, parts)
+        sound = not any(o.in_a_row for o in loop.optim.values())
+        save_checkpoint(run / "checkpoints", session.modules(), adams, progress, keep, parts, sound)
     session.accelerator.wait_for_everyone()
 
 
@@ -30,10 +31,45 @@ def resume(loop: Loop, run: Path) -> bool:
     found = checkpoints(run / "checkpoints")
     if not found:
         return False
+    _load(loop, found[-1], run)
+    return True
+
+
+def go_on_from(loop: Loop, checkpoint: Path) -> None:
+    """Start from another run's checkpoint with this recipe's settings: weights, moments, averages and step counts.
+
+    UserError where roles, networks, averages or the optimised sets differ: only settings that change none of them may.
+    """
+    _load(loop, checkpoint, checkpoint.parent.parent)
+    # Readings that the other settings made are not this run's.
+    loop.meter.restore({})
+
+
+def newest_of(path: Path) -> Path:
+    """The checkpoint that a path names: itself, or a run directory's newest. UserError when it is neither."""
+    if (path / "state.json").is_file():
+        return path
+    found = checkpoints(path / "checkpoints")
+    if found:
+        return found[-1]
+    step = path.parent / "checkpoints" / path.name
+    if (step / "state.json").is_file():
+        return step
+    held = [p.name for p in checkpoints(path.parent / "checkpoints")]
+    there = f"; the run has {', '.join(held)}" if held else ""
+    raise UserError(f"{path}: is neither a run directory with a checkpoint nor a checkpoint{there}")
+
+
+def _load(loop: Loop, checkpoint: Path, run: Path) -> None:
     session = loop.session
-    progress, _ = read_state(found[-1])
+    progress, _ = read_state(checkpoint)
     stages = session.recipe.stages()
     _place(progress, stages, run)
+    names = sorted(e.name for e in session.ema)
+    if sorted(progress.ema) != names:
+        raise UserError(
+            f"{checkpoint}: has the averages {', '.join(sorted(progress.ema))}, the recipe {', '.join(names)}"
+        )
     if progress.stage < len(stages) and progress.step > 0:
         stage = stages[progress.stage]
         loop.make_state(stage)
@@ -41,20 +77,25 @@ def resume(loop: Loop, run: Path) -> bool:
         for updates, n in times.items():
             if "+".join(updates) in progress.optim:
                 loop.optimizer(updates, stage, n)
-    load_checkpoint(found[-1], session.modules(), {k: o.adam for k, o in loop.optim.items()})
+    load_checkpoint(checkpoint, session.modules(), {k: o.adam for k, o in loop.optim.items()})
     loop.progress = progress
     loop.meter.restore(progress.meter)
     for key, counts in progress.optim.items():
         if key in loop.optim:
             loop.optim[key].updates, loop.optim[key].skipped = counts["updates"], counts["skipped"]
     for ema in session.ema:
-        ema.updates = progress.ema.get(ema.name, 0)
-    return True
+        ema.updates = progress.ema[ema.name]
 
 
 def _place(progress: Progress, stages: tuple[Stage, ...], run: Path) -> None:
     """Where a run continues when train.steps has changed since: a finished one goes on in its last stage."""
     last = len(stages) - 1
+    before = sum(stage.steps for stage in stages[: progress.stage])
+    if progress.done != before + progress.step and progress.done < sum(stage.steps for stage in stages[:last]):
+        raise UserError(
+            f"{run}: its newest checkpoint stands at stage {progress.stage}, step {progress.step}, which are "
+            f"not {progress.done} steps; it belongs to another recipe"
+        )
     into = progress.done - sum(stage.steps for stage in stages[:last])
     if into > stages[last].steps:
         raise UserError(

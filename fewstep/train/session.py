@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import torch
@@ -33,8 +34,16 @@ class Session:
         train = recipe.train
         self.recipe = recipe
         check_trackers(train.trackers)
-        self.accelerator = Accelerator(cpu=cpu, mixed_precision="bf16" if train.precision == "bf16" else "no")
+        # Without `cpu` accelerate forms no group of processes on a machine that has no accelerator.
+        alone = cpu or not torch.accelerator.is_available()
+        self.accelerator = Accelerator(cpu=alone, mixed_precision="bf16" if train.precision == "bf16" else "no")
         world = self.accelerator.num_processes
+        launched = int(os.environ.get("WORLD_SIZE") or 1)
+        if launched != world:
+            raise UserError(
+                f"the launcher started {launched} processes (WORLD_SIZE), but they form no group: {world} would train "
+                "alone; launch with `python -m torch.distributed.run` or `accelerate launch`, or unset WORLD_SIZE"
+            )
         if train.batch % (world * train.accumulate):
             raise UserError(
                 f"train.batch {train.batch} must be divisible by processes x train.accumulate "

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import errno
 import json
+import math
 import os
+import pickle
 import re
 import shutil
+import zlib
 from collections.abc import Mapping
 from contextlib import nullcontext, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +32,9 @@ from fewstep.train.parallel import (
     write_sharded,
 )
 
+FORMAT = 2
+"""Of state.json; another one is refused by name."""
+
 
 @dataclass
 class Progress:
@@ -45,6 +51,32 @@ class Progress:
     """Updates of each average."""
     meter: dict[str, list[float]] = field(default_factory=dict)
     """Readings since the last log record."""
+
+    @classmethod
+    def read(cls, held: Any) -> Progress:
+        """From what `vars` gave, checked for every field and its type; ValueError names the one that is wrong."""
+        names = [f.name for f in fields(cls)]
+        if not isinstance(held, dict) or sorted(held) != sorted(names):
+            raise ValueError(f"progress: expected the fields {', '.join(names)}")
+        for name in names[:4]:
+            if not _count(held[name]):
+                raise ValueError(f"progress.{name}: expected a whole number from 0, got {held[name]!r}")
+        checks = {
+            "optim": lambda v: (
+                isinstance(v, dict) and sorted(v) == ["skipped", "updates"] and all(map(_count, v.values()))
+            ),
+            "ema": _count,
+            "meter": lambda v: isinstance(v, list) and all(isinstance(x, float | int) for x in v),
+        }
+        for name, good in checks.items():
+            wrong = [k for k, v in held[name].items() if not good(v)] if isinstance(held[name], dict) else ["it"]
+            if wrong:
+                raise ValueError(f"progress.{name}: {wrong[0]} is not as fewstep writes it")
+        return cls(**held)
+
+
+def _count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
 def _flush(path: Path) -> None:
@@ -87,8 +119,12 @@ def save_checkpoint(
     progress: Progress,
     keep: int,
     sharded: bool | None = None,
+    sound: bool = True,
 ) -> Path:
     """Write checkpoints/step-N, complete or not at all, then drop all but the newest `keep`.
+
+    sound: no update is being refused. Where it is False, or a weight is not finite, no sound checkpoint is dropped:
+    a run that diverges does not push its last good state out.
 
     sharded: None for one process that holds everything. Where networks are sharded every process calls this, one of
     them with True: the parts are joined, so that any number of processes can read the checkpoint.
@@ -96,7 +132,7 @@ def save_checkpoint(
     Raises UserError when the disk is full; nothing half-written is left.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    final = folder / f"step-{progress.done:08d}"
+    final = folder / _name(progress.done)
     aside = folder / f".{final.name}.{os.getpid() if sharded is None else 'shared'}.tmp"
     if sharded is not False:
         shutil.rmtree(aside, ignore_errors=True)
@@ -113,8 +149,9 @@ def save_checkpoint(
             for name, optimizer in optimizers.items():
                 torch.save(optimizer.state_dict(), aside / f"optim-{name}.pt")
         manifest = {p.name: [p.stat().st_size, crc32_of(p)] for p in sorted(aside.iterdir())}
-        state = {"progress": progress.__dict__, "files": manifest}
-        (aside / "state.json").write_text(json.dumps(state, indent=1))
+        sound = sound and all(_finite(m) for m in modules.values())
+        state = {"format": FORMAT, "sound": sound, "progress": vars(progress), "files": manifest}
+        (aside / "state.json").write_text(json.dumps({**state, "crc32": _checksum(state)}, indent=1))
         for p in (*aside.iterdir(), aside):
             _flush(p)
         if final.exists():
@@ -123,15 +160,47 @@ def save_checkpoint(
         _flush(folder)  # the new name is on the disk before an older checkpoint goes, so keep = 1 always has one
     except (OSError, RuntimeError, SafetensorError) as error:
         shutil.rmtree(aside, ignore_errors=True)
-        full = getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error)
+        full = getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error) or _no_room(folder)
         reason = "the disk is full; free some space and continue with --resume" if full else str(error)
         raise UserError(f"{final}: the checkpoint could not be written: {reason}") from None
-    for old in checkpoints(folder)[:-keep]:
+    for old in _past(folder, keep):
         # Renamed first: a kill within rmtree would leave a folder that no later pass recognises.
         os.rename(old, folder / f".{old.name}.old.tmp")
     for stale in folder.glob(".step-*.tmp"):
         shutil.rmtree(stale, ignore_errors=True)
     return final
+
+
+def _past(folder: Path, keep: int) -> list[Path]:
+    """Checkpoints to drop: all but the newest `keep`, and of these none that is sound while the newest is not."""
+    every = checkpoints(folder)
+    if is_sound(every[-1]):
+        return every[:-keep]
+    return [p for p in every[:-1] if not is_sound(p)]
+
+
+def is_sound(path: Path) -> bool:
+    """Whether a checkpoint was written while updates went through and with finite weights."""
+    try:
+        return bool(json.loads((path / "state.json").read_text())["sound"])
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return False
+
+
+def _finite(module: nn.Module) -> bool:
+    own = (t for t in own_state(module).values() if t.is_floating_point() and not is_sharded(t))
+    return all(bool(torch.isfinite(t).all()) for t in own)
+
+
+def _no_room(folder: Path) -> bool:
+    """torch.save words a full disk as an assertion about positions in a file."""
+    with suppress(OSError):
+        return shutil.disk_usage(folder).free < 1 << 20
+    return False
+
+
+def _checksum(state: Mapping[str, Any]) -> int:
+    return zlib.crc32(json.dumps(state, sort_keys=True).encode())
 
 
 def _write_parts(
@@ -150,6 +219,10 @@ def _write_parts(
             torch.save(whole, aside / f"optim-{name}.pt")
 
 
+def _name(done: int) -> str:
+    return f"step-{done:08d}"
+
+
 def checkpoints(folder: Path) -> list[Path]:
     """Complete checkpoints, oldest first."""
     if not folder.is_dir():
@@ -160,11 +233,24 @@ def checkpoints(folder: Path) -> list[Path]:
 
 def read_state(path: Path) -> tuple[Progress, dict[str, Any]]:
     """Progress and manifest of one checkpoint, every file checked for size and checksum."""
+    file = path / "state.json"
     try:
-        state = json.loads((path / "state.json").read_text())
-        progress, manifest = Progress(**state["progress"]), state["files"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path / 'state.json'}: cannot be read: {error}; {_remedy(path)}") from None
+        state = json.loads(file.read_text())
+        if not isinstance(state, dict) or "progress" not in state:
+            raise ValueError("it is not what fewstep writes")
+        if state.get("format") != FORMAT:
+            raise UserError(
+                f"{file}: has format {state.get('format')}, this fewstep reads {FORMAT}; continue the run with the "
+                "version that began it"
+            )
+        if _checksum({k: v for k, v in state.items() if k != "crc32"}) != state.get("crc32"):
+            raise ValueError("its checksum differs, so it is damaged or was edited")
+        progress, manifest = Progress.read(state["progress"]), _manifest(state["files"])
+        moments = {f"optim-{name}.pt" for name in progress.optim}
+        if path.name != _name(progress.done) or moments != {n for n in manifest if n.startswith("optim-")}:
+            raise ValueError("its counters do not belong to this checkpoint")
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{file}: cannot be read: {error}; {_remedy(path)}") from None
     for name, (size, crc) in manifest.items():
         p = path / name
         if not p.is_file():
@@ -172,6 +258,13 @@ def read_state(path: Path) -> tuple[Progress, dict[str, Any]]:
         if p.stat().st_size != size or crc32_of(p) != crc:
             raise UserError(f"{p}: is damaged ({p.stat().st_size} of {size} bytes, checksum differs); {_remedy(path)}")
     return progress, manifest
+
+
+def _manifest(held: Any) -> dict[str, list[int]]:
+    whole = isinstance(held, dict) and held and all(re.fullmatch(r"[\w.+-]+", name) for name in held)
+    if not whole or not all(isinstance(v, list) and len(v) == 2 and all(map(_count, v)) for v in held.values()):
+        raise ValueError("files: expected the size and checksum of every file")
+    return dict(held)
 
 
 def _remedy(path: Path) -> str:
@@ -183,8 +276,15 @@ def _remedy(path: Path) -> str:
 def load_checkpoint(
     path: Path, modules: Mapping[str, nn.Module], optimizers: Mapping[str, torch.optim.Optimizer]
 ) -> Progress:
-    """Restore modules and optimisers in place."""
-    progress, _ = read_state(path)
+    """Restore modules and optimisers in place.
+
+    Raises UserError naming the file for one that is missing, damaged or of another recipe; then some modules may hold
+    the checkpoint's weights.
+    """
+    progress, manifest = read_state(path)
+    for name in (*(f"{m}.safetensors" for m in modules), *(f"optim-{o}.pt" for o in optimizers)):
+        if name not in manifest:
+            raise UserError(f"{path / name}: is missing from the checkpoint; it belongs to another recipe")
     for name, module in modules.items():
         file, tensors = path / f"{name}.safetensors", own_state(module)
         if any(is_sharded(t) for t in tensors.values()):
@@ -193,9 +293,44 @@ def load_checkpoint(
             load_into(module, load_tensors(file), file)
     for name, optimizer in optimizers.items():
         file = path / f"optim-{name}.pt"
-        if not file.is_file():
-            raise UserError(f"{file}: is missing from the checkpoint; it belongs to another recipe")
-        whole = torch.load(file, weights_only=True, map_location="cpu")
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        whole = _optimizer_state(file, optimizer, parameters)
+        if name in progress.optim:
+            _check_steps(file, whole, progress.optim[name]["updates"])
         optimizer.load_state_dict(scattered_optimizer(whole, parameters))
     return progress
+
+
+def _optimizer_state(file: Path, optimizer: torch.optim.Optimizer, parameters: list[Tensor]) -> dict[str, Any]:
+    """An optimiser's state, checked against the parameters that it is for: their number, groups and sizes."""
+    try:
+        whole = torch.load(file, weights_only=True, map_location="cpu")
+    except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError):
+        # Their own texts advise to load without `weights_only`, which runs whatever code a file brings.
+        raise UserError(f"{file}: is not an optimiser's state as fewstep writes it; {_remedy(file.parent)}") from None
+    try:
+        sizes = [len(group["params"]) for group in whole["param_groups"]]
+        fits = sizes == [len(group["params"]) for group in optimizer.param_groups]
+        order = [i for group in whole["param_groups"] for i in group["params"]]
+        own = dict(zip(order, parameters, strict=True)) if fits else {}
+        for i, held in whole["state"].items():
+            fits = fits and i in own and all(_fits(v, own[i]) for v in held.values())
+    except (KeyError, TypeError, AttributeError, ValueError):
+        fits = False
+    if not fits:
+        raise UserError(f"{file}: its moments do not fit this recipe's parameters; it belongs to another recipe")
+    return dict(whole)
+
+
+def _fits(value: Any, parameter: Tensor) -> bool:
+    """Whether a moment may belong to a parameter: its shape, or no larger (factored and 8-bit ones, counters)."""
+    if not isinstance(value, Tensor):
+        return value is None or isinstance(value, bool | int | float | str)
+    return value.shape == parameter.shape or value.numel() <= max(256, math.prod(parameter.shape))
+
+
+def _check_steps(file: Path, whole: dict[str, Any], updates: int) -> None:
+    """The updates that an optimiser counted itself are those of state.json."""
+    counted = {int(held["step"]) for held in whole["state"].values() if "step" in held}
+    if counted and max(counted) != updates:
+        raise UserError(f"{file}: counts {max(counted)} updates, state.json {updates}; {_remedy(file.parent)}")

@@ -41,6 +41,8 @@ class Hooks:
     """Before a checkpoint is written."""
     on_state: Callable[[Roles], None] | None = None
     """After a stage's own buffers were made, with the roles."""
+    on_stop: Callable[[Trainer, bool], None] | None = None
+    """Within the handler of SIGTERM or Ctrl-C; True for the second one, which stops at once."""
 
 
 class Trainer:
@@ -91,7 +93,10 @@ class Trainer:
         return sum(stage.steps for stage in self.recipe.stages())
 
     def fit(self) -> None:
-        """Train to the end of the last stage. SIGTERM and Ctrl-C save a checkpoint at the next step's end."""
+        """Train to the end of the last stage.
+
+        SIGTERM and Ctrl-C save a checkpoint at the next step's end; a second one stops at once, without.
+        """
         names, told = self.recipe.train.trackers, self.accelerator
         if names and self.run is not None and told.is_main_process and not told.trackers:
             start_trackers(told, names, self.run, self.progress.done)
@@ -112,7 +117,11 @@ class Trainer:
             raise KeyboardInterrupt
 
     def _ask_to_stop(self, *_: Any) -> None:
-        self._stop = True
+        again, self._stop = self._stop, True
+        if self.hooks.on_stop:
+            self.hooks.on_stop(self, again)
+        if again:
+            raise KeyboardInterrupt
 
     def _made_state(self, roles: Roles) -> None:
         if self.hooks.on_state:
@@ -179,6 +188,10 @@ class Trainer:
         if self.log and self.accelerator.is_main_process:
             self.log.cut(self.progress.done if found else 0)
         return found
+
+    def go_on_from(self, checkpoint: Path) -> None:
+        """Start from a checkpoint of another run, with this recipe's settings."""
+        resume.go_on_from(self.loop, checkpoint)
 
 
 def gradients(parameters: list[nn.Parameter]) -> Tensor:

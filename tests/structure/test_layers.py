@@ -10,7 +10,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 FLOORS = (
-    ("config", "files"),
+    ("config",),
+    ("files",),
     ("algebra", "kernels", "eval"),
     ("networks",),
     ("data", "objectives"),

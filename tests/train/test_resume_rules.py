@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 from tiny_runs import TINY, contents, environment, names, records, same, tiny, train
 
-from fewstep.commands.run import prepare
+from fewstep.commands.claim import prepare
 from fewstep.config import UserError
 from fewstep.train.state import checkpoints, read_state
 from fewstep.train.trainer import Hooks, Trainer
@@ -70,7 +70,8 @@ def test_another_recipe_is_refused_and_changes_nothing(copied: Path):
         prepare(tiny(*SHORT, "train.steps=20", "method.gan.weight=0.5", "train.seed=1"), copied, True, False)
     assert str(caught.value) == (
         f"{copied}: was started with another recipe, so it cannot be resumed:\n"
-        "  method.gan.weight: 0.01 -> 0.5\n  train.seed: 0 -> 1"
+        "  method.gan.weight: 0.01 -> 0.5\n  train.seed: 0 -> 1\n"
+        f"To go on from its weights with other settings: --from {copied} and another --out"
     )
     assert (copied / "recipe.yaml").read_text() == before
     prepare(tiny(*SHORT, "train.steps=99", "train.keep=5"), copied, resume=True, force=False)
@@ -78,9 +79,12 @@ def test_another_recipe_is_refused_and_changes_nothing(copied: Path):
 
 def prepare_fresh(run: Path) -> None:
     """Put a recipe into a directory that a bare trainer has filled."""
+    from fewstep.commands.claim import KIND
+    from fewstep.files import write_mark
     from fewstep.recipe.store import dump
 
     (run / "recipe.yaml").write_text(dump(tiny(*SHORT, "train.steps=20")))
+    write_mark(run, KIND)
 
 
 def test_a_used_directory_is_never_overwritten_unasked(copied: Path, tmp_path: Path):
@@ -90,7 +94,7 @@ def test_a_used_directory_is_never_overwritten_unasked(copied: Path, tmp_path: P
         prepare(recipe, copied, resume=False, force=False)
     assert len(checkpoints(copied / "checkpoints")) == 2
     prepare(recipe, copied, resume=False, force=True)
-    assert names(copied) == ["recipe.yaml"]
+    assert names(copied) == [".fewstep", "recipe.yaml"]
     other = tmp_path / "letters"
     other.mkdir()
     (other / "letter.txt").write_text("dear")
