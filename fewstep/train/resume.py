@@ -68,7 +68,7 @@ def _load(loop: Loop, checkpoint: Path, run: Path) -> None:
     names = sorted(e.name for e in session.ema)
     if sorted(progress.ema) != names:
         raise UserError(
-            f"{checkpoint}: has the averages {', '.join(sorted(progress.ema))}, the recipe {', '.join(names)}"
+            f"{checkpoint}: has the averages {', '.join(sorted(progress.ema))}, the recipe {', '.join(names)} (train.ema)"
         )
     if progress.stage < len(stages) and progress.step > 0:
         stage = stages[progress.stage]

@@ -34,16 +34,8 @@ class Session:
         train = recipe.train
         self.recipe = recipe
         check_trackers(train.trackers)
-        # Without `cpu` accelerate forms no group of processes on a machine that has no accelerator.
-        alone = cpu or not torch.accelerator.is_available()
-        self.accelerator = Accelerator(cpu=alone, mixed_precision="bf16" if train.precision == "bf16" else "no")
+        self.accelerator = _accelerator(cpu, train.precision)
         world = self.accelerator.num_processes
-        launched = int(os.environ.get("WORLD_SIZE") or 1)
-        if launched != world:
-            raise UserError(
-                f"the launcher started {launched} processes (WORLD_SIZE), but they form no group: {world} would train "
-                "alone; launch with `python -m torch.distributed.run` or `accelerate launch`, or unset WORLD_SIZE"
-            )
         if train.batch % (world * train.accumulate):
             raise UserError(
                 f"train.batch {train.batch} must be divisible by processes x train.accumulate "
@@ -145,3 +137,18 @@ class Session:
             return flag
         asked: Any = self.accelerator.reduce(torch.tensor(float(flag), device=self.device), "sum")
         return bool(asked > 0)
+
+
+def _accelerator(cpu: bool, precision: str) -> Accelerator:
+    """The group of processes; UserError where a launcher started several and they would train apart."""
+    launched = int(os.environ.get("WORLD_SIZE") or 1)
+    if launched == 1 or "MASTER_ADDR" in os.environ:
+        # Without `cpu` accelerate forms no group on a machine that has no accelerator.
+        alone = cpu or not torch.accelerator.is_available()
+        made = Accelerator(cpu=alone, mixed_precision="bf16" if precision == "bf16" else "no")
+        if made.num_processes == launched:
+            return made
+    raise UserError(
+        f"WORLD_SIZE says that {launched} processes were started, but they form no group, so each would train alone in "
+        "one directory; launch them with `python -m torch.distributed.run` or `accelerate launch`, or unset WORLD_SIZE"
+    )

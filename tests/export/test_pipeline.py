@@ -160,7 +160,7 @@ def test_a_default_call_never_draws_the_null_class(exports: Any):
 
 def test_what_lies_in_the_folder(exports: Any):
     root = exports[0]
-    assert names(root / "four") == ["README.md", "fewstep.json", "model_index.json", "scheduler", "unet"]
+    assert names(root / "four") == [".fewstep", "README.md", "fewstep.json", "model_index.json", "scheduler", "unet"]
     assert names(root / "four" / "unet") == ["config.json", "diffusion_pytorch_model.safetensors"]
     assert not [p for p in root.rglob("*") if p.suffix in (".bin", ".ckpt", ".pkl", ".pth")]
     told = json.loads((root / "four" / "model_index.json").read_text())
@@ -321,7 +321,7 @@ def test_a_teacher_trained_here_comes_back_as_a_teacher(product: Product, tmp_pa
     folder = tmp_path / "teacher"
     done = export(replace(product, sampler=many_step(4)), folder)
     assert (done.parity, done.usage) == (0.0, f"teacher: {{name: diffusers, path: {folder}}}")
-    assert names(folder) == ["README.md", "fewstep.json", "model_index.json", "scheduler", "unet"]
+    assert names(folder) == [".fewstep", "README.md", "fewstep.json", "model_index.json", "scheduler", "unet"]
     net: Any = load_denoiser(str(folder), classes=10)
     assert net.net.classes == 10
     assert net.net.model.class_embedding.weight.shape[0] == 11  # guidance needs the null class

@@ -229,7 +229,7 @@ def test_experts_run_from_the_text_of_their_card(base: Product, tmp_path: Path, 
     one = student(base, net, sampler)
     done = export(one, tmp_path / "out")
     assert done.parity <= PARITY
-    assert names(tmp_path / "out") == ["README.md", "expert-0", "expert-1", "steps.json"]
+    assert names(tmp_path / "out") == [".fewstep", "README.md", "expert-0", "expert-1", "steps.json"]
     told = json.loads((tmp_path / "out" / "steps.json").read_text())
     wanted = [0, 0, 1, 1] if len(sampler.steps) == 4 else [0, 1]
     assert [row["expert"] for row in told["steps"]] == wanted

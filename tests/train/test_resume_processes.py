@@ -69,3 +69,30 @@ def test_a_batch_that_cannot_be_split_is_refused(tmp_path: Path):
 
     with pytest.raises(RecipeError, match=r"train\.accumulate: accumulate 5 must divide batch 24$"):
         tiny_runs.tiny("train.accumulate=5")
+
+
+def test_the_command_of_the_readme_forms_one_group_on_a_cpu(tmp_path: Path):
+    """No ACCELERATE_USE_CPU: without a group both ranks would train the whole batch into one directory."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "fewstep"]
+    settings = ("before=[]", "copy={}", "train.steps=4", "train.log_every=1", "train.batch=8", "train.checkpoint_every=2")
+    run = tmp_path / "run"
+    done = subprocess.run(
+        [*command, "run", "toy/dmd2", *settings, "evaluate=null", "train.sample_every=0", "--out", str(run)],
+        env={k: v for k, v in environment().items() if k != "ACCELERATE_USE_CPU"},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert [r["done"] for r in records(run)] == [1, 2, 3, 4]
+    assert done.stdout.count("run directory") == 1
+
+
+def test_processes_that_form_no_group_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    from fewstep.config import UserError
+    from fewstep.train.trainer import Trainer
+
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match=r"WORLD_SIZE says that 2 processes were started, but they form no group"):
+        Trainer(tiny_runs.tiny(), None, cpu=True)
