@@ -57,7 +57,7 @@ def newest_of(path: Path) -> Path:
         return step
     held = [p.name for p in checkpoints(path.parent / "checkpoints")]
     there = f"; the run has {', '.join(held)}" if held else ""
-    raise UserError(f"{path}: is neither a run directory with a checkpoint nor a checkpoint{there}")
+    raise UserError(f"{path}: is neither a run directory with a checkpoint nor one{there}")
 
 
 def _load(loop: Loop, checkpoint: Path, run: Path) -> None:

@@ -102,9 +102,9 @@ def test_two_processes_do_not_train_in_one_directory(tmp_path: Path):
     with held(run):
 
         def second() -> None:
-            with pytest.raises(UserError, match=rf"is being trained in by process {os.getppid()}; wait for it or stop"):
-                with held(run):
-                    pass
+            words = rf"is being trained in by process {os.getppid()}; wait for it or stop"
+            with pytest.raises(UserError, match=words), held(run):
+                pass
 
         assert in_child(second) == 0
     with held(run):
