@@ -114,7 +114,7 @@ def dinov2(path: str | os.PathLike[str], sha256: str | None = None) -> PixelNetw
             )
     from transformers import AutoConfig, Dinov2Model
 
-    config = AutoConfig.from_pretrained(folder, local_files_only=True)
+    config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     if config.model_type != "dinov2":
         raise ValueError(f"dinov2: {folder} holds a model of type {config.model_type!r}")
     digest = checked_digest("dinov2", weights, sha256)

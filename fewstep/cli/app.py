@@ -30,7 +30,27 @@ Settings = Annotated[
 ]
 Force = Annotated[bool, typer.Option("--force", help="Overwrite what is there.")]
 Steps = Annotated[int | None, typer.Option(help="Network calls (a teacher: Heun steps).")]
+TrustCode = Annotated[bool, typer.Option("--trust-code", help="Run the code that a recipe or run names.")]
 AnySteps = Annotated[bool, typer.Option("--any", help="Allow a number of steps the student was not trained for.")]
+
+
+def may_run_code(command: Callable[..., None]) -> Callable[..., None]:
+    """A command with --trust-code: what it opens may name code, which runs only where that is asked for."""
+    own = inspect.signature(command)
+    hints = get_type_hints(command, include_extras=True)
+
+    @functools.wraps(command)
+    def asked(*, trust_code: bool = False, **values: Any) -> None:
+        if trust_code:
+            from fewstep.networks.code import allow_everything
+
+            allow_everything()
+        command(**values)
+
+    named = inspect.Parameter("trust_code", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=TrustCode)
+    asked.__signature__ = own.replace(parameters=[*own.parameters.values(), named])  # type: ignore[attr-defined]
+    asked.__annotations__ = {**hints, "trust_code": TrustCode}
+    return asked
 
 
 def by_fields(command: Callable[[Any], None]) -> Callable[..., None]:

@@ -7,10 +7,11 @@ from typing import Annotated
 
 import typer
 
-from fewstep.cli.app import AnySteps, Force, Settings, Steps, app, methods, recipes
+from fewstep.cli.app import AnySteps, Force, Settings, Steps, app, may_run_code, methods, recipes
 
 
 @app.command(rich_help_panel="Look", epilog="Example: `fewstep sample runs/digits-dmd2 --classes 0-9 --out grid.png`")
+@may_run_code
 def sample(
     path: Annotated[Path, typer.Argument(help="A run directory, an export or a diffusers folder.")],
     steps: Steps = None,
@@ -30,6 +31,7 @@ def sample(
     rich_help_panel="Look",
     epilog='Example: `fewstep gallery runs/emoji-dmd2 runs/emoji-dmd2-4step --captions "red apple,pizza"`',
 )
+@may_run_code
 def gallery(
     runs: Annotated[list[Path], typer.Argument(help="Run directories on one data set with captions.")],
     captions: Annotated[str, typer.Option(help="Captions of the data, separated by commas.")],

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from fewstep.cli.app import app, by_fields
+from fewstep.cli.app import app, by_fields, may_run_code
 from fewstep.commands.request import Request
 
 
@@ -23,6 +23,7 @@ from fewstep.commands.request import Request
     "`fewstep eval --selftest`\n\n"
     "Several processes: `python -m torch.distributed.run --nproc-per-node 2 -m fewstep eval ...`",
 )
+@may_run_code
 @by_fields
 def evaluate(request: Request) -> None:
     """Measure a run, an export, a diffusers folder or a folder of images."""

@@ -7,10 +7,11 @@ from typing import Annotated
 
 import typer
 
-from fewstep.cli.app import Force, app
+from fewstep.cli.app import Force, app, may_run_code
 
 
 @app.command(rich_help_panel="Ship", epilog="Example: `fewstep export runs/digits-dmd2 --out my-pipeline`")
+@may_run_code
 def export(
     run: Annotated[Path, typer.Argument(help="A run directory.")],
     out: Annotated[Path | None, typer.Option(help="Folder to write [default: RUN/export].")] = None,
@@ -30,6 +31,7 @@ def export(
     rich_help_panel="Ship",
     epilog="Example: `fewstep invert runs/digits-icd pictures --out codes.safetensors --classes 3`",
 )
+@may_run_code
 def invert(
     run: Annotated[Path, typer.Argument(help="A run directory of the method icd.")],
     images: Annotated[Path, typer.Argument(help="A picture, or a folder of them; sub-folders are classes.")],

@@ -7,10 +7,11 @@ from typing import Annotated
 
 import typer
 
-from fewstep.cli.app import Force, Settings, app
+from fewstep.cli.app import Force, Settings, app, may_run_code
 
 
 @app.command(rich_help_panel="Train", epilog="Example: `fewstep run digits-dmd2 train.steps=100 --out runs/short`")
+@may_run_code
 def run(
     recipe: Annotated[str, typer.Argument(help="A shipped recipe's name, or the path of a YAML file.")],
     settings: Settings = None,
@@ -45,6 +46,7 @@ def plan(
     rich_help_panel="Train",
     epilog="Example: `fewstep compare digits-dmd2 digits-cd --budget updates=500 --out runs/compare`",
 )
+@may_run_code
 def compare(
     recipes: Annotated[list[str], typer.Argument(help="Shipped recipes or YAML files; they must share one metric.")],
     budget: Annotated[

@@ -27,6 +27,7 @@ from fewstep.commands.judge import Judge, judge_of
 from fewstep.commands.measure import guided_teacher, measure
 from fewstep.commands.pictures import save_grid, save_side_by_side
 from fewstep.commands.report import GRID, card_results, compare, console, first_teacher, show
+from fewstep.commands.trust import allow_own_code, remember
 from fewstep.config import UserError
 from fewstep.eval.protocol.evaluation import Evaluation
 from fewstep.export.choose import export
@@ -53,6 +54,7 @@ def run_recipe(
 ) -> Path:
     """`fewstep run`: train, sample, evaluate, export; `start` is the run or checkpoint to go on from."""
     recipe = load(name, settings)
+    allow_own_code(name, settings, recipe)
     run = out or Path("runs") / default_name(name)
     begin = _beginning(start, run, resume)
     trainer = Trainer(recipe, None)  # builds every role: what is missing is said before the directory is claimed
@@ -64,6 +66,7 @@ def run_recipe(
         if main:
             stack.enter_context(held(run))
             prepare(recipe, run, resume, force)
+            remember(run, recipe)
         trainer.accelerator.wait_for_everyone()
         trainer.attach(run)
         continued = resume and trainer.resume()

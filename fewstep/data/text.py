@@ -204,7 +204,7 @@ class SentenceEncoder:
         except ImportError:
             raise UserError("encoder sentence: needs transformers: pip install 'fewstep[text]'") from None
         try:
-            tokenizer: Any = AutoTokenizer.from_pretrained(root)
+            tokenizer: Any = AutoTokenizer.from_pretrained(root, trust_remote_code=False)
         except (KeyError, OSError, TypeError, ValueError) as error:
             raise UserError(f"encoder {self.path}: its tokenizer cannot be loaded: {error}") from None
         # Its states alone are used, not what a pooler makes of them.

@@ -14,6 +14,7 @@ from fewstep.config import UserError
 from fewstep.export.base import Parts
 from fewstep.export.choose import parts_of
 from fewstep.export.levels import check_product
+from fewstep.networks import code
 from fewstep.networks.adapters import Adapted, lora_layers
 from fewstep.networks.denoiser import Denoiser, Rescheduled
 from fewstep.networks.diffusers import wrapper_of
@@ -73,6 +74,7 @@ def outlined(recipe: Recipe) -> Product:
     Raises UserError or RecipeError where only building it tells.
     """
     teacher: Any = recipe.teacher
+    code.require(teacher)
     roles: dict[str, nn.Module] = {}
     if teacher is not None and teacher.name == "diffusers":
         net = _teacher(teacher, recipe.data)

@@ -80,7 +80,7 @@ def _add_encoder(to: Path, root: Path) -> None:
     (to / "text_encoder").mkdir()
     for name in ("config.json", "model.safetensors"):
         shutil.copyfile(root / name, to / "text_encoder" / name)
-    tokenizer = AutoTokenizer.from_pretrained(root)
+    tokenizer = AutoTokenizer.from_pretrained(root, trust_remote_code=False)
     tokenizer.save_pretrained(to / "tokenizer")
     index = json.loads((to / "model_index.json").read_text())
     index["text_encoder"] = ["transformers", names[0]]

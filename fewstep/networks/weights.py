@@ -147,7 +147,9 @@ def load_text_model(sub: Path, said: str, cls: Any, unused: tuple[str, ...] = ()
     refuse_pickles(sub, said, "transformers", cls.__name__)
     refuse_variants(sub, said, "transformers", cls.__name__)
     check_whole(sub, said)
-    model, told = _loaded(cls, sub, said, torch_dtype=torch.float32, use_safetensors=True)
+    # Left out it asks on the terminal whether a folder's own code may run.
+    own = {"trust_remote_code": False} if cls.__name__.startswith("Auto") else {}
+    model, told = _loaded(cls, sub, said, torch_dtype=torch.float32, use_safetensors=True, **own)
     used = {"missing_keys": [k for k in told["missing_keys"] if not k.startswith(unused)]}
     _complete(used, sub, said, ("missing_keys",))
     return model.eval()

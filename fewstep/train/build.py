@@ -8,6 +8,7 @@ from torch import nn
 from fewstep.algebra.draws import fold
 from fewstep.config import RecipeError
 from fewstep.data.base import Data
+from fewstep.networks import code
 from fewstep.networks.adapters import Adapted, own_parameters
 from fewstep.networks.parts import Site
 from fewstep.networks.roles import Roles
@@ -18,7 +19,9 @@ def build_roles(recipe: Recipe, data: Data) -> Roles:
     """Every role of the recipe on the CPU, weights seeded by (seed, role); what is trained is in float32.
 
     A bf16 weight of .1 does not change by less than 2e-4: at usual rates most updates would be rounded away.
+    UserError for code that the recipe names and nobody has allowed to run.
     """
+    code.require(recipe.teacher)
     modules: dict[str, nn.Module] = {}
     for name in recipe.role_names():
         seed = fold(recipe.train.seed, "weights", name) % 2**63

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from fewstep.algebra.condition import moved, rows
 from fewstep.algebra.sampling import Sampler, knot_levels, many_step, sample, seeded
 from fewstep.config import UserError
+from fewstep.networks import code
 from fewstep.recipe.schema import Recipe
 from fewstep.recipe.store import load_run
 from fewstep.train.build import build_product
@@ -114,6 +115,7 @@ def open_product(path: Path) -> Product:
 
 def _open_run(path: Path) -> Product:
     recipe = load_run(path)
+    code.allow_made_here(path, recipe.teacher)
     found = checkpoints(path / "checkpoints")
     if not found:
         raise UserError(f"{path}: has no checkpoint yet; train it with `fewstep run` first")

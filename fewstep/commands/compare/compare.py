@@ -32,8 +32,10 @@ from fewstep.commands.compare.one_run import (
     write_json,
 )
 from fewstep.commands.judge import judge_of
+from fewstep.commands.trust import allow_own_code
 from fewstep.config import UserError, plain
 from fewstep.eval.protocol.evaluation import Evaluation, distance_of
+from fewstep.networks import code
 from fewstep.recipe.schema import Evaluate, Recipe
 from fewstep.recipe.source import shipped
 from fewstep.recipe.store import load
@@ -60,6 +62,9 @@ def compare(
     if any(n < 1 for n in steps):
         raise UserError(f"--steps: must be at least 1, not {min(steps)}")
     loaded = {name: load(name, [*settings, *NEVER]) for name in dict.fromkeys(recipes)}
+    for name, recipe in loaded.items():
+        allow_own_code(name, settings, recipe)
+        code.require(recipe.teacher)
     evaluation = common(loaded, samples)
     check_judges(loaded, evaluation)
     names = folders(loaded)

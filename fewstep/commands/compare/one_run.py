@@ -25,6 +25,7 @@ from fewstep.eval.protocol.evaluation import Evaluation, environment
 from fewstep.eval.protocol.images import to_pixels
 from fewstep.eval.protocol.latency import measure_latency
 from fewstep.files import atomic_path
+from fewstep.networks import code
 from fewstep.recipe.diff import differences
 from fewstep.recipe.schema import Evaluate, Recipe
 from fewstep.recipe.store import dump, load, load_run
@@ -52,7 +53,9 @@ class Task:
 
     def load(self) -> Recipe:
         seed = () if self.seed is None else (f"train.seed={self.seed}",)
-        return replace(load(self.recipe, [*self.settings, *seed, *NEVER]), evaluate=self.evaluation)
+        recipe = load(self.recipe, [*self.settings, *seed, *NEVER])
+        code.allow(recipe.teacher)  # `compare` has asked before it made tasks
+        return replace(recipe, evaluate=self.evaluation)
 
     @property
     def title(self) -> str:

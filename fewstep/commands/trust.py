@@ -1,0 +1,33 @@
+"""The code of a recipe that `run` and `compare` are asked for: shown, and allowed where it is the recipe's own."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from fewstep.commands.report import console
+from fewstep.networks import code
+from fewstep.recipe.schema import Recipe
+from fewstep.recipe.source import find
+
+
+def allow_own_code(name: str, settings: Sequence[str], recipe: Recipe) -> None:
+    """Print file and hash of the code that a recipe names, and allow it where the user chose it.
+
+    It is the user's choice where it lies in the folder of the recipe's own file or below, or was given as a setting
+    on the command line. Other code stays refused without --trust-code.
+    """
+    home = find(name).resolve().parent
+    for key, value in code.named(recipe.teacher).items():
+        path = code.file_of(value)
+        typed = any(s.startswith((f"{key}=", "teacher=")) for s in settings)
+        own = path is not None and path.is_relative_to(home)
+        if typed or own or code.is_allowed(value):
+            code.allow(recipe.teacher)
+            where = f"{path}, sha256 {code.digest(value)}" if path else "in no file that can be found"
+            console.print(f"{key}: runs {value} ({where})", soft_wrap=True, highlight=False, markup=False)
+
+
+def remember(run: Path, recipe: Recipe) -> None:
+    """The run directory opens without --trust-code on this machine as long as its code stays the same."""
+    code.remember(run, recipe.teacher)
