@@ -24,6 +24,8 @@ def find(name: str) -> Path:
     names = shipped()
     if name in names:
         return names[name]
+    if not name or "\0" in name or len(name) > 1000:
+        raise RecipeError(f"recipe {name[:40]!r}: is no name and no path; see `fewstep recipes ls`")
     path = Path(name).expanduser()
     if path.suffix in (".yaml", ".yml") and path.is_file():
         return path
@@ -37,13 +39,24 @@ def read(name: str, settings: Sequence[str] = ()) -> Source:
     """A recipe's merged source: its `extends` base (one level), the file, then key=value settings."""
     path = find(name)
     source = load_yaml(path, path.name if name in shipped() else str(path))
+    where = source.where(("extends",))
     base_name = source.data.pop("extends", None)
     if base_name is not None:
-        beside = path.parent / str(base_name)
-        base_path = beside if beside.suffix in (".yaml", ".yml") and beside.is_file() else find(str(base_name))
-        base = load_yaml(base_path, base_path.name if str(base_name) in shipped() else str(base_path))
-        if "extends" in base.data:
-            raise RecipeError(f"{base_path.name}: extends another recipe; only one level is allowed")
-        base.data.pop("results", None)
-        source = merge(base, source)
+        source = merge(_base(path, base_name, where), source)
     return override(source, settings)
+
+
+def _base(path: Path, name: object, where: str) -> Source:
+    """The recipe that `extends: name` in the file `path` means; RecipeError begins with `where` it is said."""
+    if not isinstance(name, str) or not name:
+        raise RecipeError(f"{where}: extends: expected the name or file of a recipe, got {name!r}")
+    beside = path.parent / name
+    try:
+        found = beside if beside.suffix in (".yaml", ".yml") and beside.is_file() else find(name)
+    except (RecipeError, OSError, ValueError) as error:
+        raise RecipeError(f"{where}: extends: {error}") from None
+    base = load_yaml(found, found.name if name in shipped() else str(found))
+    if "extends" in base.data:
+        raise RecipeError(f"{where}: extends: {found.name} extends another recipe; only one level is allowed")
+    base.data.pop("results", None)
+    return base

@@ -1,0 +1,22 @@
+"""Recipes as checked data: registered parts, YAML with line numbers, and all problems of a file at once."""
+
+from fewstep.config.check import validate as validate
+from fewstep.config.parts import (
+    REGISTRY as REGISTRY,
+    OneOf as OneOf,
+    RecipeError as RecipeError,
+    UserError as UserError,
+    _close as _close,
+    config as config,
+    part as part,
+    plain as plain,
+)
+from fewstep.config.source import (
+    FAST_LOADER as FAST_LOADER,
+    PLAIN_LOADER as PLAIN_LOADER,
+    Source as Source,
+    load_yaml as load_yaml,
+    merge as merge,
+    override as override,
+    parse as parse,
+)
