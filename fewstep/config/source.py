@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -118,13 +119,13 @@ def _scalar(loader: Any, node: yaml.Node) -> Any:
         raise ValueError(f"{short}: has more than {DIGITS} digits")
     try:
         value = loader.construct_object(node)
-    except (ValueError, KeyError, TypeError, OverflowError, yaml.YAMLError):
+    except (ValueError, KeyError, TypeError, OverflowError):
         raise ValueError(f"{short!r} is not what its tag {node.tag.rpartition(':')[2]} says") from None
     if value is not None and not isinstance(value, (str, int, float)):
         raise ValueError(f"{short!r}: values of type {type(value).__name__} are not read")
     if isinstance(value, int) and not -(2**63) <= value < 2**63:
         raise ValueError(f"{short}: does not fit into 64 bits")
-    if isinstance(value, float) and value and not SMALLEST <= abs(value) <= LARGEST:
+    if isinstance(value, float) and value and math.isfinite(value) and not SMALLEST <= abs(value) <= LARGEST:
         raise ValueError(f"{short}: cannot be told from {'0' if abs(value) < SMALLEST else 'infinity'} in float32")
     return value
 
