@@ -1,21 +1,15 @@
 """What several modules of tests share."""
 
-from collections.abc import Iterator
+import os
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
-
-@pytest.fixture(scope="module")
-def one_thread() -> Iterator[None]:
-    """One thread of torch: sums in one order, and workers that do not fight over cores."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+# Read when torch and numpy are first imported, here and in every process of a test. One thread: sums have one order,
+# workers do not spin against each other for the cores, and a fork copies a whole process.
+os.environ.update(OMP_NUM_THREADS="1", MKL_NUM_THREADS="1", OPENBLAS_NUM_THREADS="1")
 
 
 @cache

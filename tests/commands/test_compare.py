@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -15,8 +13,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tiny_compare import ARGUMENTS, train
-from tiny_runs import contents, environment, python, same
+from processes import apart
+from tiny_compare import ARGUMENTS, drive_account, drive_compare, train
+from tiny_runs import contents, same
 
 from fewstep.algebra.sampling import many_step
 from fewstep.bench.readme import comparison_table
@@ -115,8 +114,7 @@ def test_calls_are_counted_as_the_method_makes_them():
 
 
 def test_an_account_continues_where_its_run_was_cut(tmp_path: Path):
-    code = "import sys, pathlib, tiny_compare; tiny_compare.drive_account(pathlib.Path(sys.argv[1]))"
-    told = json.loads(python(code, str(tmp_path)).stdout.splitlines()[-1])
+    told = json.loads(apart(drive_account, tmp_path).splitlines()[-1])
     # One teacher call and the student's 3 are 24 a step of 6 samples: 738 calls are 30.75 steps.
     assert {name: account[:2] for name, account in told.items()} == {name: [31, 31 * 24] for name in told}
     a, b = (contents(tmp_path / name / "checkpoints" / "step-00000031") for name in ("whole", "cut"))
@@ -251,8 +249,7 @@ def test_a_comparison_survives_kills_and_failures(tmp_path: Path, capfd: pytest.
     # A learning rate that leaves only NaN behind: the trainer stops with the reason.
     bad.write_text("extends: toy/kd\noptim: {default: {lr: 1e30}}\n")
     recipes = ["toy/kd", "toy/cd", str(bad)]
-    code = "import sys, pathlib, tiny_compare; tiny_compare.drive_compare(pathlib.Path(sys.argv[1]), *sys.argv[2:])"
-    printed = python(code, str(tmp_path), *recipes).stdout
+    printed = apart(drive_compare, tmp_path, *recipes)
     assert '["teachers/toy-kd/result.json", "toy-kd/seed-0/result.json"]' in printed
     assert "toy/kd, seed 0: done before" in printed
     assert printed.count("toy/kd, seed 0: started") == 2  # killed/ and straight/
@@ -263,7 +260,7 @@ def test_a_comparison_survives_kills_and_failures(tmp_path: Path, capfd: pytest.
     assert {r["name"] for r in report["rows"]} == {"toy/kd", "toy/cd"}
     energies = [r["metrics"]["energy x1000"] for r in report["rows"]]
     assert all(len(entry["values"]) == 2 for entry in energies)
-    assert all(r["training"]["updates"] == 40 for r in report["rows"])
+    assert all(r["training"]["updates"] == 20 for r in report["rows"])
     protocol = replace(load_preset("energy"), number=64)
     assert {r["preset_hash"] for r in [*report["rows"], *report["teachers"]]} == {protocol.hash}
     assert but_for_the_clock(report) == but_for_the_clock(results(straight))
@@ -271,7 +268,7 @@ def test_a_comparison_survives_kills_and_failures(tmp_path: Path, capfd: pytest.
     estimate = Estimate(value=entry["value"], standard_error=entry["standard_error"])
     table = comparison_table(out / "results.json").splitlines()
     assert table[2].startswith(f"| `{best['name']}` | {best['training']['method']} | 1 | {with_error(estimate)} | 2 |")
-    assert "40 updates each, " in table[-1]
+    assert "20 updates each, " in table[-1]
     assert "64 samples, energy" in table[-1]
     assert f"Failed: `{bad}`" in table[-1]
     page = (out / "report.html").read_text()
@@ -291,15 +288,12 @@ def test_a_comparison_survives_kills_and_failures(tmp_path: Path, capfd: pytest.
     assert "toy-kd/seed-0: was trained with another recipe; delete" in refused("--resume")
 
 
-def test_runs_in_processes_of_their_own(tmp_path: Path):
-    arguments = ["-m", "fewstep", "compare", "toy/kd", *ARGUMENTS, "--budget", "calls=9000", "--seeds", "1"]
-    done = subprocess.run(
-        [sys.executable, *arguments, "--steps", "1,2", "--out", str(tmp_path / "out")],
-        capture_output=True,
-        text=True,
-        env=environment(),
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
+def test_runs_in_processes_of_their_own(tmp_path: Path, capfd: pytest.CaptureFixture[str]):
+    arguments = ["compare", "toy/kd", *ARGUMENTS, "--budget", "calls=9000", "--seeds", "1"]
+    with pytest.raises(SystemExit) as left:
+        main([*arguments, "--steps", "1,2", "--out", str(tmp_path / "out")])
+    told, complaints = capfd.readouterr()
+    assert left.value.code == 0, complaints[-2000:]
     (row,) = results(tmp_path / "out")["rows"]
     assert (row["rank"], row["steps"], row["number"]) == (1, 1, 64)
     spent = row["training"]
@@ -307,7 +301,7 @@ def test_runs_in_processes_of_their_own(tmp_path: Path):
     assert abs(spent["network_calls"] - 9000) <= 2 * 24
     assert 100 < spent["peak_memory_mib"] < 5000
     assert 0 < spent["cpu_seconds"] <= (os.cpu_count() or 1) * spent["seconds"] + 0.1
-    assert "| 1 | `toy/kd` |" in done.stdout
+    assert "| 1 | `toy/kd` |" in told
 
 
 def test_spent_reads_in_the_budgets_unit():

@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import re
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tiny_runs import environment
+from processes import two_processes
 from tiny_teacher import make_run, make_teacher
 
 from fewstep.cli import main
@@ -268,28 +266,16 @@ def report_of(folder: Path) -> list[dict[str, Any]]:
     return [{"name": r["name"], "calls": r["calls"], "hash": r["preset_hash"], "metrics": r["metrics"]} for r in rows]
 
 
+def command_line(*arguments: str) -> None:
+    main(list(arguments))
+
+
 def test_two_processes_give_the_numbers_of_one(ok: Call, trained: Path, tmp_path: Path, cache: Path):
     arguments = [str(trained), "--preset", "digits", "--samples", str(N)]
     ok(*arguments, "--batch", "7", "--report", tmp_path / "one")
     assert not list((cache / "evaluation").iterdir())  # shards of a finished evaluation are gone
-    launch = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node",
-        "2",
-        "-m",
-        "fewstep",
-    ]
-    done = subprocess.run(
-        [*launch, "eval", *arguments, "--batch", "9", "--report", str(tmp_path / "two")],
-        capture_output=True,
-        text=True,
-        env=environment(),
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.count("FD (house-digits)") == 1  # only the main process speaks
+    told = two_processes(command_line, "eval", *arguments, "--batch", "9", "--report", str(tmp_path / "two"))
+    assert [text.count("FD (house-digits)") for text in told] == [1, 0]  # only the main process speaks
     one, two = report_of(tmp_path / "one"), report_of(tmp_path / "two")
     assert [r["calls"] for r in one] == [1]
     for a, b in zip(one, two, strict=True):

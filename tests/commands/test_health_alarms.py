@@ -13,8 +13,6 @@ from fewstep.recipe.store import load
 from fewstep.train.product import product_of
 from fewstep.train.trainer import Hooks, Trainer
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 WARM = 150
 SMALL = (
     "student.width=64",

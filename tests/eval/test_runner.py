@@ -1,15 +1,10 @@
 """Generation in shards: the same samples for any batch or process count, resumed after any interruption."""
 
 import json
-import os
-import signal
-import subprocess
-import sys
-import textwrap
-from pathlib import Path
 
 import pytest
 import torch
+from tiny_runs import die, in_child, killed
 
 from fewstep.eval.features.base import random_conv, wrap
 from fewstep.eval.protocol.resize import Step, quantise
@@ -81,22 +76,13 @@ def test_a_folder_of_another_job_is_refused(tmp_path, changes):
 
 
 def test_killed_process_leaves_a_folder_that_resumes_to_the_same(tmp_path):
-    script = textwrap.dedent(f"""
-        import os, signal, sys, importlib.util
-        spec = importlib.util.spec_from_file_location("cases", {str(Path(__file__))!r})
-        cases = importlib.util.module_from_spec(spec); spec.loader.exec_module(cases)
-        from fewstep.eval.protocol import runner
-        calls = 0
-        def dying(indices):
-            global calls
-            calls += 1
-            if calls == 5:
-                os.kill(os.getpid(), signal.SIGKILL)
-            return cases.generate(indices)
-        runner.run_shards(cases.job(), {str(tmp_path / "run")!r}, dying, cases.EXTRACTOR)
-    """)
-    died = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=os.environ)
-    assert died.returncode == -signal.SIGKILL, died.stderr
+    calls = []
+
+    def dying(indices):
+        calls.append(indices)
+        return die() if len(calls) == 5 else generate(indices)
+
+    assert killed(in_child(lambda: run_shards(job(), tmp_path / "run", dying, EXTRACTOR)))
     assert len(list((tmp_path / "run").glob("shard-*.json"))) == 2
     assert run_shards(job(), tmp_path / "run", generate, EXTRACTOR) == 11
     whole = make(tmp_path / "whole")

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from tiny_runs import names, python
+from processes import apart
+from tiny_runs import names
 from tiny_teacher import make_run, make_teacher, tiny_unet
 from torch import Tensor
 
@@ -201,21 +203,26 @@ def test_table_with_a_clean_first_index_keeps_every_other_level() -> None:
         torch.testing.assert_close(alpha_bar[1:], process.alpha(t)[1:] ** 2, rtol=1e-10, atol=0)
 
 
-ALONE = """
-import sys
-sys.path[:] = [p for p in sys.path if p]
 class Blocked:
-    def find_spec(self, name, path=None, target=None):
+    """Finds no fewstep."""
+
+    def find_spec(self, name: str, path: Any = None, target: Any = None) -> None:
         if name.partition(".")[0] == "fewstep":
             raise ImportError(name)
-sys.meta_path.insert(0, Blocked())
-code = open(sys.argv[1] + "/README.md").read().split("```python\\n")[1].split("```")[0]
-torch = __import__("torch")
-torch.manual_seed(4)
-exec(code)
-noise = torch.randn(5, 1, 8, 8)
-torch.save({"noise": noise, "images": draw(noise, torch.arange(5))}, sys.argv[2])
-"""
+
+
+def run_card(folder: Path | str, to: Path | str) -> None:
+    """Run the card's text where fewstep cannot be imported, and save what it draws."""
+    for name in [m for m in sys.modules if m.partition(".")[0] == "fewstep"]:
+        del sys.modules[name]
+    sys.meta_path.insert(0, Blocked())
+    with pytest.raises(ImportError):
+        import fewstep  # noqa: F401
+    torch.manual_seed(4)
+    told: dict[str, Any] = {}
+    exec(Path(folder, "README.md").read_text().split("```python\n")[1].split("```")[0], told)
+    noise = torch.randn(5, 1, 8, 8)
+    torch.save({"noise": noise, "images": told["draw"](noise, torch.arange(5))}, to)
 
 
 def experts(kind: type = EDM) -> Routed:
@@ -234,7 +241,7 @@ def test_experts_run_from_the_text_of_their_card(base: Product, tmp_path: Path, 
     wanted = [0, 0, 1, 1] if len(sampler.steps) == 4 else [0, 1]
     assert [row["expert"] for row in told["steps"]] == wanted
     assert "no stock pipeline switches between two UNets" in (tmp_path / "out" / "README.md").read_text()
-    python(ALONE, str(tmp_path / "out"), str(tmp_path / "drawn.pt"), cwd=tmp_path)
+    apart(run_card, tmp_path / "out", tmp_path / "drawn.pt")
     drawn = torch.load(tmp_path / "drawn.pt")
     with torch.no_grad():
         ours = sample(sampler, net, drawn["noise"], torch.arange(5), lambda _: drawn["noise"])

@@ -1,4 +1,4 @@
-"""Comparisons that are killed for real; driven in a process with one thread, so that forking is safe."""
+"""Comparisons that are killed for real; driven in a process with one thread (processes.apart), so forking is safe."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny_runs import import_before_forks, in_child, killed
+from tiny_runs import in_child, killed
 
 SMALL = ("before=[]", "train.batch=6", "student.width=16", "student.depth=3", "evaluate.samples=64")
-ARGUMENTS = ["--budget", "updates=40", "--seeds", "2", *(x for s in SMALL for x in ("--set", s))]
+ARGUMENTS = ["--budget", "updates=20", "--seeds", "2", *(x for s in SMALL for x in ("--set", s))]
 ARGUMENTS += ["--set", "evaluate.teacher_steps=[1]", "--set", "train.checkpoint_every=5"]
 ARGUMENTS += ["--set", "train.max_skips=3"]
 
@@ -34,10 +34,11 @@ def train(name: str, steps: int, *settings: str, run: Path | None = None, **opti
     return account
 
 
-def drive_account(folder: Path) -> None:
+def drive_account(folder: Path | str) -> None:
     """whole/ under a budget of calls, and cut/ killed on the way and continued twice. Prints the accounts."""
     from fewstep.commands.compare.budget import Budget
 
+    folder = Path(folder)
     budget = Budget("calls", 41 * 18)
     settings = ("method.teacher_steps=1", "train.checkpoint_every=7", "train.ema=[0.9]")
 
@@ -55,14 +56,14 @@ def drive_account(folder: Path) -> None:
     print(json.dumps(told))
 
 
-def drive_compare(folder: Path, *recipes: str) -> None:
+def drive_compare(folder: Path | str, *recipes: str) -> None:
     """killed/ gets a SIGKILL in the second run and is continued; straight/ is left alone. Runs are forked."""
     from fewstep.cli import main
     from fewstep.commands.compare import compare
     from fewstep.train.trainer import Trainer
 
-    import_before_forks()
-    compare.start_method = lambda: multiprocessing.get_context("fork")
+    folder = Path(folder)
+    compare.start_method = lambda _: multiprocessing.get_context("fork")
 
     def run(out: str, *more: str, only: tuple[str, ...] = recipes) -> None:
         with pytest.raises(SystemExit) as left:

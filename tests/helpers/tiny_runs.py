@@ -35,8 +35,8 @@ TINY = (
     "evaluate.teacher_steps=[1]",
 )
 """toy/dmd2 with a discriminator on the critic's trunk, two averages, two stages; checkpoints off the log's beat."""
-HALF = ("before.0.steps=30", "train.steps=70")
-"""100 steps in place of 200; checkpoints still end two steps before the run does."""
+THIRD = ("before.0.steps=20", "train.steps=45")
+"""65 steps in place of 200; checkpoints still end two steps before the run does."""
 
 
 def tiny(*settings: str) -> Any:
@@ -95,9 +95,14 @@ def import_before_forks() -> None:
     import fewstep.train.trainer  # noqa: F401
 
 
+def drive_kills(folder: Path | str, seed: int | str, *settings: str) -> None:
+    """All kills of a run, in a process of one thread (processes.apart), so that forking is safe."""
+    drive_random_kills(Path(folder), int(seed), *settings, lines_in_all=13 if settings else 40)
+    drive_kill_points(Path(folder), *settings)
+
+
 def drive_random_kills(folder: Path, seed: int, *settings: str, lines_in_all: int, kills: int = 3) -> None:
     """reference/ without a break; killed/ with kill -9 at random moments, then left alone. Prints where they came."""
-    import_before_forks()
     assert in_child(lambda: train(folder / "reference", *settings)) == 0
     draw, log, left = random.Random(seed), folder / "killed" / "log.jsonl", []
 
@@ -121,7 +126,6 @@ def drive_random_kills(folder: Path, seed: int, *settings: str, lines_in_all: in
 
 def drive_kill_points(folder: Path, *settings: str) -> None:
     """One run per point of `save_checkpoint` and of the log at which the process dies; then it is continued."""
-    import_before_forks()
     from fewstep.train import log, state
 
     def optimizer_half_written() -> None:

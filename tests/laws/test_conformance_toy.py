@@ -13,8 +13,6 @@ from fewstep.eval import energy_distance
 from fewstep.recipe.store import load
 from fewstep.train.trainer import Hooks, Trainer
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 COUNT = 4000
 
 

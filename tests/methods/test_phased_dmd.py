@@ -178,7 +178,6 @@ def trajectories(denoiser: nn.Module) -> Tensor:
     return x[:, 0]
 
 
-@pytest.mark.usefixtures("one_thread")
 def test_a_network_trained_inside_the_interval_follows_the_full_flow_with_the_unbiased_target_only():
     exact = trajectories(POINTS)
     # The exact ends are the data at this level: mean 0.25, variance (1.25 + 1) / 4, quantiles and Euler aside.

@@ -12,6 +12,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 ORDERS = """
 import importlib, os, sys
+import accelerate, torch  # seconds, which each child would need again
 orders = (
     ("fewstep.algebra.rollout", "fewstep.algebra.jump", "fewstep"),
     ("fewstep", "fewstep.networks.roles", "fewstep.recipe.schema"),

@@ -169,10 +169,17 @@ def test_modules_of_the_bare_folders_cannot_be_reached():
     ]
 
 
-def test_diffusers_can_be_imported_from_the_checkouts_root():
-    """transformers probes for a package called kernels; the folder of that name must not break it."""
-    code = "import sys; sys.path.insert(0, sys.argv[1])\nfrom diffusers import UNet2DModel\nprint(UNet2DModel.__name__)"
-    assert python(code, str(ROOT), cwd=ROOT).stdout.strip().endswith("UNet2DModel")
+def test_peft_and_diffusers_can_be_imported_from_the_checkouts_root():
+    """transformers probes for a package called kernels; the folder of that name must not break it.
+
+    In one process, which takes seconds: peft first, since diffusers imports it.
+    """
+    code = (
+        "import sys; sys.path.insert(0, sys.argv[1])\n"
+        "import peft.utils.constants\nprint('peft')\n"
+        "from diffusers import UNet2DModel\nprint(UNet2DModel.__name__)"
+    )
+    assert python(code, str(ROOT), cwd=ROOT).stdout.split()[-2:] == ["peft", "UNet2DModel"]
 
 
 def test_elsewhere_only_fewstep_can_be_imported(tmp_path: Path):

@@ -20,8 +20,6 @@ from fewstep.config import UserError
 from fewstep.train.state import checkpoints, read_state
 from fewstep.train.trainer import Hooks, Trainer
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 SHORT = ("before.0.steps=10", "train.checkpoint_every=10", "optim.default.decay=constant")
 
 

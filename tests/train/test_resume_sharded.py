@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import shutil
-import subprocess
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from tiny_runs import SPLIT, contents, environment, record_gradients, records, tiny
+from processes import two_processes
+from tiny_runs import SPLIT, contents, record_gradients, records, tiny
 from tiny_teacher import make_teacher, student_settings
 
 LATE = ("train.checkpoint_every=3", "train.keep=2")
@@ -36,14 +35,14 @@ def adapters_run(teacher: Path, run: Path, *settings: str) -> Any:
     return trainer
 
 
-def launched(folder: Path) -> None:
+def sharded(folder: Path | str) -> None:
     """What each of two processes runs."""
     import os
 
     from fewstep.train.parallel import is_sharded
     from fewstep.train.trainer import Trainer
 
-    rank, fsdp = int(os.environ["RANK"]), "train.parallel=fsdp"
+    folder, rank, fsdp = Path(folder), int(os.environ["RANK"]), "train.parallel=fsdp"
     seen = record_gradients(folder / "two", *LATE, fsdp)
     trainer = Trainer(tiny(*SPLIT, *LATE, fsdp), folder / "two", cpu=True)
     trainer.resume()
@@ -80,16 +79,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[torch.Ten
     one = [g for _, g in record_gradients(folder / "one", *LATE)]
     until_three(folder / "one", folder / "one-then-two")
     make_teacher(folder / "teacher")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    done = subprocess.run(
-        [*command, __file__, str(folder)],
-        env=environment(),
-        cwd=folder,
-        capture_output=True,
-        text=True,
-        timeout=1200,
-    )
-    assert done.returncode == 0, done.stderr[-6000:]
+    two_processes(sharded, folder)
     return folder, one
 
 
@@ -141,7 +131,3 @@ def test_adapters_on_a_sharded_base(runs: tuple[Path, list[torch.Tensor]]):
     end = Path("checkpoints") / "step-00000001"
     same_weights(folder / "adapters-one" / end, folder / "adapters-two" / end, ("student", "critic", "ema_0.98"))
     assert any(float(p.abs().max()) > 0 for k, p in one.roles.student.own.items() if "lora_B" in k)
-
-
-if __name__ == "__main__":
-    launched(Path(sys.argv[1]))

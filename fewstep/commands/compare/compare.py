@@ -10,7 +10,7 @@ import multiprocessing
 import shlex
 import signal
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -34,15 +34,13 @@ from fewstep.commands.compare.one_run import (
 from fewstep.commands.judge import judge_of
 from fewstep.commands.trust import allow_own_code
 from fewstep.config import UserError, plain
+from fewstep.data.toy import Ring
 from fewstep.eval.protocol.evaluation import Evaluation, distance_of
 from fewstep.networks import code
 from fewstep.recipe.schema import Evaluate, Recipe
 from fewstep.recipe.source import shipped
 from fewstep.recipe.store import load
 from fewstep.train.product import product_of
-
-PRELOADED = ("torch._dynamo", "peft", "torchvision", "sklearn.datasets", "diffusers.models.unets.unet_2d")
-"""What a run imports on its way, seconds in all: the server from which runs are forked does it once."""
 
 
 def compare(
@@ -197,9 +195,9 @@ def teacher_tasks(tasks: Sequence[Task], loaded: Mapping[str, Recipe]) -> list[T
 
 def run_all(tasks: Sequence[Task]) -> None:
     """Run every task without a result, one after the other."""
-    context = start_method()
-    started, made = time.perf_counter(), 0
     waiting = [t for t in tasks if read_json(t.result) is None]
+    context = start_method({t.recipe: t.load() for t in waiting}.values())
+    started, made = time.perf_counter(), 0
     for number, task in enumerate(tasks, 1):
         task = replace(task, place=f"[{number}/{len(tasks)}]")
         if task not in [replace(w, place=task.place) for w in waiting]:
@@ -212,13 +210,21 @@ def run_all(tasks: Sequence[Task]) -> None:
         say(f"{task.title}: {outcome(task)}; about {left / 60:.0f} min left")
 
 
-def start_method() -> Any:
-    """Processes forked from a server that has imported everything and computed nothing; spawned with CUDA."""
+def start_method(recipes: Iterable[Recipe]) -> Any:
+    """Processes forked from a server that has imported what these need and computed nothing; spawned with CUDA."""
     if "forkserver" not in multiprocessing.get_all_start_methods() or torch.cuda.is_available():
         return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["fewstep.commands.compare.one_run", *PRELOADED])
+    context.set_forkserver_preload(["fewstep.commands.compare.one_run", *imports_of(recipes)])
     return context
+
+
+def imports_of(recipes: Iterable[Recipe]) -> list[str]:
+    """What runs import on their way, seconds in all; those on points build no network of diffusers."""
+    found = ["torch._dynamo"]
+    if not all(isinstance(recipe.data, Ring) for recipe in recipes):
+        found += ["peft", "torchvision", "sklearn.datasets", "diffusers.models.unets.unet_2d"]
+    return found
 
 
 def run_one(context: Any, task: Task) -> None:
