@@ -1,4 +1,4 @@
-"""The shipped toy recipe learns: training it as it stands moves the student to the teacher's distribution."""
+"""The shipped toy recipe learns, at a third of its batch: its updates move the student to the teacher's distribution."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def trained(*settings: str) -> tuple[Any, Any, torch.Tensor]:
 
 @pytest.fixture(scope="module")
 def one_step() -> tuple[Any, Any, torch.Tensor]:
-    return trained("before.0.steps=1000")
+    return trained("before.0.steps=600", "train.batch=128")
 
 
 def test_toy_dmd2_beats_its_initialisation_twentyfold(one_step: tuple[Any, Any, torch.Tensor]):
