@@ -48,7 +48,9 @@ def may_run_code(command: Callable[..., None]) -> Callable[..., None]:
         command(**values)
 
     named = inspect.Parameter("trust_code", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=TrustCode)
-    asked.__signature__ = own.replace(parameters=[*own.parameters.values(), named])  # type: ignore[attr-defined]
+    # As text, the annotation of a parameter would hide from typer what is an option.
+    read = [p.replace(annotation=hints[p.name]) for p in own.parameters.values()]
+    asked.__signature__ = own.replace(parameters=[*read, named])  # type: ignore[attr-defined]
     asked.__annotations__ = {**hints, "trust_code": TrustCode}
     return asked
 
