@@ -149,9 +149,7 @@ def test_extends_one_level_and_replaces_a_part_whose_name_changes(tmp_path: Path
     grandchild = write(tmp_path, "extends: mine.yaml\nabout: too deep\n", "grandchild.yaml")
     with pytest.raises(RecipeError, match=r"grandchild\.yaml:1: extends: mine\.yaml extends another recipe; only one"):
         load(grandchild)
-    with pytest.raises(
-        RecipeError, match=r"lost\.yaml:1: extends: recipe 'toy/dmd22' is not shipped; did you mean"
-    ):
+    with pytest.raises(RecipeError, match=r"lost\.yaml:1: extends: recipe 'toy/dmd22' is not shipped; did you mean"):
         load(write(tmp_path, "extends: toy/dmd22\n", "lost.yaml"))
 
 
