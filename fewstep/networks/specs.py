@@ -183,26 +183,28 @@ class UNet2DSpec:
     def build(self, site: Site) -> nn.Module:
         from diffusers import UNet2DModel
 
-        from fewstep.networks.unet2d import UNet2D
+        return self.around(seeded(site, lambda: UNet2DModel(**self.settings(site))), site)
 
-        pixels = _pixels(site, "unet2d")
+    def settings(self, site: Site) -> dict[str, Any]:
+        """The arguments of UNet2DModel."""
         inner = "Attn" if self.attention else ""
         deeper = len(self.channels) - 1
-        model = seeded(
-            site,
-            lambda: UNet2DModel(
-                **pixels,
-                block_out_channels=self.channels,
-                layers_per_block=self.layers,
-                down_block_types=("DownBlock2D", *[f"{inner}DownBlock2D"] * deeper),
-                up_block_types=(*[f"{inner}UpBlock2D"] * deeper, "UpBlock2D"),
-                norm_num_groups=self.groups,
-                attention_head_dim=self.head_dim,
-                add_attention=self.attention,
-                num_class_embeds=site.classes + 1 if site.classes else None,
-                resnet_time_scale_shift="scale_shift",
-            ),
-        )
+        return _pixels(site, "unet2d") | {
+            "block_out_channels": self.channels,
+            "layers_per_block": self.layers,
+            "down_block_types": ("DownBlock2D", *[f"{inner}DownBlock2D"] * deeper),
+            "up_block_types": (*[f"{inner}UpBlock2D"] * deeper, "UpBlock2D"),
+            "norm_num_groups": self.groups,
+            "attention_head_dim": self.head_dim,
+            "add_attention": self.attention,
+            "num_class_embeds": site.classes + 1 if site.classes else None,
+            "resnet_time_scale_shift": "scale_shift",
+        }
+
+    def around(self, model: nn.Module, site: Site) -> Denoiser:
+        """The denoiser of a UNet2DModel with these settings."""
+        from fewstep.networks.unet2d import UNet2D
+
         return Denoiser(UNet2D(model, site.classes), self.process, "cm", "250log_sigma")
 
 
