@@ -11,6 +11,7 @@ from torch import Tensor
 from fewstep.algebra.draws import Draws, fold
 from fewstep.algebra.process import Flow
 from fewstep.config import part
+from fewstep.data.base import Conditions
 from fewstep.data.conditions import ClassConditions
 from fewstep.networks.analytic import ring
 
@@ -24,6 +25,10 @@ class Ring:
     std: float = 0.1
     conditional: bool = False
     """True: the mode's number is the condition."""
+
+    @property
+    def conditions(self) -> Conditions:
+        return "classes" if self.conditional else "none"
 
     def open(self) -> RingData:
         return RingData(self)

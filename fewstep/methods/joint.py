@@ -88,6 +88,7 @@ class Joint:
             teacher_grad=any(n.teacher_grad for n in every),
             process=next((n.process for n in every if n.process), ""),
             inputs=frozenset().union(*(n.inputs for n in every)),
+            conditions=frozenset.intersection(*(n.conditions for n in every)),
             frozen=roles - trained,
             state=state if states else None,
         )

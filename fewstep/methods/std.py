@@ -15,8 +15,8 @@ from fewstep.algebra.draws import Draws
 from fewstep.algebra.process import add_noise
 from fewstep.algebra.sampling import Sampler
 from fewstep.algebra.times import check_steps
-from fewstep.config import UserError, part
-from fewstep.data.base import Data
+from fewstep.config import part
+from fewstep.data.base import Conditions, Data
 from fewstep.methods.method import Losses, Needs, Turn
 from fewstep.networks.roles import Roles
 from fewstep.objectives.legs import Scale, Teacher, check_scale, drawn, student_leg
@@ -93,7 +93,9 @@ class STD:
         def state(data: Data) -> nn.Module:
             return Bank(self.slots, tuple(data.shape))
 
-        return Needs(frozenset({"teacher", "student"}), data=True, state=state)
+        # Labels are kept beside the banked states, embeddings of text are not.
+        conditions: frozenset[Conditions] = frozenset({"none", "classes"})
+        return Needs(frozenset({"teacher", "student"}), data=True, conditions=conditions, state=state)
 
     def turns(self, roles: Roles, step: int) -> Iterator[Turn]:
         yield Turn(("student",), lambda batch: self.losses(roles, batch))
@@ -106,8 +108,6 @@ class STD:
         banked = (bank.knot[slot] > 0) & (batch.draws.uniform() < self.rate)
         x = torch.where(banked.reshape(-1, *(1,) * (fresh.ndim - 1)), bank.x[slot].to(fresh.dtype), fresh)
         cond = batch.cond
-        if cond is not None and not isinstance(cond, Tensor):
-            raise UserError("method std keeps labels beside its banked states, no text: train it on classes")
         if cond is not None:
             cond = torch.where(banked, bank.label[slot], cond)
         return slot, x, torch.where(banked, bank.knot[slot], first), cond

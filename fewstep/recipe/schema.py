@@ -18,7 +18,7 @@ import fewstep.networks.teachers  # noqa: F401  registers networks and teachers
 from fewstep.algebra.process import Process
 from fewstep.algebra.sampling import Sampler
 from fewstep.config import RecipeError, Source, _close, config
-from fewstep.data.base import DataPart
+from fewstep.data.base import Conditions, DataPart
 from fewstep.eval.protocol.preset import preset_names
 from fewstep.methods.method import MethodPart
 from fewstep.methods.terms import Gan
@@ -222,6 +222,8 @@ class Recipe:
             inputs, key = declared_inputs(self.student, "student", self._specs())
             if wrong := stage.method.needs().refuses_inputs(inputs):
                 raise ValueError(f"{key}: method {stage.method.name} {wrong}")
+            if self.data.conditions and (wrong := stage.method.needs().refuses_conditions(self.data.conditions)):
+                raise ValueError(f"data: method {stage.method.name} {wrong}")
             trunk = self.discriminator.trunk if self.discriminator else "critic"
             if trunk != "critic" and any(gan.shares_noise for gan in _gans(stage.method)):
                 raise ValueError(
@@ -267,6 +269,12 @@ class Recipe:
                 _, key = declared_process(self.student, "student", self._specs())
                 where = f"{source.where(tuple(key.split('.')))}: " if source else ""
                 raise RecipeError(f"{where}{key}: method {stage.method.name} {wrong}")
+
+    def check_conditions(self, conditions: Conditions) -> None:
+        """RecipeError unless every stage's method trains on data with these conditions, where its files tell them."""
+        for stage in self.stages():
+            if wrong := stage.method.needs().refuses_conditions(conditions):
+                raise RecipeError(f"data: method {stage.method.name} {wrong}")
 
     def stages(self) -> tuple[Stage, ...]:
         """All stages in order; the last one is the recipe's method."""
