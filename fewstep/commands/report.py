@@ -103,7 +103,7 @@ def _table(evaluations: Sequence[Evaluation]) -> None:
         speed = "" if e.seconds is None else f"{e.seconds:.2f}"
         out.add_row(e.name, *cells, "" if e.calls is None else str(e.calls), speed)
     notes = [", ".join(names)]
-    notes += ["calls: of the network, each sample; s / 1000: warm, processor time on a CPU"]
+    notes += ["calls: of the network, each sample; s / 1000: warm; on a CPU processor time of one thread"]
     if any(f.standard_error is None for e in evaluations for f in e.frechet):
         notes.append("without ±: no more samples than features, far too few for a distance that says anything")
     console.print(out)

@@ -8,6 +8,8 @@ from typing import Annotated
 
 from typer import Argument, Option
 
+from fewstep.config import UserError
+
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
@@ -34,3 +36,14 @@ class Request:
     report: Annotated[Path | None, Option(help="Folder for report.html and report.json.")] = None
     out: Annotated[Path | None, Option(help="Folder of the images that geneval and hpsv2 write.")] = None
     selftest: Annotated[bool, Option("--selftest", help="Check the harness itself on this machine.")] = False
+
+    def __post_init__(self) -> None:
+        # Here, before the command imports torch, which takes seconds.
+        if self.selftest:
+            return
+        if (self.path is None) == (self.images is None):
+            raise UserError("eval: give a run, an export or a diffusers folder, or --images FOLDER --preset NAME")
+        if self.images is not None and self.preset is None:
+            raise UserError("--images: needs --preset NAME, such as digits")
+        if self.seed is not None and self.preset is not None:
+            raise UserError("--seed: a preset has seeds of its own; another seed is another protocol")
