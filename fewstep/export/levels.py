@@ -109,9 +109,11 @@ def _karras_rows(
     Row k of its T stands at k / (T - 1) of Karras's spacing (arXiv 2206.00364, eq. 5) from sigma_max to sigma_min.
     """
     count = config["num_train_timesteps"]
-    rows = sorted(timesteps) if timesteps else [i * (count // num_inference_steps) for i in range(num_inference_steps)]
+    if timesteps is None:
+        assert num_inference_steps is not None
+        timesteps = [i * (count // num_inference_steps) for i in range(num_inference_steps)]
     spacing = EDM(**{k: config[k] for k in ("sigma_min", "sigma_max", "rho")})
-    return levels_of(spacing, [1 - row / (count - 1) for row in rows])
+    return levels_of(spacing, [1 - row / (count - 1) for row in sorted(timesteps)])
 
 
 def check_export(process: Process, steps: Sequence[float], stock: Stock) -> None:
