@@ -144,7 +144,9 @@ class EDM:
     """Variance exploding with t = sigma in [sigma_min, sigma_max] (arXiv 2206.00364)."""
 
     sigma_min: float = 0.002
+    """Smallest noise level; samples at it count as clean."""
     sigma_max: float = 80.0
+    """Largest noise level, at which sampling starts."""
     rho: float = 7.0
     """Exponent of the Karras grid (eq. 5)."""
     sigma_data: float = 0.5
@@ -215,7 +217,9 @@ class Cosine(_VariancePreserving):
     """Cosine schedule with logSNR = -2 log tan(a u + b) between two limits (arXiv 2202.00512, sec. 3)."""
 
     logsnr_min: float = -20.0
+    """ln(alpha^2 / sigma^2) at t = 1, the noisy end."""
     logsnr_max: float = 20.0
+    """ln(alpha^2 / sigma^2) at t = 0, the clean end."""
     t_max = 1.0
 
     @property
@@ -246,7 +250,9 @@ class VP(_VariancePreserving):
     """Continuous variance preserving diffusion, beta linear in t in (0, 1] (arXiv 2011.13456, eq. 33)."""
 
     beta_min: float = 0.1
+    """beta at t = 0 (the paper's .1)."""
     beta_delta: float = 19.9
+    """beta at t = 1 less beta at t = 0 (the paper's 20 - .1)."""
     t_max = 1.0
 
     def _b(self, t: Tensor) -> Tensor:
@@ -304,9 +310,13 @@ class DiscreteVP(_VariancePreserving):
     """
 
     schedule: Literal["linear", "scaled_linear"] = "linear"
+    """What runs linearly from start to end: beta itself (DDPM), or its root (Stable Diffusion)."""
     beta_start: float = 1e-4
+    """beta of the first index (DDPM 1e-4; Stable Diffusion .00085)."""
     beta_end: float = 0.02
+    """beta of the last index (DDPM .02; Stable Diffusion .012)."""
     steps: int = 1000
+    """Length of the table."""
 
     @property
     def t_max(self) -> float:  # type: ignore[override]
