@@ -199,7 +199,7 @@ class Recipe:
     """A run as data."""
 
     about: str
-    """One line."""
+    """What the recipe makes, in one line."""
     data: DataPart
     """Where samples, conditions and their shape come from."""
     student: NetworkPart
