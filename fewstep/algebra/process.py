@@ -7,12 +7,12 @@ shape and dtype. Processes compare through the angle atan2(sigma, alpha), finite
 from __future__ import annotations
 
 import math
-from functools import lru_cache
 from typing import Annotated, Literal, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
+from fewstep.algebra.tables import log_ratio_table
 from fewstep.config import OneOf, part
 
 
@@ -289,18 +289,6 @@ class VP(_VariancePreserving):
         return t.clamp(0, 1)
 
 
-@lru_cache(maxsize=32)
-def _log_ratio_table(schedule: str, start: float, end: float, steps: int) -> Tensor:
-    if schedule == "linear":
-        beta = torch.linspace(start, end, steps, dtype=torch.float64)
-    elif schedule == "scaled_linear":
-        beta = torch.linspace(start**0.5, end**0.5, steps, dtype=torch.float64) ** 2
-    else:
-        raise ValueError(f"schedule {schedule!r} is not one of 'linear', 'scaled_linear'")
-    log_alpha_bar = torch.log1p(-beta).cumsum(0)
-    return 0.5 * (torch.log(-torch.expm1(log_alpha_bar)) - log_alpha_bar)
-
-
 @part("process", "discrete_vp")
 class DiscreteVP(_VariancePreserving):
     """The DDPM tables as a continuous process: t = index + 1, so that t = 0 is clean and t = `steps` the end.
@@ -323,7 +311,7 @@ class DiscreteVP(_VariancePreserving):
         return float(self.steps)
 
     def _table(self, t: Tensor) -> Tensor:
-        table = _log_ratio_table(self.schedule, self.beta_start, self.beta_end, self.steps)
+        table = log_ratio_table(self.schedule, self.beta_start, self.beta_end, self.steps)
         return table.to(t.device, t.dtype)
 
     def _segment(self, t: Tensor) -> tuple[Tensor, Tensor]:
@@ -360,7 +348,7 @@ class DiscreteVP(_VariancePreserving):
 
     def clean_first_betas(self) -> list[float]:
         """The table's betas with index 0 made clean and its share moved into index 1; later levels are as before."""
-        table = _log_ratio_table(self.schedule, self.beta_start, self.beta_end, self.steps)
+        table = log_ratio_table(self.schedule, self.beta_start, self.beta_end, self.steps)
         alpha_bar = torch.sigmoid(-2 * table)
         alpha_bar[0] = 1.0
         return [0.0, *(1 - alpha_bar[1:] / alpha_bar[:-1]).tolist()]
