@@ -11,7 +11,6 @@ from fewstep.commands.new_lines import Lines, rendered
 from fewstep.commands.write_recipe import write_recipes
 from fewstep.config import UserError
 
-
 MOST = 64
 """Steps of a student; its teacher takes as many."""
 

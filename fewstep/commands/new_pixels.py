@@ -81,7 +81,7 @@ def teacher(found: Pictures) -> Lines:
     batch = power_below(min(128 if side <= 32 else 64, found.count))
     tried = "digits-teacher's" if side <= 16 else "fashion-teacher's" if side <= 32 else "ours, not measured at this size"
     return [
-        (f"about: {quoted(f'teacher of {found.path.name}, pixels from scratch, EDM training')}", "written by `fewstep new`"),
+        (f"about: {quoted(f'teacher of {found.path.name}, pixels from scratch, EDM')}", "written by `fewstep new`"),
         *found.lines(),
         ("student:", "what is trained, here the teacher itself"),
         ("  name: unet2d", "its export opens in plain diffusers and is what the student's recipe reads"),
