@@ -8,7 +8,8 @@ from typing import Any, Literal, get_args, get_origin
 
 import yaml
 
-from fewstep.config import FAST_LOADER, REGISTRY, _options, plain
+from fewstep.config import FAST_LOADER, REGISTRY, plain
+from fewstep.config.check import _options
 from fewstep.recipe.fields import REQUIRED, Found, Key, find, hints_of, keys_of, parts_in, shown
 from fewstep.recipe.source import shipped
 

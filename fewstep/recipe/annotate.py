@@ -5,7 +5,8 @@ from __future__ import annotations
 import textwrap
 from typing import Any
 
-from fewstep.config import _inner, _part_of, parse
+from fewstep.config import parse
+from fewstep.config.check import _inner, _part_of
 from fewstep.recipe.fields import doc_of, summary
 from fewstep.recipe.schema import Recipe
 

@@ -18,7 +18,8 @@ from typing import Any, Literal, get_args, get_origin
 import yaml
 
 import fewstep.recipe.source as source
-from fewstep.config import REGISTRY, OneOf, RecipeError, _close, _hint, _options, plain
+from fewstep.config import REGISTRY, OneOf, RecipeError, _close, plain
+from fewstep.config.check import _hint, _options
 from fewstep.recipe.schema import Recipe
 
 REQUIRED = object()

@@ -60,7 +60,7 @@ def _kind(kind: str) -> dict[str, Any]:
 
 
 def _mapping(part: type) -> dict[str, Any]:
-    name = {"name": {"const": part.name}} if hasattr(part, "name") else {}  # type: ignore[attr-defined]
+    name = {"name": {"const": part.name}} if hasattr(part, "name") else {}
     keys = name | {k.name: _key(k) for k in keys_of(part)}
     return {"type": "object", "description": summary(part), "properties": keys, "additionalProperties": False}
 
