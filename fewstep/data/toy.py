@@ -21,8 +21,11 @@ class Ring:
     """Eight Gaussians on a circle, every second one twice as heavy (see fewstep.networks.analytic.ring)."""
 
     modes: PositiveInt = 8
+    """Gaussians on the circle."""
     radius: float = 1.25
+    """Of the circle."""
     std: float = 0.1
+    """Of every Gaussian, in each axis."""
     conditional: bool = False
     """True: the mode's number is the condition."""
 

@@ -78,7 +78,7 @@ def outlined(recipe: Recipe) -> Product:
     code.require(teacher)
     roles: dict[str, nn.Module] = {}
     if teacher is not None and teacher.name == "diffusers":
-        net = _teacher(teacher, recipe.data)
+        net = outlined_teacher(teacher, recipe.data)
         wrapper: Any = net.net
         shape = (wrapper.channels(), *_size(recipe.data, wrapper))
         data: Any = _Data(shape, wrapper.classes)
@@ -125,8 +125,8 @@ def _spec(spec: Any) -> Any:
     return replace(spec, max_frequency=None) if spec.name == "copy" else spec
 
 
-def _teacher(spec: Any, data: Any) -> Denoiser:
-    """`load_denoiser` up to the weights."""
+def outlined_teacher(spec: Any, data: Any = None) -> Denoiser:
+    """`load_denoiser` up to the weights, for a teacher's spec; x has the size of `data` where its spec tells one."""
     folder = read_folder(spec.path)
     schedule = dict(folder.scheduler) | ({"prediction_type": spec.prediction} if spec.prediction else {})
     read_scheduler(schedule, str(folder.scheduler_file), tokens=256)

@@ -22,7 +22,9 @@ class Share:
     """One method and the weight of its losses."""
 
     method: MethodPart
+    """The method, with all its own settings."""
     weight: float = 1.0
+    """Factor on every loss of the method."""
     start: int = 0
     """Update at which the method begins; rCM's score difference begins where sCM's warm-up ends."""
 

@@ -40,6 +40,7 @@ class SelfE:
     strength: float = 1.0
     """Factor of lambda; 0 leaves regression on the pair."""
     steps: tuple[float, ...] = (1.0,)
+    """Levels u that the student is sampled at; other numbers of steps are allowed too."""
 
     def __post_init__(self) -> None:
         check_steps(self.steps)

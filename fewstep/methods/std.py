@@ -66,10 +66,13 @@ class STD:
     """random: s uniform over the `reach` knots below the teacher's step; clean: s = 0, the consistency model (their
     mode lcm)."""
     reach: PositiveInt = 19
+    """Largest distance of s below the teacher's step, in knots, for target: random."""
     guidance: Scale = 1.0
     """The teacher's scale (official: between 6 and 16)."""
     distance: Distance = "huber"
+    """How the two answers are compared: huber is LCM's, of every element; huber_sample iCT's, of a sample's norm."""
     c: float = 1e-3
+    """c of the pseudo-Huber distances, in units of the data (which lies in [-1, 1]); mse and l1 have none."""
     steps: tuple[float, ...] = (0.78, 0.58, 0.38, 0.18)
     """Levels, none above the start of the trajectories."""
 
