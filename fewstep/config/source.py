@@ -95,7 +95,8 @@ def _bounded(text: str, name: str, kind: Any) -> None:
     Aliases share one node, so that 300 bytes can stand for 10^7 leaves; deep nesting ends in Python's own limit.
     """
     depth = 0
-    for count, event in enumerate(yaml.parse(text, Loader=kind)):
+    events: Any = yaml.parse(text, Loader=kind)
+    for count, event in enumerate(events):
         line = event.start_mark.line + 1
         if isinstance(event, yaml.AliasEvent):
             raise RecipeError(f"{name}:{line}: aliases (*{event.anchor}) are not read; write the value out")

@@ -75,9 +75,9 @@ def outlined(recipe: Recipe) -> Product:
     Raises UserError or RecipeError where only building it tells.
     """
     teacher: Any = recipe.teacher
-    code.require(teacher)
     roles: dict[str, nn.Module] = {}
     if teacher is not None and teacher.name == "diffusers":
+        code.require(teacher)
         net = outlined_teacher(teacher, recipe.data)
         wrapper: Any = net.net
         shape = (wrapper.channels(), *_size(recipe.data, wrapper))

@@ -5,8 +5,7 @@ from __future__ import annotations
 import pytest
 import yaml
 
-from fewstep import config
-from fewstep.config import FAST_LOADER, PLAIN_LOADER, RecipeError, Source, parse
+from fewstep.config import FAST_LOADER, PLAIN_LOADER, RecipeError, Source, parse, source as yaml_source
 from fewstep.recipe import cards
 from fewstep.recipe.source import read, shipped
 
@@ -17,7 +16,7 @@ def plainly(monkeypatch: pytest.MonkeyPatch):
 
     def call(job, *arguments):
         with monkeypatch.context() as m:
-            m.setattr(config, "LOADER", PLAIN_LOADER)
+            m.setattr(yaml_source, "LOADER", PLAIN_LOADER)
             return job(*arguments)
 
     return call
@@ -25,7 +24,7 @@ def plainly(monkeypatch: pytest.MonkeyPatch):
 
 def test_the_loader_is_libyamls_where_there_is_one():
     fast = yaml.CSafeLoader if yaml.__with_libyaml__ else yaml.SafeLoader
-    assert issubclass(config.LOADER, fast)
+    assert issubclass(yaml_source.LOADER, fast)
     assert not issubclass(PLAIN_LOADER, fast) or fast is yaml.SafeLoader
 
 
@@ -106,7 +105,7 @@ def test_scalars_mean_what_they_look_like(plainly, value: str, means: object):
 def test_a_syntax_error_has_its_line(plainly, text: str, line: int):
     told = []
     for read_it in (parse, lambda *a: plainly(parse, *a)):
-        with pytest.raises(RecipeError, match=rf"^f:{line}: (not valid YAML: .|a recipe is a mapping)") as caught:
+        with pytest.raises(RecipeError, match=rf"^f:{line}: (not valid YAML: .|a recipe is a mapping|aliases)") as caught:
             read_it(text, "f")
         told.append(str(caught.value))
     assert told[0] == told[1]
