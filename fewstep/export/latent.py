@@ -146,11 +146,11 @@ def stock_of(product: Product) -> tuple[Folder, Any, Stock]:
     return source, wrapper, stock
 
 
-def call_of(wrapper: Any, stock: Stock) -> dict[str, Any]:
+def call_of(wrapper: Any, stock: Stock, label: int = 0) -> dict[str, Any]:
     """What the pipeline is called with for an example."""
     example = checked(wrapper.example(1), wrapper.needs, wrapper.takes, wrapper.pipeline)
     scale = wrapper.arguments(example, wrapper.sample_size()).get("guidance_scale", 1.0)
-    what = {"class_labels": [3]} if "label" in wrapper.needs else {"prompt": "a red fox in the snow"}
+    what = {"class_labels": [label]} if "label" in wrapper.needs else {"prompt": "a red fox in the snow"}
     return what | stock.call | {"guidance_scale": scale}
 
 
@@ -177,7 +177,7 @@ def latent_parts(product: Product) -> Parts:
         scheduler=stock.name,
         save=partial(_save, source, wrapper.model, stock.scheduler),
         pairs=pairs,
-        usage=partial(usage, name, call_of(wrapper, stock)),
+        usage=partial(usage, name, call_of(wrapper, stock, product.example)),
         card=partial(student_card, product, name),
         note=("fewstep.json", json.dumps(note)),
     )
