@@ -1,20 +1,83 @@
-"""`fewstep recipes ls`: what ships, in a table, from the YAML files alone."""
+"""`fewstep recipes ls` and `cp`: what ships, from the YAML files alone, and a copy without what was measured of it."""
 
 from __future__ import annotations
 
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
 from rich.console import Console
-from rich.table import Table
 
-from fewstep.recipe.source import read, shipped
+from fewstep.commands.listing import as_json, chosen, show
+from fewstep.config import UserError
+from fewstep.recipe.source import find, outlines, shipped
+
+COLUMNS = {"name": "recipe", "method": "method", "about": "about", "result": "result"}
 
 
-def list_recipes() -> None:
-    """Name, method, what it is about and the measured or published result of each shipped recipe."""
-    out = Table(box=None, pad_edge=False)
-    for column in ("recipe", "method", "about", "result"):
-        out.add_column(column, no_wrap=column == "recipe")
-    for name in shipped():
-        data = read(name).data
-        results = [f"{r['metric']} {r['value']} ({r['source']})" for r in data.get("results", [])]
-        out.add_row(name, data.get("method", {}).get("name", ""), data.get("about", ""), "; ".join(results))
-    Console().print(out)
+def list_recipes(
+    words: Sequence[str] = (), method: str | None = None, json: bool = False, console: Console | None = None
+) -> None:
+    """Name, method, what it is about and the result of each shipped recipe that has all words and the method."""
+    console = console or Console()
+    rows = [
+        {**r, "method": " + ".join(r["methods"]), "result": "; ".join(map(_result, r["results"]))} for r in outlines()
+    ]
+    if method is not None:
+        known = {m for r in rows for m in r["methods"]}
+        own = method if method in known else _of_card(method)
+        rows = [r for r in rows if own in r["methods"]]
+    found = chosen(rows, words)
+    if not found:
+        asked = " ".join([*words, *(["--method", method] if method else [])])
+        raise UserError(f"no shipped recipe has {asked!r}; `fewstep recipes ls` lists all {len(shipped())}")
+    if json:
+        keys = ("name", "methods", "about", "results")
+        console.print(as_json([{k: r[k] for k in keys} for r in found]), soft_wrap=True, highlight=False, markup=False)
+    else:
+        show(console, found, COLUMNS, extra=("result",))
+
+
+def _of_card(name: str) -> str:
+    """The method that a paper's name stands for; RecipeError suggests a name."""
+    from fewstep.recipe.cards import card
+
+    return card(name).name
+
+
+def _row(outline: dict[str, Any]) -> dict[str, Any]:
+    results = [f"{r['metric']} {r['value']} ({r['source']})" for r in outline["results"]]
+    return {**outline, "method": " + ".join(outline["methods"]), "result": "; ".join(results)}
+
+
+def copy_recipe(name: str, to: Path, force: bool = False) -> None:
+    """`fewstep recipes cp`: a shipped recipe as a file of one's own. UserError where it cannot be written."""
+    if to.exists() and not force:
+        raise UserError(f"{to}: exists; overwrite it with --force")
+    if to.suffix not in (".yaml", ".yml"):
+        raise UserError(f"{to}: a recipe's name ends in .yaml")
+    if not to.parent.is_dir():
+        raise UserError(f"{to.parent}: no such folder")
+    text = find(name).read_text(encoding="utf-8")
+    to.write_text(own_copy(text, sources=name.startswith(("paper/", "models/"))), encoding="utf-8")
+
+
+def own_copy(text: str, sources: bool) -> str:
+    """A recipe's text without its `results`, which are not the copy's.
+
+    Comments go too, for they tell what was found on the recipe's own data; with `sources` they name where published
+    settings are from, and stay.
+    """
+    text = re.sub(r"(?m)^results:.*\n?(?:[ \t#-].*\n?|\n)*", "", text)
+    if sources:
+        return text
+    lines = [line for line in text.splitlines() if not line.lstrip().startswith("#")]
+    for i, line in enumerate(lines):
+        bare = re.sub(r"\s+#.*$", "", line)
+        if bare != line and yaml.safe_load("\n".join([*lines[:i], bare, *lines[i + 1 :]])) == yaml.safe_load(
+            "\n".join(lines)
+        ):
+            lines[i] = bare
+    return "\n".join(lines) + "\n"

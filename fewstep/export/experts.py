@@ -69,7 +69,9 @@ def _by_class(product: Product, parts_of: Callable[[Product], Parts]) -> Parts:
     for c in range(product.classes):
         groups[f"student-{c * count // product.classes}"].append(c)
     members = {
-        name: parts_of(replace(product, net=member, title=f"{product.title}, classes {group[0]}-{group[-1]}", example=group[0]))
+        name: parts_of(
+            replace(product, net=member, title=f"{product.title}, classes {group[0]}-{group[-1]}", example=group[0])
+        )
         for member, (name, group) in zip(net.members, groups.items(), strict=True)
     }
     first, parts = next(iter(members.items()))

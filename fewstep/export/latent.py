@@ -161,8 +161,10 @@ def latent_parts(product: Product) -> Parts:
     """
     source, wrapper, stock = stock_of(product)
     name, written = str(source.index["_class_name"]), stock.sampler
+    call = call_of(wrapper, stock, product.example)
     note = {
         "call": stock.call,
+        "guidance": call["guidance_scale"],
         "size": list(product.shape[1:]),
         "kind": written.kind,
         "steps": list(written.steps),
@@ -177,7 +179,7 @@ def latent_parts(product: Product) -> Parts:
         scheduler=stock.name,
         save=partial(_save, source, wrapper.model, stock.scheduler),
         pairs=pairs,
-        usage=partial(usage, name, call_of(wrapper, stock, product.example)),
+        usage=partial(usage, name, call),
         card=partial(student_card, product, name),
         note=("fewstep.json", json.dumps(note)),
     )

@@ -156,8 +156,9 @@ def test_an_evaluation_that_fails_costs_neither_the_run_nor_its_export(
     assert code == UNFINISHED == 3
     (line,) = [x for x in told.splitlines() if x.startswith("evaluation failed")]
     assert line == (
-        f"evaluation failed: RuntimeError: kernel larger than the picture (traceback in {out}/report/evaluation-error.txt)"
-        f"; the run is trained, measure it again with: fewstep eval {out} --teacher 1"
+        "evaluation failed: RuntimeError: kernel larger than the picture "
+        f"(traceback in {out}/report/evaluation-error.txt); the run is trained, measure it again with: "
+        f"fewstep eval {out} --teacher 1"
     )
     assert "and more" in (out / "report" / "evaluation-error.txt").read_text()
     assert "exported to" in told

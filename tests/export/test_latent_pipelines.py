@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 import torch
 from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler, LCMScheduler
-from tiny_pipelines import FAMILIES, make_pipeline
 from snippets import check_call, run_snippet
+from tiny_pipelines import FAMILIES, make_pipeline
 from tiny_runs import names
 from torch import Tensor
 

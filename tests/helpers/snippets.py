@@ -13,7 +13,8 @@ import torch
 
 def run_snippet(code: str, folder: Path) -> dict[str, Any]:
     """Run printed lines in a folder of their own; a picture that they say they save is there. Gives their names."""
-    here, found = os.getcwd(), {}
+    here = os.getcwd()
+    found: dict[str, Any] = {}
     folder.mkdir(parents=True, exist_ok=True)
     os.chdir(folder)
     try:
@@ -32,6 +33,5 @@ def check_call(code: str) -> None:
 
     tree = ast.parse(code)
     (name,) = [a.name for n in tree.body if isinstance(n, ast.ImportFrom) for a in n.names if a.name.endswith("Pipeline")]
-    calls = [n for n in ast.walk(tree) if isinstance(n, ast.Call) and isinstance(n.func, ast.Name) and n.func.id == "pipe"]
-    (call,) = calls
+    (call,) = [n for n in ast.walk(tree) if isinstance(n, ast.Call) and ast.unparse(n.func) == "pipe"]
     inspect.signature(getattr(diffusers, name).__call__).bind(None, **{str(k.arg): None for k in call.keywords})
