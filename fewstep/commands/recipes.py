@@ -22,9 +22,7 @@ def list_recipes(
 ) -> None:
     """Name, method, what it is about and the result of each shipped recipe that has all words and the method."""
     console = console or Console()
-    rows = [
-        {**r, "method": " + ".join(r["methods"]), "result": "; ".join(map(_result, r["results"]))} for r in outlines()
-    ]
+    rows = [_row(outline) for outline in outlines()]
     if method is not None:
         known = {m for r in rows for m in r["methods"]}
         own = method if method in known else _of_card(method)

@@ -33,7 +33,9 @@ def hub_hint(path: str) -> str:
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", path) or path.startswith(".") or Path(path).parent.exists():
         return ""
     name = path.partition("/")[2]
-    return f"; fewstep downloads nothing, so where that is a hub's id: `hf download {path} --local-dir {name}`, and give {name}"
+    return (
+        f"; fewstep downloads nothing: if that is a hub's id, run `hf download {path} --local-dir {name}` and give {name}"
+    )
 
 
 def read_json(path: Path) -> dict[str, Any]:
