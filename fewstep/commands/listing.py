@@ -47,7 +47,7 @@ def show(console: Console, rows: Sequence[Mapping[str, Any]], columns: Mapping[s
     out = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), expand=True)
     for c in shown:
         flexible = c == main or c in extra
-        out.add_column(columns[c], no_wrap=True, overflow="ellipsis", ratio=(2 if c == main else 1) if flexible else None)
+        out.add_column(columns[c], no_wrap=True, overflow="ellipsis", ratio=(3 if c == main else 1) if flexible else None)
     for row in rows:
         out.add_row(*(Text(str(row[c])) for c in shown))
     console.print(out)

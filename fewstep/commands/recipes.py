@@ -35,7 +35,7 @@ def list_recipes(
         keys = ("name", "methods", "about", "results")
         console.print(as_json([{k: r[k] for k in keys} for r in found]), soft_wrap=True, highlight=False, markup=False)
     else:
-        show(console, found, COLUMNS, extra=("result",))
+        show(console, found, COLUMNS, extra=("method", "result"))
 
 
 def _of_card(name: str) -> str:
@@ -72,10 +72,18 @@ def own_copy(text: str, sources: bool) -> str:
     if sources:
         return text
     lines = [line for line in text.splitlines() if not line.lstrip().startswith("#")]
+    whole = yaml.safe_load("\n".join(lines))
     for i, line in enumerate(lines):
-        bare = re.sub(r"\s+#.*$", "", line)
-        if bare != line and yaml.safe_load("\n".join([*lines[:i], bare, *lines[i + 1 :]])) == yaml.safe_load(
-            "\n".join(lines)
-        ):
-            lines[i] = bare
+        for mark in re.finditer(r"\s+#", line):
+            others = [*lines[:i], line[: mark.start()], *lines[i + 1 :]]
+            if _means(others, whole):  # not so for a # within quotes
+                lines = others
+                break
     return "\n".join(lines) + "\n"
+
+
+def _means(lines: Sequence[str], what: Any) -> bool:
+    try:
+        return bool(yaml.safe_load("\n".join(lines)) == what)
+    except yaml.YAMLError:
+        return False

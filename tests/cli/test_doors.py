@@ -92,8 +92,8 @@ def test_a_reference_is_made_by_a_command(call: Call, tmp_path: Path):
     for i in range(5):
         Image.new("L", (8, 8), 40 * i).save(tmp_path / "real" / f"{i}.png")
     (tmp_path / "mine.yaml").write_text(
-        "name: mine\ntitle: mine\nnumber: 5\nsize: 8\nchannels: 1\nconditions: {kind: none}\nquantiser: round\nchain: []\n"
-        "extractor: random-conv-0\nmetrics: [fd]\nreference: {kind: file, name: mine.npz, images: 5, file: "
+        "name: mine\ntitle: mine\nnumber: 5\nsize: 8\nchannels: 1\nconditions: {kind: none}\nquantiser: round\n"
+        "chain: []\nextractor: random-conv-0\nmetrics: [fd]\nreference: {kind: file, name: mine.npz, images: 5, file: "
         "{name: mine.npz, licence: mine, source: mine}}\n"
     )
     preset, out = tmp_path / "mine.yaml", tmp_path / "mine.npz"

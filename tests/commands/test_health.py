@@ -152,7 +152,7 @@ def test_plots_hold_the_readings_that_a_log_has(tmp_path: Path):
     rows = last_stage(records(30, **{"health/gradient_0": lambda p: 1 + p, "dsm": lambda p: 2 - p}))
     titles = save(rows, tmp_path / "report" / "health.png")
     assert len(titles) == 6
-    assert points(rows, "dsm") == ([10.0 * i for i in range(1, 30)], [2 - i / 30 for i in range(1, 30)])
+    assert points(rows, "dsm") == ([10.0 * i for i in range(1, 31)], [2 - i / 30 for i in range(1, 31)])
     image = Image.open(tmp_path / "report" / "health.png").convert("RGB")
     # Red lines of alarm are drawn, and the curves in their colour.
     pixels = torch.tensor(list(zip(*(c.tobytes() for c in image.split()), strict=True)))
