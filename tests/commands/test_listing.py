@@ -65,8 +65,8 @@ def test_words_and_methods_filter():
     assert printed(list_recipes, [], "lcm") == printed(list_recipes, [], "consistency")
     with pytest.raises(UserError, match=r"no shipped recipe has 'nothing like it'; .* lists all \d+"):
         list_recipes(["nothing like it"])
-    with pytest.raises(RecipeError, match="did you mean 'dmd2'"):
-        list_recipes([], "dmd3")
+    with pytest.raises(RecipeError, match="did you mean 'meanflow'"):
+        list_recipes([], "meanflwo")
 
 
 def test_methods_likewise():
