@@ -12,6 +12,8 @@ from typing import Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
+from fewstep.eval.errors import InputError
+
 
 @runtime_checkable
 class FeatureExtractor(Protocol):
@@ -166,7 +168,7 @@ def extract(extractor: FeatureExtractor, batches: Tensor | Iterable[Tensor], bat
             part = torch.cat([extractor(chunk) for chunk in batch.split(rows)]).float().cpu()
         bad = ~torch.isfinite(part).all(dim=1)
         if bad.any():
-            raise ValueError(f"{extractor.name}: features of image {seen + int(bad.int().argmax())} are not finite")
+            raise InputError(f"{extractor.name}: features of image {seen + int(bad.int().argmax())} are not finite")
         parts.append(part)
         seen += len(part)
     if not seen:

@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from fewstep.eval.errors import InputError
 from fewstep.eval.features.base import state_sha256
 from fewstep.eval.features.pixel_network import (
     CLIP_MEAN,
@@ -77,10 +78,10 @@ def load_clip(architecture: str, path: str | os.PathLike[str], sha256: str | Non
     import open_clip
 
     if architecture not in open_clip.list_models():
-        raise ValueError(f"CLIP: unknown architecture {architecture!r}; see open_clip.list_models()")
+        raise InputError(f"CLIP: unknown architecture {architecture!r}; see open_clip.list_models()")
     if str(path) in open_clip.list_pretrained_tags_by_model(architecture) and not Path(path).exists():
         if sha256 is not None:
-            raise ValueError(
+            raise InputError(
                 f"clip:{architecture}: this protocol names a file by its sha256 {sha256}, give that file "
                 f"and not the tag {path}"
             )
@@ -97,7 +98,7 @@ def load_clip(architecture: str, path: str | os.PathLike[str], sha256: str | Non
         model = open_clip.create_model(architecture, pretrained=str(source), weights_only=True)
     except Exception as error:  # torch, pickle and safetensors have error types of their own
         reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise ValueError(f"{source}: not weights of {architecture} ({reason})") from None
+        raise InputError(f"{source}: not weights of {architecture} ({reason})") from None
     return model.requires_grad_(False).eval(), digest
 
 
@@ -135,7 +136,7 @@ def tokenise(recipe: ClipRecipe, prompts: Sequence[str]) -> Tensor:
         # Two places go to start and end of text.
         length = len(tokenizer.encode(recipe.prefix + prompt)) + 2
         if length > context and recipe.on_long_prompt == "error":
-            raise ValueError(f"prompt {index}: {length} tokens, {recipe.architecture} reads {context}: {prompt[:60]!r}")
+            raise InputError(f"prompt {index}: {length} tokens, {recipe.architecture} reads {context}: {prompt[:60]!r}")
     return tokenizer([recipe.prefix + prompt for prompt in prompts])
 
 
@@ -167,7 +168,7 @@ def clip_score(
         raise ValueError(f"prompts: {len(prompts)} for {len(image_features)} images")
     bad = ~torch.isfinite(image_features).all(dim=1)
     if bad.any():
-        raise ValueError(f"{recipe.architecture}: features of image {int(bad.int().argmax())} are not finite")
+        raise InputError(f"{recipe.architecture}: features of image {int(bad.int().argmax())} are not finite")
     tokens = tokenise(recipe, prompts)
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     chunks = tokens.to(device).split(batch_size)

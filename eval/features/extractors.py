@@ -6,6 +6,7 @@ import os
 import re
 from collections.abc import Callable
 
+from fewstep.eval.errors import InputError
 from fewstep.eval.features.base import FeatureExtractor, Vectors, random_conv
 from fewstep.eval.features.house import house_digits, house_fashion
 from fewstep.eval.features.networks import dinov2, effnet_lite0, inception
@@ -35,11 +36,11 @@ def build_extractor(name: str, path: str | os.PathLike[str] | None = None) -> Fe
         return random_conv(int(match[1]))
     if name == "dinov2" or name.startswith("clip:"):
         if path is None:
-            raise ValueError(f"extractor {name}: needs the path of its weights")
+            raise InputError(f"extractor {name}: needs the path of its weights")
         if name == "dinov2":
             return dinov2(path)
         from .clip import clip_images
 
         return clip_images(name.removeprefix("clip:"), path)
     known = [*sorted(_FACTORIES), "effnet-lite0-SIZE", "random-conv-SEED", "dinov2", "clip:ARCHITECTURE"]
-    raise ValueError(f"extractor: unknown {name!r}, expected one of {known}")
+    raise InputError(f"extractor: unknown {name!r}, expected one of {known}")

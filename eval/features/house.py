@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from fewstep.eval.errors import InputError
 from fewstep.eval.features.base import as_pixels
 from fewstep.files import file_sha256
 
@@ -86,14 +87,14 @@ class HouseClassifier(nn.Module):
             )
         digest = file_sha256(source)
         if path is None and digest != cls.pinned:
-            raise ValueError(f"{source}: sha256 {digest} is not the pinned {cls.pinned}; the file was changed")
+            raise InputError(f"{source}: sha256 {digest} is not the pinned {cls.pinned}; the file was changed")
         network = cls()
         expected = {name: tuple(value.shape) for name, value in network.state_dict().items()}
         state = load_file(source)
         found = {name: tuple(value.shape) for name, value in state.items()}
         if found != expected:
             wrong = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
-            raise ValueError(f"{source}: not weights of {cls.name}; names or shapes differ at {wrong}")
+            raise InputError(f"{source}: not weights of {cls.name}; names or shapes differ at {wrong}")
         network.load_state_dict(state)
         network.sha256 = digest
         return network.requires_grad_(False).eval()

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from fewstep.eval.errors import InputError
 from fewstep.eval.features.pixel_network import (
     IMAGENET_MEAN,
     IMAGENET_STD,
@@ -41,7 +42,7 @@ def inception(path: str | os.PathLike[str] | None = None) -> PixelNetwork:
     from cleanfid.inception_torchscript import InceptionV3W
 
     if source.name != INCEPTION_FILE:
-        raise ValueError(f"inception-2015: {source}: clean-fid opens only a file named {INCEPTION_FILE}")
+        raise InputError(f"inception-2015: {source}: clean-fid opens only a file named {INCEPTION_FILE}")
     network = InceptionV3W(str(source.parent), download=False, resize_inside=False)
     return PixelNetwork(
         network,
@@ -116,14 +117,14 @@ def dinov2(path: str | os.PathLike[str], sha256: str | None = None) -> PixelNetw
 
     config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     if config.model_type != "dinov2":
-        raise ValueError(f"dinov2: {folder} holds a model of type {config.model_type!r}")
+        raise InputError(f"dinov2: {folder} holds a model of type {config.model_type!r}")
     digest = checked_digest("dinov2", weights, sha256)
     network, report = Dinov2Model.from_pretrained(
         folder, local_files_only=True, output_loading_info=True, attn_implementation="eager"
     )
     # transformers fills absent tensors with random numbers and only warns.
     if missing := sorted(report["missing_keys"]):
-        raise ValueError(f"dinov2: {weights} lacks {missing[:3]} and {max(0, len(missing) - 3)} more tensors")
+        raise InputError(f"dinov2: {weights} lacks {missing[:3]} and {max(0, len(missing) - 3)} more tensors")
     return PixelNetwork(
         network,
         lambda x: network(pixel_values=x).pooler_output,

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from fewstep.eval.errors import InputError
 from fewstep.eval.features.base import as_pixels
 from fewstep.files import cache_dir, file_sha256, refuse_world_writable
 
@@ -77,5 +78,5 @@ def checked_digest(name: str, path: Path, expected: str | None) -> str:
     """The sha256 of `path`; raises ValueError when it does not begin with `expected`."""
     digest = file_sha256(path)
     if expected is not None and not digest.startswith(expected):
-        raise ValueError(f"{name}: {path} has sha256 {digest}, expected {expected}; truncated or another network")
+        raise InputError(f"{name}: {path} has sha256 {digest}, expected {expected}; truncated or another network")
     return digest

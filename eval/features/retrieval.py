@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional
 
+from fewstep.eval.errors import InputError
 from fewstep.eval.features.base import as_pixels, state_sha256
 from fewstep.eval.metrics.estimate import Estimate
 from fewstep.files import atomic_path
@@ -140,7 +141,7 @@ class Retrieval:
             network.load_state_dict(state)
             captions = tuple(json.loads(told["captions"]))
         except Exception as error:  # safetensors has error types of its own
-            raise ValueError(f"{path}: not a retrieval model: {error}") from None
+            raise InputError(f"{path}: not a retrieval model: {error}") from None
         return cls(network.requires_grad_(False).eval(), captions, features)
 
 

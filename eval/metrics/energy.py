@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from fewstep.eval.errors import InputError
+
 _PAIRS_AT_ONCE = 4_000_000
 
 
@@ -33,7 +35,7 @@ def _points(x: torch.Tensor, name: str) -> torch.Tensor:
         raise ValueError(f"{name}: expected at least 2 samples, got shape {tuple(x.shape)}")
     points = x.detach().to(torch.float64).reshape(len(x), -1)
     if not torch.isfinite(points).all():
-        raise ValueError(f"{name}: values that are not finite")
+        raise InputError(f"{name}: values that are not finite")
     return points
 
 

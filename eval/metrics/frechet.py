@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from numpy.typing import ArrayLike
 
+from fewstep.eval.errors import InputError
 from fewstep.eval.metrics.estimate import Estimate
 from fewstep.eval.metrics.statistics import FeatureStatistics, as_features
 
@@ -112,7 +113,7 @@ def _trace_of_root(eigenvalues: np.ndarray, n: int | None) -> float:
 
 def _clip(value: float, scale: float) -> float:
     if value < -1e-6 * scale:
-        raise ArithmeticError(f"Frechet distance came out negative ({value:.3g}): covariances inconsistent")
+        raise InputError(f"Frechet distance came out negative ({value:.3g}): covariances inconsistent")
     return max(value, 0.0)
 
 

@@ -11,6 +11,7 @@ import torch
 from numpy.typing import ArrayLike
 from torch import Tensor
 
+from fewstep.eval.errors import InputError
 from fewstep.eval.metrics.estimate import Estimate
 from fewstep.eval.metrics.statistics import as_features
 
@@ -39,7 +40,7 @@ def class_accuracy(logits: Tensor, labels: Tensor) -> Estimate:
     if labels.min() < 0 or labels.max() >= logits.shape[1]:
         raise ValueError(f"labels: expected 0..{logits.shape[1] - 1}, got {int(labels.min())}..{int(labels.max())}")
     if not torch.isfinite(logits).all():
-        raise ValueError("logits: values that are not finite")
+        raise InputError("logits: values that are not finite")
     share = float((logits.argmax(dim=1) == labels.to(logits.device)).double().mean())
     return Estimate(value=share, standard_error=math.sqrt(share * (1 - share) / len(labels)))
 
@@ -74,7 +75,7 @@ def within_class_diversity(
     for label in np.unique(fake_labels):
         mine, theirs = fake[fake_labels == label], real[true_labels == label]
         if len(mine) < 2 or len(theirs) < 2:
-            raise ValueError(
+            raise InputError(
                 f"labels: class {label} has {len(mine)} samples and {len(theirs)} real images; need 2 of each"
             )
         ratios[int(label)] = mean_pairwise_distance(mine) / mean_pairwise_distance(theirs)
@@ -166,7 +167,7 @@ def classifier_score(logits: Tensor, splits: int = 10) -> Estimate:
     if logits.ndim != 2 or not 1 <= splits <= len(logits):
         raise ValueError(f"logits, splits: shape {tuple(logits.shape)} cannot be cut into {splits} splits")
     if not torch.isfinite(logits).all():
-        raise ValueError("logits: values that are not finite")
+        raise InputError("logits: values that are not finite")
     log_p = torch.log_softmax(logits.double(), dim=1)
     scores = []
     for part in log_p.tensor_split(splits):

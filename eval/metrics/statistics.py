@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from numpy.typing import ArrayLike
 
+from fewstep.eval.errors import InputError
 from fewstep.files import atomic_path
 
 
@@ -179,7 +180,7 @@ class FeatureStatistics:
             provenance = json.loads(str(arrays["provenance"])) if "provenance" in arrays else {}
             return cls.from_moments(arrays["mu"], arrays["sigma"], n if n >= 0 else None, provenance)
         except ValueError as error:
-            raise ValueError(f"{source}: {error}") from None
+            raise InputError(f"{source}: {error}") from None
 
     def _finished(self) -> tuple[np.ndarray, np.ndarray]:
         if self._moments is None:
@@ -205,7 +206,7 @@ def as_features(features: ArrayLike | torch.Tensor, dim: int | None = None) -> n
         raise ValueError(f"features: expected shape (N, {'D' if dim is None else dim}), got {array.shape}")
     bad = ~np.isfinite(array).all(axis=1)
     if bad.any():
-        raise ValueError(
+        raise InputError(
             f"features: {int(bad.sum())} of {len(array)} rows hold NaN or infinity, first row {bad.argmax()}"
         )
     return array
@@ -227,19 +228,19 @@ def read_npz(
         with open(source, "rb") as handle:
             looks_pickled = source.suffix in {".pkl", ".pickle"} or handle.read(1) == b"\x80"
         if looks_pickled:
-            raise ValueError(
+            raise InputError(
                 f"{source}: a pickle can run any code when loaded and is refused; convert a published one "
                 f"with `python -m fewstep.eval.tools.convert {source} {source.with_suffix('.npz')}`"
             )
-        raise ValueError(f"{source}: not an npz archive (or truncated)")
+        raise InputError(f"{source}: not an npz archive (or truncated)")
     try:
         with np.load(source, allow_pickle=False) as archive:
             if missing := [key for key in required if key not in archive]:
                 raise KeyError(f"missing {missing}, has {sorted(archive.files)}")
             return {key: archive[key] for key in (*required, *optional) if key in archive}
     except KeyError as error:
-        raise ValueError(f"{source}: {error.args[0]}") from None
+        raise InputError(f"{source}: {error.args[0]}") from None
     except (zipfile.BadZipFile, EOFError, OSError) as error:
-        raise ValueError(f"{source}: damaged npz archive ({error})") from None
+        raise InputError(f"{source}: damaged npz archive ({error})") from None
     except ValueError as error:
-        raise ValueError(f"{source}: {error}") from None
+        raise InputError(f"{source}: {error}") from None

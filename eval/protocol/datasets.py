@@ -10,6 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fewstep.eval.errors import InputError
+
 FASHION_FOLDER = "/usr/share/datasets/fashion-mnist"
 
 
@@ -39,7 +41,7 @@ def fashion_mnist(split: str = "train", folder: str | os.PathLike[str] | None = 
     images = _read_idx(root, f"{prefixes[split]}-images-idx3-ubyte", 3)
     labels = _read_idx(root, f"{prefixes[split]}-labels-idx1-ubyte", 1)
     if len(images) != len(labels):
-        raise ValueError(f"{root}: {len(images)} images but {len(labels)} labels")
+        raise InputError(f"{root}: {len(images)} images but {len(labels)} labels")
     return torch.from_numpy(images).unsqueeze(1), torch.from_numpy(labels).long()
 
 
@@ -56,12 +58,12 @@ def _read_idx(root: Path, name: str, rank: int) -> np.ndarray:
     try:
         raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
     except (EOFError, gzip.BadGzipFile) as error:
-        raise ValueError(f"{path}: damaged ({error})") from None
+        raise InputError(f"{path}: damaged ({error})") from None
     header = 4 + 4 * rank
     # idx: two zero bytes, type 8 (unsigned byte), the rank, then one big-endian length per dimension.
     if len(raw) < header or raw[:4] != bytes((0, 0, 8, rank)):
-        raise ValueError(f"{path}: not an idx file of {rank}-dimensional bytes")
+        raise InputError(f"{path}: not an idx file of {rank}-dimensional bytes")
     shape = tuple(np.frombuffer(raw, ">u4", rank, 4).astype(int))
     if len(raw) - header != int(np.prod(shape)):
-        raise ValueError(f"{path}: {len(raw) - header} bytes of data, its header promises {shape}")
+        raise InputError(f"{path}: {len(raw) - header} bytes of data, its header promises {shape}")
     return np.frombuffer(raw, np.uint8, offset=header).reshape(shape).copy()

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fewstep.eval.errors import InputError
 from fewstep.eval.features.base import FeatureExtractor
 from fewstep.eval.features.clip import ClipRecipe, ClipScorer, clip_images
 from fewstep.eval.features.retrieval import Retrieval
@@ -180,7 +181,7 @@ def _class_accuracy(i: Inputs) -> Entries:
 def _diversity(i: Inputs) -> Entries:
     reference = i.reference
     if reference.features is None or reference.labels is None:
-        raise ValueError("diversity: the reference holds no features and labels")
+        raise InputError("diversity: the reference holds no features and labels")
     labels = _labels(i, "diversity")
     ratios = measures.within_class_diversity(i.runs[0].features, labels, reference.features, reference.labels)
     values = list(ratios.values())
@@ -195,13 +196,13 @@ def _energy(i: Inputs) -> Entries:
 
 def _clip_score(i: Inputs) -> Entries:
     if i.clip is None or i.prompts is None or i.runs[0].clip is None:
-        raise ValueError("clip-score: needs CLIP, the prompts and CLIP's features of the samples")
+        raise InputError("clip-score: needs CLIP, the prompts and CLIP's features of the samples")
     return {i.clip.recipe.name: i.clip.score(i.runs[0].clip, i.prompts).as_dict()}
 
 
 def _retrieval(i: Inputs) -> Entries:
     if i.retrieval is None:
-        raise ValueError("retrieval: needs a model that finds captions; a recipe names it in evaluate.retrieval")
+        raise InputError("retrieval: needs a model that finds captions; a recipe names it in evaluate.retrieval")
     pixels = torch.cat(list(i.runs[0].images()))
     count = len(i.retrieval.captions)
     # Sample i was asked for caption i mod count.
@@ -227,20 +228,20 @@ NEEDS_FEATURES = ("kid", "cmmd", "prdc3", "prdc5", "energy")
 
 def _real(i: Inputs, metric: str) -> Tensor:
     if i.reference.features is None:
-        raise ValueError(f"{metric}: the reference holds no features")
+        raise InputError(f"{metric}: the reference holds no features")
     return i.reference.features
 
 
 def _logits(i: Inputs, metric: str) -> Tensor:
     logits = i.runs[0].logits
     if logits is None:
-        raise ValueError(f"{metric}: the extractor has no classifier")
+        raise InputError(f"{metric}: the extractor has no classifier")
     return logits
 
 
 def _labels(i: Inputs, metric: str) -> Tensor:
     if i.labels is None:
-        raise ValueError(f"{metric}: needs the classes that were asked for")
+        raise InputError(f"{metric}: needs the classes that were asked for")
     return i.labels
 
 

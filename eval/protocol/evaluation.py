@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fewstep.eval.errors import InputError
 from fewstep.eval.metrics.estimate import Estimate
 from fewstep.eval.protocol.latency import Latency
 from fewstep.files import atomic_path, commit
@@ -31,7 +32,7 @@ class Evaluation:
         group: joins evaluations of one model in plots.
         number: images (or vectors) measured.
         metrics: a full metric name to a dict with at least ``value``; ``standard_error`` where one is known.
-        seconds: warm seconds per 1,000 images, see `fewstep.eval.protocol.latency.Clock`.
+        seconds: warm seconds per 1,000 images, see `fewstep.eval.protocol.latency.seconds_per_1000`.
         calls: network calls per image; None where it is not known how the images came about.
         steps: steps of the sampler.
         training: what the model had cost, as `fewstep compare` counts it.
@@ -95,7 +96,7 @@ class Evaluation:
             latency = tuple(Latency(**item) for item in content["latency"])
             return cls(**{**content, "latency": latency})
         except (TypeError, KeyError) as error:
-            raise ValueError(f"not a result of fewstep eval ({error})") from None
+            raise InputError(f"not a result of fewstep eval ({error})") from None
 
     def save(self, path: str | Path) -> Path:
         """Write the JSON atomically."""
@@ -110,7 +111,7 @@ class Evaluation:
         try:
             return cls.from_json(json.loads(Path(path).read_text()))
         except ValueError as error:
-            raise ValueError(f"{path}: {error}") from None
+            raise InputError(f"{path}: {error}") from None
 
 
 class PresetMismatch(ValueError):

@@ -14,6 +14,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from fewstep.eval.errors import InputError
+
 EXTENSIONS = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".npy"}
 _MODES = {1: "L", 3: "RGB"}
 
@@ -53,9 +55,9 @@ class ImageFolder:
             file for file in self.path.rglob("*") if file.suffix.lower() in EXTENSIONS and not file.name.startswith(".")
         )
         if not self.files:
-            raise ValueError(f"{self.path}: no images ({', '.join(sorted(EXTENSIONS))}) in it")
+            raise InputError(f"{self.path}: no images ({', '.join(sorted(EXTENSIONS))}) in it")
         if self.number is not None and len(self.files) < self.number:
-            raise ValueError(f"{self.path}: {len(self.files)} images, but {self.number} are asked for")
+            raise InputError(f"{self.path}: {len(self.files)} images, but {self.number} are asked for")
 
     def images(self) -> Iterator[Tensor]:
         """uint8 (C, H, W) images, all of one size unless `any_size`.
@@ -74,12 +76,12 @@ class ImageFolder:
             try:
                 image = self._read(file)
                 if shape is not None and image.shape != shape and not self.any_size:
-                    raise ValueError(
+                    raise InputError(
                         f"{image.shape[1]}x{image.shape[2]} pixels, the first image has {shape[1]}x{shape[2]}"
                     )
-            except ValueError as error:
+            except InputError as error:
                 if not self.allow_skips:
-                    raise ValueError(f"{file}: {error}") from None
+                    raise InputError(f"{file}: {error}") from None
                 self.skipped[str(file.relative_to(self.path))] = str(error)
                 continue
             shape = image.shape
@@ -87,11 +89,11 @@ class ImageFolder:
             self.kept.append(index)
             yield torch.from_numpy(image)
         if self.number is not None and given < self.number:
-            raise ValueError(
+            raise InputError(
                 f"{self.path}: only {given} usable images, {self.number} asked for, {len(self.skipped)} skipped"
             )
         if not given:
-            raise ValueError(f"{self.path}: none of {len(self.files)} images is usable")
+            raise InputError(f"{self.path}: none of {len(self.files)} images is usable")
 
     def batches(self, size: int) -> Iterator[Tensor]:
         """uint8 (N, C, H, W) batches of at most `size` images."""
@@ -116,7 +118,7 @@ class ImageFolder:
                     picture.load()
                     mode, pixels = picture.mode, np.asarray(picture)
         except (OSError, SyntaxError, Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-            raise ValueError(f"cannot be read ({error})") from None
+            raise InputError(f"cannot be read ({error})") from None
         wanted = _MODES[self.channels]
         if self.grey_to_colour and wanted == "RGB" and mode == "L":
             mode, pixels = "RGB", np.repeat(pixels[..., None], 3, axis=2)
@@ -134,7 +136,7 @@ class ImageFolder:
                 "RGB;16": "16-bit colour",
                 "CMYK": "CMYK",
             }.get(mode, mode)
-            raise ValueError(f"is {kind}, expected 8-bit {'colour' if wanted == 'RGB' else 'grey'}")
+            raise InputError(f"is {kind}, expected 8-bit {'colour' if wanted == 'RGB' else 'grey'}")
         pixels = pixels[..., None] if self.channels == 1 else pixels
         return pixels.transpose(2, 0, 1).copy()
 
@@ -142,9 +144,9 @@ class ImageFolder:
         try:
             array = np.load(file, allow_pickle=False)
         except (ValueError, OSError, EOFError) as error:
-            raise ValueError(f"cannot be read ({error})") from None
+            raise InputError(f"cannot be read ({error})") from None
         if array.dtype != np.uint8 or array.ndim != 3 or array.shape[0] != self.channels:
-            raise ValueError(f"is {array.dtype} of shape {array.shape}, expected uint8 ({self.channels}, H, W)")
+            raise InputError(f"is {array.dtype} of shape {array.shape}, expected uint8 ({self.channels}, H, W)")
         return array
 
 

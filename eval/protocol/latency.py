@@ -49,38 +49,28 @@ def measure_latency(
     return Latency(batch_size, float(p50), float(p95), batch_size / float(np.mean(times)), repeats, peak)
 
 
-class Clock:
-    """A generator that tells its own speed: ``generate`` with a watch on it, from warm calls alone.
+@torch.no_grad()
+def seconds_per_1000(generate: Callable[[list[int]], Tensor], indices: list[int], best_of: int = 3) -> float:
+    """Seconds per 1,000 images: of one more call than `best_of` on `indices`, the first apart, the shortest.
 
-    The first call is cold (memory, kernels, threads are found on it) and never counts; of the others only those of as
-    many images as the first one count, and of these the best does. On a CPU it is processor time over all threads, which
-    a busy machine does not lengthen, with CUDA wall time between two synchronisations.
+    The first call is cold (memory and kernels are found on it). With CUDA it is wall time between two synchronisations,
+    on a CPU processor time on one thread, which a busy machine does not lengthen: several threads would count their
+    waiting for each other too.
     """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        generate(indices)
+        warm = [_seconds(lambda: generate(indices)) for _ in range(best_of)]
+    finally:
+        torch.set_num_threads(threads)
+    return 1000 * min(warm) / len(indices)
 
-    def __init__(self, generate: Callable[[list[int]], Tensor], best_of: int = 3) -> None:
-        self.generate, self.best_of = generate, best_of
-        self.first: list[int] | None = None
-        self.warm: list[float] = []
 
-    def __call__(self, indices: list[int]) -> Tensor:
-        start = _now()
-        images = self.generate(indices)
-        seconds = _now() - start
-        if self.first is None:
-            self.first = list(indices)
-        elif len(indices) == len(self.first):
-            self.warm.append(seconds)
-        return images
-
-    @torch.no_grad()
-    def per_1000(self, indices: list[int]) -> float:
-        """Seconds per 1,000 images; where there were too few warm calls for a best of n, further ones are made.
-
-        `indices` are for a generator that was not called yet, such as when all its samples lay on the disk.
-        """
-        while self.first is None or len(self.warm) < self.best_of:
-            self(indices if self.first is None else self.first)
-        return 1000 * min(self.warm) / len(self.first)
+def _seconds(call: Callable[[], object]) -> float:
+    start = _now()
+    call()
+    return _now() - start
 
 
 def _now() -> float:

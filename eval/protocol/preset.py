@@ -16,6 +16,7 @@ import yaml
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass as checked_dataclass
 
+from fewstep.eval.errors import InputError
 from fewstep.eval.protocol.resize import OPERATIONS, QUANTISERS, Step
 from fewstep.files import cache_dir, file_sha256
 
@@ -232,10 +233,10 @@ def load_preset(name_or_path: str | os.PathLike[str]) -> Preset:
         # Strict mode takes mappings for dataclasses only from JSON.
         return TypeAdapter(Preset).validate_json(json.dumps(content, default=str))
     except yaml.YAMLError as error:
-        raise ValueError(f"{path}: not YAML ({error})") from None
+        raise InputError(f"{path}: not YAML ({error})") from None
     except ValidationError as error:
         problems = "; ".join(f"{'.'.join(map(str, e['loc'])) or 'preset'}: {e['msg']}" for e in error.errors())
-        raise ValueError(f"{path}: {problems}") from None
+        raise InputError(f"{path}: {problems}") from None
 
 
 def locate(file: File, kind: str) -> Path:
@@ -255,7 +256,7 @@ def locate(file: File, kind: str) -> Path:
             return path
         if path.is_file():
             if file.sha256 and not file_sha256(path).startswith(file.sha256):
-                raise ValueError(f"{path}: sha256 is not the protocol's {file.sha256}; another file")
+                raise InputError(f"{path}: sha256 is not the protocol's {file.sha256}; another file")
             return path
     raise MissingFiles(str(MissingFile(file, tried)))
 

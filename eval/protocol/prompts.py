@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from fewstep.eval.errors import InputError
 from fewstep.eval.protocol.preset import Preset
 from fewstep.eval.protocol.resize import quantise
 from fewstep.files import atomic_path
@@ -41,9 +42,9 @@ def read_prompts(path: str | os.PathLike[str], number: int) -> list[str]:
     try:
         lines = _lines(source)
     except UnicodeDecodeError as error:
-        raise ValueError(f"{source}: is not UTF-8 text ({error})") from None
+        raise InputError(f"{source}: is not UTF-8 text ({error})") from None
     if len(lines) < number:
-        raise ValueError(f"{source}: {len(lines)} prompts, {number} are asked for")
+        raise InputError(f"{source}: {len(lines)} prompts, {number} are asked for")
     prompts = []
     for index, line in enumerate(lines[:number]):
         prompt: object = line.strip()
@@ -51,9 +52,9 @@ def read_prompts(path: str | os.PathLike[str], number: int) -> list[str]:
             try:
                 prompt = json.loads(line)["prompt"]
             except (ValueError, KeyError, TypeError):
-                raise ValueError(f"{source}: line {index + 1} is no JSON object with a prompt") from None
+                raise InputError(f"{source}: line {index + 1} is no JSON object with a prompt") from None
         if not isinstance(prompt, str) or not prompt:
-            raise ValueError(f"{source}: line {index + 1} holds no prompt")
+            raise InputError(f"{source}: line {index + 1} holds no prompt")
         prompts.append(prompt)
     return prompts
 
@@ -70,7 +71,7 @@ def places(preset: Preset, folder: Path) -> list[Path]:
             for style in HPSV2_STYLES
             for i in range(each)
         ]
-    raise ValueError(f"preset {preset.name}: fewstep knows no folder layout for it")
+    raise InputError(f"preset {preset.name}: fewstep knows no folder layout for it")
 
 
 def export_images(

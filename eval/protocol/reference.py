@@ -14,6 +14,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from fewstep.eval.errors import InputError
 from fewstep.eval.features.base import FeatureExtractor, extract
 from fewstep.eval.metrics.statistics import FeatureStatistics
 from fewstep.eval.protocol.datasets import digits, fashion_mnist
@@ -72,26 +73,26 @@ def preset_reference(
     }
     wanted = preset.reference
     if wanted.kind == "none":
-        raise ValueError(f"preset {preset.name}: only exports images, it has no reference")
+        raise InputError(f"preset {preset.name}: only exports images, it has no reference")
     if wanted.kind == "data":
         if data is None:
-            raise ValueError(f"preset {preset.name}: compares with a run's data; nothing here says which these are")
+            raise InputError(f"preset {preset.name}: compares with a run's data; nothing here says which these are")
         real, labels = data()
         if preset.vectors:
             return vector_reference(wanted.name, real[: max(preset.number, wanted.images or 0)], extractor)
         return reference_of(wanted.name, to_pixels(real), labels, extractor, preset.steps)
     if wanted.kind == "builtin":
         if wanted.name not in builtin:
-            raise ValueError(f"reference.name: unknown {wanted.name!r}, expected one of {sorted(builtin)}")
+            raise InputError(f"reference.name: unknown {wanted.name!r}, expected one of {sorted(builtin)}")
         return builtin[wanted.name](extractor)
     assert wanted.file is not None  # a Preset checks it
     path = locate(wanted.file, "reference")
     statistics = FeatureStatistics.load(path)
     if statistics.dim != extractor.dim:
-        raise ValueError(f"{path}: dimension {statistics.dim}, but {extractor.name} gives {extractor.dim}")
+        raise InputError(f"{path}: dimension {statistics.dim}, but {extractor.name} gives {extractor.dim}")
     made_with = statistics.provenance.get("extractor_sha256")
     if made_with is not None and made_with != extractor.sha256:
-        raise ValueError(f"{path}: made with another extractor ({statistics.provenance.get('extractor')})")
+        raise InputError(f"{path}: made with another extractor ({statistics.provenance.get('extractor')})")
     return Reference(wanted.name, statistics, digest=file_sha256(path))
 
 

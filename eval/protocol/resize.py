@@ -11,6 +11,8 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional
 
+from fewstep.eval.errors import InputError
+
 PIL_FILTERS = {
     "bicubic": Image.Resampling.BICUBIC,
     "bilinear": Image.Resampling.BILINEAR,
@@ -69,7 +71,7 @@ def quantise(images: Tensor, rule: str | None) -> Tensor:
         raise ValueError(f"quantiser: unknown {rule!r}, expected one of {sorted(QUANTISERS)}")
     bad = ~torch.isfinite(images).flatten(1).all(dim=1)
     if bad.any():
-        raise ValueError(f"images: {int(bad.sum())} hold NaN or infinity, first {int(bad.int().argmax())}")
+        raise InputError(f"images: {int(bad.sum())} hold NaN or infinity, first {int(bad.int().argmax())}")
     return images if rule is None else QUANTISERS[rule](images)
 
 
@@ -91,7 +93,7 @@ def centre_crop(images: Tensor, size: int) -> Tensor:
     """The centred `size` x `size` pixels; raises ValueError when the images are smaller."""
     height, width = images.shape[-2:]
     if min(height, width) < size:
-        raise ValueError(f"images: {height}x{width} pixels are too small for a crop of {size}")
+        raise InputError(f"images: {height}x{width} pixels are too small for a crop of {size}")
     top, left = (height - size) // 2, (width - size) // 2
     return images[..., top : top + size, left : left + size]
 

@@ -19,6 +19,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from fewstep.eval.errors import InputError
 from fewstep.eval.features.base import FeatureExtractor, rows_at_once
 from fewstep.eval.metrics.statistics import FeatureStatistics
 from fewstep.eval.protocol.resize import CHAINED, Step, apply_chain, quantise
@@ -239,14 +240,14 @@ def _make_shard(
             )
         try:
             pixels = quantise(images, job.quantiser)
-        except ValueError as error:
-            raise ValueError(f"generate: samples {wanted[0]}..{wanted[-1]}: {error}") from None
+        except InputError as error:
+            raise InputError(f"generate: samples {wanted[0]}..{wanted[-1]}: {error}") from None
         found = _chained(extractor, pixels, job.chain)
         if clip is not None:
             found["clip"] = _chained(clip, pixels, job.clip_chain)["features"]
         for name, network in (("features", extractor), ("clip", clip)):
             if network is not None and not torch.isfinite(found[name]).all():
-                raise ValueError(f"{network.name}: NaN features for samples {wanted[0]}..{wanted[-1]}")
+                raise InputError(f"{network.name}: NaN features for samples {wanted[0]}..{wanted[-1]}")
         if job.keep_images:
             found["images"] = pixels.cpu()
         for name, value in found.items():
@@ -289,7 +290,7 @@ def _claim(folder: Path, job: Job, extractor: FeatureExtractor, clip: FeatureExt
     found = json.loads(stamp.read_text())
     if found.get("key") != key:
         differing = sorted(name for name in content if found.get(name) != content[name] and name != "key")
-        raise ValueError(
+        raise InputError(
             f"{folder}: holds shards of another job (differs in {differing or ['settings']}); give another folder"
         )
     return key

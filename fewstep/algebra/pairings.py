@@ -34,6 +34,7 @@ class Grid:
     """A uniform index of a fixed grid: CD with 18 (CIFAR) or 40 (ImageNet-64) points, LCM with 51."""
 
     points: PositiveInt = 18
+    """Points of the grid, both ends among them."""
 
     def __post_init__(self) -> None:
         if self.points < 2:
@@ -60,7 +61,9 @@ class CTGrid:
     total: PositiveInt = 800_000
     """Steps over which the grid grows."""
     start: PositiveInt = 2
+    """s0, points of the first grid (paper: 2)."""
     end: PositiveInt = 150
+    """s1; the last grid has s1 + 1 points (CIFAR-10: 150)."""
     decay: float = 0.9
     """mu0, the target's EMA decay at a grid of `start` points (CIFAR-10 .9; ImageNet-64 and LSUN .95)."""
 
@@ -93,10 +96,15 @@ class ICTGrid:
     """iCT: a grid that doubles, its index drawn from a discretised lognormal (arXiv 2310.14189, sec. 3.4, 3.5)."""
 
     total: PositiveInt = 400_000
+    """K, the training steps over which the grid doubles."""
     start: PositiveInt = 10
+    """s0, intervals of the first grid."""
     end: PositiveInt = 1280
+    """s1, intervals of the last grid."""
     mean: float = -1.1
+    """Mean of ln(sigma / alpha), the paper's P_mean."""
     std: float = 2.0
+    """Its standard deviation, the paper's P_std."""
 
     def sample(self, draws: Draws, process: Process, step: int) -> tuple[Tensor, Tensor]:
         points = ict_points(min(step, self.total), self.total, self.start, self.end)
@@ -120,10 +128,13 @@ class ECTPairs:
     """ECT: t from a distribution, u = r(t) closing in on it stage by stage, on sigma / alpha (arXiv 2406.14548)."""
 
     times: TimesPart = LogNormal(mean=-1.1, std=2.0)
+    """Distribution of t; ECT takes iCT's lognormal."""
     stage_steps: PositiveInt = 12_500
     """Steps of one stage; the gap shrinks by q from one to the next."""
     q: float = 2.0
+    """Factor by which the gap 1 - rho shrinks from one stage to the next."""
     cap: float = 0.999
+    """Largest rho, where the two times are nearest."""
     first: int = 0
     """Stage to start at; higher ones suit a student that starts as the teacher."""
 

@@ -7,12 +7,12 @@ shape and dtype. Processes compare through the angle atan2(sigma, alpha), finite
 from __future__ import annotations
 
 import math
-from functools import lru_cache
 from typing import Annotated, Literal, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
+from fewstep.algebra.tables import log_ratio_table
 from fewstep.config import OneOf, part
 
 
@@ -144,7 +144,9 @@ class EDM:
     """Variance exploding with t = sigma in [sigma_min, sigma_max] (arXiv 2206.00364)."""
 
     sigma_min: float = 0.002
+    """Smallest noise level; samples at it count as clean."""
     sigma_max: float = 80.0
+    """Largest noise level, at which sampling starts."""
     rho: float = 7.0
     """Exponent of the Karras grid (eq. 5)."""
     sigma_data: float = 0.5
@@ -215,7 +217,9 @@ class Cosine(_VariancePreserving):
     """Cosine schedule with logSNR = -2 log tan(a u + b) between two limits (arXiv 2202.00512, sec. 3)."""
 
     logsnr_min: float = -20.0
+    """ln(alpha^2 / sigma^2) at t = 1, the noisy end."""
     logsnr_max: float = 20.0
+    """ln(alpha^2 / sigma^2) at t = 0, the clean end."""
     t_max = 1.0
 
     @property
@@ -246,7 +250,9 @@ class VP(_VariancePreserving):
     """Continuous variance preserving diffusion, beta linear in t in (0, 1] (arXiv 2011.13456, eq. 33)."""
 
     beta_min: float = 0.1
+    """beta at t = 0 (the paper's .1)."""
     beta_delta: float = 19.9
+    """beta at t = 1 less beta at t = 0 (the paper's 20 - .1)."""
     t_max = 1.0
 
     def _b(self, t: Tensor) -> Tensor:
@@ -283,18 +289,6 @@ class VP(_VariancePreserving):
         return t.clamp(0, 1)
 
 
-@lru_cache(maxsize=32)
-def _log_ratio_table(schedule: str, start: float, end: float, steps: int) -> Tensor:
-    if schedule == "linear":
-        beta = torch.linspace(start, end, steps, dtype=torch.float64)
-    elif schedule == "scaled_linear":
-        beta = torch.linspace(start**0.5, end**0.5, steps, dtype=torch.float64) ** 2
-    else:
-        raise ValueError(f"schedule {schedule!r} is not one of 'linear', 'scaled_linear'")
-    log_alpha_bar = torch.log1p(-beta).cumsum(0)
-    return 0.5 * (torch.log(-torch.expm1(log_alpha_bar)) - log_alpha_bar)
-
-
 @part("process", "discrete_vp")
 class DiscreteVP(_VariancePreserving):
     """The DDPM tables as a continuous process: t = index + 1, so that t = 0 is clean and t = `steps` the end.
@@ -304,16 +298,20 @@ class DiscreteVP(_VariancePreserving):
     """
 
     schedule: Literal["linear", "scaled_linear"] = "linear"
+    """What runs linearly from start to end: beta itself (DDPM), or its root (Stable Diffusion)."""
     beta_start: float = 1e-4
+    """beta of the first index (DDPM 1e-4; Stable Diffusion .00085)."""
     beta_end: float = 0.02
+    """beta of the last index (DDPM .02; Stable Diffusion .012)."""
     steps: int = 1000
+    """Length of the table."""
 
     @property
     def t_max(self) -> float:  # type: ignore[override]
         return float(self.steps)
 
     def _table(self, t: Tensor) -> Tensor:
-        table = _log_ratio_table(self.schedule, self.beta_start, self.beta_end, self.steps)
+        table = log_ratio_table(self.schedule, self.beta_start, self.beta_end, self.steps)
         return table.to(t.device, t.dtype)
 
     def _segment(self, t: Tensor) -> tuple[Tensor, Tensor]:
@@ -350,7 +348,7 @@ class DiscreteVP(_VariancePreserving):
 
     def clean_first_betas(self) -> list[float]:
         """The table's betas with index 0 made clean and its share moved into index 1; later levels are as before."""
-        table = _log_ratio_table(self.schedule, self.beta_start, self.beta_end, self.steps)
+        table = log_ratio_table(self.schedule, self.beta_start, self.beta_end, self.steps)
         alpha_bar = torch.sigmoid(-2 * table)
         alpha_bar[0] = 1.0
         return [0.0, *(1 - alpha_bar[1:] / alpha_bar[:-1]).tolist()]

@@ -37,7 +37,9 @@ class RandomSteps:
     """
 
     most: PositiveInt = 4
+    """Largest number of steps of an update."""
     times: TimesPart = Uniform(low=0.0, high=1.0, shift=5.0)
+    """Law that every level after the first is drawn from."""
 
     def draw(self, draws: Draws, process: Process) -> list[Tensor]:
         """Times (b,) of the steps, decreasing."""

@@ -54,8 +54,11 @@ class Uniform:
     """u ~ U(low, high), then the flow shift. DMD2 re-noises with (0.02, 0.98) (arXiv 2405.14867)."""
 
     low: float = 0.02
+    """Smallest u, before the shift."""
     high: float = 0.98
+    """Largest u, before the shift."""
     shift: float = 1.0
+    """s of the flow shift s u / (1 + (s - 1) u); 1 is none, above it levels are noisier (arXiv 2403.03206, eq. 23)."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.low < self.high <= 1:
@@ -77,8 +80,11 @@ class Index:
     """
 
     low: int = 20
+    """Smallest index that is drawn."""
     high: int = 980
+    """Largest index that is drawn."""
     count: int = 1000
+    """N, length of the grid or table."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.low <= self.high < self.count or self.count < 2:
@@ -95,7 +101,9 @@ class LogNormal:
     """ln(sigma / alpha) ~ N(mean, std^2): EDM (-1.2, 1.2), iCT (-1.1, 2.0), sCM (-1.0, 1.4) (per paper)."""
 
     mean: float = -1.2
+    """Mean of ln(sigma / alpha)."""
     std: float = 1.2
+    """Standard deviation of ln(sigma / alpha)."""
 
     def sample(self, draws: Draws, process: Process, span: tuple[float, float] = (0.0, 1.0)) -> Tensor:
         if span != (0.0, 1.0):
@@ -108,8 +116,11 @@ class TrigLogNormal:
     """TrigFlow angle atan(e^tau / sigma_data), tau ~ N(mean, std^2) (sCM, arXiv 2410.11081, sec. 4)."""
 
     mean: float = -1.0
+    """Mean of tau."""
     std: float = 1.4
+    """Standard deviation of tau."""
     sigma_data: float = 0.5
+    """Standard deviation of the data that the angle is measured with (sCM .5; 1 for data scaled to 1)."""
 
     def sample(self, draws: Draws, process: Process, span: tuple[float, float] = (0.0, 1.0)) -> Tensor:
         if span != (0.0, 1.0):
@@ -139,12 +150,15 @@ class LogStudentT:
     """
 
     mean: float = 0.0
+    """Location of ln(sigma / alpha)."""
     std: float = 0.2
+    """Scale of ln(sigma / alpha)."""
     df: float = 0.01
     """Degrees of freedom."""
     low: float = 1.0
     """Smallest sigma / alpha."""
     high: float = 80.0
+    """Largest sigma / alpha."""
 
     def __post_init__(self) -> None:
         if not 0 < self.low < self.high or min(self.std, self.df) <= 0:
@@ -166,8 +180,11 @@ class LogitNormal:
     """u = sigmoid(N(mean, std^2)), then the flow shift (SD3 (0, 1); MeanFlow (-0.4, 1))."""
 
     mean: float = 0.0
+    """Mean of the logit of u."""
     std: float = 1.0
+    """Standard deviation of the logit of u."""
     shift: float = 1.0
+    """s of the flow shift s u / (1 + (s - 1) u); 1 is none."""
 
     def sample(self, draws: Draws, process: Process, span: tuple[float, float] = (0.0, 1.0)) -> Tensor:
         u = shift(torch.sigmoid(self.mean + self.std * standard_normal(draws)), self.shift)
@@ -179,7 +196,9 @@ class HalfLogNormal:
     """Half of the rows from `lognormal`, half uniform in u above `low`: CTM's denoising times (arXiv 2310.02279)."""
 
     mean: float = -1.2
+    """Mean of ln(sigma / alpha) in the lognormal half."""
     std: float = 1.2
+    """Its standard deviation."""
     low: float = 0.3
     """Smallest level of the uniform half (official: the noisiest .7 of the Karras grid)."""
 
@@ -201,6 +220,7 @@ class SiDTimes:
     """The SiD map: u ~ U(0, t_max/1000) on the Karras grid, sigma in [sigma_min, 24.4] (arXiv 2404.04057)."""
 
     t_max: int = 800
+    """Top of the 1000-point grid in use; the official 800 leaves the noisiest fifth out."""
 
     def sample(self, draws: Draws, process: Process, span: tuple[float, float] = (0.0, 1.0)) -> Tensor:
         return _place(draws.uniform() * (self.t_max / 1000), process, span)
@@ -211,7 +231,9 @@ class Beta:
     """u ~ Beta(a, b) by the inverse of the Kumaraswamy form when one parameter is 1, which covers TwinFlow's (1, 1)."""
 
     a: float = 1.0
+    """First parameter; above 1 it moves u to the noise."""
     b: float = 1.0
+    """Second parameter; above 1 it moves u to the data."""
 
     def __post_init__(self) -> None:
         if self.a <= 0 or self.b <= 0 or (self.a != 1 and self.b != 1):
@@ -228,6 +250,7 @@ class Levels:
     """One of a list of levels u, with equal probability (DDIM grids, step lists)."""
 
     at: tuple[float, ...]
+    """The levels, in [0, 1]."""
 
     def __post_init__(self) -> None:
         if not self.at or not all(0 <= u <= 1 for u in self.at):

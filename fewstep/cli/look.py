@@ -108,11 +108,17 @@ def recipes_ls(
 
 
 @recipes.command("show", epilog="Example: `fewstep recipes show toy/dmd2 method.steps=[1.0,0.5]`")
-def recipes_show(name: RecipeName, settings: Settings = None) -> None:
+def recipes_show(
+    name: RecipeName,
+    settings: Settings = None,
+    explain: Annotated[bool, typer.Option("--explain", help="With a comment on every key.")] = False,
+) -> None:
     """Print a recipe with every default filled in."""
+    from fewstep.recipe.annotate import annotated
     from fewstep.recipe.store import dump, load
 
-    typer.echo(dump(load(name, settings or [])), nl=False)
+    text = dump(load(name, settings or []))
+    typer.echo(annotated(text) if explain else text, nl=False)
 
 
 @recipes.command("diff", epilog="Example: `fewstep recipes diff digits-dmd2 --paper`")
@@ -130,11 +136,11 @@ def recipes_diff(
 @recipes.command("cp", epilog="Example: `fewstep recipes cp digits-dmd2 mine.yaml`")
 def recipes_cp(
     name: RecipeName,
-    to: Annotated[Path, typer.Argument(help="File to write, ending in .yaml.")],
+    to: Annotated[Path, typer.Argument(help="File to write; the schema that editors check it with goes beside it.")],
     force: Force = False,
 ) -> None:
     """Copy a shipped recipe to a file of your own, without the results and remarks of its own runs."""
-    from fewstep.commands.recipes import copy_recipe
+    from fewstep.commands.write_recipe import copy_recipe
 
     copy_recipe(name, to, force)
     typer.echo(f"{to}: run it with `fewstep run {to}`")
@@ -159,10 +165,11 @@ def methods_ls(words: Words = None, json: Json = False) -> None:
 
 @methods.command("show", epilog="Example: `fewstep methods show phased_dmd`")
 def methods_show(name: MethodName) -> None:
-    """Print a method's card: equation, roles, deviations from its paper, numbers, known failures."""
-    from fewstep.recipe.cards import show
+    """Print a method's card: equation, roles, deviations from its paper, numbers, known failures, its keys."""
+    from fewstep.commands.explain import terminal_width
+    from fewstep.commands.methods import show_method
 
-    typer.echo(show(name))
+    typer.echo(show_method(name, terminal_width()))
 
 
 @methods.command("record", epilog="Example: `fewstep methods record runs/digits-dmd2 comparison.json`")
@@ -189,3 +196,32 @@ def cite(recipe: RecipeName) -> None:
     from fewstep.recipe.cards import cite as entries
 
     typer.echo(entries(recipe))
+
+
+@app.command(rich_help_panel="Look", epilog="Example: `fewstep explain method.dmd2`")
+def explain(
+    key: Annotated[
+        str | None,
+        typer.Argument(help="A key, such as train.ema_warmup, data.images or times.lognormal; the top keys if left out."),
+    ] = None,
+) -> None:
+    """Say what a key of a recipe means: type, default, choices, meaning and an example."""
+    from fewstep.commands.explain import explain as tell, terminal_width
+
+    typer.echo(tell(key, terminal_width()))
+
+
+@app.command(rich_help_panel="Look", epilog="Example: `fewstep schema --out recipe.schema.json`")
+def schema(
+    out: Annotated[Path | None, typer.Option(help="File to write; printed when left out.")] = None,
+    force: Force = False,
+) -> None:
+    """Write a JSON schema of recipes, by which editors complete, explain and check them."""
+    from fewstep.commands.write_recipe import write
+    from fewstep.recipe.json_schema import text
+
+    if out is None:
+        typer.echo(text(), nl=False)
+    else:
+        write({out: text()}, force)
+        typer.echo(f"{out}: name it in a recipe's first line, `# yaml-language-server: $schema={out.name}`")

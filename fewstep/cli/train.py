@@ -33,6 +33,33 @@ def run(
     run_recipe(recipe, settings or [], out, resume, force, start)
 
 
+@app.command(
+    rich_help_panel="Train",
+    epilog="Examples:\n\n"
+    "`fewstep new --data photos --steps 1 --method dmd2 --out mine.yaml`\n\n"
+    "`fewstep new --teacher my-sdxl --steps 4 --lora --prompts prompts.txt --out mine.yaml`",
+)
+def new(
+    out: Annotated[Path, typer.Option(help="Recipe to write, NAME.yaml; others are written beside it.")],
+    steps: Annotated[int, typer.Option(help="Network calls of the student.")],
+    data: Annotated[
+        Path | None, typer.Option(help="Folder of pictures; sub-folders are classes. Or one of `fewstep cache-latents`.")
+    ] = None,
+    teacher: Annotated[str | None, typer.Option(help="Folder of a diffusers pipeline; left out: one is trained.")] = None,
+    method: Annotated[str, typer.Option(help="dmd2, sid or consistency; a pipeline: dmd2.")] = "dmd2",
+    lora: Annotated[bool, typer.Option("--lora", help="Train LoRA sets and not whole networks.")] = False,
+    prompts: Annotated[
+        Path | None, typer.Option(help="Text file, one prompt a line, for a run without pictures.")
+    ] = None,
+    force: Force = False,
+) -> None:
+    """Write recipes for your own pictures or pipeline, with a comment on every line that says where it comes from."""
+    from fewstep.commands.new import Wish, new as job
+
+    for line in job(Wish(out, steps, data, teacher, method, lora, prompts, force)):
+        typer.echo(line)
+
+
 @app.command(rich_help_panel="Train", epilog="Example: `fewstep plan digits-dmd2 train.batch=512`")
 def plan(
     recipe: RecipeName,

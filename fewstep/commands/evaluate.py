@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fewstep.commands.judge import Judge, captions_of, check_fit, data_of, open_judge, preset_of, told
+from fewstep.commands.judge import Judge, captions_of, check_fit, data_of, open_judge, preset_of, refusals
 from fewstep.commands.measure import guided_teacher, teacher_product
 from fewstep.commands.options import parse_steps
 from fewstep.commands.processes import world
@@ -25,7 +25,7 @@ from fewstep.config import UserError
 from fewstep.eval.features.base import FeatureExtractor
 from fewstep.eval.protocol.evaluation import Evaluation
 from fewstep.eval.protocol.images import ImageFolder
-from fewstep.eval.protocol.latency import Clock, Latency, measure_latency
+from fewstep.eval.protocol.latency import Latency, measure_latency, seconds_per_1000
 from fewstep.eval.protocol.preset import Preset, load_preset, require_files
 from fewstep.eval.protocol.resize import quantise
 from fewstep.eval.protocol.runner import Job, Samples, collect, extract_images, run_shards
@@ -41,10 +41,6 @@ SHOWN = 64
 
 def run(request: Request) -> list[Evaluation]:
     """`fewstep eval`; returns the evaluations on the main process, nothing on the others."""
-    if (request.path is None) == (request.images is None):
-        raise UserError("eval: give a run, an export or a diffusers folder, or --images FOLDER --preset NAME")
-    if request.seed is not None and request.preset is not None:
-        raise UserError("--seed: a preset has seeds of its own; another seed is another protocol")
     steps, teacher = parse_steps(request.steps), parse_steps(request.teacher, "--teacher")
     product = product_of(request)
     spec = spec_of(request, product)
@@ -53,7 +49,7 @@ def run(request: Request) -> list[Evaluation]:
         write_images(preset, request, steps)
         return []
     check_options(preset, request)
-    with told():
+    with refusals():
         files = require_files(preset, request.extractor_path, request.clip_path, request.omit or ())
         check_source(preset, request, product, steps, teacher)
     captions = spec.retrieval if spec is not None and product is not None else None
@@ -65,7 +61,7 @@ def run(request: Request) -> list[Evaluation]:
         extractor_path=request.extractor_path,
         omit=request.omit or (),
     )
-    with told():
+    with refusals():
         if request.images is not None:
             found = [of_folder(judge, request)]
         else:
@@ -90,8 +86,6 @@ def spec_of(request: Request, product: Product | None) -> Evaluate | None:
     """What a run's recipe says of its evaluation, the default for other folders; None where a preset is named."""
     if request.preset is not None:
         return None
-    if request.images is not None:
-        raise UserError("--images: needs --preset NAME, such as digits")
     own = product.recipe.evaluate if product is not None and product.recipe is not None else None
     changes = {"samples": request.samples, "seed": request.seed}
     return replace(own or Evaluate(), **{k: v for k, v in changes.items() if v is not None})
@@ -102,7 +96,7 @@ def preset_for(request: Request, spec: Evaluate | None) -> Preset:
     if spec is not None:
         return preset_of(spec)
     assert request.preset is not None
-    with told():
+    with refusals():
         preset = load_preset(request.preset)
     return preset if request.samples is None else replace(preset, number=request.samples)
 
@@ -253,24 +247,23 @@ def of_models(
             if place.device.type != "cpu" and isinstance(network, torch.nn.Module):
                 network.to(place.device)
         for model in models(judge, request, product, steps, teacher, place.device):
-            digest, clock = model.digest(), Clock(model.generate(0))
+            digest = model.digest()
             jobs = [judge.job(batch, {"model": digest, "repetition": r}) for r in range(judge.preset.repetitions)]
             for number, job in enumerate(jobs):
-                make = clock if number == 0 else model.generate(number)
-                folder = shards_of(job, extractor, clip)
+                make, folder = model.generate(number), shards_of(job, extractor, clip)
                 run_shards(job, folder, make, extractor, rank=place.rank, world_size=place.size, clip=clip)
             barrier()
             if not place.main:
                 continue
             sets = [collect(job, shards_of(job, extractor, clip), extractor, clip) for job in jobs]
-            found.append(of_samples(judge, model, sets, clock, batch, request.report is not None))
+            found.append(of_samples(judge, model, sets, batch, request.report is not None))
             for samples in sets:
                 discard(samples)
         barrier()
     return found
 
 
-def of_samples(judge: Judge, model: Model, sets: list[Samples], clock: Clock, batch: int, report: bool) -> Evaluation:
+def of_samples(judge: Judge, model: Model, sets: list[Samples], batch: int, report: bool) -> Evaluation:
     """The evaluation of one model; for a report with its first images and its latency."""
     preset = judge.preset
     latency: list[Latency] = []
@@ -289,7 +282,7 @@ def of_samples(judge: Judge, model: Model, sets: list[Samples], clock: Clock, ba
                 images = quantise(images, preset.quantiser).round().to(torch.uint8)
             for size in sorted({1, batch}):
                 latency.append(measure_latency(generate, size, repeats=5, warm_up=1))
-    seconds = clock.per_1000(list(range(min(batch, preset.number))))
+    seconds = seconds_per_1000(model.generate(0), list(range(min(batch, preset.number))))
     return judge.evaluate(model, sets, seconds=seconds, images=images, latency=tuple(latency))
 
 

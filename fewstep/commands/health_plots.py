@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
@@ -10,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from fewstep.commands import health
+from fewstep.files import atomic_path
 
 
 @dataclass(frozen=True)
@@ -79,14 +79,11 @@ def save(records: Sequence[dict[str, Any]], path: Path) -> list[str]:
         _draw(axis, panel, records)
     for axis in list(axes.flat)[len(panels) :]:
         axis.set_visible(False)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
     try:
-        figure.savefig(aside, dpi=90, bbox_inches="tight")
-        os.replace(aside, path)
+        with atomic_path(path) as temporary:
+            figure.savefig(temporary, dpi=90, bbox_inches="tight")
     finally:
         plt.close(figure)
-        aside.unlink(missing_ok=True)
     return [p.title for p in panels]
 
 

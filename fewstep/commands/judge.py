@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fewstep.commands.sources import Model
 from fewstep.config import UserError
+from fewstep.eval.errors import InputError
 from fewstep.eval.features.base import FeatureExtractor
 from fewstep.eval.features.clip import ClipScorer, tokenise
 from fewstep.eval.features.extractors import build_extractor
@@ -82,17 +83,17 @@ class Judge:
 
 
 @contextmanager
-def told() -> Iterator[None]:
-    """What the harness refuses is the user's to mend: one message instead of a traceback."""
+def refusals() -> Iterator[None]:
+    """What the harness refuses is the user's to mend: one message. Errors of the code itself keep their traceback."""
     try:
         yield
-    except (ValueError, FileNotFoundError, PermissionError, ModuleNotFoundError, ArithmeticError) as error:
+    except (InputError, FileNotFoundError, PermissionError, ModuleNotFoundError) as error:
         raise UserError(str(error)) from None
 
 
 def preset_of(spec: Evaluate) -> Preset:
     """The preset that a recipe names, with the recipe's number of samples and seed."""
-    with told():
+    with refusals():
         preset = load_preset(spec.metric)
     metrics = preset.metrics if spec.retrieval is None else [*preset.metrics, "retrieval"]
     return replace(preset, number=spec.samples, first_seed=spec.seed, metrics=metrics)
@@ -108,7 +109,7 @@ def open_judge(
     omit: Sequence[str] = (),
 ) -> Judge:
     """Networks, prompts and reference of a preset from `files` (see `require_files`); UserError for what is wrong."""
-    with told():
+    with refusals():
         prompts = prompts_of(preset, files["prompts"]) if "prompts" in files else None
         clip = clip_of(preset, files.get("clip"), prompts)
         extractor = extractor_of(preset, files.get("weights", extractor_path))
@@ -131,7 +132,7 @@ def judge_of(product: Product, spec: Evaluate) -> Judge:
         UserError: the preset is not for this product's samples, or a file that it needs is missing.
     """
     preset = preset_of(spec)
-    with told():
+    with refusals():
         files = require_files(preset)
     check_fit(preset, product.picture_shape(), product.classes)
     captions = None if spec.retrieval is None else captions_of(product, spec.retrieval)
@@ -175,11 +176,11 @@ def check_fit(preset: Preset, shape: Sequence[int], classes: int | None, what: s
 
 
 def extractor_of(preset: Preset, path: Path | None) -> FeatureExtractor:
-    """The preset's feature network; ValueError when its weights are not the ones the preset pins."""
+    """The preset's feature network; InputError when its weights are not the ones the preset pins."""
     extractor = build_extractor(preset.extractor, path)
     pinned = preset.extractor_file.sha256 if preset.extractor_file else None
     if pinned and not extractor.sha256.startswith(pinned):
-        raise ValueError(f"{path}: sha256 {extractor.sha256} is not the {pinned} of preset {preset.name}")
+        raise InputError(f"{path}: sha256 {extractor.sha256} is not the {pinned} of preset {preset.name}")
     return extractor
 
 
@@ -198,7 +199,7 @@ def captions_of(product: Product, folder: str) -> Retrieval:
     """The retrieval model of a folder; UserError when its captions are not those of the product's data."""
     try:
         retrieval = Retrieval.load(folder)
-    except (FileNotFoundError, ValueError) as error:
+    except (FileNotFoundError, InputError) as error:
         raise UserError(f"evaluate.retrieval: {error}") from None
     data: Any = product.recipe.data.open() if product.recipe else None
     captions = tuple(getattr(item, "caption", None) for item in getattr(data, "items", ()))

@@ -13,8 +13,9 @@ from fewstep.algebra.sampling import many_step
 from fewstep.commands.judge import Judge
 from fewstep.commands.sources import BATCH, of_product
 from fewstep.config import UserError
+from fewstep.eval.errors import InputError
 from fewstep.eval.protocol.evaluation import Evaluation
-from fewstep.eval.protocol.latency import Clock
+from fewstep.eval.protocol.latency import seconds_per_1000
 from fewstep.eval.protocol.runner import make_samples
 from fewstep.train.product import Product
 
@@ -38,9 +39,9 @@ def measure(product: Product, judge: Judge, *, batch: int = BATCH) -> tuple[Eval
     """
     model = of_product(judge.preset, product, product.title, name=product.title)
     drawn: list[Tensor] = []
-    sets, clock = [], Clock(model.generate(0))
+    sets = []
     for repetition in range(judge.preset.repetitions):
-        make = clock if repetition == 0 else model.generate(repetition)
+        make = model.generate(repetition)
 
         def generate(indices: list[int], make: Any = make, first: bool = repetition == 0) -> Tensor:
             x = make(indices).cpu()
@@ -50,7 +51,7 @@ def measure(product: Product, judge: Judge, *, batch: int = BATCH) -> tuple[Eval
 
         try:
             sets.append(make_samples(judge.job(batch), generate, judge.extractor, judge.clip_images))
-        except ValueError as error:
+        except InputError as error:
             raise UserError(f"{product.title}: {error}; nothing was measured") from None
-    seconds = clock.per_1000(list(range(min(batch, judge.preset.number))))
+    seconds = seconds_per_1000(model.generate(0), list(range(min(batch, judge.preset.number))))
     return judge.evaluate(model, sets, seconds=seconds), torch.cat(drawn)

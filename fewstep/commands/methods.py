@@ -12,6 +12,18 @@ from fewstep.config import UserError
 COLUMNS = {"name": "method", "title": "what", "needs": "needs"}
 
 
+def show_method(name: str, width: int = 100) -> str:
+    """A method's card, and below it the keys that a recipe may set, with the lines at most `width` wide."""
+    from fewstep.commands.explain import table
+    from fewstep.config import REGISTRY
+    from fewstep.recipe.cards import card, show
+    from fewstep.recipe.fields import keys_of
+
+    part = REGISTRY["method"].get(card(name).name)
+    keys = ["", "  keys", *table(keys_of(part), width, "    ")] if part else []
+    return "\n".join([show(name), *keys])
+
+
 def list_methods(words: Sequence[str] = (), json: bool = False, console: Console | None = None) -> None:
     """Name, title and needs of each method that has all words on its card's head, its other names among them."""
     from fewstep.recipe.cards import listing

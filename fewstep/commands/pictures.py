@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fewstep.eval.protocol.images import to_pixels
+from fewstep.files import atomic_path
 
 CELL = 64
 """Pixels of a cell's side at least, by a whole factor."""
@@ -28,13 +28,8 @@ def tile(x: Tensor, per_row: int) -> Tensor:
 
 def save_picture(picture: Any, path: Path) -> None:
     """A Pillow picture as a file, whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
-    try:
-        picture.save(aside)
-        os.replace(aside, path)
-    finally:
-        aside.unlink(missing_ok=True)
+    with atomic_path(path) as temporary:
+        picture.save(temporary)
 
 
 def _image(x: Tensor, per_row: int, scale: int) -> Any:
@@ -89,11 +84,8 @@ def save_scatter(sets: Sequence[tuple[str, Tensor]], path: Path) -> None:
     for axis, (title, x) in zip(axes[0], sets, strict=True):
         axis.scatter(x[:, 0].cpu(), x[:, 1].cpu(), s=2, alpha=0.5)
         axis.set(title=title, xlim=(-2, 2), ylim=(-2, 2), aspect="equal")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
     try:
-        figure.savefig(aside, dpi=80, bbox_inches="tight")
-        os.replace(aside, path)
+        with atomic_path(path) as temporary:
+            figure.savefig(temporary, dpi=80, bbox_inches="tight")
     finally:
         plt.close(figure)
-        aside.unlink(missing_ok=True)

@@ -1,18 +1,15 @@
-"""`fewstep recipes ls` and `cp`: what ships, from the YAML files alone, and a copy without what was measured of it."""
+"""`fewstep recipes ls`: what ships, from the YAML files alone."""
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
-import yaml
 from rich.console import Console
 
 from fewstep.commands.listing import as_json, chosen, show
 from fewstep.config import UserError
-from fewstep.recipe.source import find, outlines, shipped
+from fewstep.recipe.source import outlines, shipped
 
 COLUMNS = {"name": "recipe", "method": "method", "about": "about", "result": "result"}
 
@@ -48,42 +45,3 @@ def _of_card(name: str) -> str:
 def _row(outline: dict[str, Any]) -> dict[str, Any]:
     results = [f"{r['metric']} {r['value']} ({r['source']})" for r in outline["results"]]
     return {**outline, "method": " + ".join(outline["methods"]), "result": "; ".join(results)}
-
-
-def copy_recipe(name: str, to: Path, force: bool = False) -> None:
-    """`fewstep recipes cp`: a shipped recipe as a file of one's own. UserError where it cannot be written."""
-    if to.exists() and not force:
-        raise UserError(f"{to}: exists; overwrite it with --force")
-    if to.suffix not in (".yaml", ".yml"):
-        raise UserError(f"{to}: a recipe's name ends in .yaml")
-    if not to.parent.is_dir():
-        raise UserError(f"{to.parent}: no such folder")
-    text = find(name).read_text(encoding="utf-8")
-    to.write_text(own_copy(text, sources=name.startswith(("paper/", "models/"))), encoding="utf-8")
-
-
-def own_copy(text: str, sources: bool) -> str:
-    """A recipe's text without its `results`, which are not the copy's.
-
-    Comments go too, for they tell what was found on the recipe's own data; with `sources` they name where published
-    settings are from, and stay.
-    """
-    text = re.sub(r"(?m)^results:.*\n?(?:[ \t#-].*\n?|\n)*", "", text)
-    if sources:
-        return text
-    lines = [line for line in text.splitlines() if not line.lstrip().startswith("#")]
-    whole = yaml.safe_load("\n".join(lines))
-    for i, line in enumerate(lines):
-        for mark in re.finditer(r"\s+#", line):
-            others = [*lines[:i], line[: mark.start()], *lines[i + 1 :]]
-            if _means(others, whole):  # not so for a # within quotes
-                lines = others
-                break
-    return "\n".join(lines) + "\n"
-
-
-def _means(lines: Sequence[str], what: Any) -> bool:
-    try:
-        return bool(yaml.safe_load("\n".join(lines)) == what)
-    except yaml.YAMLError:
-        return False

@@ -107,7 +107,7 @@ def _table(evaluations: Sequence[Evaluation]) -> None:
     console.print(f"{first.preset} ({first.preset_hash}), {first.number:,} samples", soft_wrap=True, highlight=False)
     console.print(out, highlight=False)
     notes = [f"{', '.join(names)}; ± one standard error"]
-    notes += ["calls: of the network, each sample; s / 1000: seconds per 1,000 samples, warm, processor time on a CPU"]
+    notes += ["calls: of the network, each sample; s / 1000: seconds, warm; on a CPU processor time of one thread"]
     if any(f.standard_error is None for e in evaluations for f in e.frechet):
         notes.append("without ±: no more samples than features, far too few for a distance that says anything")
     console.print("\n".join(notes), soft_wrap=True, highlight=False)

@@ -8,6 +8,8 @@ from typing import Annotated, ClassVar
 
 from typer import Argument, Option
 
+from fewstep.config import UserError
+
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
@@ -42,3 +44,14 @@ class Request:
         **dict.fromkeys(("report", "out"), "What is written"),
     }
     """The options by the panels of the help."""
+
+    def __post_init__(self) -> None:
+        # Here, before the command imports torch, which takes seconds.
+        if self.selftest:
+            return
+        if (self.path is None) == (self.images is None):
+            raise UserError("eval: give a run, an export or a diffusers folder, or --images FOLDER --preset NAME")
+        if self.images is not None and self.preset is None:
+            raise UserError("--images: needs --preset NAME, such as digits")
+        if self.seed is not None and self.preset is not None:
+            raise UserError("--seed: a preset has seeds of its own; another seed is another protocol")

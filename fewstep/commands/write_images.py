@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from fewstep.commands.judge import check_fit, told
+from fewstep.commands.judge import check_fit, refusals
 from fewstep.commands.processes import world
 from fewstep.commands.report import console
 from fewstep.commands.request import Request
@@ -29,7 +29,7 @@ def write_images(preset: Preset, request: Request, steps: Sequence[int]) -> None
             raise UserError(f"{option}: preset {preset.name} measures nothing, it writes images for another package")
     if len(steps) > 1:
         raise UserError(f"--steps: preset {preset.name} writes one set of images; give one number")
-    with told():
+    with refusals():
         file = require_files(preset)["prompts"]
         prompts = prompts_of(preset, file)
         places(preset, out)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Protocol
+from typing import Annotated, Any, Literal, Protocol
 
 from torch import Tensor
 
@@ -35,11 +35,27 @@ class Data(Protocol):
         ...
 
 
+Conditions = Literal["none", "classes", "text"]
+"""What stands beside a sample."""
+
+
+def conditions_of(data: Any) -> Conditions:
+    """Those of an opened data set."""
+    if getattr(data, "text", None) is not None:
+        return "text"
+    return "classes" if data.classes else "none"
+
+
 class DataSpec(Protocol):
     """A data set as a recipe names it."""
 
     @property
     def name(self) -> str: ...
+    @property
+    def conditions(self) -> Conditions | None:
+        """What stands beside its samples; None where only its files tell."""
+        ...
+
     def open(self) -> Data:
         """Find and check the files; UserError says what is missing."""
         ...

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from fewstep.algebra.draws import Draws
 from fewstep.config import UserError, part
+from fewstep.data.base import Conditions
 from fewstep.data.conditions import ClassConditions
 
 
@@ -33,6 +34,8 @@ class InMemory(ClassConditions):
 class Digits:
     """scikit-learn's 1,797 handwritten digits, 8 x 8 grey, ten classes: always there, no download."""
 
+    conditions: ClassVar[Conditions] = "classes"
+
     def open(self) -> InMemory:
         from sklearn.datasets import load_digits
 
@@ -50,6 +53,7 @@ class FashionMNIST:
     Debian's package dataset-fashion-mnist puts them."""
     split: Literal["train", "test"] = "train"
     """60,000 or 10,000 images."""
+    conditions: ClassVar[Conditions] = "classes"
 
     def open(self) -> InMemory:
         from fewstep.eval.protocol.datasets import fashion_mnist
@@ -72,6 +76,7 @@ class ImageFolder:
     """The folder."""
     grey: bool = False
     """True: one channel, otherwise RGB."""
+    conditions: ClassVar[None] = None
 
     def open(self) -> InMemory:
         root = Path(self.path).expanduser()

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from fewstep.algebra.draws import Draws
 from fewstep.config import UserError, part
-from fewstep.data.base import EncoderPart
+from fewstep.data.base import Conditions, EncoderPart
 from fewstep.data.conditions import TextConditions
 from fewstep.data.shards import Shards, read_index, sha256_of
 from fewstep.data.text import Text, embed
@@ -85,6 +85,10 @@ class Latents:
     """Guidance moves away from zeros in its place (SDXL)."""
     text_cache: str | None = None
     """Folder of the embeddings; the user's cache folder when left out."""
+
+    @property
+    def conditions(self) -> Conditions | None:
+        return None if self.encoder is None else "text"
 
     def open(self) -> LatentData:
         root = Path(self.path).expanduser()

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from glob import glob
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from pydantic import PositiveInt
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from fewstep.algebra.draws import Draws
 from fewstep.config import UserError, part
-from fewstep.data.base import EncoderPart
+from fewstep.data.base import Conditions, EncoderPart
 from fewstep.data.conditions import TextConditions
 from fewstep.data.text import Text, embed, read_prompts
 
@@ -123,6 +123,10 @@ class Captions:
     grey: bool = False
     """True: one channel, otherwise RGB."""
 
+    @property
+    def conditions(self) -> Conditions:
+        return "none" if self.encoder is None else "text"
+
     def open(self) -> Pictures:
         root = Path(self.path).expanduser()
         if not root.is_dir():
@@ -191,6 +195,12 @@ class WebDataset:
     """Folder of the embeddings; the user's cache folder when left out."""
     grey: bool = False
     """True: one channel, otherwise RGB."""
+
+    @property
+    def conditions(self) -> Conditions:
+        if self.encoder is not None:
+            return "text"
+        return "classes" if self.classes else "none"
 
     def open(self) -> Pictures:
         items = [item for path in expand(self.shards) for item in index(path)]
@@ -287,6 +297,7 @@ class Prompts:
     """Guidance moves away from zeros in its place (SDXL)."""
     text_cache: str | None = None
     """Folder of the embeddings; the user's cache folder when left out."""
+    conditions: ClassVar[Conditions] = "text"
 
     def open(self) -> PromptData:
         prompts = read_prompts(Path(self.path).expanduser())

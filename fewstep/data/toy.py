@@ -11,6 +11,7 @@ from torch import Tensor
 from fewstep.algebra.draws import Draws, fold
 from fewstep.algebra.process import Flow
 from fewstep.config import part
+from fewstep.data.base import Conditions
 from fewstep.data.conditions import ClassConditions
 from fewstep.networks.analytic import ring
 
@@ -20,10 +21,17 @@ class Ring:
     """Eight Gaussians on a circle, every second one twice as heavy (see fewstep.networks.analytic.ring)."""
 
     modes: PositiveInt = 8
+    """Gaussians on the circle."""
     radius: float = 1.25
+    """Of the circle."""
     std: float = 0.1
+    """Of every Gaussian, in each axis."""
     conditional: bool = False
     """True: the mode's number is the condition."""
+
+    @property
+    def conditions(self) -> Conditions:
+        return "classes" if self.conditional else "none"
 
     def open(self) -> RingData:
         return RingData(self)

@@ -6,6 +6,7 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -38,15 +39,17 @@ class ExportRefused(UserError):
 
 @dataclass(frozen=True)
 class Stock:
-    """A configured stock scheduler and how a pipeline that has it is called.
+    """A stock scheduler by its class and config, and how a pipeline that has it is called.
 
-    call: keyword arguments of the pipeline that make it visit the trained levels. sampler: the one whose samples the
-    pipeline draws, with levels on the grid that the written scheduler config describes. input_scale: factor for the
-    first convolution's weights where the scheduler starts from another scale than the sampler; one step only.
-    levels: what the pipeline hands to the scheduler's `set_timesteps` where that is not its call.
+    name: the class in diffusers. config: its constructor's arguments. call: keyword arguments of the pipeline that make
+    it visit the trained levels. sampler: the one whose samples the pipeline draws, with levels on the grid that the
+    written scheduler config describes. input_scale: factor for the first convolution's weights where the scheduler starts
+    from another scale than the sampler; one step only. levels: what the pipeline hands to the scheduler's `set_timesteps`
+    where that is not its call.
     """
 
-    scheduler: Any
+    name: str
+    config: dict[str, Any]
     call: dict[str, Any]
     sampler: Sampler
     input_scale: float = 1.0
@@ -57,10 +60,12 @@ class Stock:
         """The arguments of `set_timesteps`."""
         return self.call if self.levels is None else self.levels
 
-    @property
-    def name(self) -> str:
-        """The scheduler's class."""
-        return type(self.scheduler).__name__
+    @cached_property
+    def scheduler(self) -> Any:
+        """The scheduler itself; the first look imports diffusers."""
+        import diffusers
+
+        return getattr(diffusers, self.name)(**self.config)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -19,10 +19,11 @@ from fewstep.networks.adapters import Adapted, lora_layers
 from fewstep.networks.denoiser import Denoiser, Rescheduled
 from fewstep.networks.diffusers import wrapper_of
 from fewstep.networks.folder import Folder, read_folder
+from fewstep.networks.outline import outline
 from fewstep.networks.parts import Site
 from fewstep.networks.routed import Routed
 from fewstep.networks.scheduler import read_scheduler
-from fewstep.networks.specs import Copy
+from fewstep.networks.specs import Copy, UNet2DSpec
 from fewstep.recipe.schema import Recipe
 from fewstep.train.product import Product, product_of
 
@@ -77,7 +78,7 @@ def outlined(recipe: Recipe) -> Product:
     code.require(teacher)
     roles: dict[str, nn.Module] = {}
     if teacher is not None and teacher.name == "diffusers":
-        net = _teacher(teacher, recipe.data)
+        net = outlined_teacher(teacher, recipe.data)
         wrapper: Any = net.net
         shape = (wrapper.channels(), *_size(recipe.data, wrapper))
         data: Any = _Data(shape, wrapper.classes)
@@ -89,7 +90,7 @@ def outlined(recipe: Recipe) -> Product:
     else:
         raise UserError("the student's process is known only once it is built")
     site = Site(data.shape, data.classes, roles, 0)
-    return product_of(recipe, _spec(recipe.student).build(site), data, "student")
+    return product_of(recipe, _student(recipe.student, site), data, "student")
 
 
 class _Data:
@@ -109,6 +110,12 @@ def _size(data: Any, wrapper: Any) -> tuple[int, ...]:
     return data.shape[1:] if len(getattr(data, "shape", ())) == 3 else wrapper.sample_size()
 
 
+def _student(spec: Any, site: Site) -> nn.Module:
+    if isinstance(spec, UNet2DSpec) and (model := outline(spec.settings(site))):
+        return spec.around(model, site)
+    return _spec(spec).build(site)
+
+
 def _spec(spec: Any) -> Any:
     """A student's spec without what needs weights: an adapter exports as its base does."""
     if spec.name == "lora":
@@ -118,12 +125,14 @@ def _spec(spec: Any) -> Any:
     return replace(spec, max_frequency=None) if spec.name == "copy" else spec
 
 
-def _teacher(spec: Any, data: Any) -> Denoiser:
-    """`load_denoiser` up to the weights."""
+def outlined_teacher(spec: Any, data: Any = None) -> Denoiser:
+    """`load_denoiser` up to the weights, for a teacher's spec; x has the size of `data` where its spec tells one."""
     folder = read_folder(spec.path)
     schedule = dict(folder.scheduler) | ({"prediction_type": spec.prediction} if spec.prediction else {})
     read_scheduler(schedule, str(folder.scheduler_file), tokens=256)
-    model = _model(folder)
+    # A wrapper of the user's own may look at any part of the model.
+    known = folder.kind == "UNet2DModel" and spec.wrapper is None
+    model: Any = (outline(folder.config) if known else None) or _model(folder)
     classes = int(getattr(model.config, "num_class_embeds", 0) or 0)
     pixels = folder.latents.pixels if folder.latents else 1
     net: Any = wrapper_of(folder, spec.wrapper)(model, classes, guidance=spec.guidance, pixels=pixels)

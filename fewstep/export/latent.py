@@ -54,40 +54,39 @@ def latent_stock(net: Denoiser, sampler: Sampler) -> Stock:
             f"{wrapper.pipeline or type(wrapper.model).__name__} has no scheduler for a student of "
             f"prediction {net.prediction!r} on {type(process).__name__}; train it in its teacher's own process"
         )
-    scheduler = unet_stock(net, sampler).scheduler
+    stock = unet_stock(net, sampler)
     eta = {"eta": sampler.eta} if kind == "gamma" and n > 1 and wrapper.levels else {}
     counted: dict[str, Any] = {"num_inference_steps": n}
-    if "original_inference_steps" in scheduler.config:
+    config = stock.config
+    if stock.name in ("LCMScheduler", "TCDScheduler"):
         # With the whole table as its training schedule n even steps are its own, and the config carries them.
-        scheduler.register_to_config(original_inference_steps=process.steps)
-    visited = levels_of_scheduler(scheduler, process, **counted)
-    if visited.differ(levels_of(process, sampler.steps)) < TOLERANCE:
-        return Stock(scheduler, counted | eta, _written(sampler), levels=counted)
+        config = config | {"original_inference_steps": process.steps}
+    even = Stock(stock.name, config, counted | eta, _written(sampler), levels=counted)
+    if levels_of_scheduler(even.scheduler, process, **counted).differ(levels_of(process, sampler.steps)) < TOLERANCE:
+        return even
     if wrapper.levels != "timesteps":
         raise ExportRefused(
             f"{wrapper.pipeline} takes no levels of its own, and {list(sampler.steps)} are not evenly spaced; "
             f"train at 1 - i/{n}; {INSTEAD}"
         )
     rows = {"timesteps": [round(u * process.steps) - 1 for u in sampler.steps]}
-    return Stock(scheduler, rows | eta, _written(sampler), levels=rows)
+    return Stock(stock.name, config, rows | eta, _written(sampler), levels=rows)
 
 
 def _flow(process: Flow, wrapper: Any, sampler: Sampler, renoise: bool) -> Stock:
     """Euler's scheduler with x0 re-noised or kept (its `stochastic_sampling`): both are exact on a flow."""
-    from diffusers import FlowMatchEulerDiscreteScheduler
-
-    n = len(sampler.steps)
+    n, name = len(sampler.steps), "FlowMatchEulerDiscreteScheduler"
     own = float(getattr(process, "shift", 1.0))
     even = all(abs(u - (1 - i / n)) < 1e-9 for i, u in enumerate(sampler.steps))
     if even and (n == 1 or wrapper.even):
-        scheduler = FlowMatchEulerDiscreteScheduler(shift=own, stochastic_sampling=renoise)
         sigmas = {"sigmas": list(sampler.steps)}
-        return Stock(scheduler, {"num_inference_steps": n}, _written(sampler), levels=sigmas)
+        config = {"shift": own, "stochastic_sampling": renoise}
+        return Stock(name, config, {"num_inference_steps": n}, _written(sampler), levels=sigmas)
     times = tuple(process.grid(torch.tensor(sampler.steps, dtype=torch.float64)).tolist())
     # shift 1: the sigmas of the call are the trained ones, a shift would move them once more.
-    scheduler = FlowMatchEulerDiscreteScheduler(shift=1.0, stochastic_sampling=renoise)
+    config = {"shift": 1.0, "stochastic_sampling": renoise}
     written = _written(sampler, None if own == 1.0 else times)
-    return Stock(scheduler, {"sigmas": [float(f"{t:.9g}") for t in times]}, written)
+    return Stock(name, config, {"sigmas": [float(f"{t:.9g}") for t in times]}, written)
 
 
 def _written(sampler: Sampler, steps: tuple[float, ...] | None = None) -> Sampler:
@@ -142,7 +141,7 @@ def stock_of(product: Product) -> tuple[Folder, Any, Stock]:
     stock = latent_stock(net, product.sampler)
     if source.index["_class_name"] == "IFPipeline":
         without_variance(stock.scheduler)
-    check_export(net.process, product.sampler.steps, stock.scheduler, stock.visits)
+    check_export(net.process, product.sampler.steps, stock)
     return source, wrapper, stock
 
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from fewstep.algebra.process import EDM, Process
 from fewstep.config import UserError
+from fewstep.export.base import Stock
 
 TOLERANCE = 1e-6
 """Largest difference of alpha and sigma; relative where sigma is above 1."""
@@ -102,9 +103,32 @@ def check_product(product: Any) -> None:
     agree(trained_levels(product.recipe.method, process), levels_of(process, product.sampler.steps))
 
 
-def check_export(process: Process, steps: Sequence[float], scheduler: Any, arguments: Mapping[str, Any]) -> None:
-    """The sampler's levels against those of the scheduler that is about to be written; UserError when they differ.
+def _karras_rows(
+    config: Mapping[str, Any], num_inference_steps: int | None = None, timesteps: Sequence[int] | None = None
+) -> Levels:
+    """`levels_of_scheduler` of a CMStochasticIterativeScheduler with this config, without diffusers.
 
-    arguments: what the pipeline hands to `set_timesteps`.
+    Row k of its T stands at k / (T - 1) of Karras's spacing (arXiv 2206.00364, eq. 5) from sigma_max to sigma_min.
     """
-    agree(None, levels_of(process, steps), levels_of_scheduler(scheduler, process, **arguments))
+    count = config["num_train_timesteps"]
+    if timesteps is None:
+        assert num_inference_steps is not None
+        timesteps = [i * (count // num_inference_steps) for i in range(num_inference_steps)]
+    spacing = EDM(**{k: config[k] for k in ("sigma_min", "sigma_max", "rho")})
+    return levels_of(spacing, [1 - row / (count - 1) for row in sorted(timesteps)])
+
+
+def check_export(process: Process, steps: Sequence[float], stock: Stock) -> None:
+    """The sampler's levels against those of the scheduler that is to be written; UserError when they differ.
+
+    A CMStochasticIterativeScheduler is not built for it: `recipes check` has no use for diffusers then.
+    """
+    if stock.name == "CMStochasticIterativeScheduler":
+        agree(None, levels_of(process, steps), _karras_rows(stock.config, **stock.visits))
+    else:
+        check_scheduler(process, steps, stock)
+
+
+def check_scheduler(process: Process, steps: Sequence[float], stock: Stock) -> None:
+    """`check_export` of the scheduler itself, as its class in diffusers has it."""
+    agree(None, levels_of(process, steps), levels_of_scheduler(stock.scheduler, process, **stock.visits))

@@ -104,25 +104,22 @@ def unet_stock(net: Denoiser, sampler: Sampler) -> Stock:
 
 
 def _consistency(process: EDM, sampler: Sampler) -> Stock:
-    from diffusers import CMStochasticIterativeScheduler
-
     first = sampler.steps[0]
     count, call = schedule(sampler.steps)
-    scheduler = CMStochasticIterativeScheduler(
-        num_train_timesteps=count,
-        sigma_min=process.sigma_min,
-        sigma_max=float(process.grid(torch.tensor(first, dtype=torch.float64))),
-        sigma_data=process.sigma_data,
-        rho=process.rho,
-        clip_denoised=False,  # training never clamps between steps
-    )
-    return Stock(scheduler, call, Sampler(kind="renoise", steps=tuple(u / first for u in sampler.steps)))
+    config = {
+        "num_train_timesteps": count,
+        "sigma_min": process.sigma_min,
+        "sigma_max": float(process.grid(torch.tensor(first, dtype=torch.float64))),
+        "sigma_data": process.sigma_data,
+        "rho": process.rho,
+        "clip_denoised": False,  # training never clamps between steps
+    }
+    levels = Sampler(kind="renoise", steps=tuple(u / first for u in sampler.steps))
+    return Stock("CMStochasticIterativeScheduler", config, call, levels)
 
 
 def _edm_euler(process: EDM, sampler: Sampler) -> Stock:
     """Its Karras grid ends at the last level: it goes from there to 0 by itself."""
-    from diffusers import EDMEulerScheduler
-
     steps, n = sampler.steps, len(sampler.steps)
     span = steps[0] - steps[-1]
     if n > 2 and any(abs(u - (steps[0] - span * i / (n - 1))) > 1e-9 for i, u in enumerate(steps)):
@@ -131,19 +128,17 @@ def _edm_euler(process: EDM, sampler: Sampler) -> Stock:
         )
     first, last = (float(process.grid(torch.tensor(u, dtype=torch.float64))) for u in (steps[0], steps[-1]))
     low = process.sigma_min if n == 1 else last
-    scheduler: Any = EDMEulerScheduler(sigma_min=low, sigma_max=first, sigma_data=process.sigma_data, rho=process.rho)
-    levels = (1.0,) if n == 1 else tuple((u - steps[-1]) / span for u in steps)
+    config = {"sigma_min": low, "sigma_max": first, "sigma_data": process.sigma_data, "rho": process.rho}
+    levels = Sampler(kind="map", steps=(1.0,) if n == 1 else tuple((u - steps[-1]) / span for u in steps))
     # It starts from sqrt(sigma^2 + 1) times the noise, which one step can make good and several cannot.
-    scale = first / scheduler.init_noise_sigma if n == 1 else 1.0
-    return Stock(scheduler, {"num_inference_steps": n}, Sampler(kind="map", steps=levels), scale)
+    scale = first / (first**2 + 1) ** 0.5 if n == 1 else 1.0
+    return Stock("EDMEulerScheduler", config, {"num_inference_steps": n}, levels, scale)
 
 
 _NAMES = {"eps": "epsilon", "v": "v_prediction", "x0": "sample"}
 
 
 def _ddpm(process: DiscreteVP, prediction: str, sampler: Sampler, kind: str) -> Stock:
-    from diffusers import DDIMScheduler, EulerDiscreteScheduler, LCMScheduler, TCDScheduler
-
     index = [u * process.steps - 1 for u in sampler.steps]
     if any(abs(i - round(i)) > 1e-6 for i in index):
         raise ExportRefused(
@@ -170,29 +165,26 @@ def _ddpm(process: DiscreteVP, prediction: str, sampler: Sampler, kind: str) -> 
     if from_prior and (n == 1 or kind == "map"):
         sampler = Sampler(kind="map", steps=sampler.steps)
         if _even(sampler.steps) and process.steps % n == 0:
-            ddim = DDIMScheduler(**table, clip_sample=False, timestep_spacing="trailing")
-            return Stock(ddim, {"num_inference_steps": n}, sampler)
+            ddim = table | {"clip_sample": False, "timestep_spacing": "trailing"}
+            return Stock("DDIMScheduler", ddim, {"num_inference_steps": n}, sampler)
         # Its init_noise_sigma is sqrt(sigma^2 + 1) in this spacing, the variance preserving prior.
-        euler = EulerDiscreteScheduler(**table, timestep_spacing="leading")
-        return Stock(euler, explicit, sampler)
+        return Stock("EulerDiscreteScheduler", table | {"timestep_spacing": "leading"}, explicit, sampler)
     if n == 1 or kind == "renoise":
         # Its boundary scalings stand at |c_skip| < 1e-6 from index 50 on with this scaling of the time.
-        lcm_scheduler = LCMScheduler(**table, clip_sample=False, timestep_scaling=10.0)
-        return Stock(lcm_scheduler, explicit, Sampler(kind="renoise", steps=sampler.steps))
+        config = table | {"clip_sample": False, "timestep_scaling": 10.0}
+        return Stock("LCMScheduler", config, explicit, Sampler(kind="renoise", steps=sampler.steps))
     if sampler.eta != TCD_ETA:
         raise ExportRefused(
             f"TCDScheduler is called with its default eta {TCD_ETA} by the pipeline, not {sampler.eta}; set "
             f"the method's eta to {TCD_ETA}, to 0 (DDIM) or to 1 (re-noising)"
         )
     # TCDScheduler ends at index 0 of its table, not at x0; these betas make the two one.
-    tcd = TCDScheduler(**table, trained_betas=process.clean_first_betas(), clip_sample=False)
-    return Stock(tcd, explicit, Sampler(kind="gamma", steps=sampler.steps, eta=sampler.eta))
+    tcd = table | {"trained_betas": process.clean_first_betas(), "clip_sample": False}
+    return Stock("TCDScheduler", tcd, explicit, Sampler(kind="gamma", steps=sampler.steps, eta=sampler.eta))
 
 
 def _flow(process: Flow, sampler: Sampler, kind: str) -> Stock:
     """A config holds linspace(1, .001, N), or that stretched to end at its last level: 1 - i/N, or any two levels."""
-    from diffusers import FlowMatchEulerDiscreteScheduler, FlowMatchLCMScheduler
-
     n = len(sampler.steps)
     times = process.grid(torch.tensor(sampler.steps, dtype=torch.float64)).tolist()
     if times[0] != 1.0 or (n > 2 and not _even(times)):
@@ -200,15 +192,13 @@ def _flow(process: Flow, sampler: Sampler, kind: str) -> Stock:
             f"levels {times} are not 1 - i/{n}, and a flow scheduler's config holds no others for a "
             f"pipeline without `sigmas`; {INSTEAD}"
         )
-    make: Any = FlowMatchLCMScheduler if n > 1 and kind == "renoise" else FlowMatchEulerDiscreteScheduler
-    scheduler = make(num_train_timesteps=1000, shift=1.0, shift_terminal=times[-1] if n > 1 else None)
+    name = "FlowMatchLCMScheduler" if n > 1 and kind == "renoise" else "FlowMatchEulerDiscreteScheduler"
+    config = {"num_train_timesteps": 1000, "shift": 1.0, "shift_terminal": times[-1] if n > 1 else None}
     again = Sampler(kind="renoise" if kind == "renoise" else "map", steps=tuple(times))
-    return Stock(scheduler, {"num_inference_steps": n}, again)
+    return Stock(name, config, {"num_inference_steps": n}, again)
 
 
 def _scm(process: Trig, sampler: Sampler) -> Stock:
-    from diffusers import SCMScheduler
-
     times = process.grid(torch.tensor(sampler.steps, dtype=torch.float64)).tolist()
     n = len(times)
     call = {
@@ -217,12 +207,11 @@ def _scm(process: Trig, sampler: Sampler) -> Stock:
         "max_timesteps": None,
         "intermediate_timesteps": None,
     }
-    return Stock(SCMScheduler(sigma_data=1.0), call, Sampler(kind="renoise", steps=sampler.steps))
+    return Stock("SCMScheduler", {"sigma_data": 1.0}, call, Sampler(kind="renoise", steps=sampler.steps))
 
 
-def pipeline_of(scheduler: Any, classes: int) -> str:
-    """The stock pipeline class that drives a UNet2DModel with this scheduler; ExportRefused when there is none."""
-    name = type(scheduler).__name__
+def pipeline_of(name: str, classes: int) -> str:
+    """The stock pipeline class that drives a UNet2DModel with a scheduler of that class; ExportRefused without one."""
     if name in ("FlowMatchEulerDiscreteScheduler", "FlowMatchLCMScheduler"):
         if classes:
             raise ExportRefused(

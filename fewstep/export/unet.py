@@ -15,7 +15,7 @@ from fewstep.algebra.sampling import sample
 from fewstep.export.base import Parts
 from fewstep.export.card import student_card, usage
 from fewstep.export.fold import fold
-from fewstep.export.levels import check_export
+from fewstep.export.levels import check_export, check_scheduler
 from fewstep.export.routes import pipeline_of, unet_stock
 from fewstep.networks.adapters import on_cpu
 from fewstep.train.product import Product
@@ -25,14 +25,15 @@ def unet_parts(product: Product) -> Parts:
     """The stock pipeline of a UNet2DModel; errors as `choose.parts_of`."""
     plain, sampler = fold(product.net, product.sampler)
     stock = unet_stock(plain, sampler)
-    name = pipeline_of(stock.scheduler, product.classes)
-    check_export(plain.process, sampler.steps, stock.scheduler, stock.visits)
+    name = pipeline_of(stock.name, product.classes)
+    check_export(plain.process, sampler.steps, stock)
     unet: Any = plain.net.model
     unet.conv_in.weight.data *= stock.input_scale
 
     def save(folder: Path) -> None:
         import diffusers
 
+        check_scheduler(plain.process, sampler.steps, stock)
         pipe = getattr(diffusers, name)(unet=unet, scheduler=stock.scheduler)
         pipe.save_pretrained(folder)
 

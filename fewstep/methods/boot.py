@@ -32,6 +32,7 @@ class BOOT:
     boundary_weight: float = 0.5
     """Weight of y at t_max, which must be the teacher's denoiser; errors run down from there."""
     guidance: float = 1.0
+    """The teacher's guidance scale; 1 is none."""
     divide: bool = False
     """True: divide the loss by the step squared, the paper's scale."""
 

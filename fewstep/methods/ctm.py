@@ -38,7 +38,9 @@ class CTM:
     teacher_steps: PositiveInt = 2
     """Without points: solver steps of the teacher's leg."""
     solver: Solver = "heun"
+    """Solver of the teacher's leg; heun takes two calls a step, the others one."""
     guidance: float = 1.0
+    """The teacher's guidance scale; 1 is none."""
     compare: Literal["s", "clean"] = "clean"
     """Where the two are compared: both carried to the clean end by a frozen net (CTM, eq. 8), or at s."""
     target_decay: float | None = 0.999
@@ -48,6 +50,7 @@ class CTM:
     distance: Apart = "mse"
     """Paper: lpips, with the role `perceptual`."""
     consistency_weight: float = 1.0
+    """Weight of the comparison of the two ways to s."""
     reconstruction_weight: float = 0.0
     """TraFlow: the jump against the teacher's whole path t -> s."""
     velocity_weight: float = 0.0
@@ -55,6 +58,7 @@ class CTM:
     denoise_weight: float = 1.0
     """Denoising at s = t on data (CTM, eq. 12)."""
     denoise_times: TimesPart = HalfLogNormal()
+    """Noise levels of that denoising."""
     denoise_error: Weight = "edm"
     """Weight of its x0 error (official: 1 / sigma^2 + 1 / sigma_d^2)."""
     gan: Gan | None = None
@@ -62,6 +66,7 @@ class CTM:
     gan_from: int = 0
     """Update from which the student sees it (the paper begins after 10k)."""
     steps: tuple[float, ...] = (1.0,)
+    """Levels u that the student is sampled at; other numbers of steps are allowed too."""
     gamma: float = 0.0
     """Sampling: the way to s leads through sqrt(1 - gamma^2) s; 0 follows the map, 1 re-noises."""
 

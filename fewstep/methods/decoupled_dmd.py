@@ -46,6 +46,7 @@ class DecoupledDMD:
     moments: tuple[float, float] = (0.075, 0.81)
     """Target mean and variance of a sample for the regulariser `moments` (SDXL latents)."""
     moments_weight: float = 1.0
+    """Weight of the regulariser `moments`."""
     gan: Gan = Gan()
     """Discriminator of the regulariser `gan`; it needs data and a trunk."""
     critic: Critic = Critic(steps=5)

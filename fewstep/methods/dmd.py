@@ -45,6 +45,7 @@ class DMD:
     pair_steps: int = 18
     """Solver steps of a pair (paper: Heun, 18 for CIFAR-10, 256 for ImageNet)."""
     pair_solver: Solver = "heun"
+    """Solver of the pairs; heun takes two teacher calls a step, the others one."""
 
     def __post_init__(self) -> None:
         if not 0 < self.level <= 1:

@@ -60,7 +60,9 @@ class EMD:
     weight: ScoreWeight = "dmd"
     """Weight of the correction in x0 units, as for a score difference."""
     guidance: float = 1.0
+    """The teacher's guidance scale; 1 is none."""
     critic: Critic = Critic()
+    """The network whose score stands for the student's; it denoises the student's samples."""
 
     def __post_init__(self) -> None:
         if not 0 < self.level <= 1:

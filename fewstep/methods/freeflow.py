@@ -36,7 +36,9 @@ class FreeFlow:
     power: float = 1.0
     """k of the adaptive weight of the prediction loss (ablation: k = 1)."""
     c: float = 1e-3
+    """c of the adaptive weight 1 / (e + c)^k, for e a per-sample mean."""
     guidance: float = 1.0
+    """The teacher's scale in the prediction; 1 is none."""
     tangent: tr.Tangent = "jvp"
     """Only along s, so it costs one cheap direction."""
     correction: float = 1.0
@@ -48,6 +50,7 @@ class FreeFlow:
     correction_times: TimesPart = LogitNormal(mean=0.8, std=1.0)
     """Noise level r of the correction, biased to high noise."""
     correction_guidance: float = 1.0
+    """The teacher's scale in the correction; 1 is none."""
 
     def __post_init__(self) -> None:
         if not 0 < self.fraction < 1:

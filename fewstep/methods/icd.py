@@ -45,7 +45,9 @@ class ICD:
     dynamic: tuple[float, float] | None = None
     """Sampling with dynamic guidance between these levels (see Sampler); needs embed_guidance."""
     distance: Distance = "huber"
+    """How the two answers are compared: huber is LCM's, of every element; huber_sample iCT's, of a sample's norm."""
     c: float = 1e-3
+    """c of the pseudo-Huber distances, in units of the data (which lies in [-1, 1]); mse and l1 have none."""
     preserve_forward: float = 1.5
     """Weight of decode-then-encode returning to its start, unguided (official 1.5)."""
     preserve_reverse: float = 1.5

@@ -33,6 +33,7 @@ class ImagineFlash:
     gamma: tuple[float, float] = (0.02, 0.7)
     """gamma(t) = low + (high - low) u(t): structure is corrected early, detail late (the map is not published)."""
     guidance: float = 1.0
+    """The teacher's guidance scale; 1 is none."""
     reconstruction: float = 1.0
     """Weight of the shifted reconstruction loss. Alone it contracts the samples: E[D(a x + s n)] is a mean."""
     gan: Gan = Gan(weight=0.1, discriminator_weight=1.0)

@@ -22,7 +22,9 @@ class Share:
     """One method and the weight of its losses."""
 
     method: MethodPart
+    """The method, with all its own settings."""
     weight: float = 1.0
+    """Factor on every loss of the method."""
     start: int = 0
     """Update at which the method begins; rCM's score difference begins where sCM's warm-up ends."""
 
@@ -88,6 +90,7 @@ class Joint:
             teacher_grad=any(n.teacher_grad for n in every),
             process=next((n.process for n in every if n.process), ""),
             inputs=frozenset().union(*(n.inputs for n in every)),
+            conditions=frozenset.intersection(*(n.conditions for n in every)),
             frozen=roles - trained,
             state=state if states else None,
         )

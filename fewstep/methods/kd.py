@@ -30,6 +30,7 @@ class KD:
     teacher_steps: PositiveInt = 16
     """Solver steps of the teacher from one level to the next."""
     solver: Solver = "heun"
+    """Solver of the teacher's leg; heun takes two calls a step, the others one."""
     guidance: float = 1.0
     """Guidance scale of the teacher; 1 is none."""
     distance: Apart = "mse"

@@ -38,6 +38,7 @@ class MDT:
     distill_guidance: float = 1.0
     """Teacher's scale there (official 101)."""
     steps: tuple[float, ...] = (1.0,)
+    """Levels u that the student is sampled at; other numbers of steps are allowed too."""
 
     def __post_init__(self) -> None:
         check_steps(self.steps)

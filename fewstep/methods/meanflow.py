@@ -37,6 +37,8 @@ class MeanFlow:
     c: float = 1e-3
     """c of the adaptive weight, for e a per-sample mean (the paper's 1e-3 is for a sum)."""
     tangent: tr.Tangent = "jvp"
+    """How the derivative along the path is taken: jvp forward mode; central differences; semi forward mode in x and a
+    difference in the times (rCM)."""
     normalize: float | None = None
     """c of the residual's normalisation R / (|R| + c): Align Your Flow's Eulerian distillation has .1, with
     source: teacher, apart: 1 and power: 0 (arXiv 2506.14603, sec. 3.2)."""
@@ -53,6 +55,7 @@ class MeanFlow:
     drop_at: Literal["equal", "any"] = "equal"
     """Which rows: those with s = t alone, at a rate that makes up the share (official), or any."""
     steps: tuple[float, ...] = (1.0,)
+    """Levels u that the student is sampled at; other numbers of steps are allowed too."""
 
     def __post_init__(self) -> None:
         check_steps(self.steps)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Annotated, Any, ClassVar, Protocol
+from typing import Annotated, Any, ClassVar, Protocol, get_args
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +13,7 @@ from fewstep.algebra.batch import Batch
 from fewstep.algebra.process import Flow
 from fewstep.algebra.sampling import Sampler
 from fewstep.config import REGISTRY, OneOf
-from fewstep.data.base import Data
+from fewstep.data.base import Conditions, Data
 from fewstep.networks.roles import Roles
 
 
@@ -33,6 +33,8 @@ class Needs:
     """The student's process by its recipe name; a process built upon it will do (shifted_flow for flow). "" is any."""
     inputs: frozenset[str] = frozenset()
     """Scalar inputs that the student must take beside the time: s, w, mirror."""
+    conditions: frozenset[Conditions] = frozenset(get_args(Conditions))
+    """What may stand beside a sample of the data; anything by default."""
     frozen: frozenset[str] = frozenset({"teacher"})
     """Those of `roles` that no optimiser ever steps (teacher, target networks)."""
     state: Callable[[Data], nn.Module] | None = None
@@ -58,6 +60,13 @@ class Needs:
         if self.inputs <= (have | {"s"} if "length" in have else have):
             return ""
         return f"needs [{', '.join(sorted(self.inputs))}], not [{', '.join(sorted(have))}]"
+
+    def refuses_conditions(self, conditions: Conditions) -> str:
+        """Why data with these conditions will not do; "" if they will."""
+        if conditions in self.conditions:
+            return ""
+        allowed = [kind for kind in get_args(Conditions) if kind in self.conditions]
+        return f"needs data whose conditions are {' or '.join(allowed)}, not {conditions}"
 
     @property
     def trained(self) -> frozenset[str]:

@@ -30,10 +30,13 @@ class Reflow:
     mode: Literal["reflow", "distill"] = "reflow"
     """reflow: a velocity at all t; distill: only the one-step end point (SlimFlow's second stage)."""
     times: TimesPart = Uniform(low=0.0, high=1.0)
+    """Distribution of t on the straight line of a pair."""
     teacher_steps: PositiveInt = 16
     """Solver steps that make a pair."""
     solver: Solver = "heun"
+    """Solver of the pairs; heun takes two teacher calls a step, the others one."""
     guidance: float = 1.0
+    """The teacher's guidance scale; 1 is none."""
     anneal: int = 0
     """Updates over which beta falls from 1 to 0 (annealing reflow, 300k in SlimFlow); 0 is plain reflow."""
     guide_weight: float = 0.0
@@ -44,6 +47,7 @@ class Reflow:
     guide_span: tuple[float, float] = (0.2, 0.8)
     """Times (noise at 1) at which that teacher step starts."""
     steps: tuple[float, ...] = (1.0,)
+    """Levels u that the student is sampled at."""
 
     def __post_init__(self) -> None:
         check_steps(self.steps)

@@ -36,7 +36,9 @@ class SCFM:
     target_decay: float = 0.999
     """Decay of the EMA student in the role `target`."""
     guidance: float = 1.0
+    """The teacher's guidance scale; 1 is none."""
     steps: tuple[float, ...] = (1.0, 0.75, 0.5, 0.25)
+    """Levels u that the student is sampled at, by Euler steps."""
 
     def __post_init__(self) -> None:
         check_steps(self.steps)

@@ -43,6 +43,8 @@ class SCM:
     embed_guidance: bool = False
     """True: the student takes the scale as its input w (SANA-Sprint)."""
     tangent: tr.Tangent = "jvp"
+    """How the derivative along the path is taken: jvp forward mode; central differences; semi forward mode in x and a
+    difference in the times (rCM)."""
     warmup: PositiveInt = 10_000
     """Updates over which the unstable part of the tangent is faded in (sec. 4.1)."""
     fade: Literal["scm", "rcm"] = "scm"

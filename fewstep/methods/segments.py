@@ -38,6 +38,7 @@ class Segments:
     skip: PositiveInt = 1
     """Knots between t and u; the leg ends at the edge where it would cross it."""
     solver: Solver = "ddim"
+    """Solver of the teacher's leg; heun takes two calls a step, the others one."""
     guidance: Scale = 1.0
     """The teacher's scale (PCM on SD 1.5: between 5 and 6)."""
     target_decay: float | None = None
@@ -45,6 +46,7 @@ class Segments:
     distance: Distance = "mse"
     """PCM: huber, c 1e-3."""
     c: float = 1e-3
+    """c of the pseudo-Huber distances, in units of the data (which lies in [-1, 1]); mse and l1 have none."""
     gan: Gan | None = None
     """Adversarial loss on the jump's end carried to x0 (late stages of TSCD; PCM with weight .1); left out: none."""
 

@@ -12,7 +12,7 @@ from fewstep.algebra.batch import Batch
 from fewstep.algebra.process import Process, add_noise, bc
 from fewstep.algebra.sampling import Sampler, any_steps
 from fewstep.algebra.times import LogitNormal, TimesPart, check_steps
-from fewstep.config import UserError, part
+from fewstep.config import part
 from fewstep.methods.method import Losses, Needs, Turn
 from fewstep.methods.terms import dropped
 from fewstep.networks.roles import Roles
@@ -40,6 +40,7 @@ class SelfE:
     strength: float = 1.0
     """Factor of lambda; 0 leaves regression on the pair."""
     steps: tuple[float, ...] = (1.0,)
+    """Levels u that the student is sampled at; other numbers of steps are allowed too."""
 
     def __post_init__(self) -> None:
         check_steps(self.steps)
@@ -53,6 +54,7 @@ class SelfE:
             data=True,
             process="flow",
             inputs=frozenset({"s"}),
+            conditions=frozenset({"classes", "text"}),  # it judges by its condition
             frozen=frozenset({"teacher", "target"}),
         )
 
@@ -70,8 +72,6 @@ class SelfE:
     def losses(self, roles: Roles, batch: Batch, step: int) -> Iterator[Losses]:
         student, process = roles.student, roles.student.process
         t, s = self.pair(batch, process, step)
-        if batch.cond is None:
-            raise UserError("method self_e judges by its condition: it needs data with classes or captions")
         x0, cond = batch.data(), dropped(batch, self.drop_cond)
         x, _ = add_noise(process, x0, batch.noise(), t)
         here = student(x, t, cond, s=s).x0

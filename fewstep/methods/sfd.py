@@ -31,7 +31,9 @@ class SFD:
     between: int = 3
     """M, teacher nodes inside one student interval; 0 makes teacher and student the same."""
     solver: Solver = "heun"
+    """Solver of the teacher's leg; heun takes two calls a step, the others one."""
     guidance: float = 1.0
+    """The teacher's guidance scale; 1 is none."""
     distance: Distance = "l1"
     """l1 (official)."""
 

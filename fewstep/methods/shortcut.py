@@ -35,6 +35,7 @@ class Shortcut:
     source: Literal["data", "teacher"] = "data"
     """Flow matching onto eps - x0 (from scratch) or onto the teacher's velocity."""
     guidance: float = 1.0
+    """The teacher's scale, for source: teacher; 1 is none."""
     target_decay: float | None = 0.999
     """None: targets by the student itself; a number: by its EMA in the role `target` (paper .999)."""
     counts: tuple[PositiveInt, ...] = (1, 2, 4, 8)

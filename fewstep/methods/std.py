@@ -15,8 +15,8 @@ from fewstep.algebra.draws import Draws
 from fewstep.algebra.process import add_noise
 from fewstep.algebra.sampling import Sampler
 from fewstep.algebra.times import check_steps
-from fewstep.config import UserError, part
-from fewstep.data.base import Data
+from fewstep.config import part
+from fewstep.data.base import Conditions, Data
 from fewstep.methods.method import Losses, Needs, Turn
 from fewstep.networks.roles import Roles
 from fewstep.objectives.legs import Scale, Teacher, check_scale, drawn, student_leg
@@ -66,10 +66,13 @@ class STD:
     """random: s uniform over the `reach` knots below the teacher's step; clean: s = 0, the consistency model (their
     mode lcm)."""
     reach: PositiveInt = 19
+    """Largest distance of s below the teacher's step, in knots, for target: random."""
     guidance: Scale = 1.0
     """The teacher's scale (official: between 6 and 16)."""
     distance: Distance = "huber"
+    """How the two answers are compared: huber is LCM's, of every element; huber_sample iCT's, of a sample's norm."""
     c: float = 1e-3
+    """c of the pseudo-Huber distances, in units of the data (which lies in [-1, 1]); mse and l1 have none."""
     steps: tuple[float, ...] = (0.78, 0.58, 0.38, 0.18)
     """Levels, none above the start of the trajectories."""
 
@@ -93,7 +96,9 @@ class STD:
         def state(data: Data) -> nn.Module:
             return Bank(self.slots, tuple(data.shape))
 
-        return Needs(frozenset({"teacher", "student"}), data=True, state=state)
+        # Labels are kept beside the banked states, embeddings of text are not.
+        conditions: frozenset[Conditions] = frozenset({"none", "classes"})
+        return Needs(frozenset({"teacher", "student"}), data=True, conditions=conditions, state=state)
 
     def turns(self, roles: Roles, step: int) -> Iterator[Turn]:
         yield Turn(("student",), lambda batch: self.losses(roles, batch))
@@ -106,8 +111,6 @@ class STD:
         banked = (bank.knot[slot] > 0) & (batch.draws.uniform() < self.rate)
         x = torch.where(banked.reshape(-1, *(1,) * (fresh.ndim - 1)), bank.x[slot].to(fresh.dtype), fresh)
         cond = batch.cond
-        if cond is not None and not isinstance(cond, Tensor):
-            raise UserError("method std keeps labels beside its banked states, no text: train it on classes")
         if cond is not None:
             cond = torch.where(banked, bank.label[slot], cond)
         return slot, x, torch.where(banked, bank.knot[slot], first), cond

@@ -36,7 +36,9 @@ class TCM:
     boundary_weight: float = 0.1
     """Weight of the mean loss of those rows, beside the mean loss of the others (official: .1)."""
     distance: Distance = "huber_sample"
+    """How the two answers are compared: huber is LCM's, of every element; huber_sample iCT's, of a sample's norm."""
     c: float = 1e-8
+    """c of the pseudo-Huber distances, in units of the data (which lies in [-1, 1]); mse and l1 have none."""
     steps: tuple[float, ...] = (1.0,)
     """Sampling levels; none may lie below the boundary."""
 

@@ -59,7 +59,9 @@ class TDD:
     drop_cond: float = 0.2
     """Share of rows without condition and guidance, which lets guidance be tuned at sampling (sec. 3.3)."""
     distance: Distance = "huber"
+    """How the two answers are compared: huber is LCM's, of every element; huber_sample iCT's, of a sample's norm."""
     c: float = 1e-3
+    """c of the pseudo-Huber distances, in units of the data (which lies in [-1, 1]); mse and l1 have none."""
     steps: tuple[float, ...] = (1.0, 0.752, 0.5, 0.252)
     """Levels; these are indices 999, 751, 499 and 251, members of the target set."""
     eta: float = 0.3

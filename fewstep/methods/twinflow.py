@@ -28,6 +28,7 @@ class TwinFlow:
     cites: ClassVar[tuple[str, ...]] = ("2512.05150",)
 
     times: TimesPart = Beta()
+    """Distribution of t, in [0, 1]."""
     guidance_share: float = 0.0
     """enr: guidance in the target of the groups with 0 < t < 1, 0 for none. Data: the pair's velocity + enr (cond -
     uncond) (official .5 to .8); image_free: the teacher's scale, uncond + enr (cond - uncond) (official 4)."""
@@ -46,6 +47,7 @@ class TwinFlow:
     image_free: bool = False
     """True: own one-step samples in place of data, with the frozen role `teacher`'s velocity (official emd 1)."""
     steps: tuple[float, ...] = (1.0,)
+    """Levels u that the student is sampled at; other numbers of steps are allowed too."""
 
     def __post_init__(self) -> None:
         check_steps(self.steps)

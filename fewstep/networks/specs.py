@@ -74,6 +74,7 @@ class Lora:
     of: str = "teacher"
     """Role whose weights carry the adapter; on the student's it follows their training."""
     rank: PositiveInt = 16
+    """Rank r of the update B A of every layer."""
     alpha: float | None = None
     """Scale; the rank when left out."""
     targets: tuple[str, ...] | None = None
@@ -102,9 +103,13 @@ class MLPSpec:
     """The toy MLP."""
 
     width: PositiveInt = 192
+    """Hidden units of a layer."""
     depth: PositiveInt = 5
+    """Number of hidden layers."""
     process: ProcessPart = Flow()
+    """The noising process in which it answers."""
     prediction: str = "velocity"
+    """What it answers: x0, eps, v, velocity (dx/dt), psi (eps - x0), score, trig; edm and cm on the process edm."""
     inputs: tuple[Input, ...] = ()
     """Scalar inputs beside the time: s (destination time) or length (of the jump), w (embedded guidance), mirror
     (TwinFlow)."""
@@ -127,11 +132,17 @@ class DiTSpec:
     """The small diffusion transformer."""
 
     patch: PositiveInt = 2
+    """Side of a patch in pixels; it must divide height and width."""
     width: PositiveInt = 64
+    """Channels of a token."""
     depth: PositiveInt = 4
+    """Number of blocks."""
     heads: PositiveInt = 4
+    """Attention heads; they must divide the width."""
     process: ProcessPart = Flow()
+    """The noising process in which it answers."""
     prediction: str = "velocity"
+    """What it answers: x0, eps, v, velocity (dx/dt), psi (eps - x0), score, trig; edm and cm on the process edm."""
     inputs: tuple[Input, ...] = ()
     """Scalar inputs beside the time: s (destination time) or length (of the jump), w (embedded guidance), mirror
     (TwinFlow)."""
@@ -165,12 +176,17 @@ class UNet2DSpec:
     """
 
     channels: tuple[PositiveInt, ...] = (32, 64)
+    """Channels at each level, finest first; the side halves from one to the next."""
     layers: PositiveInt = 1
+    """Residual blocks of a level, one more on the way up."""
     attention: bool = False
     """Attention at all but the finest level."""
     groups: PositiveInt = 8
+    """Groups of the group norms; they must divide every entry of channels."""
     head_dim: PositiveInt = 16
+    """Channels of an attention head."""
     sigma_data: float = 0.5
+    """Standard deviation of the data in [-1, 1], for the scalings before and behind the network (EDM, table 1)."""
 
     def __post_init__(self) -> None:
         if not self.channels or any(c % self.groups for c in self.channels):
@@ -183,26 +199,28 @@ class UNet2DSpec:
     def build(self, site: Site) -> nn.Module:
         from diffusers import UNet2DModel
 
-        from fewstep.networks.unet2d import UNet2D
+        return self.around(seeded(site, lambda: UNet2DModel(**self.settings(site))), site)
 
-        pixels = _pixels(site, "unet2d")
+    def settings(self, site: Site) -> dict[str, Any]:
+        """The arguments of UNet2DModel."""
         inner = "Attn" if self.attention else ""
         deeper = len(self.channels) - 1
-        model = seeded(
-            site,
-            lambda: UNet2DModel(
-                **pixels,
-                block_out_channels=self.channels,
-                layers_per_block=self.layers,
-                down_block_types=("DownBlock2D", *[f"{inner}DownBlock2D"] * deeper),
-                up_block_types=(*[f"{inner}UpBlock2D"] * deeper, "UpBlock2D"),
-                norm_num_groups=self.groups,
-                attention_head_dim=self.head_dim,
-                add_attention=self.attention,
-                num_class_embeds=site.classes + 1 if site.classes else None,
-                resnet_time_scale_shift="scale_shift",
-            ),
-        )
+        return _pixels(site, "unet2d") | {
+            "block_out_channels": self.channels,
+            "layers_per_block": self.layers,
+            "down_block_types": ("DownBlock2D", *[f"{inner}DownBlock2D"] * deeper),
+            "up_block_types": (*[f"{inner}UpBlock2D"] * deeper, "UpBlock2D"),
+            "norm_num_groups": self.groups,
+            "attention_head_dim": self.head_dim,
+            "add_attention": self.attention,
+            "num_class_embeds": site.classes + 1 if site.classes else None,
+            "resnet_time_scale_shift": "scale_shift",
+        }
+
+    def around(self, model: nn.Module, site: Site) -> Denoiser:
+        """The denoiser of a UNet2DModel with these settings."""
+        from fewstep.networks.unet2d import UNet2D
+
         return Denoiser(UNet2D(model, site.classes), self.process, "cm", "250log_sigma")
 
 
@@ -217,8 +235,11 @@ class UNetTextSpec:
     text: PositiveInt
     """Width of the text encoder's tokens."""
     channels: tuple[PositiveInt, ...] = (16, 32, 64, 96)
+    """Channels at each level, finest first; the side halves from one to the next."""
     layers: PositiveInt = 1
+    """Residual blocks of a level, one more on the way up."""
     groups: PositiveInt = 8
+    """Groups of the group norms; they must divide every entry of channels."""
     heads: PositiveInt = 4
     """Of the attention and of the pooling; must divide the last of `channels` and `text`."""
     process: ClassVar[DiscreteVP] = DiscreteVP()
@@ -263,6 +284,7 @@ class LogVarSpec:
     """A scalar of the noise level, for learned loss weights (EDM2, sCM)."""
 
     width: PositiveInt = 32
+    """Fourier features of the noise level."""
 
     def build(self, site: Site) -> nn.Module:
         return seeded(site, lambda: LogVar(site.role("student", "logvar").process, self.width))  # type: ignore[arg-type]

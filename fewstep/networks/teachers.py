@@ -72,6 +72,7 @@ class ModuleTeacher:
     time_input: TimeInput
     """What it takes as its time."""
     process: ProcessPart
+    """The noising process that it was trained in."""
     taps: dict[str, str] = Field(default_factory=dict)
     """Sub-modules that a discriminator may look at, by tap name, as dotted paths."""
 
@@ -94,9 +95,13 @@ class RingTeacher:
     """The exact denoiser of the ring data set, in EDM coordinates or re-expressed in another process."""
 
     modes: PositiveInt = 8
+    """Gaussians on the circle; the data's."""
     radius: float = 1.25
+    """Of the circle; the data's."""
     std: float = 0.1
+    """Of every Gaussian; the data's."""
     process: ProcessPart = Flow()
+    """The process in which it answers."""
 
     def build(self, site: Site) -> nn.Module:
         exact = ring(EDM(sigma_max=1000.0), self.modes, self.radius, self.std)

@@ -23,6 +23,7 @@ class Scales:
     """One of a list of guidance scales, each as likely as the others."""
 
     of: tuple[float, ...]
+    """The scales."""
 
     def __post_init__(self) -> None:
         if not self.of:

@@ -18,7 +18,7 @@ import fewstep.networks.teachers  # noqa: F401  registers networks and teachers
 from fewstep.algebra.process import Process
 from fewstep.algebra.sampling import Sampler
 from fewstep.config import RecipeError, Source, _close, config
-from fewstep.data.base import DataPart
+from fewstep.data.base import Conditions, DataPart
 from fewstep.eval.protocol.preset import preset_names
 from fewstep.methods.method import MethodPart
 from fewstep.methods.terms import Gan
@@ -32,12 +32,17 @@ class AdamW:
     """AdamW, or CAME in its place, and the learning-rate schedule of one role."""
 
     lr: float
+    """Learning rate."""
     rule: Literal["adamw", "came"] = "adamw"
     """came: CAME (arXiv 2307.02047), whose second moments are factored, of the package pytorch-optimizer; SANA-Sprint's.
     It has a third beta .9999 and eps 1e-30 and 1e-16, the values of paper and SANA."""
     betas: tuple[float, float] = (0.9, 0.999)
+    """Decays of the first and of the second moment."""
     eps: float = 1e-8
+    """Added to the root of the second moment; papers that sum a loss over elements need it divided by their number
+    here."""
     weight_decay: float = 0.0
+    """Decoupled weight decay, which is multiplied by the rate."""
     warmup: int = 0
     """Updates over which the rate rises linearly from 0."""
     decay: Literal["constant", "linear", "cosine"] = "constant"
@@ -64,6 +69,7 @@ class Stage:
     """One part of a run: a method for so many steps."""
 
     method: MethodPart
+    """What trains in the stage."""
     steps: int
     """Student updates."""
     copy: dict[str, str] = Field(default_factory=dict)
@@ -87,7 +93,9 @@ class Train:
     clip: float = 10.0
     """Largest gradient norm of a turn."""
     precision: Literal["fp32", "bf16"] = "fp32"
+    """bf16 runs networks under autocast; weights, moments and averages stay fp32."""
     seed: int = 0
+    """Of initial weights and of every random number of the run."""
     ema: tuple[float, ...] = (0.999,)
     """Decays of the averages of the student that are kept; the first one is sampled, evaluated and exported."""
     ema_warmup: float = 10.0
@@ -109,6 +117,7 @@ class Train:
     attention: Literal["auto", "reference", "chunked", "triton", "sdpa", "xformers"] = "auto"
     """Attention while training: auto gives calls with tangents to fewstep.kernels and leaves the rest to torch."""
     log_every: int = 10
+    """Updates between records in log.jsonl."""
     sample_every: int = 100
     """Steps between sample grids; 0 for none."""
     eval_every: int = 0
@@ -118,6 +127,7 @@ class Train:
     keep: int = 2
     """Checkpoints kept."""
     trackers: tuple[Literal["tensorboard", "wandb"], ...] = ()
+    """Where the records go beside log.jsonl."""
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch", "accumulate", "log_every", "checkpoint_every", "keep", "max_skips"):
@@ -173,10 +183,15 @@ class Result:
     """A number that belongs to a recipe."""
 
     metric: str
+    """What was measured."""
     value: float
+    """The number."""
     samples: int
+    """Samples that it was measured on."""
     source: Literal["measured", "paper"]
+    """A run of this code, or the paper."""
     note: str = ""
+    """What else one must know to compare it."""
 
 
 @config
@@ -184,15 +199,22 @@ class Recipe:
     """A run as data."""
 
     about: str
-    """One line."""
+    """What the recipe makes, in one line."""
     data: DataPart
+    """Where samples, conditions and their shape come from."""
     student: NetworkPart
+    """The network that is trained, sampled and exported."""
     teacher: TeacherPart | None = None
+    """The frozen network that the student learns from; null for methods that learn from data alone."""
     critic: NetworkPart | None = None
+    """The network that denoises the student's samples (fake score), for methods that match scores or have a
+    discriminator."""
     discriminator: DiscriminatorSpec | None = None
+    """Heads on a network's features, for methods with a GAN."""
     roles: dict[str, NetworkPart] = Field(default_factory=dict)
     """Further roles by name, built after the student (target networks, experts, a reverse student)."""
     method: MethodPart
+    """How the student is trained; the keys are the paper's hyper-parameters."""
     before: tuple[Stage, ...] = ()
     """Stages that run before the method."""
     copy: dict[str, str] = Field(default_factory=dict)
@@ -200,8 +222,11 @@ class Recipe:
     optim: dict[str, AdamW]
     """Per role; `default` stands for every role that is not named."""
     train: Train = Train()
+    """Length, batch, averages, precision and records of the run."""
     evaluate: Evaluate | None = Evaluate()
+    """What is measured at the end; null measures nothing."""
     results: tuple[Result, ...] = ()
+    """Numbers that are known of this very recipe."""
 
     def __post_init__(self) -> None:
         for role in self.roles:
@@ -222,6 +247,8 @@ class Recipe:
             inputs, key = declared_inputs(self.student, "student", self._specs())
             if wrong := stage.method.needs().refuses_inputs(inputs):
                 raise ValueError(f"{key}: method {stage.method.name} {wrong}")
+            if self.data.conditions and (wrong := stage.method.needs().refuses_conditions(self.data.conditions)):
+                raise ValueError(f"data: method {stage.method.name} {wrong}")
             trunk = self.discriminator.trunk if self.discriminator else "critic"
             if trunk != "critic" and any(gan.shares_noise for gan in _gans(stage.method)):
                 raise ValueError(
@@ -267,6 +294,12 @@ class Recipe:
                 _, key = declared_process(self.student, "student", self._specs())
                 where = f"{source.where(tuple(key.split('.')))}: " if source else ""
                 raise RecipeError(f"{where}{key}: method {stage.method.name} {wrong}")
+
+    def check_conditions(self, conditions: Conditions) -> None:
+        """RecipeError unless every stage's method trains on data with these conditions, where its files tell them."""
+        for stage in self.stages():
+            if wrong := stage.method.needs().refuses_conditions(conditions):
+                raise RecipeError(f"data: method {stage.method.name} {wrong}")
 
     def stages(self) -> tuple[Stage, ...]:
         """All stages in order; the last one is the recipe's method."""

@@ -13,6 +13,9 @@ import yaml
 
 from fewstep.config import FAST_LOADER, RecipeError, Source, _close, load_yaml, merge, override
 
+EXTENDS = "extends"
+"""A shipped recipe, or a file beside this one, whose keys hold where this file names none; one level."""
+
 
 @cache
 def shipped() -> Mapping[str, Path]:
@@ -58,8 +61,8 @@ def read(name: str, settings: Sequence[str] = ()) -> Source:
     """A recipe's merged source: its `extends` base (one level), the file, then key=value settings."""
     path = find(name)
     source = load_yaml(path, path.name if name in shipped() else str(path))
-    where = source.where(("extends",))
-    base_name = source.data.pop("extends", None)
+    where = source.where((EXTENDS,))
+    base_name = source.data.pop(EXTENDS, None)
     if base_name is not None:
         source = merge(_base(path, base_name, where), source)
     return override(source, settings)
@@ -75,7 +78,7 @@ def _base(path: Path, name: object, where: str) -> Source:
     except (RecipeError, OSError, ValueError) as error:
         raise RecipeError(f"{where}: extends: {error}") from None
     base = load_yaml(found, found.name if name in shipped() else str(found))
-    if "extends" in base.data:
+    if EXTENDS in base.data:
         raise RecipeError(f"{where}: extends: {found.name} extends another recipe; only one level is allowed")
     base.data.pop("results", None)
     return base

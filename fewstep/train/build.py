@@ -7,7 +7,7 @@ from torch import nn
 
 from fewstep.algebra.draws import fold
 from fewstep.config import RecipeError
-from fewstep.data.base import Data
+from fewstep.data.base import Data, conditions_of
 from fewstep.networks import code
 from fewstep.networks.adapters import Adapted, own_parameters
 from fewstep.networks.parts import Site
@@ -22,6 +22,7 @@ def build_roles(recipe: Recipe, data: Data) -> Roles:
     UserError for code that the recipe names and nobody has allowed to run.
     """
     code.require(recipe.teacher)
+    recipe.check_conditions(conditions_of(data))
     modules: dict[str, nn.Module] = {}
     for name in recipe.role_names():
         seed = fold(recipe.train.seed, "weights", name) % 2**63

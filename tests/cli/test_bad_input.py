@@ -82,10 +82,11 @@ def test_a_copied_recipe_runs_and_is_not_overwritten(refused: Call, tmp_path: Pa
     with pytest.raises(SystemExit) as caught:
         main(["recipes", "cp", "toy/dmd2", "mine.yaml"])
     assert caught.value.code == 0
-    assert refused("recipes", "cp", "toy/dmd2", "mine.yaml", leaves=("mine.yaml",)).endswith(
+    beside = ("mine.yaml", "recipe.schema.json")
+    assert refused("recipes", "cp", "toy/dmd2", "mine.yaml", leaves=beside).endswith(
         "mine.yaml: exists; overwrite it with --force"
     )
-    assert refused("run", "mine.yaml", "train.steps=-1", leaves=("mine.yaml",)).endswith(
+    assert refused("run", "mine.yaml", "train.steps=-1", leaves=beside).endswith(
         "train.steps: steps must be at least 1, not -1"
     )
 

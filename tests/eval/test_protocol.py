@@ -16,7 +16,7 @@ from fewstep.eval.metrics.statistics import FeatureStatistics
 from fewstep.eval.protocol import evaluation
 from fewstep.eval.protocol.datasets import digits
 from fewstep.eval.protocol.evaluate import METRICS, evaluate
-from fewstep.eval.protocol.latency import Clock, measure_latency
+from fewstep.eval.protocol.latency import measure_latency, seconds_per_1000
 from fewstep.eval.protocol.preset import (
     METRICS as NAMES,
     MissingFiles,
@@ -344,46 +344,26 @@ def test_every_metric_that_a_preset_may_name_is_computed():
     assert set(METRICS) == set(NAMES)
 
 
-class Watch:
-    """A clock that a generator moves: the first call of each size costs `cold`, every further one what is listed."""
+def test_a_speed_is_the_best_of_three_warm_draws_on_one_thread(monkeypatch):
+    now, costs, calls = [0.0], iter((100.0, 7.0, 2.0, 3.0)), []
 
-    def __init__(self, costs):
-        self.now, self.costs, self.calls = 0.0, iter(costs), []
-
-    def generate(self, indices):
-        self.calls.append(list(indices))
-        self.now += next(self.costs)
+    def generate(indices):
+        calls.append((indices, torch.get_num_threads()))
+        now[0] += next(costs)
         return torch.zeros(len(indices), 1, 2, 3)
 
-
-@pytest.fixture
-def watch(monkeypatch):
-    def start(*costs):
-        made = Watch(costs)
-        monkeypatch.setattr("fewstep.eval.protocol.latency._now", lambda: made.now)
-        return made
-
-    return start
-
-
-def test_the_clock_reads_warm_calls_alone_and_the_best_of_them(watch):
-    made = watch(100.0, 6.0, 4.0, 5.0, 0.5)
-    clock = Clock(made.generate)
-    for indices in torch.arange(18).split(4):  # four calls of four samples and a rest of two, which says less
-        clock(indices.tolist())
-    assert clock.per_1000([0]) == 1000 * 4.0 / 4
-    assert len(made.calls) == 5  # three warm calls were there already
-
-
-def test_the_clock_makes_the_warm_calls_that_are_missing(watch):
-    made = watch(100.0, 7.0, 2.0, 3.0)
-    clock = Clock(made.generate)
-    clock([5, 6])
-    assert clock.per_1000([0]) == 1000 * 2.0 / 2
-    assert made.calls == [[5, 6]] * 4
-    never_called = watch(50.0, 9.0, 8.0, 9.0)  # every sample lay on the disk
-    assert Clock(never_called.generate).per_1000([0, 1, 2, 3]) == 1000 * 8.0 / 4
-    assert never_called.calls == [[0, 1, 2, 3]] * 4
+    monkeypatch.setattr("fewstep.eval.protocol.latency._now", lambda: now[0])
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        assert seconds_per_1000(generate, [5, 6]) == 1000 * 2.0 / 2
+        assert calls == [([5, 6], 1)] * 4  # the cold draw does not count
+        assert torch.get_num_threads() == 2
+        with pytest.raises(StopIteration):
+            seconds_per_1000(generate, [5, 6])
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(threads)
 
 
 @pytest.mark.parametrize(

@@ -203,8 +203,7 @@ def test_a_wrong_schedule_or_a_parity_violation_leaves_nothing(
     def moved(net: Any, sampler: Sampler) -> Stock:
         """The shift applied twice: what happens to sigmas that are handed to the teacher's own scheduler."""
         stock = real(net, sampler)
-        scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0, stochastic_sampling=True)
-        return replace(stock, scheduler=scheduler)
+        return replace(stock, config={"shift": 3.0, "stochastic_sampling": True})
 
     with monkeypatch.context() as patch:
         patch.setattr(latent, "latent_stock", moved)

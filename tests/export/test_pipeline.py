@@ -221,6 +221,9 @@ def test_a_wrong_schedule_is_caught_by_the_real_comparison(
     with pytest.raises(UserError, match=r"^schedule: evaluation and exported scheduler stand at different noise"):
         export(product, tmp_path / "out")
     monkeypatch.setattr(unet, "check_export", lambda *_: None)
+    with pytest.raises(UserError, match=r"^schedule: evaluation and exported scheduler stand at different noise"):
+        export(product, tmp_path / "out")  # the scheduler itself is asked before it is written
+    monkeypatch.setattr(unet, "check_scheduler", lambda *_: None)
     with pytest.raises(ExportRefused, match="differs from fewstep's sampler by"):
         export(product, tmp_path / "out")
     # The earlier export is still there, untouched.

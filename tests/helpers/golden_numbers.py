@@ -10,10 +10,11 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from pydantic import TypeAdapter
 from torch import Tensor, nn
@@ -34,6 +35,20 @@ TIME: dict[str, Callable[[Tensor], Tensor]] = {
     "log(t)/4": lambda t: torch.log(t) / 4,
 }
 """What a network is told of the process time; on tables t is the index + 1."""
+
+
+@pytest.fixture(autouse=True)
+def in_double() -> Iterator[None]:
+    """float64 by default in every test of a module that imports this."""
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+def case_of(files: dict[str, Any], stem: str, name: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(file, a copy of its case of this name)."""
+    doc = files[stem]
+    return doc, copy.deepcopy(next(case for case in doc["cases"] if case["name"] == name))
 
 
 class Listed(nn.Module):

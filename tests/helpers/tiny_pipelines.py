@@ -69,10 +69,10 @@ def sdxl() -> Any:
     )  # fmt: skip
 
 
-def dit() -> Any:
+def dit(classes: int = 1000) -> Any:
     transformer = d.DiTTransformer2DModel(
         num_attention_heads=2, attention_head_dim=8, in_channels=4, out_channels=8, num_layers=2, sample_size=8,
-        patch_size=2, num_embeds_ada_norm=1000, norm_num_groups=8,
+        patch_size=2, num_embeds_ada_norm=classes, norm_num_groups=8,
     )  # fmt: skip
     scheduler = d.DDIMScheduler(clip_sample=False)
     return d.DiTPipeline(transformer=transformer, vae=vae(4, scaling_factor=0.18215), scheduler=scheduler)
@@ -145,9 +145,14 @@ def network_of(pipe: Any) -> nn.Module:
 
 def build(name: str) -> Any:
     """The pipeline with weights under which the answer depends on everything."""
+    return built(FAMILIES[name].build)
+
+
+def built(make: Callable[[], Any]) -> Any:
+    """`build` for a pipeline of one's own making."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(5)
-        pipe = FAMILIES[name].build()
+        pipe = make()
         for p in network_of(pipe).parameters():
             # diffusers starts some output layers at zero, which would hide what lies before them
             p.data.add_(0.05 * torch.randn_like(p))

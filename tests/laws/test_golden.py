@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import copy
 import json
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
-import torch
-from golden_numbers import FOLDER, differences, losses_of, networks
+from golden_numbers import FOLDER, case_of, differences, in_double as in_double, losses_of, networks
 
 FILES = {path.stem: json.loads(path.read_text()) for path in sorted(FOLDER.glob("*.json"))}
 CASES = [(stem, case["name"]) for stem, doc in FILES.items() for case in doc["cases"]]
@@ -17,21 +14,9 @@ OPEN = ("Apache License", "MIT License")
 """Licences under which a reference's numbers may be test data here."""
 
 
-def case_of(stem: str, name: str) -> tuple[dict[str, Any], dict[str, Any]]:
-    doc = FILES[stem]
-    return doc, copy.deepcopy(next(case for case in doc["cases"] if case["name"] == name))
-
-
-@pytest.fixture(autouse=True)
-def in_double() -> Iterator[None]:
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(torch.float32)
-
-
 @pytest.mark.parametrize(("stem", "name"), CASES)
 def test_a_method_computes_what_its_reference_does(stem: str, name: str):
-    doc, case = case_of(stem, name)
+    doc, case = case_of(FILES, stem, name)
     found = differences(doc, case)
     assert {term: off for term, (off, limit) in found.items() if not off <= limit} == {}
 
@@ -49,7 +34,7 @@ def test_a_file_names_its_source_and_a_licence_that_allows_it(stem: str):
 
 def changed(stem: str, name: str, **settings: Any) -> dict[str, float]:
     """The differences of a case once settings of its method are others."""
-    doc, case = case_of(stem, name)
+    doc, case = case_of(FILES, stem, name)
     method = case["fewstep"]["method"]
     for key, value in settings.items():
         method[key] = {**method.get(key, {}), **value} if isinstance(value, dict) else value
@@ -74,7 +59,7 @@ def test_twinflows_guided_target_has_the_scale_of_the_official_ratio():
 
 
 def test_a_draw_of_another_kind_or_left_over_is_an_error():
-    doc, case = case_of("sid", "critic turn")
+    doc, case = case_of(FILES, "sid", "critic turn")
     case["fewstep"]["draws"].append(["normal", "noise"])
     with pytest.raises(AssertionError, match="left 1 draws unused"):
         losses_of(doc, case, networks(doc))

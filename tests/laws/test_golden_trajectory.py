@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import copy
 import importlib
 import json
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
-from golden_numbers import FOLDER, differences, losses_of, networks, sampled
+from golden_numbers import FOLDER, case_of, differences, in_double as in_double, losses_of, networks, sampled
 
 FILES = {path.stem: json.loads(path.read_text()) for path in sorted((FOLDER / "trajectory").glob("*.json"))}
 
@@ -20,34 +18,22 @@ def named(kind: str) -> list[tuple[str, str]]:
     return [(f, case["name"]) for f, doc in FILES.items() for case in doc["cases"] if kind in case["fewstep"]]
 
 
-def case_of(stem: str, name: str) -> tuple[dict[str, Any], dict[str, Any]]:
-    doc = FILES[stem]
-    return doc, copy.deepcopy(next(case for case in doc["cases"] if case["name"] == name))
-
-
-@pytest.fixture(autouse=True)
-def in_double() -> Iterator[None]:
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(torch.float32)
-
-
 @pytest.mark.parametrize(("stem", "name"), named("method"))
 def test_a_method_computes_what_its_reference_does(stem: str, name: str) -> None:
-    found = differences(*case_of(stem, name))
+    found = differences(*case_of(FILES, stem, name))
     assert {term: off for term, (off, limit) in found.items() if not off <= limit} == {}
 
 
 @pytest.mark.parametrize(("stem", "name"), named("sampler"))
 def test_a_sampler_draws_what_its_reference_does(stem: str, name: str) -> None:
-    doc, case = case_of(stem, name)
+    doc, case = case_of(FILES, stem, name)
     want = torch.tensor(case["expected"]["sample"])
     assert float((sampled(doc, case) - want).abs().max() / want.abs().max()) <= case["tolerance"]
 
 
 @pytest.mark.parametrize(("stem", "name"), named("function"))
 def test_a_schedule_has_the_numbers_of_its_reference(stem: str, name: str) -> None:
-    _, case = case_of(stem, name)
+    _, case = case_of(FILES, stem, name)
     module, function = case["fewstep"]["function"].rsplit(".", 1)
     got = [getattr(importlib.import_module(module), function)(*args) for args in case["inputs"]["args"]]
     want = torch.tensor(case["expected"]["values"], dtype=torch.float64)
@@ -69,7 +55,7 @@ def test_files_name_their_source_and_a_licence_that_allows_it() -> None:
 
 def off(stem: str, name: str, term: str, **settings: Any) -> float:
     """The difference of one term once settings of the method are others."""
-    doc, case = case_of(stem, name)
+    doc, case = case_of(FILES, stem, name)
     case["fewstep"]["method"].update(settings)
     return differences(doc, case)[term][0]
 
@@ -91,7 +77,7 @@ def test_labels_dropped_where_s_is_t_alone_are_others_than_labels_dropped_anywhe
 
 @pytest.mark.parametrize(("term", "guided"), [("preserve_forward", 1.9363), ("preserve_reverse", 3.1860)])
 def test_icd_preserves_without_guidance_whatever_it_decodes_with(term: str, guided: float) -> None:
-    doc, case = case_of("icd_embedded_guidance", "all four terms")
+    doc, case = case_of(FILES, "icd_embedded_guidance", "all four terms")
     terms = {"preserve_forward": "preserve forward", "preserve_reverse": "preserve reverse"}
     want = case["expected"][terms[term]]["loss"]
     got = float(losses_of(doc, case, networks(doc))[term].detach())
@@ -101,7 +87,7 @@ def test_icd_preserves_without_guidance_whatever_it_decodes_with(term: str, guid
 
 
 def test_shortcuts_finest_legs_are_not_asked_at_their_own_length() -> None:
-    doc, case = case_of("shortcut", "lengths 1 to 1/64")
+    doc, case = case_of(FILES, "shortcut", "lengths 1 to 1/64")
     got = float(losses_of(doc, case, networks(doc)).total().detach())
     # The loss whose two legs of 1/128 are asked at 1/128, a length that nothing trains.
     assert abs(got / 2.3519347074164596 - 1) > 1e-5

@@ -3,18 +3,11 @@
 from __future__ import annotations
 
 import pytest
-import torch
-from trajectory_helpers import F64, MEAN, STD, Batch64
 
 from fewstep.algebra.batch import Batch
-from fewstep.algebra.draws import Draws, fold
 from fewstep.algebra.process import EDM, Flow, ShiftedFlow
-from fewstep.config import UserError
 from fewstep.methods.imm import IMM
-from fewstep.methods.self_e import SelfE
 from fewstep.methods.sfd import SFD
-from fewstep.methods.std import STD as SingleTrajectory, Bank
-from fewstep.networks.analytic import gaussian
 from fewstep.networks.roles import Roles
 from fewstep.recipe.store import load
 from fewstep.train.trainer import Trainer
@@ -47,17 +40,3 @@ def test_imm_speaks_the_flow_process_alone() -> None:
     needs = IMM().needs()
     assert needs.refuses_process(EDM()) == "needs flow or shifted_flow, not edm"
     assert needs.refuses_process(Flow()) == needs.refuses_process(ShiftedFlow(shift=3.0)) == ""
-
-
-def test_self_e_needs_a_condition() -> None:
-    exact = gaussian(Flow(), MEAN, STD)
-    with pytest.raises(UserError, match="it needs data with classes or captions"):
-        next(iter(SelfE().losses(Roles(student=exact, target=exact), Batch64.of(6, 1), 0)))
-
-
-def test_std_keeps_no_text_beside_its_states() -> None:
-    draws = Draws(fold("std text"), torch.arange(4))
-    x0 = torch.randn(4, 1, dtype=F64)
-    batch = Batch64(draws, (1,), x0, {"text": torch.zeros(4, 3, 2)}, {"text": torch.zeros(4, 3, 2)})
-    with pytest.raises(UserError, match="method std keeps labels"):
-        SingleTrajectory().start(Bank(8, (1,)), batch, Flow())

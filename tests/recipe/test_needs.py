@@ -10,6 +10,7 @@ import pytest
 from fewstep.algebra.process import EDM, Flow
 from fewstep.commands.check_recipe import check
 from fewstep.config import REGISTRY, RecipeError
+from fewstep.data.base import conditions_of
 from fewstep.methods.joint import Joint, Share
 from fewstep.methods.method import Needs
 from fewstep.networks.declared import declared_inputs, declared_process
@@ -72,6 +73,55 @@ def test_missing_inputs_are_refused_with_file_and_key(method: str, tmp_path: Pat
     # One of two is not enough.
     if method == "twinflow":
         assert refused(name, "student.inputs=[s]").endswith("needs [mirror, s], not [s]")
+
+
+def test_which_methods_choose_among_conditions():
+    every = {"none", "classes", "text"}
+    needs = {name: set(method.needs().conditions) for name, method in plain_methods().items()}
+    assert {name: kinds for name, kinds in needs.items() if kinds != every} == {
+        "self_e": {"classes", "text"},
+        "std": {"none", "classes"},
+    }
+    shares = (Share(method=REGISTRY["method"][name]()) for name in ("self_e", "std"))
+    assert Joint(methods=tuple(shares)).needs().conditions == {"classes"}
+
+
+def test_data_without_the_conditions_that_a_method_needs_are_refused():
+    assert refused("toy/self-e", "data.conditional=false").endswith(
+        "data: method self_e needs data whose conditions are classes or text, not none"
+    )
+    prompts = "data={name: prompts, path: p.txt, shape: [1, 8, 8], encoder: {name: sentence, path: e, length: 7}}"
+    assert refused("digits-std", prompts).endswith(
+        "data: method std needs data whose conditions are none or classes, not text"
+    )
+    load("toy/std", ["data.conditional=true"])
+
+
+def test_conditions_that_only_files_tell_are_refused_when_the_roles_are_built():
+    recipe = load("toy/self-e", ["data={name: images, path: there}"])
+    with pytest.raises(
+        RecipeError, match=r"^data: method self_e needs data whose conditions are classes or text, not none$"
+    ):
+        build_roles(recipe, load("toy/std").data.open())
+
+
+@pytest.mark.parametrize(
+    ("data", "declared", "opened"),
+    [
+        ("{name: digits}", "classes", "classes"),
+        ("{name: ring}", "none", "none"),
+        ("{name: ring, conditional: true}", "classes", "classes"),
+        ("{name: images, path: p}", None, None),
+        ("{name: latents, path: p, vae: v}", None, None),
+        ("{name: captions, path: p, size: 8}", "none", None),
+        ("{name: webdataset, shards: p, size: 8, classes: 3}", "classes", None),
+    ],
+)
+def test_data_say_what_stands_beside_a_sample(data: str, declared: str | None, opened: str | None):
+    spec = load("toy/dmd2", [f"data={data}"]).data
+    assert spec.conditions == declared
+    if opened is not None:
+        assert conditions_of(spec.open()) == opened
 
 
 def test_the_key_is_that_of_the_role_which_decides():
