@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fewstep.eval.protocol.evaluation import Evaluation, comparison_rows, distance_of
+from fewstep.eval.protocol.evaluation import Columns, Evaluation, comparison_rows, distance_of
 from fewstep.files import atomic_path
 
 _STYLE = """
@@ -47,17 +47,19 @@ def write_report(
     folder: str | Path,
     title: str = "Evaluation",
     notes: Sequence[str] = (SAMPLING_NOTE,),
+    columns: Columns | None = None,
 ) -> Path:
     """Write ``report.html`` (no outside files) and ``report.json`` into `folder`; returns the page's path.
 
-    `notes` are paragraphs under the table: what its errors mean, what is missing from it.
+    `notes` are paragraphs under the table: what its errors mean, what is missing from it; `columns`
+    are further ones of it.
 
     Raises:
         ValueError: no evaluations. PresetMismatch: evaluations of different protocols.
     """
     if not evaluations:
         raise ValueError("evaluations: none were given")
-    header, rows = comparison_rows(evaluations)
+    header, rows = comparison_rows(evaluations, columns)
     first = evaluations[0]
     parts = [
         f"<h1>{html.escape(title)}</h1>",

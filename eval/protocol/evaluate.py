@@ -69,8 +69,10 @@ def evaluate(
         retrieval: for the metric retrieval, beside `samples` with their images.
         more: further fields of the Evaluation, such as seconds and calls.
 
+    A metric that lacks what it needs (a classifier, classes, enough samples) is left out, and `omitted` says why.
+
     Raises:
-        ValueError: another number of samples than the preset's, or a metric that lacks what it needs.
+        ValueError: another number of samples than the preset's, or not one metric that can be computed.
     """
     runs = [samples] if isinstance(samples, Samples) else list(samples)
     if len(runs) != preset.repetitions:
@@ -99,7 +101,13 @@ def evaluate(
     )
     found: Entries = {}
     for metric in wanted:
-        found |= METRICS[metric](inputs)
+        try:
+            found |= METRICS[metric](inputs)
+        except ValueError as error:  # no classifier, no classes, too few samples: the other metrics still hold
+            omitted[metric] = str(error).removeprefix(f"{metric}: ")
+    if not found:
+        reasons = "; ".join(f"{metric}: {reason}" for metric, reason in omitted.items())
+        raise ValueError(f"preset {preset.name}: none of its metrics can be computed here ({reasons})")
     return Evaluation(
         name=name,
         preset=preset.name,
@@ -162,7 +170,11 @@ def _classifier_score(i: Inputs) -> Entries:
 
 
 def _class_accuracy(i: Inputs) -> Entries:
-    estimate = measures.class_accuracy(_logits(i, "class-accuracy"), _labels(i, "class-accuracy"))
+    logits, labels = _logits(i, "class-accuracy"), _labels(i, "class-accuracy")
+    own = logits.shape[1]
+    if i.reference.labels is not None and (real := len(i.reference.labels.unique())) != own:
+        raise ValueError(f"class-accuracy: the extractor tells {own} classes apart, the data has {real} others")
+    estimate = measures.class_accuracy(logits, labels)
     return {f"class accuracy ({i.extractor})": estimate.as_dict()}
 
 

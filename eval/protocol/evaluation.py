@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -135,17 +135,29 @@ def check_alike(evaluations: Sequence[Evaluation]) -> None:
             )
 
 
-def comparison_rows(evaluations: Sequence[Evaluation]) -> tuple[list[str], list[list[str]]]:
-    """Header and rows of a table, the smallest distance first; raises as `check_alike`."""
+Columns = Mapping[str, Callable[[Evaluation], str]]
+"""Further columns of a table by their heading."""
+
+
+def comparison_rows(
+    evaluations: Sequence[Evaluation], columns: Columns | None = None
+) -> tuple[list[str], list[list[str]]]:
+    """Header and rows of a table, the smallest distance first, `columns` after the name; raises as `check_alike`."""
     check_alike(evaluations)
     names = list(dict.fromkeys(metric for e in evaluations for metric in e.metrics))
     costs = list(dict.fromkeys(cost for e in evaluations for cost in e.training))
     ranked = sorted(evaluations, key=lambda e: e.distance.value if distance_of(e) else 0.0)
-    header = ["model", "N", *names, "s / 1,000 images", "calls"]
+    further = columns or {}
+    header = ["model", *further, "N", *names, "s / 1,000 images", "calls"]
     header += [f"training {cost.replace('_', ' ')}" for cost in costs]
     rows = []
     for e in ranked:
-        cells = [e.name, f"{e.number:,}", *(format_entry(e.metrics.get(metric)) for metric in names)]
+        cells = [
+            e.name,
+            *(cell(e) for cell in further.values()),
+            f"{e.number:,}",
+            *(format_entry(e.metrics.get(metric)) for metric in names),
+        ]
         cells.append("" if e.seconds is None else f"{e.seconds:.3g}")
         cells.append("" if e.calls is None else str(e.calls))
         rows.append(cells + [_cost(e.training.get(cost, "")) for cost in costs])
@@ -194,7 +206,11 @@ def environment() -> dict[str, str]:
 
 
 def _cost(value: Any) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+    if isinstance(value, int):
+        return f"{value:,}"
+    if not isinstance(value, float):
+        return str(value)
+    return f"{value:.4g}" if abs(value) < 1e4 else f"{value:,.0f}"
 
 
 def _without_nan(value: Any) -> Any:

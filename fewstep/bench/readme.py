@@ -7,8 +7,8 @@ import re
 from importlib.resources import files
 from pathlib import Path
 
-from fewstep.commands.compare.ranking import by_class, with_error
-from fewstep.commands.report import read_results
+from fewstep.commands.compare.ranking import by_class
+from fewstep.commands.report import read_results, with_error
 from fewstep.eval.protocol.evaluation import Evaluation, distance_of
 from fewstep.recipe.cards import table
 from fewstep.recipe.source import find, read, shipped

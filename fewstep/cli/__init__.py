@@ -20,10 +20,12 @@ from fewstep.cli import data as data  # isort: skip
 
 def main(argv: list[str] | None = None) -> Any:
     """Entry point: a mistake of the user is one clear message on stderr and exit code 2."""
+    from fewstep.cli.quiet import quiet
     from fewstep.config import RecipeError, UserError
 
     try:
-        return app(argv, standalone_mode=True)
+        with quiet():
+            return app(argv, standalone_mode=True)
     except (RecipeError, UserError) as error:
         typer.echo(f"error: {error}", err=True)
         sys.exit(2)

@@ -13,7 +13,7 @@ import typer
 app = typer.Typer(
     name="fewstep",
     no_args_is_help=True,
-    add_completion=False,
+    context_settings={"help_option_names": ["--help", "-h"]},
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
     help="Distil diffusion and flow models into generators of 1 to 8 network calls.",
@@ -23,6 +23,48 @@ recipes = typer.Typer(no_args_is_help=True, help="List, show, copy and check rec
 app.add_typer(recipes, name="recipes", rich_help_panel="Look")
 methods = typer.Typer(no_args_is_help=True, help="List and show methods.")
 app.add_typer(methods, name="methods", rich_help_panel="Look")
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        from fewstep.commands.version import told
+
+        typer.echo(told())
+        raise typer.Exit
+
+
+@app.callback()
+def frame(
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_version, is_eager=True, help="Print versions and the commit, and leave."),
+    ] = False,
+) -> None:
+    """Distil diffusion and flow models into generators of 1 to 8 network calls."""
+
+
+def recipe_names(incomplete: str) -> list[str]:
+    """For the shell's completion: shipped recipes."""
+    from fewstep.recipe.source import shipped
+
+    return [name for name in shipped() if name.startswith(incomplete)]
+
+
+def method_names(incomplete: str) -> list[str]:
+    """For the shell's completion: methods with a card, and the papers' names for them."""
+    from fewstep.recipe.cards import cards
+
+    names = [n for c in cards().values() for n in (c.name, *c.aliases)]
+    return sorted(n for n in names if n.startswith(incomplete))
+
+
+RecipeName = Annotated[
+    str,
+    typer.Argument(help="A shipped recipe's name, or the path of a YAML file.", autocompletion=recipe_names),
+]
+MethodName = Annotated[str, typer.Argument(help="A method, or a paper's name for one.", autocompletion=method_names)]
+Words = Annotated[list[str] | None, typer.Argument(help="Words that must all occur, such as sdxl or lora.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 Settings = Annotated[
     list[str] | None,
@@ -56,7 +98,11 @@ def may_run_code(command: Callable[..., None]) -> Callable[..., None]:
 
 
 def by_fields(command: Callable[[Any], None]) -> Callable[..., None]:
-    """A command of one dataclass, as typer reads it: with the fields as its arguments and options."""
+    """A command of one dataclass, as typer reads it: with the fields as its arguments and options.
+
+    Raises:
+        TypeError: the dataclass has a list of panels for its help, PANELS, that names what is no field.
+    """
     (kind,) = (hint for name, hint in get_type_hints(command).items() if name != "return")
     hints = get_type_hints(kind, include_extras=True)
 
@@ -64,6 +110,10 @@ def by_fields(command: Callable[[Any], None]) -> Callable[..., None]:
     def spread(**values: Any) -> None:
         command(kind(**values))
 
+    for name, panel in getattr(kind, "PANELS", {}).items():
+        if name not in hints:
+            raise TypeError(f"{kind.__name__}.PANELS: {name!r} is no field")
+        hints[name].__metadata__[0].rich_help_panel = panel
     told = inspect.Parameter.KEYWORD_ONLY
     parameters = [inspect.Parameter(f.name, told, default=f.default, annotation=hints[f.name]) for f in fields(kind)]
     spread.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from fewstep.cli.app import Settings, app
+from fewstep.cli.app import Settings, app, recipe_names
 
 
 @app.command(
@@ -16,7 +16,7 @@ from fewstep.cli.app import Settings, app
     epilog="Example: `fewstep cache-latents mine.yaml --vae my-sdxl --out latents`",
 )
 def cache_latents(
-    recipe: Annotated[str, typer.Argument(help="A recipe whose data are pictures.")],
+    recipe: Annotated[str, typer.Argument(help="A recipe whose data are pictures.", autocompletion=recipe_names)],
     vae: Annotated[str, typer.Option(help="Folder of a VAE, or of a pipeline with one.")],
     settings: Settings = None,
     out: Annotated[Path, typer.Option(help="Folder to write; goes on where it was stopped.")] = Path("latents"),

@@ -7,24 +7,56 @@ from typing import Annotated
 
 import typer
 
-from fewstep.cli.app import AnySteps, Force, Settings, Steps, app, may_run_code, methods, recipes
+from fewstep.cli.app import (
+    AnySteps,
+    Force,
+    Json,
+    MethodName,
+    RecipeName,
+    Settings,
+    Steps,
+    Words,
+    app,
+    may_run_code,
+    method_names,
+    methods,
+    recipe_names,
+    recipes,
+)
 
 
-@app.command(rich_help_panel="Look", epilog="Example: `fewstep sample runs/digits-dmd2 --classes 0-9 --out grid.png`")
+@app.command(
+    rich_help_panel="Look",
+    epilog="Examples:\n\n"
+    "`fewstep sample runs/digits-dmd2 --classes 0-9 --out grid.png`\n\n"
+    '`fewstep sample runs/sd --prompt "a red fox" --teacher 25`\n\n'
+    "`fewstep sample runs/sd/export --prompts prompts.txt --seed 7`",
+)
 @may_run_code
 def sample(
     path: Annotated[Path, typer.Argument(help="A run directory, an export or a diffusers folder.")],
     steps: Steps = None,
     classes: Annotated[str | None, typer.Option(help="Classes to draw in turn, such as 0-9 or 1,4,7.")] = None,
-    count: Annotated[int, typer.Option(min=1, help="Number of samples.")] = 100,
+    prompt: Annotated[list[str] | None, typer.Option(help="A prompt, repeatable; a run's teacher beside it.")] = None,
+    prompts: Annotated[Path | None, typer.Option(help="A file with a prompt a line.")] = None,
+    teacher: Annotated[
+        int | None,
+        typer.Option(min=0, help="Heun steps of the teacher beside prompts [default: as evaluated, else 12]; 0 is none."),
+    ] = None,
+    guidance: Annotated[
+        float | None,
+        typer.Option(help="Guidance scale of that teacher, or of a pipeline's call [default: the recipe's]."),
+    ] = None,
+    count: Annotated[int, typer.Option(min=1, help="Number of samples; with prompts one each.")] = 100,
     seed: Annotated[int, typer.Option(help="Seed of the noise; each sample has its own.")] = 0,
     out: Annotated[Path, typer.Option(help="PNG to write.")] = Path("grid.png"),
     any_steps: AnySteps = False,
 ) -> None:
-    """Draw a grid of samples as a PNG."""
-    from fewstep.commands.sample import draw
+    """Draw a grid of samples as a PNG, or a student beside its teacher for prompts."""
+    from fewstep.commands.sample import draw, read_prompts_of
 
-    draw(path, steps, classes, count, seed, out, any_steps)
+    told = read_prompts_of(prompt or [], prompts) if prompt or prompts else []
+    draw(path, steps, classes, count, seed, out, any_steps, told, teacher, guidance)
 
 
 @app.command(
@@ -61,17 +93,23 @@ def health(run: Annotated[Path, typer.Argument(help="A run directory.")]) -> Non
         typer.echo(f"readings {picture}")
 
 
-@recipes.command("ls")
-def recipes_ls() -> None:
-    """List shipped recipes."""
+@recipes.command("ls", epilog="Examples: `fewstep recipes ls sdxl`, `fewstep recipes ls --method dmd2 --json`")
+def recipes_ls(
+    words: Words = None,
+    method: Annotated[
+        str | None, typer.Option(help="Of this method, or of a paper's name for one.", autocompletion=method_names)
+    ] = None,
+    json: Json = False,
+) -> None:
+    """List shipped recipes, one a line."""
     from fewstep.commands.recipes import list_recipes
 
-    list_recipes()
+    list_recipes(words or [], method, json)
 
 
 @recipes.command("show", epilog="Example: `fewstep recipes show toy/dmd2 method.steps=[1.0,0.5]`")
 def recipes_show(
-    name: Annotated[str, typer.Argument(help="A shipped recipe's name, or the path of a YAML file.")],
+    name: RecipeName,
     settings: Settings = None,
     explain: Annotated[bool, typer.Option("--explain", help="With a comment on every key.")] = False,
 ) -> None:
@@ -85,8 +123,8 @@ def recipes_show(
 
 @recipes.command("diff", epilog="Example: `fewstep recipes diff digits-dmd2 --paper`")
 def recipes_diff(
-    a: Annotated[str, typer.Argument(help="A recipe.")],
-    b: Annotated[str | None, typer.Argument(help="Another one.")] = None,
+    a: RecipeName,
+    b: Annotated[str | None, typer.Argument(help="Another one.", autocompletion=recipe_names)] = None,
     paper: Annotated[bool, typer.Option("--paper", help="Against the published settings of its method.")] = False,
 ) -> None:
     """Print what differs between two recipes, every default filled in."""
@@ -97,11 +135,11 @@ def recipes_diff(
 
 @recipes.command("cp", epilog="Example: `fewstep recipes cp digits-dmd2 mine.yaml`")
 def recipes_cp(
-    name: Annotated[str, typer.Argument(help="A shipped recipe's name, or the path of a YAML file.")],
+    name: RecipeName,
     to: Annotated[Path, typer.Argument(help="File to write; the schema that editors check it with goes beside it.")],
     force: Force = False,
 ) -> None:
-    """Copy a shipped recipe to a file of your own."""
+    """Copy a shipped recipe to a file of your own, without the results and remarks of its own runs."""
     from fewstep.commands.write_recipe import copy_recipe
 
     copy_recipe(name, to, force)
@@ -109,7 +147,7 @@ def recipes_cp(
 
 
 @recipes.command("check", epilog="Example: `fewstep recipes check mine.yaml`")
-def recipes_check(name: str, settings: Settings = None) -> None:
+def recipes_check(name: RecipeName, settings: Settings = None) -> None:
     """Check a recipe and print all its problems, or the stages it would run."""
     from fewstep.commands.check_recipe import check
 
@@ -117,16 +155,16 @@ def recipes_check(name: str, settings: Settings = None) -> None:
         typer.echo(line)
 
 
-@methods.command("ls")
-def methods_ls() -> None:
-    """List methods with what they need."""
+@methods.command("ls", epilog="Example: `fewstep methods ls consistency`")
+def methods_ls(words: Words = None, json: Json = False) -> None:
+    """List methods with what they need, one a line."""
     from fewstep.commands.methods import list_methods
 
-    list_methods()
+    list_methods(words or [], json)
 
 
 @methods.command("show", epilog="Example: `fewstep methods show phased_dmd`")
-def methods_show(name: str) -> None:
+def methods_show(name: MethodName) -> None:
     """Print a method's card: equation, roles, deviations from its paper, numbers, known failures, its keys."""
     from fewstep.commands.explain import terminal_width
     from fewstep.commands.methods import show_method
@@ -153,7 +191,7 @@ def methods_record(
 
 
 @app.command(rich_help_panel="Look", epilog="Example: `fewstep cite digits-dmd2`")
-def cite(recipe: str) -> None:
+def cite(recipe: RecipeName) -> None:
     """Print BibTeX of the papers behind a recipe."""
     from fewstep.recipe.cards import cite as entries
 

@@ -85,3 +85,50 @@ def train_retrieval(
         f"{out}: {100 * found.value:.1f} % of {len(made.captions)} captions found among "
         f"{min(100, len(made.captions))} (fresh views)"
     )
+
+
+@app.command(
+    "make-reference",
+    rich_help_panel="Measure",
+    epilog="Example: `fewstep make-reference val2014 --preset coco30k --grey-to-colour`",
+)
+def make_reference(
+    folder: Annotated[Path, typer.Argument(help="The real images; sizes may differ where the preset resizes them.")],
+    preset: Annotated[str, typer.Option(help="A protocol whose reference is a file, shipped or a YAML file.")],
+    out: Annotated[Path | None, typer.Option(help="File to write [default: where the preset looks for it].")] = None,
+    extractor_path: Annotated[Path | None, typer.Option(help="Weights of the preset's feature network.")] = None,
+    grey_to_colour: Annotated[bool, typer.Option("--grey-to-colour", help="Take grey files in a colour preset.")] = False,
+    batch: Annotated[int, typer.Option(min=1, help="Images of one pass.")] = 32,
+) -> None:
+    """Compute the statistics of real images that a preset compares with, through its own resize and network."""
+    from fewstep.commands.make_reference import make_reference as job
+
+    path, count = job(folder, preset, out, extractor_path, grey_to_colour, batch)
+    typer.echo(f"{path}: statistics of {count} images")
+
+
+def bench_names(incomplete: str) -> list[str]:
+    """For the shell's completion: the benchmarks."""
+    from fewstep.commands.bench import benches
+
+    return [name for name in benches() if name.startswith(incomplete)]
+
+
+@app.command(
+    rich_help_panel="Measure",
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
+    epilog="Example: `fewstep bench trainer`; its own options go behind two dashes: `fewstep bench trainer -- --help`",
+)
+def bench(
+    context: typer.Context,
+    name: Annotated[
+        str | None, typer.Argument(help="The benchmark; left out: their names.", autocompletion=bench_names)
+    ] = None,
+) -> None:
+    """Measure what something costs on this machine, in a process of its own."""
+    from fewstep.commands.bench import benches, run_bench
+
+    if name is None:
+        typer.echo("\n".join(benches()))
+    else:
+        raise typer.Exit(run_bench(name, context.args))

@@ -7,13 +7,13 @@ from typing import Annotated
 
 import typer
 
-from fewstep.cli.app import Force, Settings, app, may_run_code
+from fewstep.cli.app import Force, RecipeName, Settings, app, may_run_code, recipe_names
 
 
 @app.command(rich_help_panel="Train", epilog="Example: `fewstep run digits-dmd2 train.steps=100 --out runs/short`")
 @may_run_code
 def run(
-    recipe: Annotated[str, typer.Argument(help="A shipped recipe's name, or the path of a YAML file.")],
+    recipe: RecipeName,
     settings: Settings = None,
     out: Annotated[Path | None, typer.Option(help="Run directory [default: runs/NAME].")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue the run in that directory.")] = False,
@@ -23,7 +23,11 @@ def run(
         typer.Option("--from", help="Go on from another run or its checkpoint RUN/step-N with these settings."),
     ] = None,
 ) -> None:
-    """Train a recipe, sample it, measure it against its teacher and export it."""
+    """Train a recipe, sample it, export it and measure it against its teacher.
+
+    Exit code 0; 2 for a mistake, before anything is trained; 3 when it was trained but its measurement or its export
+    failed, which a printed command repeats; 130 when it was stopped, with the command that goes on.
+    """
     from fewstep.commands.run import run_recipe
 
     run_recipe(recipe, settings or [], out, resume, force, start)
@@ -58,7 +62,7 @@ def new(
 
 @app.command(rich_help_panel="Train", epilog="Example: `fewstep plan digits-dmd2 train.batch=512`")
 def plan(
-    recipe: Annotated[str, typer.Argument(help="A shipped recipe's name, or the path of a YAML file.")],
+    recipe: RecipeName,
     settings: Settings = None,
     processes: Annotated[int, typer.Option(min=1, help="Processes of the launch.")] = 1,
     measure: Annotated[bool, typer.Option("--measure", help="Also take two real steps and compare.")] = False,
@@ -75,7 +79,10 @@ def plan(
 )
 @may_run_code
 def compare(
-    recipes: Annotated[list[str], typer.Argument(help="Shipped recipes or YAML files; they must share one metric.")],
+    recipes: Annotated[
+        list[str],
+        typer.Argument(help="Shipped recipes or YAML files; they must share one metric.", autocompletion=recipe_names),
+    ],
     budget: Annotated[
         str,
         typer.Option(

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from fewstep.config import Source, validate
+from fewstep.config import Source, UserError, validate
 from fewstep.export.forecast import about
 from fewstep.export.levels import agree, levels_of, trained_levels
+from fewstep.networks.folder import hub_hint
 from fewstep.recipe.schema import Recipe
 from fewstep.recipe.source import read
 
@@ -28,6 +29,7 @@ def check_recipe(recipe: Recipe, source: Source | None = None) -> str:
     UserError when training and evaluation cannot agree, RecipeError when a method cannot train a student of the
     process that the teacher's files give it; with `source` it begins with the file and line.
     """
+    _refuse_hub_ids(recipe)
     sampler = recipe.sampler()
     product, way, told = about(recipe)
     if product is None:
@@ -41,3 +43,13 @@ def check_recipe(recipe: Recipe, source: Source | None = None) -> str:
     agree(trained_levels(recipe.method, process), evaluation)
     parts = ["training", "evaluation"] if way is None or not way.scheduler else ["training, evaluation", way.scheduler]
     return f"schedule: {' and '.join(parts)} agree (sigma / alpha {evaluation.shown()}){export}"
+
+
+def _refuse_hub_ids(recipe: Recipe) -> None:
+    """UserError for a teacher, an encoder or a VAE that is named as a hub names it: no folder will come of it."""
+    data: Any = recipe.data
+    parts = {"teacher": recipe.teacher, "data.encoder": getattr(data, "encoder", None)}
+    paths = {f"{key}.path": getattr(part, "path", None) for key, part in parts.items()}
+    for key, path in (paths | {"data.vae": getattr(data, "vae", None)}).items():
+        if path is not None and hub_hint(str(path)):
+            raise UserError(f"{key} {path}: no such folder{hub_hint(str(path))}")

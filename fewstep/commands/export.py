@@ -14,7 +14,7 @@ from fewstep.train.product import Product, open_product
 
 def show_export(done: Exported) -> None:
     checked = f", within {done.parity:.1e} of fewstep's sampler" if done.parity else ""
-    console.print(f"exported to {done.folder}{checked}; load it with")
+    console.print(f"exported to {done.folder}{checked}; load it with", soft_wrap=True, highlight=False)
     for line in done.usage.splitlines():
         console.print(f"    {line}", highlight=False, soft_wrap=True)
 

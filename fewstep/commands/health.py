@@ -173,22 +173,21 @@ def alarms(records: Sequence[dict[str, Any]]) -> dict[str, int]:
 def last_stage(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """The records of a log's last stage."""
     training = [r for r in records if "stage" in r]
-    if not training:
-        return []
-    # The record at a stage's end carries the number of the next one.
-    stage = training[-1]["stage"] if len(training) < 2 else training[-2]["stage"]
-    return [r for r in training if r["stage"] == stage]
+    return [r for r in training if r["stage"] == training[-1]["stage"]]
 
 
 def report(run: Path) -> str:
-    """All findings of a run directory as text. UserError when there is no log or too little of it."""
+    """All findings of a run directory as text, or the first and last readings of a log too short for findings.
+
+    UserError when there is no log, or none of its readings.
+    """
     path = run / "log.jsonl"
     if not path.is_file():
         raise UserError(f"{run}: has no log.jsonl; is it a run directory?")
     records = read_log(path)
     found = verdicts(records)
     if not found:
-        raise UserError(f"{run}: fewer than {FEWEST} records in the last stage; train longer or lower train.log_every")
+        return short(run, last_stage(records))
     width = max(len(v.name) for v in found)
     since = alarms(last_stage(records))
     lines = []
@@ -199,3 +198,18 @@ def report(run: Path) -> str:
             lines.append(f"{'':<{9 + width}}-> {v.advice}")
     wrong = [v.name for v in found if not v.fine]
     return "\n".join([*lines, "", f"{run.name}: {', '.join(wrong) if wrong else 'fine'}"])
+
+
+def short(run: Path, records: Sequence[dict[str, Any]]) -> str:
+    """What a log says that has no findings: where each reading began and where it is."""
+    skip = ("done", "stage", "lr/", "seconds")
+    keys = [k for k in dict.fromkeys(k for r in records for k in r) if not k.startswith(skip) and _series(records, k)]
+    if not keys:
+        raise UserError(f"{run}: has no record in its log yet; train longer or lower train.log_every")
+    count = f"{len(records)} record{'s' * (len(records) > 1)} in the last stage"
+    why = f"judged from {FEWEST} on: train longer or lower train.log_every"
+    if len(records) >= FEWEST:
+        why = "none of its readings is judged"
+    width = max(map(len, keys))
+    rows = [(k, _series(records, k)) for k in keys]
+    return "\n".join([f"{k:<{width}}  {v[0]:.3g} -> {v[-1]:.3g}" for k, v in rows] + ["", f"{run.name}: {count}, {why}"])

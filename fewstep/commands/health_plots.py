@@ -32,7 +32,7 @@ PANELS = (
         {"slope": "health/critic_slope"},
         (1 - health.LAG, 1 + health.LAG),
     ),
-    Panel("critic's loss on fresh samples", {"loss": "dsm"}, log=True, best=True),
+    Panel("denoising loss", {"loss": "dsm"}, log=True, best=True),
     Panel(
         "matching gradient by noise level",
         {f"quarter {k + 1}": f"health/gradient_{k}" for k in range(4)},

@@ -1,9 +1,15 @@
-"""`fewstep methods`: what ships, in a table."""
+"""`fewstep methods ls`: what ships, from the cards alone."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from rich.console import Console
-from rich.table import Table
+
+from fewstep.commands.listing import as_json, chosen, show
+from fewstep.config import UserError
+
+COLUMNS = {"name": "method", "title": "what", "needs": "needs"}
 
 
 def show_method(name: str, width: int = 100) -> str:
@@ -18,13 +24,16 @@ def show_method(name: str, width: int = 100) -> str:
     return "\n".join([show(name), *keys])
 
 
-def list_methods() -> None:
-    """Name, title and needs of each method."""
+def list_methods(words: Sequence[str] = (), json: bool = False, console: Console | None = None) -> None:
+    """Name, title and needs of each method that has all words on its card's head, its other names among them."""
     from fewstep.recipe.cards import listing
 
-    out = Table(box=None, pad_edge=False)
-    for column in ("method", "what", "needs"):
-        out.add_column(column, no_wrap=column == "method")
-    for row in listing():
-        out.add_row(*row)
-    Console().print(out)
+    console = console or Console()
+    rows = listing()
+    found = chosen(rows, words)
+    if not found:
+        raise UserError(f"no method has {' '.join(words)!r}; `fewstep methods ls` lists all {len(rows)}")
+    if json:
+        console.print(as_json(found), soft_wrap=True, highlight=False, markup=False)
+    else:
+        show(console, found, COLUMNS, extra=("needs",))

@@ -13,12 +13,15 @@ from torch import Tensor
 from fewstep.eval.protocol.images import to_pixels
 from fewstep.files import atomic_path
 
+CELL = 64
+"""Pixels of a cell's side at least, by a whole factor."""
+
 
 def tile(x: Tensor, per_row: int) -> Tensor:
-    """Images (n, c, h, w) as one (c, rows h, per_row w), empty places filled with -1."""
+    """Images (n, c, h, w) as one (c, rows h, per_row w), empty places white."""
     n, c, h, w = x.shape
     rows = -(-n // per_row)
-    canvas = torch.full((rows * per_row, c, h, w), -1.0, dtype=x.dtype)
+    canvas = torch.full((rows * per_row, c, h, w), 1.0, dtype=x.dtype)
     canvas[:n] = x
     return canvas.reshape(rows, per_row, c, h, w).permute(2, 0, 3, 1, 4).reshape(c, rows * h, per_row * w)
 
@@ -48,7 +51,7 @@ def save_grid(x: Tensor, path: Path, per_row: int = 10) -> None:
     if x.ndim == 2:
         save_scatter([("samples", x)], path)
         return
-    save_picture(_image(x, per_row, max(1, 32 // x.shape[-1])), path)
+    save_picture(_image(x, per_row, max(1, CELL // x.shape[-1])), path)
 
 
 def save_side_by_side(sets: Sequence[tuple[str, Tensor]], path: Path, per_row: int = 10) -> None:
@@ -58,7 +61,7 @@ def save_side_by_side(sets: Sequence[tuple[str, Tensor]], path: Path, per_row: i
         return
     from PIL import Image, ImageDraw, ImageFont
 
-    panels = [_image(x, per_row, max(1, 32 // x.shape[-1])) for _, x in sets]
+    panels = [_image(x, per_row, max(1, CELL // x.shape[-1])) for _, x in sets]
     gap, top = 12, 22
     width = sum(p.width for p in panels) + gap * (len(panels) + 1)
     sheet = Image.new("RGB", (width, panels[0].height + top + gap), "white")

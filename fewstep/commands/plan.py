@@ -12,8 +12,10 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
+from fewstep.algebra.batch import Batch
 from fewstep.config import UserError
 from fewstep.networks.adapters import Adapted, enable_checkpointing, own_parameters
 from fewstep.networks.roles import Roles
@@ -230,10 +232,8 @@ class _Tracer:
                 try:
                     return self._trace(stage, micro, bf16, self.mode)
                 except Exception as error:
-                    self.fake, self.reason = (
-                        False,
-                        f"traced with real tensors: {str(error).splitlines()[0][:80]}",
-                    )
+                    line = str(error).splitlines()[0][:60]
+                    self.fake, self.reason = False, f"traced by computing a step, for it looks at values: {line}"
                     self._rebuild(recipe)
             if micro > max(TINY):
                 try:
@@ -266,7 +266,14 @@ class _Tracer:
             live = Live(known)
             try:
                 with mode, live, cast:
-                    for losses in turn.losses(turn.batch(0) or session.batch(stage, (0, 0, number, 0), 0)):
+                    batch = turn.batch(0)
+                if batch is None:
+                    # Real rows: a data set reads them from files by number, and fakes have none.
+                    batch = session.batch(stage, (0, 0, number, 0), 0)
+                    with mode, live:
+                        batch = _copied(batch)
+                with mode, live, cast:
+                    for losses in turn.losses(batch):
                         losses.total().backward()
             finally:
                 for hook in hooks:
@@ -276,6 +283,12 @@ class _Tracer:
             turns.add(turn.updates, [*live.course, live.peak])
             turns.called.setdefault(turn.updates, set()).update(called)
         return turns
+
+
+def _copied(batch: Batch) -> Batch:
+    """The batch with tensors of its own, made and counted by the modes that are entered."""
+    x0, cond, null = (tree_map_only(Tensor, Tensor.clone, v) for v in (batch.x0, batch.cond, batch.null_cond))
+    return replace(batch, x0=x0, cond=cond, null_cond=null)
 
 
 def _extrapolated(tiny: Sequence[Turns], micro: int) -> Turns:

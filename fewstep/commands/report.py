@@ -15,6 +15,7 @@ from rich.table import Table
 from fewstep.commands.judge import Judge
 from fewstep.commands.measure import measure, teacher_product
 from fewstep.config import UserError
+from fewstep.eval.metrics.estimate import Estimate
 from fewstep.eval.protocol.evaluation import Evaluation, distance_of, format_entry
 from fewstep.train.build import build_roles
 from fewstep.train.product import Product
@@ -95,19 +96,24 @@ def show(evaluations: Sequence[Evaluation]) -> None:
 def _table(evaluations: Sequence[Evaluation]) -> None:
     first = evaluations[0]
     names = list(dict.fromkeys(name for e in evaluations for name in e.metrics))
-    out = Table(title=f"{first.preset} ({first.preset_hash}), {first.number:,} samples, ± one standard error")
-    for name in ["", *(name.partition(" (")[0] for name in names), "calls", "s / 1000"]:
-        out.add_column(name, justify="left" if not name else "right")
+    out = Table(box=None, pad_edge=False, header_style="bold")
+    out.add_column("", overflow="ellipsis", no_wrap=True, ratio=1)
+    for name in [*(name.partition(" (")[0] for name in names), "calls", "s / 1000"]:
+        out.add_column(_SHORT.get(name, name), justify="right", no_wrap=True)
     for e in evaluations:
         cells = [_cell(name, e.metrics.get(name)) for name in names]
         speed = "" if e.seconds is None else f"{e.seconds:.2f}"
         out.add_row(e.name, *cells, "" if e.calls is None else str(e.calls), speed)
-    notes = [", ".join(names)]
-    notes += ["calls: of the network, each sample; s / 1000: warm; on a CPU processor time of one thread"]
+    console.print(f"{first.preset} ({first.preset_hash}), {first.number:,} samples", soft_wrap=True, highlight=False)
+    console.print(out, highlight=False)
+    notes = [f"{', '.join(names)}; ± one standard error"]
+    notes += ["calls: of the network, each sample; s / 1000: seconds, warm; on a CPU processor time of one thread"]
     if any(f.standard_error is None for e in evaluations for f in e.frechet):
         notes.append("without ±: no more samples than features, far too few for a distance that says anything")
-    console.print(out)
     console.print("\n".join(notes), soft_wrap=True, highlight=False)
+
+
+_SHORT = {"class accuracy": "accuracy", "within-class diversity": "diversity"}
 
 
 def _cell(name: str, entry: Mapping[str, Any] | None) -> str:
@@ -115,8 +121,16 @@ def _cell(name: str, entry: Mapping[str, Any] | None) -> str:
         return "-"
     if name.startswith(("class accuracy", "caption found")):
         return f"{100 * entry['value']:.1f} %"
-    error = entry.get("standard_error")
-    return f"{entry['value']:.4g}" + ("" if error is None or math.isnan(error) else f" ± {error:.2g}")
+    return with_error(Estimate(value=entry["value"], standard_error=entry.get("standard_error")))
+
+
+def with_error(estimate: Estimate, sign: str = "") -> str:
+    """`1.28 ± 0.34`, the value with as many decimals as its error, which has two digits."""
+    value, error = estimate.value, estimate.standard_error
+    if error is None or math.isnan(error):
+        return f"{value:{sign}.4g}"
+    decimals = min(6, max(0, 1 - math.floor(math.log10(error)))) if error > 0 else 3
+    return f"{value:{sign}.{decimals}f} ± {error:.{decimals}f}"
 
 
 def _list(evaluations: Sequence[Evaluation]) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 from typer import Argument, Option
 
@@ -36,6 +36,14 @@ class Request:
     report: Annotated[Path | None, Option(help="Folder for report.html and report.json.")] = None
     out: Annotated[Path | None, Option(help="Folder of the images that geneval and hpsv2 write.")] = None
     selftest: Annotated[bool, Option("--selftest", help="Check the harness itself on this machine.")] = False
+
+    PANELS: ClassVar[dict[str, str]] = {
+        **dict.fromkeys(("preset", "images", "teacher", "samples", "seed", "omit", "allow_skips"), "What is measured"),
+        **dict.fromkeys(("steps", "any_steps", "batch", "call"), "How samples are drawn"),
+        **dict.fromkeys(("extractor_path", "clip_path"), "Networks"),
+        **dict.fromkeys(("report", "out"), "What is written"),
+    }
+    """The options by the panels of the help."""
 
     def __post_init__(self) -> None:
         # Here, before the command imports torch, which takes seconds.

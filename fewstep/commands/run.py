@@ -2,42 +2,27 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shlex
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
-
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
 
 from fewstep.commands.claim import held, prepare, write_origin
-from fewstep.commands.export import show_export
+from fewstep.commands.finish import finish, guarded
 from fewstep.commands.judge import Judge, judge_of
-from fewstep.commands.measure import guided_teacher, measure
-from fewstep.commands.pictures import save_grid, save_side_by_side
-from fewstep.commands.report import GRID, card_results, compare, console, first_teacher, show
+from fewstep.commands.measure import measure
+from fewstep.commands.pictures import save_grid
+from fewstep.commands.progress import TrainingBar, Watch, readings
+from fewstep.commands.report import GRID, console
 from fewstep.commands.trust import allow_own_code, remember
 from fewstep.config import UserError
-from fewstep.eval.protocol.evaluation import Evaluation
-from fewstep.export.choose import export
-from fewstep.export.levels import check_product
-from fewstep.files import commit
 from fewstep.recipe.diff import differences
 from fewstep.recipe.schema import Recipe
 from fewstep.recipe.source import shipped
 from fewstep.recipe.store import load, load_run
-from fewstep.train.product import open_product, product_of
+from fewstep.train.product import product_of
 from fewstep.train.resume import newest_of
 from fewstep.train.trainer import Hooks, Trainer
 
@@ -52,7 +37,10 @@ def default_name(recipe: str) -> str:
 def run_recipe(
     name: str, settings: Sequence[str], out: Path | None, resume: bool, force: bool, start: Path | None = None
 ) -> Path:
-    """`fewstep run`: train, sample, evaluate, export; `start` is the run or checkpoint to go on from."""
+    """`fewstep run`: train, sample, export, evaluate; `start` is the run or checkpoint to go on from.
+
+    SystemExit with the code of `finish` where that failed.
+    """
     recipe = load(name, settings)
     allow_own_code(name, settings, recipe)
     run = out or Path("runs") / default_name(name)
@@ -91,9 +79,10 @@ def run_recipe(
                 )
             raise SystemExit(130) from None
         trainer.accelerator.wait_for_everyone()
-        if main:
-            finish(trainer, run, judge)
+        code = finish(trainer, run, judge) if main else 0
     trainer.accelerator.end_training()  # closes trackers and the process group, whose threads abort an open exit
+    if code:
+        raise SystemExit(code)
     return run
 
 
@@ -161,65 +150,20 @@ def _train(trainer: Trainer, run: Path, main: bool, judge: Judge | None) -> None
         # Within a signal handler: print may be in the middle of its own work.
         os.write(2, b"\nstopping at once\n" if again else STOPPING)
 
-    trainer.hooks = Hooks(on_sample, on_eval)
     if not main:
+        trainer.hooks = Hooks(guarded("picture", on_sample), guarded("evaluation", on_eval))
         trainer.fit()
         return
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TextColumn("ETA"),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[losses]}"),
-    )
-    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
-        task = bar.add_task("train", total=trainer.total_steps, completed=trainer.progress.done, losses="")
-        every = max(1, trainer.total_steps // 10)
+    total, done = trainer.total_steps, trainer.progress.done
+    watch = Watch(total, done)
+    with TrainingBar(console, total, done) as bar:
 
         def on_step(t: Trainer) -> None:
-            text = readings(t.last_record)
-            bar.update(task, completed=t.progress.done, losses=text)
-            if not console.is_terminal and t.progress.done % every == 0:
-                console.print(f"step {t.progress.done}/{t.total_steps}  {text}", soft_wrap=True, highlight=False)
+            if console.is_terminal:
+                bar.show(t.progress.done, readings(t.last_record))
+            elif watch.due(t.progress.done):
+                text = watch.line(t.progress.done, readings(t.last_record or t.loop.meter.means()))
+                console.print(text, soft_wrap=True, highlight=False)
 
-        trainer.hooks = Hooks(on_sample, on_eval, on_step, on_stop=on_stop)
+        trainer.hooks = Hooks(guarded("picture", on_sample), guarded("evaluation", on_eval), on_step, on_stop=on_stop)
         trainer.fit()
-
-
-def readings(record: dict[str, Any]) -> str:
-    """The losses of a log record, short."""
-    skip = ("grad_norm", "health/", "lr/", "done", "stage", "skips", "seconds")
-    return "  ".join(f"{k} {v:.3g}" for k, v in record.items() if not k.startswith(skip))
-
-
-def finish(trainer: Trainer, run: Path, judge: Judge | None) -> None:
-    """Table, side-by-side picture, report and export of a finished run."""
-    recipe = trainer.recipe
-    if trainer.session.sharded:  # the parts act together only; this is one process
-        student = open_product(run)
-    else:
-        student = product_of(recipe, trainer.product.eval(), trainer.data, "student", trainer.progress.done)
-    steps = len(student.sampler.steps)
-    role = "teacher" if student.sampler.kind == "ode" else "student"
-    student = replace(student, title=f"{role}, {steps} step{'s' * (steps > 1)}")
-    rows: list[Evaluation] = []
-    if recipe.evaluate is not None and judge is not None:
-        teacher = first_teacher(trainer)
-        if teacher is not None:
-            teacher = guided_teacher(teacher, recipe.evaluate.guidance, trainer.data.null)
-        rows, panels = compare(student, judge, teacher, recipe.evaluate.teacher_steps)
-        save_side_by_side(panels, run / "report" / "side-by-side.png")
-        show(rows)
-        told = {"recipe": recipe.about, "skips": trainer.progress.skipped, "commit": commit()[:7]}
-        report = {"rows": [r.as_json() for r in rows], **told}
-        (run / "report" / "results.json").write_text(json.dumps(report, indent=1))
-        console.print(f"pictures {run / 'samples'}, side by side {run / 'report' / 'side-by-side.png'}")
-    try:
-        check_product(student)
-        done = export(replace(student, title=run.name), run / "export", results=card_results(rows))
-    except UserError as error:
-        console.print(f"not exported: {error}")
-        return
-    show_export(done)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -13,8 +14,29 @@ from fewstep.config import UserError
 from fewstep.train.product import open_product
 
 
-def draw(path: Path, steps: int | None, classes: str | None, count: int, seed: int, out: Path, any_steps: bool) -> Path:
-    """`fewstep sample`: a PNG grid."""
+def draw(
+    path: Path,
+    steps: int | None,
+    classes: str | None,
+    count: int,
+    seed: int,
+    out: Path,
+    any_steps: bool,
+    prompts: Sequence[str] = (),
+    teacher: int | None = None,
+    guidance: float | None = None,
+) -> Path:
+    """`fewstep sample`: a PNG grid; with prompts a sheet of them, see `sample_text`."""
+    if out.suffix.lower() != ".png":
+        raise UserError(f"--out {out}: must end in .png")
+    if prompts:
+        from fewstep.commands.sample_text import draw_prompts
+
+        if classes is not None:
+            raise UserError("--classes: samples are of classes or of prompts; leave one out")
+        return draw_prompts(path, prompts, out, steps, any_steps, seed, teacher, guidance)
+    if teacher is not None or guidance is not None:
+        raise UserError("--teacher and --guidance: are for samples of prompts (--prompt, --prompts)")
     product = open_product(path).with_steps(steps, any_steps)
     labels, per_row = None, 10
     if product.classes:
@@ -23,9 +45,15 @@ def draw(path: Path, steps: int | None, classes: str | None, count: int, seed: i
         per_row = min(len(wanted), 10)
     elif classes is not None:
         parse_classes(classes, 0)
-    if out.suffix.lower() != ".png":
-        raise UserError(f"--out {out}: must end in .png")
     x = product.draw(count, seed, labels)
-    save_grid(x, out, per_row)
-    console.print(f"{count} samples in {len(product.sampler.steps)} steps: {out}")
+    save_grid(x, out, min(per_row, count))
+    taken = len(product.sampler.steps)
+    console.print(f"{count} sample{'s' * (count > 1)} in {taken} step{'s' * (taken > 1)}: {out}", soft_wrap=True)
     return out
+
+
+def read_prompts_of(prompt: Sequence[str], file: Path | None) -> list[str]:
+    """The prompts of the options --prompt and --prompts, in this order."""
+    from fewstep.data.text import read_prompts
+
+    return [*prompt, *(read_prompts(file) if file is not None else [])]

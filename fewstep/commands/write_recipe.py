@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
+
+import yaml
 
 from fewstep.config import UserError
 from fewstep.files import atomic_path
-from fewstep.recipe.source import find
+from fewstep.recipe.source import find, shipped
 
 SCHEMA = "recipe.schema.json"
 """Beside the recipe, so that the line holds wherever the folder is moved and every editor finds it."""
@@ -16,7 +20,9 @@ LINE = f"# yaml-language-server: $schema={SCHEMA}\n"
 
 def copy_recipe(name: str, to: Path, force: bool = False) -> None:
     """Write a recipe to a file, and the schema beside it. UserError for what must not or cannot be written."""
-    write_recipes({to: find(name).read_text(encoding="utf-8")}, force)
+    text = find(name).read_text(encoding="utf-8")
+    own = name in shipped() and not name.startswith(("paper/", "models/"))
+    write_recipes({to: own_copy(text, sources=not own)}, force)
 
 
 def write_recipes(texts: Mapping[Path, str], force: bool = False) -> None:
@@ -44,3 +50,30 @@ def write(texts: Mapping[Path, str], force: bool = False) -> None:
     for to, text in texts.items():
         with atomic_path(to) as part:
             part.write_text(text, encoding="utf-8")
+
+
+def own_copy(text: str, sources: bool) -> str:
+    """A recipe's text without its `results`, which are not the copy's.
+
+    Comments go too, for they tell what was found on the recipe's own data; with `sources` they name where published
+    settings are from, and stay.
+    """
+    text = re.sub(r"(?m)^results:.*\n?(?:[ \t#-].*\n?|\n)*", "", text)
+    if sources:
+        return text
+    lines = [line for line in text.splitlines() if not line.lstrip().startswith("#")]
+    whole = yaml.safe_load("\n".join(lines))
+    for i, line in enumerate(lines):
+        for mark in re.finditer(r"\s+#", line):
+            others = [*lines[:i], line[: mark.start()], *lines[i + 1 :]]
+            if _means(others, whole):  # not so for a # within quotes
+                lines = others
+                break
+    return "\n".join(lines) + "\n"
+
+
+def _means(lines: Sequence[str], what: Any) -> bool:
+    try:
+        return bool(yaml.safe_load("\n".join(lines)) == what)
+    except yaml.YAMLError:
+        return False

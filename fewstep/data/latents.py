@@ -14,7 +14,7 @@ from fewstep.data.base import Conditions, EncoderPart
 from fewstep.data.conditions import TextConditions
 from fewstep.data.shards import Shards, read_index, sha256_of
 from fewstep.data.text import Text, embed
-from fewstep.networks.folder import read_json, read_latents
+from fewstep.networks.folder import hub_hint, read_json, read_latents
 from fewstep.networks.weights import load_part, refuse_pickles
 
 
@@ -33,6 +33,8 @@ def vae_folder(path: str) -> Path:
                 return found
             kind = str(read_json(found / "config.json").get("_class_name", "AutoencoderKL"))
             refuse_pickles(found, f"vae {path}", "diffusers", kind)
+    if hub_hint(path):
+        raise UserError(f"vae {path}: no such folder{hub_hint(path)}")
     raise UserError(
         f"vae {path}: no config.json with .safetensors weights in it or in its vae/; name a VAE or a pipeline folder"
     )

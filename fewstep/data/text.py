@@ -16,7 +16,7 @@ from torch import Tensor
 from fewstep.algebra.condition import moved, nulled, zeros_like
 from fewstep.config import UserError, part
 from fewstep.data.shards import Shards, sha256_of
-from fewstep.networks.folder import read_json, read_latents
+from fewstep.networks.folder import hub_hint, read_json, read_latents
 from fewstep.networks.weights import load_text_model
 
 Encode = Callable[[Sequence[str]], dict[str, Tensor]]
@@ -34,7 +34,7 @@ def default_cache() -> Path:
 def _folder(path: str, inside: str) -> Path:
     root = Path(path).expanduser()
     if not root.is_dir():
-        raise UserError(f"encoder {path}: no such folder")
+        raise UserError(f"encoder {path}: no such folder{hub_hint(path)}")
     if not (root / inside).exists():
         raise UserError(
             f"encoder {path}: {inside} is missing; a folder that save_pretrained wrote has it. Save the pipeline whole, "

@@ -69,7 +69,9 @@ def _by_class(product: Product, parts_of: Callable[[Product], Parts]) -> Parts:
     for c in range(product.classes):
         groups[f"student-{c * count // product.classes}"].append(c)
     members = {
-        name: parts_of(replace(product, net=member, title=f"{product.title}, classes {group[0]}-{group[-1]}"))
+        name: parts_of(
+            replace(product, net=member, title=f"{product.title}, classes {group[0]}-{group[-1]}", example=group[0])
+        )
         for member, (name, group) in zip(net.members, groups.items(), strict=True)
     }
     first, parts = next(iter(members.items()))
@@ -134,7 +136,7 @@ def _by_time(product: Product) -> Parts:
         )
     start, rows = table_of(net, product.sampler, plain[0].prediction, plain[0].time_input)
     shape = ", ".join(map(str, product.shape))
-    labels = ", torch.tensor([0, 1, 2, 3])" if product.classes else ""
+    labels = f", torch.tensor({[i % product.classes for i in range(4)]})" if product.classes else ""
 
     def save(folder: Path) -> None:
         for k, expert in enumerate(plain):

@@ -145,11 +145,11 @@ def stock_of(product: Product) -> tuple[Folder, Any, Stock]:
     return source, wrapper, stock
 
 
-def call_of(wrapper: Any, stock: Stock) -> dict[str, Any]:
+def call_of(wrapper: Any, stock: Stock, label: int = 0) -> dict[str, Any]:
     """What the pipeline is called with for an example."""
     example = checked(wrapper.example(1), wrapper.needs, wrapper.takes, wrapper.pipeline)
     scale = wrapper.arguments(example, wrapper.sample_size()).get("guidance_scale", 1.0)
-    what = {"class_labels": [3]} if "label" in wrapper.needs else {"prompt": "a red fox in the snow"}
+    what = {"class_labels": [label]} if "label" in wrapper.needs else {"prompt": "a red fox in the snow"}
     return what | stock.call | {"guidance_scale": scale}
 
 
@@ -160,8 +160,10 @@ def latent_parts(product: Product) -> Parts:
     """
     source, wrapper, stock = stock_of(product)
     name, written = str(source.index["_class_name"]), stock.sampler
+    call = call_of(wrapper, stock, product.example)
     note = {
         "call": stock.call,
+        "guidance": call["guidance_scale"],
         "size": list(product.shape[1:]),
         "kind": written.kind,
         "steps": list(written.steps),
@@ -176,7 +178,7 @@ def latent_parts(product: Product) -> Parts:
         scheduler=stock.name,
         save=partial(_save, source, wrapper.model, stock.scheduler),
         pairs=pairs,
-        usage=partial(usage, name, call_of(wrapper, stock)),
+        usage=partial(usage, name, call),
         card=partial(student_card, product, name),
         note=("fewstep.json", json.dumps(note)),
     )

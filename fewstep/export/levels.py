@@ -6,6 +6,7 @@ scheduler at inference visits others, so the three lists are compared before any
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -37,8 +38,9 @@ class Levels:
         return float(gaps.nan_to_num(nan=float("inf")).max()) if gaps.numel() else 0.0
 
     def shown(self) -> str:
-        """sigma / alpha, the level whatever the process; inf is pure noise."""
-        return ", ".join(f"{r:.8g}" for r in (self.sigma / self.alpha).tolist())
+        """sigma / alpha, the level whatever the process."""
+        ratios = (self.sigma / self.alpha).tolist()
+        return ", ".join("pure noise" if math.isinf(r) else f"{r:.8g}" for r in ratios)
 
 
 def levels_of(process: Process, steps: Sequence[float]) -> Levels:

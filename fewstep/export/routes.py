@@ -152,6 +152,8 @@ def _ddpm(process: DiscreteVP, prediction: str, sampler: Sampler, kind: str) -> 
         "beta_start": process.beta_start,
         "beta_end": process.beta_end,
         "prediction_type": _NAMES[prediction],
+        # Not used by the spacings and lists below; pipelines complain at length about any other value.
+        "steps_offset": 1,
     }
     n, explicit = len(rows), {"num_inference_steps": None, "timesteps": rows}
     from_prior = rows[0] == process.steps - 1

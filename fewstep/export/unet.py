@@ -44,7 +44,7 @@ def unet_parts(product: Product) -> Parts:
     note: dict[str, Any] = {"kind": drawn.kind, "steps": list(drawn.steps), "classes": product.classes}
     if drawn.kind == "gamma":
         note["eta"] = drawn.eta
-    example = {"class_labels": [3]} if product.classes else {}
+    example = {"class_labels": [product.example]} if product.classes else {}
     return Parts(
         scheduler=stock.name,
         save=save,

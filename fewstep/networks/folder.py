@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.resources import files
@@ -25,6 +26,16 @@ def resolve(path: str) -> Path:
     if path.startswith("assets:"):
         return Path(str(files("fewstep.assets"))) / path.removeprefix("assets:")
     return Path(path).expanduser()
+
+
+def hub_hint(path: str) -> str:
+    """What to do about a path that is no folder here but reads as an id of the Hugging Face hub; "" for others."""
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", path) or path.startswith(".") or Path(path).parent.exists():
+        return ""
+    name = path.partition("/")[2]
+    return (
+        f"; fewstep downloads nothing: if that is a hub's id, run `hf download {path} --local-dir {name}` and give {name}"
+    )
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -159,7 +170,9 @@ def read_folder(path: str, dtype: torch.dtype = torch.float32) -> Folder:
             f"family (here Stable Diffusion 1 and 2), then give {to}:\n  {shell(f'{code}.save_pretrained({str(to)!r})')}"
         )
     if not root.is_dir():
-        raise UserError(f"teacher {path}: no such folder; train one with `fewstep run digits-teacher` or give a path")
+        digits = "; train one with `fewstep run digits-teacher`" if "digits" in path else ""
+        hint = hub_hint(path) or digits or "; give the path of a diffusers pipeline folder"
+        raise UserError(f"teacher {path}: no such folder{hint}")
     component = "transformer" if (root / "transformer").is_dir() else "unet"
     if component == "transformer" and (root / "unet").is_dir():
         raise UserError(f"teacher {path}: has both unet/ and transformer/; which one is meant is not clear")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -149,10 +150,16 @@ def load_text_model(sub: Path, said: str, cls: Any, unused: tuple[str, ...] = ()
     check_whole(sub, said)
     # Left out it asks on the terminal whether a folder's own code may run.
     own = {"trust_remote_code": False} if cls.__name__.startswith("Auto") else {}
-    model, told = _loaded(cls, sub, said, torch_dtype=torch.float32, use_safetensors=True, **own)
+    model, told = _loaded(cls, sub, said, use_safetensors=True, **_float32(), **own)
     used = {"missing_keys": [k for k in told["missing_keys"] if not k.startswith(unused)]}
     _complete(used, sub, said, ("missing_keys",))
     return model.eval()
+
+
+def _float32() -> dict[str, Any]:
+    """The option of `from_pretrained` by the name that the installed transformers takes, renamed in 4.56."""
+    major, minor = version("transformers").split(".")[:2]
+    return {"dtype" if (int(major), int(minor)) >= (4, 56) else "torch_dtype": torch.float32}
 
 
 def _loaded(cls: Any, sub: Path, said: str, **options: Any) -> Any:

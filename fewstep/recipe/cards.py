@@ -270,11 +270,13 @@ def _ours(r: Ours) -> str:
     return f"{r.setting}: {r.metric} {r.value:g} (measured, {seeds}, {r.updates} updates, commit {r.commit}{note})"
 
 
-def listing() -> list[tuple[str, str, str]]:
-    """(name, title, needs) of every card, and of methods registered so far that have none."""
-    rows = [(c.name, c.title, c.needs) for c in cards().values()]
-    rows += [(n, "(no card yet)", "") for n in REGISTRY.get("method", {}) if n not in cards()]
-    return sorted(rows)
+def listing() -> list[dict[str, Any]]:
+    """name, title, needs, aliases and cites of every card, and of methods registered so far that have none."""
+    keys = ("name", "title", "needs", "aliases", "cites")
+    rows: list[dict[str, Any]] = [{k: getattr(c, k) for k in keys} for c in cards().values()]
+    bare = [n for n in REGISTRY.get("method", {}) if n not in cards()]
+    rows += [{"name": n, "title": "(no card yet)", "needs": "", "aliases": (), "cites": ()} for n in bare]
+    return sorted(rows, key=lambda row: str(row["name"]))
 
 
 BUDGET = 1500

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import lru_cache
@@ -14,6 +15,10 @@ from fewstep.recipe.store import load
 
 PAPER = "paper/"
 """Shipped recipes with published settings stand under this name."""
+_NOTATION = re.compile(
+    r"method(\.\w+)*\.times: \{'name': '(\w+)'.*-> \{'name': '(?!\2')|method\.critic\.weight: '\w+' -> '\w+'$"
+)
+"""Lines of a distribution of times, or a weight, of another kind: `lognormal` speaks of sigma, `index` of a table."""
 _SETTINGS = ("method", "before", "copy", "optim", "student", "critic", "discriminator", "roles")
 _TRAIN = ("steps", "batch", "clip", "precision", "ema", "product")
 
@@ -33,7 +38,11 @@ def diff(a: str, b: str | None, paper: bool, settings: Sequence[str] = ()) -> st
     if b is not None:
         raise UserError(f"recipes diff {a} {b}: --paper chooses the second recipe itself; leave one out")
     name, others = published(left, a)
-    lines = [f"{a} -> {name} ({load(name).about})", *_compared(left, load(name))]
+    found = _compared(left, load(name))
+    notation = [line for line in found if _NOTATION.match(line)]
+    lines = [f"{a} -> {name} ({load(name).about})", *(line for line in found if line not in notation)]
+    if notation:
+        lines += ["in the notation of another process or prediction, so not one to one:", *notation]
     if others:
         lines.append(f"others of its kind: {', '.join(others)}")
     return "\n".join(lines)

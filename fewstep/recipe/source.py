@@ -7,8 +7,11 @@ from functools import cache
 from importlib.resources import files
 from pathlib import Path
 from types import MappingProxyType
+from typing import Any
 
-from fewstep.config import RecipeError, Source, _close, load_yaml, merge, override
+import yaml
+
+from fewstep.config import FAST_LOADER, RecipeError, Source, _close, load_yaml, merge, override
 
 EXTENDS = "extends"
 """A shipped recipe, or a file beside this one, whose keys hold where this file names none; one level."""
@@ -36,6 +39,22 @@ def find(name: str) -> Path:
         raise RecipeError(f"{name}: no such recipe file")
     hint = _close(name, names) or "; see `fewstep recipes ls`"
     raise RecipeError(f"recipe {name!r} is not shipped{hint}")
+
+
+def outlines() -> list[dict[str, Any]]:
+    """name, methods, about and results of every shipped recipe, as its file says; nothing is checked."""
+    texts = {name: yaml.load(path.read_text(encoding="utf-8"), FAST_LOADER) for name, path in shipped().items()}
+    out = []
+    for name, own in texts.items():
+        base = texts.get(f"{name.rpartition('/')[0]}/{own.get('extends')}", texts.get(own.get("extends"), {}))
+        method, inherited = own.get("method", {}), base.get("method", {})
+        if method.get("name", inherited.get("name")) == inherited.get("name"):  # another method keeps nothing of it
+            method = {**inherited, **method}
+        inner = [share["method"]["name"] for share in method.get("methods", ())]
+        about = own.get("about", base.get("about", ""))
+        methods = [method.get("name", ""), *inner]
+        out.append({"name": name, "methods": methods, "about": about, "results": own.get("results", [])})
+    return out
 
 
 def read(name: str, settings: Sequence[str] = ()) -> Source:

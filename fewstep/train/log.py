@@ -34,8 +34,13 @@ class Meter:
         for name, vs in values.items():
             self._values[name].extend(vs)
 
+    def means(self) -> dict[str, float]:
+        """Means of what has been added since the last record."""
+        return {k: sum(float(v) for v in vs) / len(vs) for k, vs in self._values.items()}
+
     def take(self) -> dict[str, float]:
-        out = {k: sum(float(v) for v in vs) / len(vs) for k, vs in self._values.items()}
+        """`means`, which a record now holds."""
+        out = self.means()
         self._values.clear()
         return out
 

@@ -40,6 +40,8 @@ class Product:
     """The conditions of the first so many samples, for data whose conditions are not classes."""
     vae: str | None = None
     """Folder of the VAE that turns latents into pictures."""
+    example: int = 0
+    """A class that it draws, for lines of code."""
 
     @torch.no_grad()
     def images(self, index: Tensor, labels: Any, seed: int = 0) -> Tensor:

@@ -136,12 +136,12 @@ class Trainer:
             self.loop.step(stage)
             p.step, p.done = p.step + 1, p.done + 1
             self.loop.meter.add("seconds", time.perf_counter() - started)
-            ended = p.step == stage.steps
+            ended, number = p.step == stage.steps, p.stage
             if ended:
                 p.stage, p.step = p.stage + 1, 0
             finished = p.done == self.total_steps
             if p.done % train.log_every == 0 or finished:
-                self._record()
+                self._record(number)
             self._call_hooks(finished)
             self._stop = self.session.any(self._stop)
             if p.done % train.checkpoint_every == 0 or finished or self._stop:
@@ -161,12 +161,13 @@ class Trainer:
         if hooks.on_eval and train.eval_every and done % train.eval_every == 0:
             hooks.on_eval(self)
 
-    def _record(self) -> None:
+    def _record(self, stage: int) -> None:
+        """A line of the log, of the stage that the last step was of."""
         p, optim = self.progress, self.loop.optim
         means = self.session.means({k: [v] for k, v in sorted(self.loop.meter.take().items())})
         readings = {k: v for k, (v,) in means.items()}
         rates = {f"lr/{n}": o.rate(s) for o in optim.values() for n, s in zip(o.names, o.specs, strict=True)}
-        self.last_record = {"done": p.done, "stage": p.stage, "skips": p.skipped, **readings, **rates}
+        self.last_record = {"done": p.done, "stage": stage, "skips": p.skipped, **readings, **rates}
         if self.accelerator.is_main_process:
             if self.log:
                 self.log.write(self.last_record)

@@ -197,7 +197,7 @@ def test_teachers(refused: Call, teacher: Path, tmp_path: Path, spoil: Callable[
 
 def test_a_teacher_that_is_not_there(refused: Call):
     assert refused("run", "digits-dmd2", "teacher.path=nowhere") == (
-        "teacher nowhere: no such folder; train one with `fewstep run digits-teacher` or give a path"
+        "teacher nowhere: no such folder; give the path of a diffusers pipeline folder"
     )
     assert refused("run", "digits-dmd2", "teacher.path=assets:nothing").startswith(
         "teacher assets:nothing: no such folder"

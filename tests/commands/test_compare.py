@@ -21,7 +21,8 @@ from fewstep.algebra.sampling import many_step
 from fewstep.bench.readme import comparison_table
 from fewstep.cli import main
 from fewstep.commands.compare.budget import Budget, Spent, bank_key, counted, lengths, with_lengths
-from fewstep.commands.compare.ranking import facts, join, rank, with_error, write
+from fewstep.commands.compare.ranking import facts, join, rank, write
+from fewstep.commands.report import with_error
 from fewstep.config import UserError
 from fewstep.eval.metrics.estimate import Estimate
 from fewstep.eval.metrics.frechet import standard_error

@@ -13,7 +13,7 @@ from pydantic import TypeAdapter
 from fewstep.cli import main
 from fewstep.commands.explain import explain
 from fewstep.commands.methods import show_method
-from fewstep.commands.write_recipe import LINE, SCHEMA, write
+from fewstep.commands.write_recipe import LINE, SCHEMA, own_copy, write
 from fewstep.config import REGISTRY, UserError, parse
 from fewstep.recipe.fields import find, keys_of, recipe_parts
 from fewstep.recipe.schema import Recipe
@@ -100,7 +100,7 @@ def command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capt
 def test_a_copied_recipe_names_a_schema_that_is_there_and_fits_it(command: Any, tmp_path: Path):
     assert command("recipes", "cp", "digits-cd", "mine.yaml")[0] == 0
     text = (tmp_path / "mine.yaml").read_text()
-    assert text == LINE + file_of("digits-cd").read_text()
+    assert text == LINE + own_copy(file_of("digits-cd").read_text(), sources=False)
     named = text.splitlines()[0].rpartition("$schema=")[2]
     whole = json.loads((tmp_path / named).read_text())
     jsonschema.Draft202012Validator(whole).validate(parse(text, "mine.yaml").data)

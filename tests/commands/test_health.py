@@ -20,7 +20,7 @@ from fewstep.networks.analytic import gaussian
 
 
 def records(count: int = 40, **series: Any) -> list[dict[str, Any]]:
-    """A log of one stage, whose last record carries the next stage's number as the trainer's does."""
+    """A log of one stage behind another one."""
     healthy = {
         "health/critic_slope": lambda p: 1.02,
         "discriminator_accuracy": lambda p: 0.7,
@@ -30,7 +30,6 @@ def records(count: int = 40, **series: Any) -> list[dict[str, Any]]:
     }
     made = {**healthy, **series}
     rows = [{"done": 10 * i, "stage": 1, **{k: f(i / count) for k, f in made.items()}} for i in range(1, count + 1)]
-    rows[-1]["stage"] = 2
     # An earlier stage in which everything is wrong must not count.
     before = [{"done": 0, "stage": 0, "health/contrast": 9.0, "health/critic_slope": 5.0, "skips": 0}] * 20
     return before + rows
@@ -79,7 +78,13 @@ def test_report_speaks_of_a_run_directory(tmp_path: Path):
     assert "-> lower optim.student.lr" in text
     assert text.endswith("mine: collapsing")
     log.write_text("".join(json.dumps({"done": i, "stage": 0, "dsm": 1.0}) + "\n" for i in range(FEWEST - 1)))
-    with pytest.raises(UserError, match="fewer than 10 records"):
+    assert report(run) == (
+        "dsm  1 -> 1\n\nmine: 9 records in the last stage, judged from 10 on: train longer or lower train.log_every"
+    )
+    log.write_text("".join(json.dumps(r) + "\n" for r in records(FEWEST)))
+    assert report(run).endswith("mine: fine")  # ten records are ten
+    log.write_text("")
+    with pytest.raises(UserError, match="has no record in its log yet"):
         report(run)
 
 
@@ -147,7 +152,7 @@ def test_plots_hold_the_readings_that_a_log_has(tmp_path: Path):
     rows = last_stage(records(30, **{"health/gradient_0": lambda p: 1 + p, "dsm": lambda p: 2 - p}))
     titles = save(rows, tmp_path / "report" / "health.png")
     assert len(titles) == 6
-    assert points(rows, "dsm") == ([10.0 * i for i in range(1, 30)], [2 - i / 30 for i in range(1, 30)])
+    assert points(rows, "dsm") == ([10.0 * i for i in range(1, 31)], [2 - i / 30 for i in range(1, 31)])
     image = Image.open(tmp_path / "report" / "health.png").convert("RGB")
     # Red lines of alarm are drawn, and the curves in their colour.
     pixels = torch.tensor(list(zip(*(c.tobytes() for c in image.split()), strict=True)))

@@ -10,7 +10,9 @@ from typing import Any
 import pytest
 import torch
 from accelerate.state import AcceleratorState
+from tiny_condition import condition_unet
 from tiny_teacher import make_teacher, student_settings
+from tiny_text import text_pipeline
 
 from fewstep.commands import plan as plan_module
 from fewstep.commands.plan import plan, report
@@ -122,3 +124,38 @@ def test_the_command_measures_two_steps_and_says_how_far_the_estimate_is(capsys:
     assert abs(float(found[2])) < 15
     with pytest.raises(UserError, match="one process"):
         report("toy/dmd2", [], 2, measure=True)
+
+
+TEXT = """about: text
+data: {data}
+teacher: {{name: diffusers, path: {root}/sd}}
+student: {{name: copy, of: teacher}}
+critic: {{name: copy, of: teacher}}
+method: {{name: dmd2, gan: null, critic: {{weight: eps, steps: 1}}, guidance: 3.0, steps: [1.0, 0.5]}}
+optim: {{default: {{lr: 1e-3}}}}
+train: {{steps: 2, batch: 6, product: student, ema: [], sample_every: 0}}
+evaluate: null
+"""
+PROMPTS = (
+    "{{name: prompts, path: {root}/prompts.txt, shape: [4, 8, 8], encoder: {{name: pipeline, path: {root}/sd}}, "
+    "text_cache: {root}/cache}}"
+)
+
+
+@pytest.fixture(scope="module")
+def text_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Stable Diffusion folder of random weights, and prompts."""
+    root, prompts = tmp_path_factory.mktemp("text"), ("a red square", "two green dots", "blue")
+    text_pipeline(root / "sd", prompts, unet=condition_unet())
+    (root / "prompts.txt").write_text("\n".join(prompts))
+    return root
+
+
+def test_text_recipes_are_traced_and_not_computed(text_folder: Path, tmp_path: Path):
+    """Rows of conditions are read by number, which a fake number does not tell; the step itself is shapes alone."""
+    mine = tmp_path / "mine.yaml"
+    mine.write_text(TEXT.format(root=text_folder, data=PROMPTS.format(root=text_folder)))
+    recipe = load(str(mine))
+    found = plan(recipe, ways=False)
+    assert found.note == ""
+    assert found.total == pytest.approx(measured(recipe), rel=0.15)

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler, LCMScheduler
+from snippets import check_call, run_snippet
 from tiny_pipelines import FAMILIES, make_pipeline
 from tiny_runs import names
 from torch import Tensor
@@ -66,6 +67,9 @@ def test_each_class_is_written_and_drawn_alike_by_its_stock_pipeline(folders: di
         for file in ("config.json", "diffusion_pytorch_model.safetensors"):
             assert (tmp_path / "out" / "vae" / file).read_bytes() == (folders[name] / "vae" / file).read_bytes()
     assert done.usage.splitlines()[0] == f"from diffusers import {FAMILIES[name].pipeline}"
+    check_call(done.usage)
+    if name == "dit":  # the one without a text encoder, which these folders do not have
+        run_snippet(done.usage, tmp_path / "reader")
     assert done.usage in (tmp_path / "out" / "README.md").read_text()
     assert not [p for p in (tmp_path / "out").rglob("*") if p.suffix in (".bin", ".ckpt", ".pkl", ".pth")]
 

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from snippets import run_snippet
 from tiny_runs import names, python
 from tiny_teacher import make_run, make_teacher
 from torch import Tensor
@@ -80,8 +81,10 @@ def exports(product: Product, tmp_path_factory: pytest.TempPathFactory) -> tuple
     assert calls["one"] == {"num_inference_steps": 1}
     assert calls["uneven"] == {"num_inference_steps": None, "timesteps": [13, 8, 0]}
     # The call is the one that the usage lines print.
-    assert "pipe(class_labels=[3], num_inference_steps=4)" in done["four"].usage
-    assert "pipe(class_labels=[3], num_inference_steps=None, timesteps=[13, 8, 0])" in done["uneven"].usage
+    assert "pipe(class_labels=[0], num_inference_steps=4)" in done["four"].usage
+    assert "pipe(class_labels=[0], num_inference_steps=None, timesteps=[13, 8, 0])" in done["uneven"].usage
+    for name, one in done.items():
+        run_snippet(one.usage, root.parent / f"{root.name}-reader-{name}")
     python(ALONE, str(root), json.dumps(calls))
     drawn = {name: torch.load(root / f"{name}.pt", weights_only=True) for name in STEPS}
     return root, drawn

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from processes import apart
+from snippets import run_snippet
 from tiny_runs import names
 from tiny_teacher import make_run, make_teacher, tiny_unet
 from torch import Tensor
@@ -87,6 +88,7 @@ def test_a_pipeline_of_the_stock_scheduler_draws_the_same(base: Product, tmp_pat
     assert done.parity <= PARITY
     config = json.loads((tmp_path / "out" / "scheduler" / "scheduler_config.json").read_text())
     assert config["_class_name"] == scheduler
+    run_snippet(done.usage, tmp_path / "reader")
     # The number is a comparison of images that are not all saturated, and that the noise decides.
     x = one.draw(20, seed=3).clamp(-1, 1)
     assert float((x.abs() < 0.999).float().mean()) > 0.1
@@ -94,6 +96,15 @@ def test_a_pipeline_of_the_stock_scheduler_draws_the_same(base: Product, tmp_pat
     again = open_product(tmp_path / "out")
     assert again.trained == (len(sampler.steps),)
     assert float((again.draw(8, seed=3, labels=one.labels(8)).clamp(-1, 1) - x[:8]).abs().max()) <= 2 * PARITY
+
+
+@pytest.mark.parametrize("classes", [1, 2, 3])
+def test_printed_code_fits_any_number_of_classes(base: Product, tmp_path: Path, classes: int) -> None:
+    net = Denoiser(unet(classes), EDM(), "cm", "250log_sigma")
+    run_snippet(export(student(base, net, Sampler(), classes), tmp_path / "one").usage, tmp_path / "reader")
+    members = [Denoiser(unet(classes, seed), EDM(), "cm", "250log_sigma") for seed in (1, 2)]
+    two = student(base, Routed(members, ByTime(EDM(), (0.5,))), Sampler(kind="map", steps=(1.0, 0.5)), classes)
+    run_snippet(export(two, tmp_path / "two").usage, tmp_path / "experts")
 
 
 def moving(net: UNet2D, names: tuple[str, ...]) -> UNet2D:
@@ -241,6 +252,7 @@ def test_experts_run_from_the_text_of_their_card(base: Product, tmp_path: Path, 
     wanted = [0, 0, 1, 1] if len(sampler.steps) == 4 else [0, 1]
     assert [row["expert"] for row in told["steps"]] == wanted
     assert "no stock pipeline switches between two UNets" in (tmp_path / "out" / "README.md").read_text()
+    assert run_snippet(done.usage, tmp_path / "reader")["images"].shape == (4, 1, 8, 8)
     apart(run_card, tmp_path / "out", tmp_path / "drawn.pt")
     drawn = torch.load(tmp_path / "drawn.pt")
     with torch.no_grad():
@@ -256,6 +268,9 @@ def test_students_by_class_are_a_pipeline_each(base: Product, tmp_path: Path) ->
     groups = json.loads((tmp_path / "out" / "classes.json").read_text())
     assert groups == {"student-0": [0, 1, 2, 3], "student-1": [4, 5, 6], "student-2": [7, 8, 9]}
     assert done.parity <= PARITY
+    run_snippet(done.usage, tmp_path / "reader")
+    for name, group in groups.items():  # each shows a class of its own
+        assert f"class_labels=[{group[0]}]" in (tmp_path / "out" / name / "README.md").read_text()
     noise = torch.randn(10, 1, 8, 8, generator=torch.Generator().manual_seed(5))
     labels = torch.arange(10)
     with torch.no_grad():
@@ -266,4 +281,4 @@ def test_students_by_class_are_a_pipeline_each(base: Product, tmp_path: Path) ->
     members[2].net.model.conv_out.bias.data.fill_(float("nan"))
     with pytest.raises(ExportRefused, match=r"^the pipeline differs from fewstep's sampler by nan > "):
         export(one, tmp_path / "broken")
-    assert names(tmp_path) == ["out"]
+    assert names(tmp_path) == ["out", "reader"]

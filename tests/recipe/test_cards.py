@@ -190,5 +190,5 @@ def test_commands_list_show_and_cite():
     assert "SwiftBrush" in shown.output
     cited = run.invoke(app, ["cite", "toy/dmd2"])
     assert cited.output.startswith("@misc{yin2024improved")
-    assert {row[0] for row in listing()} >= set(REGISTRY["method"])
+    assert {row["name"] for row in listing()} >= set(REGISTRY["method"])
     assert table().count("\n") == len(cards()) + 1

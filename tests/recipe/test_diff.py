@@ -38,6 +38,11 @@ def test_a_recipe_against_the_published_settings():
     assert any(line.startswith("method.times: {'name': 'uniform', ") for line in lines)
     assert not any(line.startswith(("method.times.", "method.critic.times.")) for line in lines)
     assert lines[-1].startswith("others of its kind: paper/dmd2-sdxl-1step")
+    # What only another process writes otherwise stands apart from what was chosen otherwise.
+    apart = lines.index("in the notation of another process or prediction, so not one to one:")
+    keys = [line.partition(":")[0] for line in lines[apart + 1 : -1]]
+    assert keys == ["method.critic.times", "method.critic.weight", "method.times"]
+    assert lines.index("method.guidance: 1.0 -> 1.75") < apart
     four = published(load("digits-dmd2-4step", ["method.guidance=8.0"]), "x")[0]
     assert four.startswith("paper/dmd2-sdxl-4step")
 

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich.console import Console
 from torch import nn
 
 from fewstep.commands.compare import ranking
@@ -31,7 +32,10 @@ from fewstep.commands.compare.one_run import (
     work,
     write_json,
 )
+from fewstep.commands.compare.shown import show
 from fewstep.commands.judge import judge_of
+from fewstep.commands.progress import clock
+from fewstep.commands.report import with_error
 from fewstep.commands.trust import allow_own_code
 from fewstep.config import UserError, plain
 from fewstep.data.toy import Ring
@@ -207,7 +211,8 @@ def run_all(tasks: Sequence[Task]) -> None:
         run_one(context, task)
         made += 1
         left = (time.perf_counter() - started) / made * (len(waiting) - made)
-        say(f"{task.title}: {outcome(task)}; about {left / 60:.0f} min left")
+        ahead = f"; about {clock(left)} left for the {len(waiting) - made} that wait" if made < len(waiting) else ""
+        say(f"{task.title}: {outcome(task)}{ahead}")
 
 
 def start_method(recipes: Iterable[Recipe]) -> Any:
@@ -273,7 +278,7 @@ def outcome(task: Task) -> str:
     rows = []
     for e in map(Evaluation.from_json, result["rows"]):
         steps = f"{e.steps} step{'s' * (e.steps != 1)}"
-        rows.append(f"{distance_of(e)} {ranking.with_error(e.distance)} at {steps}")
+        rows.append(f"{distance_of(e)} {with_error(e.distance)} at {steps}")
     spent = f", {result['seconds']:.0f} s" if "seconds" in result else ""
     return "; ".join(rows) + spent
 
@@ -294,7 +299,7 @@ def finish(out: Path, about: dict[str, Any], tasks: Sequence[Task], teachers: Se
     beside = [e for t in teachers if t.result.is_file() for e in read_evaluations(t.folder, read_json(t.result))]
     title = f"Comparison under {about['budget']}"
     ranking.write(out, title, about, ranked, beside, failed, runs)
-    say(ranking.markdown(title, about, ranked, beside, failed))
+    show(Console(), title, ranked, beside, failed)
     if not ranked:
         raise UserError(f"no run succeeded; see {out / 'report.md'}")
     say(f"report {out / 'report.html'}, table {out / 'report.md'}, data {out / 'results.json'}")

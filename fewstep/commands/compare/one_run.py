@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import multiprocessing
 import sys
-import time
 import traceback
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -19,6 +18,7 @@ from fewstep.algebra.draws import fold
 from fewstep.commands.compare.budget import Accounted, Budget, lengths, probe, with_lengths
 from fewstep.commands.judge import Judge, judge_of
 from fewstep.commands.measure import guided_teacher, measure, teacher_product
+from fewstep.commands.progress import Watch
 from fewstep.commands.sources import of_product
 from fewstep.config import UserError, plain
 from fewstep.eval.protocol.evaluation import Evaluation, environment
@@ -117,13 +117,15 @@ def train(task: Task) -> None:
     with atomic_path(run / "recipe.yaml") as temporary:
         temporary.write_text(dump(final))
     total = sum(stage.steps for stage in final.stages())
-    every, started = max(1, total // 4), time.perf_counter()
+    told: list[Watch] = []
 
     def watch(account: Accounted) -> None:
         orphaned()
         done = account.trainer.progress.done
-        if done % every == 0 and done < total:
-            say(f"{task.title}: step {done}/{total}, {time.perf_counter() - started:.0f} s")
+        if not told:
+            told.append(Watch(total, done - 1))
+        if told[0].due(done) and done < total:
+            say(f"{task.title}: {told[0].line(done, '')}")
 
     account = Accounted(final, run, task.budget, banks=banks, watch=watch)
     account.resume()

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from fewstep.commands.report import with_error
 from fewstep.eval.metrics.estimate import Estimate
 from fewstep.eval.metrics.frechet import paired_difference, standard_error
 from fewstep.eval.protocol.evaluation import Evaluation, distance_of, environment
@@ -119,10 +120,10 @@ def markdown(
         t, entry = e.training, e.metrics[metric]
         cells = [str(number), f"`{e.name}`", t["method"], str(e.calls), with_error(e.distance)]
         cells += ["" if entry["spread"] is None else f"{entry['spread']:.2g} ({len(entry['values'])})"]
-        cells += ["" if apart is None else with_error(apart, "+")]
+        cells += [_apart(apart)]
         cells += [*by_class(e)] if classes else []
-        cells += [str(t["updates"]), f"{t['seconds']:.0f}", f"{t['cpu_seconds']:.0f}"]
-        cells += [f"{t['network_calls']:.3g}", f"{t['peak_memory_mib']:.0f}"]
+        cells += [f"{t['updates']:,}", f"{t['seconds']:.0f}", f"{t['cpu_seconds']:.0f}"]
+        cells += [f"{t['network_calls']:,}", f"{t['peak_memory_mib']:.0f}"]
         lines.append(_cells([*cells, "" if e.seconds is None else f"{e.seconds:.2f}"]))
     for e in teachers:
         cells = ["", e.name, "", str(e.calls), with_error(e.distance), "", ""]
@@ -134,15 +135,6 @@ def markdown(
         lines += ["", "## Failed", ""]
         lines += [f"- `{f['recipe']}`, seed {f['seed']}: {f['message'].splitlines()[0]}" for f in failed]
     return "\n".join(lines) + "\n"
-
-
-def with_error(estimate: Estimate, sign: str = "") -> str:
-    """`1.28 ± 0.34`, the value with as many decimals as its error."""
-    value, error = estimate.value, estimate.standard_error
-    if error is None or math.isnan(error):
-        return f"{value:{sign}.4g}"
-    decimals = min(6, max(0, 1 - math.floor(math.log10(error)))) if error > 0 else 3
-    return f"{value:{sign}.{decimals}f} ± {error:.{decimals}f}"
 
 
 def by_class(e: Evaluation) -> tuple[str, str]:
@@ -175,7 +167,16 @@ def page(
     """The comparison as one HTML file by fewstep.eval.report."""
     notes = [_facts(about).replace("`", ""), NOTE]
     notes += [f"{f['recipe']}, seed {f['seed']}, failed: {f['message']}" for f in failed]
-    return write_report([*(e for e, _ in ranked), *teachers], folder, title, notes=notes)
+    place = {id(e): (str(number), _apart(apart)) for number, (e, apart) in enumerate(ranked, 1)}
+    columns = {
+        "rank": lambda e: place.get(id(e), ("", ""))[0],
+        "from the best, paired": lambda e: place.get(id(e), ("", ""))[1],
+    }
+    return write_report([*(e for e, _ in ranked), *teachers], folder, title, notes=notes, columns=columns)
+
+
+def _apart(apart: Estimate | None) -> str:
+    return "" if apart is None else with_error(apart, "+")
 
 
 def write(

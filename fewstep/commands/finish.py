@@ -1,0 +1,135 @@
+"""After a training: export first, then measure, draw and report. What fails here costs no training."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import traceback
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from fewstep.commands.export import show_export
+from fewstep.commands.judge import Judge
+from fewstep.commands.measure import guided_teacher
+from fewstep.commands.pictures import save_side_by_side
+from fewstep.commands.report import card_results, compare, console, first_teacher, show
+from fewstep.config import UserError
+from fewstep.eval.protocol.evaluation import Evaluation
+from fewstep.export.base import Exported, ExportRefused
+from fewstep.export.choose import export
+from fewstep.export.forecast import foretold
+from fewstep.export.levels import check_product
+from fewstep.files import atomic_path, commit
+from fewstep.train.product import Product, open_product, product_of
+from fewstep.train.trainer import Trainer
+
+UNFINISHED = 3
+"""Exit code of a run that trained to its end, but whose measurement, pictures or export then failed."""
+
+
+def finish(trainer: Trainer, run: Path, judge: Judge | None) -> int:
+    """Export, table, side-by-side picture and report of a trained run; the exit code, 0 or UNFINISHED.
+
+    An error becomes one line with the command that repeats what failed, its traceback a file in RUN/report.
+    """
+    recipe, code = trainer.recipe, 0
+    if trainer.session.sharded:  # the parts act together only; this is one process
+        student = open_product(run)
+    else:
+        student = product_of(recipe, trainer.product.eval(), trainer.data, run.name, trainer.progress.done)
+    done: Exported | None = None
+    refused = ""
+    try:
+        check_product(student)
+        done = export(student, run / "export")
+    except ExportRefused as refusal:
+        refused = f"not exported: {refusal}"
+    except Exception as error:
+        code = UNFINISHED
+        refused = f"{_failed(run, 'export', error)}; again with: {shlex.join(['fewstep', 'export', str(run)])}"
+    if judge is not None and recipe.evaluate is not None:
+        again = evaluation_of(trainer, run)
+        try:
+            rows = _measure(trainer, student, run, judge)
+            if done is not None:
+                _write_card(student, done, rows)
+        except KeyboardInterrupt:
+            code = 130
+            _say(f"measuring was stopped, the run is trained; measure it with: {again}")
+        except Exception as error:
+            code = UNFINISHED
+            _say(f"{_failed(run, 'evaluation', error)}; the run is trained, measure it again with: {again}")
+    if done is not None:
+        show_export(done)
+    else:
+        _say(refused)
+    return code
+
+
+def evaluation_of(trainer: Trainer, run: Path) -> str:
+    """The command that measures a run as its recipe says."""
+    spec = trainer.recipe.evaluate
+    teacher = trainer.recipe.teacher is not None and spec is not None and spec.teacher_steps
+    steps = ["--teacher", ",".join(map(str, spec.teacher_steps))] if teacher and spec else []
+    return shlex.join(["fewstep", "eval", str(run), *steps])
+
+
+def _measure(trainer: Trainer, student: Product, run: Path, judge: Judge) -> list[Evaluation]:
+    """The student beside its teacher: table, pictures and results.json."""
+    spec: Any = trainer.recipe.evaluate
+    steps = len(student.sampler.steps)
+    role = "teacher" if student.sampler.kind == "ode" else "student"
+    student = replace(student, title=f"{role}, {steps} step{'s' * (steps > 1)}")
+    teacher = first_teacher(trainer)
+    if teacher is not None:
+        teacher = guided_teacher(teacher, spec.guidance, trainer.data.null)
+    rows, panels = compare(student, judge, teacher, spec.teacher_steps)
+    show(rows)
+    told = {"recipe": trainer.recipe.about, "skips": trainer.progress.skipped, "commit": commit()[:7]}
+    report = {"rows": [r.as_json() for r in rows], **told}
+    (run / "report").mkdir(exist_ok=True)
+    (run / "report" / "results.json").write_text(json.dumps(report, indent=1))
+    save_side_by_side(panels, run / "report" / "side-by-side.png")
+    console.print(f"pictures {run / 'samples'}, side by side {run / 'report' / 'side-by-side.png'}")
+    return rows
+
+
+def _write_card(student: Product, done: Exported, rows: list[Evaluation]) -> None:
+    """The card of a finished export again, with what was measured after it."""
+    card = foretold(student).card(done.usage, done.parity, card_results(rows))
+    with atomic_path(done.folder / "README.md") as aside:
+        aside.write_text(card)
+
+
+def _failed(run: Path, what: str, error: Exception) -> str:
+    """One line of an error. That of a mistake of the user's says all; others leave their traceback in a file."""
+    line = (str(error).splitlines() or [""])[0]
+    if isinstance(error, UserError):
+        return f"{what} failed: {line}"
+    try:
+        file = run / "report" / f"{what}-error.txt"
+        file.parent.mkdir(exist_ok=True)
+        file.write_text("".join(traceback.format_exception(error)))
+        where = f" (traceback in {file})"
+    except OSError:  # a full disk is why it failed
+        where = ""
+    return f"{what} failed: {type(error).__name__}: {line}{where}"
+
+
+def _say(text: str) -> None:
+    console.print(text, soft_wrap=True, highlight=False, markup=False)
+
+
+def guarded(what: str, hook: Callable[[Trainer], None]) -> Callable[[Trainer], None]:
+    """A hook whose failure is one line: neither a picture nor a number on the way is worth a training."""
+
+    def call(trainer: Trainer) -> None:
+        try:
+            hook(trainer)
+        except Exception as error:
+            assert trainer.run is not None
+            _say(f"step {trainer.progress.done}: {_failed(trainer.run, what, error)}; training goes on")
+
+    return call

@@ -1,0 +1,86 @@
+"""How far a training is: a bar on a terminal, lines with the time left elsewhere."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from rich.console import Console, RenderableType
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Column
+from rich.text import Text
+
+LINES = 10
+"""Lines of a whole training where there is no terminal."""
+
+
+class TrainingBar(Progress):
+    """Bar, steps, time and time left on one line of any terminal of 60 columns; the losses below may be cut."""
+
+    def __init__(self, console: Console, total: int, done: int = 0) -> None:
+        self.losses = ""
+
+        def whole() -> Column:
+            return Column(no_wrap=True)  # only the bar gives way
+
+        super().__init__(
+            TextColumn("train"),
+            BarColumn(bar_width=None),
+            MofNCompleteColumn(table_column=whole()),
+            TimeElapsedColumn(table_column=whole()),
+            TextColumn("ETA", table_column=whole()),
+            TimeRemainingColumn(table_column=whole()),
+            console=console,
+            expand=True,
+            disable=not console.is_terminal,
+        )
+        self.task = self.add_task("train", total=total, completed=done)
+
+    def get_renderables(self) -> Iterable[RenderableType]:
+        yield from super().get_renderables()
+        if self.losses:
+            yield Text(self.losses, style="dim", no_wrap=True, overflow="ellipsis")
+
+    def show(self, done: int, losses: str) -> None:
+        """Steps done by now, and what stands below the bar."""
+        self.losses = losses
+        self.update(self.task, completed=done)
+
+
+class Watch:
+    """Seconds since a training began or was continued, and those that are left at its mean speed."""
+
+    def __init__(self, total: int, done: int = 0) -> None:
+        self.total, self.first, self.started = total, done, time.perf_counter()
+
+    def due(self, done: int) -> bool:
+        """True where a line is to be printed: LINES times in all, and at the end."""
+        return done % max(1, self.total // LINES) == 0 or done == self.total
+
+    def line(self, done: int, losses: str) -> str:
+        """`step 30/300  0:00:12, about 0:01:48 left  loss 0.1`."""
+        spent = time.perf_counter() - self.started
+        left = spent / max(1, done - self.first) * (self.total - done)
+        ahead = f", about {clock(left)} left" if done < self.total else ""
+        return "  ".join(p for p in (f"step {done}/{self.total}", f"{clock(spent)}{ahead}", losses) if p)
+
+
+def clock(seconds: float) -> str:
+    """Seconds as h:mm:ss."""
+    whole = round(seconds)
+    return f"{whole // 3600}:{whole // 60 % 60:02d}:{whole % 60:02d}"
+
+
+def readings(record: Mapping[str, Any]) -> str:
+    """The losses of a log record, short; the discriminator's after those that the student follows."""
+    skip = ("grad_norm", "health/", "lr/", "done", "stage", "skips", "seconds")
+    kept = sorted((k.startswith("discriminator"), k) for k in record if not k.startswith(skip))
+    return "  ".join(f"{k} {record[k]:.3g}" for _, k in kept)

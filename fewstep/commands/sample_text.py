@@ -1,0 +1,126 @@
+"""`fewstep sample --prompt`: a student beside its teacher from one noise, or what a pipeline itself draws for a seed."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fewstep.commands.gallery import captioned
+from fewstep.commands.measure import guided_teacher, teacher_product
+from fewstep.commands.pictures import save_picture
+from fewstep.commands.report import console
+from fewstep.commands.sources import load_pipeline, noted
+from fewstep.config import UserError
+from fewstep.data.text import embed
+from fewstep.train.build import build_roles
+from fewstep.train.product import open_product
+
+HEUN = 12
+"""Steps of a teacher whose recipe evaluates it at none."""
+CELL = 128
+"""Pixels of a cell's side at least; smaller pictures are enlarged by a whole factor."""
+
+Row = tuple[str, Tensor]
+
+
+def draw_prompts(
+    path: Path,
+    prompts: Sequence[str],
+    out: Path,
+    steps: int | None = None,
+    any_steps: bool = False,
+    seed: int = 0,
+    teacher: int | None = None,
+    guidance: float | None = None,
+) -> Path:
+    """Write a sheet, a column for each prompt.
+
+    Of a run: the teacher by `teacher` Heun steps (0 leaves it out) at `guidance`, and the student, prompt i from noise
+    number i of the seed in both. Of a pipeline folder: its own picture of prompt i for the generator of seed + i.
+
+    Raises:
+        UserError: a run or a folder that takes no text, or an option that does not belong to it.
+    """
+    if (path / "recipe.yaml").is_file():
+        rows = of_run(path, prompts, steps, any_steps, seed, teacher, guidance)
+        told = f"noise 0..{len(prompts) - 1} of seed {seed}"
+    else:
+        if teacher is not None:
+            raise UserError(f"--teacher: {path} is no run directory; only a run knows its teacher")
+        rows = [of_pipeline(path, prompts, steps, any_steps, seed, guidance)]
+        told = f"its pipeline's own pictures, seeds {seed}..{seed + len(prompts) - 1}"
+    save_picture(captioned([(n, _shown(x)) for n, x in rows], list(prompts), max(1, CELL // rows[0][1].shape[-1])), out)
+    console.print(f"{out}: {', '.join(n for n, _ in rows)}; {told}", soft_wrap=True, highlight=False, markup=False)
+    return out
+
+
+def of_run(
+    run: Path,
+    prompts: Sequence[str],
+    steps: int | None,
+    any_steps: bool,
+    seed: int,
+    teacher: int | None,
+    guidance: float | None,
+) -> list[Row]:
+    """(name, images (n, c, h, w) in [-1, 1]) of the teacher and of the student, from the same noises."""
+    product = open_product(run).with_steps(steps, any_steps)
+    recipe: Any = product.recipe
+    data, spec = recipe.data, recipe.evaluate
+    if getattr(data, "encoder", None) is None:
+        raise UserError(f"{run}: was not trained on text (its data has no encoder), so it takes no prompt")
+    text = embed(data.encoder, prompts, negative=data.negative, zeros=data.zeros, cache=data.text_cache)
+    index = torch.arange(len(prompts), device=product.device())
+    cond, decode = text.take(index), product.decoder()
+    taken = len(product.sampler.steps)
+    drawn = [(f"student, {taken} step{'s' * (taken > 1)}", product)]
+    many = max(spec.teacher_steps) if teacher is None and spec and spec.teacher_steps else teacher
+    if recipe.teacher is not None and many != 0:
+        net: Any = build_roles(recipe, data.open()).teacher
+        scale = guidance if guidance is not None else spec.guidance if spec else getattr(recipe.method, "guidance", None)
+        net = guided_teacher(net.to(product.device()), float(scale or 1.0), text.null)
+        beside = teacher_product(product, net, many or HEUN)
+        drawn.insert(0, (beside.title, beside))
+    elif teacher:
+        raise UserError(f"--teacher: {run} has none")
+    return [(name, decode(p.images(index, cond, seed)).cpu()) for name, p in drawn]
+
+
+@torch.no_grad()
+def of_pipeline(
+    path: Path, prompts: Sequence[str], steps: int | None, any_steps: bool, seed: int, guidance: float | None
+) -> Row:
+    """(name, images (n, c, h, w) in [-1, 1]) as the folder's pipeline draws them when it is called as its card says."""
+    if not (path / "model_index.json").is_file():
+        raise UserError(f"{path}: neither a run directory (recipe.yaml) nor a diffusers folder (model_index.json)")
+    pipeline = load_pipeline(path, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    takes = inspect.signature(pipeline.__call__).parameters
+    if "prompt" not in takes:
+        raise UserError(f"{path}: a {type(pipeline).__name__} takes no prompt; leave out --prompt")
+    if getattr(pipeline, "text_encoder", None) is None or getattr(pipeline, "tokenizer", None) is None:
+        raise UserError(f"{path}: has no text encoder and tokenizer, so it cannot read a prompt")
+    note = noted(path)
+    own = len(note.get("steps", ()))
+    call: dict[str, Any] = dict(note.get("call", {})) | (
+        {"guidance_scale": note["guidance"]} if "guidance" in note else {}
+    )
+    if steps is not None and steps != own:
+        if own and not any_steps:
+            raise UserError(f"--steps {steps}: this student was trained for {own}; add --any to try it anyway")
+        call = {k: v for k, v in call.items() if k == "guidance_scale"} | {"num_inference_steps": steps}
+    call |= {} if guidance is None else {"guidance_scale": guidance}
+    pictures = []
+    for i, prompt in enumerate(prompts):
+        generator = torch.Generator().manual_seed(seed + i)
+        pictures.append(pipeline(prompt=prompt, generator=generator, output_type="pt", **call).images.float().cpu())
+    return path.name, 2 * torch.cat(pictures) - 1
+
+
+def _shown(x: Tensor) -> Tensor:
+    """Three channels: grey in all, of latents without a VAE at hand the first."""
+    return x[:, :3] if x.shape[1] > 3 else x[:, :1].expand(-1, 3, -1, -1) if x.shape[1] < 3 else x

@@ -1,0 +1,50 @@
+"""The bar, the steps and the time left are seen on every terminal; where there is none, lines say it."""
+
+from __future__ import annotations
+
+import io
+import re
+
+import pytest
+from rich.console import Console
+
+from fewstep.commands.progress import TrainingBar, Watch, clock, readings
+
+RECORD = {
+    "done": 300, "stage": 1, "skips": 0, "discriminator": 0.0132, "discriminator_accuracy": 0.609, "dsm": 0.335,
+    "gan": 0.24, "matching": 0.017, "grad_norm/student": 2.0, "health/diversity": 0.4, "lr/student": 1e-4,
+    "seconds": 0.2,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("width", [60, 80, 100, 140])
+@pytest.mark.parametrize("total", [700, 200_000])
+def test_bar_steps_and_time_left_are_whole_at_every_width(width: int, total: int):
+    console = Console(file=io.StringIO(), width=width, force_terminal=True, color_system=None)
+    bar = TrainingBar(console, total)
+    bar.show(300, readings(RECORD))
+    with console.capture() as shown:
+        console.print(bar.get_renderable())
+    first, second = (line.rstrip() for line in shown.get().splitlines())
+    assert len(first) <= width
+    assert "…" not in first
+    assert re.fullmatch(rf"train [━╸╺─ ]{{8,}} +300/{total} 0:00:\d\d ETA [-\d:]+", first), first
+    assert second.startswith("dsm 0.335  gan 0.24  matching 0.017")
+    assert len(second) <= width
+    assert second.endswith("discriminator_accuracy 0.609") == (width >= 100)
+
+
+def test_lines_carry_the_time_left_and_no_empty_reading(monkeypatch: pytest.MonkeyPatch):
+    now = [100.0]
+    monkeypatch.setattr("fewstep.commands.progress.time.perf_counter", lambda: now[0])
+    watch = Watch(1000, 400)  # continued at step 400
+    now[0] += 60
+    assert watch.line(500, "dsm 0.3") == "step 500/1000  0:01:00, about 0:05:00 left  dsm 0.3"
+    assert watch.line(1000, "") == "step 1000/1000  0:01:00"
+    assert [n for n in range(401, 1001) if watch.due(n)] == [500, 600, 700, 800, 900, 1000]
+    assert clock(3725.6) == "1:02:06"
+
+
+def test_readings_are_losses_alone_the_discriminators_last():
+    assert readings(RECORD) == "dsm 0.335  gan 0.24  matching 0.017  discriminator 0.0132  discriminator_accuracy 0.609"
+    assert readings({}) == ""

@@ -1,0 +1,125 @@
+"""Prompts on a run, on its export and on a teacher's folder: the same noise beside each other, and a pipeline's own."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline
+from PIL import Image
+from snippets import run_snippet
+from tiny_condition import condition_unet
+from tiny_pipelines import vae
+from tiny_text import text_pipeline
+
+from fewstep.algebra.guidance import Guided
+from fewstep.algebra.sampling import many_step, sample, seeded
+from fewstep.commands.sample import draw
+from fewstep.commands.sample_text import draw_prompts, of_pipeline, of_run
+from fewstep.config import UserError
+from fewstep.export.choose import export
+from fewstep.export.lora import export_lora
+from fewstep.recipe.store import dump, load
+from fewstep.train.build import build_roles
+from fewstep.train.product import open_product
+from fewstep.train.trainer import Trainer
+
+PROMPTS = ["two green dots", "a blue square"]
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """sd/ of random weights, run/ of two steps on it, run/export/ and lora/."""
+    root = tmp_path_factory.mktemp("sample-text")
+    text_pipeline(root / "sd", PROMPTS, unet=condition_unet(), vae=vae(4, scaling_factor=0.18215))
+    (root / "prompts.txt").write_text("a square\ntwo dots\nblue")
+    (root / "mine.yaml").write_text(
+        f"""about: text
+data:
+  name: prompts
+  path: {root}/prompts.txt
+  shape: [4, 8, 8]
+  encoder: {{name: pipeline, path: {root}/sd}}
+  vae: {root}/sd
+  text_cache: {root}/cache
+teacher: {{name: diffusers, path: {root}/sd}}
+student: {{name: lora, of: teacher, rank: 2, targets: [to_q, to_v, conv1]}}
+critic: {{name: lora, of: teacher, rank: 3}}
+method: {{name: dmd2, gan: null, critic: {{weight: eps, steps: 1}}, guidance: 3.0, steps: [1.0, 0.5]}}
+optim: {{default: {{lr: 1e-3}}}}
+train: {{steps: 1, batch: 2, product: student, ema: [], sample_every: 0}}
+evaluate: null
+"""
+    )
+    recipe = load(str(root / "mine.yaml"))
+    (root / "run").mkdir()
+    (root / "run" / "recipe.yaml").write_text(dump(recipe))
+    Trainer(recipe, root / "run", cpu=True).fit()
+    return root
+
+
+@pytest.fixture(scope="module")
+def exported(root: Path) -> Any:
+    return export(open_product(root / "run"), root / "run" / "export")
+
+
+def test_teacher_and_student_begin_at_the_same_noise(root: Path):
+    (teacher, ours), (student, theirs) = of_run(root / "run", PROMPTS, None, False, 5, 3, 2.0)
+    assert (teacher, student) == ("teacher, 3 steps", "student, 2 steps")
+    product = open_product(root / "run")
+    recipe: Any = product.recipe
+    data = recipe.data.open()
+    encode = recipe.data.encoder.open()
+    cond, null = encode(PROMPTS), encode(["", ""])
+    index = torch.arange(2)
+    torch.testing.assert_close(theirs, product.decoder()(product.images(index, cond, 5)), rtol=0, atol=1e-4)
+    net: Any = build_roles(recipe, data).teacher
+    start, fresh = seeded(5, index, product.shape)
+    by_hand = sample(many_step(3), Guided(net, 2.0, lambda c: null), start, cond, fresh)
+    torch.testing.assert_close(ours, product.decoder()(by_hand), rtol=0, atol=1e-3)
+
+
+def test_an_export_draws_its_own_picture_of_a_seed(root: Path, exported: Any):
+    name, pictures = of_pipeline(root / "run" / "export", PROMPTS, None, False, 7, None)
+    assert name == "export"
+    pipe = StableDiffusionPipeline.from_pretrained(root / "run" / "export")
+    for i, prompt in enumerate(PROMPTS):
+        generator = torch.Generator().manual_seed(7 + i)
+        own = pipe(prompt=prompt, num_inference_steps=2, guidance_scale=1.0, generator=generator, output_type="pt").images
+        assert torch.equal(2 * own - 1, pictures[i : i + 1])
+    assert "num_inference_steps=2, guidance_scale=1.0" in exported.usage
+
+
+def test_sheets_of_prompts_and_of_a_file(root: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]):
+    out = draw(root / "sd", 2, None, 100, 3, tmp_path / "a.png", False, ["blue"], None, 1.5)
+    assert "sd; its pipeline's own pictures, seeds 3..3" in capfd.readouterr().out
+    one = Image.open(out).size
+    draw_prompts(root / "run", ["blue", "dots"], tmp_path / "b.png", teacher=0)
+    two = Image.open(tmp_path / "b.png").size
+    assert two[0] > one[0]
+    assert two[1] == one[1]
+
+
+def test_what_takes_no_prompt_says_so(root: Path, exported: Any, tmp_path: Path):
+    def refused(*arguments: Any, **options: Any) -> str:
+        with pytest.raises(UserError) as caught:
+            draw_prompts(*arguments, **options)
+        return str(caught.value)
+
+    out = tmp_path / "x.png"
+    assert "no run directory; only a run knows its teacher" in refused(root / "sd", ["a"], out, teacher=3)
+    assert "neither a run directory" in refused(tmp_path, ["a"], out)
+    assert "was trained for 2; add --any" in refused(root / "run" / "export", ["a"], out, 3)
+    assert "trained for 2" in refused(root / "run", ["a"], out, 3)
+    with pytest.raises(UserError, match="--classes: samples are of classes or of prompts"):
+        draw(root / "run", None, "0", 1, 0, out, False, ["a"])
+    with pytest.raises(UserError, match="are for samples of prompts"):
+        draw(root / "run", None, None, 1, 0, out, False, [], 3)
+    assert not out.exists()
+
+
+def test_printed_code_of_a_text_pipeline_and_of_an_adapter_runs(root: Path, exported: Any, tmp_path: Path):
+    run_snippet(exported.usage, tmp_path / "whole")
+    run_snippet(export_lora(open_product(root / "run"), root / "lora").usage, tmp_path / "adapter")
