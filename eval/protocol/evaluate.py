@@ -86,6 +86,9 @@ def evaluate(
     if reference.features is None:
         short = "the reference file holds moments only, this metric needs its features"
         omitted |= {m: short for m in preset.metrics if m in NEEDS_FEATURES and m not in omitted}
+    fewest = min(len(reference.features) if reference.features is not None else 6, preset.number)
+    if fewest <= 5:
+        omitted |= {m: f"{fewest} pictures have no 5 neighbours" for m in ("prdc3", "prdc5") if m in preset.metrics}
     wanted = [metric for metric in preset.metrics if metric not in omitted]
     frechet = [frechet_distance(run.features, reference.statistics) for run in runs] if "fd" in wanted else []
     inputs = Inputs(
@@ -118,6 +121,7 @@ def evaluate(
         environment=environment(),
         omitted=omitted,
         files=_digests(extractor, reference, prompts, clip, retrieval),
+        reference=reference.about,
         frechet=frechet,
         **more,
     )

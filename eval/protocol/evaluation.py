@@ -38,6 +38,7 @@ class Evaluation:
         training: what the model had cost, as `fewstep compare` counts it.
         skipped: images that were left out, and why; omitted: metrics of the preset that are not there, and why.
         files: sha256 of what was used, by FILES.
+        reference: what was compared with, in words: of what, how many, and whether the model was trained on it.
         frechet: the distances with the influence of each sample, one per repetition, for paired differences.
         images: pixels (N, C, H, W) uint8 of the first global indices, the same indices for every model.
     """
@@ -57,6 +58,7 @@ class Evaluation:
     skipped: dict[str, str] = field(default_factory=dict)
     omitted: dict[str, str] = field(default_factory=dict)
     files: dict[str, str] = field(default_factory=dict)
+    reference: str = ""
     latency: tuple[Latency, ...] = ()
     frechet: list[Estimate] = field(default_factory=list, repr=False, compare=False)
     images: Tensor | None = field(default=None, repr=False, compare=False)

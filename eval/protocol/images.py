@@ -4,7 +4,6 @@ exclusion.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,14 +14,15 @@ from PIL import Image
 from torch import Tensor
 
 from fewstep.eval.errors import InputError
+from fewstep.pictures import SUFFIXES, PictureError, list_pictures, load, pixels
 
-EXTENSIONS = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".npy"}
-_MODES = {1: "L", 3: "RGB"}
+EXTENSIONS = (*SUFFIXES, ".npy")
+_KINDS = {1: "grey", 3: "colour"}
 
 
 @dataclass
 class ImageFolder:
-    """The images of a folder and its sub-folders, in the order of their names.
+    """The images of a folder and its sub-folders, in the order of their names; hidden ones are no images of it.
 
     Args:
         path: the folder.
@@ -47,13 +47,12 @@ class ImageFolder:
 
     def __post_init__(self) -> None:
         self.path = Path(self.path)
-        if self.channels not in _MODES:
-            raise ValueError(f"channels: expected 1 or 3, got {self.channels}")
-        if not self.path.is_dir():
-            raise FileNotFoundError(f"{self.path}: no such folder")
-        self.files = sorted(
-            file for file in self.path.rglob("*") if file.suffix.lower() in EXTENSIONS and not file.name.startswith(".")
-        )
+        if self.channels not in _KINDS:
+            raise InputError(f"channels: expected 1 or 3, got {self.channels}")
+        try:
+            self.files = list_pictures(self.path, EXTENSIONS).files
+        except PictureError as error:
+            raise (InputError if self.path.is_dir() else FileNotFoundError)(str(error)) from None
         if not self.files:
             raise InputError(f"{self.path}: no images ({', '.join(sorted(EXTENSIONS))}) in it")
         if self.number is not None and len(self.files) < self.number:
@@ -110,35 +109,14 @@ class ImageFolder:
         if file.suffix.lower() == ".npy":
             return self._read_array(file)
         try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("error", Image.DecompressionBombWarning)
-                with Image.open(file) as picture:
-                    # Pillow halves 16-bit colour to mode RGB; only the name of the raw mode tells.
-                    deep = any(";16" in str(tile[3]) for tile in getattr(picture, "tile", ()))
-                    picture.load()
-                    mode, pixels = picture.mode, np.asarray(picture)
-        except (OSError, SyntaxError, Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-            raise InputError(f"cannot be read ({error})") from None
-        wanted = _MODES[self.channels]
-        if self.grey_to_colour and wanted == "RGB" and mode == "L":
-            mode, pixels = "RGB", np.repeat(pixels[..., None], 3, axis=2)
-        if mode == "RGB" and deep:
-            mode = "RGB;16"
-        if mode != wanted:
-            kind = {
-                "L": "grey",
-                "LA": "grey with alpha",
-                "RGBA": "colour with alpha",
-                "P": "palette",
-                "1": "black and white",
-                "I;16": "16-bit grey",
-                "RGB": "colour",
-                "RGB;16": "16-bit colour",
-                "CMYK": "CMYK",
-            }.get(mode, mode)
-            raise InputError(f"is {kind}, expected 8-bit {'colour' if wanted == 'RGB' else 'grey'}")
-        pixels = pixels[..., None] if self.channels == 1 else pixels
-        return pixels.transpose(2, 0, 1).copy()
+            picture, kind = load(file, file)
+        except PictureError as error:
+            raise InputError(error.reason) from None
+        wanted = _KINDS[self.channels]
+        if kind != wanted and not (self.grey_to_colour and kind == "grey"):
+            raise InputError(f"is {kind}, expected 8-bit {wanted}")
+        values = pixels(picture)
+        return np.repeat(values, 3, axis=0) if len(values) < self.channels else values
 
     def _read_array(self, file: Path) -> np.ndarray:
         try:
@@ -154,9 +132,9 @@ def save_image(image: Tensor, path: str | Path) -> None:
     """Write uint8 (C, H, W) as PNG: JPEG would change the metric."""
     target = Path(path)
     if target.suffix.lower() != ".png":
-        raise ValueError(f"path: expected a .png name, got {target.name!r}; lossy formats change every metric")
+        raise InputError(f"path: expected a .png name, got {target.name!r}; lossy formats change every metric")
     if image.dtype != torch.uint8:
-        raise ValueError(f"image: expected uint8, got {image.dtype}; quantise first")
+        raise InputError(f"image: expected uint8, got {image.dtype}; quantise first")
     pixels = image.permute(1, 2, 0).cpu().numpy()
     target.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(pixels[..., 0] if pixels.shape[2] == 1 else pixels).save(target)

@@ -54,11 +54,11 @@ class Conditions:
 
 @checked_dataclass(frozen=True, config=_STRICT)
 class Reference:
-    """What is compared with: a ``builtin`` data set, a statistics ``file`` or the run's own ``data``; ``none`` for
-    export-only protocols.
+    """What is compared with: a ``builtin`` data set, a statistics ``file``, the run's own ``data``, or what the command
+    line or a recipe names, ``against``; ``none`` for export-only protocols.
     """
 
-    kind: Literal["builtin", "file", "data", "none"]
+    kind: Literal["builtin", "file", "data", "against", "none"]
     name: str
     file: File | None = None
     images: int | None = None

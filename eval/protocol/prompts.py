@@ -14,15 +14,16 @@ from torch import Tensor
 from fewstep.eval.errors import InputError
 from fewstep.eval.protocol.preset import Preset
 from fewstep.eval.protocol.resize import quantise
-from fewstep.files import atomic_path
+from fewstep.files import atomic_path, lines_of, text_of
 
 HPSV2_STYLES = ("anime", "concept-art", "paintings", "photo")
 
 
 def _lines(source: Path) -> list[str]:
-    # str.splitlines also breaks at U+2028 and its like, which may stand inside a prompt.
-    lines = source.read_text(encoding="utf-8").split("\n")
-    return lines[:-1] if not lines[-1] else lines
+    try:
+        return lines_of(text_of(source.read_bytes(), source))
+    except ValueError as error:
+        raise InputError(str(error)) from None
 
 
 def prompts_of(preset: Preset, path: str | os.PathLike[str]) -> list[str]:
@@ -39,10 +40,7 @@ def read_prompts(path: str | os.PathLike[str], number: int) -> list[str]:
         ValueError: fewer prompts than asked for, an empty line among them, or a line that is not such an object.
     """
     source = Path(path)
-    try:
-        lines = _lines(source)
-    except UnicodeDecodeError as error:
-        raise InputError(f"{source}: is not UTF-8 text ({error})") from None
+    lines = _lines(source)
     if len(lines) < number:
         raise InputError(f"{source}: {len(lines)} prompts, {number} are asked for")
     prompts = []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,22 +17,25 @@ from torch import Tensor
 
 from fewstep.eval.errors import InputError
 from fewstep.eval.features.base import FeatureExtractor, extract
-from fewstep.eval.metrics.statistics import FeatureStatistics
+from fewstep.eval.metrics.statistics import FeatureStatistics, read_npz
 from fewstep.eval.protocol.datasets import digits, fashion_mnist
 from fewstep.eval.protocol.images import to_pixels
 from fewstep.eval.protocol.preset import Preset, locate
+from fewstep.eval.protocol.real import RealPictures
 from fewstep.eval.protocol.resize import CHAINED, Step, apply_chain
 from fewstep.files import atomic_path, cache_dir, file_sha256
 
 # Raised whenever the same images and network would give other numbers.
 REFERENCE_VERSION = 1
+Source = Callable[[], tuple[Tensor, Tensor | None] | RealPictures | Path]
+"""Opens what samples are compared with, when it is asked for."""
 
 
 @dataclass(frozen=True)
 class Reference:
     """What samples are measured against: statistics, and if at hand features (N, D) and labels (N,).
 
-    `digest` identifies it: the sha256 of a file, or the key of what it was computed from.
+    `digest` identifies it: the sha256 of a file, or the key of what it was computed from. `about` says what it is of.
     """
 
     name: str
@@ -39,6 +43,7 @@ class Reference:
     features: Tensor | None = None
     labels: Tensor | None = None
     digest: str = ""
+    about: str = ""
 
 
 def digits_reference(extractor: FeatureExtractor) -> Reference:
@@ -56,12 +61,13 @@ def fashion_reference(extractor: FeatureExtractor, split: str = "train") -> Refe
 def preset_reference(
     preset: Preset,
     extractor: FeatureExtractor,
-    data: Callable[[], tuple[Tensor, Tensor | None]] | None = None,
+    data: Source | None = None,
 ) -> Reference:
     """The reference a preset names, checked against the extractor.
 
     Args:
-        data: all samples of a run's data, in [-1, 1] where they are images, and their classes or None.
+        data: what a preset of kind ``data`` or ``against`` compares with: pictures, a statistics file, or all samples of
+            a run's data, in [-1, 1] where they are images, and their classes or None.
 
     Raises:
         MissingFiles: files the user must supply; ValueError: a reference of another dimension or extractor, or no data.
@@ -74,10 +80,18 @@ def preset_reference(
     wanted = preset.reference
     if wanted.kind == "none":
         raise InputError(f"preset {preset.name}: only exports images, it has no reference")
-    if wanted.kind == "data":
+    if wanted.kind in ("data", "against"):
         if data is None:
-            raise InputError(f"preset {preset.name}: compares with a run's data; nothing here says which these are")
-        real, labels = data()
+            raise InputError(
+                f"preset {preset.name}: compares with a run's data; nothing here says which these are, so give "
+                "--against FOLDER or FILE.npz"
+            )
+        found = data()
+        if isinstance(found, RealPictures):
+            return real_reference(found, extractor, preset.steps)
+        if isinstance(found, Path):
+            return file_reference(found.name, found, extractor)
+        real, labels = found
         if preset.vectors:
             return vector_reference(wanted.name, real[: max(preset.number, wanted.images or 0)], extractor)
         return reference_of(wanted.name, to_pixels(real), labels, extractor, preset.steps)
@@ -87,13 +101,49 @@ def preset_reference(
         return builtin[wanted.name](extractor)
     assert wanted.file is not None  # a Preset checks it
     path = locate(wanted.file, "reference")
+    return file_reference(wanted.name, path, extractor)
+
+
+def file_reference(name: str, path: Path, extractor: FeatureExtractor) -> Reference:
+    """The statistics of a file, and its features where it keeps them.
+
+    Raises:
+        FileNotFoundError, ValueError: no statistics file, or one of another extractor.
+    """
     statistics = FeatureStatistics.load(path)
     if statistics.dim != extractor.dim:
         raise InputError(f"{path}: dimension {statistics.dim}, but {extractor.name} gives {extractor.dim}")
     made_with = statistics.provenance.get("extractor_sha256")
     if made_with is not None and made_with != extractor.sha256:
         raise InputError(f"{path}: made with another extractor ({statistics.provenance.get('extractor')})")
-    return Reference(wanted.name, statistics, digest=file_sha256(path))
+    features = read_npz(path, (), ("features",)).get("features")
+    if features is not None and features.shape != (statistics.n, statistics.dim):
+        raise InputError(f"{path}: features of shape {features.shape}, expected {(statistics.n, statistics.dim)}")
+    kept = None if features is None else torch.from_numpy(features).float()
+    count = "an unknown number of" if statistics.n is None else f"{statistics.n:,}"
+    return Reference(name, statistics, kept, digest=file_sha256(path), about=f"{path.name}, {count} pictures")
+
+
+def real_reference(real: RealPictures, extractor: FeatureExtractor, chain: Sequence[Step] = ()) -> Reference:
+    """Statistics and features of pictures that are read one by one, cached under a digest of their contents."""
+    rows = real.rows()
+    settings = [REFERENCE_VERSION, extractor.name, extractor.dim, extractor.input_size, extractor.sha256]
+    settings += [[step.op, step.size] for step in chain]
+    key = hashlib.sha256(json.dumps([*settings, real.digest(rows)]).encode()).hexdigest()
+    word = re.sub(r"[^A-Za-z0-9._-]", "_", real.name)
+    path = cache_dir("reference") / f"{word}-{extractor.name.replace(':', '-')}-{key[:16]}.safetensors"
+    stored = _read(path, key)
+    if stored is None:
+        parts = (real.read(rows[i : i + CHAINED]) for i in range(0, len(rows), CHAINED))
+        stored = {"features": extract(extractor, (apply_chain(part, chain) for part in parts))}
+        with atomic_path(path) as temporary:
+            save_file(stored, temporary, metadata={"key": key})
+    features = stored["features"]
+    statistics = FeatureStatistics(extractor.dim, provenance(real.name, key, extractor, len(features)))
+    statistics.update(features)
+    labels = None if real.labels is None else real.labels[torch.tensor(rows)]
+    used = f"{len(rows):,}" if len(rows) == real.count else f"{len(rows):,} of {real.count:,}"
+    return Reference(real.name, statistics, features, labels, key, f"{real.about}, {used} pictures")
 
 
 def vector_reference(name: str, vectors: Tensor, extractor: FeatureExtractor) -> Reference:
@@ -101,7 +151,7 @@ def vector_reference(name: str, vectors: Tensor, extractor: FeatureExtractor) ->
     key = reference_key(vectors, None, extractor)
     statistics = FeatureStatistics(vectors.shape[1], provenance(name, key, extractor, len(vectors)))
     statistics.update(vectors)
-    return Reference(name, statistics, vectors, digest=key)
+    return Reference(name, statistics, vectors, digest=key, about=f"{name}, {len(vectors):,} vectors")
 
 
 def reference_of(
@@ -129,7 +179,7 @@ def reference_of(
     features = stored["features"]
     statistics = FeatureStatistics(extractor.dim, provenance(name, key, extractor, len(features)))
     statistics.update(features)
-    return Reference(name, statistics, features, stored.get("labels"), key)
+    return Reference(name, statistics, features, stored.get("labels"), key, f"{name}, {len(features):,} pictures")
 
 
 def reference_key(images: Tensor, labels: Tensor | None, extractor: FeatureExtractor, chain: Sequence[Step] = ()) -> str:

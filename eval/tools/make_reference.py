@@ -3,7 +3,7 @@
 ``python -m fewstep.eval.tools.make_reference FOLDER --preset coco30k [--grey-to-colour]``
 
 Every image of the folder goes through the preset's own resize chain and feature network; sizes may differ. The file is
-written where the preset looks for it, or to --out.
+written where the preset looks for it, or to --out, which `fewstep eval RUN --against FILE.npz` takes.
 """
 
 from __future__ import annotations
@@ -22,14 +22,16 @@ from fewstep.eval.metrics.statistics import FeatureStatistics
 from fewstep.eval.protocol.images import ImageFolder
 from fewstep.eval.protocol.preset import Preset, load_preset, locate
 from fewstep.eval.protocol.reference import provenance
-from fewstep.eval.protocol.resize import apply_chain
+from fewstep.eval.protocol.resize import Step, apply_chain
 from fewstep.files import cache_dir
 
 
 def folder_statistics(
-    folder: ImageFolder, preset: Preset, extractor: FeatureExtractor, batch: int = 32
-) -> FeatureStatistics:
-    """Statistics of all images of a folder through the preset's chain.
+    folder: ImageFolder, preset: Preset, extractor: FeatureExtractor, batch: int = 32, size: int | None = None
+) -> tuple[FeatureStatistics, Tensor]:
+    """Statistics and features (N, D) of all images of a folder through the preset's chain.
+
+    `size`: the middle square of every image is first resized to it (Lanczos), as the samples' size.
 
     Raises:
         ValueError: a file that does not fit, or another number of images than the preset's reference has.
@@ -41,15 +43,16 @@ def folder_statistics(
         )
     name = preset.reference.name
     statistics = FeatureStatistics(extractor.dim, provenance(name, preset.hash, extractor, len(folder.files)))
-    for pixels in _chained(folder, preset, batch):
-        statistics.update(extract(extractor, pixels))
-    return statistics
+    features = extract(extractor, _chained(folder, preset, batch, size))
+    statistics.update(features)
+    return statistics, features
 
 
-def _chained(folder: ImageFolder, preset: Preset, batch: int) -> Iterator[Tensor]:
+def _chained(folder: ImageFolder, preset: Preset, batch: int, size: int | None) -> Iterator[Tensor]:
+    first = [] if size is None else [Step("centre-square"), Step("pil-lanczos", size)]
     waiting: list[Tensor] = []
     for image in folder.images():
-        waiting.append(apply_chain(image[None], preset.steps)[0].float())
+        waiting.append(apply_chain(image[None], [*first, *preset.steps])[0].float())
         if waiting[0].shape != waiting[-1].shape:
             raise ValueError(
                 f"{folder.path}: the chain of preset {preset.name} leaves images of different sizes, "
@@ -74,18 +77,22 @@ def make(arguments: Sequence[str] | None = None) -> Path:
     parser.add_argument("--out", type=Path, help="file to write; left out: where the preset looks for it")
     parser.add_argument("--extractor-path", type=Path, help="weights of the preset's feature network")
     parser.add_argument("--grey-to-colour", action="store_true", help="take grey files in a colour preset")
+    parser.add_argument("--size", type=int, help="first resize the middle square of every image to the samples' size")
+    parser.add_argument("--keep-features", action="store_true", help="for KID and precision: 4 bytes x N x D more")
     parser.add_argument("--batch", type=int, default=32, help="images of one pass")
     given = parser.parse_args(arguments)
     preset = load_preset(given.preset)
-    if preset.reference.file is None:
+    if preset.reference.file is None and (given.out is None or preset.reference.kind not in ("data", "against")):
         raise ValueError(f"preset {preset.name}: its reference is {preset.reference.kind!r}, there is no file to make")
-    folder = ImageFolder(given.folder, preset.channels, any_size=True, grey_to_colour=given.grey_to_colour)
+    either = given.grey_to_colour or preset.channels is None
+    folder = ImageFolder(given.folder, preset.channels or 3, any_size=True, grey_to_colour=either)
     weights = given.extractor_path
     if weights is None and preset.extractor_file is not None:
         weights = locate(preset.extractor_file, "weights")
     extractor = build_extractor(preset.extractor, weights)
-    statistics = folder_statistics(folder, preset, extractor, given.batch)
-    return statistics.save(given.out or cache_dir("reference") / preset.reference.file.name)
+    statistics, features = folder_statistics(folder, preset, extractor, given.batch, given.size)
+    where = given.out or cache_dir("reference") / str(preset.reference.file and preset.reference.file.name)
+    return statistics.save(where, features.numpy() if given.keep_features else None)
 
 
 def main() -> None:

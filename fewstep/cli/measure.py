@@ -17,6 +17,7 @@ from fewstep.commands.request import Request
     epilog="Examples:\n\n"
     "`fewstep eval runs/digits-dmd2 --samples 5000`\n\n"
     "`fewstep eval runs/digits-dmd2 --preset digits --teacher 1,12 --report report`\n\n"
+    "`fewstep eval runs/mine --against photos --samples 1000`\n\n"
     "`fewstep eval my-pipeline --preset coco30k --steps 4 --call guidance_scale=1.0`\n\n"
     "`fewstep eval --images folder --preset fashion-mnist --allow-skips`\n\n"
     "`fewstep eval my-pipeline --preset geneval --steps 4 --out geneval-images`\n\n"
@@ -31,6 +32,10 @@ def evaluate(request: Request) -> None:
         from fewstep.commands.selftest import check
 
         check()
+    elif request.list_presets:
+        from fewstep.commands.presets import list_presets
+
+        list_presets()
     else:
         from fewstep.commands.evaluate import run
 

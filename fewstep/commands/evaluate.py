@@ -11,9 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import ValidationError
 from torch import Tensor
 
-from fewstep.commands.judge import Judge, captions_of, check_fit, data_of, open_judge, preset_of, refusals
+from fewstep.commands.against import pipeline_shape, source_of
+from fewstep.commands.judge import Judge, captions_of, check_fit, open_judge, preset_of, refusals
 from fewstep.commands.measure import guided_teacher, teacher_product
 from fewstep.commands.options import parse_steps
 from fewstep.commands.processes import world
@@ -31,7 +33,8 @@ from fewstep.eval.protocol.resize import quantise
 from fewstep.eval.protocol.runner import Job, Samples, collect, extract_images, run_shards
 from fewstep.eval.report import write_report
 from fewstep.files import cache_dir
-from fewstep.recipe.schema import Evaluate
+from fewstep.pictures import SUFFIXES, PictureError, facts
+from fewstep.recipe.schema import Evaluate, default_metric
 from fewstep.train.build import build_roles
 from fewstep.train.product import Product, open_product
 
@@ -44,21 +47,23 @@ def run(request: Request) -> list[Evaluation]:
     steps, teacher = parse_steps(request.steps), parse_steps(request.teacher, "--teacher")
     product = product_of(request)
     spec = spec_of(request, product)
-    preset = preset_for(request, spec)
+    shape = shape_of(request, product) if spec is not None else None
+    preset = preset_for(request, spec, shape)
     if preset.reference.kind == "none":
         write_images(preset, request, steps)
         return []
     check_options(preset, request)
     with refusals():
-        files = require_files(preset, request.extractor_path, request.clip_path, request.omit or ())
+        files = require_files(preset, weights_of(request, spec), request.clip_path, request.omit or ())
         check_source(preset, request, product, steps, teacher)
     captions = spec.retrieval if spec is not None and product is not None else None
+    recipe = None if product is None else product.recipe
     judge = open_judge(
         preset,
         files,
-        data=None if product is None else data_of(product),
+        data=source_of(recipe, "data" if spec is None else spec.against, shape),
         retrieval=None if captions is None or product is None else captions_of(product, captions),
-        extractor_path=request.extractor_path,
+        extractor_path=weights_of(request, spec),
         omit=request.omit or (),
     )
     with refusals():
@@ -83,18 +88,67 @@ def product_of(request: Request) -> Product | None:
 
 
 def spec_of(request: Request, product: Product | None) -> Evaluate | None:
-    """What a run's recipe says of its evaluation, the default for other folders; None where a preset is named."""
-    if request.preset is not None:
+    """What the command line or a run's recipe says of the evaluation; None where a preset is named."""
+    chosen = request.against is not None or request.features is not None or request.preset == "fd"
+    if request.preset not in (None, "fd"):
+        if chosen:
+            raise UserError(f"--against, --features: preset {request.preset} has its own; give one or the other")
         return None
-    own = product.recipe.evaluate if product is not None and product.recipe is not None else None
-    changes = {"samples": request.samples, "seed": request.seed}
-    return replace(own or Evaluate(), **{k: v for k, v in changes.items() if v is not None})
+    own = None if product is None or product.recipe is None else product.recipe.evaluate
+    changes: dict[str, Any] = {"samples": request.samples, "seed": request.seed}
+    if chosen:
+        changes |= {"against": request.against, "features": request.features}
+        changes |= {"extractor_path": None if request.extractor_path is None else str(request.extractor_path)}
+        if product is None and request.against in (None, "data"):
+            raise UserError("--against: only a run knows its own data; give a folder of real pictures or FILE.npz")
+        if own is None or own.metric != "fd":
+            own = replace(own or Evaluate(), metric="fd")
+        if request.images is not None:
+            changes["samples"] = request.samples or len(ImageFolder(request.images).files)
+    elif own is None and product is not None and product.recipe is not None:
+        own = Evaluate(metric=default_metric(product.recipe.data))
+    if own is None or own.metric is None:
+        what = "--images" if request.images is not None else f"{request.path}"
+        raise UserError(
+            f"{what}: nothing says how to measure this; give --against FOLDER with real pictures"
+            + ("" if product is None else " (or --against data)")
+            + ", or --preset NAME, of those that --list-presets names"
+        )
+    try:
+        return replace(own, **{k: v for k, v in changes.items() if v is not None})
+    except ValueError as error:
+        raise UserError(f"--features {request.features}: {_reason(error)}") from None
 
 
-def preset_for(request: Request, spec: Evaluate | None) -> Preset:
+def _reason(error: ValueError) -> str:
+    """What a checked dataclass refuses, without pydantic's frame."""
+    message = error.errors()[0]["msg"] if isinstance(error, ValidationError) else error
+    return str(message).removeprefix("Value error, ")
+
+
+def shape_of(request: Request, product: Product | None) -> tuple[int, ...]:
+    """(C, H, W) of the samples; of ready images, that of the first."""
+    if product is not None:
+        return product.picture_shape()
+    if request.images is None:
+        assert request.path is not None
+        return pipeline_shape(request.path)
+    with refusals():
+        grey = request.features == "house"
+        return tuple(next(ImageFolder(request.images, 1 if grey else 3, grey_to_colour=not grey).images()).shape)
+
+
+def weights_of(request: Request, spec: Evaluate | None) -> Path | None:
+    """The weights of the feature network, by the command line or the recipe."""
+    if request.extractor_path is not None or spec is None or spec.extractor_path is None:
+        return request.extractor_path
+    return Path(spec.extractor_path).expanduser()
+
+
+def preset_for(request: Request, spec: Evaluate | None, shape: tuple[int, ...] | None) -> Preset:
     """The preset of the command line, or the recipe's."""
     if spec is not None:
-        return preset_of(spec)
+        return preset_of(spec, shape)
     assert request.preset is not None
     with refusals():
         preset = load_preset(request.preset)
@@ -150,7 +204,28 @@ def image_folder(preset: Preset, request: Request) -> ImageFolder:
     assert request.images is not None
     # A preset of null channels takes grey and colour: a grey value in all three channels is the same picture.
     either = preset.channels is None
-    return ImageFolder(request.images, preset.channels or 3, preset.number, request.allow_skips, grey_to_colour=either)
+    folder = ImageFolder(request.images, preset.channels or 3, None, request.allow_skips, grey_to_colour=either)
+    if len(folder.files) < preset.number:
+        size, side = size_of(folder.files[0]), preset.size
+        remedy = f"measure these with --samples {len(folder.files)}"
+        if side is not None and size is not None and size != (side, side):
+            remedy = (
+                f"it takes {side} x {side} and the first is {size[0]} x {size[1]}: --against FOLDER compares any size"
+            )
+        raise UserError(
+            f"{request.images}: {len(folder.files)} images, but {preset.number} are asked for by preset {preset.name}; "
+            f"{remedy}"
+        )
+    folder.number = preset.number
+    return folder
+
+
+def size_of(file: Path) -> tuple[int, int] | None:
+    """(height, width) by the header; None where it has none, which reading it will tell."""
+    try:
+        return facts(file, file)[:2] if file.suffix.lower() in SUFFIXES else None
+    except PictureError:
+        return None
 
 
 def check_order(files: Sequence[Path]) -> None:

@@ -14,8 +14,10 @@ from fewstep.algebra.sampling import Sampler, sample
 from fewstep.commands.options import parse_classes
 from fewstep.commands.pictures import save_side_by_side
 from fewstep.config import UserError
-from fewstep.data.images import _SUFFIXES, ImageFolder
+from fewstep.data.images import ImageFolder
+from fewstep.data.reader import View, scaled
 from fewstep.methods.icd import ICD, invert
+from fewstep.pictures import SUFFIXES
 from fewstep.train.build import build_roles
 from fewstep.train.product import Product, open_product
 from fewstep.train.state import checkpoints, load_into, load_tensors
@@ -47,13 +49,13 @@ def round_trip(method: ICD, sampler: Sampler, student: Any, forward: Any, x: Ten
 
 def read_images(path: Path, shape: tuple[int, ...]) -> tuple[Tensor, Tensor | None, int]:
     """(images (n, *shape) in [-1, 1], labels by sub-folder or None, their number) of a picture or a folder."""
+    grey = shape[0] == 1
     if path.is_file():
-        if path.suffix.lower() not in _SUFFIXES:
-            raise UserError(f"{path}: is not a picture ({', '.join(sorted(_SUFFIXES))})")
-        data = ImageFolder(path=str(path.parent), grey=shape[0] == 1).read([path])
-        x, labels, classes = data, None, 0
+        if path.suffix.lower() not in SUFFIXES:
+            raise UserError(f"{path}: is not a picture ({', '.join(SUFFIXES)})")
+        x, labels, classes = scaled(View(None, grey).decode(path.read_bytes(), str(path)))[None], None, 0
     else:
-        folder = ImageFolder(path=str(path), grey=shape[0] == 1).open()
+        folder = ImageFolder(path=str(path), grey=grey).open()
         x, labels, classes = folder.images, folder.labels, folder.classes
     if tuple(x.shape[1:]) != shape:
         raise UserError(f"{path}: pictures are {list(x.shape[1:])}, this run's are {list(shape)}; resize them first")

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
+from fewstep.commands.against import fitted, source_of
 from fewstep.commands.sources import Model
 from fewstep.config import UserError
 from fewstep.eval.errors import InputError
@@ -21,12 +20,11 @@ from fewstep.eval.protocol.evaluate import evaluate, preset_clip, prompts_digest
 from fewstep.eval.protocol.evaluation import Evaluation
 from fewstep.eval.protocol.preset import Preset, load_preset, require_files
 from fewstep.eval.protocol.prompts import prompts_of
-from fewstep.eval.protocol.reference import Reference, preset_reference
+from fewstep.eval.protocol.reference import Reference, Source, preset_reference
 from fewstep.eval.protocol.runner import Job, Samples, shard_size
-from fewstep.recipe.schema import Evaluate
+from fewstep.pictures import PictureError
+from fewstep.recipe.schema import Evaluate, default_metric
 from fewstep.train.product import Product
-
-Data = Callable[[], tuple[Tensor, Tensor | None]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,23 +85,33 @@ def refusals() -> Iterator[None]:
     """What the harness refuses is the user's to mend: one message. Errors of the code itself keep their traceback."""
     try:
         yield
-    except (InputError, FileNotFoundError, PermissionError, ModuleNotFoundError) as error:
+    except (InputError, PictureError, FileNotFoundError, PermissionError, ModuleNotFoundError) as error:
         raise UserError(str(error)) from None
 
 
-def preset_of(spec: Evaluate) -> Preset:
-    """The preset that a recipe names, with the recipe's number of samples and seed."""
+def preset_of(spec: Evaluate, shape: Sequence[int] | None = None) -> Preset:
+    """The preset that a recipe names, with the recipe's number of samples and seed; `shape` is that of its samples.
+
+    Raises:
+        UserError: no preset was named.
+    """
+    if spec.metric is None:
+        raise UserError(
+            "no metric was chosen, and these data have no default; write evaluate.metric=fd (features, against the data "
+            "or against=FOLDER), energy for vectors, or another that `fewstep eval --list-presets` names"
+        )
     with refusals():
         preset = load_preset(spec.metric)
     metrics = preset.metrics if spec.retrieval is None else [*preset.metrics, "retrieval"]
-    return replace(preset, number=spec.samples, first_seed=spec.seed, metrics=metrics)
+    preset = replace(preset, number=spec.samples, first_seed=spec.seed, metrics=metrics)
+    return fitted(preset, spec, shape) if preset.reference.kind == "against" else preset
 
 
 def open_judge(
     preset: Preset,
     files: Mapping[str, Path],
     *,
-    data: Data | None = None,
+    data: Source | None = None,
     retrieval: Retrieval | None = None,
     extractor_path: Path | None = None,
     omit: Sequence[str] = (),
@@ -131,18 +139,18 @@ def judge_of(product: Product, spec: Evaluate) -> Judge:
     Raises:
         UserError: the preset is not for this product's samples, or a file that it needs is missing.
     """
-    preset = preset_of(spec)
+    recipe: Any = product.recipe
+    if spec.metric is None and recipe is not None:
+        spec = replace(spec, metric=default_metric(recipe.data))
+    shape = product.picture_shape()
+    preset = preset_of(spec, shape)
     with refusals():
         files = require_files(preset)
-    check_fit(preset, product.picture_shape(), product.classes)
+    check_fit(preset, shape, product.classes)
     captions = None if spec.retrieval is None else captions_of(product, spec.retrieval)
-    return open_judge(preset, files, data=data_of(product), retrieval=captions)
-
-
-def data_of(product: Product) -> Data | None:
-    """All samples of a run's data; None where a folder does not say which these are."""
-    recipe: Any = product.recipe
-    return None if recipe is None else lambda: recipe.data.open().all()
+    path = None if spec.extractor_path is None else Path(spec.extractor_path).expanduser()
+    data = source_of(recipe, spec.against, shape)
+    return open_judge(preset, files, data=data, retrieval=captions, extractor_path=path)
 
 
 def check_fit(preset: Preset, shape: Sequence[int], classes: int | None, what: str = "") -> None:

@@ -80,7 +80,8 @@ def show(evaluations: Sequence[Evaluation]) -> None:
     else:
         _list(evaluations)
     for e in evaluations:
-        lines = [f"left out: {name}: {reason}" for name, reason in e.omitted.items()]
+        lines = [f"against {e.reference}"] if e.reference and e is evaluations[0] else []
+        lines += [f"left out: {name}: {reason}" for name, reason in e.omitted.items()]
         if e.skipped:
             lines.append(f"{len(e.skipped)} images skipped:")
             lines += [f"  {name}: {reason}" for name, reason in e.skipped.items()]

@@ -19,6 +19,13 @@ class Request:
     preset: Annotated[
         str | None, Option(help="A protocol, shipped or a YAML file; left out: the run's own `evaluate`.")
     ] = None
+    against: Annotated[
+        str | None,
+        Option(help="Compare with a folder of real pictures, a statistics file (.npz) or `data`, the run's own."),
+    ] = None
+    features: Annotated[
+        str | None, Option(help="With --against: effnet-lite0 (default), inception, dinov2, clip[:ARCHITECTURE], house.")
+    ] = None
     images: Annotated[Path | None, Option(help="Measure the images of this folder instead of sampling.")] = None
     steps: Annotated[str | None, Option(help="Network calls (a teacher: Heun steps), such as 1,2,4.")] = None
     any_steps: Annotated[bool, Option("--any", help="Allow a number of steps the student was not trained for.")] = False
@@ -35,6 +42,9 @@ class Request:
     clip_path: Annotated[Path | None, Option(help="open-clip checkpoint of the preset's CLIP score.")] = None
     report: Annotated[Path | None, Option(help="Folder for report.html and report.json.")] = None
     out: Annotated[Path | None, Option(help="Folder of the images that geneval and hpsv2 write.")] = None
+    list_presets: Annotated[bool, Option("--list-presets", help="Name the presets that ship, and what each needs.")] = (
+        False
+    )
     selftest: Annotated[bool, Option("--selftest", help="Check the harness itself on this machine.")] = False
 
     PANELS: ClassVar[dict[str, str]] = {
@@ -47,11 +57,16 @@ class Request:
 
     def __post_init__(self) -> None:
         # Here, before the command imports torch, which takes seconds.
-        if self.selftest:
+        if self.selftest or self.list_presets:
             return
         if (self.path is None) == (self.images is None):
-            raise UserError("eval: give a run, an export or a diffusers folder, or --images FOLDER --preset NAME")
-        if self.images is not None and self.preset is None:
-            raise UserError("--images: needs --preset NAME, such as digits")
+            raise UserError(
+                "eval: give a run, an export or a diffusers folder, or --images FOLDER with --against or --preset"
+            )
+        if self.images is not None and self.preset is None and self.against is None and self.features is None:
+            raise UserError(
+                "--images: nothing says how to measure this; give --against FOLDER with real pictures, or --preset NAME, "
+                "of those that --list-presets names"
+            )
         if self.seed is not None and self.preset is not None:
             raise UserError("--seed: a preset has seeds of its own; another seed is another protocol")

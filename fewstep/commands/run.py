@@ -65,6 +65,8 @@ def run_recipe(
             console.print(f"run directory {run}" + (f", continued at step {trainer.progress.done}" if continued else ""))
             if begin is not None:
                 _say_beginning(begin, recipe, run, trainer.progress.done)
+            if hasattr(trainer.data, "about"):
+                console.print(trainer.data.about(), soft_wrap=True, highlight=False, markup=False)
             _say_export(trainer)
         again = shlex.join(["fewstep", "run", name, *settings, "--out", str(run), "--resume"])
         try:

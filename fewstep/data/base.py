@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, Protocol
 
+from pydantic import Field
 from torch import Tensor
 
 from fewstep.algebra.draws import Draws
@@ -71,5 +72,7 @@ class EncoderSpec(Protocol):
         ...
 
 
+Share = Annotated[float, Field(ge=0, lt=1)]
+"""A share of a data set, in [0, 1)."""
 DataPart = Annotated[DataSpec, OneOf("data")]
 EncoderPart = Annotated[EncoderSpec, OneOf("encoder")]

@@ -6,28 +6,53 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
+from pydantic import PositiveInt
 from torch import Tensor
 
 from fewstep.algebra.draws import Draws
 from fewstep.config import UserError, part
-from fewstep.data.base import Conditions
+from fewstep.data.base import Conditions, Share
 from fewstep.data.conditions import ClassConditions
+from fewstep.data.reader import Crop, Item, Pictures, Resize, View, file_reader, refusals, split
+from fewstep.eval.protocol.images import to_pixels
+from fewstep.eval.protocol.real import RealPictures, tensor_digest
+from fewstep.pictures import SUFFIXES, class_names, hidden, list_pictures, told
 
 
 class InMemory(ClassConditions):
-    """A set of images held as one tensor, float32 (n, c, h, w) in [-1, 1], with optional labels int64 (n,)."""
+    """A set of images held as one tensor, float32 (n, c, h, w) in [-1, 1], with optional labels int64 (n,).
 
-    def __init__(self, images: Tensor, labels: Tensor | None, classes: int) -> None:
+    A share `held_out` of it is never in a batch.
+    """
+
+    def __init__(self, images: Tensor, labels: Tensor | None, classes: int, held_out: float = 0.0) -> None:
         self.images, self.labels, self.classes = images, labels, classes
         self.shape: tuple[int, ...] = tuple(images.shape[1:])
+        self.rows, self.held = split(len(images), held_out, "data")
 
     def batch(self, draws: Draws) -> tuple[Tensor, Any]:
-        k = draws.integers(len(self.images)).to(self.images.device)
+        k = draws.integers(len(self.rows)).to(self.images.device)
+        if len(self.held):
+            k = self.rows.to(k.device)[k]
         cond = None if self.labels is None else self.labels[k].to(draws.device)
         return self.images[k].to(draws.device), cond
 
     def all(self) -> tuple[Tensor, Tensor | None]:
         return self.images, self.labels
+
+    def reference(self) -> RealPictures:
+        """What samples are compared with: the images that are held out, or all of them."""
+        chosen = self.held if len(self.held) else self.rows
+        images = to_pixels(self.images[chosen])
+        labels = None if self.labels is None else self.labels[chosen]
+        return RealPictures(
+            name="data",
+            about=f"the run's data, {'held out of training' if len(self.held) else 'which it was trained on'}",
+            count=len(chosen),
+            read=lambda rows: images[torch.tensor(rows)],
+            digest=lambda rows: tensor_digest(images[torch.tensor(rows)]),
+            labels=labels,
+        )
 
 
 @part("data", "digits")
@@ -35,13 +60,15 @@ class Digits:
     """scikit-learn's 1,797 handwritten digits, 8 x 8 grey, ten classes: always there, no download."""
 
     conditions: ClassVar[Conditions] = "classes"
+    held_out: Share = 0.0
+    """Share of them, spread evenly, that is never trained on: evaluation against `data` takes these."""
 
     def open(self) -> InMemory:
         from sklearn.datasets import load_digits
 
         images, labels = load_digits(return_X_y=True)
         x = torch.from_numpy(images).float().reshape(-1, 1, 8, 8) / 8 - 1  # 0..16 -> [-1, 1]
-        return InMemory(x, torch.from_numpy(labels).long(), 10)
+        return InMemory(x, torch.from_numpy(labels).long(), 10, self.held_out)
 
 
 @part("data", "fashion-mnist")
@@ -54,6 +81,8 @@ class FashionMNIST:
     split: Literal["train", "test"] = "train"
     """60,000 or 10,000 images."""
     conditions: ClassVar[Conditions] = "classes"
+    held_out: Share = 0.0
+    """Share of them, spread evenly, that is never trained on: evaluation against `data` takes these."""
 
     def open(self) -> InMemory:
         from fewstep.eval.protocol.datasets import fashion_mnist
@@ -62,52 +91,57 @@ class FashionMNIST:
             images, labels = fashion_mnist(self.split, self.path)
         except (FileNotFoundError, ValueError) as error:
             raise UserError(f"data fashion-mnist: {error}") from None
-        return InMemory(images.float() / 127.5 - 1, labels, 10)
-
-
-_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
+        return InMemory(images.float() / 127.5 - 1, labels, 10, self.held_out)
 
 
 @part("data", "images")
 class ImageFolder:
-    """Pictures of one size in a folder; sub-folders, sorted by name, are the classes."""
+    """Pictures in a folder; sub-folders, by number where all are numbers and by name otherwise, are the classes.
+
+    Links are followed, hidden files and folders are not read. A picture is turned as its EXIF tag says, laid on white
+    where it is transparent and divided by 65,535 where it has 16 bits.
+    """
 
     path: str
     """The folder."""
     grey: bool = False
     """True: one channel, otherwise RGB."""
     conditions: ClassVar[None] = None
+    size: PositiveInt | None = None
+    """Side in pixels, to which the largest square of a picture is resized; left out: pictures are of one size and stay
+    as they are."""
+    resize: Resize = "lanczos"
+    """Filter; none: `size` pixels are cut as they are."""
+    crop: Crop = "centre"
+    """Which square: the middle, or one drawn anew each time; needs `size`."""
+    flip: bool = False
+    """True: half of the pictures, drawn anew each time, are mirrored left to right."""
+    held_out: Share = 0.0
+    """Share of the pictures, spread evenly, that is never trained on: evaluation against `data` takes these."""
 
-    def open(self) -> InMemory:
+    def __post_init__(self) -> None:
+        if self.size is None and (self.crop != "centre" or self.resize != "lanczos"):
+            raise ValueError("crop and resize change nothing without size; give the side in pixels")
+
+    def open(self) -> Pictures:
         root = Path(self.path).expanduser()
-        if not root.is_dir():
-            raise UserError(f"data folder {root}: no such folder")
-        files = sorted(p for p in root.rglob("*") if p.suffix.lower() in _SUFFIXES)
-        if not files:
-            raise UserError(f"data folder {root}: no pictures ({', '.join(sorted(_SUFFIXES))}) in it")
-        names = sorted({p.relative_to(root).parts[0] for p in files if len(p.relative_to(root).parts) > 1})
-        labels = []
-        for p in files if names else ():
-            parts = p.relative_to(root).parts
-            if len(parts) == 1:
-                raise UserError(f"{p}: stands beside class folders ({', '.join(names[:3])}); give it a class")
-            labels.append(names.index(parts[0]))
-        return InMemory(self.read(files), torch.tensor(labels) if names else None, len(names))
-
-    def read(self, files: list[Path]) -> Tensor:
-        """Pictures of one size as float32 (n, c, h, w) in [-1, 1]."""
-        from PIL import Image, UnidentifiedImageError
-
-        images: list[Tensor] = []
-        for p in files:
-            try:
-                with Image.open(p) as picture:
-                    pixels = picture.convert("L" if self.grey else "RGB")
-                    data = torch.frombuffer(bytearray(pixels.tobytes()), dtype=torch.uint8)
-            except (OSError, UnidentifiedImageError) as error:
-                raise UserError(f"{p}: not a readable picture: {error}") from None
-            images.append(data.reshape(pixels.height, pixels.width, -1).permute(2, 0, 1))
-            if images[-1].shape != images[0].shape:
-                size, first = tuple(images[-1].shape[1:]), tuple(images[0].shape[1:])
-                raise UserError(f"{p}: is {size[0]} x {size[1]}, but {files[0].name} is {first[0]} x {first[1]}")
-        return torch.stack(images).float() / 127.5 - 1
+        with refusals():
+            listing = list_pictures(root)
+            names = class_names(listing)
+        if not listing.files:
+            left = f"; left out: {told(listing.skipped.values())}" if listing.skipped else ""
+            raise UserError(f"data folder {root}: no pictures ({', '.join(SUFFIXES)}) in it{left}")
+        number = {name: i for i, name in enumerate(names)}
+        items = [
+            Item(file_reader(p), str(p), None, number[listing.parts(p)[0]] if names else None) for p in listing.files
+        ]
+        empty = {p.name for p in root.iterdir() if p.is_dir() and not hidden(p.name)} - set(names) if names else set()
+        return Pictures(
+            items,
+            View(self.size, self.grey, self.resize, self.crop, self.flip),
+            classes=len(names),
+            held_out=self.held_out,
+            origin=f"data {root}",
+            skipped=listing.skipped | dict.fromkeys(sorted(empty), "folder without pictures"),
+            remedy="give data.size, the side in pixels to which the middle of every picture is resized",
+        )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +11,13 @@ from torch import Tensor, nn
 
 from fewstep.algebra.draws import Draws
 from fewstep.config import UserError, part
-from fewstep.data.base import Conditions, EncoderPart
+from fewstep.data.base import Conditions, EncoderPart, Share
 from fewstep.data.conditions import TextConditions
+from fewstep.data.reader import split
 from fewstep.data.shards import Shards, read_index, sha256_of
 from fewstep.data.text import Text, embed
+from fewstep.eval.protocol.images import to_pixels
+from fewstep.eval.protocol.real import RealPictures, tensor_digest
 from fewstep.networks.folder import hub_hint, read_json, read_latents
 from fewstep.networks.weights import load_part, refuse_pickles
 
@@ -85,6 +89,8 @@ class Latents:
     """Guidance moves away from zeros in its place (SDXL)."""
     text_cache: str | None = None
     """Folder of the embeddings; the user's cache folder when left out."""
+    held_out: Share = 0.0
+    """Share of the latents, spread evenly, that is never trained on: evaluation against `data` takes these."""
 
     @property
     def conditions(self) -> Conditions | None:
@@ -101,14 +107,15 @@ class Latents:
             if captions is None:
                 raise UserError(f"{root}: was made from pictures without captions; leave out data.encoder")
             text = embed(self.encoder, captions, negative=self.negative, zeros=self.zeros, cache=self.text_cache)
-        return LatentData(shards, int(told["made_with"]["classes"]), text, self.sample)
+        return LatentData(shards, int(told["made_with"]["classes"]), text, self)
 
 
 class LatentData(TextConditions):
     """Latents by number, on average the posterior's samples."""
 
-    def __init__(self, shards: Shards, classes: int, text: Text | None, sample: bool) -> None:
-        self.shards, self.text, self.sample = shards, text, sample
+    def __init__(self, shards: Shards, classes: int, text: Text | None, spec: Latents) -> None:
+        self.shards, self.text, self.sample, self.vae = shards, text, spec.sample, spec.vae
+        self.rows, self.held = split(len(shards), spec.held_out, f"data {spec.path}")
         self.classes = 0 if text is not None else classes
         first = shards.take(torch.tensor([0]))
         self.shape: tuple[int, ...] = tuple(first["mean"].shape[1:])
@@ -126,7 +133,9 @@ class LatentData(TextConditions):
         return self._condition(k, self.shards.take(k) if self.classes else {})
 
     def batch(self, draws: Draws) -> tuple[Tensor, Any]:
-        k = draws.integers(len(self.shards))
+        k = draws.integers(len(self.rows))
+        if len(self.held):
+            k = self.rows.to(k.device)[k]
         rows = self.shards.take(k)
         x = rows["mean"].to(draws.device, torch.float32)
         if self.sample:
@@ -136,6 +145,23 @@ class LatentData(TextConditions):
     def all(self) -> tuple[Tensor, Tensor | None]:
         rows = self.shards.take(torch.arange(len(self.shards)))
         return rows["mean"].float(), rows["label"] if self.classes else None
+
+    def reference(self) -> RealPictures:
+        """What samples are compared with, decoded by the VAE: the latents that are held out, or all of them."""
+        chosen = self.held if len(self.held) else self.rows
+        vae = decoder(self.vae)
+
+        def means(rows: Sequence[int]) -> Tensor:
+            return self.shards.take(chosen[torch.tensor(rows)])["mean"].float()
+
+        kept = "held out of training" if len(self.held) else "which it was trained on"
+        return RealPictures(
+            name="data",
+            about=f"the run's latents, {kept}, decoded by their VAE",
+            count=len(chosen),
+            read=lambda rows: torch.cat([to_pixels(vae(z)) for z in means(rows).split(8)]),
+            digest=lambda rows: vae_hash(self.vae) + tensor_digest(means(rows)),
+        )
 
 
 def decoder(path: str, device: torch.device | str = "cpu") -> nn.Module:

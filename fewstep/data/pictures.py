@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import io
 import json
 import tarfile
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from glob import glob
 from pathlib import Path
 from typing import Any, ClassVar
@@ -17,77 +15,13 @@ from torch import Tensor
 
 from fewstep.algebra.draws import Draws
 from fewstep.config import UserError, part
-from fewstep.data.base import Conditions, EncoderPart
+from fewstep.data.base import Conditions, EncoderPart, Share
 from fewstep.data.conditions import TextConditions
+from fewstep.data.reader import Crop, Item, Pictures, Resize, View, file_reader, refusals
 from fewstep.data.text import Text, embed, read_prompts
-
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
-
-
-@dataclass(frozen=True)
-class Item:
-    """One picture: how its bytes are read, its caption or class, and its name for messages."""
-
-    read: Callable[[], bytes]
-    name: str
-    caption: str | None = None
-    label: int | None = None
-
-
-def decode(data: bytes, size: int, grey: bool, name: str) -> Tensor:
-    """Bytes of a picture -> float32 (c, size, size) in [-1, 1]: shorter side to `size`, then the middle.
-
-    Raises UserError naming the picture when it cannot be read.
-    """
-    from PIL import Image, UnidentifiedImageError
-
-    try:
-        with Image.open(io.BytesIO(data)) as opened:
-            picture = opened.convert("L" if grey else "RGB")
-    except (OSError, UnidentifiedImageError, ValueError) as error:
-        raise UserError(f"{name}: not a readable picture: {error}") from None
-    scale = size / min(picture.size)
-    if scale != 1:
-        resized = tuple(max(size, round(n * scale)) for n in picture.size)
-        picture = picture.resize((resized[0], resized[1]), Image.Resampling.LANCZOS)
-    left, top = (picture.width - size) // 2, (picture.height - size) // 2
-    picture = picture.crop((left, top, left + size, top + size))
-    pixels = torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8)
-    return pixels.reshape(size, size, -1).permute(2, 0, 1).float() / 127.5 - 1
-
-
-class Pictures(TextConditions):
-    """Pictures by number, with captions as text conditions, or with classes, or with neither."""
-
-    def __init__(self, items: Sequence[Item], size: int, grey: bool, classes: int = 0, text: Text | None = None) -> None:
-        self.items, self.size, self.grey, self.text = items, size, grey, text
-        self.classes = classes
-        self.shape: tuple[int, ...] = (1 if grey else 3, size, size)
-
-    def __len__(self) -> int:
-        return len(self.items)
-
-    def pictures(self, k: Tensor) -> Tensor:
-        """Pictures by number, int64 (b,) -> float32 (b, c, h, w) on the CPU."""
-        chosen = [self.items[i] for i in k.tolist()]
-        return torch.stack([decode(i.read(), self.size, self.grey, i.name) for i in chosen])
-
-    def condition(self, k: Tensor) -> Any:
-        """The conditions of pictures by number."""
-        if self.text is not None:
-            return self.text.take(k)
-        if self.classes:
-            return torch.tensor([self.items[i].label for i in k.tolist()], device=k.device)
-        return None
-
-    def batch(self, draws: Draws) -> tuple[Tensor, Any]:
-        k = draws.integers(len(self.items))
-        return self.pictures(k).to(draws.device), self.condition(k)
-
-    def all(self) -> tuple[Tensor, Tensor | None]:
-        k = torch.arange(len(self.items))
-        labels = self.condition(k) if self.classes and self.text is None else None
-        return self.pictures(k), labels
+from fewstep.eval.protocol.real import RealPictures
+from fewstep.files import lines_of, text_of
+from fewstep.pictures import SUFFIXES, hidden, list_pictures
 
 
 def _texts(items: Sequence[Item], spec: Any) -> Text | None:
@@ -109,7 +43,7 @@ class Captions:
     path: str
     """The folder."""
     size: PositiveInt
-    """Side in pixels; pictures are resized to it and cut to a square."""
+    """Side in pixels, to which the largest square of a picture is resized."""
     encoder: EncoderPart | None = None
     """Text encoder; without one captions are read and not used."""
     captions: str | None = None
@@ -122,6 +56,14 @@ class Captions:
     """Folder of the embeddings; the user's cache folder when left out."""
     grey: bool = False
     """True: one channel, otherwise RGB."""
+    resize: Resize = "lanczos"
+    """Filter; none: `size` pixels are cut as they are."""
+    crop: Crop = "centre"
+    """Which square: the middle, or one drawn anew each time."""
+    flip: bool = False
+    """True: half of the pictures, drawn anew each time, are mirrored left to right; captions stay as they are."""
+    held_out: Share = 0.0
+    """Share of the pictures, spread evenly, that is never trained on: evaluation against `data` takes these."""
 
     @property
     def conditions(self) -> Conditions:
@@ -134,7 +76,8 @@ class Captions:
         told = root / (self.captions or "captions.jsonl")
         if self.captions is not None and not told.is_file():
             raise UserError(f"{told}: no such caption file")
-        pairs = _caption_file(told) if told.is_file() else _beside(root)
+        skipped: dict[str, str] = {}
+        pairs = _caption_file(told) if told.is_file() else _beside(root, skipped)
         missing = [(n, name) for n, name, _ in pairs if not (root / name).is_file()]
         if missing:
             where = f"{told}:{missing[0][0]}" if told.is_file() else str(root)
@@ -142,28 +85,52 @@ class Captions:
                 f"{where}: names the picture {missing[0][1]}, which is not in {root} ({len(missing)} of {len(pairs)} are "
                 "missing); add the pictures or delete their lines"
             )
-        items = [Item((root / name).read_bytes, str(root / name), text) for _, name, text in pairs]
-        return Pictures(items, self.size, self.grey, text=_texts(items, self))
+        items = [Item(file_reader(root / name), str(root / name), text) for _, name, text in pairs]
+        return _opened(self, items, f"data {root}", skipped=skipped)
+
+
+def _opened(spec: Any, items: Sequence[Item], origin: str, classes: int = 0, **more: Any) -> Pictures:
+    view = View(spec.size, spec.grey, spec.resize, spec.crop, spec.flip)
+    text = _texts(items, spec)
+    return Pictures(items, view, classes=classes, text=text, held_out=spec.held_out, origin=origin, **more)
+
+
+def _read_text(path: Path) -> str:
+    """A text file. UserError naming file and line where it is no UTF-8."""
+    try:
+        return text_of(path.read_bytes(), path)
+    except (OSError, ValueError) as error:
+        raise UserError(str(error)) from None
 
 
 def _caption_file(path: Path) -> list[tuple[int, str, str]]:
     """(line number, file, text) of a caption file."""
     out = []
-    for n, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    for n, line in enumerate(lines_of(_read_text(path)), 1):
         if not line.strip():
             continue
         try:
             entry = json.loads(line)
-            out.append((n, str(entry["file"]), str(entry["text"])))
-        except (ValueError, KeyError, TypeError):
+            name, text = entry["file"], entry["text"]
+        except (ValueError, KeyError, TypeError, RecursionError):
             raise UserError(f'{path}:{n}: expected {{"file": "NAME", "text": "CAPTION"}}, got {line[:60]!r}') from None
+        for key, value in (("file", name), ("text", text)):
+            if not isinstance(value, str):
+                raise UserError(f'{path}:{n}: "{key}" is {json.dumps(value)[:60]}, expected a text; write one, or ""')
+        if Path(name).is_absolute() or ".." in Path(name).parts or not name:
+            raise UserError(f"{path}:{n}: the picture {name!r} is not inside {path.parent}; move it there")
+        out.append((n, name, text))
     if not out:
         raise UserError(f"{path}: holds no caption")
     return out
 
 
-def _beside(root: Path) -> list[tuple[int, str, str]]:
-    pictures = sorted(p for p in root.rglob("*") if p.suffix.lower() in SUFFIXES)
+def _beside(root: Path, skipped: dict[str, str]) -> list[tuple[int, str, str]]:
+    """(0, file, text) of pictures with a .txt file each; what is left out goes to `skipped`."""
+    with refusals():
+        listing = list_pictures(root)
+    skipped |= listing.skipped
+    pictures = listing.files
     if not pictures:
         raise UserError(f"data folder {root}: no pictures ({', '.join(SUFFIXES)}) in it")
     bare = [p for p in pictures if not p.with_suffix(".txt").is_file()]
@@ -172,7 +139,7 @@ def _beside(root: Path) -> list[tuple[int, str, str]]:
             f"{bare[0]}: has no caption ({len(bare)} of {len(pictures)} have none); write {bare[0].stem}.txt beside "
             "it, or captions.jsonl"
         )
-    return [(0, str(p.relative_to(root)), p.with_suffix(".txt").read_text().strip()) for p in pictures]
+    return [(0, str(p.relative_to(root)), _read_text(p.with_suffix(".txt")).strip(" \t\r\n")) for p in pictures]
 
 
 @part("data", "webdataset")
@@ -182,7 +149,7 @@ class WebDataset:
     shards: str
     """Path with wildcards or a range, such as data/train-{0000..0012}.tar."""
     size: PositiveInt
-    """Side in pixels; pictures are resized to it and cut to a square."""
+    """Side in pixels, to which the largest square of a picture is resized."""
     encoder: EncoderPart | None = None
     """Text encoder for the captions; without one classes are the condition, if there are any."""
     classes: int = 0
@@ -195,6 +162,14 @@ class WebDataset:
     """Folder of the embeddings; the user's cache folder when left out."""
     grey: bool = False
     """True: one channel, otherwise RGB."""
+    resize: Resize = "lanczos"
+    """Filter; none: `size` pixels are cut as they are."""
+    crop: Crop = "centre"
+    """Which square: the middle, or one drawn anew each time."""
+    flip: bool = False
+    """True: half of the pictures, drawn anew each time, are mirrored left to right; captions stay as they are."""
+    held_out: Share = 0.0
+    """Share of the pictures, spread evenly, that is never trained on: evaluation against `data` takes these."""
 
     @property
     def conditions(self) -> Conditions:
@@ -212,7 +187,7 @@ class WebDataset:
             wrong = next((i for i in items if i.label is None or not 0 <= i.label < self.classes), None)
             if wrong:
                 raise UserError(f"{wrong.name}: its class is {wrong.label}, not one of 0..{self.classes - 1} (.cls)")
-        return Pictures(items, self.size, self.grey, self.classes, _texts(items, self))
+        return _opened(self, items, f"data {self.shards}", self.classes)
 
 
 def expand(pattern: str) -> list[Path]:
@@ -234,26 +209,33 @@ def expand(pattern: str) -> list[Path]:
 
 
 def index(path: Path) -> list[Item]:
-    """The samples of one tar file; only headers, captions and classes are read."""
+    """The samples of one tar file; only headers, captions and classes are read.
+
+    Raises:
+        UserError: a file that is no tar, is cut off, holds one name twice, or a sample without a picture.
+    """
     groups: dict[str, dict[str, tuple[int, int]]] = {}
+    end, last = 0, "its first member"
     try:
         with tarfile.open(path, "r:") as tar:
             for member in tar:
-                if member.isfile():
-                    folder, _, name = member.name.rpartition("/")
-                    stem, _, kind = name.partition(".")
-                    groups.setdefault(f"{folder}/{stem}".lstrip("/"), {})[kind.lower()] = (
-                        member.offset_data,
-                        member.size,
-                    )
+                end, last = member.offset_data + -(-member.size // 512) * 512, member.name
+                if not member.isfile() or any(hidden(p) for p in member.name.split("/") if p not in ("", ".")):
+                    continue
+                folder, _, name = member.name.rpartition("/")
+                stem, _, kind = name.partition(".")
+                parts = groups.setdefault(f"{folder}/{stem}".lstrip("/"), {})
+                if kind.lower() in parts:
+                    raise UserError(f"{path}: holds {member.name} twice; give every sample a name of its own")
+                parts[kind.lower()] = (member.offset_data, member.size)
     except (tarfile.TarError, OSError) as error:
         raise UserError(f"{path}: not a readable tar file (compressed ones are not read): {error}") from None
-    end = path.stat().st_size
+    _refuse_cut(path, end, last)
 
-    def read(span: tuple[int, int]) -> bytes:
+    def read(span: tuple[int, int], limit: int | None = None) -> bytes:
         with path.open("rb") as f:
             f.seek(span[0])
-            return f.read(span[1])
+            return f.read(span[1] if limit is None else min(limit, span[1]))
 
     items = []
     for stem, parts in groups.items():
@@ -261,22 +243,39 @@ def index(path: Path) -> list[Item]:
         name = f"{path}:{stem}"
         if picture is None:
             raise UserError(f"{name}: has no picture ({', '.join(SUFFIXES)}), only {', '.join(sorted(parts))}")
-        if picture[0] + picture[1] > end:
-            raise UserError(f"{path}: ends within {stem}; the file is cut off, copy it again")
         caption, label = None, None
         try:
             if "txt" in parts:
-                caption = read(parts["txt"]).decode().strip()
+                caption = text_of(read(parts["txt"]), f"{name}.txt").strip(" \t\r\n")
             elif "json" in parts:
-                caption = json.loads(read(parts["json"])).get("caption")
+                told = json.loads(text_of(read(parts["json"]), f"{name}.json"))
+                caption = told.get("caption")
+                if "caption" in told and not isinstance(caption, str):
+                    raise ValueError(f'"caption" is {json.dumps(caption)[:60]}, expected a text')
             if "cls" in parts:
                 label = int(read(parts["cls"]).decode())
-        except (ValueError, AttributeError) as error:
+        except (ValueError, AttributeError, RecursionError) as error:
             raise UserError(f"{name}: its caption or class cannot be read: {error}") from None
-        items.append(Item(lambda span=picture: read(span), name, caption, label))  # type: ignore[misc]
+        items.append(Item(lambda limit=None, span=picture: read(span, limit), name, caption, label))
     if not items:
         raise UserError(f"{path}: holds no sample")
     return items
+
+
+def _refuse_cut(path: Path, end: int, last: str) -> None:
+    """UserError unless zeros follow the last member and nothing else: tarfile is silent about what is cut there."""
+    with path.open("rb") as f:
+        size = f.seek(0, 2)
+        if size < end:
+            raise UserError(f"{path}: ends within {last}; the file is cut off, copy it again")
+        f.seek(end)
+        mark = f.read(512)
+        if len(mark) < 512:
+            raise UserError(f"{path}: ends after {last} without the mark of an end; the file is cut off, copy it again")
+        while mark:
+            if mark.count(0) != len(mark):
+                raise UserError(f"{path}: holds more after {last}, which cannot be read: damaged, or two files joined")
+            mark = f.read(1 << 20)
 
 
 @part("data", "prompts")
@@ -325,3 +324,9 @@ class PromptData(TextConditions):
 
     def all(self) -> tuple[Tensor, Tensor | None]:
         return self.batch(Draws(0, torch.arange(1)))
+
+    def reference(self) -> RealPictures:
+        raise UserError(
+            f"data {self.path}: holds prompts and no pictures to compare with; give a folder of real pictures, "
+            "evaluate.against=FOLDER"
+        )

@@ -16,6 +16,7 @@ from torch import Tensor
 from fewstep.algebra.condition import moved, nulled, zeros_like
 from fewstep.config import UserError, part
 from fewstep.data.shards import Shards, sha256_of
+from fewstep.files import lines_of, text_of
 from fewstep.networks.folder import hub_hint, read_json, read_latents
 from fewstep.networks.weights import load_text_model
 
@@ -297,10 +298,12 @@ def _digest(texts: Sequence[str]) -> str:
 def read_prompts(path: Path) -> list[str]:
     """One prompt a line; empty lines are left out. Raises UserError naming the file."""
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
+        lines = lines_of(text_of(path.read_bytes(), path))
+    except OSError as error:
         raise UserError(f"prompts {path}: cannot be read: {error}") from None
-    prompts = [line.strip() for line in lines if line.strip()]
+    except ValueError as error:
+        raise UserError(f"prompts {error}") from None
+    prompts = [text for line in lines if (text := line.strip(" \t\r"))]
     if not prompts:
         raise UserError(f"prompts {path}: holds no prompt; write one a line")
     return prompts

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from dataclasses import fields, is_dataclass
+from dataclasses import fields, is_dataclass, replace
 from typing import Any, Literal
 
 from pydantic import Field
@@ -148,14 +148,32 @@ class Train:
             raise ValueError(f"ema decays must differ, not {list(self.ema)}")
 
 
+FEATURES = ("effnet-lite0", "inception", "dinov2", "clip", "house")
+
+
+def default_metric(data: Any) -> str | None:
+    """The metric of data for which none was chosen; None where somebody has to choose."""
+    if data.name == "digits":
+        return "fd-house-digits"
+    return "fd" if getattr(data, "grey", True) is False or data.name == "latents" else None
+
+
 @config
 class Evaluate:
     """What is measured at the end of a run, and how many samples."""
 
-    metric: str = "fd-house-digits"
-    """A preset of `fewstep eval`: fd-house-digits and fd-house-fashion-mnist (Frechet distance on a house classifier's
-    features), fd-effnet-lite0 (on EfficientNet-lite0's, from the recipe's own data), energy (energy distance of
-    vectors), another shipped one, or a YAML file."""
+    metric: str | None = None
+    """A preset of `fewstep eval`: fd (Frechet distance, KID, precision and recall on the features that `features` names,
+    from what `against` names), fd-house-digits and fd-house-fashion-mnist (on a house classifier's features),
+    fd-effnet-lite0, energy (energy distance of vectors), another shipped one, or a YAML file. Left out: the digits' for
+    digits, fd for colour pictures."""
+    against: str = "data"
+    """Of metric fd: data (the recipe's own, what `held_out` keeps from training where it is set), a folder of real
+    pictures of any size, or a statistics file (.npz)."""
+    features: str = "effnet-lite0"
+    """Of metric fd: effnet-lite0, inception, dinov2, clip or clip:ARCHITECTURE, house."""
+    extractor_path: str | None = None
+    """Weights of these features, where they do not come with a package."""
     samples: int = 1797
     """In place of the preset's number."""
     seed: int = 1000
@@ -168,7 +186,14 @@ class Evaluate:
     """Folder of a model by `fewstep train-retrieval`: also the share of captions found among 100."""
 
     def __post_init__(self) -> None:
-        if not self.metric.endswith((".yaml", ".yml")) and self.metric not in preset_names():
+        own = (self.against, self.features, self.extractor_path) != ("data", "effnet-lite0", None)
+        if self.metric is None and own:
+            object.__setattr__(self, "metric", "fd")
+        if self.metric not in (None, "fd") and own:
+            raise ValueError(f"against, features and extractor_path are of metric fd, not of {self.metric}")
+        if self.features not in FEATURES and not self.features.startswith("clip:"):
+            raise ValueError(f"features {self.features!r} is not one of {', '.join(FEATURES)}, clip:ARCHITECTURE")
+        if self.metric and not self.metric.endswith((".yaml", ".yml")) and self.metric not in preset_names():
             known = preset_names()
             hint = _close(self.metric, known) or f"; shipped are {', '.join(known)}"
             raise ValueError(f"metric {self.metric!r} is no preset and no YAML file{hint}")
@@ -229,6 +254,8 @@ class Recipe:
     """Numbers that are known of this very recipe."""
 
     def __post_init__(self) -> None:
+        if self.evaluate is not None and self.evaluate.metric is None:
+            object.__setattr__(self, "evaluate", replace(self.evaluate, metric=default_metric(self.data)))
         for role in self.roles:
             if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]{0,63}", role) or role.startswith("ema_"):
                 raise ValueError(

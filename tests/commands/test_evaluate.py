@@ -91,7 +91,10 @@ def ok(capfd: pytest.CaptureFixture[str]) -> Call:
 
 def test_arguments_that_make_no_sense(refused: Call, trained: Path, teacher: Path, pictures: Path, tmp_path: Path):
     assert refused().startswith("eval: give a run, an export or a diffusers folder, or --images")
-    assert refused("--images", pictures) == "--images: needs --preset NAME, such as digits"
+    assert refused("--images", pictures) == (
+        "--images: nothing says how to measure this; give --against FOLDER with real pictures, or --preset NAME, of "
+        "those that --list-presets names"
+    )
     assert refused(trained, "--allow-skips").startswith("--allow-skips: is for a folder of images")
     assert refused(trained, "--omit", "kid") == (
         "--omit kid: preset fd-house-digits measures fd, class-accuracy, diversity"
@@ -198,7 +201,7 @@ BAD = [
     (colour, "is colour, expected 8-bit grey"),
     (alpha, "is grey with alpha, expected 8-bit grey"),
     (sixteen, "is 16-bit grey, expected 8-bit grey"),
-    (corrupt, "cannot be read ("),
+    (corrupt, "cannot be read: "),
     (larger, "7x9 pixels, the first image has 8x8"),
 ]
 
@@ -225,10 +228,16 @@ def test_folders_that_do_not_hold_the_protocols_images(refused: Call, pictures: 
     preset = ("--preset", "digits")
     assert refused("--images", empty, *preset).startswith(f"{empty}: no images (")
     assert refused("--images", tmp_path / "no", *preset) == f"{tmp_path / 'no'}: no such folder"
-    assert refused("--images", pictures, *preset) == f"{pictures}: {N} images, but 5000 are asked for"
+    assert refused("--images", pictures, *preset) == (
+        f"{pictures}: {N} images, but 5000 are asked for by preset digits; measure these with --samples {N}"
+    )
     large = tmp_path / "large"
     for index in range(3):
         save_image(torch.zeros(1, 9, 9, dtype=torch.uint8), large / f"{index}.png")
+    assert refused("--images", large, *preset) == (
+        f"{large}: 3 images, but 5000 are asked for by preset digits; it takes 8 x 8 and the first is 9 x 9: "
+        "--against FOLDER compares any size"
+    )
     assert refused("--images", large, *preset, "--samples", 3) == (
         f"{large}: preset digits is for 8 x 8 grey images; these samples are [1, 9, 9]"
     )

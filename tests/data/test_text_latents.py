@@ -21,11 +21,16 @@ from fewstep.commands.cache_latents import cache_latents, pictures_hash
 from fewstep.config import UserError
 from fewstep.data.images import InMemory
 from fewstep.data.latents import Encoder, Latents, decoder
-from fewstep.data.pictures import Captions, Prompts, WebDataset, decode, expand
+from fewstep.data.pictures import Captions, Prompts, WebDataset, expand
+from fewstep.data.reader import View, scaled
 from fewstep.data.text import PipelineEncoder, SentenceEncoder, embed
 from fewstep.train.product import Product
 
 PROMPTS = ("a red square", "two green dots", "blue", "a yellow line on grey")
+
+
+def decode(data: bytes, size: int, grey: bool, name: str) -> Tensor:
+    return scaled(View(size, grey).decode(data, name))
 
 
 class Counting:
@@ -209,7 +214,7 @@ def test_pictures_are_resized_and_cut_to_the_middle(tmp_path: Path):
         want = raw[:, 2:7].permute(2, 0, 1).float() / 127.5 - 1
         assert torch.equal(decode(p.read_bytes(), 5, False, "x"), want)
         assert decode(p.read_bytes(), 8, True, "x").shape == (1, 8, 8)
-    assert refused(lambda: decode(b"none", 8, False, "where.png")).startswith("where.png: not a readable picture")
+    assert refused(lambda: decode(b"none", 8, False, "where.png")).startswith("where.png: cannot be read")
 
 
 def test_caption_folders_say_what_is_missing(tmp_path: Path):

@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 FLOORS = (
     ("config",),
-    ("files",),
+    ("files", "pictures"),
     ("algebra", "kernels", "eval"),
     ("networks",),
     ("data", "objectives"),
