@@ -104,11 +104,17 @@ def make_reference(
     extractor_path: Annotated[Path | None, typer.Option(help="Weights of the preset's feature network.")] = None,
     grey_to_colour: Annotated[bool, typer.Option("--grey-to-colour", help="Take grey files in a colour preset.")] = False,
     batch: Annotated[int, typer.Option(min=1, help="Images of one pass.")] = 32,
+    size: Annotated[
+        int | None, typer.Option(min=8, help="First resize the middle square of every image to the samples' size.")
+    ] = None,
+    keep_features: Annotated[
+        bool, typer.Option("--keep-features", help="Keep the features too: KID and precision need them.")
+    ] = False,
 ) -> None:
     """Compute the statistics of real images that a preset compares with, through its own resize and network."""
     from fewstep.commands.make_reference import make_reference as job
 
-    path, count = job(folder, preset, out, extractor_path, grey_to_colour, batch)
+    path, count = job(folder, preset, out, extractor_path, grey_to_colour, batch, size, keep_features)
     typer.echo(f"{path}: statistics of {count} images")
 
 

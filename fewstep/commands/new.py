@@ -95,7 +95,7 @@ def _of_pixels(wish: Wish, family: new_pipeline.Family) -> tuple[dict[Path, Line
     for option, given in (("--lora", wish.lora), ("--prompts", wish.prompts)):
         if given:
             raise UserError(f"{option} is for a pipeline of text or latents, which {wish.teacher} is not; leave it out")
-    found = new_pixels.look(wish.data)
+    found = new_pixels.look(wish.data, as_they_are=True)
     if found.shape != family.shape:
         raise UserError(
             f"--data {wish.data}: pictures of shape {list(found.shape)}, but {wish.teacher} takes {list(family.shape)}; "

@@ -40,11 +40,8 @@ def power_below(limit: int) -> int:
 
 
 def evaluation() -> Lines:
-    """What is measured at the end of a run that `fewstep new` writes: nothing as yet.
-
-    The one place to switch once a recipe can be measured against its own data.
-    """
-    return [("evaluate: null", "no shipped metric is of your own pictures; `fewstep eval` measures the run later")]
+    """What is measured at the end of a run of a pipeline: nothing, for its data need not be pictures."""
+    return [("evaluate: null", "`fewstep eval RUN --against FOLDER` measures it against pictures of yours")]
 
 
 def one_of(what: str, given: str, allowed: Sequence[str], instead: str) -> None:

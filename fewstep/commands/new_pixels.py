@@ -4,76 +4,104 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from fewstep.commands.new_lines import Lines, evaluation, levels, one_of, power_below, quoted
+from fewstep.commands.new_lines import Lines, levels, one_of, power_below, quoted
 from fewstep.config import UserError
-from fewstep.data.images import ImageFolder
-from fewstep.data.pictures import SUFFIXES
+from fewstep.data.reader import split
+from fewstep.pictures import SUFFIXES, PictureError, class_names, facts, list_pictures
 
 METHODS = ("dmd2", "sid", "consistency")
 LARGEST = 128
-"""Side in pixels up to which a network of pixels from scratch is offered."""
+"""Side in pixels up to which pictures of one size are trained as they are."""
+HELD_OUT = 0.1
+"""Share of the pictures that is measured against, where there are enough."""
+GREY = ("grey", "16-bit grey", "black and white")
+"""Kinds of pictures with one channel."""
 
 
 @dataclass(frozen=True)
 class Pictures:
-    """What a folder holds: how many pictures, of what shape (c, h, w), in how many classes (0: none)."""
+    """What a folder holds: how many pictures, of what shape (c, h, w) as they are trained, in how many classes (0: none).
+
+    size: the side to which they are resized, with the reason why; None where they stay as they are.
+    """
 
     path: Path
     count: int
     shape: tuple[int, int, int]
     classes: int
+    size: tuple[int, str] | None = None
 
     @property
     def few(self) -> bool:
         """So few that a discriminator learns them by heart."""
         return self.count < 500
 
+    @property
+    def held_out(self) -> int:
+        """How many are kept from training, to be measured against; 0 where all are needed."""
+        return 0 if self.few else len(split(self.count, HELD_OUT, str(self.path))[1])
+
     def lines(self) -> Lines:
         """The recipe's data."""
         kinds = f"{self.classes} sub-folders, its classes" if self.classes else "no classes"
         grey = [("  grey: true", "all that were looked at have one channel")] if self.shape[0] == 1 else []
+        kept = "spread evenly, never trained on: what the run is measured against"
         return [
-            ("data:", f"--data: {self.count} pictures of {self.shape[1]} x {self.shape[2]}, {kinds}"),
+            ("data:", f"--data: {self.count} pictures, trained at {self.shape[1]} x {self.shape[2]}, {kinds}"),
             ("  name: images", "a folder of pictures; `fewstep explain data.images`"),
             (f"  path: {quoted(self.path)}", "--data"),
+            *([(f"  size: {self.size[0]}", self.size[1])] if self.size else []),
             *grey,
+            *([(f"  held_out: {HELD_OUT}", f"{self.held_out} pictures, {kept}")] if self.held_out else []),
+        ]
+
+    def evaluation(self) -> Lines:
+        """What is measured at the end of the run."""
+        real = self.held_out or self.count
+        told = "held out" if self.held_out else "that it was trained on, as there are few"
+        few = ", too few for a small error: read KID" if real < 2000 else ""
+        return [
+            ("evaluate:", "at the end, student beside teacher; `fewstep eval` measures the run again later"),
+            ("  metric: fd", "Frechet distance, KID, precision and recall on EfficientNet-lite0's features"),
+            ("  against: data", f"the {real} pictures {told}{few}"),
+            (f"  samples: {max(100, min(2000, real))}", "as many as there are real ones, from 100 to 2000, ours"),
+            ("  teacher_steps: [1, 8]", "Heun steps at which the teacher is measured, ours"),
         ]
 
 
-def look(path: Path) -> Pictures:
-    """Read a folder of pictures; UserError names what cannot be used."""
+def look(path: Path, as_they_are: bool = False) -> Pictures:
+    """Read the headers of a folder of pictures; UserError names what cannot be used.
+
+    as_they_are: for a teacher that there is already; pictures of another size than its own are then resized by hand.
+    """
     if path.is_file():
         raise UserError(f"--data {path}: is a file; name the folder of the pictures")
-    files = sorted(p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES)
-    data: Any = ImageFolder(path=str(path), grey=bool(files) and _grey(files)).open()
-    c, h, w = data.shape
-    return Pictures(path, len(files), (c, h, w), data.classes)
-
-
-def _grey(files: list[Path], most: int = 64) -> bool:
-    """Whether the first pictures have one channel."""
-    from PIL import Image, UnidentifiedImageError
-
     try:
-        for file in files[:most]:
-            with Image.open(file) as picture:
-                if picture.mode not in ("1", "L", "I", "I;16", "F"):
-                    return False
-    except (OSError, UnidentifiedImageError):
-        return False  # opening the data will name it
-    return True
+        listing = list_pictures(path)
+        classes = class_names(listing)
+        seen = [facts(file, file) for file in listing.files]
+    except PictureError as error:
+        raise UserError(f"--data {error}") from None
+    if not seen:
+        raise UserError(f"--data {path}: no pictures ({', '.join(SUFFIXES)}) in it")
+    channels = 1 if all(kind in GREY for _, _, kind in seen) else 3
+    sizes = {(h, w) for h, w, _ in seen}
+    h, w = next(iter(sizes))
+    if len(sizes) == 1 and (as_they_are or max(h, w) <= LARGEST):
+        return Pictures(path, len(seen), (channels, h, w), len(classes))
+    least = min(min(size) for size in sizes)
+    side = next((s for s in (64, 32, 16, 8) if s <= least), None)
+    if side is None:
+        raise UserError(f"--data {path}: the smallest picture has {least} pixels, a UNet needs 8; leave such ones out")
+    kinds = f"{len(sizes)} sizes, the smallest side {least}" if len(sizes) > 1 else f"all {h} x {w}"
+    why = f"{kinds}; the middle square, a side that a network of pixels learns on one machine, ours"
+    return Pictures(path, len(seen), (channels, side, side), len(classes), (side, why))
 
 
 def teacher(found: Pictures) -> Lines:
     """The recipe of the teacher."""
     side = min(found.shape[1:])
-    if max(found.shape[1:]) > LARGEST:
-        raise UserError(
-            f"--data {found.path}: pictures of {found.shape[1]} x {found.shape[2]} are too large for a network of pixels "
-            f"from scratch; resize them to {LARGEST} or less, or distil a pipeline of latents with --teacher FOLDER"
-        )
     depth = _depth(found)
     base = 32 if found.count < 5_000 else 64 if found.count < 50_000 else 96
     width = [base * (i + 1) for i in range(depth)]
@@ -104,7 +132,7 @@ def teacher(found: Pictures) -> Lines:
         ("  ema: [0.999]", "fashion-teacher's"),
         (f"  checkpoint_every: {steps // 10}", "a tenth of the run"),
         (f"  sample_every: {steps // 5}", "a fifth of the run"),
-        *evaluation(),
+        *found.evaluation(),
     ]  # fmt: skip
 
 
@@ -191,5 +219,5 @@ def student(found: Pictures, folder: str, where: str, method: str, steps: int, t
         ("  ema: [0.99]", "fashion-dmd2's"),
         ("  checkpoint_every: 200", "a tenth of the run"),
         ("  sample_every: 500", "a quarter of the run"),
-        *evaluation(),
+        *found.evaluation(),
     ]

@@ -97,7 +97,8 @@ def test_many_pictures_have_a_discriminator_on_a_frozen_trunk(here: Path):
     make_pictures(here / "grey: #1", 500, (8, 8), grey=True)
     list(new(Wish(Path("mine.yaml"), 1, data=Path("grey: #1"))))
     data = written("mine.yaml")
-    assert data["data"] == {"name": "images", "path": "grey: #1", "grey": True}
+    assert data["data"] == {"name": "images", "path": "grey: #1", "grey": True, "held_out": 0.1}
+    assert data["evaluate"]["samples"] == 100  # 50 are held out
     assert data["about"] == "1-step dmd2 student of a teacher of grey: #1"
     assert data["discriminator"]["trunk"] == "teacher"
     assert data["method"]["gan"]["weight"] == 0.3
@@ -213,10 +214,10 @@ def test_levels_and_batches():
     ("wish", "message"),
     [
         ({}, "new: name --data FOLDER with your pictures, --teacher FOLDER"),
-        ({"data": "none"}, "data folder none: no such folder"),
-        ({"data": "empty"}, "data folder empty: no pictures"),
+        ({"data": "none"}, "--data none: no such folder"),
+        ({"data": "empty"}, "--data empty: no pictures"),
         ({"data": "file.txt"}, "--data file.txt: is a file; name the folder"),
-        ({"data": "broken"}, "broken/0.png: not a readable picture"),
+        ({"data": "broken"}, "--data broken/0.png: cannot be read"),
         ({"data": "pictures", "steps": 0}, "--steps 0: a student takes at least 1"),
         ({"data": "pictures", "steps": 65}, "--steps 65: a student of few steps takes at most 64"),
         ({"data": "pictures", "method": "dmd3"}, "writes dmd2, sid, consistency from pixels; did you mean 'dmd2'?"),
@@ -224,7 +225,7 @@ def test_levels_and_batches():
         ({"data": "pictures", "lora": True}, "--lora is for a pipeline; add --teacher FOLDER"),
         ({"data": "pictures", "prompts": "file.txt"}, "--prompts is for a pipeline"),
         ({"data": "odd"}, "--data odd: pictures of 9 x 8 cannot be halved"),
-        ({"data": "large"}, "--data large: pictures of 130 x 8 are too large"),
+        ({"data": "small"}, "--data small: the smallest picture has 7 pixels, a UNet needs 8"),
         ({"data": "pictures", "out": "mine.txt"}, "mine.txt: a recipe's name ends in .yaml"),
         ({"data": "pictures", "out": "no/mine.yaml"}, "no: no such folder"),
         ({"data": "pictures", "out": "there.yaml"}, "there.yaml: exists; overwrite it with --force"),
@@ -247,7 +248,7 @@ def test_refusals_name_the_option_and_the_remedy(
     (here / "there.yaml").write_text("")
     make_pictures(here / "pictures", 2, (8, 8))
     make_pictures(here / "odd", 2, (9, 8))
-    make_pictures(here / "large", 1, (130, 8))
+    make_pictures(here / "small", 1, (130, 7))
     (make_pictures(here / "broken", 1) / "0.png").write_bytes(b"no picture")
     if wish.get("teacher") == "unet":
         make_teacher(here / "unet")
