@@ -239,7 +239,7 @@ def wrapping(strange: Sequence[str], wanted: Sequence[str]) -> tuple[str, str] |
         heads = {k.partition(".")[0] for k in strange}
         if len(heads) == 1 and heads <= {*_WRAPPERS, "ema", "ema_model", "model_ema"}:
             front = f"{heads.pop()}."
-    return front and (front, f"[(k[{len(front)}:], k) for k in ks if k.startswith({front!r})]")
+    return None if front is None else (front, f"[(k[{len(front)}:], k) for k in ks if k.startswith({front!r})]")
 
 
 def unwrap(files: Sequence[Path], pairs: str) -> str:
