@@ -13,14 +13,17 @@ from torch import Tensor
 from fewstep.algebra.condition import nulled
 from fewstep.algebra.guidance import guided
 from fewstep.algebra.prediction import Prediction, from_raw
-from fewstep.algebra.process import EDM, DiscreteVP, Flow, bc
+from fewstep.algebra.process import DiscreteVP, Flow, bc
 from fewstep.algebra.rollout import renoise
+from fewstep.commands.denoising import denoising
+from fewstep.commands.schedulers import first_order, scheduler_of
 from fewstep.config import UserError
 from fewstep.export.stock import difference, fresh_noise, open_stock, run_stock
 from fewstep.networks.denoiser import Denoiser
 from fewstep.networks.diffusers import load_denoiser
 from fewstep.networks.folder import Folder, read_folder
-from fewstep.networks.scheduler import DDPM_FAMILY, EDM_FAMILY, dynamic_mu
+from fewstep.networks.scheduler import DDPM_FAMILY
+from fewstep.networks.weights import NotFinite
 from fewstep.objectives.trajectory import probe
 
 B = 3
@@ -52,6 +55,8 @@ class Report:
     def verdict(self) -> str:
         """One or two sentences."""
         wrong = [f.name for f in self.findings if f.fatal and f.ok is False]
+        if wrong == ["weights"]:
+            return f"{self.path} cannot be distilled: {self.findings[-1].said}"
         if wrong:
             return (
                 f"{self.path} is not read right: {', '.join(wrong)}. Do not train on it; compare the configs of "
@@ -79,8 +84,13 @@ def check_teacher(path: str, **options: Any) -> Report:
     """
     folder = read_folder(path)
     folder.require_components()
-    net = load_denoiser(path, **options)
     report = Report(path)
+    try:
+        net = load_denoiser(path, **options)
+    except NotFinite as error:
+        report.findings.append(Finding("weights", str(error), False))
+        return report
+    folder.require_agreement()
     wrapper: Any = net.net
     size = options.get("size") or wrapper.sample_size()
     generator = torch.Generator().manual_seed(0)
@@ -88,7 +98,7 @@ def check_teacher(path: str, **options: Any) -> Report:
     cond = wrapper.example(B, generator)
     x = torch.randn(B, *shape, generator=generator)
     t = net.process.grid(torch.linspace(0.25, 0.75, B, dtype=torch.float64))
-    for find in (_read, _conversions, _oracle, _times, _guidance, _taps, _samples, _tangent, _memory):
+    for find in (_read, _conversions, _oracle, _times, _guidance, _taps, _samples, _denoising, _tangent, _memory):
         report.findings += find(Case(folder, net, cond, x, t))
     return report
 
@@ -158,24 +168,18 @@ def _oracle(case: Case) -> Iterator[Finding]:
     yield Finding("oracle", f"a perfect network gives x0 to {error:.1e}", error < 1e-5 * amplified)
 
 
-def scheduler_of(folder: Folder, size: tuple[int, int], tokens: int, steps: int) -> Any:
-    """The folder's own scheduler with `steps` steps set."""
-    import diffusers
-
-    scheduler = getattr(diffusers, str(folder.scheduler["_class_name"])).from_config(dict(folder.scheduler))
-    dynamic = folder.scheduler.get("use_dynamic_shifting")
-    more = {"mu": dynamic_mu(folder.scheduler, tokens)} if dynamic else {}
-    scheduler.set_timesteps(steps, **more)
-    return scheduler
-
-
 def _times(case: Case) -> Iterator[Finding]:
     """The number that stands for a noise level: the scheduler's timestep against what the model is handed."""
     size = (case.x.shape[2], case.x.shape[3])
-    scheduler = scheduler_of(case.folder, size, case.wrapper.tokens(size), 4)
+    try:
+        scheduler = scheduler_of(case.folder, case.wrapper.tokens(size), 4)
+    except (AssertionError, AttributeError, IndexError, TypeError, ValueError) as error:
+        yield Finding("time scaling", f"its scheduler sets no 4 timesteps: {error}", None)
+        return
     p, stamps = case.net.process, scheduler.timesteps.double()
     if isinstance(p, DiscreteVP):
-        bar = scheduler.alphas_cumprod[stamps.round().long()].double()
+        stamps = stamps.round()  # Karras's levels and their like lie between the table's
+        bar = scheduler.alphas_cumprod[stamps.long()].double()
         levels, t = (1 - bar).sqrt(), stamps + 1
     else:
         levels = scheduler.sigmas[: len(stamps)].double()
@@ -261,10 +265,12 @@ def _samples(case: Case) -> Iterator[Finding]:
 def _both(case: Case, steps: int) -> tuple[Tensor, Tensor, str]:
     """(fewstep's samples, the folder's own, by whom) from the same noise, at the pipeline's own levels."""
     p, folder, wrapper = case.net.process, case.folder, case.wrapper
-    scheduler, stamps = _first_order(case, steps)
+    scheduler, stamps = first_order(case.folder, case.net, (case.x.shape[2], case.x.shape[3]), steps)
     t = stamps + 1 if isinstance(p, DiscreteVP) else scheduler.sigmas[: len(stamps)].double()
     stock = bool(wrapper.pipeline) and (folder.root / "model_index.json").is_file()
-    if stock:
+    # UNets' pipelines take a flow from a solver with use_flow_sigmas, and not from the scheduler that stands in for it.
+    solver = isinstance(p, Flow) and folder.scheduler.get("_class_name") in DDPM_FAMILY
+    if stock and not (solver and wrapper.component == "unet"):
         pipe = open_stock(folder.root, **{folder.component: wrapper.model, "scheduler": scheduler})
         levels: dict[str, Any] = {"num_inference_steps": steps}
         if wrapper.levels == "sigmas":
@@ -285,45 +291,6 @@ def _both(case: Case, steps: int) -> tuple[Tensor, Tensor, str]:
     raise AssertionError
 
 
-def _first_order(case: Case, steps: int) -> tuple[Any, Tensor]:
-    """A deterministic one-call-a-step scheduler of the folder's own schedule, and its timesteps float64."""
-    import diffusers
-
-    config, name = dict(case.folder.scheduler), case.folder.scheduler.get("_class_name")
-    size = (case.x.shape[2], case.x.shape[3])
-    if isinstance(case.net.process, Flow):
-        shift = config.get("flow_shift", config.get("shift", 1.0))
-        keys = ("base_shift", "max_shift", "base_image_seq_len", "max_image_seq_len", "time_shift_type")
-        more = {k: config[k] for k in ("use_dynamic_shifting", *keys) if config.get(k) is not None}
-        scheduler: Any = diffusers.FlowMatchEulerDiscreteScheduler(shift=shift, **more)
-        mu = {"mu": dynamic_mu(config, case.wrapper.tokens(size))} if config.get("use_dynamic_shifting") else {}
-        scheduler.set_timesteps(sigmas=[1 - i / steps for i in range(steps)], **mu)
-    elif name in DDPM_FAMILY:
-        changes = {
-            "clip_sample": False,
-            "set_alpha_to_one": True,
-            "timestep_spacing": "trailing",
-            "thresholding": False,
-        }
-        kept = ("beta_start", "beta_end", "beta_schedule", "num_train_timesteps", "prediction_type")
-        own = {k: config[k] for k in kept if k in config}
-        own["prediction_type"] = {"eps": "epsilon", "v": "v_prediction", "x0": "sample"}[case.net.prediction]
-        scheduler = diffusers.DDIMScheduler(**own, **changes)
-        if "variance_type" in config:
-            # DDIM has none, but IFPipeline reads it to tell how many channels are the mean's.
-            scheduler.register_to_config(variance_type=config["variance_type"])
-        scheduler.set_timesteps(steps)
-    elif name in EDM_FAMILY:
-        scheduler = diffusers.EDMEulerScheduler.from_config(config)
-        scheduler.set_timesteps(steps)
-    else:
-        assert isinstance(case.net.process, EDM)
-        changes = {"clip_denoised": False, "num_train_timesteps": steps + 1}
-        scheduler = diffusers.CMStochasticIterativeScheduler.from_config(config, **changes)
-        scheduler.set_timesteps(steps)
-    return scheduler, scheduler.timesteps.double()
-
-
 def _loop(case: Case, scheduler: Any) -> Tensor:
     """The scheduler's own loop around the bare model, for networks without a stock pipeline."""
     x = case.x * scheduler.init_noise_sigma if hasattr(scheduler, "init_noise_sigma") else case.x
@@ -334,6 +301,10 @@ def _loop(case: Case, scheduler: Any) -> Tensor:
         raw = case.wrapper(scaled.float(), stamp.expand(B).float(), case.cond)[0]
         x = scheduler.step(raw, stamp, x, return_dict=False, **noisy)[0]
     return x
+
+
+def _denoising(case: Case) -> Iterator[Finding]:
+    yield Finding("denoising", *denoising(case.net, case.x))
 
 
 def _tangent(case: Case) -> Iterator[Finding]:

@@ -297,6 +297,7 @@ def models(
             prompts=judge.prompts,
             device=device,
             check=lambda shape: check_fit(preset, shape, None, str(path)),
+            any_steps=request.any_steps,
         )
     product.net.to(device)
     found = [product.with_steps(n, request.any_steps) for n in steps] or [product]

@@ -65,7 +65,26 @@ def finish(trainer: Trainer, run: Path, judge: Judge | None) -> int:
         show_export(done)
     else:
         _say(refused)
+    if closing := refused_updates(trainer):
+        _say(closing)
     return code
+
+
+def refused_updates(trainer: Trainer) -> str | None:
+    """The closing word on updates refused for non-finite gradients; None where there were none."""
+    skipped = trainer.progress.skipped
+    if not skipped:
+        return None
+    last = {"+".join(o.names): (o.skipped, o.skipped + o.updates) for o in trainer.loop.optim.values()}
+    mostly = {name: n for name, n in last.items() if 2 * n[0] >= n[1] > 0}
+    said = f"{skipped} updates were refused, their gradients were not finite"
+    if not mostly:
+        return f"note: {said}"
+    shares = ", ".join(f"{a} of {b} of {name}" for name, (a, b) in mostly.items())
+    return (
+        f"warning: {said}: {shares} in the last stage. What was trained is hardly more than its start; lower optim.*.lr "
+        "or train.clip, or use train.precision=fp32, and train again"
+    )
 
 
 def evaluation_of(trainer: Trainer, run: Path) -> str:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fewstep.algebra.guidance import Guided
 from fewstep.commands.measure import teacher_product
-from fewstep.commands.pictures import save_picture
+from fewstep.commands.pictures import require_finite, save_picture
 from fewstep.config import UserError
 from fewstep.eval.protocol.images import to_pixels
 from fewstep.train.build import build_roles
@@ -77,6 +77,8 @@ def rows_of(runs: Sequence[Path], captions: Sequence[str], steps: int, guidance:
     for run, product in zip(runs, products, strict=True):
         drawn.append((run.name, product))
     rows = [(name, p.images(torch.arange(len(where)), cond, seed)) for name, p in drawn]
+    for name, x in rows:
+        require_finite(x, name)
     return [("data", data.pictures(where)), *rows]
 
 

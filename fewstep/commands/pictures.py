@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fewstep.config import UserError
 from fewstep.eval.protocol.images import to_pixels
 from fewstep.files import atomic_path
 
@@ -24,6 +25,16 @@ def tile(x: Tensor, per_row: int) -> Tensor:
     canvas = torch.full((rows * per_row, c, h, w), 1.0, dtype=x.dtype)
     canvas[:n] = x
     return canvas.reshape(rows, per_row, c, h, w).permute(2, 0, 3, 1, 4).reshape(c, rows * h, per_row * w)
+
+
+def require_finite(x: Tensor, what: str) -> None:
+    """UserError for samples (n, ...) that hold NaN or infinity, which a picture would show as black; `what` drew them."""
+    bad = int((~torch.isfinite(x).flatten(1).all(1)).sum())
+    if bad:
+        raise UserError(
+            f"{what}: {bad} of {len(x)} samples are not finite; nothing was written. Its training diverged: train again "
+            "with a lower learning rate"
+        )
 
 
 def save_picture(picture: Any, path: Path) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from fewstep.commands.options import parse_classes
-from fewstep.commands.pictures import save_grid
+from fewstep.commands.pictures import require_finite, save_grid
 from fewstep.commands.report import console
 from fewstep.config import UserError
 from fewstep.train.product import open_product
@@ -46,6 +46,7 @@ def draw(
     elif classes is not None:
         parse_classes(classes, 0)
     x = product.draw(count, seed, labels)
+    require_finite(x, str(path))
     save_grid(x, out, min(per_row, count))
     taken = len(product.sampler.steps)
     console.print(f"{count} sample{'s' * (count > 1)} in {taken} step{'s' * (taken > 1)}: {out}", soft_wrap=True)

@@ -12,12 +12,13 @@ from torch import Tensor
 
 from fewstep.commands.gallery import captioned
 from fewstep.commands.measure import guided_teacher, teacher_product
-from fewstep.commands.pictures import save_picture
+from fewstep.commands.pictures import require_finite, save_picture
 from fewstep.commands.report import console
-from fewstep.commands.sources import load_pipeline, noted
+from fewstep.commands.sources import called, load_pipeline
 from fewstep.config import UserError
 from fewstep.data.text import embed
 from fewstep.train.build import build_roles
+from fewstep.train.note import read_note
 from fewstep.train.product import open_product
 
 HEUN = 12
@@ -54,6 +55,8 @@ def draw_prompts(
             raise UserError(f"--teacher: {path} is no run directory; only a run knows its teacher")
         rows = [of_pipeline(path, prompts, steps, any_steps, seed, guidance)]
         told = f"its pipeline's own pictures, seeds {seed}..{seed + len(prompts) - 1}"
+    for name, x in rows:
+        require_finite(x, f"{path}: {name}")
     save_picture(captioned([(n, _shown(x)) for n, x in rows], list(prompts), max(1, CELL // rows[0][1].shape[-1])), out)
     console.print(f"{out}: {', '.join(n for n, _ in rows)}; {told}", soft_wrap=True, highlight=False, markup=False)
     return out
@@ -104,15 +107,9 @@ def of_pipeline(
         raise UserError(f"{path}: a {type(pipeline).__name__} takes no prompt; leave out --prompt")
     if getattr(pipeline, "text_encoder", None) is None or getattr(pipeline, "tokenizer", None) is None:
         raise UserError(f"{path}: has no text encoder and tokenizer, so it cannot read a prompt")
-    note = noted(path)
-    own = len(note.get("steps", ()))
-    call: dict[str, Any] = dict(note.get("call", {})) | (
-        {"guidance_scale": note["guidance"]} if "guidance" in note else {}
-    )
-    if steps is not None and steps != own:
-        if own and not any_steps:
-            raise UserError(f"--steps {steps}: this student was trained for {own}; add --any to try it anyway")
-        call = {k: v for k, v in call.items() if k == "guidance_scale"} | {"num_inference_steps": steps}
+    call: dict[str, Any] = {}
+    if steps is not None or read_note(path).sampler is not None:
+        _, call = called(path, steps, any_steps)
     call |= {} if guidance is None else {"guidance_scale": guidance}
     pictures = []
     for i, prompt in enumerate(prompts):

@@ -19,6 +19,7 @@ from fewstep.eval.features.base import state_sha256
 from fewstep.eval.protocol.pipelines import count_calls, pipeline_generate
 from fewstep.eval.protocol.preset import Preset, labels_of
 from fewstep.files import file_sha256
+from fewstep.train.note import LEVELS, read_note
 from fewstep.train.product import Product
 
 Generate = Callable[[list[int]], Tensor]
@@ -115,10 +116,23 @@ def load_pipeline(path: Path, device: torch.device) -> Any:
     return pipeline.to(device)
 
 
-def noted(path: Path) -> dict[str, Any]:
-    """What an export says of itself; empty for other folders."""
-    note = path / "fewstep.json"
-    return json.loads(note.read_text()) if note.is_file() else {}
+def called(path: Path, n: int | None, any_steps: bool) -> tuple[int, dict[str, Any]]:
+    """(n, the arguments that make a folder's pipeline draw in n steps): an export's own, as its fewstep.json says.
+
+    Raises UserError where nobody says how many steps, and for a student that was trained for another number.
+    """
+    note = read_note(path)
+    if note.sampler is None:
+        if n is None:
+            raise UserError(f"{path}: does not say how many steps it takes; give --steps")
+        return n, {"num_inference_steps": n}
+    own = len(note.sampler.steps)
+    if n is None or n == own:
+        return own, {**note.settings, **note.call}
+    if not any_steps:
+        raise UserError(f"--steps {n}: this student was trained for {own}; add --any to try it anyway")
+    rest = {k: v for k, v in note.call.items() if k not in LEVELS}
+    return n, {**note.settings, **rest, "num_inference_steps": n}
 
 
 def of_pipeline(
@@ -130,15 +144,13 @@ def of_pipeline(
     prompts: Sequence[str] | None,
     device: torch.device,
     check: Callable[[Sequence[int]], None],
+    any_steps: bool = False,
 ) -> list[Model]:
-    """A diffusers folder as diffusers calls it, at every number of steps asked for; an export knows its own.
+    """A diffusers folder as diffusers calls it, at every number of steps asked for; an export as its card calls it.
 
-    `check` is given the shape of an image before the rest is made.
+    `call` changes single arguments. `check` is given the shape of an image before the rest is made.
     """
-    known = noted(path).get("steps")
-    steps = steps or ((len(known),) if known else ())
-    if not steps:
-        raise UserError(f"{path}: does not say how many steps it takes; give --steps")
+    wanted = [called(path, n, any_steps) for n in steps or (None,)]
     pipeline = load_pipeline(path, device)
     network = getattr(pipeline, "unet", None) or getattr(pipeline, "transformer", None)
     files = sorted(p for p in path.rglob("*") if p.is_file() and not p.name.startswith("."))
@@ -146,16 +158,16 @@ def of_pipeline(
     content = [[str(p.relative_to(path)), file_sha256(p)] for p in files]
     labels, asked = labels_for(preset, network)
     out = []
-    for n in steps:
+    for n, own in wanted:
+        told = own | given
 
-        def generate(repetition: int, n: int = n) -> Generate:
+        def generate(repetition: int, told: dict[str, Any] = told) -> Generate:
             return pipeline_generate(
                 pipeline,
                 seed=preset.seeds(repetition).start,
                 labels=labels,
                 prompts=prompts,
-                num_inference_steps=n,
-                **given,
+                **told,
             )
 
         try:
@@ -164,7 +176,7 @@ def of_pipeline(
         except (TypeError, KeyError) as error:
             raise UserError(f"{path}: its pipeline cannot be called like that: {error}") from None
         check(image.shape[1:])
-        digest = hashlib.sha256(json.dumps([content, n, given], default=str).encode()).hexdigest()
+        digest = hashlib.sha256(json.dumps([content, n, told], default=str).encode()).hexdigest()
         free = preset.conditions.kind == "data" and asked is None
         out.append(
             Model(

@@ -42,6 +42,7 @@ def write_images(preset: Preset, request: Request, steps: Sequence[int]) -> None
                 prompts=prompts,
                 device=place.device,
                 check=lambda shape: check_fit(preset, shape, None, str(path)),
+                any_steps=request.any_steps,
             )[0]
             made = export_images(
                 preset,

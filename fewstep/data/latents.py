@@ -85,8 +85,8 @@ class Latents:
     """Draw from the VAE's posterior anew each time; False takes its mean."""
     negative: str = ""
     """Prompt that guidance moves away from."""
-    zeros: bool = False
-    """Guidance moves away from zeros in its place (SDXL)."""
+    zeros: bool | None = None
+    """Guidance moves away from zeros in its place; left out: as the encoder's folder says (SDXL's do)."""
     text_cache: str | None = None
     """Folder of the embeddings; the user's cache folder when left out."""
     held_out: Share = 0.0

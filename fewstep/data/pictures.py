@@ -50,8 +50,8 @@ class Captions:
     """A file of lines {"file": ..., "text": ...} inside the folder; captions.jsonl, else .txt files, when left out."""
     negative: str = ""
     """Prompt that guidance moves away from."""
-    zeros: bool = False
-    """Guidance moves away from zeros in its place (SDXL)."""
+    zeros: bool | None = None
+    """Guidance moves away from zeros in its place; left out: as the encoder's folder says (SDXL's do)."""
     text_cache: str | None = None
     """Folder of the embeddings; the user's cache folder when left out."""
     grey: bool = False
@@ -156,8 +156,8 @@ class WebDataset:
     """Number of classes, where the samples have .cls files."""
     negative: str = ""
     """Prompt that guidance moves away from."""
-    zeros: bool = False
-    """Guidance moves away from zeros in its place (SDXL)."""
+    zeros: bool | None = None
+    """Guidance moves away from zeros in its place; left out: as the encoder's folder says (SDXL's do)."""
     text_cache: str | None = None
     """Folder of the embeddings; the user's cache folder when left out."""
     grey: bool = False
@@ -292,8 +292,8 @@ class Prompts:
     """Folder of the VAE, or of a pipeline with one, that turns samples into pictures where they are latents."""
     negative: str = ""
     """Prompt that guidance moves away from."""
-    zeros: bool = False
-    """Guidance moves away from zeros in its place (SDXL)."""
+    zeros: bool | None = None
+    """Guidance moves away from zeros in its place; left out: as the encoder's folder says (SDXL's do)."""
     text_cache: str | None = None
     """Folder of the embeddings; the user's cache folder when left out."""
     conditions: ClassVar[Conditions] = "text"

@@ -88,6 +88,11 @@ class PipelineEncoder:
         files = [p for d in root.glob("t*") if d.name.startswith(("text_encoder", "tokenizer")) for p in d.rglob("*")]
         return sha256_of([*(p for p in files if p.is_file()), root / "model_index.json"], root) + f"-{self.length}"
 
+    def zeros_for_empty(self) -> bool:
+        """Whether the pipeline guides away from zeros where no negative prompt is given; SDXL's does by default."""
+        _, told = _text_parts(self.path)
+        return told.get("_class_name") in _ZEROS and bool(told.get("force_zeros_for_empty_prompt", True))
+
     def open(self) -> Encode:
         import inspect
 
@@ -128,6 +133,10 @@ class PipelineEncoder:
             return named | {k: v.repeat(len(prompts), 1) for k, v in extra.items()}
 
         return encode
+
+
+_ZEROS = ("StableDiffusionXLPipeline",)
+"""Pipelines that read `force_zeros_for_empty_prompt`, true when left out."""
 
 
 _OUTPUTS: dict[str, tuple[str, ...]] = {
@@ -256,7 +265,7 @@ def embed(
     prompts: Sequence[str],
     *,
     negative: str = "",
-    zeros: bool = False,
+    zeros: bool | None = None,
     cache: str | None = None,
     batch: int = 32,
 ) -> Text:
@@ -265,7 +274,8 @@ def embed(
     Args:
         encoder: an encoder part.
         negative: prompt that guidance moves away from.
-        zeros: guidance moves away from zeros in its place, as SDXL's `force_zeros_for_empty_prompt` has it.
+        zeros: guidance moves away from zeros in its place, as SDXL's `force_zeros_for_empty_prompt` has it; None: as
+            the encoder's folder says, where `negative` is empty.
         cache: folder for the cache; `default_cache()` when left out.
 
     A cache is of one encoder's files, one list of prompts and one negative: its name is their hash. Of several
@@ -288,6 +298,8 @@ def embed(
     shards.check()
     last = moved(shards.take(torch.tensor([len(prompts)])), None, torch.float32)
     empty = {k: v for k, v in last.items() if k in ("text", "mask", "pooled")}
+    if zeros is None:
+        zeros = not negative and bool(getattr(encoder, "zeros_for_empty", bool)())
     return Text(shards, empty | (zeros_like(last) if zeros else {}))
 
 

@@ -26,6 +26,12 @@ In float32 most stay below 4e-6. EDMEulerScheduler does not: it has x0 by x - si
 size of x, several hundred at sigma = 80; 8e-5 was measured.
 """
 
+HALF_PARITY = 1e-2
+"""The same for a network written in float16 against its float32 weights.
+
+Rounding a weight moves it by up to 4.9e-4 of itself; of the digits teacher's x0 that left HALFGAP.
+"""
+
 KIND = "export"
 """What the mark of an export's folder says."""
 
@@ -75,8 +81,8 @@ class Parts:
     usage: the lines of code that run it, given the folder as they name it. card: README.md from these lines, the
     parity and measured rows. note: (name, text) of the file that marks the folder as an export. save: writes networks
     and scheduler into an empty folder. pairs: opens that folder again and gives (fewstep's tensor, the folder's), to
-    be compared. scheduler: class of the stock scheduler, "" where there is none or each network has its own. members:
-    further exports, by subfolder. differs: the words for a comparison that fails.
+    be compared, to `limit`. scheduler: class of the stock scheduler, "" where there is none or each network has its own.
+    members: further exports, by subfolder. differs: the words for a comparison that fails.
     """
 
     usage: Callable[[str], str]
@@ -84,6 +90,7 @@ class Parts:
     note: tuple[str, str]
     save: Callable[[Path], None] = lambda folder: None
     pairs: Callable[[Path], Iterator[tuple[Tensor, Tensor]]] = lambda folder: iter(())
+    limit: float = PARITY
     scheduler: str = ""
     members: Mapping[str, Parts] = field(default_factory=dict)
     differs: str = "the pipeline differs from fewstep's sampler"
@@ -107,7 +114,7 @@ def write_checked(parts: Parts, folder: Path, *, results: Rows = (), shown: str 
         results: measured rows for the model card.
         shown: the folder as the usage lines name it.
 
-    Raises ExportRefused when what was written differs from fewstep by more than PARITY or is not finite, UserError
+    Raises ExportRefused when what was written is not finite or differs from fewstep by more than its limit, UserError
     when the folder is something else's or cannot be written.
     """
     place = shown or str(folder)
@@ -129,8 +136,8 @@ def _largest(parts: Parts, folder: Path) -> float:
     largest = 0.0
     for ours, theirs in parts.pairs(folder):
         gap = difference(ours, theirs)
-        if not gap <= PARITY:  # NaN too
-            raise ExportRefused(f"{parts.differs} by {gap:.2e} > {PARITY:.0e}")
+        if not gap <= parts.limit:  # NaN too
+            raise ExportRefused(f"{parts.differs} by {gap:.2e} > {parts.limit:.0e}")
         largest = max(largest, gap)
     return largest
 

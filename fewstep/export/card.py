@@ -82,6 +82,7 @@ those of `scheduler/scheduler_config.json`. The last class embedding is the null
 |---|---|
 | made by | `fewstep run` with the recipe below, fewstep {version} |
 | samples drawn with | Heun (arXiv 2206.00364, alg. 1), labels in turn |
+| largest difference of its x0 from that of the float32 network | {parity:.1e} |
 {rows}
 <details><summary>recipe</summary>
 
@@ -93,13 +94,14 @@ those of `scheduler/scheduler_config.json`. The last class embedding is the null
 
 
 def teacher_card(product: Product, usage: str, parity: float, results: Rows) -> str:
-    """The card of a teacher trained here, which says how a recipe names it whatever `usage` and `parity` are."""
+    """The card of a teacher trained here, which says how a recipe names it whatever `usage` is."""
     assert product.recipe is not None
     return TEACHER.format(
         version=__version__,
         title=product.title,
         about=product.recipe.about,
         done=product.done,
+        parity=parity,
         rows=_table(results),
         recipe=dump(product.recipe).strip(),
     )

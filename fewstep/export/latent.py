@@ -30,6 +30,7 @@ from fewstep.networks.denoiser import Denoiser
 from fewstep.networks.folder import Folder, read_folder
 from fewstep.networks.unet2d import UNet2D
 from fewstep.networks.wrappers import Wrapper
+from fewstep.train.note import NAME, Note
 from fewstep.train.product import Product
 
 
@@ -123,6 +124,7 @@ def source_of(product: Product) -> Folder:
     if getattr(spec, "name", None) != "diffusers":
         raise ExportRefused("the recipe's teacher is no diffusers folder, so there is no pipeline to put it into")
     folder = read_folder(spec.path)
+    folder.require_agreement()
     folder.require_components()
     if not folder.index:
         raise ExportRefused(f"{spec.path} has no model_index.json; copy it from the original pipeline")
@@ -145,12 +147,38 @@ def stock_of(product: Product) -> tuple[Folder, Any, Stock]:
     return source, wrapper, stock
 
 
-def call_of(wrapper: Any, stock: Stock, label: int = 0) -> dict[str, Any]:
-    """What the pipeline is called with for an example."""
+_DEFAULTS: dict[str, dict[str, Any]] = {
+    "SanaPipeline": {"complex_human_instruction": None},
+    "PixArtAlphaPipeline": {"clean_caption": False},
+    "PixArtSigmaPipeline": {"clean_caption": False},
+    "IFPipeline": {"clean_caption": False},
+}
+"""What pipelines do to a prompt unless told not to, and their `encode_prompt`, which embeds for training, does not."""
+
+
+def settings_of(product: Product, source: Folder, wrapper: Any) -> dict[str, Any]:
+    """How the student's pipeline is called beside prompt and levels: as its teacher's embeddings and sizes were."""
     example = checked(wrapper.example(1), wrapper.needs, wrapper.takes, wrapper.pipeline)
-    scale = wrapper.arguments(example, wrapper.sample_size()).get("guidance_scale", 1.0)
-    what = {"class_labels": [label]} if "label" in wrapper.needs else {"prompt": "a red fox in the snow"}
-    return what | stock.call | {"guidance_scale": scale}
+    embedded = wrapper.arguments(example, wrapper.sample_size()).get("guidance_scale")
+    known = embedded if wrapper.guidance is None else wrapper.guidance
+    settings = {"guidance_scale": 1.0 if embedded is None else float(known)}
+    name = str(source.index["_class_name"])
+    settings |= _DEFAULTS.get(name, {})
+    size = (product.shape[1], product.shape[2])
+    known_size = source.latents is not None or name == "IFPipeline"
+    if wrapper.levels and known_size and size != tuple(wrapper.sample_size()):
+        scale = source.latents.pixels if source.latents else 1
+        settings |= {"height": size[0] * scale, "width": size[1] * scale}
+    encoder: Any = getattr(getattr(product.recipe, "data", None), "encoder", None)
+    if getattr(encoder, "name", None) == "pipeline" and encoder.length is not None:
+        settings["max_sequence_length"] = encoder.length
+    return settings
+
+
+def call_of(product: Product, source: Folder, wrapper: Any, stock: Stock) -> dict[str, Any]:
+    """What the pipeline is called with for an example."""
+    what = {"class_labels": [product.example]} if "label" in wrapper.needs else {"prompt": "a red fox in the snow"}
+    return what | stock.call | settings_of(product, source, wrapper)
 
 
 def latent_parts(product: Product) -> Parts:
@@ -160,16 +188,13 @@ def latent_parts(product: Product) -> Parts:
     """
     source, wrapper, stock = stock_of(product)
     name, written = str(source.index["_class_name"]), stock.sampler
-    call = call_of(wrapper, stock, product.example)
-    note = {
-        "call": stock.call,
-        "guidance": call["guidance_scale"],
-        "size": list(product.shape[1:]),
-        "kind": written.kind,
-        "steps": list(written.steps),
-        "classes": wrapper.classes,
-        "eta": written.eta,
-    }
+    note = Note(
+        classes=wrapper.classes,
+        size=(product.shape[1], product.shape[2]),
+        sampler=written,
+        call=stock.call,
+        settings=settings_of(product, source, wrapper),
+    )
 
     def pairs(folder: Path) -> Iterator[tuple[Tensor, Tensor]]:
         yield _both(product, wrapper, folder, stock.call)
@@ -178,9 +203,9 @@ def latent_parts(product: Product) -> Parts:
         scheduler=stock.name,
         save=partial(_save, source, wrapper.model, stock.scheduler),
         pairs=pairs,
-        usage=partial(usage, name, call),
+        usage=partial(usage, name, call_of(product, source, wrapper, stock)),
         card=partial(student_card, product, name),
-        note=("fewstep.json", json.dumps(note)),
+        note=(NAME, note.text()),
     )
 
 

@@ -72,7 +72,7 @@ def _stock(product: Product, net: Adapted) -> tuple[Stock | None, Callable[[str]
     except UserError as error:
         reason = str(error).splitlines()[0]
         return None, lambda folder: f"{_load(folder)}  # no scheduler: {reason}"
-    name, call = source.index["_class_name"], as_code(call_of(wrapper, stock))
+    name, call = source.index["_class_name"], as_code(call_of(product, source, wrapper, stock))
 
     def usage(folder: str) -> str:
         return (

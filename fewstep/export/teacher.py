@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import copy
-import json
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from fewstep.algebra.process import EDM
-from fewstep.export.base import ExportRefused, Parts
+import torch
+from torch import Tensor
+
+from fewstep.algebra.process import EDM, bc
+from fewstep.export.base import HALF_PARITY, PARITY, ExportRefused, Parts
 from fewstep.export.card import teacher_card
 from fewstep.export.text import is_text_teacher, save_text_teacher
-from fewstep.networks.adapters import Adapted, plain_copy
+from fewstep.networks.adapters import Adapted, on_cpu, plain_copy
 from fewstep.networks.denoiser import Denoiser
+from fewstep.networks.diffusers import load_denoiser
 from fewstep.networks.unet2d import UNet2D
+from fewstep.networks.weights import not_finite
+from fewstep.train.note import NAME, Note
 from fewstep.train.product import Product
 
 
@@ -25,10 +31,13 @@ def teacher_parts(product: Product) -> Parts:
     if not text:
         _check(net)
     return Parts(
-        save=partial(save_text_teacher if text else _save, product),
+        save=partial(_save_finite, product, save_text_teacher if text else _save),
+        pairs=partial(_pairs, product),
+        limit=PARITY if text else HALF_PARITY,
+        differs="the folder read as a teacher differs from the network" + ("" if text else " in float32"),
         usage=lambda folder: f"teacher: {{name: diffusers, path: {folder}}}",
         card=partial(teacher_card, product),
-        note=("fewstep.json", json.dumps({"classes": 0 if text else product.classes})),
+        note=(NAME, Note(classes=0 if text else product.classes).text()),
     )
 
 
@@ -42,6 +51,13 @@ def _check(net: Any) -> None:
         )
 
 
+def _save_finite(product: Product, save: Callable[[Product, Path], None], folder: Path) -> None:
+    bad = not_finite(plain_copy(product.net).named_parameters())
+    if bad:
+        raise ExportRefused(f"the weights hold NaN or infinity in {bad}; training diverged, so there is no teacher")
+    save(product, folder)
+
+
 def _save(product: Product, folder: Path) -> None:
     """Weights in fp16. The null class stays, guidance needs it; the scheduler config tells process and prediction."""
     from diffusers import CMStochasticIterativeScheduler, ConsistencyModelPipeline
@@ -50,7 +66,25 @@ def _save(product: Product, folder: Path) -> None:
     unet: Any = copy.deepcopy(net.net.model).cpu().eval()
     for p in unet.parameters():
         p.data = p.data.half()
+    bad = not_finite(unet.named_parameters())
+    if bad:
+        raise ExportRefused(
+            f"float16, in which teachers are written, cannot hold {bad}: it ends at 65504; train with a lower rate"
+        )
     keys = ("sigma_min", "sigma_max", "sigma_data", "rho")
     scheduler = CMStochasticIterativeScheduler(**{k: getattr(net.process, k) for k in keys})
     pipe: Any = ConsistencyModelPipeline(unet=unet, scheduler=scheduler)
     pipe.save_pretrained(folder, safe_serialization=True)
+
+
+@torch.no_grad()
+def _pairs(product: Product, folder: Path, count: int = 8) -> Iterator[tuple[Tensor, Tensor]]:
+    """(x0 of the network in float32, of the folder as a recipe will open it) from noise at levels of the whole range."""
+    net: Any = on_cpu(plain_copy(product.net))
+    again = load_denoiser(str(folder), classes=product.classes or None, size=(product.shape[1], product.shape[2]))
+    generator = torch.Generator().manual_seed(0)
+    cond = again.net.example(count, generator)  # type: ignore[operator]
+    t = net.process.grid(torch.linspace(0.05, 1.0, count, dtype=torch.float64))
+    x = torch.randn(count, *product.shape, generator=generator)
+    x = bc(torch.hypot(net.process.alpha(t), net.process.sigma(t)), x) * x
+    yield net(x, t, cond).x0, again(x, t, cond).x0

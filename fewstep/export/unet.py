@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
@@ -18,6 +17,7 @@ from fewstep.export.fold import fold
 from fewstep.export.levels import check_export, check_scheduler
 from fewstep.export.routes import pipeline_of, unet_stock
 from fewstep.networks.adapters import on_cpu
+from fewstep.train.note import NAME, Note
 from fewstep.train.product import Product
 
 
@@ -41,9 +41,7 @@ def unet_parts(product: Product) -> Parts:
         yield both(product, folder, stock.call)
 
     drawn = stock.sampler
-    note: dict[str, Any] = {"kind": drawn.kind, "steps": list(drawn.steps), "classes": product.classes}
-    if drawn.kind == "gamma":
-        note["eta"] = drawn.eta
+    note = Note(classes=product.classes, sampler=drawn, call=stock.call)
     example = {"class_labels": [product.example]} if product.classes else {}
     return Parts(
         scheduler=stock.name,
@@ -51,7 +49,7 @@ def unet_parts(product: Product) -> Parts:
         pairs=pairs,
         usage=partial(usage, name, example | stock.call),
         card=partial(student_card, product, name),
-        note=("fewstep.json", json.dumps(note)),
+        note=(NAME, note.text()),
     )
 
 

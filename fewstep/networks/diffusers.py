@@ -41,7 +41,8 @@ def load_denoiser(
         wrapper: a Wrapper of your own, "module:Class" or "file.py:Class"; one registered here when left out.
         dtype: of the weights, a key of DTYPES. Predictions are float32 whatever it is.
 
-    Raises UserError naming the file for anything missing, unsupported, ambiguous or truncated.
+    Raises UserError naming the file for anything missing, unsupported, ambiguous or truncated; whether model_index.json
+    agrees is for `Folder.require_agreement` to say.
     """
     folder = read_folder(path, DTYPES[dtype])
     cls = wrapper_of(folder, wrapper)

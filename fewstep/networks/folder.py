@@ -20,6 +20,9 @@ from fewstep.networks.weights import load_part, refuse_pickles, refuse_variants,
 _SCALING = {"AutoencoderKL": 0.18215, "AutoencoderDC": 1.0}
 """What diffusers itself takes where a VAE's config says nothing."""
 
+_ONCE = {"Transformer2DModel": ("DiTTransformer2DModel", "PixArtTransformer2DModel")}
+"""Classes of an index from before they were split, which diffusers opens as what the network's config says."""
+
 
 def resolve(path: str) -> Path:
     """A folder; `assets:NAME` is one that ships with fewstep."""
@@ -138,6 +141,20 @@ class Folder:
                 refuse_pickles(*part)
                 refuse_variants(*part)
 
+    def require_agreement(self) -> None:
+        """UserError for a part whose own config names another class than model_index.json, which diffusers goes by."""
+        for name, entry in self.index.items():
+            file = self.root / name / ("scheduler_config.json" if name == "scheduler" else "config.json")
+            if name.startswith("_") or not (isinstance(entry, list) and len(entry) == 2 and entry[0] and file.is_file()):
+                continue
+            own = read_json(file).get("_class_name")
+            if own is None or own == entry[1] or own in _ONCE.get(str(entry[1]), ()):
+                continue
+            raise UserError(
+                f"teacher {self.shown}: model_index.json names {entry[1]} as its {name}, and {name}/{file.name} is of "
+                f"{own}; diffusers opens the first. Write the class that the network was trained with into both"
+            )
+
     def require_pipeline(self, stock: str) -> None:
         """UserError for a model_index.json whose class is no pipeline of diffusers.
 
@@ -180,14 +197,17 @@ def read_folder(path: str, dtype: torch.dtype = torch.float32) -> Folder:
     for needed in (root / component / "config.json", schedule):
         if not needed.is_file():
             raise UserError(f"teacher {path}: {needed.relative_to(root)} is missing; a diffusers pipeline has it")
-    index = root / "model_index.json"
+    index = read_json(root / "model_index.json") if (root / "model_index.json").is_file() else {}
+    named = index.get("scheduler")
+    # A config without a class is opened as the index says, which is the one that diffusers goes by.
+    given = {"_class_name": named[1]} if isinstance(named, list) and len(named) == 2 and named[0] else {}
     return Folder(
         root,
         path,
         component,
         read_json(root / component / "config.json"),
-        read_json(schedule),
-        read_json(index) if index.is_file() else {},
+        given | read_json(schedule),
+        index,
         read_latents(root / "vae" / "config.json"),
         dtype,
     )

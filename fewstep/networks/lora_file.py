@@ -1,8 +1,9 @@
-"""LoRA files in the layout of diffusers: `COMPONENT.LAYER.lora_A.weight`, with rank and scale in the header."""
+"""LoRA files: written in the layout of diffusers, rank and scale in the header; read in those of other trainers too."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,15 @@ from torch import Tensor, nn
 
 from fewstep.config import UserError
 from fewstep.networks.adapters import Adapted, network_of
-from fewstep.networks.weights import PICKLES, rename
+from fewstep.networks.folder import read_json
+from fewstep.networks.lora_formats import LAYOUTS, plain_layout
+from fewstep.networks.weights import PICKLES, not_finite, rename
 
 NAME = "pytorch_lora_weights.safetensors"
 """The file that diffusers' `load_lora_weights` looks for in a folder."""
+
+PEFT_NAME = "adapter_model.safetensors"
+"""Where peft's own `save_pretrained` puts it, with adapter_config.json beside it."""
 
 
 def diffusers_model(net: nn.Module) -> tuple[str, Any]:
@@ -62,12 +68,49 @@ def save_lora(adapted: Adapted, path: Path) -> Path:
 
 
 def read_lora(adapted: Adapted, path: Path) -> None:
-    """Start an adapter from a LoRA file. Raises UserError naming file, layer and remedy when it does not fit."""
-    from safetensors import SafetensorError, safe_open
+    """Start an adapter from a LoRA file of diffusers' scripts, peft or kohya.
 
+    Raises UserError naming file, layer and remedy when it does not fit.
+    """
+    path = _file_of(path)
+    said = str(path)
+    found, header = _opened(path)
+    if bad := not_finite(found.items()):
+        raise UserError(f"{said}: holds NaN or infinity in {bad}; its training diverged, or half precision overflowed")
+    wanted, _ = lora_tensors(adapted)
+    prefix, model = diffusers_model(network_of(adapted.base))
+    part = component(model)
+    for key in ("use_dora", "use_rslora"):
+        if header.get(f"{part}.{key}"):
+            raise UserError(
+                f"{said}: was trained with {key}, which is not supported; fuse it into the base model instead"
+            )
+    tensors, alphas = plain_layout(found, model, part, said)
+    _check_names(tensors, wanted, said)
+    for key, value in wanted.items():
+        given = tensors[key]
+        # Linear layers are saved as convolutions of one pixel by some, and the other way round.
+        if given.shape != value.shape and _flat(given) == _flat(value):
+            tensors[key] = given = given.reshape(value.shape)
+        if given.shape != value.shape:
+            rank = min(given.shape[:2])
+            raise UserError(
+                f"{said}: does not fit: {key} is {list(given.shape)}, this adapter has {list(value.shape)}; the "
+                f"file's rank seems to be {rank}: set lora.rank to it, or use the LoRA's own base model"
+            )
+    _check_alpha(adapted, alphas, header.get(f"{part}.lora_alpha"), header.get(f"{part}.alpha_pattern"), said)
+    with torch.no_grad():
+        for key, p in adapted.own.items():
+            name = key.replace("/", ".").removeprefix(f"{prefix}." if prefix else "")
+            p.copy_(tensors[f"{part}.{name}"])
+
+
+def _file_of(path: Path) -> Path:
+    """The safetensors file that a path means; UserError for a pickle, with the command that converts it."""
     if path.is_dir():
         old = [p for p in sorted(path.iterdir()) if p.suffix in PICKLES]
-        path = old[0] if old and not (path / NAME).is_file() else path / NAME
+        safe = next((path / n for n in (NAME, PEFT_NAME) if (path / n).is_file()), None)
+        path = safe or (old[0] if old else path / NAME)
     if path.suffix in PICKLES and path.is_file():
         to = path.with_suffix(".safetensors")
         raise UserError(
@@ -76,38 +119,57 @@ def read_lora(adapted: Adapted, path: Path) -> None:
         )
     if path.suffix != ".safetensors":
         raise UserError(f"{path}: a LoRA file must be safetensors, such as {NAME}")
+    return path
+
+
+def _opened(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """(tensors, what the file or peft's adapter_config.json beside it says of them by `PART.KEY`)."""
+    from safetensors import SafetensorError, safe_open
+
     try:
         with safe_open(path, framework="pt") as f:
             found = {k: f.get_tensor(k) for k in f.keys()}  # noqa: SIM118  not a dict
-            header: dict[str, Any] = json.loads((f.metadata() or {}).get("lora_adapter_metadata", "{}"))
-    except (SafetensorError, OSError, ValueError) as error:
+            header = json.loads((f.metadata() or {}).get("lora_adapter_metadata", "{}"))
+    except (SafetensorError, OSError, RecursionError, ValueError) as error:
         raise UserError(f"{path}: cannot be read as a LoRA file: {error}") from None
-    wanted, _ = lora_tensors(adapted)
-    part = next(iter(wanted)).split(".")[0]
-    missing, surplus = sorted(wanted.keys() - found.keys()), sorted(found.keys() - wanted.keys())
-    if missing or surplus:
-        first = f"lacks {missing[0]}" if missing else f"holds {surplus[0]}, which this adapter does not have"
-        raise UserError(
-            f"{path}: does not fit: it {first} ({len(missing)} missing, {len(surplus)} unknown); set lora.targets to "
-            f"the layers of the file ({_ends(found)})"
-        )
-    for key, value in wanted.items():
-        if found[key].shape != value.shape:
-            rank = min(found[key].shape[:2])
-            raise UserError(
-                f"{path}: does not fit: {key} is {list(found[key].shape)}, this adapter has {list(value.shape)}; the "
-                f"file's rank seems to be {rank}: set lora.rank to it, or use the LoRA's own base model"
-            )
-    alpha = header.get(f"{part}.lora_alpha")
-    if alpha is not None and float(alpha) != adapted.alpha:
-        raise UserError(f"{path}: was trained with alpha {alpha}, not {adapted.alpha}; set lora.alpha to {alpha}")
-    prefix, _ = diffusers_model(network_of(adapted.base))
-    with torch.no_grad():
-        for key, p in adapted.own.items():
-            name = key.replace("/", ".").removeprefix(f"{prefix}." if prefix else "")
-            p.copy_(found[f"{part}.{name}"])
+    if not isinstance(header, dict):
+        raise UserError(f"{path}: cannot be read as a LoRA file: lora_adapter_metadata is no JSON object")
+    beside = path.with_name("adapter_config.json")
+    if path.name == PEFT_NAME and beside.is_file():
+        told = read_json(beside)
+        header |= {f"{part}.{k}": v for part in ("unet", "transformer") for k, v in told.items()}
+    return found, header
 
 
-def _ends(tensors: dict[str, Tensor]) -> str:
+def _check_names(tensors: Mapping[str, Tensor], wanted: Mapping[str, Tensor], said: str) -> None:
+    missing, surplus = sorted(wanted.keys() - tensors.keys()), sorted(tensors.keys() - wanted.keys())
+    if not missing and not surplus:
+        return
+    ends = _ends(tensors)
+    if not ends:
+        raise UserError(f"{said}: holds no layer of a LoRA that can be told, but {surplus[0]}; read are {LAYOUTS}")
+    first = f"lacks {missing[0]}" if missing else f"holds {surplus[0]}, which this adapter does not have"
+    raise UserError(
+        f"{said}: does not fit: it {first} ({len(missing)} missing, {len(surplus)} unknown); set lora.targets to "
+        f"the layers of the file ({ends})"
+    )
+
+
+def _check_alpha(adapted: Adapted, alphas: Mapping[str, float], told: Any, pattern: Any, said: str) -> None:
+    """UserError unless the file's alpha is the adapter's; one that says none means its rank, as diffusers has it."""
+    known = set(alphas.values()) | ({float(told)} if told is not None and not alphas else set())
+    if len(known) > 1 or pattern:
+        raise UserError(f"{said}: its layers have different alphas, which one adapter cannot have; fuse it instead")
+    alpha = known.pop() if known else float(adapted.rank)
+    if alpha != adapted.alpha:
+        how = "was trained with" if told is not None or alphas else "names no alpha, which means that of its rank,"
+        raise UserError(f"{said}: {how} alpha {alpha}, not {adapted.alpha}; set lora.alpha to {alpha}")
+
+
+def _flat(t: Tensor) -> tuple[int, ...]:
+    return tuple(t.shape[:2]) if t.ndim == 4 and tuple(t.shape[2:]) == (1, 1) else tuple(t.shape)
+
+
+def _ends(tensors: Mapping[str, Tensor]) -> str:
     names = {k.split(".lora_")[0].removesuffix(".0").split(".")[-1] for k in tensors if ".lora_" in k}
-    return ", ".join(sorted(names)[:8]) or "it names none"
+    return ", ".join(sorted(names)[:8])

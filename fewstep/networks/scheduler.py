@@ -32,7 +32,21 @@ FLOW_FAMILY = (
     "FlowMatchLCMScheduler",
 )
 EDM_FAMILY = ("EDMEulerScheduler", "EDMDPMSolverMultistepScheduler")
+FLOW_SOLVERS = (
+    "DPMSolverMultistepScheduler",
+    "DPMSolverSinglestepScheduler",
+    "DEISMultistepScheduler",
+    "UniPCMultistepScheduler",
+)
+"""Of the DDPM family, those that also step along a flow."""
 PREDICTIONS = {"epsilon": "eps", "v_prediction": "v", "sample": "x0"}
+BETAS = {
+    "LCMScheduler": ("scaled_linear", 0.00085, 0.012),
+    "TCDScheduler": ("scaled_linear", 0.00085, 0.012),
+    "HeunDiscreteScheduler": ("linear", 0.00085, 0.012),
+}
+"""(beta_schedule, beta_start, beta_end) of the classes whose defaults are not DDPM's, by diffusers 0.42.1."""
+_DDPM = ("linear", 1e-4, 0.02)
 
 
 def read_scheduler(config: Mapping[str, Any], where: str, tokens: int | None = None) -> tuple[Process, str, TimeInput]:
@@ -57,18 +71,30 @@ def read_scheduler(config: Mapping[str, Any], where: str, tokens: int | None = N
                 f"{where}: prediction_type {kind!r} with use_flow_sigmas {bool(config.get('use_flow_sigmas'))} is "
                 "ambiguous; a flow model has 'flow_prediction' and true"
             )
+        if name not in FLOW_SOLVERS:
+            raise UserError(
+                f"{where}: use_flow_sigmas is set, which {name} does not read; flows have {', '.join(FLOW_FAMILY)}, or "
+                f"{', '.join(FLOW_SOLVERS)}"
+            )
         return _flow(config, where, number(config, "flow_shift", 1.0, where), tokens)
     if kind not in PREDICTIONS:
         raise UserError(f"{where}: prediction_type {kind!r} is not one of {', '.join(PREDICTIONS)}")
-    schedule = config.get("beta_schedule", "linear")
+    # With another prediction diffusers does not look at the key.
+    if kind == "v_prediction" and config.get("timestep_type", "discrete") != "discrete":
+        raise UserError(
+            f"{where}: timestep_type is {config['timestep_type']!r}, under which the network is called with "
+            "ln(sigma) / 4 in place of an index, which is not supported; only 'discrete'"
+        )
+    betas = BETAS.get(str(name), _DDPM)
+    schedule = config.get("beta_schedule", betas[0])
     if schedule not in ("linear", "scaled_linear"):
         raise UserError(f"{where}: beta_schedule {schedule!r} is not one of 'linear', 'scaled_linear'")
     if config.get("rescale_betas_zero_snr"):
         raise UserError(f"{where}: rescale_betas_zero_snr is set, which is not supported")
     process = DiscreteVP(
         schedule=schedule,
-        beta_start=_beta(config, "beta_start", 1e-4, where),
-        beta_end=_beta(config, "beta_end", 0.02, where),
+        beta_start=_beta(config, "beta_start", betas[1], where),
+        beta_end=_beta(config, "beta_end", betas[2], where),
         steps=int(number(config, "num_train_timesteps", 1000, where, whole=True)),
     )
     # An export for TCDScheduler carries the same table with a clean first index; anything else is unknown here.
@@ -100,6 +126,11 @@ def _flow(config: Mapping[str, Any], where: str, shift: float, tokens: int | Non
     if config.get("invert_sigmas"):
         raise UserError(f"{where}: invert_sigmas is set, which is not supported")
     if config.get("use_dynamic_shifting"):
+        if config.get("_class_name") == "FlowMatchHeunDiscreteScheduler":
+            raise UserError(
+                f"{where}: use_dynamic_shifting is set, which FlowMatchHeunDiscreteScheduler does not read; name the "
+                "scheduler that the network was trained with, such as FlowMatchEulerDiscreteScheduler"
+            )
         if tokens is None:
             raise UserError(f"{where}: use_dynamic_shifting is set, so the shift depends on the image size; give it")
         mu = dynamic_mu(config, tokens, where)

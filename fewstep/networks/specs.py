@@ -80,7 +80,7 @@ class Lora:
     targets: tuple[str, ...] | None = None
     """Suffixes of the layers to adapt; every Linear and Conv2d when left out."""
     file: str | None = None
-    """A LoRA file to start from, as diffusers saves it; rank and targets must be the file's."""
+    """A LoRA file to start from, of diffusers' scripts, peft or kohya; rank and targets must be the file's."""
 
     def build(self, site: Site) -> nn.Module:
         base = site.role(self.of, "lora.of")

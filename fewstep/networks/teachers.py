@@ -36,6 +36,7 @@ class DiffusersTeacher:
 
     def build(self, site: Site) -> nn.Module:
         from fewstep.networks.diffusers import load_denoiser
+        from fewstep.networks.folder import read_folder
 
         size = (site.shape[1], site.shape[2]) if len(site.shape) == 3 else None
         teacher = load_denoiser(
@@ -47,6 +48,7 @@ class DiffusersTeacher:
             wrapper=self.wrapper,
             dtype=self.dtype,
         )
+        read_folder(self.path).require_agreement()
         channels = teacher.net.channels()  # type: ignore[operator]
         if channels != site.shape[0]:
             raise UserError(f"teacher {self.path}: takes {channels} channels, but the data has shape {list(site.shape)}")

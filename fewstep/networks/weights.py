@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
+from collections.abc import Iterable, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,11 @@ import torch
 from torch import nn
 
 from fewstep.config import UserError
+
+
+class NotFinite(UserError):
+    """Weights that hold NaN or infinity."""
+
 
 PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl")
 
@@ -126,6 +132,12 @@ def load_part(sub: Path, said: str, kind: str, dtype: torch.dtype = torch.float3
     weights = check_whole(sub, said)
     if not weights:
         raise UserError(f"{said}: {sub.name}/ has no .safetensors file")
+    if not any(_variant(w, "diffusers") in ("", "fp16", "bf16") for w in weights):
+        to = weights[0].with_name("diffusion_pytorch_model.safetensors")
+        raise UserError(
+            f"{said}: {sub.name}/ has {weights[0].name}, and no {to.name}, which diffusers looks for; rename it if it is "
+            f"meant:\n  mv {shlex.quote(str(weights[0]))} {shlex.quote(str(to))}"
+        )
     cls: Any = getattr(diffusers, kind, None)
     if not hasattr(cls, "from_pretrained"):
         raise UserError(f"{sub / 'config.json'}: diffusers has no class {kind!r}")
@@ -134,7 +146,8 @@ def load_part(sub: Path, said: str, kind: str, dtype: torch.dtype = torch.float3
     model, told = _loaded(
         cls, sub, said, low_cpu_mem_usage=False, torch_dtype=dtype, variant=variant, use_safetensors=True
     )
-    _complete(told, sub, said, ("missing_keys", "unexpected_keys"))
+    _complete(told, sub, said, ("missing_keys", "unexpected_keys"), weights)
+    _finite(model, sub, said)
     return model.eval()
 
 
@@ -147,12 +160,13 @@ def load_text_model(sub: Path, said: str, cls: Any, unused: tuple[str, ...] = ()
     """
     refuse_pickles(sub, said, "transformers", cls.__name__)
     refuse_variants(sub, said, "transformers", cls.__name__)
-    check_whole(sub, said)
+    files = check_whole(sub, said)
     # Left out it asks on the terminal whether a folder's own code may run.
     own = {"trust_remote_code": False} if cls.__name__.startswith("Auto") else {}
     model, told = _loaded(cls, sub, said, use_safetensors=True, **_float32(), **own)
-    used = {"missing_keys": [k for k in told["missing_keys"] if not k.startswith(unused)]}
-    _complete(used, sub, said, ("missing_keys",))
+    lacks = [k for k in told["missing_keys"] if not k.startswith(unused)]
+    _complete(told | {"missing_keys": lacks}, sub, said, ("missing_keys",), files)
+    _finite(model, sub, said)
     return model.eval()
 
 
@@ -173,12 +187,86 @@ def _loaded(cls: Any, sub: Path, said: str, **options: Any) -> Any:
         raise UserError(f"{said}: the weights in {sub.name}/ cannot be loaded: {error}") from None
 
 
-def _complete(told: Any, sub: Path, said: str, kinds: tuple[str, ...]) -> None:
+def _complete(told: Any, sub: Path, said: str, kinds: tuple[str, ...], files: Sequence[Path]) -> None:
     # diffusers and transformers only warn and leave what the file lacks at random.
     words = {"missing_keys": "lack", "unexpected_keys": "hold the unknown"}
     for kind in kinds:
-        if told[kind]:
+        if not told[kind]:
+            continue
+        if told["unexpected_keys"] and (wrapped := wrapping(told["unexpected_keys"], told["missing_keys"])):
+            mark, pairs = wrapped
+            first = next(k for k in sorted(told["unexpected_keys"]) if mark.split(".")[0] in k.split("."))
+            why = "; ".join(_WRAPPERS[p] for p in mark.split(".") if p in _WRAPPERS) or "some trainers save it so"
             raise UserError(
-                f"{said}: the weights in {sub.name}/ {words[kind]} {sorted(told[kind])[0]} ({len(told[kind])} in all); "
-                f"they are of another network than {sub.name}/config.json says"
+                f"{said}: the weights in {sub.name}/ are named as inside a wrapper, with {mark!r} in {first}; {why}. "
+                f"Write them under their own names:\n  {unwrap(files, pairs)}"
             )
+        raise UserError(
+            f"{said}: the weights in {sub.name}/ {words[kind]} {sorted(told[kind])[0]} ({len(told[kind])} in all); "
+            f"they are of another network than {sub.name}/config.json says"
+        )
+
+
+_WRAPPERS = {
+    "_orig_mod": "torch.compile puts it there",
+    "module": "DataParallel and DistributedDataParallel put it there",
+    "_fsdp_wrapped_module": "FSDP puts it there",
+    "_checkpoint_wrapped_module": "torch's checkpoint wrapper puts it there",
+    "_forward_module": "Lightning puts it there",
+    "base_layer": "peft puts it there while an adapter is loaded; fuse that first if it is to count",
+}
+"""Parts of names that wrappers leave in front of those of weights, or within them."""
+
+
+def wrapping(strange: Sequence[str], wanted: Sequence[str]) -> tuple[str, str] | None:
+    """(what stands in strange names beyond the wanted ones, code of the pairs (own name, k) of names ks); None: others.
+
+    Looked for are the parts of `_WRAPPERS` anywhere in a name, and one prefix of all names, whose tensors alone count
+    then; where nothing is missing, a prefix of averages that stand beside the weights.
+    """
+    parts = tuple(w for w in _WRAPPERS if any(w in k.split(".") for k in strange))
+    bare = {".".join(p for p in k.split(".") if p not in parts) for k in strange}
+    if parts and wanted and bare >= set(wanted):
+        code = f"[('.'.join(p for p in k.split('.') if p not in {parts}), k) for k in ks if '.lora_' not in k]"
+        return ".".join(parts) + ".", code
+    front = None
+    if wanted:
+        shortest = min(wanted, key=len)
+        fronts = {k.removesuffix(shortest) for k in strange if k.endswith(f".{shortest}")}
+        bare_by = {f: {k.removeprefix(f) for k in strange if k.startswith(f)} for f in fronts}
+        front = min((f for f, names in bare_by.items() if names >= set(wanted)), key=len, default=None)
+    else:
+        heads = {k.partition(".")[0] for k in strange}
+        if len(heads) == 1 and heads <= {*_WRAPPERS, "ema", "ema_model", "model_ema"}:
+            front = f"{heads.pop()}."
+    return None if front is None else (front, f"[(k[{len(front)}:], k) for k in ks if k.startswith({front!r})]")
+
+
+def unwrap(files: Sequence[Path], pairs: str) -> str:
+    """The command that writes safetensors files in place with `pairs` of `wrapping` as the names of what they hold."""
+    code = (
+        "from safetensors.torch import load_file, save_file; own = lambda ks: "
+        f"{pairs}; [save_file({{n: d[k] for n, k in own(d)}}, f, metadata={{'format': 'pt'}}) "
+        f"for f in {[str(f) for f in files]!r} for d in [load_file(f)]]"
+    )
+    return shell(code)
+
+
+def not_finite(tensors: Iterable[tuple[str, torch.Tensor]]) -> str | None:
+    """The first tensor that holds NaN or infinity, with how many of its values do, in words; None when all are finite."""
+    for name, t in tensors:
+        if t.is_floating_point() and not bool(torch.isfinite(t).all()):
+            count = int((~torch.isfinite(t)).sum())
+            return f"{name} ({count} of {t.numel()} values)"
+    return None
+
+
+def _finite(model: nn.Module, sub: Path, said: str) -> None:
+    found = not_finite([*model.named_parameters(), *model.named_buffers()])
+    if found:
+        dtype = next(model.parameters()).dtype
+        half = "; or they do not fit into float16: use bf16" if dtype is torch.float16 else ""
+        raise NotFinite(
+            f"{said}: the weights in {sub.name}/ hold NaN or infinity in {found}; a save in half precision may have "
+            f"overflowed, or training diverged: save them again in float32 from weights that are finite{half}"
+        )

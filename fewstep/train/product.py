@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,6 +17,7 @@ from fewstep.networks import code
 from fewstep.recipe.schema import Recipe
 from fewstep.recipe.store import load_run
 from fewstep.train.build import build_product
+from fewstep.train.note import read_note
 from fewstep.train.state import checkpoints, load_into, load_tensors, read_state
 
 
@@ -147,17 +147,16 @@ def product_of(recipe: Recipe, net: nn.Module, data: Any, title: str, done: int 
 
 def _open_folder(path: Path) -> Product:
     from fewstep.networks.diffusers import load_denoiser
+    from fewstep.networks.folder import read_folder
 
-    note = path / "fewstep.json"
-    told = json.loads(note.read_text()) if note.is_file() else {}
-    size = tuple(told["size"]) if "size" in told else None
-    net = load_denoiser(str(path), classes=told.get("classes"), size=size)
+    note = read_note(path)
+    net = load_denoiser(str(path), classes=note.classes, size=note.size)
+    read_folder(str(path)).require_agreement()
     wrapper: Any = net.net
     if "text" in wrapper.needs:
         raise UserError(f"{path}: takes text; draw from it with diffusers' {wrapper.pipeline}, as its card shows")
-    shape = (wrapper.channels(), *(size or wrapper.sample_size()))
+    shape = (wrapper.channels(), *(note.size or wrapper.sample_size()))
     classes = int(wrapper.classes)
-    if "steps" not in told:
+    if note.sampler is None:
         return Product(net, many_step(18), shape, classes, path.name, None)
-    sampler = Sampler(kind=told["kind"], steps=tuple(told["steps"]), eta=told.get("eta", Sampler().eta))
-    return Product(net, sampler, shape, classes, path.name, (len(sampler.steps),))
+    return Product(net, note.sampler, shape, classes, path.name, (len(note.sampler.steps),))

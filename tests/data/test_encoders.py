@@ -141,6 +141,35 @@ def test_size_conditions_are_height_and_width_in_pixels(sdxl: Path, tmp_path: Pa
     assert rows["pooled"].shape == (2, 10)
 
 
+def test_guidance_moves_away_from_what_the_folder_says(sdxl: Path, tmp_path: Path):
+    folder = Path(shutil.copytree(sdxl, tmp_path / "T"))
+    index = json.loads((folder / "model_index.json").read_text())
+    pipe = StableDiffusionXLPipeline.from_pretrained(folder, vae=None, unet=None)
+
+    def away(told: bool | None, **options: Any) -> dict[str, torch.Tensor]:
+        """What is put in a prompt's place; `told`: the folder's force_zeros_for_empty_prompt, None is not there."""
+        own = {k: v for k, v in index.items() if k != "force_zeros_for_empty_prompt"}
+        more = {} if told is None else {"force_zeros_for_empty_prompt": told}
+        (folder / "model_index.json").write_text(json.dumps(own | more))
+        text = embed(PipelineEncoder(path=str(folder)), PROMPTS, cache=str(tmp_path / "cache"), **options)
+        return text.null(text.take(torch.arange(1)))
+
+    def theirs(told: bool, negative: str | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+        pipe.register_to_config(force_zeros_for_empty_prompt=told)
+        _, text, _, pooled = pipe.encode_prompt(PROMPTS[0], negative_prompt=negative, do_classifier_free_guidance=True)
+        return text, pooled
+
+    for told in (True, False, None):
+        ours, (text, pooled) = away(told), theirs(told is not False)
+        torch.testing.assert_close(ours["text"], text, rtol=0, atol=1e-6)
+        torch.testing.assert_close(ours["pooled"], pooled, rtol=0, atol=1e-6)
+        assert bool((text == 0).all()) == (told is not False)
+    text, _ = theirs(True, PROMPTS[1])
+    torch.testing.assert_close(away(True, negative=PROMPTS[1])["text"], text, rtol=0, atol=1e-6)
+    assert bool(away(True, zeros=False)["text"].any())
+    assert not bool(away(False, zeros=True)["text"].any())
+
+
 def test_a_second_encoder_or_a_vae_that_is_not_there_is_named(sdxl: Path, tmp_path: Path):
     folder = Path(shutil.copytree(sdxl, tmp_path / "T"))
     shutil.rmtree(folder / "vae")

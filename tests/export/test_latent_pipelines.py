@@ -87,6 +87,26 @@ def test_an_exported_folder_is_opened_again(folders: dict[str, Path], tmp_path: 
         open_product(tmp_path / "sd3")
     told = json.loads((tmp_path / "sd3" / "fewstep.json").read_text())
     assert (told["steps"], told["size"]) == ([1.0], [8, 12])
+    # Its transformer is for 8 x 8 latents of 2 pixels, the student for 8 x 12.
+    assert told["settings"] == {"guidance_scale": 1.0, "height": 16, "width": 24}
+
+
+def test_a_call_says_what_the_pipelines_own_defaults_would_change(folders: dict[str, Path]):
+    from fewstep.export.latent import settings_of, source_of
+
+    def settings(name: str, *more: str) -> dict[str, Any]:
+        product = make_product(folders[name], name, Sampler(steps=(1.0,)), *more)
+        net: Any = product.net
+        return settings_of(product, source_of(product), net.net)
+
+    assert settings("sd15") == {"guidance_scale": 1.0}
+    assert settings("dit") == {"guidance_scale": 1.0}  # DiTPipeline's own is 4
+    assert settings("flux") == {"guidance_scale": 2.5, "height": 12, "width": 16}
+    assert settings("pixart") == {"guidance_scale": 1.0, "clean_caption": False, "height": 16, "width": 24}
+    assert settings("sana") == {"guidance_scale": 1.0, "complex_human_instruction": None}
+    encoder = f"{{name: pipeline, path: {folders['sd3']}, length: 77}}"
+    data = f"data={{name: prompts, path: p.txt, shape: [6, 8, 12], encoder: {encoder}}}"
+    assert settings("sd3", data)["max_sequence_length"] == 77
 
 
 def drawn(product: Product, tmp_path: Path) -> Tensor:

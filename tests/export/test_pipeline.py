@@ -19,7 +19,7 @@ from torch import Tensor
 from fewstep.algebra.sampling import Sampler, many_step
 from fewstep.config import UserError
 from fewstep.export import base, routes, unet
-from fewstep.export.base import PARITY, ExportRefused
+from fewstep.export.base import HALF_PARITY, PARITY, ExportRefused
 from fewstep.export.choose import export
 from fewstep.export.routes import schedule
 from fewstep.networks.diffusers import load_denoiser
@@ -172,7 +172,10 @@ def test_what_lies_in_the_folder(exports: Any):
     assert json.loads((root / "four" / "fewstep.json").read_text()) == {
         "kind": "renoise",
         "steps": [1.0, 0.75, 0.5, 0.25],
+        "eta": 0.3,
         "classes": 10,
+        "call": {"num_inference_steps": 4},
+        "settings": {},
     }
 
 
@@ -326,7 +329,9 @@ def test_grids_of_step_lists(steps: tuple[float, ...], count: int):
 def test_a_teacher_trained_here_comes_back_as_a_teacher(product: Product, tmp_path: Path):
     folder = tmp_path / "teacher"
     done = export(replace(product, sampler=many_step(4)), folder)
-    assert (done.parity, done.usage) == (0.0, f"teacher: {{name: diffusers, path: {folder}}}")
+    assert done.usage == f"teacher: {{name: diffusers, path: {folder}}}"
+    assert 0 < done.parity < HALF_PARITY / 3
+    assert f"| {done.parity:.1e} |" in (folder / "README.md").read_text()
     assert names(folder) == [".fewstep", "README.md", "fewstep.json", "model_index.json", "scheduler", "unet"]
     net: Any = load_denoiser(str(folder), classes=10)
     assert net.net.classes == 10
@@ -336,3 +341,28 @@ def test_a_teacher_trained_here_comes_back_as_a_teacher(product: Product, tmp_pa
         torch.testing.assert_close(net.state_dict()[key], value.half().float(), rtol=0, atol=0)
     assert all(p.dtype == torch.float32 for p in product.net.parameters())
     shutil.rmtree(folder)
+
+
+def test_a_teacher_that_half_precision_cannot_hold_is_not_written(
+    product: Product, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    import copy
+
+    def refused(value: float, layer: str) -> str:
+        net: Any = copy.deepcopy(product.net)
+        with torch.no_grad():
+            net.net.model.get_parameter(layer).view(-1)[3] = value
+        with pytest.raises(ExportRefused) as caught:
+            export(replace(product, net=net, sampler=many_step(4)), tmp_path / "out")
+        assert names(tmp_path) == []
+        return str(caught.value)
+
+    assert refused(7e4, "conv_in.weight") == (
+        "float16, in which teachers are written, cannot hold conv_in.weight (1 of 72 values): it ends at 65504; train "
+        "with a lower rate"
+    )
+    told = refused(float("inf"), "conv_in.weight")
+    assert told.startswith("the weights hold NaN or infinity in net.model.conv_in.weight (1 of 72 values); tr")
+    monkeypatch.setattr("fewstep.export.teacher.HALF_PARITY", 1e-9)
+    told = refused(0.1, "conv_out.weight")
+    assert "the folder read as a teacher differs from the network in float32 by" in told

@@ -1,0 +1,76 @@
+"""An exported folder is called as its own note says, in levels, guidance and size; others as diffusers calls them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fewstep.algebra.sampling import Sampler
+from fewstep.commands.sources import called
+from fewstep.config import UserError
+from fewstep.train.note import NAME, Note
+
+
+def test_levels_and_settings_of_a_student(tmp_path: Path):
+    note = Note(
+        sampler=Sampler(kind="gamma", steps=(1.0, 0.7, 0.3), eta=0.3),
+        call={"timesteps": [999, 699, 299], "eta": 0.3},
+        settings={"guidance_scale": 1.0, "height": 16, "width": 24},
+    )
+    (tmp_path / NAME).write_text(note.text())
+    size = {"guidance_scale": 1.0, "height": 16, "width": 24}
+    own = (3, {**size, "timesteps": [999, 699, 299], "eta": 0.3})
+    assert called(tmp_path, None, False) == own
+    assert called(tmp_path, 3, False) == own
+    with pytest.raises(UserError, match=r"^--steps 4: this student was trained for 3; add --any to try it anyway$"):
+        called(tmp_path, 4, False)
+    assert called(tmp_path, 4, True) == (4, {**size, "eta": 0.3, "num_inference_steps": 4})
+
+
+def test_folders_of_others_take_the_steps_asked_for(tmp_path: Path):
+    for text in (None, Note(classes=10).text()):
+        if text:
+            (tmp_path / NAME).write_text(text)
+        assert called(tmp_path, 7, False) == (7, {"num_inference_steps": 7})
+        with pytest.raises(UserError, match="does not say how many steps it takes; give --steps"):
+            called(tmp_path, None, False)
+
+
+class Pipe:
+    """A pipeline that records how it is called."""
+
+    unet = None
+
+    def __init__(self) -> None:
+        self.calls: list[dict[str, Any]] = []
+
+    def __call__(self, *, prompt: Any = None, generator: Any = None, output_type: str = "pil", **more: Any) -> Any:
+        import numpy as np
+
+        self.calls.append(more)
+        return type("Out", (), {"images": np.zeros((len(generator), 4, 4, 3))})
+
+
+def test_a_pipeline_gets_these_arguments_and_those_of_the_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    import torch
+
+    from fewstep.commands import sources
+    from fewstep.eval.protocol.preset import load_preset
+
+    note = Note(sampler=Sampler(steps=(0.9,)), call={"timesteps": [899]}, settings={"guidance_scale": 1.0})
+    (tmp_path / NAME).write_text(note.text())
+    pipe = Pipe()
+    monkeypatch.setattr(sources, "load_pipeline", lambda path, device: pipe)
+    preset = load_preset("digits")
+
+    def calls(*given: str) -> dict[str, Any]:
+        models = sources.of_pipeline(
+            preset, tmp_path, steps=(), call=given, prompts=None, device=torch.device("cpu"), check=lambda shape: None
+        )
+        assert [m.steps for m in models] == [1]
+        return {k: v for k, v in pipe.calls[-1].items() if k != "class_labels"}
+
+    assert calls() == {"timesteps": [899], "guidance_scale": 1.0}
+    assert calls("guidance_scale=2.0") == {"timesteps": [899], "guidance_scale": 2.0}

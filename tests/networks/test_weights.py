@@ -1,0 +1,116 @@
+"""Weights saved from within a wrapper, or with NaN in them, are refused by the words that mend them."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tiny_teacher import make_teacher
+from tiny_text import run_command
+
+from fewstep.commands.check_teacher import check_teacher
+from fewstep.config import UserError
+from fewstep.networks.diffusers import load_denoiser
+from fewstep.networks.weights import not_finite, wrapping
+
+SAFE = "diffusion_pytorch_model.safetensors"
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    return make_teacher(tmp_path / "T") / "unet" / SAFE
+
+
+def inner(key: str) -> str:
+    """One block of several compiled."""
+    head, _, rest = key.partition(".")
+    return f"{head}._orig_mod.{rest}" if head == "mid_block" else key
+
+
+WRAPPED: list[tuple[str, Any, str]] = [
+    ("_orig_mod.", "_orig_mod.{}".format, "torch.compile puts it there"),
+    ("module.", "module.{}".format, "DataParallel and DistributedDataParallel put it there"),
+    ("module._orig_mod.", "module._orig_mod.{}".format, "torch.compile"),
+    ("_fsdp_wrapped_module.", "_fsdp_wrapped_module.{}".format, "FSDP puts it there"),
+    ("_orig_mod.", inner, "torch.compile puts it there"),
+    ("ema_model.", "ema_model.{}".format, "some trainers save it so"),
+    ("state.net.", "state.net.{}".format, "some trainers save it so"),
+]
+
+
+@pytest.mark.parametrize(("mark", "rename", "why"), WRAPPED)
+def test_a_wrapper_is_named_and_its_command_takes_it_off(file: Path, mark: str, rename: Any, why: str):
+    weights = load_file(file)
+    save_file({rename(k): v for k, v in weights.items()}, file, metadata={"format": "pt"})
+    with pytest.raises(UserError) as caught:
+        load_denoiser(str(file.parents[1]), 10)
+    said, _, _ = str(caught.value).partition("\n")
+    parts = {p for p in mark.split(".") if p}
+    named = said.partition("named as inside a wrapper, with '")[2].partition("'")[0]
+    assert {p for p in named.split(".") if p} == parts
+    assert why in said
+    run_command(str(caught.value))
+    again = load_file(file)
+    assert again.keys() == weights.keys()
+    assert all(torch.equal(again[k], weights[k]) for k in weights)
+
+
+def test_a_second_copy_beside_the_weights_is_named(file: Path):
+    weights = load_file(file)
+    both = {**weights, **{f"ema.{k}": v.clone() + 1 for k, v in weights.items()}}
+    save_file(both, file, metadata={"format": "pt"})
+    with pytest.raises(UserError, match=r"named as inside a wrapper, with 'ema\.' in ema\.") as caught:
+        load_denoiser(str(file.parents[1]), 10)
+    run_command(str(caught.value))
+    again = load_file(file)
+    assert all(torch.equal(again[k], weights[k] + 1) for k in weights)
+
+
+@pytest.mark.parametrize("name", ["diffusion_pytorch_model.non_ema.safetensors", "model.safetensors"])
+def test_a_file_of_another_name_is_told_to_be_renamed(file: Path, name: str):
+    other = file.rename(file.with_name(name))
+    with pytest.raises(UserError) as caught:
+        load_denoiser(str(file.parents[1]), 10)
+    said, _, command = str(caught.value).partition("\n")
+    assert said.endswith(f"unet/ has {name}, and no {SAFE}, which diffusers looks for; rename it if it is meant:")
+    assert command.split() == ["mv", str(other), str(file)]
+
+
+def test_other_names_are_no_wrapper():
+    assert wrapping(["other.weight"], ["conv.weight"]) is None
+    assert wrapping(["module.conv.bias"], ["conv.weight"]) is None
+    assert wrapping(["down.extra"], []) is None
+    assert wrapping(["a.conv.weight", "b.norm.weight"], ["conv.weight", "norm.weight"]) is None
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("-inf")])
+def test_a_tensor_that_is_not_finite_is_named(file: Path, value: float):
+    weights = load_file(file)
+    weights["mid_block.resnets.0.conv1.weight"][0, 0] = value
+    save_file(weights, file, metadata={"format": "pt"})
+    folder = str(file.parents[1])
+    said = "the weights in unet/ hold NaN or infinity in mid_block.resnets.0.conv1.weight (9 of 2304 values)"
+    with pytest.raises(UserError, match="T: the weights in unet/ hold NaN or infinity") as caught:
+        load_denoiser(folder, 10)
+    assert said in str(caught.value)
+    report = check_teacher(folder, classes=10)
+    assert not report.ok
+    assert report.verdict().startswith(f"{folder} cannot be distilled: teacher {folder}: {said}")
+
+
+def test_what_does_not_fit_into_half_precision_is_named(file: Path):
+    weights = copy.deepcopy(load_file(file))
+    weights["conv_in.weight"][0] = 7e4
+    save_file(weights, file, metadata={"format": "pt"})
+    assert load_denoiser(str(file.parents[1]), 10).prediction == "cm"
+    with pytest.raises(UserError, match=r"conv_in.weight \(9 of 72 values\).*or they do not fit into float16: use bf16"):
+        load_denoiser(str(file.parents[1]), 10, dtype="fp16")
+
+
+def test_not_finite_looks_at_floating_point_alone():
+    assert not_finite([("a", torch.ones(3)), ("b", torch.tensor([2]))]) is None
+    assert not_finite([("a", torch.ones(3)), ("b", torch.tensor([1.0, float("inf")]))]) == "b (1 of 2 values)"
