@@ -47,9 +47,9 @@ def test_own_photos_to_a_measured_and_exported_student(
     run("run", "mine.yaml", *SHORT)
     for name, rows in (("mine-teacher", 1), ("mine", 2)):
         report = json.loads((tmp_path / "runs" / name / "report" / "results.json").read_text())
-        measured = [{m["name"] for m in row["metrics"]} for row in report["rows"]]
+        measured = [set(row["metrics"]) for row in report["rows"]]
         assert len(measured) >= rows
-        assert all({"fd", "kid"} <= found for found in measured), measured
+        assert all({"FD", "KID"} <= {name.split()[0] for name in found} for found in measured), measured
     capfd.readouterr()
     run("eval", "runs/mine", "--against", "photos", "--samples", 8)
     shown = capfd.readouterr().out
