@@ -19,8 +19,6 @@ from fewstep.train import resume
 from fewstep.train.state import FORMAT, _checksum, checkpoints, is_sound, read_state
 from fewstep.train.trainer import Trainer
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 SHORT = ("before.0.steps=6", "train.steps=12", "train.checkpoint_every=6", "train.keep=3", "optim.default.decay=constant")
 STEP = "step-00000012"
 
