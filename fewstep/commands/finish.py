@@ -108,8 +108,8 @@ def _measure(trainer: Trainer, student: Product, run: Path, judge: Judge) -> lis
     show(rows)
     told = {"recipe": trainer.recipe.about, "skips": trainer.progress.skipped, "commit": commit()[:7]}
     report = {"rows": [r.as_json() for r in rows], **told}
-    (run / "report").mkdir(exist_ok=True)
-    (run / "report" / "results.json").write_text(json.dumps(report, indent=1))
+    with atomic_path(run / "report" / "results.json") as aside:
+        aside.write_text(json.dumps(report, indent=1))
     save_side_by_side(panels, run / "report" / "side-by-side.png")
     console.print(f"pictures {run / 'samples'}, side by side {run / 'report' / 'side-by-side.png'}")
     return rows
