@@ -69,7 +69,8 @@ def evaluate(
         retrieval: for the metric retrieval, beside `samples` with their images.
         more: further fields of the Evaluation, such as seconds and calls.
 
-    A metric that lacks what it needs (a classifier, classes, enough samples) is left out, and `omitted` says why.
+    A metric that lacks what it needs (a classifier, classes, enough samples) is left out, and `omitted` says why; one of
+    `NEEDS_MORE` is refused.
 
     Raises:
         ValueError: another number of samples than the preset's, or not one metric that can be computed.
@@ -86,9 +87,6 @@ def evaluate(
     if reference.features is None:
         short = "the reference file holds moments only, this metric needs its features"
         omitted |= {m: short for m in preset.metrics if m in NEEDS_FEATURES and m not in omitted}
-    fewest = min(len(reference.features) if reference.features is not None else 6, preset.number)
-    if fewest <= 5:
-        omitted |= {m: f"{fewest} pictures have no 5 neighbours" for m in ("prdc3", "prdc5") if m in preset.metrics}
     wanted = [metric for metric in preset.metrics if metric not in omitted]
     frechet = [frechet_distance(run.features, reference.statistics) for run in runs] if "fd" in wanted else []
     inputs = Inputs(
@@ -107,6 +105,8 @@ def evaluate(
         try:
             found |= METRICS[metric](inputs)
         except ValueError as error:  # no classifier, no classes, too few samples: the other metrics still hold
+            if metric in NEEDS_MORE:
+                raise
             omitted[metric] = str(error).removeprefix(f"{metric}: ")
     if not found:
         reasons = "; ".join(f"{metric}: {reason}" for metric, reason in omitted.items())
@@ -227,6 +227,8 @@ METRICS: dict[str, Callable[[Inputs], Entries]] = {
     "clip-score": _clip_score,
     "retrieval": _retrieval,
 }
+NEEDS_MORE = ("clip-score", "retrieval")
+"""Metrics of what the caller hands over beside the samples; to do without them is for `omit` to say."""
 NEEDS_FEATURES = ("kid", "cmmd", "prdc3", "prdc5", "energy")
 
 

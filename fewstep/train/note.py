@@ -72,9 +72,9 @@ def read_note(folder: Path) -> Note:
 
 def _sampler(told: Mapping[str, Any], file: Path, again: str) -> Sampler:
     steps = told["steps"]
-    levels = isinstance(steps, list) and steps and all(isinstance(u, int | float) and 0 < u <= 1 for u in steps)
+    levels = isinstance(steps, list) and steps and all(isinstance(u, int | float) and 0 <= u <= 1 for u in steps)
     if not levels or any(a <= b for a, b in pairwise(steps)):
-        raise UserError(f"{file}: steps is {json.dumps(steps)[:60]}; expected decreasing levels in (0, 1]; {again}")
+        raise UserError(f"{file}: steps is {json.dumps(steps)[:60]}; expected decreasing levels in [0, 1]; {again}")
     try:
         return Sampler(kind=told.get("kind", "renoise"), steps=tuple(steps), eta=told.get("eta", Sampler().eta))
     except (RecipeError, TypeError, ValueError):

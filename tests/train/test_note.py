@@ -33,7 +33,7 @@ BAD: list[tuple[Any, str]] = [
     ({"classes": "ten"}, 'classes is "ten", not a number of classes'),
     ({"classes": True}, "classes is true, not a number of classes"),
     ({"size": ["a"]}, 'size is ["a"], not a height and a width'),
-    ({"steps": "abc", "call": {"timesteps": [1]}}, 'steps is "abc"; expected decreasing levels in (0, 1]'),
+    ({"steps": "abc", "call": {"timesteps": [1]}}, 'steps is "abc"; expected decreasing levels in [0, 1]'),
     ({"steps": [-1.0], "call": {"timesteps": [1]}}, "steps is [-1.0]; expected decreasing levels"),
     ({"steps": [0.5, 0.5], "call": {"timesteps": [1]}}, "steps is [0.5, 0.5]; expected decreasing levels"),
     ({"steps": [1.0], "kind": "evil", "call": {"timesteps": [1]}}, "kind or eta is not one of a sampler"),
