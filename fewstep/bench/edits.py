@@ -59,7 +59,8 @@ def draw(files: Sequence[tuple[str, Path]], count: int, seed: int, room: str) ->
     for name, text in texts.items():
         for edit in _candidates(text, name):
             rules.setdefault(edit.rule, []).append(edit)
-    chance, drawn = random.Random(f"{seed} {room}"), []
+    chance = random.Random(f"{seed} {room}")
+    drawn: list[Edit] = []
     while rules and len(drawn) < count:
         rule = chance.choice(sorted(rules))
         edit = rules[rule].pop(chance.randrange(len(rules[rule])))
