@@ -228,3 +228,9 @@ def test_prior_has_the_scale_of_its_time() -> None:
     assert torch.equal(EDM().prior(noise, t), t[:, None, None, None] * noise)
     for name in ("flow", "trig", "cosine", "vp", "ddpm"):
         assert torch.equal(PROCESSES[name].prior(noise, t), noise)
+
+
+def test_a_shift_of_three_puts_the_middle_level_at_three_quarters() -> None:
+    process = ShiftedFlow(shift=3.0)
+    assert process.grid(col(0.25, 0.5, 1.0)).tolist() == pytest.approx([0.5, 0.75, 1.0])
+    assert process.level(col(0.5, 0.75, 1.0)).tolist() == pytest.approx([0.25, 0.5, 1.0])

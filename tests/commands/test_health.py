@@ -160,3 +160,17 @@ def test_plots_hold_the_readings_that_a_log_has(tmp_path: Path):
     assert int(((pixels - torch.tensor([31, 119, 180])).abs().sum(1) < 30).sum()) > 300
     assert save([{"done": 1, "stage": 0, "loss": 1.0}], tmp_path / "none.png") == []
     assert [p.name for p in tmp_path.iterdir()] == ["report"]
+
+
+def test_diversity_is_judged_against_the_best_there_was():
+    def rise_and_fall(p: float) -> float:
+        return 0.3 + 1.4 * p if p <= 0.5 else 1.6 - 1.2 * p
+
+    # More than at the start, and less than half of its best.
+    assert alarms(records(**{"health/diversity": rise_and_fall})) == ["collapsing"]
+
+
+def test_updates_refused_before_the_stage_began_do_not_count():
+    rows = records(skips=lambda p: 30)
+    assert alarms(rows) == []
+    assert next(v for v in verdicts(rows) if v.name == "numerics").text.startswith("30 updates")

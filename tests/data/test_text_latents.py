@@ -115,6 +115,30 @@ def test_prompts_are_encoded_once_and_the_rows_are_the_encoders(tmp_path: Path):
         assert changed[0].seen > 0
 
 
+def test_another_negative_is_another_cache(tmp_path: Path):
+    embed(Counting(), PROMPTS, negative="ugly", cache=str(tmp_path))
+    plain = embed(Counting(), PROMPTS, negative="plain", cache=str(tmp_path))
+    cond = plain.take(torch.tensor([1, 0]))
+    wanted = Counting().open()(["plain"])
+    for key in ("text", "pooled"):
+        assert torch.equal(plain.null(cond)[key], wanted[key].expand_as(cond[key]))
+
+
+def test_every_picture_keeps_its_caption(tmp_path: Path):
+    files = pictures(tmp_path)
+    for p, letter in zip(files, "abcde", strict=True):
+        p.with_suffix(".txt").write_text(letter)
+    spec = Captions(path=str(tmp_path), size=6, text_cache=str(tmp_path / "cache"))
+    object.__setattr__(spec, "encoder", Counting())
+    data = spec.open()
+    x, cond = data.batch(Draws(1, torch.arange(30)))
+    mine = torch.stack([decode(p.read_bytes(), 6, False, "") for p in files])
+    which = [next(i for i in range(5) if torch.equal(row, mine[i])) for row in x]
+    assert set(which) == set(range(5))
+    wanted = Counting().open()(["abcde"[i] for i in which])
+    assert all(torch.equal(cond[key], wanted[key]) for key in wanted)
+
+
 def captioned(folder: Path, recipe: Path) -> list[Path]:
     files = pictures(folder)
     lines = [json.dumps({"file": p.name, "text": f"picture {i}"}) for i, p in enumerate(files)]
@@ -292,6 +316,14 @@ def make_sentence(folder: Path) -> Path:
     sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8}
     BertModel(BertConfig(vocab_size=len(words), **sizes)).save_pretrained(folder)
     return folder
+
+
+def test_the_pooled_embedding_is_the_mean_of_the_words_alone(tmp_path: Path):
+    told = SentenceEncoder(path=str(make_sentence(tmp_path / "s")), length=6).open()(PROMPTS)
+    counts = [len(p.split()) for p in PROMPTS]
+    assert told["mask"].sum(1).tolist() == counts == [3, 3, 1, 5]
+    for i, count in enumerate(counts):
+        torch.testing.assert_close(told["pooled"][i], told["text"][i, :count].mean(0))
 
 
 def test_prompts_alone_train_without_pictures(tmp_path: Path):

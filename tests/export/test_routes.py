@@ -18,6 +18,7 @@ from torch import Tensor
 
 from fewstep.algebra.process import EDM, DiscreteVP, Flow, Process, Trig
 from fewstep.algebra.sampling import Sampler, sample
+from fewstep.export import base as checked
 from fewstep.export.base import PARITY, ExportRefused
 from fewstep.export.choose import export
 from fewstep.export.fold import fold, level_of
@@ -259,6 +260,17 @@ def test_experts_run_from_the_text_of_their_card(base: Product, tmp_path: Path, 
         ours = sample(sampler, net, drawn["noise"], torch.arange(5), lambda _: drawn["noise"])
     assert float((ours.clamp(-1, 1) - drawn["images"]).abs().max()) <= PARITY
     export(one, tmp_path / "out")  # an earlier export is replaced
+
+
+@pytest.mark.parametrize("gap", [1.0, float("nan")])
+def test_experts_whose_loader_differs_leave_nothing(
+    base: Product, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, gap: float
+) -> None:
+    monkeypatch.setattr(checked, "difference", lambda *_: gap)
+    one = student(base, experts(), Sampler(kind="map", steps=(1.0, 0.5)))
+    with pytest.raises(ExportRefused, match=r"^the loader differs from fewstep's sampler by (1\.00e\+00|nan) > 1e-04$"):
+        export(one, tmp_path / "out")
+    assert names(tmp_path) == []
 
 
 def test_students_by_class_are_a_pipeline_each(base: Product, tmp_path: Path) -> None:

@@ -28,6 +28,16 @@ def test_every_output_and_gradient_with_every_subset_of_tangents(present, kind):
     assert worst(errors(tensors(150, 61, 8, 12), present, mask=mask, impl="chunked")) < 1e-12
 
 
+@pytest.mark.parametrize("kind", ["bool", "float"])
+def test_a_mask_of_each_head_is_its_own(kind):
+    n = 21
+    allowed = torch.stack(
+        (torch.eye(n, dtype=torch.bool), torch.ones(n, n, dtype=torch.bool), torch.ones(n, n).tril() > 0)
+    )
+    mask = allowed[None] if kind == "bool" else torch.zeros(1, 3, n, n).masked_fill(~allowed, float("-inf"))
+    assert worst(errors(tensors(n, n, 8, 12), (True, True, True), mask=mask, impl="chunked")) < 1e-12
+
+
 @pytest.mark.parametrize(("n", "m", "d"), [(1, 17, 28), (17, 1, 40), (256, 77, 72), (130, 257, 160), (3, 5, 300)])
 def test_lengths_and_head_dimensions(n, m, d):
     # one key makes every score gradient zero, where a relative error says nothing

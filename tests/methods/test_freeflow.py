@@ -6,12 +6,14 @@ from typing import Any
 
 import pytest
 import torch
+from listening import Listening, batch_of
 from torch import Tensor, nn
 from trajectory_helpers import F64, MEAN, STD, Batch64, ExactMap, draws
 
 from fewstep.algebra.batch import Batch
 from fewstep.algebra.prediction import Prediction, from_raw, from_x0
 from fewstep.algebra.process import Flow, bc
+from fewstep.algebra.times import Levels
 from fewstep.methods.freeflow import FreeFlow, first
 from fewstep.methods.meanflow import MeanFlow
 from fewstep.networks.analytic import gaussian
@@ -195,3 +197,15 @@ def test_meanflow_guides_the_told_rows_below_its_last_time(mapping: bool) -> Non
 def test_meanflow_guided_until_is_a_time() -> None:
     with pytest.raises(ValueError, match="guided_until is a time"):
         MeanFlow(guided_until=1.5)
+
+
+@pytest.mark.parametrize("r", [0.25, 0.8])
+def test_the_correction_is_a_difference_of_velocities(r: float) -> None:
+    flow = Flow()
+    roles = Roles(
+        student=Listening(flow, 0.3, takes_s=True), teacher=Listening(flow, 0.0, 0.7), critic=Listening(flow, 0.0, 0.2)
+    )
+    x, gradient = FreeFlow(correction_times=Levels(at=(r,))).correct(roles, batch_of(4))
+    torch.testing.assert_close(x, 0.3 * batch_of(4).noise())
+    # Toward the data u = (x - D) / r.
+    torch.testing.assert_close(gradient, torch.full_like(x, (0.2 - 0.7) / r), rtol=1e-12, atol=0)

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from distribution_cases import F64, MEAN, STD, Scripted, batch64, gradient_of, student_gradient
+from listening import Listening, batch_of
 from torch import Tensor, nn
 
 from fewstep.algebra.batch import Batch
@@ -187,3 +188,20 @@ def test_a_network_trained_inside_the_interval_follows_the_full_flow_with_the_un
     biased = (trajectories(learned(naive=True)) - exact).pow(2).mean().sqrt()
     assert unbiased < 0.04
     assert biased > 0.1
+
+
+@pytest.mark.parametrize(("phase", "levels"), [(1, [1.0, 0.75]), (2, [0.5, 0.25])])
+def test_every_step_of_a_phase_carries_the_gradient_as_often(phase: int, levels: list[float]):
+    roles = Roles(student=Listening(FLOW, 0.3, 0.1))
+    method = PhasedDMD(steps=(1.0, 0.75, 0.5, 0.25), boundaries=(0.5,), phase=phase)
+    met = []
+    for key in range(200):
+        method.path(roles, batch_of(2, key=key))
+        met.append(float(roles.student.times[-1][0]))
+        # The way there has none.
+        assert roles.student.graphs[-1]
+        assert not any(roles.student.graphs[:-1])
+        roles.student.times.clear()
+        roles.student.graphs.clear()
+    assert set(met) == set(levels)
+    assert abs(met.count(levels[0]) - 100) <= 4 * 50**0.5

@@ -152,3 +152,25 @@ def test_a_fresh_look_is_undivided_and_a_key_keeps_the_methods_other_ones():
     t = method.gan.times.sample(again.draws, EDM())
     logit = roles.discriminator(add_noise(EDM(), x, again.noise(), t)[0], t)
     assert float(found) == pytest.approx(1e-2 * float(F.softplus(-logit).mean()), rel=1e-12)
+
+
+@pytest.mark.parametrize("normalize", [False, True])
+def test_the_gradient_flows_through_the_noised_sample(normalize: bool):
+    roles, batch = players(), batch_of()
+    spread = torch.tensor([1.0, 30.0, 0.1, 1.0, 1.0, 5.0], dtype=F64).reshape(-1, 1, 1, 1)
+    x = spread * torch.randn(ROWS, *SHAPE, generator=torch.Generator().manual_seed(2), dtype=F64)
+    x.requires_grad_()
+    method = SiD(alpha=1.2, normalize=normalize, loss_scale=2.0)
+    found = method.loss(roles, batch, x)["match"]
+    again = batch_of()
+    tau = method.times.sample(again.draws, EDM()).reshape(-1, 1, 1, 1)
+    label = batch.cond.to(F64).reshape(-1, 1, 1, 1)
+    x_tau = x + tau * again.noise()
+    real, fake = 0.5 * x_tau / (1 + tau) + 0.7 * label, 0.4 * x_tau / (1 + tau) - 0.3 * label
+    value = ((real - fake) * (real - x) - 1.2 * (real - fake) ** 2).flatten(1).mean(1)
+    # Each sample over its own distance from the teacher's answer, which is held fixed.
+    omega = (x - real).abs().flatten(1).mean(1).detach() if normalize else torch.ones(ROWS, dtype=F64)
+    wanted = 2 * (value / omega).mean()
+    assert float(found.detach()) == pytest.approx(float(wanted.detach()), rel=1e-10)
+    (ours,), (theirs,) = torch.autograd.grad(found, x), torch.autograd.grad(wanted, x)
+    torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-14)

@@ -10,6 +10,8 @@ import torch
 from tiny_condition import condition_unet
 from tiny_text import text_pipeline
 
+from fewstep.export import base
+from fewstep.export.base import ExportRefused
 from fewstep.export.lora import export_lora
 from fewstep.networks.adapters import own_state
 from fewstep.recipe.store import load
@@ -76,6 +78,14 @@ def test_two_adapters_train_on_prompts_alone(folder: Path, tmp_path: Path, monke
     done = export_lora(product, tmp_path / "lora")
     assert done.parity <= 1e-6
     assert export_lora(product, tmp_path / "lora") == done  # an earlier export is replaced
+    for gap in (1.0, float("nan")):
+        with monkeypatch.context() as m:
+            m.setattr(base, "difference", lambda *_, gap=gap: gap)
+            with pytest.raises(
+                ExportRefused, match=r"^weights into which diffusers fuses .* differ from those merged here"
+            ):
+                export_lora(product, tmp_path / "wrong")
+        assert not (tmp_path / "wrong").exists()
     again = Trainer(load(str(folder / "mine.yaml"), [f"student.file={tmp_path / 'lora'}"]), cpu=True)
     for key, value in own_state(trainer.roles.student).items():
         assert torch.equal(own_state(again.roles.student)[key], value), key

@@ -35,6 +35,7 @@ from fewstep.networks.scheduler import read_scheduler
 from fewstep.networks.specs import example_condition
 from fewstep.networks.teachers import DiffusersTeacher, ModuleTeacher
 from fewstep.networks.wrappers import Generic
+from fewstep.networks.wrappers.base import Wrapper
 from fewstep.networks.wrappers.flux import pack, unpack
 
 SD = DiscreteVP(schedule="scaled_linear", beta_start=0.00085, beta_end=0.012)
@@ -252,6 +253,18 @@ def test_a_model_of_ones_own_in_less_than_thirty_lines(folders: dict[str, Path],
         assert torch.equal(net(x, t, cond).x0, stock(x, t, cond).x0)
     with pytest.raises(UserError, match=r"the data has shape \[3, 8, 12\]"):
         spec.build(Site((3, 8, 12), 0, {}, 0))
+
+
+def test_a_time_that_is_one_percent_off_is_found_out(folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch):
+    forward = Wrapper.forward
+
+    def late(self: Wrapper, x: Any, time: Any, *more: Any, **named: Any) -> Any:
+        return forward(self, x, 1.01 * time, *more, **named)
+
+    monkeypatch.setattr(Wrapper, "forward", late)
+    report = check_teacher(str(folders["dit"]), size=(8, 8))
+    assert {f.name: f.ok for f in report.findings}["time scaling"] is False
+    assert "time scaling" in report.verdict()
 
 
 @pytest.mark.parametrize(("sign", "scale"), [("-1", "1"), ("1", "1000")], ids=["sign", "time"])

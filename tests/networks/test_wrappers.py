@@ -14,6 +14,7 @@ from diffusers import (
     DDPMScheduler,
     EDMEulerScheduler,
     FlowMatchEulerDiscreteScheduler,
+    PixArtTransformer2DModel,
     UNet2DModel,
 )
 from helpers_core import F64, PROCESSES, Recorder, col, inner_times, kinds, native
@@ -27,6 +28,7 @@ from fewstep.networks.analytic import Mixture, gaussian
 from fewstep.networks.denoiser import Denoiser, Rescheduled
 from fewstep.networks.diffusers import load_denoiser, read_scheduler
 from fewstep.networks.unet2d import UNet2D
+from fewstep.networks.wrappers.pixart import PixArt
 
 B, C, H, W = 2, 3, 8, 16
 
@@ -295,3 +297,21 @@ def test_scheduler_configs_that_cannot_be_read_are_refused() -> None:
     del good["prediction_type"]
     with pytest.raises(RuntimeError, match="prediction_type is missing"):
         read_scheduler(good, "x")
+
+
+@pytest.mark.parametrize("told", [False, True], ids=["left out", "given"])
+def test_pixart_is_told_size_and_aspect_as_height_over_width(told: bool) -> None:
+    model = PixArtTransformer2DModel(
+        num_attention_heads=3, attention_head_dim=8, in_channels=4, out_channels=8, num_layers=1, norm_num_groups=8,
+        cross_attention_dim=24, caption_channels=12, sample_size=8, patch_size=2, use_additional_conditions=True,
+    )  # fmt: skip
+    seen: list[dict[str, torch.Tensor]] = []
+    model.register_forward_pre_hook(lambda _m, _a, named: seen.append(named["added_cond_kwargs"]), with_kwargs=True)
+    wrapper = PixArt(model, pixels=16)
+    cond = wrapper.example(3)
+    if told:
+        cond |= {"aspect": torch.full((3, 1), 0.6), "resolution": torch.full((3, 2), 99.0)}
+    with torch.no_grad():
+        wrapper(torch.randn(3, 4, 8, 12), torch.full((3,), 7.0), cond)
+    assert seen[0]["aspect_ratio"].tolist() == [[pytest.approx(0.6 if told else 8 / 12)]] * 3
+    assert seen[0]["resolution"].tolist() == [[99.0, 99.0] if told else [128.0, 192.0]] * 3

@@ -292,3 +292,38 @@ def test_bounded_and_adaptive() -> None:
     (gradient,) = torch.autograd.grad(tr.adaptive(error, 1.0, 0.01), error)
     mean_square = (error**2).flatten(1).mean(1)
     assert torch.allclose(gradient, (2 * error / (mean_square + 0.01).view(-1, 1, 1) / error.numel()).detach())
+
+
+def test_a_target_keeps_the_share_of_its_decay() -> None:
+    target, source = nn.Linear(1, 1), nn.Linear(1, 1)
+    for net, value in ((target, 1.0), (source, 0.0)):
+        nn.init.constant_(net.weight, value)
+        nn.init.constant_(net.bias, 2 * value)
+    tr.follow(target, source, 0.9)
+    assert target.weight.item() == pytest.approx(0.9)
+    assert target.bias.item() == pytest.approx(1.8)
+    assert source.weight.item() == 0.0
+
+
+def test_distances_are_their_closed_forms() -> None:
+    a, b = torch.zeros(1, 4, dtype=F64), torch.full((1, 4), 3.0, dtype=F64)
+    # Of the root mean square: sqrt(9 + 16) - 4; of the norm it would be sqrt(36 + 16) - 4.
+    assert float(tr.distance(a, b, "huber_sample", 4.0)) == 1.0
+    b[0, 1:] = 0
+    assert float(tr.distance(a, b, "huber_sample", 2.0)) == pytest.approx((9 / 4 + 4) ** 0.5 - 2)
+    assert float(tr.distance(a, b, "huber", 4.0)) == pytest.approx(1 / 4)
+    assert float(tr.distance(a, b, "mse")) == pytest.approx(9 / 4)
+    assert float(tr.distance(a, b, "l1")) == pytest.approx(3 / 4)
+    weight = torch.tensor([2.0])
+    assert float(tr.distance(a, b, "mse", weight=weight)) == pytest.approx(9 / 2)
+
+
+def test_the_warm_up_leaves_the_velocity_error_alone() -> None:
+    t = torch.tensor([0.4, 0.9], dtype=F64)
+    slope = tr.slopes(Flow(), "velocity", t, 0 * t, "t")
+    x, v, raw, draw = (torch.full((2, 1), value, dtype=F64) for value in (1.7, 2.0, 0.5, -0.3))
+    # J = x - (t - s) raw: dJ/dt = v - raw - (t - s) draw, of which only the last is faded.
+    assert tr.eulerian(slope, x, v, raw, draw, warmup=0.0).tolist() == [[1.5], [1.5]]
+    for warmup in (0.25, 1.0):
+        wanted = 1.5 + warmup * 0.3 * t[:, None]
+        torch.testing.assert_close(tr.eulerian(slope, x, v, raw, draw, warmup), wanted, rtol=1e-12, atol=0)

@@ -297,3 +297,29 @@ def test_one_role_in_two_optimisers_is_refused() -> None:
 def test_batch_that_does_not_split_is_refused() -> None:
     with pytest.raises(ValueError, match="accumulate 5 must divide batch 12"):
         Train(batch=12, accumulate=5)
+
+
+def test_the_average_takes_the_weights_after_the_step() -> None:
+    trainer, stage = trainer_of(recipe(ema=(0.5,), ema_warmup=2.0, lr=1e-2))
+    start = [p.detach().clone() for p in trainer.roles.student.parameters()]
+    trainer.loop.step(stage)
+    after = [p.detach() for p in trainer.roles.student.parameters()]
+    assert any(not torch.equal(a, b) for a, b in zip(start, after, strict=True))
+    for shadow, a, b in zip(trainer.session.ema[0].module.parameters(), start, after, strict=True):
+        torch.testing.assert_close(shadow, 0.5 * a + 0.5 * b)
+
+
+def test_a_new_stage_starts_its_averages_again_from_the_student() -> None:
+    trainer, stage = trainer_of(recipe(lr=1e-2))
+    (average,) = trainer.session.ema
+    trainer.loop.begin(stage)
+    for _ in range(3):
+        trainer.loop.step(stage)
+        trainer.progress.step += 1
+    weights = trainer.roles.student.state_dict()
+    assert average.updates == 3
+    assert any(not torch.equal(v, weights[k]) for k, v in average.module.state_dict().items())
+    trainer.progress.stage, trainer.progress.step = 1, 0
+    trainer.loop.begin(stage)
+    assert average.updates == 0
+    assert all(torch.equal(v, weights[k]) for k, v in average.module.state_dict().items())
