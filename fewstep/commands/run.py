@@ -64,7 +64,9 @@ def run_recipe(
             console.print(f"[bold]{name}[/]: {recipe.about}")
             console.print(f"run directory {run}" + (f", continued at step {trainer.progress.done}" if continued else ""))
             if begin is not None:
-                _say_beginning(begin, recipe, run, trainer.progress.done)
+                _say_beginning(begin, recipe, run, trainer)
+            for line in trainer.changed if continued else ():
+                console.print(f"note: {line}", soft_wrap=True, highlight=False, markup=False)
             _say_export(trainer)
         again = shlex.join(["fewstep", "run", name, *settings, "--out", str(run), "--resume"])
         try:
@@ -99,8 +101,9 @@ def _beginning(start: Path | None, run: Path, resume: bool) -> Path | None:
     return checkpoint
 
 
-def _say_beginning(checkpoint: Path, recipe: Recipe, run: Path, done: int) -> None:
-    changed = differences(load_run(checkpoint.parent.parent), recipe, all_keys=True)
+def _say_beginning(checkpoint: Path, recipe: Recipe, run: Path, trainer: Trainer) -> None:
+    changed = [*differences(load_run(checkpoint.parent.parent), recipe, all_keys=True), *trainer.changed]
+    done = trainer.progress.done
     write_origin(run, checkpoint, changed)
     lines = "".join(f"\n  {line}" for line in changed) or " nothing"
     console.print(f"from {checkpoint} at step {done}; changed:{lines}", soft_wrap=True, highlight=False, markup=False)

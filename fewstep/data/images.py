@@ -55,6 +55,15 @@ class FashionMNIST:
     """60,000 or 10,000 images."""
     conditions: ClassVar[Conditions] = "classes"
 
+    def files(self) -> list[Path]:
+        """The idx files of the split, images and labels."""
+        from fewstep.eval.protocol.datasets import fashion_files
+
+        try:
+            return fashion_files(self.split, self.path)
+        except FileNotFoundError as error:
+            raise UserError(f"data fashion-mnist: {error}") from None
+
     def open(self) -> InMemory:
         from fewstep.eval.protocol.datasets import fashion_mnist
 
@@ -77,6 +86,10 @@ class ImageFolder:
     grey: bool = False
     """True: one channel, otherwise RGB."""
     conditions: ClassVar[None] = None
+
+    def files(self) -> list[Path]:
+        """The pictures."""
+        return [p for p in Path(self.path).expanduser().rglob("*") if p.suffix.lower() in _SUFFIXES]
 
     def open(self) -> InMemory:
         root = Path(self.path).expanduser()

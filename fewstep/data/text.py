@@ -16,7 +16,8 @@ from torch import Tensor
 from fewstep.algebra.condition import moved, nulled, zeros_like
 from fewstep.config import UserError, part
 from fewstep.data.shards import Shards, sha256_of
-from fewstep.networks.folder import hub_hint, read_json, read_latents
+from fewstep.files import read_json
+from fewstep.networks.folder import hub_hint, read_latents
 from fewstep.networks.weights import load_text_model
 
 Encode = Callable[[Sequence[str]], dict[str, Tensor]]
@@ -82,10 +83,15 @@ class PipelineEncoder:
     store: Literal["fp32", "fp16", "bf16"] = "fp32"
     """In the cache on disk."""
 
-    def key(self) -> str:
+    def files(self) -> list[Path]:
+        """Encoders, tokenizers and the pipeline's index."""
         root, _ = _text_parts(self.path)
         files = [p for d in root.glob("t*") if d.name.startswith(("text_encoder", "tokenizer")) for p in d.rglob("*")]
-        return sha256_of([*(p for p in files if p.is_file()), root / "model_index.json"], root) + f"-{self.length}"
+        return [*(p for p in files if p.is_file()), root / "model_index.json"]
+
+    def key(self) -> str:
+        root, _ = _text_parts(self.path)
+        return sha256_of(self.files(), root) + f"-{self.length}"
 
     def open(self) -> Encode:
         import inspect
@@ -191,11 +197,14 @@ class SentenceEncoder:
         if not self.keys:
             raise ValueError("keys is empty; name at least one of text, mask, pooled")
 
-    def key(self) -> str:
+    def files(self) -> list[Path]:
+        """Model and tokenizer."""
         root = _folder(self.path, "config.json")
-        files = [p for p in root.iterdir() if p.suffix in (".json", ".txt", ".safetensors", ".model")]
+        return [p for p in root.iterdir() if p.suffix in (".json", ".txt", ".safetensors", ".model")]
+
+    def key(self) -> str:
         chosen = "" if len(self.keys) == 3 else "-" + "-".join(sorted(self.keys))
-        return sha256_of(files, root) + f"-{self.length}{chosen}"
+        return sha256_of(self.files(), _folder(self.path, "config.json")) + f"-{self.length}{chosen}"
 
     def open(self) -> Encode:
         root = _folder(self.path, "config.json")

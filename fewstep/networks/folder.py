@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from fewstep.config import UserError
+from fewstep.files import read_json
 from fewstep.networks.weights import load_part, refuse_pickles, refuse_variants, shell
 
 _SCALING = {"AutoencoderKL": 0.18215, "AutoencoderDC": 1.0}
@@ -36,17 +37,6 @@ def hub_hint(path: str) -> str:
     return (
         f"; fewstep downloads nothing: if that is a hub's id, run `hf download {path} --local-dir {name}` and give {name}"
     )
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object; UserError names the file."""
-    try:
-        data = json.loads(path.read_text())
-    except (OSError, json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read as JSON: {error}") from None
-    if not isinstance(data, dict):
-        raise UserError(f"{path}: expected a JSON object")
-    return data
 
 
 def number(

@@ -18,7 +18,8 @@ from fewstep.networks import code
 from fewstep.recipe.schema import Recipe
 from fewstep.recipe.store import load_run
 from fewstep.train.build import build_product
-from fewstep.train.state import checkpoints, load_into, load_tensors, read_state
+from fewstep.train.origins import check_product
+from fewstep.train.state import checkpoints, load_into, load_tensors, read_origins, read_state
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,8 @@ class Product:
     """Folder of the VAE that turns latents into pictures."""
     example: int = 0
     """A class that it draws, for lines of code."""
+    changed: tuple[str, ...] = ()
+    """Lines about files outside that are others than when it was trained."""
 
     @torch.no_grad()
     def images(self, index: Tensor, labels: Any, seed: int = 0) -> Tensor:
@@ -105,7 +108,10 @@ class Product:
 
 
 def open_product(path: Path) -> Product:
-    """Open a run directory or a diffusers folder (an export or a teacher). UserError when it is neither."""
+    """Open a run directory or a diffusers folder (an export or a teacher). UserError when it is neither.
+
+    What has changed around a run since is in `changed`; UserError for an adapter whose base is another now.
+    """
     if (path / "recipe.yaml").is_file():
         return _open_run(path)
     if (path / "model_index.json").is_file():
@@ -122,13 +128,14 @@ def _open_run(path: Path) -> Product:
     if not found:
         raise UserError(f"{path}: has no checkpoint yet; train it with `fewstep run` first")
     progress, _ = read_state(found[-1])
+    changed = check_product(recipe, read_origins(found[-1]), path)
     data: Any = recipe.data.open()
     net = build_product(recipe, data)
     use_ema = recipe.train.product == "ema" and recipe.train.ema
     name = f"ema_{recipe.train.ema[0]}" if use_ema else "student"
     file = found[-1] / f"{name}.safetensors"
     load_into(net, load_tensors(file), file)
-    return product_of(recipe, net.eval(), data, path.name, progress.done)
+    return replace(product_of(recipe, net.eval(), data, path.name, progress.done), changed=tuple(changed))
 
 
 def product_of(recipe: Recipe, net: nn.Module, data: Any, title: str, done: int = 0) -> Product:

@@ -63,6 +63,7 @@ class Trainer:
         self.run: Path | None = None
         self.log: Log | None = None
         self.last_record: dict[str, Any] = {}
+        self.changed: list[str] = []
         self._stop = False
         if run is not None:
             self.attach(run)
@@ -70,6 +71,7 @@ class Trainer:
     def attach(self, run: Path) -> None:
         """Log and save in this directory from now on."""
         self.run, self.log = run, Log(run / "log.jsonl")
+        _ = self.session.origins  # taken now: files that change while it trains are not what was read
 
     @property
     def roles(self) -> Roles:
@@ -183,16 +185,22 @@ class Trainer:
         resume.save(self.loop, self.run)
 
     def resume(self) -> bool:
-        """Continue from the newest complete checkpoint; False when there is none."""
+        """Continue from the newest complete checkpoint; False when there is none.
+
+        `changed` then holds lines about data that is another than it was, which the log notes too.
+        """
         assert self.run is not None
-        found = resume.resume(self.loop, self.run)
+        told = resume.resume(self.loop, self.run)
+        self.changed = told or []
         if self.log and self.accelerator.is_main_process:
-            self.log.cut(self.progress.done if found else 0)
-        return found
+            self.log.cut(0 if told is None else self.progress.done)
+            for line in self.changed:
+                self.log.write({"done": self.progress.done, "note": line})
+        return told is not None
 
     def go_on_from(self, checkpoint: Path) -> None:
-        """Start from a checkpoint of another run, with this recipe's settings."""
-        resume.go_on_from(self.loop, checkpoint)
+        """Start from a checkpoint of another run, with this recipe's settings; `changed` says what differs outside."""
+        self.changed = resume.go_on_from(self.loop, checkpoint)
 
 
 def gradients(parameters: list[nn.Parameter]) -> Tensor:

@@ -19,8 +19,6 @@ from fewstep.train import resume
 from fewstep.train.state import FORMAT, _checksum, checkpoints, is_sound, read_state
 from fewstep.train.trainer import Trainer
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 SHORT = ("before.0.steps=6", "train.steps=12", "train.checkpoint_every=6", "train.keep=3", "optim.default.decay=constant")
 STEP = "step-00000012"
 
@@ -103,6 +101,8 @@ FORGED = {
     "ema text": put("progress", "ema", "ema_0.9", value="3"),
     "meter number": put("progress", "meter", value=[1]),
     "meter text": put("progress", "meter", value={"loss": ["a"]}),
+    "origins list": put("origins", value=[]),
+    "origins number": put("origins", value={"data": 1}),
     "no files": put("files", value={}),
     "files list": put("files", value=[]),
     "file outside": put("files", "../../secret", value=[1, 2]),
