@@ -138,11 +138,12 @@ def parse_json(text: bytes | str, name: object) -> Any:
         raise UserError(f"{name}: cannot be read as JSON: is nested deeper than {JSON_DEPTH}") from None
     except ValueError as error:  # also bytes that are no UTF-8, and numbers of thousands of digits
         raise UserError(f"{name}: cannot be read as JSON: {error}") from None
-    inner, depth = [data], 0
-    while inner := [x for v in inner if isinstance(v, dict | list) for x in (v.values() if isinstance(v, dict) else v)]:
+    level, depth = [data], 0
+    while level := [v for v in level if isinstance(v, dict | list)]:
         depth += 1
         if depth > JSON_DEPTH:
             raise UserError(f"{name}: cannot be read as JSON: is nested deeper than {JSON_DEPTH}")
+        level = [x for v in level for x in (v.values() if isinstance(v, dict) else v)]
     return data
 
 

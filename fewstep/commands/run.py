@@ -13,6 +13,7 @@ from fewstep.commands.claim import held, prepare, write_origin
 from fewstep.commands.finish import finish, guarded
 from fewstep.commands.judge import Judge, judge_of
 from fewstep.commands.measure import measure
+from fewstep.commands.memory import explained
 from fewstep.commands.pictures import save_grid
 from fewstep.commands.progress import TrainingBar, Watch, readings
 from fewstep.commands.report import GRID, console
@@ -45,7 +46,9 @@ def run_recipe(
     allow_own_code(name, settings, recipe)
     run = out or Path("runs") / default_name(name)
     begin = _beginning(start, run, resume)
-    trainer = Trainer(recipe, None)  # builds every role: what is missing is said before the directory is claimed
+    # Builds every role: what is missing is said before the directory is claimed.
+    with explained(name, settings, recipe, run):
+        trainer = Trainer(recipe, None)
     judge = _judge(trainer)
     if begin is not None:
         trainer.go_on_from(begin)
@@ -70,7 +73,8 @@ def run_recipe(
             _say_export(trainer)
         again = shlex.join(["fewstep", "run", name, *settings, "--out", str(run), "--resume"])
         try:
-            _train(trainer, run, main, judge)
+            with explained(name, settings, recipe, run, trainer.accelerator.num_processes):
+                _train(trainer, run, main, judge)
         except KeyboardInterrupt:
             if main:
                 console.print(

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from fewstep.commands.options import parse_classes
+from fewstep.commands.options import check_sheet, parse_classes
 from fewstep.commands.pictures import save_grid
 from fewstep.commands.report import console, opened
 from fewstep.config import UserError
@@ -37,6 +37,7 @@ def draw(
     if teacher is not None or guidance is not None:
         raise UserError("--teacher and --guidance: are for samples of prompts (--prompt, --prompts)")
     product = opened(path).with_steps(steps, any_steps)
+    check_sheet(count, product.picture_shape())
     labels, per_row = None, 10
     if product.classes:
         wanted = parse_classes(classes or f"0-{product.classes - 1}", product.classes)

@@ -10,11 +10,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from pydantic import PositiveInt
 from torch import Tensor
 
 from fewstep.algebra.condition import moved, nulled, zeros_like
-from fewstep.config import UserError, part
+from fewstep.config import Count, UserError, part
 from fewstep.data.shards import Shards, sha256_of
 from fewstep.files import read_json
 from fewstep.networks.folder import hub_hint, read_latents
@@ -78,7 +77,7 @@ class PipelineEncoder:
 
     path: str
     """The folder, usually the teacher's."""
-    length: PositiveInt | None = None
+    length: Count | None = None
     """Tokens, where the pipeline lets one choose (SD3, Flux, PixArt, SANA); its default when left out."""
     store: Literal["fp32", "fp16", "bf16"] = "fp32"
     """In the cache on disk."""
@@ -186,7 +185,7 @@ class SentenceEncoder:
 
     path: str
     """Folder with the model and its tokenizer."""
-    length: PositiveInt = 32
+    length: Count = 32
     """Tokens; longer prompts are cut."""
     keys: tuple[Literal["text", "mask", "pooled"], ...] = ("text", "mask", "pooled")
     """What becomes the condition; UNets take `text` alone, padding and all."""

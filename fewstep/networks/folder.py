@@ -60,6 +60,19 @@ def number(
     return float(value)
 
 
+_FLOATS = ("norm_eps", "dropout", "eps", "resnet_eps", "mid_block_scale_factor", "scaling_factor", "sampling_eps")
+
+
+def check_network_config(config: Mapping[str, Any], where: str) -> None:
+    """UserError for values that build a network and fail in its first call: no number, or null within a list."""
+    for key, value in config.items():
+        number_asked = key in _FLOATS and value is not None
+        wrong = number_asked and (not isinstance(value, int | float) or isinstance(value, bool))
+        if wrong or (isinstance(value, list) and None in value):
+            asked = "a number" if wrong else "a list without null"
+            raise UserError(f"{where}: {key} is {json.dumps(value)[:60]}; it must be {asked}")
+
+
 @dataclass(frozen=True)
 class Latents:
     """How a VAE's codes z become the network's x = (z - shift) scale, and how many pixels one latent covers."""

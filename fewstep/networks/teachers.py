@@ -5,13 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
-from pydantic import Field, PositiveInt
+from pydantic import Field
 from torch import nn
 
 from fewstep.algebra.process import EDM, Flow, ProcessPart
-from fewstep.config import UserError, part
+from fewstep.config import Count, UserError, part
 from fewstep.networks.adapters import frozen
-from fewstep.networks.analytic import ring
+from fewstep.networks.analytic import Length, ring
 from fewstep.networks.denoiser import Denoiser, Rescheduled, TimeInput
 from fewstep.networks.folder import resolve
 from fewstep.networks.parts import Site, check_prediction
@@ -105,11 +105,11 @@ class ModuleTeacher:
 class RingTeacher:
     """The exact denoiser of the ring data set, in EDM coordinates or re-expressed in another process."""
 
-    modes: PositiveInt = 8
+    modes: Count = 8
     """Gaussians on the circle; the data's."""
-    radius: float = 1.25
+    radius: Length = 1.25
     """Of the circle; the data's."""
-    std: float = 0.1
+    std: Length = 0.1
     """Of every Gaussian; the data's."""
     process: ProcessPart = Flow()
     """The process in which it answers."""

@@ -15,11 +15,17 @@ from fewstep.algebra.condition import moved, rows
 from fewstep.algebra.sampling import Sampler, knot_levels, many_step, sample, seeded
 from fewstep.config import UserError
 from fewstep.networks import code
-from fewstep.recipe.schema import Recipe
+from fewstep.recipe.schema import MOST_STEPS, Recipe
 from fewstep.recipe.store import load_run
 from fewstep.train.build import build_product
 from fewstep.train.origins import check_product
 from fewstep.train.state import checkpoints, load_into, load_tensors, read_origins, read_state
+
+
+def check_step_count(steps: int, option: str) -> None:
+    """UserError, naming the option, for a number of steps that no sampler has."""
+    if not 1 <= steps <= MOST_STEPS:
+        raise UserError(f"{option} must be at least 1 and at most {MOST_STEPS}, not {steps}")
 
 
 @dataclass(frozen=True)
@@ -95,8 +101,7 @@ class Product:
         """The same net at another number of steps; UserError when it was not trained for it."""
         if steps is None:
             return self
-        if steps < 1:
-            raise UserError(f"--steps must be at least 1, not {steps}")
+        check_step_count(steps, "--steps")
         if self.trained is not None and steps not in self.trained and not any_steps:
             allowed = ", ".join(map(str, self.trained))
             raise UserError(f"--steps {steps}: this student was trained for {allowed}; add --any to try it anyway")

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +21,10 @@ from fewstep.recipe.schema import Recipe, Stage
 from fewstep.train import resume
 from fewstep.train.log import Log, start_trackers
 from fewstep.train.loop import Loop
+from fewstep.train.memory import OutOfMemory, guarded
 from fewstep.train.parallel import full
 from fewstep.train.session import Session
-from fewstep.train.state import Progress
+from fewstep.train.state import Progress, checkpoints
 
 Hook = Callable[["Trainer"], None]
 
@@ -130,12 +132,13 @@ class Trainer:
             self.hooks.on_state(roles)
 
     def _run_stage(self, stage: Stage) -> None:
-        if self.progress.step == 0:
-            self.loop.begin(stage)
         train, p = self.recipe.train, self.progress
+        if p.step == 0 and not guarded(self.loop, partial(self.loop.begin, stage)):
+            self._out_of_memory(whole=False)
         while p.step < stage.steps:
             started = time.perf_counter()
-            self.loop.step(stage)
+            if not guarded(self.loop, partial(self.loop.step, stage)):
+                self._out_of_memory(whole=not self.loop.touched)
             p.step, p.done = p.step + 1, p.done + 1
             self.loop.meter.add("seconds", time.perf_counter() - started)
             ended, number = p.step == stage.steps, p.stage
@@ -150,6 +153,15 @@ class Trainer:
                 self.save()
             if ended or self._stop:
                 return
+
+    def _out_of_memory(self, whole: bool) -> None:
+        """Save what is whole, then UserError. One of several processes cannot: the others are in another place."""
+        done = self.progress.done
+        if whole and done and self.run is not None and self.accelerator.num_processes == 1:
+            self.save()
+        held = [] if self.run is None else checkpoints(self.run / "checkpoints")
+        kept = f"the last checkpoint is {held[-1].name}" if held else "there is no checkpoint yet"
+        raise OutOfMemory(f"out of memory in step {done + 1}, batch {self.recipe.train.batch}; {kept}")
 
     def _call_hooks(self, finished: bool) -> None:
         train, done, hooks = self.recipe.train, self.progress.done, self.hooks
