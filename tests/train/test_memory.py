@@ -80,7 +80,7 @@ def test_a_step_that_has_changed_weights_is_not_saved(tmp_path: Path, monkeypatc
 
 def test_other_errors_pass(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     failing_at(monkeypatch, 2, 0, RuntimeError("shapes differ"))
-    with pytest.raises(RuntimeError, match="^shapes differ$"):
+    with pytest.raises(RuntimeError, match=r"^shapes differ$"):
         train(tmp_path / "run", *SHORT)
     monkeypatch.undo()
     failing_at(monkeypatch, 0, 0, ERRORS[0])
