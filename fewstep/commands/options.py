@@ -23,7 +23,7 @@ def parse_classes(text: str, classes: int) -> list[int]:
             raise UserError(f"--classes {text!r}: classes are 0..{classes - 1}, not {a if a >= classes else b}")
         out += range(a, b + 1)
     if not out:
-        raise UserError(f"--classes {text!r}: classes are 0..{classes - 1}, the smaller one first")
+        raise UserError(f"--classes {text!r}: classes are 0..{classes - 1}")
     return out
 
 

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import fields, is_dataclass
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from fewstep.recipe.schema import Recipe
+from typing import Any
 
 GUIDANCE = ("guidance", "correction_guidance", "distill_guidance", "sample_guidance")
 """Fields of methods that hold a guidance scale."""
 
 
-def refuse(recipe: Recipe) -> None:
+def refuse(recipe: Any) -> None:
     """ValueError beginning with the key for the first fault of a recipe whose fields are each right."""
     _sources(recipe)
     _compiled(recipe)
@@ -20,7 +17,7 @@ def refuse(recipe: Recipe) -> None:
     _guidance(recipe)
 
 
-def _sources(recipe: Recipe) -> None:
+def _sources(recipe: Any) -> None:
     """What a role copies or adapts is built before it."""
     names = recipe.role_names()
     for number, role in enumerate(names):
@@ -36,14 +33,14 @@ def _sources(recipe: Recipe) -> None:
         raise ValueError(f"{key}.of: role {spec.of!r} {why}; built before {role}: {before}")
 
 
-def _compiled(recipe: Recipe) -> None:
+def _compiled(recipe: Any) -> None:
     names = recipe.role_names()
     for role in recipe.train.compile:
         if role not in names:
             raise ValueError(f"train.compile: role {role!r} is not in this recipe; it has {', '.join(names)}")
 
 
-def _rings(recipe: Recipe) -> None:
+def _rings(recipe: Any) -> None:
     """The ring's exact teacher is of the ring that the data draws."""
     data, teacher = recipe.data, recipe.teacher
     if data.name != "ring" or teacher is None or teacher.name != "ring":
@@ -54,7 +51,7 @@ def _rings(recipe: Recipe) -> None:
             raise ValueError(f"teacher.{key}: {theirs} is not the data's, {ours}; a ring's teacher answers for one ring")
 
 
-def _guidance(recipe: Recipe) -> None:
+def _guidance(recipe: Any) -> None:
     if recipe.data.conditions != "none":
         return
     stages = [(f"before.{i}.method", s.method) for i, s in enumerate(recipe.before)]

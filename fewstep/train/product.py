@@ -24,8 +24,10 @@ from fewstep.train.state import checkpoints, load_into, load_tensors, read_origi
 
 def check_step_count(steps: int, option: str) -> None:
     """UserError, naming the option, for a number of steps that no sampler has."""
-    if not 1 <= steps <= MOST_STEPS:
-        raise UserError(f"{option} must be at least 1 and at most {MOST_STEPS}, not {steps}")
+    if steps < 1:
+        raise UserError(f"{option} must be at least 1, not {steps}")
+    if steps > MOST_STEPS:
+        raise UserError(f"{option} must be at most {MOST_STEPS}, not {steps}")
 
 
 @dataclass(frozen=True)

@@ -302,7 +302,10 @@ def test_run_directories(refused: Call, trained: Path, teacher: Path, tmp_path: 
     )
     told = refused("run", "digits-dmd2", *settings, "method.gan.weight=0.5", "--out", run, "--resume")
     assert told.splitlines()[0] == f"{run}: was started with another recipe, so it cannot be resumed:"
-    assert [line.split(":")[0].strip() for line in told.splitlines()[1:]] == ["method.gan.weight"]
+    assert [line.split(":")[0].strip() for line in told.splitlines()[1:]] == [
+        "method.gan.weight",
+        "To go on from its weights with other settings",
+    ]
     assert {p: p.read_bytes() for p in run.rglob("*") if p.is_file()} == before
     letters = tmp_path / "letters"
     letters.mkdir()

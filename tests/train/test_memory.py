@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 import torch
 from tiny_runs import contents, records, same, tiny, train
-from tiny_teacher import make_teacher
 
 from fewstep.commands import memory
 from fewstep.commands.memory import ANEW, best_way, explained
+from fewstep.commands.plan import Plan
 from fewstep.config import UserError
 from fewstep.recipe.store import load
 from fewstep.train.log import Meter
@@ -99,15 +99,21 @@ def test_readings_of_a_failed_step_are_dropped():
 
 
 def test_the_line_names_what_saves_most_and_its_command_is_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """By `plan` itself, a full critic of the teacher against an adapter included; the command's settings load."""
-    settings = [f"teacher.path={make_teacher(tmp_path / 'teacher')}", "train.batch=8", "discriminator.width=8"]
-    settings += ["critic={name: copy, of: teacher}", "student={name: copy, of: teacher}", "train.ema=[]"]
-    settings += ["train.product=student"]
+    """Against the ways of `plan` an adapter in the place of a full critic counts too; the command's settings load."""
+
+    def planned(recipe: Any, processes: int = 1, *, ways: bool = True) -> Plan:
+        total = 1000 if recipe.critic.name == "copy" else critic
+        return Plan({}, {}, total, 8, (("train.checkpointing=true", 800),) if ways else ())
+
+    monkeypatch.setattr(memory, "plan", planned)
+    settings = ["train.batch=8", "critic={name: copy, of: teacher}", "student={name: copy, of: teacher}"]
     recipe = load("digits-dmd2", settings)
+    critic = 600
+    assert best_way(recipe) == (ANEW, 600, 1000)
+    critic = 900
     found = best_way(recipe)
-    assert found is not None
+    assert found == ("train.checkpointing=true", 800, 1000)
     setting, less, now = found
-    assert less < now
     monkeypatch.setattr(memory, "best_way", lambda *_: found)
     with (
         pytest.raises(UserError) as told,
