@@ -142,7 +142,8 @@ def test_extends_one_level_and_replaces_a_part_whose_name_changes(tmp_path: Path
     assert recipe.method.steps == (1.0, 0.5)
     assert recipe.method.gan is None
     assert recipe.data.std == recipe.teacher.std == 0.2
-    other = write(tmp_path, f"extends: {tmp_path}/base.yaml\nmethod: {{name: denoise}}\n", "other.yaml")
+    text = f"extends: {tmp_path}/base.yaml\nmethod: {{name: denoise}}\nteacher: {{std: 0.2}}\n"
+    other = write(tmp_path, text, "other.yaml")
     method = load(other).method
     assert method.name == "denoise"  # and gan of dmd2 is not carried over, which would be an unknown key
     grandchild = write(tmp_path, "extends: mine.yaml\nabout: too deep\n", "grandchild.yaml")
