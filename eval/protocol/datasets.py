@@ -34,27 +34,34 @@ def fashion_mnist(split: str = "train", folder: str | os.PathLike[str] | None = 
         FileNotFoundError: the files are not there; the message says how to get them.
         ValueError: an unknown split, or a file that is not what its name says.
     """
+    first, second = fashion_files(split, folder)
+    images, labels = _read_idx(first, 3), _read_idx(second, 1)
+    if len(images) != len(labels):
+        raise InputError(f"{first.parent}: {len(images)} images but {len(labels)} labels")
+    return torch.from_numpy(images).unsqueeze(1), torch.from_numpy(labels).long()
+
+
+def fashion_files(split: str = "train", folder: str | os.PathLike[str] | None = None) -> list[Path]:
+    """The files of a split's images and labels, found and refused as `fashion_mnist` does."""
     prefixes = {"train": "train", "test": "t10k"}
     if split not in prefixes:
         raise ValueError(f"split: expected 'train' or 'test', got {split!r}")
     root = Path(folder or os.environ.get("FEWSTEP_FASHION_MNIST") or FASHION_FOLDER)
-    images = _read_idx(root, f"{prefixes[split]}-images-idx3-ubyte", 3)
-    labels = _read_idx(root, f"{prefixes[split]}-labels-idx1-ubyte", 1)
-    if len(images) != len(labels):
-        raise InputError(f"{root}: {len(images)} images but {len(labels)} labels")
-    return torch.from_numpy(images).unsqueeze(1), torch.from_numpy(labels).long()
+    return [_find(root, f"{prefixes[split]}-{name}-ubyte") for name in ("images-idx3", "labels-idx1")]
 
 
-def _read_idx(root: Path, name: str, rank: int) -> np.ndarray:
+def _find(root: Path, name: str) -> Path:
     folders = (root, root / "FashionMNIST" / "raw", root / "raw")
     for path in (folder / file for folder in folders for file in (f"{name}.gz", name)):
         if path.is_file():
-            break
-    else:
-        raise FileNotFoundError(
-            f"{root / name}(.gz): no Fashion-MNIST there; `apt-get install dataset-fashion-mnist`, or set "
-            "FEWSTEP_FASHION_MNIST to a folder with the four idx files"
-        )
+            return path
+    raise FileNotFoundError(
+        f"{root / name}(.gz): no Fashion-MNIST there; `apt-get install dataset-fashion-mnist`, or set "
+        "FEWSTEP_FASHION_MNIST to a folder with the four idx files"
+    )
+
+
+def _read_idx(path: Path, rank: int) -> np.ndarray:
     try:
         raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
     except (EOFError, gzip.BadGzipFile) as error:

@@ -12,7 +12,7 @@ from torch import Tensor
 from fewstep.algebra.draws import Draws
 from fewstep.algebra.process import Process, angle_of
 from fewstep.algebra.times import LogNormal, TimesPart
-from fewstep.config import OneOf, part
+from fewstep.config import Count, OneOf, part
 
 
 class Pairing(Protocol):
@@ -33,7 +33,7 @@ def _neighbours(k: Tensor, count: int, process: Process) -> tuple[Tensor, Tensor
 class Grid:
     """A uniform index of a fixed grid: CD with 18 (CIFAR) or 40 (ImageNet-64) points, LCM with 51."""
 
-    points: PositiveInt = 18
+    points: Count = 18
     """Points of the grid, both ends among them."""
 
     def __post_init__(self) -> None:
@@ -60,9 +60,9 @@ class CTGrid:
 
     total: PositiveInt = 800_000
     """Steps over which the grid grows."""
-    start: PositiveInt = 2
+    start: Count = 2
     """s0, points of the first grid (paper: 2)."""
-    end: PositiveInt = 150
+    end: Count = 150
     """s1; the last grid has s1 + 1 points (CIFAR-10: 150)."""
     decay: float = 0.9
     """mu0, the target's EMA decay at a grid of `start` points (CIFAR-10 .9; ImageNet-64 and LSUN .95)."""
@@ -97,7 +97,7 @@ class ICTGrid:
 
     total: PositiveInt = 400_000
     """K, the training steps over which the grid doubles."""
-    start: PositiveInt = 10
+    start: Count = 10
     """s0, intervals of the first grid."""
     end: PositiveInt = 1280
     """s1, intervals of the last grid."""

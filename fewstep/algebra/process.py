@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fewstep.algebra.tables import log_ratio_table
-from fewstep.config import OneOf, part
+from fewstep.config import Count, OneOf, part
 
 
 def bc(c: Tensor, x: Tensor) -> Tensor:
@@ -303,7 +303,7 @@ class DiscreteVP(_VariancePreserving):
     """beta of the first index (DDPM 1e-4; Stable Diffusion .00085)."""
     beta_end: float = 0.02
     """beta of the last index (DDPM .02; Stable Diffusion .012)."""
-    steps: int = 1000
+    steps: Count = 1000
     """Length of the table."""
 
     @property

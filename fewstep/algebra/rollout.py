@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from pydantic import PositiveInt
 from torch import Tensor
 
 from fewstep.algebra.draws import Draws
@@ -16,7 +15,7 @@ from fewstep.algebra.jump import ask, clean, times_of
 from fewstep.algebra.prediction import Prediction
 from fewstep.algebra.process import EDM, Process, bc
 from fewstep.algebra.times import TimesPart, Uniform
-from fewstep.config import config
+from fewstep.config import Count, config
 
 
 @dataclass(frozen=True)
@@ -36,7 +35,7 @@ class RandomSteps:
     fresh draw and the one before it, row by row.
     """
 
-    most: PositiveInt = 4
+    most: Count = 4
     """Largest number of steps of an update."""
     times: TimesPart = Uniform(low=0.0, high=1.0, shift=5.0)
     """Law that every level after the first is drawn from."""

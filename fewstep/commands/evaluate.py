@@ -19,7 +19,7 @@ from fewstep.commands.judge import Judge, captions_of, check_fit, open_judge, pr
 from fewstep.commands.measure import guided_teacher, teacher_product
 from fewstep.commands.options import parse_steps
 from fewstep.commands.processes import world
-from fewstep.commands.report import console, show
+from fewstep.commands.report import console, opened, show
 from fewstep.commands.request import Request
 from fewstep.commands.sources import BATCH, CLASS_METRICS, PIPELINE_BATCH, Model, of_pipeline, of_product
 from fewstep.commands.write_images import write_images
@@ -36,7 +36,7 @@ from fewstep.files import cache_dir
 from fewstep.pictures import SUFFIXES, PictureError, facts
 from fewstep.recipe.schema import Evaluate, default_metric
 from fewstep.train.build import build_roles
-from fewstep.train.product import Product, open_product
+from fewstep.train.product import Product
 
 SHOWN = 64
 """Samples of each model in the report."""
@@ -84,7 +84,7 @@ def product_of(request: Request) -> Product | None:
     """The product of a run; None for a diffusers folder, which is called as diffusers calls it, and for images."""
     if request.path is None or (request.path / "model_index.json").is_file():
         return None
-    return open_product(request.path)
+    return opened(request.path)
 
 
 def spec_of(request: Request, product: Product | None) -> Evaluate | None:

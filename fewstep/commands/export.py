@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from fewstep.commands.report import card_results, console, read_results
+from fewstep.commands.report import card_results, console, opened, read_results
 from fewstep.config import UserError
 from fewstep.export.base import Exported, ExportRefused
 from fewstep.export.choose import export
 from fewstep.export.levels import check_product
-from fewstep.train.product import Product, open_product
+from fewstep.train.product import Product
 
 
 def show_export(done: Exported) -> None:
@@ -21,7 +21,7 @@ def show_export(done: Exported) -> None:
 
 def export_run(run: Path, out: Path | None, force: bool, lora: bool = False) -> Exported:
     """`fewstep export`; with `lora` the adapter alone, as diffusers' `load_lora_weights` reads it."""
-    product = open_product(run)
+    product = opened(run)
     if product.recipe is None:
         raise UserError(f"{run}: is a diffusers folder already; export takes a run directory")
     folder = out or run / ("lora" if lora else "export")

@@ -12,10 +12,11 @@ from torch import Tensor
 from fewstep.algebra.guidance import Guided
 from fewstep.commands.measure import teacher_product
 from fewstep.commands.pictures import require_finite, save_picture
+from fewstep.commands.report import opened
 from fewstep.config import UserError
 from fewstep.eval.protocol.images import to_pixels
 from fewstep.train.build import build_roles
-from fewstep.train.product import Product, open_product
+from fewstep.train.product import Product
 
 LEFT, TOP = 96, 30
 """Pixels for the names of the rows and of the columns."""
@@ -56,7 +57,7 @@ def _wrapped(text: str, width: float, length: Any) -> list[str]:
 
 def rows_of(runs: Sequence[Path], captions: Sequence[str], steps: int, guidance: float, seed: int) -> list[Any]:
     """(name, images) of the data, the guided teacher and each run, for captions of the first run's data."""
-    products = [open_product(run) for run in runs]
+    products = [opened(run) for run in runs]
     recipe = products[0].recipe
     if recipe is None:
         raise UserError(f"{runs[0]}: not a run directory; its recipe tells data and teacher")

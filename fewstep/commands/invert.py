@@ -13,13 +13,14 @@ from torch import Tensor
 from fewstep.algebra.sampling import Sampler, sample
 from fewstep.commands.options import parse_classes
 from fewstep.commands.pictures import save_side_by_side
+from fewstep.commands.report import opened
 from fewstep.config import UserError
 from fewstep.data.images import ImageFolder
 from fewstep.data.reader import View, scaled
 from fewstep.methods.icd import ICD, invert
 from fewstep.pictures import SUFFIXES
 from fewstep.train.build import build_roles
-from fewstep.train.product import Product, open_product
+from fewstep.train.product import Product
 from fewstep.train.state import checkpoints, load_into, load_tensors
 
 
@@ -83,7 +84,7 @@ def invert_run(run: Path, images: Path, out: Path, classes: str | None = None, b
     """`fewstep invert`: codes into `out` (safetensors), images and what they decode to beside it as a PNG."""
     if out.suffix != ".safetensors":
         raise UserError(f"--out {out}: must end in .safetensors")
-    product = open_product(run)
+    product = opened(run)
     recipe = product.recipe
     method: Any = recipe.method if recipe else None
     if recipe is None or not isinstance(method, ICD):

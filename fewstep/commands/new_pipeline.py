@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from fewstep.commands.new_lines import Lines, evaluation, levels, one_of, quoted
 from fewstep.config import UserError
 from fewstep.data.text import read_prompts
 from fewstep.export.forecast import outlined_teacher
+from fewstep.files import read_json
 from fewstep.networks.folder import read_folder
 from fewstep.networks.teachers import DiffusersTeacher
 
@@ -287,6 +287,6 @@ def is_cache(folder: Path) -> bool:
     """Whether a folder is one of `fewstep cache-latents`."""
     index = folder / "index.json"
     try:
-        return "made_with" in json.loads(index.read_text())
-    except (OSError, ValueError):
+        return "made_with" in read_json(index)
+    except UserError:
         return False

@@ -12,7 +12,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from fewstep.config import UserError
-from fewstep.files import atomic_path
+from fewstep.files import atomic_path, parse_json, read_json
 
 CATEGORIES = ("Food & Drink",)
 """Of the shipped recipes: 131 pictures that differ in colour and shape, few enough for minutes on one core."""
@@ -134,10 +134,7 @@ def _version(source: Package) -> str:
 
 
 def _json(source: Package, name: str) -> Any:
-    try:
-        return json.loads(source.read(name))
-    except ValueError as error:
-        raise UserError(f"{source.path}: {name} cannot be read as JSON: {error}") from None
+    return parse_json(source.read(name), f"{source.path}: {name}")
 
 
 def _entries(source: Package, art: str, categories: Sequence[str]) -> list[tuple[str, str]]:
@@ -179,8 +176,8 @@ def _claim(out: Path, facts: dict[str, Any]) -> None:
     note = out / "source.json"
     if note.is_file():
         try:
-            told = json.loads(note.read_text())
-        except ValueError:
+            told: Any = read_json(note)
+        except UserError:
             told = None
         if told != facts:
             raise UserError(f"{out}: was made from {told}, asked for {facts}; choose another folder")

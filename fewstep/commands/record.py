@@ -11,7 +11,7 @@ from typing import Any
 from fewstep.commands.report import read_results
 from fewstep.config import UserError
 from fewstep.eval.protocol.evaluation import Evaluation, distance_of
-from fewstep.files import atomic_path
+from fewstep.files import atomic_path, read_json
 from fewstep.recipe.diff import differences
 from fewstep.recipe.schema import Recipe
 from fewstep.recipe.source import shipped
@@ -91,7 +91,7 @@ def of_run(run: Path) -> Entry:
         values=(row.distance.value,),
         **_numbers(row) | {"steps": len(recipe.sampler().steps)},
         updates=recipe.train.steps,
-        commit=json.loads(path.read_text()).get("commit", "unknown"),
+        commit=read_json(path).get("commit", "unknown"),
     )
 
 
@@ -109,14 +109,14 @@ def _named(recipe: Recipe, run: Path) -> tuple[str, tuple[str, ...]]:
 def of_comparison(path: Path) -> list[Entry]:
     """The numbers of a file by `fewstep compare`, each recipe at its own number of steps, and that of its teacher."""
     try:
-        data = json.loads(path.read_text())
+        data = read_json(path)
         fields = [f.name for f in dataclass_fields(Evaluation)]
         rows, teachers = (
             [Evaluation.from_json({k: v for k, v in r.items() if k in fields}) for r in data[part]]
             for part in ("rows", "teachers")
         )
         shared = {"settings": tuple(data["settings"]), "commit": data["environment"]["commit"][:7]}
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (AttributeError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path}: is no file by `fewstep compare`: {error}") from None
     out = []
     for row in rows:

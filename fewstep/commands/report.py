@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -17,8 +16,9 @@ from fewstep.commands.measure import measure, teacher_product
 from fewstep.config import UserError
 from fewstep.eval.metrics.estimate import Estimate
 from fewstep.eval.protocol.evaluation import Evaluation, distance_of, format_entry
+from fewstep.files import read_json
 from fewstep.train.build import build_roles
-from fewstep.train.product import Product
+from fewstep.train.product import Product, open_product
 from fewstep.train.trainer import Trainer
 
 console = Console()
@@ -62,9 +62,31 @@ def _panel(x: Any) -> Any:
 def read_results(path: Path) -> list[Evaluation]:
     """The rows of a run's results.json; UserError when it is not one."""
     try:
-        return [Evaluation.from_json(row) for row in json.loads(path.read_text())["rows"]]
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path}: {error}; delete it, or measure the run again") from None
+        return [checked_row(row) for row in read_json(path)["rows"]]
+    except KeyError:
+        raise UserError(f"{path}: has no rows; delete it, or measure the run again") from None
+    except (UserError, ValueError, TypeError) as error:
+        where = "" if str(error).startswith(str(path)) else f"{path}: "
+        raise UserError(f"{where}{error}; delete it, or measure the run again") from None
+
+
+def checked_row(row: Any) -> Evaluation:
+    """An evaluation from a file whose name, number of samples and distance can be shown. ValueError for another."""
+    found = Evaluation.from_json(row)
+    texts = (found.name, found.group, found.preset)
+    good = all(isinstance(t, str) for t in texts) and isinstance(found.number, int) and isinstance(found.metrics, dict)
+    values = found.metrics.values() if good else ()
+    if not good or not all(isinstance(v, dict) and isinstance(v.get("value"), int | float | None) for v in values):
+        raise ValueError("a row's name, number or metrics is not as fewstep writes it")
+    return found
+
+
+def opened(path: Path) -> Product:
+    """`open_product`, with a line printed for everything outside it that has changed since."""
+    product = open_product(path)
+    for line in product.changed:
+        console.print(f"note: {line}", soft_wrap=True, highlight=False, markup=False)
+    return product
 
 
 def card_results(evaluations: Sequence[Evaluation]) -> list[tuple[str, str]]:

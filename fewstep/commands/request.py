@@ -30,7 +30,9 @@ class Request:
     steps: Annotated[str | None, Option(help="Network calls (a teacher: Heun steps), such as 1,2,4.")] = None
     any_steps: Annotated[bool, Option("--any", help="Allow a number of steps the student was not trained for.")] = False
     teacher: Annotated[str | None, Option(help="Measure a run's teacher too, at these Heun steps, such as 1,12.")] = None
-    samples: Annotated[int | None, Option(min=2, help="Number of samples; another one is another protocol.")] = None
+    samples: Annotated[
+        int | None, Option(min=2, max=10_000_000, help="Number of samples; another one is another protocol.")
+    ] = None
     seed: Annotated[int | None, Option(help="Seed of the noise; a named preset has its own.")] = None
     batch: Annotated[int | None, Option(min=1, help="Images of one call [default: 256 of a run, 64 of a pipeline].")] = (
         None

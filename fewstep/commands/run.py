@@ -13,6 +13,7 @@ from fewstep.commands.claim import held, prepare, write_origin
 from fewstep.commands.finish import finish, guarded
 from fewstep.commands.judge import Judge, judge_of
 from fewstep.commands.measure import measure
+from fewstep.commands.memory import explained
 from fewstep.commands.pictures import save_grid
 from fewstep.commands.progress import TrainingBar, Watch, readings
 from fewstep.commands.report import GRID, console
@@ -45,7 +46,9 @@ def run_recipe(
     allow_own_code(name, settings, recipe)
     run = out or Path("runs") / default_name(name)
     begin = _beginning(start, run, resume)
-    trainer = Trainer(recipe, None)  # builds every role: what is missing is said before the directory is claimed
+    # Builds every role: what is missing is said before the directory is claimed.
+    with explained(name, settings, recipe, run):
+        trainer = Trainer(recipe, None)
     judge = _judge(trainer)
     if begin is not None:
         trainer.go_on_from(begin)
@@ -64,13 +67,16 @@ def run_recipe(
             console.print(f"[bold]{name}[/]: {recipe.about}")
             console.print(f"run directory {run}" + (f", continued at step {trainer.progress.done}" if continued else ""))
             if begin is not None:
-                _say_beginning(begin, recipe, run, trainer.progress.done)
+                _say_beginning(begin, recipe, run, trainer)
             if hasattr(trainer.data, "about"):
                 console.print(trainer.data.about(), soft_wrap=True, highlight=False, markup=False)
+            for line in trainer.changed if continued else ():
+                console.print(f"note: {line}", soft_wrap=True, highlight=False, markup=False)
             _say_export(trainer)
         again = shlex.join(["fewstep", "run", name, *settings, "--out", str(run), "--resume"])
         try:
-            _train(trainer, run, main, judge)
+            with explained(name, settings, recipe, run, trainer.accelerator.num_processes):
+                _train(trainer, run, main, judge)
         except KeyboardInterrupt:
             if main:
                 console.print(
@@ -101,8 +107,9 @@ def _beginning(start: Path | None, run: Path, resume: bool) -> Path | None:
     return checkpoint
 
 
-def _say_beginning(checkpoint: Path, recipe: Recipe, run: Path, done: int) -> None:
-    changed = differences(load_run(checkpoint.parent.parent), recipe, all_keys=True)
+def _say_beginning(checkpoint: Path, recipe: Recipe, run: Path, trainer: Trainer) -> None:
+    changed = [*differences(load_run(checkpoint.parent.parent), recipe, all_keys=True), *trainer.changed]
+    done = trainer.progress.done
     write_origin(run, checkpoint, changed)
     lines = "".join(f"\n  {line}" for line in changed) or " nothing"
     console.print(f"from {checkpoint} at step {done}; changed:{lines}", soft_wrap=True, highlight=False, markup=False)

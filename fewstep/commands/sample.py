@@ -7,11 +7,10 @@ from pathlib import Path
 
 import torch
 
-from fewstep.commands.options import parse_classes
+from fewstep.commands.options import check_sheet, parse_classes
 from fewstep.commands.pictures import require_finite, save_grid
-from fewstep.commands.report import console
+from fewstep.commands.report import console, opened
 from fewstep.config import UserError
-from fewstep.train.product import open_product
 
 
 def draw(
@@ -37,7 +36,8 @@ def draw(
         return draw_prompts(path, prompts, out, steps, any_steps, seed, teacher, guidance)
     if teacher is not None or guidance is not None:
         raise UserError("--teacher and --guidance: are for samples of prompts (--prompt, --prompts)")
-    product = open_product(path).with_steps(steps, any_steps)
+    product = opened(path).with_steps(steps, any_steps)
+    check_sheet(count, product.picture_shape())
     labels, per_row = None, 10
     if product.classes:
         wanted = parse_classes(classes or f"0-{product.classes - 1}", product.classes)

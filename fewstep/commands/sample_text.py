@@ -13,13 +13,12 @@ from torch import Tensor
 from fewstep.commands.gallery import captioned
 from fewstep.commands.measure import guided_teacher, teacher_product
 from fewstep.commands.pictures import require_finite, save_picture
-from fewstep.commands.report import console
+from fewstep.commands.report import console, opened
 from fewstep.commands.sources import called, load_pipeline
 from fewstep.config import UserError
 from fewstep.data.text import embed
 from fewstep.train.build import build_roles
 from fewstep.train.note import read_note
-from fewstep.train.product import open_product
 
 HEUN = 12
 """Steps of a teacher whose recipe evaluates it at none."""
@@ -72,7 +71,7 @@ def of_run(
     guidance: float | None,
 ) -> list[Row]:
     """(name, images (n, c, h, w) in [-1, 1]) of the teacher and of the student, from the same noises."""
-    product = open_product(run).with_steps(steps, any_steps)
+    product = opened(run).with_steps(steps, any_steps)
     recipe: Any = product.recipe
     data, spec = recipe.data, recipe.evaluate
     if getattr(data, "encoder", None) is None:

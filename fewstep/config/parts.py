@@ -7,6 +7,7 @@ import difflib
 from collections.abc import Callable, Iterable, Mapping
 from typing import Annotated, Any, Literal, TypeVar, Union, dataclass_transform
 
+from annotated_types import Gt, Le
 from pydantic import ConfigDict, Field, GetCoreSchemaHandler
 from pydantic.dataclasses import dataclass as pydantic_dataclass
 from pydantic_core import CoreSchema
@@ -14,6 +15,8 @@ from pydantic_core import CoreSchema
 STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 REGISTRY: dict[str, dict[str, type]] = {}
 T = TypeVar("T", bound=type)
+Count = Annotated[int, Gt(0), Le(65_536)]
+"""A width, a depth, a number of anything that takes memory: a slip of a few digits is refused before it takes any."""
 
 
 class RecipeError(ValueError):

@@ -57,6 +57,7 @@ class DataSpec(Protocol):
         """What stands beside its samples; None where only its files tell."""
         ...
 
+    # A part that stands on files has also `files() -> list[Path]`: a resumed run says when they have changed.
     def open(self) -> Data:
         """Find and check the files; UserError says what is missing."""
         ...

@@ -84,6 +84,15 @@ class FashionMNIST:
     held_out: Share = 0.0
     """Share of them, spread evenly, that is never trained on: evaluation against `data` takes these."""
 
+    def files(self) -> list[Path]:
+        """The idx files of the split, images and labels."""
+        from fewstep.eval.protocol.datasets import fashion_files
+
+        try:
+            return fashion_files(self.split, self.path)
+        except FileNotFoundError as error:
+            raise UserError(f"data fashion-mnist: {error}") from None
+
     def open(self) -> InMemory:
         from fewstep.eval.protocol.datasets import fashion_mnist
 
@@ -122,6 +131,11 @@ class ImageFolder:
     def __post_init__(self) -> None:
         if self.size is None and (self.crop != "centre" or self.resize != "lanczos"):
             raise ValueError("crop and resize change nothing without size; give the side in pixels")
+
+    def files(self) -> list[Path]:
+        """The pictures."""
+        with refusals():
+            return list_pictures(Path(self.path).expanduser()).files
 
     def open(self) -> Pictures:
         root = Path(self.path).expanduser()

@@ -18,7 +18,8 @@ from fewstep.data.shards import Shards, read_index, sha256_of
 from fewstep.data.text import Text, embed
 from fewstep.eval.protocol.images import to_pixels
 from fewstep.eval.protocol.real import RealPictures, tensor_digest
-from fewstep.networks.folder import hub_hint, read_json, read_latents
+from fewstep.files import read_json
+from fewstep.networks.folder import hub_hint, read_latents
 from fewstep.networks.weights import load_part, refuse_pickles
 
 
@@ -95,6 +96,10 @@ class Latents:
     @property
     def conditions(self) -> Conditions | None:
         return None if self.encoder is None else "text"
+
+    def files(self) -> list[Path]:
+        """The index, which holds the checksums of all shards."""
+        return [Path(self.path).expanduser() / "index.json"]
 
     def open(self) -> LatentData:
         root = Path(self.path).expanduser()

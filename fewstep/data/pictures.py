@@ -69,6 +69,14 @@ class Captions:
     def conditions(self) -> Conditions:
         return "none" if self.encoder is None else "text"
 
+    def files(self) -> list[Path]:
+        """Pictures and captions."""
+        root = Path(self.path).expanduser()
+        told = root / (self.captions or "captions.jsonl")
+        kinds = SUFFIXES if told.is_file() else (*SUFFIXES, ".txt")
+        found = [p for p in root.rglob("*") if p.suffix.lower() in kinds and p.is_file()]
+        return sorted({*found, *([told] if told.is_file() else [])})
+
     def open(self) -> Pictures:
         root = Path(self.path).expanduser()
         if not root.is_dir():
@@ -176,6 +184,10 @@ class WebDataset:
         if self.encoder is not None:
             return "text"
         return "classes" if self.classes else "none"
+
+    def files(self) -> list[Path]:
+        """The tar files."""
+        return expand(self.shards)
 
     def open(self) -> Pictures:
         items = [item for path in expand(self.shards) for item in index(path)]
@@ -297,6 +309,10 @@ class Prompts:
     text_cache: str | None = None
     """Folder of the embeddings; the user's cache folder when left out."""
     conditions: ClassVar[Conditions] = "text"
+
+    def files(self) -> list[Path]:
+        """The file of prompts."""
+        return [Path(self.path).expanduser()]
 
     def open(self) -> PromptData:
         prompts = read_prompts(Path(self.path).expanduser())

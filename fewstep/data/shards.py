@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from fewstep.config import UserError
-from fewstep.files import crc32_of
+from fewstep.files import crc32_of, read_json
 
 OPEN = 64
 """Files of one folder that stay mapped into memory; rows are read from them one by one."""
@@ -194,12 +194,19 @@ def read_index(folder: Path) -> dict[str, Any]:
     index = folder / "index.json"
     if not index.is_file():
         raise UserError(f"{folder}: holds no index.json; it is not a folder that fewstep has made")
-    try:
-        told = json.loads(index.read_text())
-        told["made_with"], told["count"], told["rows"], told["shards"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{index}: cannot be read: {error}") from None
+    told = read_json(index)
+    counts, shards = [told.get("count"), told.get("rows")], told.get("shards")
+    whole = isinstance(told.get("made_with"), dict) and all(type(n) is int and 0 < n < 1 << 40 for n in counts)
+    if not whole or not isinstance(shards, dict) or not all(map(_entry, shards.items())):
+        raise UserError(f"{index}: cannot be read: made_with, count, rows or shards is not as fewstep writes it")
     return told
+
+
+def _entry(item: tuple[str, Any]) -> bool:
+    """Whether an entry of the index is a file's number with size and checksum."""
+    number, value = item
+    sizes = isinstance(value, list) and len(value) == 2 and all(type(n) is int and n >= 0 for n in value)
+    return sizes and number.isascii() and number.isdigit() and len(number) < 13
 
 
 def _short(value: Any) -> str:

@@ -10,14 +10,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from pydantic import PositiveInt
 from torch import Tensor
 
 from fewstep.algebra.condition import moved, nulled, zeros_like
-from fewstep.config import UserError, part
+from fewstep.config import Count, UserError, part
 from fewstep.data.shards import Shards, sha256_of
-from fewstep.files import lines_of, text_of
-from fewstep.networks.folder import hub_hint, read_json, read_latents
+from fewstep.files import lines_of, read_json, text_of
+from fewstep.networks.folder import hub_hint, read_latents
 from fewstep.networks.weights import load_text_model
 
 Encode = Callable[[Sequence[str]], dict[str, Tensor]]
@@ -78,15 +77,20 @@ class PipelineEncoder:
 
     path: str
     """The folder, usually the teacher's."""
-    length: PositiveInt | None = None
+    length: Count | None = None
     """Tokens, where the pipeline lets one choose (SD3, Flux, PixArt, SANA); its default when left out."""
     store: Literal["fp32", "fp16", "bf16"] = "fp32"
     """In the cache on disk."""
 
-    def key(self) -> str:
+    def files(self) -> list[Path]:
+        """Encoders, tokenizers and the pipeline's index."""
         root, _ = _text_parts(self.path)
         files = [p for d in root.glob("t*") if d.name.startswith(("text_encoder", "tokenizer")) for p in d.rglob("*")]
-        return sha256_of([*(p for p in files if p.is_file()), root / "model_index.json"], root) + f"-{self.length}"
+        return [*(p for p in files if p.is_file()), root / "model_index.json"]
+
+    def key(self) -> str:
+        root, _ = _text_parts(self.path)
+        return sha256_of(self.files(), root) + f"-{self.length}"
 
     def zeros_for_empty(self) -> bool:
         """Whether the pipeline guides away from zeros where no negative prompt is given; SDXL's does by default."""
@@ -190,7 +194,7 @@ class SentenceEncoder:
 
     path: str
     """Folder with the model and its tokenizer."""
-    length: PositiveInt = 32
+    length: Count = 32
     """Tokens; longer prompts are cut."""
     keys: tuple[Literal["text", "mask", "pooled"], ...] = ("text", "mask", "pooled")
     """What becomes the condition; UNets take `text` alone, padding and all."""
@@ -201,11 +205,14 @@ class SentenceEncoder:
         if not self.keys:
             raise ValueError("keys is empty; name at least one of text, mask, pooled")
 
-    def key(self) -> str:
+    def files(self) -> list[Path]:
+        """Model and tokenizer."""
         root = _folder(self.path, "config.json")
-        files = [p for p in root.iterdir() if p.suffix in (".json", ".txt", ".safetensors", ".model")]
+        return [p for p in root.iterdir() if p.suffix in (".json", ".txt", ".safetensors", ".model")]
+
+    def key(self) -> str:
         chosen = "" if len(self.keys) == 3 else "-" + "-".join(sorted(self.keys))
-        return sha256_of(files, root) + f"-{self.length}{chosen}"
+        return sha256_of(self.files(), _folder(self.path, "config.json")) + f"-{self.length}{chosen}"
 
     def open(self) -> Encode:
         root = _folder(self.path, "config.json")

@@ -5,26 +5,25 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from pydantic import PositiveInt
 from torch import Tensor
 
 from fewstep.algebra.draws import Draws, fold
 from fewstep.algebra.process import Flow
-from fewstep.config import part
+from fewstep.config import Count, part
 from fewstep.data.base import Conditions
 from fewstep.data.conditions import ClassConditions
-from fewstep.networks.analytic import ring
+from fewstep.networks.analytic import Length, ring
 
 
 @part("data", "ring")
 class Ring:
     """Eight Gaussians on a circle, every second one twice as heavy (see fewstep.networks.analytic.ring)."""
 
-    modes: PositiveInt = 8
+    modes: Count = 8
     """Gaussians on the circle."""
-    radius: float = 1.25
+    radius: Length = 1.25
     """Of the circle."""
-    std: float = 0.1
+    std: Length = 0.1
     """Of every Gaussian, in each axis."""
     conditional: bool = False
     """True: the mode's number is the condition."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import html
 import json
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -37,9 +39,9 @@ A {calls}-call generator made by [fewstep](https://github.com/fewstep/fewstep) w
 {rows}
 <details><summary>recipe</summary>
 
-```yaml
+{fence}yaml
 {recipe}
-```
+{fence}
 </details>
 """
 
@@ -53,8 +55,8 @@ def student_card(product: Product, pipeline: str, usage: str, parity: float, res
     process: Any = product.net.process
     t = process.grid(torch.tensor(product.sampler.steps, dtype=torch.float64))
     return TEMPLATE.format(
-        title=product.title,
-        about=product.recipe.about,
+        title=plain(product.title),
+        about=plain(product.recipe.about),
         method=method.name,
         cites=", ".join(f"arXiv {c}" for c in method.cites),
         calls=len(product.sampler.steps),
@@ -65,6 +67,7 @@ def student_card(product: Product, pipeline: str, usage: str, parity: float, res
         parity=parity,
         rows=_table(results),
         recipe=recipe.strip(),
+        fence=fenced(recipe),
     )
 
 
@@ -86,9 +89,9 @@ those of `scheduler/scheduler_config.json`. The last class embedding is the null
 {rows}
 <details><summary>recipe</summary>
 
-```yaml
+{fence}yaml
 {recipe}
-```
+{fence}
 </details>
 """
 
@@ -96,19 +99,32 @@ those of `scheduler/scheduler_config.json`. The last class embedding is the null
 def teacher_card(product: Product, usage: str, parity: float, results: Rows) -> str:
     """The card of a teacher trained here, which says how a recipe names it whatever `usage` is."""
     assert product.recipe is not None
+    recipe = dump(product.recipe)
     return TEACHER.format(
         version=__version__,
-        title=product.title,
-        about=product.recipe.about,
+        title=plain(product.title),
+        about=plain(product.recipe.about),
         done=product.done,
         parity=parity,
         rows=_table(results),
-        recipe=dump(product.recipe).strip(),
+        recipe=recipe.strip(),
+        fence=fenced(recipe),
     )
 
 
 def _table(results: Rows) -> str:
-    return "".join(f"| {name} | {value} |\n" for name, value in results)
+    return "".join(f"| {plain(name)} | {plain(value)} |\n" for name, value in results)
+
+
+def plain(text: object) -> str:
+    """Text for one line of Markdown, in a cell too, that opens no tag, link, picture, code or table cell."""
+    line = html.escape(" ".join(str(text).split()), quote=False)
+    return re.sub(r"([\\`\[\]|])", r"\\\1", line)
+
+
+def fenced(text: str, least: int = 3) -> str:
+    """The backticks around code that nothing in the text closes; `least` is 3 for a block and 1 within a line."""
+    return "`" * max(least, 1 + max((len(run) for run in re.findall("`+", text)), default=0))
 
 
 def usage(pipeline: str, call: Mapping[str, Any], folder: str) -> str:

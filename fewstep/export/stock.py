@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fewstep.algebra.condition import checked
-from fewstep.networks.folder import read_json
+from fewstep.files import read_json
 from fewstep.networks.wrappers import Wrapper
 
 _LEFT_OUT = ("text_encoder", "tokenizer", "safety_checker", "feature_extractor", "image_encoder")

@@ -13,6 +13,7 @@ from torch import nn
 from fewstep.algebra.process import DiscreteVP
 from fewstep.config import UserError
 from fewstep.export.stock import without_variance
+from fewstep.files import read_json
 from fewstep.networks.adapters import plain_copy
 from fewstep.networks.denoiser import Denoiser
 from fewstep.networks.wrappers.unet_condition import UNetCondition
@@ -73,7 +74,7 @@ def _add_encoder(to: Path, root: Path) -> None:
     """The encoder's folder as the pipeline's text_encoder/ and tokenizer/."""
     from transformers import AutoTokenizer
 
-    config = json.loads((root / "config.json").read_text())
+    config = read_json(root / "config.json")
     names = config.get("architectures") or []
     if len(names) != 1:
         raise UserError(f"{root / 'config.json'}: architectures is {names}; expected the one class of the model")
@@ -82,7 +83,7 @@ def _add_encoder(to: Path, root: Path) -> None:
         shutil.copyfile(root / name, to / "text_encoder" / name)
     tokenizer = AutoTokenizer.from_pretrained(root, trust_remote_code=False)
     tokenizer.save_pretrained(to / "tokenizer")
-    index = json.loads((to / "model_index.json").read_text())
+    index = read_json(to / "model_index.json")
     index["text_encoder"] = ["transformers", names[0]]
     index["tokenizer"] = ["transformers", type(tokenizer).__name__]
     (to / "model_index.json").write_text(json.dumps(index, indent=2))

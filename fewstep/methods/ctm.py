@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from typing import Any, ClassVar, Literal
 
 import torch
-from pydantic import PositiveInt
 from torch import Tensor
 
 from fewstep.algebra.batch import Batch
@@ -15,7 +14,7 @@ from fewstep.algebra.jump import Solver, clean
 from fewstep.algebra.process import add_noise
 from fewstep.algebra.sampling import Sampler, any_steps
 from fewstep.algebra.times import HalfLogNormal, TimesPart, Uniform, check_steps
-from fewstep.config import part
+from fewstep.config import Count, part
 from fewstep.methods.method import Losses, Needs, Turn
 from fewstep.methods.terms import Apart, Gan, apart, discriminate, perceptual
 from fewstep.networks.roles import Roles
@@ -35,7 +34,7 @@ class CTM:
     probability ~ n and the teacher takes n steps on it; None: any times."""
     times: TimesPart = Uniform(low=0.0, high=1.0)
     """Without points: start t of the jump."""
-    teacher_steps: PositiveInt = 2
+    teacher_steps: Count = 2
     """Without points: solver steps of the teacher's leg."""
     solver: Solver = "heun"
     """Solver of the teacher's leg; heun takes two calls a step, the others one."""

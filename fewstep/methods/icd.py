@@ -6,14 +6,13 @@ from collections.abc import Iterator
 from typing import Any, ClassVar
 
 import torch
-from pydantic import PositiveInt
 from torch import Tensor
 
 from fewstep.algebra.batch import Batch
 from fewstep.algebra.jump import ask
 from fewstep.algebra.process import Process, add_noise
 from fewstep.algebra.sampling import Sampler
-from fewstep.config import part
+from fewstep.config import Count, part
 from fewstep.methods.method import Losses, Needs, Turn
 from fewstep.networks.roles import Roles
 from fewstep.objectives.legs import Scale, Teacher, check_scale, drawn, ends, middle, student_leg
@@ -33,9 +32,9 @@ class ICD:
 
     cites: ClassVar[tuple[str, ...]] = ("2406.14539",)
 
-    knots: PositiveInt = 50
+    knots: Count = 50
     """DDIM knots of the solver's grid."""
-    count: PositiveInt = 4
+    count: Count = 4
     """Boundaries, and so steps, of each direction."""
     guidance: Scale = 1.0
     """The decoder's teacher scale (official: one of 1, 8, 12, 16, 20); the encoder's is always unguided, which

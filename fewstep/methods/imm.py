@@ -6,14 +6,13 @@ from collections.abc import Iterator
 from typing import ClassVar, Literal
 
 import torch
-from pydantic import PositiveInt
 from torch import Tensor
 
 from fewstep.algebra.batch import Batch
 from fewstep.algebra.process import Process, add_noise, angle_of
 from fewstep.algebra.sampling import Sampler, any_steps
 from fewstep.algebra.times import TimesPart, Uniform, check_steps
-from fewstep.config import part
+from fewstep.config import Count, part
 from fewstep.methods.method import Losses, Needs, Turn
 from fewstep.methods.terms import dropped
 from fewstep.networks.roles import Roles
@@ -42,7 +41,7 @@ class IMM:
 
     cites: ClassVar[tuple[str, ...]] = ("2503.07565",)
 
-    particles: PositiveInt = 4
+    particles: Count = 4
     """M, rows that share their times; must divide the micro-batch."""
     times: TimesPart = Uniform(low=0.0, high=0.994)
     """t; the paper stops at .994 for flow."""

@@ -6,13 +6,12 @@ from collections.abc import Iterator
 from typing import Any, ClassVar
 
 import torch
-from pydantic import PositiveInt
 
 from fewstep.algebra.batch import Batch
 from fewstep.algebra.jump import Solver, ask, clean, times_of
 from fewstep.algebra.sampling import Sampler
 from fewstep.algebra.times import check_steps
-from fewstep.config import part
+from fewstep.config import Count, part
 from fewstep.methods.method import Losses, Needs, Turn
 from fewstep.methods.terms import Apart, apart, perceptual
 from fewstep.networks.roles import Roles
@@ -27,7 +26,7 @@ class KD:
 
     steps: tuple[float, ...] = (1.0,)
     """Levels u at which the student is trained and sampled; each sees the teacher's state there."""
-    teacher_steps: PositiveInt = 16
+    teacher_steps: Count = 16
     """Solver steps of the teacher from one level to the next."""
     solver: Solver = "heun"
     """Solver of the teacher's leg; heun takes two calls a step, the others one."""

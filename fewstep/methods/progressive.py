@@ -6,13 +6,12 @@ from collections.abc import Iterator
 from typing import Any, ClassVar, Literal
 
 import torch
-from pydantic import PositiveInt
 from torch import Tensor
 
 from fewstep.algebra.batch import Batch
 from fewstep.algebra.process import Process, add_noise
 from fewstep.algebra.sampling import Sampler
-from fewstep.config import part
+from fewstep.config import Count, part
 from fewstep.methods.method import Losses, Needs, Turn
 from fewstep.networks.roles import Roles
 from fewstep.objectives import mse
@@ -27,7 +26,7 @@ class Progressive:
 
     cites: ClassVar[tuple[str, ...]] = ("2202.00512", "2210.03142")
 
-    steps: PositiveInt = 1
+    steps: Count = 1
     """DDIM steps of the student; its teacher takes twice as many."""
     of: Literal["teacher", "previous"] = "previous"
     """Who is halved: the frozen role `previous`, to which a stage copies the student, or the teacher itself.

@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from typing import ClassVar, Literal
 
 import torch
-from pydantic import PositiveInt
 from torch import Tensor
 
 from fewstep.algebra.batch import Batch
@@ -14,7 +13,7 @@ from fewstep.algebra.jump import Solver
 from fewstep.algebra.process import bc
 from fewstep.algebra.sampling import Sampler
 from fewstep.algebra.times import TimesPart, Uniform, check_steps
-from fewstep.config import part
+from fewstep.config import Count, part
 from fewstep.methods.method import Losses, Needs, Turn
 from fewstep.networks.roles import Roles
 from fewstep.objectives import mse
@@ -31,7 +30,7 @@ class Reflow:
     """reflow: a velocity at all t; distill: only the one-step end point (SlimFlow's second stage)."""
     times: TimesPart = Uniform(low=0.0, high=1.0)
     """Distribution of t on the straight line of a pair."""
-    teacher_steps: PositiveInt = 16
+    teacher_steps: Count = 16
     """Solver steps that make a pair."""
     solver: Solver = "heun"
     """Solver of the pairs; heun takes two teacher calls a step, the others one."""

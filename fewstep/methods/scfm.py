@@ -6,14 +6,13 @@ from collections.abc import Iterator
 from typing import ClassVar
 
 import torch
-from pydantic import PositiveInt
 from torch import Tensor
 
 from fewstep.algebra.batch import Batch
 from fewstep.algebra.process import add_noise, bc
 from fewstep.algebra.sampling import Sampler
 from fewstep.algebra.times import check_steps, shift
-from fewstep.config import part
+from fewstep.config import Count, part
 from fewstep.methods.method import Losses, Needs, Turn
 from fewstep.networks.roles import Roles
 from fewstep.objectives import mse
@@ -27,7 +26,7 @@ class SCFM:
 
     cites: ClassVar[tuple[str, ...]] = ("2510.17858",)
 
-    nodes: PositiveInt = 32
+    nodes: Count = 32
     """Intervals of the time grid."""
     shift: tuple[float, float] = (2.5, 4.5)
     """Range of the grid's flow shift, one per sample (Flux)."""

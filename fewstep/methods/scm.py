@@ -14,7 +14,7 @@ from fewstep.algebra.batch import Batch
 from fewstep.algebra.process import Trig, add_noise, bc
 from fewstep.algebra.sampling import Sampler, any_steps
 from fewstep.algebra.times import TimesPart, TrigLogNormal, check_steps, shift
-from fewstep.config import part
+from fewstep.config import Count, part
 from fewstep.methods.method import Losses, Needs, Turn
 from fewstep.networks.denoiser import Rescheduled
 from fewstep.networks.roles import Roles
@@ -34,7 +34,7 @@ class SCM:
     trajectory: points on the teacher's own path from noise, without data (TBCM, arXiv 2511.20410)."""
     times: TimesPart = TrigLogNormal(sigma_data=1.0)
     """TrigFlow times; the paper's e^N(-1, 1.4^2) / sigma_data, with data scaled to 1 here."""
-    points: PositiveInt = 15
+    points: Count = 15
     """TBCM: points taken from each teacher trajectory, one per interval of its route (official 15)."""
     shift: float = 2.5
     """TBCM: flow shift of the route (official 2.5)."""

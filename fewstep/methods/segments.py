@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from typing import ClassVar, Literal
 
 import torch
-from pydantic import PositiveInt
 from torch import Tensor
 
 from fewstep.algebra.batch import Batch
@@ -14,7 +13,7 @@ from fewstep.algebra.draws import Draws
 from fewstep.algebra.jump import Solver
 from fewstep.algebra.process import add_noise
 from fewstep.algebra.sampling import Sampler
-from fewstep.config import part
+from fewstep.config import Count, part
 from fewstep.methods.method import Losses, Needs, Turn
 from fewstep.methods.terms import Gan
 from fewstep.networks.roles import Roles
@@ -28,14 +27,14 @@ class Segments:
 
     cites: ClassVar[tuple[str, ...]] = ("2404.13686", "2405.18407")
 
-    segments: PositiveInt = 1
+    segments: Count = 1
     """k; the student then takes k steps, one per segment."""
     to: Literal["inside", "edge"] = "inside"
     """inside: s uniform down to the segment's lower edge (TSCD); edge: always the edge (PCM)."""
-    knots: PositiveInt = 64
+    knots: Count = 64
     """Points of the solver's grid (PCM 50, on SDXL 40). A segment begins at the last knot that is not above its place,
     so that 4 of 50 begin at knots 0, 12, 25 and 37."""
-    skip: PositiveInt = 1
+    skip: Count = 1
     """Knots between t and u; the leg ends at the edge where it would cross it."""
     solver: Solver = "ddim"
     """Solver of the teacher's leg; heun takes two calls a step, the others one."""

@@ -8,12 +8,11 @@ from itertools import pairwise
 from typing import Any, ClassVar
 
 import torch
-from pydantic import PositiveInt
 
 from fewstep.algebra.batch import Batch
 from fewstep.algebra.jump import Solver, ask
 from fewstep.algebra.sampling import Sampler
-from fewstep.config import part
+from fewstep.config import Count, part
 from fewstep.methods.method import Losses, Needs, Turn
 from fewstep.networks.roles import Roles
 from fewstep.objectives.legs import Teacher
@@ -26,7 +25,7 @@ class SFD:
 
     cites: ClassVar[tuple[str, ...]] = ("2409.19681",)
 
-    counts: tuple[PositiveInt, ...] = (4,)
+    counts: tuple[Count, ...] = (4,)
     """Numbers of steps; one is drawn per update. Several make SFD-v, whose student should take s."""
     between: int = 3
     """M, teacher nodes inside one student interval; 0 makes teacher and student the same."""

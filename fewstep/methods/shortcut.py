@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from typing import Any, ClassVar, Literal
 
 import torch
-from pydantic import PositiveInt
 from torch import Tensor
 
 from fewstep.algebra.batch import Batch
@@ -14,7 +13,7 @@ from fewstep.algebra.draws import Draws
 from fewstep.algebra.jump import ask
 from fewstep.algebra.process import add_noise, bc
 from fewstep.algebra.sampling import Sampler
-from fewstep.config import part
+from fewstep.config import Count, part
 from fewstep.methods.method import Losses, Needs, Turn
 from fewstep.networks.roles import Roles
 from fewstep.objectives import mse
@@ -28,7 +27,7 @@ class Shortcut:
 
     cites: ClassVar[tuple[str, ...]] = ("2410.12557",)
 
-    finest: PositiveInt = 128
+    finest: Count = 128
     """Largest number of steps, a power of two: jumps of 1, 1/2, .. 1/finest."""
     bootstrap: float = 0.125
     """Share of the batch for the two-leg loss; the rest is flow matching (official code 1/8, paper 1/4)."""
@@ -38,7 +37,7 @@ class Shortcut:
     """The teacher's scale, for source: teacher; 1 is none."""
     target_decay: float | None = 0.999
     """None: targets by the student itself; a number: by its EMA in the role `target` (paper .999)."""
-    counts: tuple[PositiveInt, ...] = (1, 2, 4, 8)
+    counts: tuple[Count, ...] = (1, 2, 4, 8)
     """Numbers of steps it may be sampled with, powers of two below `finest`: the finest jump itself is untrained."""
 
     def __post_init__(self) -> None:

@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from typing import Any, ClassVar, Literal
 
 import torch
-from pydantic import PositiveInt
 from torch import Tensor, nn
 
 from fewstep.algebra.batch import Batch
@@ -15,7 +14,7 @@ from fewstep.algebra.draws import Draws
 from fewstep.algebra.process import add_noise
 from fewstep.algebra.sampling import Sampler
 from fewstep.algebra.times import check_steps
-from fewstep.config import part
+from fewstep.config import Count, part
 from fewstep.data.base import Conditions, Data
 from fewstep.methods.method import Losses, Needs, Turn
 from fewstep.networks.roles import Roles
@@ -52,12 +51,12 @@ class STD:
 
     cites: ClassVar[tuple[str, ...]] = ("2412.18945",)
 
-    knots: PositiveInt = 50
+    knots: Count = 50
     """Knots of the DDIM grid."""
     strength: float = 0.75
     """Trajectories start from noised data at knot ceil(strength knots) + 1, level .78 by default, for image-to-image as
     published. A student that is to start from noise needs 1."""
-    slots: PositiveInt = 256
+    slots: Count = 256
     """States in the bank (official: 4 for a batch of 1)."""
     rate: float = 0.8
     """Probability of taking a row from its slot rather than from fresh data. A state gets n knots below its start with
@@ -65,7 +64,7 @@ class STD:
     target: Literal["random", "clean"] = "random"
     """random: s uniform over the `reach` knots below the teacher's step; clean: s = 0, the consistency model (their
     mode lcm)."""
-    reach: PositiveInt = 19
+    reach: Count = 19
     """Largest distance of s below the teacher's step, in knots, for target: random."""
     guidance: Scale = 1.0
     """The teacher's scale (official: between 6 and 16)."""

@@ -7,7 +7,6 @@ from collections.abc import Iterator, Sequence
 from typing import Any, ClassVar
 
 import torch
-from pydantic import PositiveInt
 from torch import Tensor
 
 from fewstep.algebra.batch import Batch
@@ -15,7 +14,7 @@ from fewstep.algebra.draws import Draws
 from fewstep.algebra.process import add_noise
 from fewstep.algebra.sampling import Sampler, any_steps
 from fewstep.algebra.times import check_steps
-from fewstep.config import part
+from fewstep.config import Count, part
 from fewstep.methods.method import Losses, Needs, Turn
 from fewstep.methods.terms import dropped
 from fewstep.networks.roles import Roles
@@ -46,11 +45,11 @@ class TDD:
 
     cites: ClassVar[tuple[str, ...]] = ("2409.01347",)
 
-    knots: PositiveInt = 250
+    knots: Count = 250
     """Knots of the DDIM grid on a table of 1000."""
     counts: tuple[int, ...] = (4, 5, 6, 7, 8)
     """Numbers of steps whose schedules make the target set."""
-    window: PositiveInt = 260
+    window: Count = 260
     """A target lies at most this many indices below the largest one that is allowed."""
     shrink: float = 0.3
     """s = (1 - U shrink) T: targets also between the members of the set (official s_ratio .3)."""

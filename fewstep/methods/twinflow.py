@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from typing import Any, ClassVar
 
 import torch
-from pydantic import PositiveInt
 from torch import Tensor
 
 from fewstep.algebra.batch import Batch
@@ -14,7 +13,7 @@ from fewstep.algebra.condition import rows as cond_rows
 from fewstep.algebra.process import Flow, add_noise, bc
 from fewstep.algebra.sampling import Sampler, any_steps
 from fewstep.algebra.times import Beta, TimesPart, check_steps
-from fewstep.config import UserError, part
+from fewstep.config import Count, UserError, part
 from fewstep.methods.method import Losses, Needs, Turn
 from fewstep.networks.roles import Roles
 from fewstep.objectives.regression import per_sample
@@ -34,7 +33,7 @@ class TwinFlow:
     uncond) (official .5 to .8); image_free: the teacher's scale, uncond + enr (cond - uncond) (official 4)."""
     step: float = 0.01
     """Length of the finite difference of the any-step target."""
-    order: PositiveInt = 2
+    order: Count = 2
     """Sub-steps of the target network's path from there to the destination."""
     clamp: float = 1.0
     """Bound of the residual and of the rectifying difference."""

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from annotated_types import Gt, Le
 from torch import Tensor, nn
 
 from fewstep.algebra.draws import Draws
@@ -88,6 +89,10 @@ class Mixture(nn.Module):
         noise = draws.normal(self.means.shape[1], dtype=torch.float64)
         x = self.means[k] + self.stds[k][:, None] * noise
         return x.float(), self.labels[k]
+
+
+Length = Annotated[float, Gt(0), Le(1e6)]
+"""A radius or a deviation in the plane; what is far larger has no float32 noise beside it."""
 
 
 def gaussian(process: Process, mean: float, std: float, dim: int = 1) -> Mixture:

@@ -13,7 +13,7 @@ import torch
 from fewstep.config import UserError
 from fewstep.networks import unet2d as _unet2d  # noqa: F401  registers UNet2DModel
 from fewstep.networks.denoiser import Denoiser
-from fewstep.networks.folder import Folder, read_folder, resolve as resolve
+from fewstep.networks.folder import Folder, check_network_config, read_folder, resolve as resolve
 from fewstep.networks.scheduler import DDPM_FAMILY as DDPM_FAMILY, PREDICTIONS, read_scheduler as read_scheduler
 from fewstep.networks.wrappers import WRAPPERS, Wrapper
 
@@ -45,6 +45,7 @@ def load_denoiser(
     agrees is for `Folder.require_agreement` to say.
     """
     folder = read_folder(path, DTYPES[dtype])
+    check_network_config(folder.config, str(folder.root / folder.component / "config.json"))
     cls = wrapper_of(folder, wrapper)
     folder.require_components(text=False)
     schedule = dict(folder.scheduler)

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from fewstep.config import UserError
+from fewstep.files import read_json
 from fewstep.networks.weights import load_part, refuse_pickles, refuse_variants, shell
 
 _SCALING = {"AutoencoderKL": 0.18215, "AutoencoderDC": 1.0}
@@ -41,17 +42,6 @@ def hub_hint(path: str) -> str:
     )
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object; UserError names the file."""
-    try:
-        data = json.loads(path.read_text())
-    except (OSError, json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read as JSON: {error}") from None
-    if not isinstance(data, dict):
-        raise UserError(f"{path}: expected a JSON object")
-    return data
-
-
 def number(
     config: Mapping[str, Any],
     key: str,
@@ -71,6 +61,19 @@ def number(
             "network was trained with"
         )
     return float(value)
+
+
+_FLOATS = ("norm_eps", "dropout", "eps", "resnet_eps", "mid_block_scale_factor", "scaling_factor", "sampling_eps")
+
+
+def check_network_config(config: Mapping[str, Any], where: str) -> None:
+    """UserError for values that build a network and fail in its first call: no number, or null within a list."""
+    for key, value in config.items():
+        number_asked = key in _FLOATS and value is not None
+        wrong = number_asked and (not isinstance(value, int | float) or isinstance(value, bool))
+        if wrong or (isinstance(value, list) and None in value):
+            asked = "a number" if wrong else "a list without null"
+            raise UserError(f"{where}: {key} is {json.dumps(value)[:60]}; it must be {asked}")
 
 
 @dataclass(frozen=True)

@@ -36,6 +36,16 @@ def seeded(site: Site, build: Any) -> nn.Module:
         return build()
 
 
+MOST_WEIGHTS = 1 << 30
+"""Of a network that a recipe describes: 4 GiB in float32."""
+
+
+def check_weights(count: int, what: str) -> None:
+    """ValueError for sizes that make a network of more than MOST_WEIGHTS weights; count: about how many they make."""
+    if count > MOST_WEIGHTS:
+        raise ValueError(f"{what}: make a network of about {count:.1e} weights; at most {MOST_WEIGHTS:.1e} are built")
+
+
 def check_prediction(prediction: str, process: Any) -> None:
     if prediction not in PAIRS:
         raise ValueError(f"prediction {prediction!r} is not one of {', '.join(PAIRS)}")

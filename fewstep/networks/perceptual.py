@@ -8,10 +8,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from pydantic import PositiveInt
 from torch import Tensor, nn
 
-from fewstep.config import RecipeError, UserError, part
+from fewstep.config import Count, RecipeError, UserError, part
 from fewstep.networks.parts import Site
 
 CUTS = (3, 8, 15, 22, 29)
@@ -91,7 +90,7 @@ class LPIPSSpec:
     """File of torchvision's vgg16 weights (state dict; .pth or .safetensors)."""
     linear: str
     """File of the five linear layers (lin0.model.1.weight to lin4.model.1.weight)."""
-    size: PositiveInt | None = None
+    size: Count | None = None
     """Side to which images are resized first (consistency models: 224)."""
 
     def build(self, site: Site) -> nn.Module:

@@ -6,13 +6,12 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from pydantic import PositiveInt
 from torch import Tensor, nn
 
 import fewstep.networks.specs  # noqa: F401  experts are made of these
 from fewstep.algebra.prediction import Prediction
 from fewstep.algebra.process import Process
-from fewstep.config import RecipeError, part
+from fewstep.config import Count, RecipeError, part
 from fewstep.networks.adapters import twin
 from fewstep.networks.parts import NetworkPart, Site
 
@@ -114,7 +113,7 @@ class ByClassSpec:
 
     of: NetworkPart
     """Spec of each student; smaller than the teacher if wished."""
-    members: PositiveInt = 2
+    members: Count = 2
     """Students, at most as many as classes."""
 
     def build(self, site: Site) -> nn.Module:

@@ -39,6 +39,8 @@ FLOW_SOLVERS = (
     "UniPCMultistepScheduler",
 )
 """Of the DDPM family, those that also step along a flow."""
+LEVELS = 65_536
+"""Of the longest table of noise levels that is made; diffusers' own have 1000."""
 PREDICTIONS = {"epsilon": "eps", "v_prediction": "v", "sample": "x0"}
 BETAS = {
     "LCMScheduler": ("scaled_linear", 0.00085, 0.012),
@@ -55,6 +57,8 @@ def read_scheduler(config: Mapping[str, Any], where: str, tokens: int | None = N
     tokens: number of image tokens, on which a dynamic flow shift depends.
     """
     name = config.get("_class_name")
+    if number(config, "num_train_timesteps", 1000, where, whole=True) > LEVELS:
+        raise UserError(f"{where}: num_train_timesteps is {config['num_train_timesteps']}; at most {LEVELS} are read")
     if name == "CMStochasticIterativeScheduler" or name in EDM_FAMILY:
         return _edm(config, where, str(name))
     if name in FLOW_FAMILY:

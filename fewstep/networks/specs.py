@@ -6,11 +6,10 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
-from pydantic import PositiveInt
 from torch import nn
 
 from fewstep.algebra.process import EDM, DiscreteVP, Flow, ProcessPart
-from fewstep.config import RecipeError, config, part
+from fewstep.config import Count, RecipeError, config, part
 from fewstep.networks.adapters import Adapted, fresh_name, plain_copy
 from fewstep.networks.denoiser import Denoiser
 from fewstep.networks.dit import DiT
@@ -18,7 +17,7 @@ from fewstep.networks.extras import Input
 from fewstep.networks.heads import Discriminator, LogVar
 from fewstep.networks.lora_file import read_lora
 from fewstep.networks.mlp import MLP
-from fewstep.networks.parts import Site, check_prediction, seeded
+from fewstep.networks.parts import Site, check_prediction, check_weights, seeded
 from fewstep.networks.slow_time import slow_time
 from fewstep.networks.wrappers.base import Wrapper
 
@@ -73,7 +72,7 @@ class Lora:
 
     of: str = "teacher"
     """Role whose weights carry the adapter; on the student's it follows their training."""
-    rank: PositiveInt = 16
+    rank: Count = 16
     """Rank r of the update B A of every layer."""
     alpha: float | None = None
     """Scale; the rank when left out."""
@@ -102,9 +101,9 @@ class Lora:
 class MLPSpec:
     """The toy MLP."""
 
-    width: PositiveInt = 192
+    width: Count = 192
     """Hidden units of a layer."""
-    depth: PositiveInt = 5
+    depth: Count = 5
     """Number of hidden layers."""
     process: ProcessPart = Flow()
     """The noising process in which it answers."""
@@ -113,10 +112,11 @@ class MLPSpec:
     inputs: tuple[Input, ...] = ()
     """Scalar inputs beside the time: s (destination time) or length (of the jump), w (embedded guidance), mirror
     (TwinFlow)."""
-    frequencies: PositiveInt = 16
+    frequencies: Count = 16
     """Fourier features 2 k angle of the time; 3 or 4 for methods that differentiate in it (sCM, sec. 4.1)."""
 
     def __post_init__(self) -> None:
+        check_weights(self.width**2 * self.depth, f"width {self.width} and depth {self.depth}")
         check_prediction(self.prediction, self.process)
 
     def build(self, site: Site) -> nn.Module:
@@ -131,13 +131,13 @@ class MLPSpec:
 class DiTSpec:
     """The small diffusion transformer."""
 
-    patch: PositiveInt = 2
+    patch: Count = 2
     """Side of a patch in pixels; it must divide height and width."""
-    width: PositiveInt = 64
+    width: Count = 64
     """Channels of a token."""
-    depth: PositiveInt = 4
+    depth: Count = 4
     """Number of blocks."""
-    heads: PositiveInt = 4
+    heads: Count = 4
     """Attention heads; they must divide the width."""
     process: ProcessPart = Flow()
     """The noising process in which it answers."""
@@ -149,21 +149,37 @@ class DiTSpec:
 
     def __post_init__(self) -> None:
         check_prediction(self.prediction, self.process)
+        check_weights(12 * self.width**2 * self.depth, f"width {self.width} and depth {self.depth}")
+        if self.width % self.heads:
+            raise ValueError(f"heads {self.heads} must divide width {self.width}")
 
     def build(self, site: Site) -> nn.Module:
         if len(site.shape) != 3:
             raise RecipeError(f"network dit is for images; the data has shape {list(site.shape)}")
+        if any(n % self.patch for n in site.shape[1:]):
+            raise RecipeError(f"dit.patch {self.patch}: does not divide height and width of the data, {list(site.shape)}")
         shape = (site.shape[0], site.shape[1], site.shape[2])
         sizes = (self.patch, self.width, self.depth, self.heads)
         net = seeded(site, lambda: DiT(shape, *sizes, site.classes, self.inputs))
         return Denoiser(net, self.process, self.prediction, "angle")
 
 
-def _pixels(site: Site, name: str) -> dict[str, Any]:
-    """Size and channels of a diffusers UNet for the site's images. RecipeError for anything else."""
+def _check_channels(channels: tuple[int, ...], layers: int) -> None:
+    check_weights(36 * layers * sum(c * c for c in channels), f"channels {list(channels)} and layers {layers}")
+
+
+def _pixels(site: Site, name: str, levels: int) -> dict[str, Any]:
+    """Size and channels of a diffusers UNet for the site's images. RecipeError for sizes that it cannot take."""
     if len(site.shape) != 3:
         raise RecipeError(f"network {name} is for images; the data has shape {list(site.shape)}")
     channels, height, width = site.shape
+    # On the way up a side doubles: one that was halved with a remainder does not meet its own again.
+    step = 2 ** (levels - 1)
+    if height % step or width % step:
+        raise RecipeError(
+            f"{name}.channels: {levels} levels halve a side {levels - 1} times, so height and width of the data must be "
+            f"multiples of {step}, not {height} x {width}; give fewer levels, or pictures of another size"
+        )
     size = height if height == width else (height, width)
     return {"sample_size": size, "in_channels": channels, "out_channels": channels}
 
@@ -175,15 +191,15 @@ class UNet2DSpec:
     That is what diffusers' ConsistencyModelPipeline runs, so teacher and students export without conversion.
     """
 
-    channels: tuple[PositiveInt, ...] = (32, 64)
+    channels: tuple[Count, ...] = (32, 64)
     """Channels at each level, finest first; the side halves from one to the next."""
-    layers: PositiveInt = 1
+    layers: Count = 1
     """Residual blocks of a level, one more on the way up."""
     attention: bool = False
     """Attention at all but the finest level."""
-    groups: PositiveInt = 8
+    groups: Count = 8
     """Groups of the group norms; they must divide every entry of channels."""
-    head_dim: PositiveInt = 16
+    head_dim: Count = 16
     """Channels of an attention head."""
     sigma_data: float = 0.5
     """Standard deviation of the data in [-1, 1], for the scalings before and behind the network (EDM, table 1)."""
@@ -191,6 +207,7 @@ class UNet2DSpec:
     def __post_init__(self) -> None:
         if not self.channels or any(c % self.groups for c in self.channels):
             raise ValueError(f"channels {list(self.channels)} must be multiples of groups {self.groups}")
+        _check_channels(self.channels, self.layers)
 
     @property
     def process(self) -> EDM:
@@ -205,7 +222,7 @@ class UNet2DSpec:
         """The arguments of UNet2DModel."""
         inner = "Attn" if self.attention else ""
         deeper = len(self.channels) - 1
-        return _pixels(site, "unet2d") | {
+        return _pixels(site, "unet2d", len(self.channels)) | {
             "block_out_channels": self.channels,
             "layers_per_block": self.layers,
             "down_block_types": ("DownBlock2D", *[f"{inner}DownBlock2D"] * deeper),
@@ -232,15 +249,15 @@ class UNetTextSpec:
     table, so that diffusers' IFPipeline runs teacher and students without conversion.
     """
 
-    text: PositiveInt
+    text: Count
     """Width of the text encoder's tokens."""
-    channels: tuple[PositiveInt, ...] = (16, 32, 64, 96)
+    channels: tuple[Count, ...] = (16, 32, 64, 96)
     """Channels at each level, finest first; the side halves from one to the next."""
-    layers: PositiveInt = 1
+    layers: Count = 1
     """Residual blocks of a level, one more on the way up."""
-    groups: PositiveInt = 8
+    groups: Count = 8
     """Groups of the group norms; they must divide every entry of channels."""
-    heads: PositiveInt = 4
+    heads: Count = 4
     """Of the attention and of the pooling; must divide the last of `channels` and `text`."""
     process: ClassVar[DiscreteVP] = DiscreteVP()
 
@@ -249,13 +266,14 @@ class UNetTextSpec:
             raise ValueError(f"channels {list(self.channels)} must be two or more multiples of {self.groups}")
         if self.channels[-1] % self.heads or self.text % self.heads:
             raise ValueError(f"heads {self.heads} must divide channels {self.channels[-1]} and text {self.text}")
+        _check_channels(self.channels, self.layers)
 
     def build(self, site: Site) -> nn.Module:
         from diffusers import UNet2DConditionModel
 
         from fewstep.networks.wrappers.unet_condition import UNetCondition
 
-        pixels = _pixels(site, "unet-text")
+        pixels = _pixels(site, "unet-text", len(self.channels))
         finer = len(self.channels) - 1
         model = seeded(
             site,
@@ -283,7 +301,7 @@ class UNetTextSpec:
 class LogVarSpec:
     """A scalar of the noise level, for learned loss weights (EDM2, sCM)."""
 
-    width: PositiveInt = 32
+    width: Count = 32
     """Fourier features of the noise level."""
 
     def build(self, site: Site) -> nn.Module:
@@ -298,7 +316,7 @@ class DiscriminatorSpec:
     """Whose features: the critic's (DMD2), trained with them, or the frozen teacher's (LADD, FastGen)."""
     taps: tuple[str, ...] = ("mid",)
     """Which features, one head each."""
-    width: PositiveInt | None = None
+    width: Count | None = None
     """Hidden channels of a head; the feature's own when left out."""
 
     def __post_init__(self) -> None:

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Literal
 
-from pydantic import Field, PositiveInt
+from pydantic import Field
 from torch import nn
 
 from fewstep.algebra.process import EDM, Flow, ProcessPart
-from fewstep.config import UserError, part
+from fewstep.config import Count, UserError, part
 from fewstep.networks.adapters import frozen
-from fewstep.networks.analytic import ring
+from fewstep.networks.analytic import Length, ring
 from fewstep.networks.denoiser import Denoiser, Rescheduled, TimeInput
+from fewstep.networks.folder import resolve
 from fewstep.networks.parts import Site, check_prediction
 
 
@@ -33,6 +35,15 @@ class DiffusersTeacher:
     """A wrapper of your own, module:Class or file.py:Class, whose code is run; chosen by the class when left out."""
     dtype: Literal["fp32", "bf16", "fp16"] = "fp32"
     """Of the frozen weights; copies and adapters that are trained are kept in fp32."""
+
+    def files(self) -> list[Path]:
+        """The network's config and weights, and its noise schedule."""
+        root = resolve(self.path)
+        component = root / ("transformer" if (root / "transformer").is_dir() else "unet")
+        weights = list(component.glob("*.safetensors"))
+        # Beside plain weights their variants (x.fp16.safetensors) are not read.
+        plain = [p for p in weights if "." not in p.stem] or weights
+        return [*plain, component / "config.json", root / "scheduler" / "scheduler_config.json"]
 
     def build(self, site: Site) -> nn.Module:
         from fewstep.networks.diffusers import load_denoiser
@@ -96,11 +107,11 @@ class ModuleTeacher:
 class RingTeacher:
     """The exact denoiser of the ring data set, in EDM coordinates or re-expressed in another process."""
 
-    modes: PositiveInt = 8
+    modes: Count = 8
     """Gaussians on the circle; the data's."""
-    radius: float = 1.25
+    radius: Length = 1.25
     """Of the circle; the data's."""
-    std: float = 0.1
+    std: Length = 0.1
     """Of every Gaussian; the data's."""
     process: ProcessPart = Flow()
     """The process in which it answers."""

@@ -25,6 +25,7 @@ from fewstep.methods.terms import Gan
 from fewstep.networks.declared import declared_inputs, declared_process
 from fewstep.networks.parts import NetworkPart, TeacherPart
 from fewstep.networks.specs import DiscriminatorSpec
+from fewstep.recipe.faults import refuse
 
 
 @config
@@ -133,6 +134,8 @@ class Train:
         for name in ("steps", "batch", "accumulate", "log_every", "checkpoint_every", "keep", "max_skips"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+        if self.batch > MOST_BATCH:
+            raise ValueError(f"batch must be at most {MOST_BATCH}, not {self.batch}")
         if self.batch % self.accumulate:
             raise ValueError(f"accumulate {self.accumulate} must divide batch {self.batch}")
         if self.clip <= 0:
@@ -148,6 +151,11 @@ class Train:
             raise ValueError(f"ema decays must differ, not {list(self.ema)}")
 
 
+MOST_SAMPLES = 10_000_000
+"""Of one measurement; published ones have 50,000."""
+MOST_STEPS = 10_000
+"""Of the longest sampler that is made; a table of noise levels has 1000."""
+MOST_BATCH = 1 << 20
 FEATURES = ("effnet-lite0", "inception", "dinov2", "clip", "house")
 
 
@@ -199,8 +207,12 @@ class Evaluate:
             raise ValueError(f"metric {self.metric!r} is no preset and no YAML file{hint}")
         if self.samples < 2:
             raise ValueError(f"samples must be at least 2, not {self.samples}")
+        if self.samples > MOST_SAMPLES:
+            raise ValueError(f"samples must be at most {MOST_SAMPLES}, not {self.samples}")
         if any(n < 1 for n in self.teacher_steps):
             raise ValueError(f"teacher_steps must be at least 1, not {list(self.teacher_steps)}")
+        if any(n > MOST_STEPS for n in self.teacher_steps):
+            raise ValueError(f"teacher_steps must be at most {MOST_STEPS}, not {list(self.teacher_steps)}")
 
 
 @config
@@ -265,6 +277,7 @@ class Recipe:
         taken = sorted({"teacher", "student", "critic", "discriminator", "state"} & set(self.roles))
         if taken:
             raise ValueError(f"roles: {taken[0]!r} has a meaning of its own; choose another name")
+        refuse(self)
         have = set(self.role_names())
         for stage in self.stages():
             missing = sorted(stage.method.needs().roles - have)

@@ -34,6 +34,17 @@ class Meter:
         for name, vs in values.items():
             self._values[name].extend(vs)
 
+    def mark(self) -> dict[str, int]:
+        """Where it stands, for `back`."""
+        return {k: len(vs) for k, vs in self._values.items()}
+
+    def back(self, mark: Mapping[str, int]) -> None:
+        """Drop what was added after `mark`."""
+        for name in list(self._values):
+            del self._values[name][mark.get(name, 0) :]
+            if not self._values[name]:
+                del self._values[name]
+
     def means(self) -> dict[str, float]:
         """Means of what has been added since the last record."""
         return {k: sum(float(v) for v in vs) / len(vs) for k, vs in self._values.items()}

@@ -33,6 +33,8 @@ class Loop:
         self.session, self.on_state = session, on_state
         self.progress, self.meter = Progress(), Meter()
         self.optim: dict[str, TurnOptimizer] = {}
+        self.touched = False
+        """Whether the step that is being done has changed anything that a checkpoint holds."""
 
     def begin(self, stage: Stage) -> None:
         """Fresh optimisers, the method's own state, and the weights that the stage says to copy."""
@@ -88,6 +90,7 @@ class Loop:
     def step(self, stage: Stage) -> None:
         """All turns of one step."""
         session, student_moved = self.session, False
+        self.touched = "state" in session.roles  # a method may write there at any moment
         for number, turn in enumerate(stage.method.turns(session.roles, self.progress.step)):
             session.roles.train_only(*turn.updates)
             optimizer = self.optimizer(turn.updates, stage, turn.times)
@@ -113,6 +116,7 @@ class Loop:
         session.average_gradients(optimizer.parameters)
         norm = clip_grad_norm(optimizer.parameters, train.clip)
         finite = bool(torch.isfinite(norm))
+        self.touched = True
         if finite:
             self.meter.add(f"grad_norm/{'+'.join(turn.updates)}", norm)
             optimizer.step()

@@ -11,7 +11,7 @@ from typing import Any
 
 from fewstep.algebra.sampling import Sampler
 from fewstep.config import RecipeError, UserError
-from fewstep.networks.folder import read_json
+from fewstep.files import read_json
 
 NAME = "fewstep.json"
 LEVELS = ("num_inference_steps", "timesteps", "sigmas")

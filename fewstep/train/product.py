@@ -14,11 +14,20 @@ from fewstep.algebra.condition import moved, rows
 from fewstep.algebra.sampling import Sampler, knot_levels, many_step, sample, seeded
 from fewstep.config import UserError
 from fewstep.networks import code
-from fewstep.recipe.schema import Recipe
+from fewstep.recipe.schema import MOST_STEPS, Recipe
 from fewstep.recipe.store import load_run
 from fewstep.train.build import build_product
 from fewstep.train.note import read_note
-from fewstep.train.state import checkpoints, load_into, load_tensors, read_state
+from fewstep.train.origins import check_product
+from fewstep.train.state import checkpoints, load_into, load_tensors, read_origins, read_state
+
+
+def check_step_count(steps: int, option: str) -> None:
+    """UserError, naming the option, for a number of steps that no sampler has."""
+    if steps < 1:
+        raise UserError(f"{option} must be at least 1, not {steps}")
+    if steps > MOST_STEPS:
+        raise UserError(f"{option} must be at most {MOST_STEPS}, not {steps}")
 
 
 @dataclass(frozen=True)
@@ -42,6 +51,8 @@ class Product:
     """Folder of the VAE that turns latents into pictures."""
     example: int = 0
     """A class that it draws, for lines of code."""
+    changed: tuple[str, ...] = ()
+    """Lines about files outside that are others than when it was trained."""
 
     @torch.no_grad()
     def images(self, index: Tensor, labels: Any, seed: int = 0) -> Tensor:
@@ -92,8 +103,7 @@ class Product:
         """The same net at another number of steps; UserError when it was not trained for it."""
         if steps is None:
             return self
-        if steps < 1:
-            raise UserError(f"--steps must be at least 1, not {steps}")
+        check_step_count(steps, "--steps")
         if self.trained is not None and steps not in self.trained and not any_steps:
             allowed = ", ".join(map(str, self.trained))
             raise UserError(f"--steps {steps}: this student was trained for {allowed}; add --any to try it anyway")
@@ -105,7 +115,10 @@ class Product:
 
 
 def open_product(path: Path) -> Product:
-    """Open a run directory or a diffusers folder (an export or a teacher). UserError when it is neither."""
+    """Open a run directory or a diffusers folder (an export or a teacher). UserError when it is neither.
+
+    What has changed around a run since is in `changed`; UserError for an adapter whose base is another now.
+    """
     if (path / "recipe.yaml").is_file():
         return _open_run(path)
     if (path / "model_index.json").is_file():
@@ -122,13 +135,14 @@ def _open_run(path: Path) -> Product:
     if not found:
         raise UserError(f"{path}: has no checkpoint yet; train it with `fewstep run` first")
     progress, _ = read_state(found[-1])
+    changed = check_product(recipe, read_origins(found[-1]), path)
     data: Any = recipe.data.open()
     net = build_product(recipe, data)
     use_ema = recipe.train.product == "ema" and recipe.train.ema
     name = f"ema_{recipe.train.ema[0]}" if use_ema else "student"
     file = found[-1] / f"{name}.safetensors"
     load_into(net, load_tensors(file), file)
-    return product_of(recipe, net.eval(), data, path.name, progress.done)
+    return replace(product_of(recipe, net.eval(), data, path.name, progress.done), changed=tuple(changed))
 
 
 def product_of(recipe: Recipe, net: nn.Module, data: Any, title: str, done: int = 0) -> Product:

@@ -7,7 +7,15 @@ from pathlib import Path
 from fewstep.config import UserError
 from fewstep.recipe.schema import Stage
 from fewstep.train.loop import Loop
-from fewstep.train.state import Progress, checkpoints, load_checkpoint, read_state, save_checkpoint
+from fewstep.train.origins import changes, check_resumed
+from fewstep.train.state import (
+    Progress,
+    checkpoints,
+    load_checkpoint,
+    read_origins,
+    read_state,
+    save_checkpoint,
+)
 
 
 def save(loop: Loop, run: Path) -> None:
@@ -22,27 +30,35 @@ def save(loop: Loop, run: Path) -> None:
         parts = main if session.sharded else None
         keep = session.recipe.train.keep
         sound = not any(o.in_a_row for o in loop.optim.values())
-        save_checkpoint(run / "checkpoints", session.modules(), adams, progress, keep, parts, sound)
+        there = run / "checkpoints"
+        save_checkpoint(there, session.modules(), adams, progress, keep, parts, sound, session.origins)
     session.accelerator.wait_for_everyone()
 
 
-def resume(loop: Loop, run: Path) -> bool:
-    """Continue from the newest complete checkpoint; False when there is none."""
+def resume(loop: Loop, run: Path) -> list[str] | None:
+    """Continue from the newest complete checkpoint; None when there is none, else lines about what has changed since.
+
+    UserError where the run would go on with another teacher or text encoder.
+    """
     found = checkpoints(run / "checkpoints")
     if not found:
-        return False
+        return None
+    session = loop.session
+    changed = check_resumed(session.recipe, read_origins(found[-1]), session.origins, run)
     _load(loop, found[-1], run)
-    return True
+    return changed
 
 
-def go_on_from(loop: Loop, checkpoint: Path) -> None:
+def go_on_from(loop: Loop, checkpoint: Path) -> list[str]:
     """Start from another run's checkpoint with this recipe's settings: weights, moments, averages and step counts.
 
-    UserError where roles, networks, averages or the optimised sets differ: only settings that change none of them may.
+    Returns lines about files that are others than that run's. UserError where roles, networks, averages or the
+    optimised sets differ: only settings that change none of them may.
     """
     _load(loop, checkpoint, checkpoint.parent.parent)
     # Readings that the other settings made are not this run's.
     loop.meter.restore({})
+    return list(changes(loop.session.recipe, read_origins(checkpoint), loop.session.origins).values())
 
 
 def newest_of(path: Path) -> Path:

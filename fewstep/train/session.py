@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from fewstep.recipe.schema import Recipe, Stage
 from fewstep.train.build import build_roles, trained_roles
 from fewstep.train.ema import EMA
 from fewstep.train.log import check_trackers
+from fewstep.train.origins import origins_of
 from fewstep.train.parallel import is_sharded, shard
 from fewstep.train.switches import Offload, compile_roles, use_channels_last
 
@@ -78,6 +80,11 @@ class Session:
         """The weights that are sampled, evaluated and exported."""
         use_ema = self.recipe.train.product == "ema" and self.ema
         return self.ema[0].module if use_ema else self.roles.student
+
+    @cached_property
+    def origins(self) -> dict[str, str]:
+        """Digests of the files that it stands on, as they were when they were first asked for."""
+        return origins_of(self.recipe)
 
     def modules(self) -> dict[str, nn.Module]:
         """Everything with weights that a checkpoint holds."""

@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from fewstep.config import UserError
-from fewstep.files import crc32_of
+from fewstep.files import crc32_of, read_json
 from fewstep.networks.adapters import load_own_state, own_state
 from fewstep.train.parallel import (
     gathered_optimizer,
@@ -32,7 +32,7 @@ from fewstep.train.parallel import (
     write_sharded,
 )
 
-FORMAT = 2
+FORMAT = 3
 """Of state.json; another one is refused by name."""
 
 
@@ -120,11 +120,14 @@ def save_checkpoint(
     keep: int,
     sharded: bool | None = None,
     sound: bool = True,
+    origins: Mapping[str, str] | None = None,
 ) -> Path:
     """Write checkpoints/step-N, complete or not at all, then drop all but the newest `keep`.
 
     sound: no update is being refused. Where it is False, or a weight is not finite, no sound checkpoint is dropped:
     a run that diverges does not push its last good state out.
+
+    origins: digests of what the run stands on outside its folder, by name.
 
     sharded: None for one process that holds everything. Where networks are sharded every process calls this, one of
     them with True: the parts are joined, so that any number of processes can read the checkpoint.
@@ -150,7 +153,8 @@ def save_checkpoint(
                 torch.save(optimizer.state_dict(), aside / f"optim-{name}.pt")
         manifest = {p.name: [p.stat().st_size, crc32_of(p)] for p in sorted(aside.iterdir())}
         sound = sound and all(_finite(m) for m in modules.values())
-        state = {"format": FORMAT, "sound": sound, "progress": vars(progress), "files": manifest}
+        told = {"sound": sound, "origins": dict(origins or {}), "progress": vars(progress), "files": manifest}
+        state: dict[str, Any] = {"format": FORMAT, **told}
         (aside / "state.json").write_text(json.dumps({**state, "crc32": _checksum(state)}, indent=1))
         for p in (*aside.iterdir(), aside):
             _flush(p)
@@ -182,8 +186,8 @@ def _past(folder: Path, keep: int) -> list[Path]:
 def is_sound(path: Path) -> bool:
     """Whether a checkpoint was written while updates went through and with finite weights."""
     try:
-        return bool(json.loads((path / "state.json").read_text())["sound"])
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return bool(read_json(path / "state.json")["sound"])
+    except (UserError, KeyError):
         return False
 
 
@@ -231,26 +235,43 @@ def checkpoints(folder: Path) -> list[Path]:
     return sorted(found)
 
 
-def read_state(path: Path) -> tuple[Progress, dict[str, Any]]:
-    """Progress and manifest of one checkpoint, every file checked for size and checksum."""
+def _read(path: Path) -> dict[str, Any]:
+    """state.json of a checkpoint, whole and of this format."""
     file = path / "state.json"
     try:
-        state = json.loads(file.read_text())
-        if not isinstance(state, dict) or "progress" not in state:
-            raise ValueError("it is not what fewstep writes")
-        if state.get("format") != FORMAT:
-            raise UserError(
-                f"{file}: has format {state.get('format')}, this fewstep reads {FORMAT}; continue the run with the "
-                "version that began it"
-            )
-        if _checksum({k: v for k, v in state.items() if k != "crc32"}) != state.get("crc32"):
-            raise ValueError("its checksum differs, so it is damaged or was edited")
-        progress, manifest = Progress.read(state["progress"]), _manifest(state["files"])
+        state = read_json(file)
+    except UserError as error:
+        raise UserError(f"{error}; {_remedy(path)}") from None
+    if "progress" not in state:
+        raise UserError(f"{file}: cannot be read: it is not what fewstep writes; {_remedy(path)}")
+    if state.get("format") != FORMAT:
+        raise UserError(
+            f"{file}: has format {state.get('format')}, this fewstep reads {FORMAT}; continue the run with the "
+            "version that began it"
+        )
+    if _checksum({k: v for k, v in state.items() if k != "crc32"}) != state.get("crc32"):
+        raise UserError(f"{file}: cannot be read: its checksum differs, so it is damaged or was edited; {_remedy(path)}")
+    return state
+
+
+def read_origins(path: Path) -> dict[str, str]:
+    """The digests that `save_checkpoint` was given."""
+    held = _read(path).get("origins")
+    if not isinstance(held, dict) or not all(isinstance(v, str) for v in held.values()):
+        raise UserError(f"{path / 'state.json'}: cannot be read: origins: expected digests by name; {_remedy(path)}")
+    return held
+
+
+def read_state(path: Path) -> tuple[Progress, dict[str, Any]]:
+    """Progress and manifest of one checkpoint, every file checked for size and checksum."""
+    state = _read(path)
+    try:
+        progress, manifest = Progress.read(state["progress"]), _manifest(state.get("files"))
         moments = {f"optim-{name}.pt" for name in progress.optim}
         if path.name != _name(progress.done) or moments != {n for n in manifest if n.startswith("optim-")}:
             raise ValueError("its counters do not belong to this checkpoint")
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{file}: cannot be read: {error}; {_remedy(path)}") from None
+    except ValueError as error:
+        raise UserError(f"{path / 'state.json'}: cannot be read: {error}; {_remedy(path)}") from None
     for name, (size, crc) in manifest.items():
         p = path / name
         if not p.is_file():

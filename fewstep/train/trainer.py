@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +21,10 @@ from fewstep.recipe.schema import Recipe, Stage
 from fewstep.train import resume
 from fewstep.train.log import Log, start_trackers
 from fewstep.train.loop import Loop
+from fewstep.train.memory import OutOfMemory, guarded
 from fewstep.train.parallel import full
 from fewstep.train.session import Session
-from fewstep.train.state import Progress
+from fewstep.train.state import Progress, checkpoints
 
 Hook = Callable[["Trainer"], None]
 
@@ -63,6 +65,7 @@ class Trainer:
         self.run: Path | None = None
         self.log: Log | None = None
         self.last_record: dict[str, Any] = {}
+        self.changed: list[str] = []
         self._stop = False
         if run is not None:
             self.attach(run)
@@ -70,6 +73,7 @@ class Trainer:
     def attach(self, run: Path) -> None:
         """Log and save in this directory from now on."""
         self.run, self.log = run, Log(run / "log.jsonl")
+        _ = self.session.origins  # taken now: files that change while it trains are not what was read
 
     @property
     def roles(self) -> Roles:
@@ -128,12 +132,13 @@ class Trainer:
             self.hooks.on_state(roles)
 
     def _run_stage(self, stage: Stage) -> None:
-        if self.progress.step == 0:
-            self.loop.begin(stage)
         train, p = self.recipe.train, self.progress
+        if p.step == 0 and not guarded(self.loop, partial(self.loop.begin, stage)):
+            self._out_of_memory(whole=False)
         while p.step < stage.steps:
             started = time.perf_counter()
-            self.loop.step(stage)
+            if not guarded(self.loop, partial(self.loop.step, stage)):
+                self._out_of_memory(whole=not self.loop.touched)
             p.step, p.done = p.step + 1, p.done + 1
             self.loop.meter.add("seconds", time.perf_counter() - started)
             ended, number = p.step == stage.steps, p.stage
@@ -148,6 +153,15 @@ class Trainer:
                 self.save()
             if ended or self._stop:
                 return
+
+    def _out_of_memory(self, whole: bool) -> None:
+        """Save what is whole, then UserError. One of several processes cannot: the others are in another place."""
+        done = self.progress.done
+        if whole and done and self.run is not None and self.accelerator.num_processes == 1:
+            self.save()
+        held = [] if self.run is None else checkpoints(self.run / "checkpoints")
+        kept = f"the last checkpoint is {held[-1].name}" if held else "there is no checkpoint yet"
+        raise OutOfMemory(f"out of memory in step {done + 1}, batch {self.recipe.train.batch}; {kept}")
 
     def _call_hooks(self, finished: bool) -> None:
         train, done, hooks = self.recipe.train, self.progress.done, self.hooks
@@ -183,16 +197,22 @@ class Trainer:
         resume.save(self.loop, self.run)
 
     def resume(self) -> bool:
-        """Continue from the newest complete checkpoint; False when there is none."""
+        """Continue from the newest complete checkpoint; False when there is none.
+
+        `changed` then holds lines about data that is another than it was, which the log notes too.
+        """
         assert self.run is not None
-        found = resume.resume(self.loop, self.run)
+        told = resume.resume(self.loop, self.run)
+        self.changed = told or []
         if self.log and self.accelerator.is_main_process:
-            self.log.cut(self.progress.done if found else 0)
-        return found
+            self.log.cut(0 if told is None else self.progress.done)
+            for line in self.changed:
+                self.log.write({"done": self.progress.done, "note": line})
+        return told is not None
 
     def go_on_from(self, checkpoint: Path) -> None:
-        """Start from a checkpoint of another run, with this recipe's settings."""
-        resume.go_on_from(self.loop, checkpoint)
+        """Start from a checkpoint of another run, with this recipe's settings; `changed` says what differs outside."""
+        self.changed = resume.go_on_from(self.loop, checkpoint)
 
 
 def gradients(parameters: list[nn.Parameter]) -> Tensor:

@@ -135,15 +135,15 @@ def test_settings_reach_every_depth_and_leave_the_rest(tmp_path: Path):
 
 
 def test_extends_one_level_and_replaces_a_part_whose_name_changes(tmp_path: Path):
-    write(tmp_path, GOOD.replace("name: ring}\nteacher", "name: ring, modes: 5}\nteacher"), "base.yaml")
+    write(tmp_path, GOOD.replace("name: ring}\nteacher", "name: ring, std: 0.2}\nteacher"), "base.yaml")
     child = write(tmp_path, "extends: base.yaml\nabout: child\nmethod: {steps: [1.0, 0.5]}\nteacher: {std: 0.2}\n")
     recipe = load(child)
     assert recipe.about == "child"
     assert recipe.method.steps == (1.0, 0.5)
     assert recipe.method.gan is None
-    assert recipe.data.modes == 5
-    assert recipe.teacher.std == 0.2
-    other = write(tmp_path, f"extends: {tmp_path}/base.yaml\nmethod: {{name: denoise}}\n", "other.yaml")
+    assert recipe.data.std == recipe.teacher.std == 0.2
+    text = f"extends: {tmp_path}/base.yaml\nmethod: {{name: denoise}}\nteacher: {{std: 0.2}}\n"
+    other = write(tmp_path, text, "other.yaml")
     method = load(other).method
     assert method.name == "denoise"  # and gan of dmd2 is not carried over, which would be an unknown key
     grandchild = write(tmp_path, "extends: mine.yaml\nabout: too deep\n", "grandchild.yaml")

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from fewstep.algebra.sampling import Sampler
 from fewstep.config import UserError, plain
 from fewstep.eval.features.base import state_sha256
-from fewstep.files import atomic_path
+from fewstep.files import atomic_path, parse_json
 from fewstep.methods.pairs import Pairs
 from fewstep.networks.analytic import Mixture
 from fewstep.networks.denoiser import Denoiser
@@ -317,9 +317,9 @@ def _load_bank(path: Path, pairs: Pairs) -> Spent | None:
     """Fill `pairs` from a file and tell what making it had cost; None where there is no whole file."""
     try:
         with safe_open(path, framework="pt") as archive:
-            seconds, calls, cpu_seconds = json.loads(archive.metadata()["cost"])
+            seconds, calls, cpu_seconds = parse_json(archive.metadata()["cost"], path)
             pairs.x0.copy_(archive.get_tensor("x0"))
-    except (OSError, SafetensorError, TypeError, KeyError, ValueError):
+    except (OSError, SafetensorError, TypeError, KeyError, ValueError, RuntimeError):
         return None
     pairs.filled.fill_(len(pairs.x0))
     return Spent(0, seconds, calls, cpu_seconds)
@@ -330,8 +330,8 @@ def _account(run: Path) -> list[Spent]:
     entries = []
     for line in path.read_text().splitlines() if path.is_file() else ():
         try:
-            entries.append(Spent(**json.loads(line)))
-        except (ValueError, TypeError):
+            entries.append(Spent(**parse_json(line, path)))
+        except (UserError, TypeError):
             continue  # a line that a kill left incomplete
     return entries
 

@@ -25,8 +25,8 @@ from fewstep.commands.compare.budget import Budget
 from fewstep.commands.compare.one_run import (
     NEVER,
     Task,
+    left_by,
     read_evaluations,
-    read_json,
     refuse_changes,
     say,
     work,
@@ -170,7 +170,7 @@ def claim(out: Path, resume: bool, content: Mapping[str, Any]) -> None:
         raise UserError(f"{out}: is a file; choose another --out")
     content = json.loads(json.dumps(content))
     if out.exists() and any(out.iterdir()):
-        found = read_json(stamp)
+        found = left_by(stamp)
         if found is None:
             raise UserError(f"{out}: is not empty and no comparison; choose another --out")
         if not resume:
@@ -200,7 +200,7 @@ def teacher_tasks(tasks: Sequence[Task], loaded: Mapping[str, Recipe]) -> list[T
 
 def run_all(tasks: Sequence[Task]) -> None:
     """Run every task without a result, one after the other."""
-    waiting = [t for t in tasks if read_json(t.result) is None]
+    waiting = [t for t in tasks if left_by(t.result) is None]
     context = start_method({t.recipe: t.load() for t in waiting}.values())
     started, made = time.perf_counter(), 0
     for number, task in enumerate(tasks, 1):
@@ -273,7 +273,7 @@ def interrupted(again: str) -> Iterator[None]:
 
 def outcome(task: Task) -> str:
     """A line on how a task ended."""
-    result = read_json(task.result)
+    result = left_by(task.result)
     if result is None:
         return f"FAILED: {message_of(task).splitlines()[0]}"
     rows = []
@@ -285,19 +285,19 @@ def outcome(task: Task) -> str:
 
 
 def message_of(task: Task) -> str:
-    return str((read_json(task.failure) or {"message": "left no result"})["message"])
+    return str((left_by(task.failure) or {"message": "left no result"})["message"])
 
 
 def finish(out: Path, about: dict[str, Any], tasks: Sequence[Task], teachers: Sequence[Task]) -> Path:
     """Rank what there is and write the report; UserError when nothing succeeded."""
-    runs = [r for t in tasks if (r := read_json(t.result)) is not None]
+    runs = [r for t in tasks if (r := left_by(t.result)) is not None]
     failed = [
         {"recipe": t.recipe, "seed": t.seed, "message": message_of(t)}
         for t in [*teachers, *tasks]
         if not t.result.is_file()
     ]
     ranked = ranking.rank(collect([t for t in tasks if t.result.is_file()]))
-    beside = [e for t in teachers if t.result.is_file() for e in read_evaluations(t.folder, read_json(t.result))]
+    beside = [e for t in teachers if t.result.is_file() for e in read_evaluations(t.folder, left_by(t.result))]
     title = f"Comparison under {about['budget']}"
     ranking.write(out, title, about, ranked, beside, failed, runs)
     show(Console(), title, ranked, beside, failed)
@@ -311,7 +311,7 @@ def collect(tasks: Sequence[Task]) -> list[Evaluation]:
     """A row per recipe and number of steps from the results in the tasks' folders."""
     found: dict[tuple[str, int | None], list[tuple[Any, Evaluation]]] = {}
     for task in tasks:
-        result = read_json(task.result)
+        result = left_by(task.result)
         for e in read_evaluations(task.folder, result):
             found.setdefault((task.recipe, e.steps), []).append((result, e))
     return [ranking.join(recipe, [r for r, _ in parts], [e for _, e in parts]) for (recipe, _), parts in found.items()]

@@ -24,7 +24,7 @@ from fewstep.config import UserError, plain
 from fewstep.eval.protocol.evaluation import Evaluation, environment
 from fewstep.eval.protocol.images import to_pixels
 from fewstep.eval.protocol.latency import measure_latency
-from fewstep.files import atomic_path
+from fewstep.files import atomic_path, read_json
 from fewstep.networks import code
 from fewstep.recipe.diff import differences
 from fewstep.recipe.schema import Evaluate, Recipe
@@ -80,11 +80,11 @@ def write_json(path: Path, content: Any) -> None:
         temporary.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n")
 
 
-def read_json(path: Path) -> Any:
-    """The content of a file, None where there is no whole one."""
+def left_by(path: Path) -> dict[str, Any] | None:
+    """The JSON object in a file, None where there is no whole one."""
     try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError):
+        return read_json(path)
+    except UserError:
         return None
 
 
@@ -161,7 +161,7 @@ def train(task: Task) -> None:
 def planned(task: Task, recipe: Recipe, banks: Path) -> list[int]:
     """Steps per stage, the same for every seed: written by the first run of a recipe, read by the others."""
     path = task.folder.parent / "lengths.json"
-    found = read_json(path)
+    found = left_by(path)
     if found is not None and found["recipe"] == identity(recipe):
         return [int(n) for n in found["steps"]]
     costs = () if task.budget.kind == "updates" else probe(recipe, task.budget, banks)

@@ -16,6 +16,7 @@ from fewstep.eval.metrics.estimate import Estimate
 from fewstep.eval.metrics.frechet import paired_difference, standard_error
 from fewstep.eval.protocol.evaluation import Evaluation, distance_of, environment
 from fewstep.eval.report import write_report
+from fewstep.export.card import fenced, plain
 from fewstep.files import atomic_path
 
 NOTE = (
@@ -112,13 +113,13 @@ def markdown(
     every = [*(e for e, _ in ranked), *teachers]
     metric = (distance_of(every[0]) if every else None) or str(about["evaluation"]["metric"])
     classes = any(e.value("class accuracy") is not None for e in every)
-    head = ["rank", "recipe", "method", "calls", f"{metric} ±", "spread over seeds", "from the best"]
+    head = ["rank", "recipe", "method", "calls", f"{plain(metric)} ±", "spread over seeds", "from the best"]
     head += ["accuracy", "diversity"] if classes else []
     head += ["updates", "training s", "CPU s", "network calls", "peak MiB", "s / 1000"]
-    lines = [f"# {title}", "", _facts(about), "", _cells(head), _cells(["---"] * len(head))]
+    lines = [f"# {plain(title)}", "", _facts(about), "", _cells(head), _cells(["---"] * len(head))]
     for number, (e, apart) in enumerate(ranked, 1):
         t, entry = e.training, e.metrics[metric]
-        cells = [str(number), f"`{e.name}`", t["method"], str(e.calls), with_error(e.distance)]
+        cells = [str(number), code(e.name), plain(t["method"]), str(e.calls), with_error(e.distance)]
         cells += ["" if entry["spread"] is None else f"{entry['spread']:.2g} ({len(entry['values'])})"]
         cells += [_apart(apart)]
         cells += [*by_class(e)] if classes else []
@@ -126,14 +127,14 @@ def markdown(
         cells += [f"{t['network_calls']:,}", f"{t['peak_memory_mib']:.0f}"]
         lines.append(_cells([*cells, "" if e.seconds is None else f"{e.seconds:.2f}"]))
     for e in teachers:
-        cells = ["", e.name, "", str(e.calls), with_error(e.distance), "", ""]
+        cells = ["", plain(e.name), "", str(e.calls), with_error(e.distance), "", ""]
         cells += [*by_class(e)] if classes else []
         cells += [""] * (len(head) - len(cells) - 1)
         lines.append(_cells([*cells, "" if e.seconds is None else f"{e.seconds:.2f}"]))
     lines += ["", NOTE]
     if failed:
         lines += ["", "## Failed", ""]
-        lines += [f"- `{f['recipe']}`, seed {f['seed']}: {f['message'].splitlines()[0]}" for f in failed]
+        lines += [f"- {code(f['recipe'])}, seed {f['seed']}: {plain(f['message'].splitlines()[0])}" for f in failed]
     return "\n".join(lines) + "\n"
 
 
@@ -148,7 +149,7 @@ def by_class(e: Evaluation) -> tuple[str, str]:
 
 def _facts(about: Mapping[str, Any]) -> str:
     e = about["evaluation"]
-    settings = f" Settings: `{' '.join(about['settings'])}`." if about["settings"] else ""
+    settings = f" Settings: {code(' '.join(about['settings']))}." if about["settings"] else ""
     return (
         f"Budget {about['budget']}, seeds {', '.join(map(str, about['seeds']))}; {e['samples']} samples of seed "
         f"{e['seed']} each. Commit {about['environment']['commit'][:12]}, {about['environment']['device']}, "
@@ -156,8 +157,16 @@ def _facts(about: Mapping[str, Any]) -> str:
     )
 
 
+def code(text: str) -> str:
+    """Text in the letters of code; what would end them, or a cell, does not get there."""
+    line = " ".join(text.split())
+    mark = fenced(line, 1)
+    space = " " if line.startswith("`") or line.endswith("`") else ""
+    return f"{mark}{space}{line.replace('|', chr(92) + '|')}{space}{mark}"
+
+
 def _cells(cells: Sequence[str]) -> str:
-    return "| " + " | ".join(c.replace("|", "\\|") for c in cells) + " |"
+    return "| " + " | ".join(cells) + " |"
 
 
 def page(

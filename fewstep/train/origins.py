@@ -1,0 +1,82 @@
+"""What a run stands on outside its folder, teacher, text encoder and data: their digests, and what has changed since."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from fewstep.config import UserError
+from fewstep.files import digest_of
+from fewstep.recipe.schema import Recipe
+
+
+def _parts(recipe: Recipe) -> dict[str, Any]:
+    """Parts that stand on files, by name; others, such as the ring, have no `files`."""
+    data: Any = recipe.data
+    named = {"teacher": recipe.teacher, "encoder": getattr(data, "encoder", None), "data": data}
+    return {name: part for name, part in named.items() if hasattr(part, "files")}
+
+
+def origins_of(recipe: Recipe) -> dict[str, str]:
+    """The digest of the files of each part, as they are now. UserError names one that cannot be read."""
+    return {name: digest_of(part.files()) for name, part in _parts(recipe).items()}
+
+
+def changes(recipe: Recipe, then: Mapping[str, str], now: Mapping[str, str]) -> dict[str, str]:
+    """A line for every part whose digest differs, by name; parts that either lacks are left out."""
+    parts = _parts(recipe)
+    return {
+        name: f"{name} {_shown(parts[name])} has changed: {_both(then[name], digest)}"
+        for name, digest in now.items()
+        if name in then and then[name] != digest
+    }
+
+
+def _shown(part: Any) -> str:
+    return str(next((v for k in ("path", "shards") if (v := getattr(part, k, None))), part.name))
+
+
+def _both(then: str, now: str) -> str:
+    """Numbers and sizes where these tell, the hashes where only they do."""
+    counts = [text.rpartition(", ")[0] for text in (then, now)]
+    return f"{counts[0]} then, {counts[1]} now" if counts[0] != counts[1] else f"{then} then, {now} now"
+
+
+def stands_on_teacher(recipe: Recipe, role: str = "student") -> bool:
+    """True where a role's weights are an adapter's, which mean nothing without the very weights of the teacher."""
+    if role == "teacher":
+        return True
+    spec = recipe.spec(role)
+    while spec.name in ("experts", "by_class"):
+        spec = spec.of
+    return spec.name == "lora" and spec.of != role and stands_on_teacher(recipe, spec.of)
+
+
+def check_resumed(recipe: Recipe, then: Mapping[str, str], now: Mapping[str, str], run: Path) -> list[str]:
+    """Lines about what has changed since a checkpoint; UserError where its run would not go on as the same one."""
+    found = changes(recipe, then, now)
+    for name in ("teacher", "encoder"):
+        if name in found:
+            raise UserError(
+                f"{run}: cannot be resumed: {found[name]}; put the old files back, or go on from its weights on purpose: "
+                f"--from {run} and another --out"
+            )
+    return [f"{line}; training goes on with what is there now" for line in found.values()]
+
+
+def check_product(recipe: Recipe, then: Mapping[str, str], run: Path) -> list[str]:
+    """Lines about what has changed since a run's newest checkpoint; UserError for an adapter on another base.
+
+    Of files that are gone nothing is said here: whoever needs them says so.
+    """
+    try:
+        found = changes(recipe, then, origins_of(recipe))
+    except UserError:
+        return []
+    if "teacher" in found and not recipe.overwrites_teacher() and stands_on_teacher(recipe):
+        raise UserError(
+            f"{run}: is an adapter on the teacher, and {found['teacher']}; put the old files back, or train on the new "
+            f"ones: fewstep run with --from {run} and another --out"
+        )
+    return [f"{line} since {run} was trained" for line in found.values()]
