@@ -11,7 +11,8 @@ from fewstep.config import UserError
 from fewstep.eval.protocol.preset import Preset, ResizeStep
 from fewstep.eval.protocol.real import folder_pictures
 from fewstep.eval.protocol.reference import Source
-from fewstep.networks.folder import read_json, read_latents
+from fewstep.files import read_json
+from fewstep.networks.folder import read_latents
 from fewstep.recipe.schema import Evaluate
 
 FEATURES = {

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from fewstep.config import UserError
+from fewstep.files import read_json
 from fewstep.networks.adapters import Adapted, network_of
-from fewstep.networks.folder import read_json
 from fewstep.networks.lora_formats import LAYOUTS, plain_layout
 from fewstep.networks.weights import PICKLES, not_finite, rename
 

@@ -310,7 +310,7 @@ def test_run_directories(refused: Call, trained: Path, teacher: Path, tmp_path: 
     letters.mkdir()
     (letters / "a.txt").write_text("dear")
     assert refused("run", "digits-dmd2", *settings, "--out", letters, "--force") == (
-        f"{letters}: is not a run directory; --force deletes only those. Choose another --out"
+        f"{letters}: is not a run directory that fewstep made; --force deletes only those. Choose another --out"
     )
     assert refused("run", "digits-dmd2", *settings, "--out", letters / "a.txt") == (
         f"{letters / 'a.txt'}: is a file; choose another --out"
