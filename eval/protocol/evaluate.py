@@ -161,7 +161,11 @@ def _cmmd(i: Inputs) -> Entries:
 
 def _prdc(k: int) -> Callable[[Inputs], Entries]:
     def entries(i: Inputs) -> Entries:
-        manifold = measures.manifold(_real(i, f"prdc{k}"), i.runs[0].features, k=k)
+        real = _real(i, f"prdc{k}")
+        fewest = min(len(real), len(i.runs[0].features))
+        if fewest <= k:
+            raise InputError(f"prdc{k}: {fewest} pictures have no {k} neighbours")
+        manifold = measures.manifold(real, i.runs[0].features, k=k)
         names = ("precision", "recall", "density", "coverage")
         return {f"{name} ({i.extractor}, k={k})": {"value": getattr(manifold, name)} for name in names}
 

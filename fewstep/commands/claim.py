@@ -84,6 +84,8 @@ def _refuse_links(run: Path) -> None:
 @contextmanager
 def held(run: Path) -> Iterator[None]:
     """The run directory for this process alone; UserError names the process that trains in it."""
+    if run.exists() and not run.is_dir():
+        raise UserError(f"{run}: is a file; choose another --out")
     run.mkdir(parents=True, exist_ok=True)
     with locked(run, "is being trained in"):
         yield

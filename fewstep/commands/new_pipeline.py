@@ -270,7 +270,9 @@ def pictures(family: Family, data: Path, extends: Path) -> Lines:
         raise UserError(f"--data {data}: no such folder")
     if family.text:
         kind: Lines = [("  name: captions", "captions.jsonl, or a .txt beside every picture"),
-                       (f"  size: {min(high, wide)}", f"the teacher was made for {high} x {wide} pixels")]  # fmt: skip
+                       (f"  size: {min(high, wide)}", f"the teacher was made for {high} x {wide} pixels"),
+                       (f"  encoder: {{name: pipeline, path: {quoted(family.folder)}}}",
+                        "captions are the conditions; the latents keep them as text")]  # fmt: skip
     else:
         kind = [("  name: images", f"its {family.labels} sub-folders are the classes, each {high} x {wide} pixels")]
     return [

@@ -120,7 +120,7 @@ def test_a_stopped_preparation_goes_on_and_ends_with_the_same_bytes(tmp_path: Pa
     [
         ({"LICENSE": None}, "has no LICENSE file; pictures of unknown terms are not used"),
         ({"emoji.json": None}, "emoji.json is missing; the package is not whole"),
-        ({"emoji.json": b"[{"}, "emoji.json cannot be read as JSON"),
+        ({"emoji.json": b"[{"}, "emoji.json: cannot be read as JSON"),
         (
             {"emoji.json": b'[{"sort_order": 1, "category": "Food & Drink"}]'},
             "an entry lacks 'has_img_google'",

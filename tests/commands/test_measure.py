@@ -110,7 +110,7 @@ def test_a_metric_that_is_no_preset_is_refused_with_a_suggestion():
 
 
 def test_recipes_measured_against_different_data_do_not_compare(tmp_path: Path):
-    wide = load("toy/cd", ["data.radius=2.0"])
+    wide = load("toy/cd", ["data.radius=2.0", "teacher.radius=2.0"])
     evaluation = Evaluate(metric="energy", samples=64)
     check_judges({"toy/cd": load("toy/cd"), "toy/kd": load("toy/kd")}, evaluation)
     with pytest.raises(UserError, match="toy/cd and wide are measured against different data by energy"):

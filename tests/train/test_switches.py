@@ -80,7 +80,7 @@ def test_roles_that_cannot_be_compiled_are_named(teacher: Path):
             "the student is an adapter; name the role that holds",
         ),
     ):
-        with pytest.raises(UserError, match=message):
+        with pytest.raises((RecipeError, UserError), match=message):
             trained(teacher, *settings)
 
 
