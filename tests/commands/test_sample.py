@@ -22,7 +22,7 @@ def test_a_student_of_nan_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyP
     def opened(path: Path) -> Product:
         return product
 
-    monkeypatch.setattr(sample, "open_product", opened)
+    monkeypatch.setattr(sample, "opened", opened)
     with pytest.raises(UserError) as caught:
         sample.draw(tmp_path / "T", 1, None, 6, 0, tmp_path / "grid.png", False)
     assert str(caught.value).startswith(f"{tmp_path / 'T'}: 6 of 6 samples are not finite; nothing was written")

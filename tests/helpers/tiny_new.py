@@ -40,3 +40,4 @@ def stand_in_for_text(monkeypatch: pytest.MonkeyPatch, wrapper: Any) -> None:
     monkeypatch.setattr(PipelineEncoder, "key", lambda self: type(wrapper).__name__)
     monkeypatch.setattr(PipelineEncoder, "open", lambda self: encode)
     monkeypatch.setattr(PipelineEncoder, "zeros_for_empty", lambda self: False)
+    monkeypatch.setattr(PipelineEncoder, "files", lambda self: [])
