@@ -12,10 +12,11 @@ import subprocess
 import sys
 import tempfile
 import zlib
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from fewstep.config import UserError
@@ -97,7 +98,7 @@ def digest_of(paths: Iterable[Path]) -> str:
     every file, with a dozen blocks spread evenly between for SPREAD, and all of WHOLE. It finds another file and a save
     over it, not a forger. UserError names a file that cannot be read.
     """
-    files = sorted(paths)
+    files = sorted(p.absolute() for p in paths)
     root = os.path.commonpath([p.parent for p in files]) if files else ""
     digest, total = hashlib.sha256(), 0
     for path in files:
@@ -188,7 +189,7 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
-LOCK = ".lock"
+LOCK = ".fewstep-lock"
 """The file that `locked` locks."""
 MARK = ".fewstep"
 """The file by which fewstep knows a folder that it made, and what it wrote there."""
@@ -228,7 +229,10 @@ def _runs(pid: int) -> bool:
 
 
 def write_mark(folder: Path, kind: str) -> None:
-    """Mark a folder as fewstep's, a `kind` of thing, with every file that is in it now as ours."""
+    """Mark a folder as fewstep's, a `kind` of thing, with every file that is in it now as ours.
+
+    For a folder that this process has just made: what others put into it would be taken for ours.
+    """
     held = {"made_by": "fewstep", "kind": kind, "files": sorted([*_files(folder), MARK])}
     with atomic_path(folder / MARK) as temporary:
         temporary.write_text(json.dumps(held, indent=1))
@@ -248,10 +252,11 @@ def read_mark(folder: Path) -> dict[str, Any] | None:
     return held if whole else None
 
 
-def strangers(folder: Path, ours: Collection[str] = ()) -> list[str]:
+def strangers(folder: Path, ours: Mapping[str, str] = MappingProxyType({})) -> list[str]:
     """Files in a folder that fewstep did not write, relative to it.
 
-    ours: top-level names that are ours with all that they hold, but for marked folders in them, which tell themselves.
+    ours: top-level names that are ours, with a pattern of what they hold where they are folders; marked folders in
+    `folder` tell themselves.
     """
     held = read_mark(folder)
     known = set(held["files"]) if held else set()
@@ -259,11 +264,13 @@ def strangers(folder: Path, ours: Collection[str] = ()) -> list[str]:
     for path in sorted(folder.iterdir()):
         if path.is_dir() and not path.is_symlink() and read_mark(path) is not None:
             found += [f"{path.name}/{name}" for name in strangers(path)]
-        elif path.name in ours or LEFTOVER.fullmatch(path.name):
+        elif LEFTOVER.fullmatch(path.name):
             continue
         elif path.is_dir() and not path.is_symlink():
-            found += [f"{path.name}/{name}" for name in _files(path) if f"{path.name}/{name}" not in known]
-        elif path.name not in known:
+            own = re.compile(ours.get(path.name, "(?!)"), re.DOTALL)
+            inner = [name for name in _files(path) if not own.fullmatch(name)]
+            found += [f"{path.name}/{name}" for name in inner if f"{path.name}/{name}" not in known]
+        elif path.name not in known and path.name not in ours:
             found.append(path.name)
     return found
 
@@ -277,7 +284,9 @@ def _files(folder: Path) -> list[str]:
     return found
 
 
-def remove_ours(folder: Path, kind: str, ours: Collection[str] = (), keep: Collection[str] = ()) -> None:
+def remove_ours(
+    folder: Path, kind: str, ours: Mapping[str, str] = MappingProxyType({}), keep: Collection[str] = ()
+) -> None:
     """Delete a folder that fewstep made, with all it holds; where something is to be kept the folder stays with that.
 
     kind: what it must be. ours: as `strangers` takes it. keep: top-level names.

@@ -13,24 +13,22 @@ from fewstep.recipe.diff import differences
 from fewstep.recipe.schema import Recipe
 from fewstep.recipe.store import dump, load_run
 
-OURS = frozenset(
-    (
-        MARK,
-        LOCK,
-        "recipe.yaml",
-        "origin.json",
-        "log.jsonl",
-        "checkpoints",
-        "samples",
-        "report",
-        "health.png",
-        "export",
-        "lora",
-        "fewstep",
-        "wandb",
-    )
-)
-"""What fewstep and its trackers write at the top of a run directory."""
+_ANY = ".*"
+OURS = {
+    MARK: "",
+    LOCK: "",
+    "recipe.yaml": "",
+    "origin.json": "",
+    "log.jsonl": "",
+    "health.png": "",
+    "checkpoints": r"(\.?step-[^/]*|\.step-.*\.tmp)/.*",
+    "samples": r"(step-\d+[\w.-]*|\..*\.fewstep-tmp)\.png",
+    "report": r"(results\.json|side-by-side\.png|health\.png|report\.(json|html)|\w+-error\.txt|\..*\.fewstep-tmp\.\w+)",
+    "fewstep": _ANY,
+    "wandb": _ANY,
+}
+"""What fewstep and its trackers write at the top of a run directory, with patterns of what its folders hold; an export
+has a mark of its own."""
 KIND = "run directory"
 FOLDERS = ("checkpoints", "samples", "report")
 
@@ -51,6 +49,8 @@ def prepare(recipe: Recipe, run: Path, resume: bool, force: bool) -> None:
             raise UserError(f"{run}: is already used; continue it with --resume, or overwrite it with --force")
         else:
             _refuse_links(run)
+            if read_mark(run) is None:
+                raise UserError(f"{run}: is not a run directory that fewstep made; choose another --out")
             changed = differences(load_run(run), recipe)
             if changed:
                 raise UserError(
@@ -86,6 +86,9 @@ def held(run: Path) -> Iterator[None]:
     """The run directory for this process alone; UserError names the process that trains in it."""
     if run.exists() and not run.is_dir():
         raise UserError(f"{run}: is a file; choose another --out")
+    if run.is_dir() and read_mark(run) is None and any(p.name != LOCK for p in run.iterdir()):
+        yield  # somebody else's: `prepare` refuses it, and nothing is written there
+        return
     run.mkdir(parents=True, exist_ok=True)
     with locked(run, "is being trained in"):
         yield

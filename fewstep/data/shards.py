@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -129,13 +130,18 @@ class Shards:
             yield
             return
         self.folder.mkdir(parents=True, exist_ok=True)
-        with (self.folder / "lock").open("w") as file:
+        if not (self.folder / "index.json").is_file():
+            _refuse_foreign(self.folder)
+        # Neither truncated nor through a link: it may be somebody else's file.
+        handle = os.open(self.folder / "lock", os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o666)
+        with os.fdopen(handle, "r+") as file:
             try:
                 import fcntl  # not on Windows
 
                 fcntl.flock(file, fcntl.LOCK_EX)
-                for left in self.folder.glob("*.tmp"):  # of one that died; others are written under the lock
-                    left.unlink(missing_ok=True)
+                for left in self.folder.iterdir():  # of one that died; others are written under the lock
+                    if _LEFT.fullmatch(left.name):
+                        left.unlink(missing_ok=True)
             except (ImportError, OSError):
                 pass  # a file system without locks, where different temporary names must do
             self._locked = True
@@ -176,6 +182,18 @@ class Shards:
 
     def _path(self, n: int) -> Path:
         return self.folder / f"{n:05d}.safetensors"
+
+
+_LEFT = re.compile(r"\w+\.[0-9a-f]{12}\.tmp")
+"""Names of `_aside`."""
+_OURS = re.compile(r"lock|\d{5}\.safetensors|" + _LEFT.pattern)
+
+
+def _refuse_foreign(folder: Path) -> None:
+    """UserError for a folder without an index that holds anything but what a killed first writing leaves."""
+    others = sorted(p.name for p in folder.iterdir() if not _OURS.fullmatch(p.name))
+    if others:
+        raise UserError(f"{folder}: holds {others[0]} and no index.json; fewstep did not make it, choose another folder")
 
 
 @contextmanager

@@ -89,7 +89,7 @@ def _made_here() -> dict[str, dict[str, str]]:
 
 def remember(folder: Path, teacher: Any) -> None:
     """Note in the user's cache that a run directory was made here with this code."""
-    names = {name: digest(name) for name in named(teacher).values()}
+    names = {name: digest(name) for name in named(teacher).values() if digest(name)}
     if names:
         held = {**_made_here(), str(folder.resolve()): names}
         with atomic_path(_ledger()) as aside:
@@ -102,4 +102,5 @@ def allow_made_here(folder: Path, teacher: Any) -> None:
         return
     held = _made_here().get(str(folder.resolve()))
     if isinstance(held, Mapping):
-        _allowed.update((name, digest(name)) for name in named(teacher).values() if held.get(name) == digest(name))
+        same = [name for name in named(teacher).values() if digest(name) and held.get(name) == digest(name)]
+        _allowed.update((name, digest(name)) for name in same)

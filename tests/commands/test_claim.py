@@ -12,6 +12,7 @@ from tiny_runs import in_child, tiny
 from fewstep.commands.claim import held, prepare
 from fewstep.config import UserError
 from fewstep.files import LOCK, MARK, aside_name, atomic_path, clear_leftovers, read_mark, strangers, write_mark
+from fewstep.recipe.store import dump
 
 SHORT = ("before.0.steps=10", "train.steps=20")
 
@@ -36,7 +37,9 @@ def test_force_deletes_no_folder_that_only_looks_like_a_run(tmp_path: Path):
     assert everything(other) == before
 
 
-@pytest.mark.parametrize("name", ["thesis.tex", "notes/plan.txt", "export/mine.txt"])
+@pytest.mark.parametrize(
+    "name", ["thesis.tex", "notes/plan.txt", "export/mine.txt", "report/notes.md", "samples/thesis.tex", "lora/mine"]
+)
 def test_force_deletes_no_file_that_fewstep_did_not_write(tmp_path: Path, name: str):
     run = claimed(tmp_path / "run")
     (run / "checkpoints" / "step-00000010").mkdir(parents=True)
@@ -70,6 +73,20 @@ def test_nothing_is_deleted_through_a_link(tmp_path: Path):
     (run / "samples").symlink_to(outside)
     prepare(tiny(*SHORT), run, resume=False, force=True)
     assert (outside / "picture.png").read_text() == "mine"
+
+
+def test_resume_takes_no_folder_for_its_own(tmp_path: Path):
+    """A folder with a recipe of the user's: nothing in it changes, so that no later --force deletes it."""
+    other = tmp_path / "exp1"
+    other.mkdir()
+    (other / "recipe.yaml").write_text("# mine\n" + dump(tiny(*SHORT)))
+    (other / "thesis.tex").write_text("years of work")
+    (other / ".lock").write_text("precious")
+    before = everything(other)
+    for resume, force in ((False, False), (True, False), (False, True)):
+        with held(other), pytest.raises(UserError, match=r"is already used|is not a run directory that fewstep made"):
+            prepare(tiny(*SHORT), other, resume, force)
+        assert everything(other) == before
 
 
 @pytest.mark.parametrize("name", ["checkpoints", "samples", "report", "recipe.yaml", "log.jsonl"])
@@ -134,7 +151,7 @@ def test_a_lock_is_not_taken_through_a_link(tmp_path: Path):
     run.mkdir()
     victim.write_text("mine")
     (run / LOCK).symlink_to(victim)
-    with pytest.raises(UserError, match=r"\.lock: cannot be opened"), held(run):
+    with pytest.raises(UserError, match=r"\.fewstep-lock: cannot be opened"), held(run):
         pass
     assert victim.read_text() == "mine"
 

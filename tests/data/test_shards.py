@@ -33,7 +33,7 @@ def test_shards_go_on_where_they_stopped_and_notice_damage(tmp_path: Path):
     first = shards()
     assert [list(r) for r in first.missing()] == [[0, 1, 2], [3, 4, 5], [6]]
     first.write(first.missing()[1], {"x": x[3:6]})
-    (tmp_path / "s" / "00000.tmp").write_bytes(b"half")
+    (tmp_path / "s" / "00000.0123456789ab.tmp").write_bytes(b"half")
     second = shards()
     assert [list(r) for r in second.missing()] == [[0, 1, 2], [6]]
     assert refused(second.check).startswith(f"{tmp_path / 's'}: holds 3 of 7 rows; run the command")
@@ -104,7 +104,7 @@ def test_a_claim_that_fails_is_free_for_the_next(tmp_path: Path):
     s = Shards(tmp_path / "s", {"vae": "a"}, 2)
     with pytest.raises(RuntimeError, match="the encoder"), s.claimed():
         raise RuntimeError("the encoder")
-    (tmp_path / "s" / "00000.abc.tmp").write_bytes(b"of one that died")
+    (tmp_path / "s" / "00000.0123456789ab.tmp").write_bytes(b"of one that died")
     again = Shards(tmp_path / "s", {"vae": "a"}, 2)
     with again.claimed() as todo:
         assert todo == [range(2)]
