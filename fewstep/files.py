@@ -224,7 +224,7 @@ def _runs(pid: int) -> bool:
     except (ProcessLookupError, OverflowError):
         return False
     except OSError:  # somebody else's
-        return True
+        pass
     return True
 
 
@@ -244,10 +244,10 @@ def read_mark(folder: Path) -> dict[str, Any] | None:
     if folder.is_symlink() or path.is_symlink() or not path.is_file():
         return None
     try:
-        held = json.loads(path.read_text())
-        kind, files = held["kind"], held["files"]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        held = read_json(path)
+    except UserError:
         return None
+    kind, files = held.get("kind"), held.get("files")
     whole = isinstance(kind, str) and isinstance(files, list) and all(isinstance(f, str) for f in files)
     return held if whole else None
 
@@ -284,28 +284,24 @@ def _files(folder: Path) -> list[str]:
     return found
 
 
-def remove_ours(
-    folder: Path, kind: str, ours: Mapping[str, str] = MappingProxyType({}), keep: Collection[str] = ()
-) -> None:
-    """Delete a folder that fewstep made, with all it holds; where something is to be kept the folder stays with that.
+def check_ours(folder: Path, kind: str, foreign: str, ours: Mapping[str, str] = MappingProxyType({})) -> None:
+    """Refuse to replace what fewstep did not make.
 
-    kind: what it must be. ours: as `strangers` takes it. keep: top-level names.
+    kind: what the folder's mark must say. foreign: the words for one that says otherwise. ours: as `strangers` takes it.
 
-    Raises UserError, with nothing deleted, for a link, for a folder without the mark of that kind, and for one that
-    holds somebody else's files.
+    Raises UserError for a link, for a folder without that mark, and for one that holds somebody else's files.
     """
     if folder.is_symlink():
         raise UserError(f"{folder}: is a symbolic link; fewstep deletes nothing through one. Give the folder itself")
-    held = read_mark(folder)
-    if held is None or held["kind"] != kind:
-        raise UserError(f"{folder}: is no {kind} that fewstep made, so it is not deleted; choose another folder")
-    others = strangers(folder, ours)
-    if others:
+    if (read_mark(folder) or {}).get("kind") != kind:
+        raise UserError(f"{folder}: {foreign}")
+    if others := strangers(folder, ours):
         more = f" and {len(others) - 1} more" if len(others) > 1 else ""
         raise UserError(f"{folder}: holds {others[0]}{more}, which fewstep did not write; move that away first")
-    if not keep:
-        shutil.rmtree(folder)
-        return
+
+
+def empty(folder: Path, keep: Collection[str] = ()) -> None:
+    """Delete what a folder holds but the top-level names `keep`; links in it are removed, not followed."""
     for path in folder.iterdir():
         if path.name in keep:
             continue

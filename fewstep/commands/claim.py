@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from fewstep.config import UserError
-from fewstep.files import LOCK, MARK, atomic_path, clear_leftovers, locked, read_mark, remove_ours, write_mark
+from fewstep.files import LOCK, MARK, atomic_path, check_ours, clear_leftovers, empty, locked, read_mark, write_mark
 from fewstep.recipe.diff import differences
 from fewstep.recipe.schema import Recipe
 from fewstep.recipe.store import dump, load_run
@@ -68,11 +68,9 @@ def prepare(recipe: Recipe, run: Path, resume: bool, force: bool) -> None:
 
 
 def _clear(run: Path) -> None:
-    if not run.is_symlink() and read_mark(run) is None:
-        raise UserError(
-            f"{run}: is not a run directory that fewstep made; --force deletes only those. Choose another --out"
-        )
-    remove_ours(run, KIND, OURS, keep=(LOCK,))
+    foreign = "is not a run directory that fewstep made; --force deletes only those. Choose another --out"
+    check_ours(run, KIND, foreign, OURS)
+    empty(run, keep=(LOCK,))
 
 
 def _refuse_links(run: Path) -> None:

@@ -17,8 +17,9 @@ from fewstep.commands.memory import explained
 from fewstep.commands.pictures import save_grid
 from fewstep.commands.progress import TrainingBar, Watch, readings
 from fewstep.commands.report import GRID, console
-from fewstep.commands.trust import allow_own_code, remember
+from fewstep.commands.trust import allow_own_code
 from fewstep.config import UserError
+from fewstep.networks import code
 from fewstep.recipe.diff import differences
 from fewstep.recipe.schema import Recipe
 from fewstep.recipe.source import shipped
@@ -57,7 +58,7 @@ def run_recipe(
         if main:
             stack.enter_context(held(run))
             prepare(recipe, run, resume, force)
-            remember(run, recipe)
+            code.remember(run, recipe.teacher)  # so that it opens without --trust-code on this machine
         trainer.accelerator.wait_for_everyone()
         trainer.attach(run)
         continued = resume and trainer.resume()
@@ -87,10 +88,10 @@ def run_recipe(
                 )
             raise SystemExit(130) from None
         trainer.accelerator.wait_for_everyone()
-        code = finish(trainer, run, judge) if main else 0
+        unfinished = finish(trainer, run, judge) if main else 0
     trainer.accelerator.end_training()  # closes trackers and the process group, whose threads abort an open exit
-    if code:
-        raise SystemExit(code)
+    if unfinished:
+        raise SystemExit(unfinished)
     return run
 
 

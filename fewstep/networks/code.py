@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from fewstep.config import UserError
-from fewstep.files import atomic_path, cache_dir, file_sha256
+from fewstep.files import atomic_path, cache_dir, file_sha256, read_json
 
 KEYS = ("wrapper", "factory")
 """Fields of a teacher whose value is code, `module:Name` or `file.py:Name`."""
@@ -81,10 +81,9 @@ def _ledger() -> Path:
 
 def _made_here() -> dict[str, dict[str, str]]:
     try:
-        held = json.loads(_ledger().read_text())
-    except (OSError, ValueError, RecursionError):
+        return read_json(_ledger())
+    except UserError:
         return {}
-    return held if isinstance(held, dict) else {}
 
 
 def remember(folder: Path, teacher: Any) -> None:
