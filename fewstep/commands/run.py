@@ -16,7 +16,7 @@ from fewstep.commands.measure import measure
 from fewstep.commands.memory import explained
 from fewstep.commands.pictures import save_grid
 from fewstep.commands.progress import TrainingBar, Watch, readings
-from fewstep.commands.report import GRID, console
+from fewstep.commands.report import GRID, console, say
 from fewstep.commands.trust import allow_own_code
 from fewstep.config import UserError
 from fewstep.networks import code
@@ -70,9 +70,9 @@ def run_recipe(
             if begin is not None:
                 _say_beginning(begin, recipe, run, trainer)
             if hasattr(trainer.data, "about"):
-                console.print(trainer.data.about(), soft_wrap=True, highlight=False, markup=False)
+                say(trainer.data.about())
             for line in trainer.changed if continued else ():
-                console.print(f"note: {line}", soft_wrap=True, highlight=False, markup=False)
+                say(f"note: {line}")
             _say_export(trainer)
         again = shlex.join(["fewstep", "run", name, *settings, "--out", str(run), "--resume"])
         try:
@@ -80,12 +80,7 @@ def run_recipe(
                 _train(trainer, run, main, judge)
         except KeyboardInterrupt:
             if main:
-                console.print(
-                    f"stopped at step {trainer.progress.done}; continue with: {again}",
-                    soft_wrap=True,
-                    highlight=False,
-                    markup=False,
-                )
+                say(f"stopped at step {trainer.progress.done}; continue with: {again}")
             raise SystemExit(130) from None
         trainer.accelerator.wait_for_everyone()
         unfinished = finish(trainer, run, judge) if main else 0
@@ -113,7 +108,7 @@ def _say_beginning(checkpoint: Path, recipe: Recipe, run: Path, trainer: Trainer
     done = trainer.progress.done
     write_origin(run, checkpoint, changed)
     lines = "".join(f"\n  {line}" for line in changed) or " nothing"
-    console.print(f"from {checkpoint} at step {done}; changed:{lines}", soft_wrap=True, highlight=False, markup=False)
+    say(f"from {checkpoint} at step {done}; changed:{lines}")
 
 
 def _judge(trainer: Trainer) -> Judge | None:
@@ -136,7 +131,7 @@ def _say_export(trainer: Trainer) -> None:
     # A sharded network is in parts that act together only; its recipe tells the same.
     told = warning(partial(outlined, recipe) if trainer.session.sharded else built)
     if told:
-        console.print(f"note: this run {told}", soft_wrap=True, highlight=False, markup=False)
+        say(f"note: this run {told}")
 
 
 def _train(trainer: Trainer, run: Path, main: bool, judge: Judge | None) -> None:

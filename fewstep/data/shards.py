@@ -11,7 +11,6 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
-from uuid import uuid4
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -19,7 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from fewstep.config import UserError
-from fewstep.files import crc32_of, read_json
+from fewstep.files import LEFTOVER, atomic_path, clear_leftovers, crc32_of, read_json
 
 OPEN = 64
 """Files of one folder that stay mapped into memory; rows are read from them one by one."""
@@ -116,11 +115,11 @@ class Shards:
             path = self._path(n)
             if str(n) in self.done and path.is_file():
                 return
-            with _aside(path) as aside:
+            with atomic_path(path) as aside:
                 save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, aside)
             self.done[str(n)] = [path.stat().st_size, crc32_of(path)]
             told = {"made_with": self.made_with, "count": self.count, "rows": self.rows, "shards": self.done}
-            with _aside(self.folder / "index.json") as aside:
+            with atomic_path(self.folder / "index.json") as aside:
                 aside.write_text(json.dumps(told, indent=1))
 
     @contextmanager
@@ -139,9 +138,7 @@ class Shards:
                 import fcntl  # not on Windows
 
                 fcntl.flock(file, fcntl.LOCK_EX)
-                for left in self.folder.iterdir():  # of one that died; others are written under the lock
-                    if _LEFT.fullmatch(left.name):
-                        left.unlink(missing_ok=True)
+                clear_leftovers(self.folder)
             except (ImportError, OSError):
                 pass  # a file system without locks, where different temporary names must do
             self._locked = True
@@ -184,9 +181,7 @@ class Shards:
         return self.folder / f"{n:05d}.safetensors"
 
 
-_LEFT = re.compile(r"\w+\.[0-9a-f]{12}\.tmp")
-"""Names of `_aside`."""
-_OURS = re.compile(r"lock|\d{5}\.safetensors|" + _LEFT.pattern)
+_OURS = re.compile(r"lock|\d{5}\.safetensors|" + LEFTOVER.pattern)
 
 
 def _refuse_foreign(folder: Path) -> None:
@@ -194,17 +189,6 @@ def _refuse_foreign(folder: Path) -> None:
     others = sorted(p.name for p in folder.iterdir() if not _OURS.fullmatch(p.name))
     if others:
         raise UserError(f"{folder}: holds {others[0]} and no index.json; fewstep did not make it, choose another folder")
-
-
-@contextmanager
-def _aside(path: Path) -> Iterator[Path]:
-    """A name of its own beside `path`, which what is written there becomes; nothing is left when that fails."""
-    aside = path.with_name(f"{path.stem}.{uuid4().hex[:12]}.tmp")
-    try:
-        yield aside
-        os.replace(aside, path)
-    finally:
-        aside.unlink(missing_ok=True)
 
 
 def read_index(folder: Path) -> dict[str, Any]:
