@@ -341,6 +341,20 @@ def locked(folder: Path, what: str) -> Iterator[None]:
         os.close(handle)
 
 
+def lock_taken(folder: Path) -> bool:
+    """True while another process keeps `folder` to itself by `locked`; False also where there are no locks."""
+    if fcntl is None or not (folder / LOCK).is_file():
+        return False
+    with (folder / LOCK).open("rb") as handle:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+        except OSError:
+            pass
+    return False
+
+
 def text_of(data: bytes, name: object) -> str:
     """UTF-8 text without the byte-order mark that Windows' editors put in front of it.
 

@@ -3,12 +3,24 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from fewstep.config import UserError
-from fewstep.files import LOCK, MARK, atomic_path, check_ours, clear_leftovers, empty, locked, read_mark, write_mark
+from fewstep.files import (
+    LOCK,
+    MARK,
+    atomic_path,
+    check_ours,
+    clear_leftovers,
+    empty,
+    locked,
+    read_json,
+    read_mark,
+    write_mark,
+)
 from fewstep.recipe.diff import differences
 from fewstep.recipe.schema import Recipe
 from fewstep.recipe.store import dump, load_run
@@ -23,7 +35,8 @@ OURS = {
     "health.png": "",
     "checkpoints": r"(\.?step-[^/]*|\.step-.*\.tmp)/.*",
     "samples": r"(step-\d+[\w.-]*|\..*\.fewstep-tmp)\.png",
-    "report": r"(results\.json|side-by-side\.png|health\.png|report\.(json|html)|\w+-error\.txt|\..*\.fewstep-tmp\.\w+)",
+    "report": r"(results\.json|(side-by-side|health)\.png|report\.(json|html)|run\.html|\w+-error\.txt"
+    r"|\..*\.fewstep-tmp\.\w+)",
     "fewstep": _ANY,
     "wandb": _ANY,
 }
@@ -92,7 +105,18 @@ def held(run: Path) -> Iterator[None]:
         yield
 
 
-def write_origin(run: Path, checkpoint: Path, changed: list[str]) -> None:
-    """origin.json: the checkpoint that a run began with, and the settings that differ from its recipe."""
+def write_origin(run: Path, told: Mapping[str, Any]) -> None:
+    """origin.json: how a run was started or continued last. `recipe` and `settings` as they were given, the `environment`,
+    and of a run by --from the checkpoint (`from`) and the settings that differ from its recipe (`changed`)."""
     with atomic_path(run / "origin.json") as aside:
-        aside.write_text(json.dumps({"from": str(checkpoint), "changed": changed}, indent=1))
+        aside.write_text(json.dumps(dict(told), indent=1))
+
+
+def read_origin(run: Path) -> dict[str, Any]:
+    """What `write_origin` wrote, as far as it is of the right kind; empty where nothing legible is recorded."""
+    try:
+        held = read_json(run / "origin.json")
+    except UserError:
+        return {}
+    kinds = {"recipe": str, "settings": list, "environment": dict, "from": str, "changed": list}
+    return {k: v for k, v in held.items() if isinstance(v, kinds.get(k, ()))}
