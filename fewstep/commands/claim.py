@@ -106,8 +106,11 @@ def held(run: Path) -> Iterator[None]:
 
 
 def write_origin(run: Path, told: Mapping[str, Any]) -> None:
-    """origin.json: how a run was started or continued last. `recipe` and `settings` as they were given, the `environment`,
-    and of a run by --from the checkpoint (`from`) and the settings that differ from its recipe (`changed`)."""
+    """origin.json: how a run was started or continued last.
+
+    told: `recipe` and `settings` as they were given, the `environment`, and of a run by --from the checkpoint (`from`)
+    and the settings that differ from its recipe (`changed`).
+    """
     with atomic_path(run / "origin.json") as aside:
         aside.write_text(json.dumps(dict(told), indent=1))
 
