@@ -2,7 +2,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test long lint types links conformance bench clean
+.PHONY: demo test long lint types links conformance bench constraints clean
 
 demo: $(VENV)/.installed  ## the main job: distil the digits teacher to one step, measure it, export it
 	$(BIN)/fewstep run digits-dmd2 --resume
@@ -25,6 +25,9 @@ conformance: $(VENV)/.tested  ## full-budget training of every method on the toy
 bench: $(VENV)/.tested  ## overhead of trainer and methods: ratios taken in one run
 	$(BIN)/python -m fewstep.bench.trainer
 	$(BIN)/python -m fewstep.bench.methods --against digits-cd
+
+constraints: $(VENV)/.tested  ## the versions in this environment as constraints.txt; after a green `make test` alone
+	$(BIN)/python -m fewstep.bench.versions tested --out constraints.txt
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
