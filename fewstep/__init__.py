@@ -13,7 +13,7 @@ __version__ = "0.1.0"
 # Resolved on first use, so that `import fewstep` costs no torch.
 _HOMES = {
     "Prediction": "algebra.prediction",
-    "add_noise": "algebra.process",
+    "add_noise": "algebra.noising",
     "jump": "algebra.jump",
     "guided": "algebra.guidance",
     "rollout": "algebra.rollout",

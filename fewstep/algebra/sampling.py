@@ -12,8 +12,9 @@ from torch import Tensor
 
 from fewstep.algebra.draws import Draws, fold
 from fewstep.algebra.jump import Solver, ask, calls, clean, solver_step, times_of
+from fewstep.algebra.noising import transition
 from fewstep.algebra.prediction import Prediction, from_x0
-from fewstep.algebra.process import DiscreteVP, Process, bc, transition
+from fewstep.algebra.process import DiscreteVP, Process, bc
 from fewstep.algebra.rollout import renoise
 from fewstep.config import config
 

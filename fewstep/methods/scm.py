@@ -11,7 +11,8 @@ from pydantic import PositiveInt
 from torch import Tensor
 
 from fewstep.algebra.batch import Batch
-from fewstep.algebra.process import Trig, add_noise, bc
+from fewstep.algebra.noising import add_noise
+from fewstep.algebra.process import Trig, bc
 from fewstep.algebra.sampling import Sampler, any_steps
 from fewstep.algebra.times import TimesPart, TrigLogNormal, check_steps, shift
 from fewstep.config import Count, part

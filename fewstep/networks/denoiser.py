@@ -8,8 +8,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from fewstep.algebra.noising import angle_of
 from fewstep.algebra.prediction import PAIRS, Prediction, from_raw, from_x0
-from fewstep.algebra.process import EDM, Process, angle_of, bc
+from fewstep.algebra.process import EDM, Process, bc
 from fewstep.networks.extras import ANGLE, goes_to, values_of
 
 TimeInput = Literal["t", "1000t", "index", "angle", "log_sigma/4", "250log_sigma"]

@@ -8,8 +8,9 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
+from fewstep.algebra.noising import add_noise, transition
 from fewstep.algebra.prediction import Prediction
-from fewstep.algebra.process import EDM, Process, add_noise, transition
+from fewstep.algebra.process import EDM, Process
 
 Weight = Literal["x0", "eps", "v", "velocity", "psi", "edm", "snr_truncated"]
 
