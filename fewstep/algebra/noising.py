@@ -42,6 +42,13 @@ def add_noise(process: Process, x: Tensor, eps: Tensor, t: Tensor, s: Tensor | N
         (x_t, target), both of x's shape. For s = None the target is x itself. For s > 0 it is
         x_s/alpha_s - alpha_t sigma_s^2 / (alpha_s^2 sigma_{t|s}) eps, whose mean given x_t is E[x0 | x_t]
         (Tweedie for the kernel p(x_t | x_s); Phased DMD, arXiv 2510.27684). It diverges as t -> s: weigh it.
+
+    >>> x0, eps = torch.ones(2, 1), torch.zeros(2, 1)
+    >>> x_t, target = fewstep.add_noise(fewstep.Flow(), x0, eps, torch.tensor([0.25, 0.75]))
+    >>> x_t.T
+    tensor([[0.7500, 0.2500]])
+    >>> target is x0
+    True
     """
     alpha_ts, sigma_ts = transition(process, s, t)
     x_t = bc(alpha_ts, x) * x + bc(sigma_ts, x) * eps

@@ -87,7 +87,12 @@ class _VariancePreserving:
 
 @part("process", "flow")
 class Flow:
-    """Rectified flow: alpha = 1 - t, sigma = t, t in [0, 1] (arXiv 2209.03003)."""
+    """Rectified flow: alpha = 1 - t, sigma = t, t in [0, 1] (arXiv 2209.03003).
+
+    >>> t = torch.tensor([0.25])
+    >>> fewstep.Flow().alpha(t), fewstep.Flow().sigma(t)
+    (tensor([0.7500]), tensor([0.2500]))
+    """
 
     t_max = 1.0
 
@@ -123,6 +128,9 @@ class ShiftedFlow(Flow):
 
     Only the spacing differs, alpha and sigma are Flow's. A dynamic shift exp(mu) is this one at a fixed size. Every
     level of a recipe goes through it: a `shift` of its `times` comes on top.
+
+    >>> fewstep.ShiftedFlow(shift=3.0).grid(torch.tensor([0.0, 0.5, 1.0]))
+    tensor([0.0000, 0.7500, 1.0000])
     """
 
     shift: float = 3.0
@@ -141,7 +149,11 @@ class ShiftedFlow(Flow):
 
 @part("process", "edm")
 class EDM:
-    """Variance exploding with t = sigma in [sigma_min, sigma_max] (arXiv 2206.00364)."""
+    """Variance exploding with t = sigma in [sigma_min, sigma_max] (arXiv 2206.00364).
+
+    >>> fewstep.EDM(sigma_max=80.0).grid(torch.tensor([1.0, 0.0]))  # the method time u becomes sigma
+    tensor([8.0000e+01, 2.0000e-03])
+    """
 
     sigma_min: float = 0.002
     """Smallest noise level; samples at it count as clean."""
@@ -188,7 +200,13 @@ class EDM:
 
 @part("process", "trig")
 class Trig(_VariancePreserving):
-    """TrigFlow: alpha = cos t, sigma = sin t, t in [0, pi/2], on data divided by sigma_data (arXiv 2410.11081)."""
+    """TrigFlow: alpha = cos t, sigma = sin t, t in [0, pi/2], on data divided by sigma_data (arXiv 2410.11081).
+
+    >>> process = fewstep.Trig()
+    >>> t = process.grid(torch.tensor([0.0, 1.0]))
+    >>> process.alpha(t), process.sigma(t)
+    (tensor([1., 0.]), tensor([0., 1.]))
+    """
 
     t_max = math.pi / 2
 
@@ -214,7 +232,12 @@ class Trig(_VariancePreserving):
 
 @part("process", "cosine")
 class Cosine(_VariancePreserving):
-    """Cosine schedule with logSNR = -2 log tan(a u + b) between two limits (arXiv 2202.00512, sec. 3)."""
+    """Cosine schedule with logSNR = -2 log tan(a u + b) between two limits (arXiv 2202.00512, sec. 3).
+
+    >>> process, t = fewstep.Cosine(), torch.tensor([0.5])
+    >>> process.alpha(t), process.sigma(t)
+    (tensor([0.7071]), tensor([0.7071]))
+    """
 
     logsnr_min: float = -20.0
     """ln(alpha^2 / sigma^2) at t = 1, the noisy end."""
@@ -247,7 +270,12 @@ class Cosine(_VariancePreserving):
 
 @part("process", "vp")
 class VP(_VariancePreserving):
-    """Continuous variance preserving diffusion, beta linear in t in (0, 1] (arXiv 2011.13456, eq. 33)."""
+    """Continuous variance preserving diffusion, beta linear in t in (0, 1] (arXiv 2011.13456, eq. 33).
+
+    >>> process, t = fewstep.VP(), torch.tensor([0.3])
+    >>> process.alpha(t) ** 2 + process.sigma(t) ** 2
+    tensor([1.])
+    """
 
     beta_min: float = 0.1
     """beta at t = 0 (the paper's .1)."""
@@ -295,6 +323,10 @@ class DiscreteVP(_VariancePreserving):
 
     Between two indices log(sigma / alpha) is interpolated linearly; below the first index the ratio itself
     falls linearly to 0 (arXiv 2006.11239; scaled-linear: arXiv 2112.10752).
+
+    >>> sd = fewstep.DiscreteVP(schedule="scaled_linear", beta_start=0.00085, beta_end=0.012)
+    >>> sd.sigma(torch.tensor([1000.0])) / sd.alpha(torch.tensor([1000.0]))  # Stable Diffusion's noisiest level
+    tensor([14.6146])
     """
 
     schedule: Literal["linear", "scaled_linear"] = "linear"

@@ -19,7 +19,14 @@ from fewstep.networks.roles import Roles
 
 @dataclass(frozen=True)
 class Needs:
-    """What a method asks of a run; checked before anything is loaded."""
+    """What a method asks of a run; checked before anything is loaded.
+
+    >>> needs = fewstep.Needs(frozenset({"teacher", "student", "critic"}), process="flow")
+    >>> sorted(needs.trained)
+    ['critic', 'student']
+    >>> needs.refuses_process(fewstep.EDM())
+    'needs flow or shifted_flow, not edm'
+    """
 
     roles: frozenset[str]
     data: bool = False
@@ -74,7 +81,12 @@ class Needs:
 
 
 class Losses(dict[str, Tensor]):
-    """Named scalar terms, already weighted, that are summed and backwarded at once; `log` holds mere readings."""
+    """Named scalar terms, already weighted, that are summed and backwarded at once; `log` holds mere readings.
+
+    >>> losses = fewstep.Losses({"match": torch.tensor(2.0), "gan": torch.tensor(0.5)}, log={"norm": torch.tensor(1.0)})
+    >>> losses.total()
+    tensor(2.5000)
+    """
 
     def __init__(self, terms: dict[str, Tensor] | None = None, log: dict[str, Tensor] | None = None) -> None:
         super().__init__(terms or {})
@@ -94,6 +106,10 @@ class Turn:
 
     losses(batch) yields one or more Losses; each is backwarded as it comes and the optimiser steps once.
     Roles that share tensors or a graph (a discriminator head on the critic's trunk) belong in one turn.
+
+    >>> turn = fewstep.Turn(("critic",), lambda batch: [fewstep.Losses({"dsm": batch.noise().mean()})], times=2)
+    >>> turn.updates, turn.times
+    (('critic',), 2)
     """
 
     updates: tuple[str, ...]
