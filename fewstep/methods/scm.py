@@ -19,9 +19,8 @@ from fewstep.config import Count, part
 from fewstep.methods.method import Losses, Needs, Turn
 from fewstep.networks.denoiser import Rescheduled
 from fewstep.networks.roles import Roles
-from fewstep.objectives import trajectory as tr
+from fewstep.objectives import per_sample, trajectory as tr
 from fewstep.objectives.legs import Scale, Teacher, check_scale, drawn, middle
-from fewstep.objectives.regression import per_sample
 
 
 @part("method", "scm")
