@@ -71,6 +71,12 @@ class Prediction:
     """A network's answer at (x, t). All other forms are linear in x0 and eps, both (b, *d).
 
     Where sigma = 0, eps is unknown to an x0-type network and is NaN; `at` never uses it there.
+
+    >>> x0, eps, t = torch.ones(1, 2), torch.zeros(1, 2), torch.tensor([0.25])
+    >>> x_t, _ = fewstep.add_noise(fewstep.Flow(), x0, eps, t)
+    >>> prediction = fewstep.Prediction(x0, eps, x_t, t, fewstep.Flow())
+    >>> prediction.velocity(), prediction.at(torch.tensor([0.5]))  # eps - x0, and (1 - s) x0 + s eps
+    (tensor([[-1., -1.]]), tensor([[0.5000, 0.5000]]))
     """
 
     x0: Tensor
@@ -136,6 +142,12 @@ def from_raw(
 
     Raises ValueError for an unknown kind, and where the information is absent: an eps or score network at
     alpha = 0, where x is pure noise, says nothing about x0.
+
+    >>> x_t, t = torch.tensor([[0.5]]), torch.tensor([0.5])
+    >>> velocity = torch.tensor([[-1.0]])
+    >>> answer = fewstep.from_raw(fewstep.Flow(), "velocity", x_t, t, velocity)
+    >>> answer.x0, answer.eps
+    (tensor([[1.]]), tensor([[0.]]))
     """
     if kind not in PAIRS:
         raise ValueError(f"prediction {kind!r} is not one of {', '.join(PAIRS)}")

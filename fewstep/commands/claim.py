@@ -12,6 +12,7 @@ from fewstep.files import LOCK, MARK, atomic_path, clear_leftovers, locked, read
 from fewstep.recipe.diff import differences
 from fewstep.recipe.schema import Recipe
 from fewstep.recipe.store import dump, load_run
+from fewstep.train.resume import KIND
 
 OURS = frozenset(
     (
@@ -31,7 +32,6 @@ OURS = frozenset(
     )
 )
 """What fewstep and its trackers write at the top of a run directory."""
-KIND = "run directory"
 FOLDERS = ("checkpoints", "samples", "report")
 
 

@@ -17,7 +17,7 @@ from fewstep.commands.memory import explained
 from fewstep.commands.pictures import save_grid
 from fewstep.commands.progress import TrainingBar, Watch, readings
 from fewstep.commands.report import GRID, console
-from fewstep.commands.trust import allow_own_code, remember
+from fewstep.commands.trust import allow_own_code
 from fewstep.config import UserError
 from fewstep.recipe.diff import differences
 from fewstep.recipe.schema import Recipe
@@ -57,7 +57,6 @@ def run_recipe(
         if main:
             stack.enter_context(held(run))
             prepare(recipe, run, resume, force)
-            remember(run, recipe)
         trainer.accelerator.wait_for_everyone()
         trainer.attach(run)
         continued = resume and trainer.resume()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 
 from fewstep.commands.report import console
 from fewstep.networks import code
@@ -26,8 +25,3 @@ def allow_own_code(name: str, settings: Sequence[str], recipe: Recipe) -> None:
             code.allow(recipe.teacher)
             where = f"{path}, sha256 {code.digest(value)}" if path else "in no file that can be found"
             console.print(f"{key}: runs {value} ({where})", soft_wrap=True, highlight=False, markup=False)
-
-
-def remember(run: Path, recipe: Recipe) -> None:
-    """The run directory opens without --trust-code on this machine as long as its code stays the same."""
-    code.remember(run, recipe.teacher)

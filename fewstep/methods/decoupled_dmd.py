@@ -11,8 +11,8 @@ from torch import Tensor
 from fewstep import objectives as obj
 from fewstep.algebra.batch import Batch
 from fewstep.algebra.guidance import guided
+from fewstep.algebra.noising import add_noise
 from fewstep.algebra.prediction import Prediction
-from fewstep.algebra.process import add_noise
 from fewstep.algebra.rollout import exit_step, rollout
 from fewstep.algebra.sampling import Sampler
 from fewstep.algebra.times import Uniform, check_steps, shift

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from fewstep import objectives as obj
 from fewstep.algebra.batch import Batch
 from fewstep.algebra.guidance import guided
-from fewstep.algebra.process import angle_of
+from fewstep.algebra.noising import angle_of
 from fewstep.algebra.rollout import rollout
 from fewstep.algebra.sampling import Sampler
 from fewstep.algebra.times import TimesPart, Uniform, check_steps

@@ -12,7 +12,7 @@ from fewstep import objectives as obj
 from fewstep.algebra.batch import Batch
 from fewstep.algebra.guidance import guided
 from fewstep.algebra.jump import times_of
-from fewstep.algebra.process import add_noise, transition
+from fewstep.algebra.noising import add_noise, transition
 from fewstep.algebra.rollout import exit_step
 from fewstep.algebra.sampling import Sampler
 from fewstep.algebra.times import TimesPart, Uniform, check_steps

@@ -1,11 +1,15 @@
-"""A loop's checkpoint, and a loop put where its newest checkpoint stands."""
+"""A run directory claimed by its recipe, a loop's checkpoint, and a loop put where its newest checkpoint stands."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 from fewstep.config import UserError
-from fewstep.recipe.schema import Stage
+from fewstep.files import atomic_path, write_mark
+from fewstep.networks import code
+from fewstep.recipe.diff import differences
+from fewstep.recipe.schema import Recipe, Stage
+from fewstep.recipe.store import dump, load_run
 from fewstep.train.loop import Loop
 from fewstep.train.origins import changes, check_resumed
 from fewstep.train.state import (
@@ -16,6 +20,30 @@ from fewstep.train.state import (
     read_state,
     save_checkpoint,
 )
+
+KIND = "run directory"
+"""What the mark of a run directory says."""
+
+
+def claim(recipe: Recipe, run: Path) -> bool:
+    """Note the recipe in a run directory, which is made; True where an earlier training has left checkpoints.
+
+    UserError, with nothing changed, for a file and for a directory in which another recipe was trained.
+    """
+    if run.exists() and not run.is_dir():
+        raise UserError(f"run {run}: is a file; give a directory")
+    if (run / "recipe.yaml").is_file():
+        if changed := differences(load_run(run), recipe):
+            told = "\n  ".join(changed)
+            raise UserError(f"run {run}: another recipe was trained there; give another directory:\n  {told}")
+    else:
+        fresh = not run.exists() or not any(run.iterdir())
+        with atomic_path(run / "recipe.yaml") as aside:
+            aside.write_text(dump(recipe))
+        if fresh:
+            write_mark(run, KIND)
+    code.remember(run, recipe.teacher)
+    return bool(checkpoints(run / "checkpoints"))
 
 
 def save(loop: Loop, run: Path) -> None:

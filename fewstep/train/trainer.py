@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fewstep.config import UserError
 from fewstep.kernels import use_fewstep_attention
 from fewstep.networks.roles import Roles
 from fewstep.recipe.schema import Recipe, Stage
@@ -31,7 +32,15 @@ Hook = Callable[["Trainer"], None]
 
 @dataclass
 class Hooks:
-    """Called by a trainer, with itself; None is nothing."""
+    """Called by a trainer, with itself; None is nothing.
+
+    >>> seen = []
+    >>> recipe = fewstep.load("toy/dmd2", before=[], copy={}, train={"steps": 3, "batch": 16})
+    >>> hooks = fewstep.Hooks(on_step=lambda trainer: seen.append(trainer.progress.done))
+    >>> fewstep.Trainer(recipe, hooks=hooks, cpu=True).fit()
+    >>> seen
+    [1, 2, 3]
+    """
 
     on_sample: Hook | None = None
     """Every `sample_every` steps and at the end, on the main process (on every one when sharded)."""
@@ -48,16 +57,33 @@ class Hooks:
 
 
 class Trainer:
-    """Trains a recipe in a run directory.
+    """Trains a recipe in a run directory, which `open_product` and every command then open.
 
     Args:
-        recipe: checked recipe.
-        run: directory for log.jsonl and checkpoints/; None keeps everything in memory.
+        recipe: checked recipe, of `fewstep.load`.
+        run: directory for recipe.yaml, log.jsonl and checkpoints/; None keeps everything in memory.
         hooks: what is called on the way.
         cpu: stay on the CPU where there is a GPU.
+
+    Raises:
+        UserError: roles that cannot be built, a directory in which another recipe was trained.
+
+    >>> recipe = fewstep.load("toy/dmd2", before=[], copy={}, train={"steps": 2, "batch": 16})
+    >>> trainer = fewstep.Trainer(recipe, "runs/two-steps", cpu=True)
+    >>> trainer.resume()  # nothing to go on from yet
+    False
+    >>> trainer.fit()
+    >>> trainer.progress.done
+    2
+    >>> fewstep.open_product("runs/two-steps").draw(5).shape
+    torch.Size([5, 2])
     """
 
-    def __init__(self, recipe: Recipe, run: Path | None = None, *, hooks: Hooks | None = None, cpu: bool = False) -> None:
+    def __init__(
+        self, recipe: Recipe, run: str | Path | None = None, *, hooks: Hooks | None = None, cpu: bool = False
+    ) -> None:
+        if not isinstance(recipe, Recipe):
+            raise TypeError(f"recipe: expected a Recipe, which fewstep.load reads, not a {type(recipe).__name__}")
         self.recipe, self.hooks = recipe, hooks or Hooks()
         self.session = Session(recipe, cpu=cpu)
         self.loop = Loop(self.session, self._made_state)
@@ -66,12 +92,15 @@ class Trainer:
         self.log: Log | None = None
         self.last_record: dict[str, Any] = {}
         self.changed: list[str] = []
-        self._stop = False
+        self._stop = self._earlier = False
         if run is not None:
             self.attach(run)
 
-    def attach(self, run: Path) -> None:
-        """Log and save in this directory from now on."""
+    def attach(self, run: str | Path) -> None:
+        """Log and save in this directory from now on; UserError where another recipe was trained."""
+        run = Path(run)
+        if self.accelerator.is_main_process:
+            self._earlier = resume.claim(self.recipe, run)
         self.run, self.log = run, Log(run / "log.jsonl")
         _ = self.session.origins  # taken now: files that change while it trains are not what was read
 
@@ -99,8 +128,11 @@ class Trainer:
     def fit(self) -> None:
         """Train to the end of the last stage.
 
-        SIGTERM and Ctrl-C save a checkpoint at the next step's end; a second one stops at once, without.
+        SIGTERM and Ctrl-C save a checkpoint at the next step's end; a second one stops at once, without. UserError where
+        the directory holds an earlier training that was not resumed.
         """
+        if self._earlier:
+            raise UserError(f"run {self.run}: holds an earlier training; call resume() before fit(), or give another")
         names, told = self.recipe.train.trackers, self.accelerator
         if names and self.run is not None and told.is_main_process and not told.trackers:
             start_trackers(told, names, self.run, self.progress.done)
@@ -201,7 +233,9 @@ class Trainer:
 
         `changed` then holds lines about data that is another than it was, which the log notes too.
         """
-        assert self.run is not None
+        if self.run is None:
+            raise UserError("run: this trainer has no directory to resume from; give it one")
+        self._earlier = False
         told = resume.resume(self.loop, self.run)
         self.changed = told or []
         if self.log and self.accelerator.is_main_process:

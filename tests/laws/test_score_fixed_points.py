@@ -13,8 +13,9 @@ from torch import nn
 from fewstep import objectives as obj
 from fewstep.algebra.batch import Batch
 from fewstep.algebra.draws import Draws, fold
+from fewstep.algebra.noising import add_noise, transition
 from fewstep.algebra.prediction import Prediction, from_raw, from_x0
-from fewstep.algebra.process import EDM, Flow, Process, add_noise, transition
+from fewstep.algebra.process import EDM, Flow, Process
 from fewstep.algebra.times import Uniform
 from fewstep.methods.dmd2 import DMD2
 from fewstep.networks.analytic import Mixture, gaussian
