@@ -12,10 +12,11 @@ import subprocess
 import sys
 import tempfile
 import zlib
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from fewstep.config import UserError
@@ -97,7 +98,7 @@ def digest_of(paths: Iterable[Path]) -> str:
     every file, with a dozen blocks spread evenly between for SPREAD, and all of WHOLE. It finds another file and a save
     over it, not a forger. UserError names a file that cannot be read.
     """
-    files = sorted(paths)
+    files = sorted(p.absolute() for p in paths)
     root = os.path.commonpath([p.parent for p in files]) if files else ""
     digest, total = hashlib.sha256(), 0
     for path in files:
@@ -188,7 +189,7 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
-LOCK = ".lock"
+LOCK = ".fewstep-lock"
 """The file that `locked` locks."""
 MARK = ".fewstep"
 """The file by which fewstep knows a folder that it made, and what it wrote there."""
@@ -223,12 +224,15 @@ def _runs(pid: int) -> bool:
     except (ProcessLookupError, OverflowError):
         return False
     except OSError:  # somebody else's
-        return True
+        pass
     return True
 
 
 def write_mark(folder: Path, kind: str) -> None:
-    """Mark a folder as fewstep's, a `kind` of thing, with every file that is in it now as ours."""
+    """Mark a folder as fewstep's, a `kind` of thing, with every file that is in it now as ours.
+
+    For a folder that this process has just made: what others put into it would be taken for ours.
+    """
     held = {"made_by": "fewstep", "kind": kind, "files": sorted([*_files(folder), MARK])}
     with atomic_path(folder / MARK) as temporary:
         temporary.write_text(json.dumps(held, indent=1))
@@ -240,18 +244,19 @@ def read_mark(folder: Path) -> dict[str, Any] | None:
     if folder.is_symlink() or path.is_symlink() or not path.is_file():
         return None
     try:
-        held = json.loads(path.read_text())
-        kind, files = held["kind"], held["files"]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        held = read_json(path)
+    except UserError:
         return None
+    kind, files = held.get("kind"), held.get("files")
     whole = isinstance(kind, str) and isinstance(files, list) and all(isinstance(f, str) for f in files)
     return held if whole else None
 
 
-def strangers(folder: Path, ours: Collection[str] = ()) -> list[str]:
+def strangers(folder: Path, ours: Mapping[str, str] = MappingProxyType({})) -> list[str]:
     """Files in a folder that fewstep did not write, relative to it.
 
-    ours: top-level names that are ours with all that they hold, but for marked folders in them, which tell themselves.
+    ours: top-level names that are ours, with a pattern of what they hold where they are folders; marked folders in
+    `folder` tell themselves.
     """
     held = read_mark(folder)
     known = set(held["files"]) if held else set()
@@ -259,11 +264,13 @@ def strangers(folder: Path, ours: Collection[str] = ()) -> list[str]:
     for path in sorted(folder.iterdir()):
         if path.is_dir() and not path.is_symlink() and read_mark(path) is not None:
             found += [f"{path.name}/{name}" for name in strangers(path)]
-        elif path.name in ours or LEFTOVER.fullmatch(path.name):
+        elif LEFTOVER.fullmatch(path.name):
             continue
         elif path.is_dir() and not path.is_symlink():
-            found += [f"{path.name}/{name}" for name in _files(path) if f"{path.name}/{name}" not in known]
-        elif path.name not in known:
+            own = re.compile(ours.get(path.name, "(?!)"), re.DOTALL)
+            inner = [name for name in _files(path) if not own.fullmatch(name)]
+            found += [f"{path.name}/{name}" for name in inner if f"{path.name}/{name}" not in known]
+        elif path.name not in known and path.name not in ours:
             found.append(path.name)
     return found
 
@@ -277,26 +284,24 @@ def _files(folder: Path) -> list[str]:
     return found
 
 
-def remove_ours(folder: Path, kind: str, ours: Collection[str] = (), keep: Collection[str] = ()) -> None:
-    """Delete a folder that fewstep made, with all it holds; where something is to be kept the folder stays with that.
+def check_ours(folder: Path, kind: str, foreign: str, ours: Mapping[str, str] = MappingProxyType({})) -> None:
+    """Refuse to replace what fewstep did not make.
 
-    kind: what it must be. ours: as `strangers` takes it. keep: top-level names.
+    kind: what the folder's mark must say. foreign: the words for one that says otherwise. ours: as `strangers` takes it.
 
-    Raises UserError, with nothing deleted, for a link, for a folder without the mark of that kind, and for one that
-    holds somebody else's files.
+    Raises UserError for a link, for a folder without that mark, and for one that holds somebody else's files.
     """
     if folder.is_symlink():
         raise UserError(f"{folder}: is a symbolic link; fewstep deletes nothing through one. Give the folder itself")
-    held = read_mark(folder)
-    if held is None or held["kind"] != kind:
-        raise UserError(f"{folder}: is no {kind} that fewstep made, so it is not deleted; choose another folder")
-    others = strangers(folder, ours)
-    if others:
+    if (read_mark(folder) or {}).get("kind") != kind:
+        raise UserError(f"{folder}: {foreign}")
+    if others := strangers(folder, ours):
         more = f" and {len(others) - 1} more" if len(others) > 1 else ""
         raise UserError(f"{folder}: holds {others[0]}{more}, which fewstep did not write; move that away first")
-    if not keep:
-        shutil.rmtree(folder)
-        return
+
+
+def empty(folder: Path, keep: Collection[str] = ()) -> None:
+    """Delete what a folder holds but the top-level names `keep`; links in it are removed, not followed."""
     for path in folder.iterdir():
         if path.name in keep:
             continue

@@ -5,9 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -127,20 +128,11 @@ def file_reference(name: str, path: Path, extractor: FeatureExtractor) -> Refere
 def real_reference(real: RealPictures, extractor: FeatureExtractor, chain: Sequence[Step] = ()) -> Reference:
     """Statistics and features of pictures that are read one by one, cached under a digest of their contents."""
     rows = real.rows()
-    settings = [REFERENCE_VERSION, extractor.name, extractor.dim, extractor.input_size, extractor.sha256]
-    settings += [[step.op, step.size] for step in chain]
-    key = hashlib.sha256(json.dumps([*settings, real.digest(rows)]).encode()).hexdigest()
-    word = re.sub(r"[^A-Za-z0-9._-]", "_", real.name)
-    path = cache_dir("reference") / f"{word}-{extractor.name.replace(':', '-')}-{key[:16]}.safetensors"
-    stored = _read(path, key)
-    if stored is None:
-        parts = (real.read(rows[i : i + CHAINED]) for i in range(0, len(rows), CHAINED))
-        stored = {"features": extract(extractor, (apply_chain(part, chain) for part in parts))}
-        with atomic_path(path) as temporary:
-            save_file(stored, temporary, metadata={"key": key})
-    features = stored["features"]
-    statistics = FeatureStatistics(extractor.dim, provenance(real.name, key, extractor, len(features)))
-    statistics.update(features)
+    key = hashlib.sha256(json.dumps([*_settings(extractor, chain), real.digest(rows)]).encode()).hexdigest()
+    stem = f"{re.sub(r'[^A-Za-z0-9._-]', '_', real.name)}-{extractor.name.replace(':', '-')}"
+    parts = (real.read(rows[i : i + CHAINED]) for i in range(0, len(rows), CHAINED))
+    features = _cached(stem, key, extractor, chain, parts, None)["features"]
+    statistics = _statistics(real.name, key, extractor, features)
     labels = None if real.labels is None else real.labels[torch.tensor(rows)]
     used = f"{len(rows):,}" if len(rows) == real.count else f"{len(rows):,} of {real.count:,}"
     return Reference(real.name, statistics, features, labels, key, f"{real.about}, {used} pictures")
@@ -149,8 +141,7 @@ def real_reference(real: RealPictures, extractor: FeatureExtractor, chain: Seque
 def vector_reference(name: str, vectors: Tensor, extractor: FeatureExtractor) -> Reference:
     """Vectors (N, D) as they are."""
     key = reference_key(vectors, None, extractor)
-    statistics = FeatureStatistics(vectors.shape[1], provenance(name, key, extractor, len(vectors)))
-    statistics.update(vectors)
+    statistics = _statistics(name, key, extractor, vectors)
     return Reference(name, statistics, vectors, digest=key, about=f"{name}, {len(vectors):,} vectors")
 
 
@@ -166,28 +157,49 @@ def reference_of(
     A cached file that is damaged or belongs to another key is computed again, never trusted.
     """
     key = reference_key(images, labels, extractor, chain)
-    path = cache_dir("reference") / f"{name}-{extractor.name}-{key[:16]}.safetensors"
+    parts = images.split(256 if not chain else CHAINED)
+    stored = _cached(f"{name}-{extractor.name}", key, extractor, chain, parts, labels)
+    features = stored["features"]
+    statistics = _statistics(name, key, extractor, features)
+    return Reference(name, statistics, features, stored.get("labels"), key, f"{name}, {len(features):,} pictures")
+
+
+def _cached(
+    stem: str,
+    key: str,
+    extractor: FeatureExtractor,
+    chain: Sequence[Step],
+    parts: Iterable[Tensor],
+    labels: Tensor | None,
+) -> dict[str, Tensor]:
+    """Features of images that come in parts, with their labels: from the user's cache, or computed and put there."""
+    path = cache_dir("reference") / f"{stem}-{key[:16]}.safetensors"
     stored = _read(path, key)
     if stored is None:
-        parts = images.split(256 if not chain else CHAINED)
-        features = extract(extractor, (apply_chain(part, chain) for part in parts))
-        stored = {"features": features}
+        stored = {"features": extract(extractor, (apply_chain(part, chain) for part in parts))}
         if labels is not None:
             stored["labels"] = labels
         with atomic_path(path) as temporary:
             save_file(stored, temporary, metadata={"key": key})
-    features = stored["features"]
-    statistics = FeatureStatistics(extractor.dim, provenance(name, key, extractor, len(features)))
+    return stored
+
+
+def _statistics(name: str, key: str, extractor: FeatureExtractor, features: Tensor) -> FeatureStatistics:
+    statistics = FeatureStatistics(features.shape[1], provenance(name, key, extractor, len(features)))
     statistics.update(features)
-    return Reference(name, statistics, features, stored.get("labels"), key, f"{name}, {len(features):,} pictures")
+    return statistics
+
+
+def _settings(extractor: FeatureExtractor, chain: Sequence[Step]) -> list[Any]:
+    """What features depend on beside the images."""
+    settings = [REFERENCE_VERSION, extractor.name, extractor.dim, extractor.input_size, extractor.sha256]
+    return settings + [[step.op, step.size] for step in chain]
 
 
 def reference_key(images: Tensor, labels: Tensor | None, extractor: FeatureExtractor, chain: Sequence[Step] = ()) -> str:
     """SHA-256 over the pixels, the labels, the resize chain, the extractor's weights and the code version."""
     digest = hashlib.sha256()
-    settings = [REFERENCE_VERSION, extractor.name, extractor.dim, extractor.input_size, extractor.sha256]
-    settings += [[step.op, step.size] for step in chain]
-    digest.update(json.dumps(settings).encode())
+    digest.update(json.dumps(_settings(extractor, chain)).encode())
     for tensor in (images, labels):
         if tensor is not None:
             digest.update(f"{tensor.dtype}:{tuple(tensor.shape)}".encode())

@@ -65,6 +65,41 @@ def _chained(folder: ImageFolder, preset: Preset, batch: int, size: int | None) 
         yield torch.stack(waiting)
 
 
+def write_reference(
+    folder: Path,
+    preset: str,
+    *,
+    out: Path | None = None,
+    extractor_path: Path | None = None,
+    grey_to_colour: bool = False,
+    size: int | None = None,
+    keep_features: bool = False,
+    batch: int = 32,
+) -> Path:
+    """Write the statistics of a folder; returns the file. Raises as `folder_statistics` and `load_preset`.
+
+    Args:
+        preset: a shipped preset or a YAML file.
+        out: the file; None is where the preset looks for it.
+        extractor_path: weights of the preset's feature network.
+        grey_to_colour: take grey files in a colour preset.
+        size: first resize the middle square of every image to the samples' size.
+        keep_features: for KID and precision.
+        batch: images of one pass.
+    """
+    wanted = load_preset(preset)
+    if wanted.reference.file is None and (out is None or wanted.reference.kind not in ("data", "against")):
+        raise ValueError(f"preset {wanted.name}: its reference is {wanted.reference.kind!r}, there is no file to make")
+    either = grey_to_colour or wanted.channels is None
+    images = ImageFolder(folder, wanted.channels or 3, any_size=True, grey_to_colour=either)
+    if extractor_path is None and wanted.extractor_file is not None:
+        extractor_path = locate(wanted.extractor_file, "weights")
+    extractor = build_extractor(wanted.extractor, extractor_path)
+    statistics, features = folder_statistics(images, wanted, extractor, batch, size)
+    where = out or cache_dir("reference") / str(wanted.reference.file and wanted.reference.file.name)
+    return statistics.save(where, features.numpy() if keep_features else None)
+
+
 def make(arguments: Sequence[str] | None = None) -> Path:
     """What the command does; returns the path of the file. Raises as `folder_statistics` and `load_preset`."""
     parser = argparse.ArgumentParser(
@@ -80,19 +115,7 @@ def make(arguments: Sequence[str] | None = None) -> Path:
     parser.add_argument("--size", type=int, help="first resize the middle square of every image to the samples' size")
     parser.add_argument("--keep-features", action="store_true", help="for KID and precision: 4 bytes x N x D more")
     parser.add_argument("--batch", type=int, default=32, help="images of one pass")
-    given = parser.parse_args(arguments)
-    preset = load_preset(given.preset)
-    if preset.reference.file is None and (given.out is None or preset.reference.kind not in ("data", "against")):
-        raise ValueError(f"preset {preset.name}: its reference is {preset.reference.kind!r}, there is no file to make")
-    either = given.grey_to_colour or preset.channels is None
-    folder = ImageFolder(given.folder, preset.channels or 3, any_size=True, grey_to_colour=either)
-    weights = given.extractor_path
-    if weights is None and preset.extractor_file is not None:
-        weights = locate(preset.extractor_file, "weights")
-    extractor = build_extractor(preset.extractor, weights)
-    statistics, features = folder_statistics(folder, preset, extractor, given.batch, given.size)
-    where = given.out or cache_dir("reference") / str(preset.reference.file and preset.reference.file.name)
-    return statistics.save(where, features.numpy() if given.keep_features else None)
+    return write_reference(**vars(parser.parse_args(arguments)))
 
 
 def main() -> None:

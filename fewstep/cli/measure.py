@@ -114,7 +114,16 @@ def make_reference(
     """Compute the statistics of real images that a preset compares with, through its own resize and network."""
     from fewstep.commands.make_reference import make_reference as job
 
-    path, count = job(folder, preset, out, extractor_path, grey_to_colour, batch, size, keep_features)
+    path, count = job(
+        folder,
+        preset,
+        out=out,
+        extractor_path=extractor_path,
+        grey_to_colour=grey_to_colour,
+        batch=batch,
+        size=size,
+        keep_features=keep_features,
+    )
     typer.echo(f"{path}: statistics of {count} images")
 
 

@@ -104,7 +104,8 @@ def spec_of(request: Request, product: Product | None) -> Evaluate | None:
         if own is None or own.metric != "fd":
             own = replace(own or Evaluate(), metric="fd")
         if request.images is not None:
-            changes["samples"] = request.samples or len(ImageFolder(request.images).files)
+            with refusals():
+                changes["samples"] = request.samples or len(ImageFolder(request.images).files)
     elif own is None and product is not None and product.recipe is not None:
         own = Evaluate(metric=default_metric(product.recipe.data))
     if own is None or own.metric is None:

@@ -14,7 +14,7 @@ from fewstep.commands.export import show_export
 from fewstep.commands.judge import Judge
 from fewstep.commands.measure import guided_teacher
 from fewstep.commands.pictures import save_side_by_side
-from fewstep.commands.report import card_results, compare, console, first_teacher, show
+from fewstep.commands.report import card_results, compare, console, first_teacher, say, show
 from fewstep.config import UserError
 from fewstep.eval.protocol.evaluation import Evaluation
 from fewstep.export.base import Exported, ExportRefused
@@ -57,16 +57,16 @@ def finish(trainer: Trainer, run: Path, judge: Judge | None) -> int:
                 _write_card(student, done, rows)
         except KeyboardInterrupt:
             code = 130
-            _say(f"measuring was stopped, the run is trained; measure it with: {again}")
+            say(f"measuring was stopped, the run is trained; measure it with: {again}")
         except Exception as error:
             code = UNFINISHED
-            _say(f"{_failed(run, 'evaluation', error)}; the run is trained, measure it again with: {again}")
+            say(f"{_failed(run, 'evaluation', error)}; the run is trained, measure it again with: {again}")
     if done is not None:
         show_export(done)
     else:
-        _say(refused)
+        say(refused)
     if closing := refused_updates(trainer):
-        _say(closing)
+        say(closing)
     return code
 
 
@@ -137,10 +137,6 @@ def _failed(run: Path, what: str, error: Exception) -> str:
     return f"{what} failed: {type(error).__name__}: {line}{where}"
 
 
-def _say(text: str) -> None:
-    console.print(text, soft_wrap=True, highlight=False, markup=False)
-
-
 def guarded(what: str, hook: Callable[[Trainer], None]) -> Callable[[Trainer], None]:
     """A hook whose failure is one line: neither a picture nor a number on the way is worth a training."""
 
@@ -149,6 +145,6 @@ def guarded(what: str, hook: Callable[[Trainer], None]) -> Callable[[Trainer], N
             hook(trainer)
         except Exception as error:
             assert trainer.run is not None
-            _say(f"step {trainer.progress.done}: {_failed(trainer.run, what, error)}; training goes on")
+            say(f"step {trainer.progress.done}: {_failed(trainer.run, what, error)}; training goes on")
 
     return call

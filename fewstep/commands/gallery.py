@@ -9,8 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fewstep.algebra.guidance import Guided
-from fewstep.commands.measure import teacher_product
+from fewstep.commands.measure import guided_teacher, teacher_product
 from fewstep.commands.pictures import require_finite, save_picture
 from fewstep.commands.report import opened
 from fewstep.config import UserError
@@ -71,9 +70,7 @@ def rows_of(runs: Sequence[Path], captions: Sequence[str], steps: int, guidance:
     drawn: list[tuple[str, Product]] = []
     teacher = build_roles(recipe, data).get("teacher")
     if teacher is not None:
-        if guidance != 1.0:
-            teacher = Guided(teacher, guidance, data.null)
-        many = teacher_product(products[0], teacher, steps)
+        many = teacher_product(products[0], guided_teacher(teacher, guidance, data.null), steps)
         drawn.append((many.title, many))
     for run, product in zip(runs, products, strict=True):
         drawn.append((run.name, product))

@@ -84,6 +84,9 @@ def invert_run(run: Path, images: Path, out: Path, classes: str | None = None, b
     """`fewstep invert`: codes into `out` (safetensors), images and what they decode to beside it as a PNG."""
     if out.suffix != ".safetensors":
         raise UserError(f"--out {out}: must end in .safetensors")
+    sheet = out.with_suffix(".png")
+    if sheet.exists() and (sheet.resolve() == images.resolve() or sheet.resolve().is_relative_to(images.resolve())):
+        raise UserError(f"--out {out}: its pictures would be {sheet}, which is one of the images; give another name")
     product = opened(run)
     recipe = product.recipe
     method: Any = recipe.method if recipe else None
@@ -106,5 +109,5 @@ def invert_run(run: Path, images: Path, out: Path, classes: str | None = None, b
     out.parent.mkdir(parents=True, exist_ok=True)
     save_file({k: v.contiguous() for k, v in tensors.items()}, out)
     shown = [("images", x[:50]), ("decoded from their codes", done.again[:50].clamp(-1, 1).float())]
-    save_side_by_side(shown, out.with_suffix(".png"))
+    save_side_by_side(shown, sheet)
     return done

@@ -88,7 +88,8 @@ def look(path: Path, as_they_are: bool = False) -> Pictures:
     channels = 1 if all(kind in GREY for _, _, kind in seen) else 3
     sizes = {(h, w) for h, w, _ in seen}
     h, w = next(iter(sizes))
-    if len(sizes) == 1 and (as_they_are or max(h, w) <= LARGEST):
+    halved = not (h % 2 or w % 2) and min(h, w) >= 8
+    if len(sizes) == 1 and (as_they_are or (max(h, w) <= LARGEST and halved)):
         return Pictures(path, len(seen), (channels, h, w), len(classes))
     least = min(min(size) for size in sizes)
     side = next((s for s in (64, 32, 16, 8) if s <= least), None)

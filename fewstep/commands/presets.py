@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fewstep.commands.report import console
+from fewstep.commands.report import say
 from fewstep.eval.protocol.preset import Preset, load_preset, preset_names
 
 
@@ -10,7 +10,7 @@ def list_presets() -> None:
     """Print every preset: its name, what it is, number and size, features, reference, files that it needs."""
     for name in preset_names():
         for line in lines_of(load_preset(name)):
-            console.print(line, soft_wrap=True, highlight=False, markup=False)
+            say(line)
 
 
 def lines_of(preset: Preset) -> list[str]:

@@ -27,6 +27,11 @@ COLUMNS = 4
 """Metrics that fit into the table of a terminal; of more a list is printed."""
 
 
+def say(text: str) -> None:
+    """Print as it is: names and numbers of the user's, in lines that the terminal wraps."""
+    console.print(text, soft_wrap=True, highlight=False, markup=False)
+
+
 def first_teacher(trainer: Trainer) -> Any:
     """The recipe's teacher, or None; built again where stages have written into its module, or it is sharded."""
     if not trainer.recipe.overwrites_teacher() and not trainer.session.sharded:
@@ -85,7 +90,7 @@ def opened(path: Path) -> Product:
     """`open_product`, with a line printed for everything outside it that has changed since."""
     product = open_product(path)
     for line in product.changed:
-        console.print(f"note: {line}", soft_wrap=True, highlight=False, markup=False)
+        say(f"note: {line}")
     return product
 
 
@@ -108,12 +113,7 @@ def show(evaluations: Sequence[Evaluation]) -> None:
             lines.append(f"{len(e.skipped)} images skipped:")
             lines += [f"  {name}: {reason}" for name, reason in e.skipped.items()]
         if lines:
-            console.print(
-                "\n".join([f"{e.name}:", *(f"  {line}" for line in lines)]),
-                soft_wrap=True,
-                highlight=False,
-                markup=False,
-            )
+            say("\n".join([f"{e.name}:", *(f"  {line}" for line in lines)]))
 
 
 def _table(evaluations: Sequence[Evaluation]) -> None:
@@ -162,4 +162,4 @@ def _list(evaluations: Sequence[Evaluation]) -> None:
         speed = "" if e.seconds is None else f", {e.seconds:.3g} s per 1,000"
         lines = [f"{e.name}: {e.preset} ({e.preset_hash}), {e.number} images{calls}{speed}"]
         lines += [f"  {name}: {format_entry(entry)}" for name, entry in e.metrics.items()]
-        console.print("\n".join(lines), soft_wrap=True, highlight=False, markup=False)
+        say("\n".join(lines))

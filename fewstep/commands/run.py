@@ -9,20 +9,21 @@ from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 
-from fewstep.commands.claim import held, prepare, write_origin
+from fewstep.commands.claim import prepare, write_origin
 from fewstep.commands.finish import finish, guarded
 from fewstep.commands.judge import Judge, judge_of
 from fewstep.commands.measure import measure
 from fewstep.commands.memory import explained
 from fewstep.commands.pictures import save_grid
 from fewstep.commands.progress import TrainingBar, Watch, readings
-from fewstep.commands.report import GRID, console
+from fewstep.commands.report import GRID, console, say
 from fewstep.commands.trust import allow_own_code
 from fewstep.config import UserError
 from fewstep.recipe.diff import differences
 from fewstep.recipe.schema import Recipe
 from fewstep.recipe.source import shipped
 from fewstep.recipe.store import load, load_run
+from fewstep.train.claim import held
 from fewstep.train.product import product_of
 from fewstep.train.resume import newest_of
 from fewstep.train.trainer import Hooks, Trainer
@@ -68,9 +69,9 @@ def run_recipe(
             if begin is not None:
                 _say_beginning(begin, recipe, run, trainer)
             if hasattr(trainer.data, "about"):
-                console.print(trainer.data.about(), soft_wrap=True, highlight=False, markup=False)
+                say(trainer.data.about())
             for line in trainer.changed if continued else ():
-                console.print(f"note: {line}", soft_wrap=True, highlight=False, markup=False)
+                say(f"note: {line}")
             _say_export(trainer)
         again = shlex.join(["fewstep", "run", name, *settings, "--out", str(run), "--resume"])
         try:
@@ -78,18 +79,13 @@ def run_recipe(
                 _train(trainer, run, main, judge)
         except KeyboardInterrupt:
             if main:
-                console.print(
-                    f"stopped at step {trainer.progress.done}; continue with: {again}",
-                    soft_wrap=True,
-                    highlight=False,
-                    markup=False,
-                )
+                say(f"stopped at step {trainer.progress.done}; continue with: {again}")
             raise SystemExit(130) from None
         trainer.accelerator.wait_for_everyone()
-        code = finish(trainer, run, judge) if main else 0
+        unfinished = finish(trainer, run, judge) if main else 0
     trainer.accelerator.end_training()  # closes trackers and the process group, whose threads abort an open exit
-    if code:
-        raise SystemExit(code)
+    if unfinished:
+        raise SystemExit(unfinished)
     return run
 
 
@@ -111,7 +107,7 @@ def _say_beginning(checkpoint: Path, recipe: Recipe, run: Path, trainer: Trainer
     done = trainer.progress.done
     write_origin(run, checkpoint, changed)
     lines = "".join(f"\n  {line}" for line in changed) or " nothing"
-    console.print(f"from {checkpoint} at step {done}; changed:{lines}", soft_wrap=True, highlight=False, markup=False)
+    say(f"from {checkpoint} at step {done}; changed:{lines}")
 
 
 def _judge(trainer: Trainer) -> Judge | None:
@@ -134,7 +130,7 @@ def _say_export(trainer: Trainer) -> None:
     # A sharded network is in parts that act together only; its recipe tells the same.
     told = warning(partial(outlined, recipe) if trainer.session.sharded else built)
     if told:
-        console.print(f"note: this run {told}", soft_wrap=True, highlight=False, markup=False)
+        say(f"note: this run {told}")
 
 
 def _train(trainer: Trainer, run: Path, main: bool, judge: Judge | None) -> None:

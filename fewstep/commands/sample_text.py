@@ -13,7 +13,7 @@ from torch import Tensor
 from fewstep.commands.gallery import captioned
 from fewstep.commands.measure import guided_teacher, teacher_product
 from fewstep.commands.pictures import require_finite, save_picture
-from fewstep.commands.report import console, opened
+from fewstep.commands.report import opened, say
 from fewstep.commands.sources import called, load_pipeline
 from fewstep.config import UserError
 from fewstep.data.text import embed
@@ -57,7 +57,7 @@ def draw_prompts(
     for name, x in rows:
         require_finite(x, f"{path}: {name}")
     save_picture(captioned([(n, _shown(x)) for n, x in rows], list(prompts), max(1, CELL // rows[0][1].shape[-1])), out)
-    console.print(f"{out}: {', '.join(n for n, _ in rows)}; {told}", soft_wrap=True, highlight=False, markup=False)
+    say(f"{out}: {', '.join(n for n, _ in rows)}; {told}")
     return out
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from fewstep.commands.report import console
+from fewstep.commands.report import say
 from fewstep.networks import code
 from fewstep.recipe.schema import Recipe
 from fewstep.recipe.source import find
@@ -24,4 +24,4 @@ def allow_own_code(name: str, settings: Sequence[str], recipe: Recipe) -> None:
         if typed or own or code.is_allowed(value):
             code.allow(recipe.teacher)
             where = f"{path}, sha256 {code.digest(value)}" if path else "in no file that can be found"
-            console.print(f"{key}: runs {value} ({where})", soft_wrap=True, highlight=False, markup=False)
+            say(f"{key}: runs {value} ({where})")

@@ -5,12 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
-from uuid import uuid4
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from fewstep.config import UserError
-from fewstep.files import crc32_of, read_json
+from fewstep.files import LEFTOVER, atomic_path, clear_leftovers, crc32_of, read_json
 
 OPEN = 64
 """Files of one folder that stay mapped into memory; rows are read from them one by one."""
@@ -115,11 +115,11 @@ class Shards:
             path = self._path(n)
             if str(n) in self.done and path.is_file():
                 return
-            with _aside(path) as aside:
+            with atomic_path(path) as aside:
                 save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, aside)
             self.done[str(n)] = [path.stat().st_size, crc32_of(path)]
             told = {"made_with": self.made_with, "count": self.count, "rows": self.rows, "shards": self.done}
-            with _aside(self.folder / "index.json") as aside:
+            with atomic_path(self.folder / "index.json") as aside:
                 aside.write_text(json.dumps(told, indent=1))
 
     @contextmanager
@@ -129,13 +129,16 @@ class Shards:
             yield
             return
         self.folder.mkdir(parents=True, exist_ok=True)
-        with (self.folder / "lock").open("w") as file:
+        if not (self.folder / "index.json").is_file():
+            _refuse_foreign(self.folder)
+        # Neither truncated nor through a link: it may be somebody else's file.
+        handle = os.open(self.folder / "lock", os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o666)
+        with os.fdopen(handle, "r+") as file:
             try:
                 import fcntl  # not on Windows
 
                 fcntl.flock(file, fcntl.LOCK_EX)
-                for left in self.folder.glob("*.tmp"):  # of one that died; others are written under the lock
-                    left.unlink(missing_ok=True)
+                clear_leftovers(self.folder)
             except (ImportError, OSError):
                 pass  # a file system without locks, where different temporary names must do
             self._locked = True
@@ -178,15 +181,14 @@ class Shards:
         return self.folder / f"{n:05d}.safetensors"
 
 
-@contextmanager
-def _aside(path: Path) -> Iterator[Path]:
-    """A name of its own beside `path`, which what is written there becomes; nothing is left when that fails."""
-    aside = path.with_name(f"{path.stem}.{uuid4().hex[:12]}.tmp")
-    try:
-        yield aside
-        os.replace(aside, path)
-    finally:
-        aside.unlink(missing_ok=True)
+_OURS = re.compile(r"lock|\d{5}\.safetensors|" + LEFTOVER.pattern)
+
+
+def _refuse_foreign(folder: Path) -> None:
+    """UserError for a folder without an index that holds anything but what a killed first writing leaves."""
+    others = sorted(p.name for p in folder.iterdir() if not _OURS.fullmatch(p.name))
+    if others:
+        raise UserError(f"{folder}: holds {others[0]} and no index.json; fewstep did not make it, choose another folder")
 
 
 def read_index(folder: Path) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from torch import Tensor
 from fewstep.algebra.sampling import Sampler
 from fewstep.config import UserError
 from fewstep.export.stock import difference
-from fewstep.files import aside_name, clear_leftovers, read_mark, strangers, write_mark
+from fewstep.files import aside_name, check_ours, clear_leftovers, write_mark
 
 PARITY = 1e-4
 """Largest allowed `difference` between an export and fewstep.
@@ -145,15 +145,10 @@ def _largest(parts: Parts, folder: Path) -> float:
 @contextmanager
 def _aside_of(folder: Path) -> Iterator[Path]:
     """An empty folder to write into that becomes `folder` when all went well and vanishes otherwise."""
-    if folder.is_symlink():
-        raise UserError(f"{folder}: is a symbolic link; fewstep replaces nothing through one. Give the folder itself")
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{folder}: is a file; choose another folder")
-    if folder.is_dir() and any(folder.iterdir()):
-        if (read_mark(folder) or {}).get("kind") != KIND:
-            raise UserError(f"{folder}: exists and is not an earlier export; choose another folder")
-        if others := strangers(folder):
-            raise UserError(f"{folder}: holds {others[0]}, which fewstep did not write; move that away first")
+    if folder.is_symlink() or (folder.is_dir() and any(folder.iterdir())):
+        check_ours(folder, KIND, "exists and is not an earlier export; choose another folder")
     clear_leftovers(folder.parent)
     aside = folder.with_name(aside_name(folder.name))
     shutil.rmtree(aside, ignore_errors=True)

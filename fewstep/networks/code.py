@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from fewstep.config import UserError
-from fewstep.files import atomic_path, cache_dir, file_sha256
+from fewstep.files import atomic_path, cache_dir, file_sha256, read_json
 
 KEYS = ("wrapper", "factory")
 """Fields of a teacher whose value is code, `module:Name` or `file.py:Name`."""
@@ -81,15 +81,14 @@ def _ledger() -> Path:
 
 def _made_here() -> dict[str, dict[str, str]]:
     try:
-        held = json.loads(_ledger().read_text())
-    except (OSError, ValueError, RecursionError):
+        return read_json(_ledger())
+    except UserError:
         return {}
-    return held if isinstance(held, dict) else {}
 
 
 def remember(folder: Path, teacher: Any) -> None:
     """Note in the user's cache that a run directory was made here with this code."""
-    names = {name: digest(name) for name in named(teacher).values()}
+    names = {name: digest(name) for name in named(teacher).values() if digest(name)}
     if names:
         held = {**_made_here(), str(folder.resolve()): names}
         with atomic_path(_ledger()) as aside:
@@ -102,4 +101,5 @@ def allow_made_here(folder: Path, teacher: Any) -> None:
         return
     held = _made_here().get(str(folder.resolve()))
     if isinstance(held, Mapping):
-        _allowed.update((name, digest(name)) for name in named(teacher).values() if held.get(name) == digest(name))
+        same = [name for name in named(teacher).values() if digest(name) and held.get(name) == digest(name)]
+        _allowed.update((name, digest(name)) for name in same)

@@ -135,5 +135,6 @@ class Loop:
             raise UserError(
                 f"stopped at step {self.progress.done}: {optimizer.in_a_row} updates of "
                 f"{'+'.join(turn.updates)} in a row had non-finite gradients ({readings}). Lower optim.*.lr or "
-                "train.clip, use train.precision=fp32, or raise train.max_skips; the last checkpoint is kept"
+                "train.clip, use train.precision=fp32, or raise train.max_skips, and go on from its last "
+                "sound checkpoint with `--from RUN` and another --out"
             )

@@ -40,6 +40,7 @@ class TurnOptimizer:
             for name, spec in zip(names, self.specs, strict=True)
         ]
         self.adam = _made({(spec.rule, spec.bits) for spec in self.specs}, groups, names)
+        self._options = [{k: v for k, v in g.items() if k != "params"} for g in self.adam.param_groups]
 
     def rate(self, spec: AdamW) -> float:
         """Learning rate of the next update."""
@@ -59,6 +60,11 @@ class TurnOptimizer:
         self.adam.step()
         self.updates += 1
         self.in_a_row = 0
+
+    def use_own_options(self) -> None:
+        """The recipe's betas, eps and weight decay, where loading a state has put back those it was saved with."""
+        for group, options in zip(self.adam.param_groups, self._options, strict=True):
+            group.update(options)
 
     def refuse(self) -> None:
         """Count an update that was not made."""

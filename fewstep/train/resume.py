@@ -1,49 +1,23 @@
-"""A run directory claimed by its recipe, a loop's checkpoint, and a loop put where its newest checkpoint stands."""
+"""A loop's checkpoint, and a loop put where its newest checkpoint stands."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 from fewstep.config import UserError
-from fewstep.files import atomic_path, write_mark
-from fewstep.networks import code
-from fewstep.recipe.diff import differences
 from fewstep.recipe.schema import Recipe, Stage
-from fewstep.recipe.store import dump, load_run
+from fewstep.recipe.store import load_run
 from fewstep.train.loop import Loop
 from fewstep.train.origins import changes, check_resumed
 from fewstep.train.state import (
     Progress,
     checkpoints,
+    is_sound,
     load_checkpoint,
     read_origins,
     read_state,
     save_checkpoint,
 )
-
-KIND = "run directory"
-"""What the mark of a run directory says."""
-
-
-def claim(recipe: Recipe, run: Path) -> bool:
-    """Note the recipe in a run directory, which is made; True where an earlier training has left checkpoints.
-
-    UserError, with nothing changed, for a file and for a directory in which another recipe was trained.
-    """
-    if run.exists() and not run.is_dir():
-        raise UserError(f"run {run}: is a file; give a directory")
-    if (run / "recipe.yaml").is_file():
-        if changed := differences(load_run(run), recipe):
-            told = "\n  ".join(changed)
-            raise UserError(f"run {run}: another recipe was trained there; give another directory:\n  {told}")
-    else:
-        fresh = not run.exists() or not any(run.iterdir())
-        with atomic_path(run / "recipe.yaml") as aside:
-            aside.write_text(dump(recipe))
-        if fresh:
-            write_mark(run, KIND)
-    code.remember(run, recipe.teacher)
-    return bool(checkpoints(run / "checkpoints"))
 
 
 def save(loop: Loop, run: Path) -> None:
@@ -83,19 +57,39 @@ def go_on_from(loop: Loop, checkpoint: Path) -> list[str]:
     Returns lines about files that are others than that run's. UserError where roles, networks, averages or the
     optimised sets differ: only settings that change none of them may.
     """
-    _load(loop, checkpoint, checkpoint.parent.parent)
+    run = checkpoint.parent.parent
+    if (run / "recipe.yaml").is_file():
+        _refuse_stages(loop.session.recipe, load_run(run), run)
+    _load(loop, checkpoint, run)
+    if loop.progress.stage >= len(loop.session.recipe.stages()):
+        raise UserError(f"{checkpoint}: stands at the end of the run, so nothing would be trained; raise train.steps")
     # Readings that the other settings made are not this run's.
     loop.meter.restore({})
     return list(changes(loop.session.recipe, read_origins(checkpoint), loop.session.origins).values())
 
 
+def _refuse_stages(recipe: Recipe, other: Recipe, run: Path) -> None:
+    """A checkpoint stands in a stage: those up to its last, and their lengths, are the other recipe's too."""
+    own, theirs = (
+        [(s.method.name, s.steps, dict(s.copy)) for s in r.before] + [(r.method.name, 0, dict(r.copy))]
+        for r in (recipe, other)
+    )
+    if own != theirs:
+        told = ", ".join([*(f"{k} steps of {n}" for n, k, _ in theirs[:-1]), theirs[-1][0]])
+        raise UserError(
+            f"{run}: its stages are others ({told}), so its checkpoint stands nowhere in this recipe; leave `before`, "
+            "`copy` and the method's name as they were"
+        )
+
+
 def newest_of(path: Path) -> Path:
-    """The checkpoint that a path names: itself, or a run directory's newest. UserError when it is neither."""
+    """The checkpoint that a path names: itself, or a run directory's newest sound one. UserError when it is neither."""
     if (path / "state.json").is_file():
         return path
     found = checkpoints(path / "checkpoints")
     if found:
-        return found[-1]
+        # What was saved while updates were refused is what one wants to get away from.
+        return next((p for p in reversed(found) if is_sound(p)), found[-1])
     step = path.parent / "checkpoints" / path.name
     if (step / "state.json").is_file():
         return step
@@ -127,6 +121,7 @@ def _load(loop: Loop, checkpoint: Path, run: Path) -> None:
     for key, counts in progress.optim.items():
         if key in loop.optim:
             loop.optim[key].updates, loop.optim[key].skipped = counts["updates"], counts["skipped"]
+            loop.optim[key].use_own_options()
     for ema in session.ema:
         ema.updates = progress.ema[ema.name]
 

@@ -6,7 +6,6 @@ import errno
 import json
 import math
 import os
-import pickle
 import re
 import shutil
 import zlib
@@ -326,7 +325,7 @@ def _optimizer_state(file: Path, optimizer: torch.optim.Optimizer, parameters: l
     """An optimiser's state, checked against the parameters that it is for: their number, groups and sizes."""
     try:
         whole = torch.load(file, weights_only=True, map_location="cpu")
-    except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError):
+    except Exception:  # an unpickler fed with anything raises anything
         # Their own texts advise to load without `weights_only`, which runs whatever code a file brings.
         raise UserError(f"{file}: is not an optimiser's state as fewstep writes it; {_remedy(file.parent)}") from None
     try:
@@ -335,7 +334,7 @@ def _optimizer_state(file: Path, optimizer: torch.optim.Optimizer, parameters: l
         order = [i for group in whole["param_groups"] for i in group["params"]]
         own = dict(zip(order, parameters, strict=True)) if fits else {}
         for i, held in whole["state"].items():
-            fits = fits and i in own and all(_fits(v, own[i]) for v in held.values())
+            fits = fits and i in own and all(_fits(k, v, own[i]) for k, v in held.items())
     except (KeyError, TypeError, AttributeError, ValueError):
         fits = False
     if not fits:
@@ -343,8 +342,12 @@ def _optimizer_state(file: Path, optimizer: torch.optim.Optimizer, parameters: l
     return dict(whole)
 
 
-def _fits(value: Any, parameter: Tensor) -> bool:
-    """Whether a moment may belong to a parameter: its shape, or no larger (factored and 8-bit ones, counters)."""
+def _fits(name: str, value: Any, parameter: Tensor) -> bool:
+    """Whether a moment may belong to a parameter: Adam's have its shape, others (factored, 8-bit) are no larger."""
+    if name in ("exp_avg", "exp_avg_sq"):
+        return isinstance(value, Tensor) and value.shape == parameter.shape and value.is_floating_point()
+    if name == "step":
+        return math.isfinite(float(value)) if not isinstance(value, Tensor) or value.numel() == 1 else False
     if not isinstance(value, Tensor):
         return value is None or isinstance(value, bool | int | float | str)
     return value.shape == parameter.shape or value.numel() <= max(256, math.prod(parameter.shape))

@@ -6,7 +6,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -20,6 +20,7 @@ from fewstep.kernels import use_fewstep_attention
 from fewstep.networks.roles import Roles
 from fewstep.recipe.schema import Recipe, Stage
 from fewstep.train import resume
+from fewstep.train.claim import claim, held
 from fewstep.train.log import Log, start_trackers
 from fewstep.train.loop import Loop
 from fewstep.train.memory import OutOfMemory, guarded
@@ -66,7 +67,8 @@ class Trainer:
         cpu: stay on the CPU where there is a GPU.
 
     Raises:
-        UserError: roles that cannot be built, a directory in which another recipe was trained.
+        UserError: roles that cannot be built, a directory that is not fewstep's, in which another recipe was trained or
+            in which another process trains.
 
     >>> recipe = fewstep.load("toy/dmd2", before=[], copy={}, train={"steps": 2, "batch": 16})
     >>> trainer = fewstep.Trainer(recipe, "runs/two-steps", cpu=True)
@@ -92,16 +94,19 @@ class Trainer:
         self.log: Log | None = None
         self.last_record: dict[str, Any] = {}
         self.changed: list[str] = []
-        self._stop = self._earlier = False
+        self._stop, self._newest = False, ""
+        self._claimed = run is not None and self.accelerator.is_main_process
         if run is not None:
+            if self._claimed:
+                with held(Path(run)):
+                    claim(recipe, Path(run))
+            self.accelerator.wait_for_everyone()
             self.attach(run)
 
     def attach(self, run: str | Path) -> None:
-        """Log and save in this directory from now on; UserError where another recipe was trained."""
-        run = Path(run)
-        if self.accelerator.is_main_process:
-            self._earlier = resume.claim(self.recipe, run)
-        self.run, self.log = run, Log(run / "log.jsonl")
+        """Log and save from now on in a directory that the caller has claimed and holds (`fewstep.train.claim`)."""
+        self.run = Path(run)
+        self.log = Log(self.run / "log.jsonl")
         _ = self.session.origins  # taken now: files that change while it trains are not what was read
 
     @property
@@ -128,11 +133,27 @@ class Trainer:
     def fit(self) -> None:
         """Train to the end of the last stage.
 
-        SIGTERM and Ctrl-C save a checkpoint at the next step's end; a second one stops at once, without. UserError where
-        the directory holds an earlier training that was not resumed.
+        SIGTERM and Ctrl-C save a checkpoint at the next step's end; a second one stops at once, without.
+
+        Raises:
+            UserError: the directory holds an earlier training that was not resumed, or another process trains there.
         """
-        if self._earlier:
-            raise UserError(f"run {self.run}: holds an earlier training; call resume() before fit(), or give another")
+        with self._alone():
+            if self._claimed and self._newest_checkpoint() != self._newest:
+                raise UserError(f"{self.run}: holds an earlier training; call resume() before fit(), or give another")
+            if self._claimed and self.log:
+                self.log.cut(self.progress.done)  # of a training that ended before its first checkpoint
+            self._fit()
+
+    def _alone(self) -> AbstractContextManager[None]:
+        """The directory kept to this process, where its caller does not keep it."""
+        return held(self.run) if self._claimed and self.run is not None else nullcontext()
+
+    def _newest_checkpoint(self) -> str:
+        found = [] if self.run is None else checkpoints(self.run / "checkpoints")
+        return found[-1].name if found else ""
+
+    def _fit(self) -> None:
         names, told = self.recipe.train.trackers, self.accelerator
         if names and self.run is not None and told.is_main_process and not told.trackers:
             start_trackers(told, names, self.run, self.progress.done)
@@ -227,6 +248,7 @@ class Trainer:
         if self.hooks.on_save:
             self.hooks.on_save(self)
         resume.save(self.loop, self.run)
+        self._newest = self._newest_checkpoint()
 
     def resume(self) -> bool:
         """Continue from the newest complete checkpoint; False when there is none.
@@ -235,18 +257,23 @@ class Trainer:
         """
         if self.run is None:
             raise UserError("run: this trainer has no directory to resume from; give it one")
-        self._earlier = False
-        told = resume.resume(self.loop, self.run)
-        self.changed = told or []
-        if self.log and self.accelerator.is_main_process:
-            self.log.cut(0 if told is None else self.progress.done)
-            for line in self.changed:
-                self.log.write({"done": self.progress.done, "note": line})
+        with self._alone():
+            self._newest = self._newest_checkpoint()
+            told = resume.resume(self.loop, self.run)
+            self.changed = told or []
+            if self.log and self.accelerator.is_main_process:
+                self.log.cut(0 if told is None else self.progress.done)
+                for line in self.changed:
+                    self.log.write({"done": self.progress.done, "note": line})
         return told is not None
 
-    def go_on_from(self, checkpoint: Path) -> None:
-        """Start from a checkpoint of another run, with this recipe's settings; `changed` says what differs outside."""
-        self.changed = resume.go_on_from(self.loop, checkpoint)
+    def go_on_from(self, path: str | Path) -> None:
+        """Start from another run, or one of its checkpoints, with this recipe's settings; `changed` says what differs outside.
+
+        Raises:
+            UserError: it is neither, or its roles, networks, averages or stages are others than this recipe's.
+        """
+        self.changed = resume.go_on_from(self.loop, resume.newest_of(Path(path)))
 
 
 def gradients(parameters: list[nn.Parameter]) -> Tensor:

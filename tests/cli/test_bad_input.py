@@ -304,8 +304,8 @@ def test_run_directories(refused: Call, trained: Path, teacher: Path, tmp_path: 
     assert told.splitlines()[0] == f"{run}: was started with another recipe, so it cannot be resumed:"
     assert [line.split(":")[0].strip() for line in told.splitlines()[1:-1]] == ["method.gan.weight"]
     assert told.splitlines()[-1].startswith("To go on from its weights with other settings: --from")
-    after = {p: p.read_bytes() for p in run.rglob("*") if p.is_file() and p.name != ".lock"}
-    assert after == {p: data for p, data in before.items() if p.name != ".lock"}
+    after = {p: p.read_bytes() for p in run.rglob("*") if p.is_file() and p.name != ".fewstep-lock"}
+    assert after == {p: data for p, data in before.items() if p.name != ".fewstep-lock"}
     letters = tmp_path / "letters"
     letters.mkdir()
     (letters / "a.txt").write_text("dear")
@@ -313,7 +313,7 @@ def test_run_directories(refused: Call, trained: Path, teacher: Path, tmp_path: 
         f"{letters}: is not a run directory that fewstep made; --force deletes only those. Choose another --out"
     )
     assert refused("run", "digits-dmd2", *settings, "--out", letters / "a.txt") == (
-        f"{letters / 'a.txt'}: is a file; choose another --out"
+        f"{letters / 'a.txt'}: is a file; choose another directory (--out)"
     )
     assert (letters / "a.txt").read_text() == "dear"
 

@@ -6,12 +6,14 @@ import json
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from eval_command import eval_refusal
 from PIL import Image
 from tiny_pictures import noise, write
 from tiny_teacher import make_run, make_teacher
@@ -75,16 +77,7 @@ def ok(capfd: pytest.CaptureFixture[str], tmp_path: Path) -> Call:
 
 @pytest.fixture
 def refused(capfd: pytest.CaptureFixture[str]) -> Call:
-    def call(*arguments: Any) -> str:
-        capfd.readouterr()
-        with pytest.raises(SystemExit) as caught:
-            main(["eval", *map(str, arguments)])
-        out, err = capfd.readouterr()
-        assert caught.value.code == 2, out + err
-        assert "Traceback" not in out + err
-        return err[err.index("error: ") :].removeprefix("error: ").strip()
-
-    return call
+    return partial(eval_refusal, capfd)
 
 
 def shrunk(folder: Path) -> torch.Tensor:

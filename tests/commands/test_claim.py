@@ -9,9 +9,11 @@ from pathlib import Path
 import pytest
 from tiny_runs import in_child, tiny
 
-from fewstep.commands.claim import held, prepare
+from fewstep.commands.claim import prepare
 from fewstep.config import UserError
 from fewstep.files import LOCK, MARK, aside_name, atomic_path, clear_leftovers, read_mark, strangers, write_mark
+from fewstep.recipe.store import dump
+from fewstep.train.claim import held
 
 SHORT = ("before.0.steps=10", "train.steps=20")
 
@@ -36,7 +38,9 @@ def test_force_deletes_no_folder_that_only_looks_like_a_run(tmp_path: Path):
     assert everything(other) == before
 
 
-@pytest.mark.parametrize("name", ["thesis.tex", "notes/plan.txt", "export/mine.txt"])
+@pytest.mark.parametrize(
+    "name", ["thesis.tex", "notes/plan.txt", "export/mine.txt", "report/notes.md", "samples/thesis.tex", "lora/mine"]
+)
 def test_force_deletes_no_file_that_fewstep_did_not_write(tmp_path: Path, name: str):
     run = claimed(tmp_path / "run")
     (run / "checkpoints" / "step-00000010").mkdir(parents=True)
@@ -72,6 +76,20 @@ def test_nothing_is_deleted_through_a_link(tmp_path: Path):
     assert (outside / "picture.png").read_text() == "mine"
 
 
+def test_resume_takes_no_folder_for_its_own(tmp_path: Path):
+    """A folder with a recipe of the user's: nothing in it changes, so that no later --force deletes it."""
+    other = tmp_path / "exp1"
+    other.mkdir()
+    (other / "recipe.yaml").write_text("# mine\n" + dump(tiny(*SHORT)))
+    (other / "thesis.tex").write_text("years of work")
+    (other / ".lock").write_text("precious")
+    before = everything(other)
+    for resume, force in ((False, False), (True, False), (False, True)):
+        with held(other), pytest.raises(UserError, match=r"is already used|is not a run directory that fewstep made"):
+            prepare(tiny(*SHORT), other, resume, force)
+        assert everything(other) == before
+
+
 @pytest.mark.parametrize("name", ["checkpoints", "samples", "report", "recipe.yaml", "log.jsonl"])
 def test_a_run_with_planted_links_is_not_continued(tmp_path: Path, name: str):
     run = claimed(tmp_path / "run")
@@ -97,20 +115,6 @@ def test_planted_links_under_temporary_names_are_not_followed(tmp_path: Path):
     assert victim.read_text() == "mine"
 
 
-def test_two_processes_do_not_train_in_one_directory(tmp_path: Path):
-    run = tmp_path / "run"
-    with held(run):
-
-        def second() -> None:
-            words = rf"is being trained in by process {os.getppid()}; wait for it or stop"
-            with pytest.raises(UserError, match=words), held(run):
-                pass
-
-        assert in_child(second) == 0
-    with held(run):
-        pass
-
-
 def test_the_lock_outlives_force_and_not_its_process(tmp_path: Path):
     run = tmp_path / "run"
     with held(run):
@@ -127,16 +131,6 @@ def test_the_lock_outlives_force_and_not_its_process(tmp_path: Path):
     assert in_child(dies_with_it) == 0
     with held(run):
         pass
-
-
-def test_a_lock_is_not_taken_through_a_link(tmp_path: Path):
-    run, victim = tmp_path / "run", tmp_path / "victim"
-    run.mkdir()
-    victim.write_text("mine")
-    (run / LOCK).symlink_to(victim)
-    with pytest.raises(UserError, match=r"\.lock: cannot be opened"), held(run):
-        pass
-    assert victim.read_text() == "mine"
 
 
 def test_leftovers_of_a_killed_process_go_and_a_running_ones_stay(tmp_path: Path):

@@ -224,7 +224,6 @@ def test_levels_and_batches():
         ({"data": "pictures", "method": "emd-x"}, "--method emd-x: `fewstep new` writes dmd2"),
         ({"data": "pictures", "lora": True}, "--lora is for a pipeline; add --teacher FOLDER"),
         ({"data": "pictures", "prompts": "file.txt"}, "--prompts is for a pipeline"),
-        ({"data": "odd"}, "--data odd: pictures of 9 x 8 cannot be halved"),
         ({"data": "small"}, "--data small: the smallest picture has 7 pixels, a UNet needs 8"),
         ({"data": "pictures", "out": "mine.txt"}, "mine.txt: a recipe's name ends in .yaml"),
         ({"data": "pictures", "out": "no/mine.yaml"}, "no: no such folder"),
@@ -247,7 +246,6 @@ def test_refusals_name_the_option_and_the_remedy(
     (here / "file.txt").write_text("a prompt\n")
     (here / "there.yaml").write_text("")
     make_pictures(here / "pictures", 2, (8, 8))
-    make_pictures(here / "odd", 2, (9, 8))
     make_pictures(here / "small", 1, (130, 7))
     (make_pictures(here / "broken", 1) / "0.png").write_bytes(b"no picture")
     if wish.get("teacher") == "unet":

@@ -17,6 +17,9 @@ from fewstep.config import UserError
 from fewstep.data import shards as shards_module
 from fewstep.data.shards import Shards
 
+LEFT = ".00000-x.999999999.fewstep-tmp.safetensors"
+"""What a process that is gone was writing."""
+
 
 def refused(open_it: Callable[[], object]) -> str:
     with pytest.raises(UserError) as caught:
@@ -33,7 +36,7 @@ def test_shards_go_on_where_they_stopped_and_notice_damage(tmp_path: Path):
     first = shards()
     assert [list(r) for r in first.missing()] == [[0, 1, 2], [3, 4, 5], [6]]
     first.write(first.missing()[1], {"x": x[3:6]})
-    (tmp_path / "s" / "00000.tmp").write_bytes(b"half")
+    (tmp_path / "s" / LEFT).write_bytes(b"half")
     second = shards()
     assert [list(r) for r in second.missing()] == [[0, 1, 2], [6]]
     assert refused(second.check).startswith(f"{tmp_path / 's'}: holds 3 of 7 rows; run the command")
@@ -72,7 +75,7 @@ def test_two_that_write_one_file_at_once_leave_it_whole(tmp_path: Path, monkeypa
     for s in made:
         s.check()
         assert torch.equal(s.take(torch.tensor([2, 0]))["x"], x[[2, 0]])
-    assert not list((tmp_path / "s").glob("*.tmp"))
+    assert sorted(p.name for p in (tmp_path / "s").iterdir()) == ["00000.safetensors", "index.json", "lock"]
 
 
 def test_of_several_that_claim_a_folder_one_fills_it(tmp_path: Path):
@@ -104,7 +107,7 @@ def test_a_claim_that_fails_is_free_for_the_next(tmp_path: Path):
     s = Shards(tmp_path / "s", {"vae": "a"}, 2)
     with pytest.raises(RuntimeError, match="the encoder"), s.claimed():
         raise RuntimeError("the encoder")
-    (tmp_path / "s" / "00000.abc.tmp").write_bytes(b"of one that died")
+    (tmp_path / "s" / LEFT).write_bytes(b"of one that died")
     again = Shards(tmp_path / "s", {"vae": "a"}, 2)
     with again.claimed() as todo:
         assert todo == [range(2)]

@@ -63,11 +63,11 @@ def student_settings(teacher: Path) -> list[str]:
 
 def make_run(folder: Path, teacher: Path, *settings: str) -> Path:
     """Two steps of DMD2 on digits from that teacher."""
-    from fewstep.recipe.store import dump, load
+    from fewstep.commands.claim import prepare
+    from fewstep.recipe.store import load
     from fewstep.train.trainer import Trainer
 
     recipe = load("digits-dmd2", [*student_settings(teacher), *settings])
-    folder.mkdir(parents=True)
-    (folder / "recipe.yaml").write_text(dump(recipe))
+    prepare(recipe, folder, resume=False, force=False)
     Trainer(recipe, folder, cpu=True).fit()
     return folder

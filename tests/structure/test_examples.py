@@ -175,25 +175,6 @@ def test_python_values_and_text_make_the_same_recipe():
     assert fewstep.load("toy/dmd2", {**values, "method.times": part}) == fewstep.load("toy/dmd2", text)
 
 
-def test_a_used_directory_is_neither_mixed_nor_overwritten(here: Path):
-    def recipe(**train: Any) -> fewstep.Recipe:
-        return fewstep.load("toy/dmd2", before=[], copy={}, train={"steps": 2, "batch": 8, **train})
-
-    fewstep.Trainer(recipe(), "runs/used", cpu=True).fit()
-    again = fewstep.Trainer(recipe(), "runs/used", cpu=True)
-    with pytest.raises(fewstep.UserError, match=r"run runs/used: holds an earlier training; call resume\(\)"):
-        again.fit()
-    assert again.resume()
-    again.fit()
-    with pytest.raises(fewstep.UserError, match="run runs/used: another recipe was trained there"):
-        fewstep.Trainer(recipe(batch=16), "runs/used", cpu=True)
-    (here / "file").touch()
-    with pytest.raises(fewstep.UserError, match="run file: is a file"):
-        fewstep.Trainer(recipe(), "file", cpu=True)
-    with pytest.raises(fewstep.UserError, match="run: this trainer has no directory"):
-        fewstep.Trainer(recipe(), cpu=True).resume()
-
-
 def test_a_trainer_is_opened_as_it_stands(here: Path):
     trainer = fewstep.Trainer(fewstep.load("toy/dmd2", before=[], copy={}, train={"steps": 1, "batch": 8}), cpu=True)
     before = fewstep.open_product(trainer).draw(3)

@@ -22,7 +22,7 @@ from fewstep.data.pictures import Captions, Prompts, WebDataset
 from fewstep.data.text import SentenceEncoder
 from fewstep.files import BLOCK, digest_of
 from fewstep.networks.teachers import DiffusersTeacher
-from fewstep.recipe.store import load_run
+from fewstep.recipe.store import load, load_run
 from fewstep.train import resume
 from fewstep.train.origins import changes, origins_of, stands_on_teacher
 from fewstep.train.product import open_product
@@ -170,7 +170,7 @@ def test_another_teacher_is_refused_where_it_would_mean_nothing(place: Path, cap
     out = " ".join(capsys.readouterr().out.split())
     assert "note: teacher" in out
     assert "has changed: 3 files" in out
-    trainer = Trainer(load_run(place / "lora"), None, cpu=True)
+    trainer = Trainer(load(str(place / "lora" / "recipe.yaml"), ["train.steps=9"]), None, cpu=True)
     trainer.go_on_from(resume.newest_of(place / "lora"))  # asked for
     assert [line.split(" has ")[0] for line in trainer.changed] == [f"teacher {place / 'teacher'}"]
 

@@ -72,9 +72,11 @@ def test_every_flipped_bit_of_state_json_is_noticed(copied: Path):
         except UserError:
             continue
         silent.append(place)
-    # Spaces between the items may change into other white space: the same state.
-    spaces = {0x20 ^ 1 << bit for bit in range(8)} & set(b"\t\r\n ")
-    assert [p for p in silent if not (whole[p // 8] in b" \n" and whole[p // 8] ^ 1 << p % 8 in spaces | {0x20})] == []
+    # White space, and the last digit of a number that two texts round to, may change: the state is the same.
+    for place in silent:
+        data = bytearray(whole)
+        data[place // 8] ^= 1 << place % 8
+        assert json.loads(data) == json.loads(whole), place
 
 
 def put(*keys: str, value: Any) -> Callable[[dict[str, Any]], None]:
@@ -149,6 +151,12 @@ def other_moments(kind: str, path: Path) -> None:
             first["exp_avg"].flatten()[:0].reshape(0) if first["exp_avg"].ndim == 0 else torch.zeros(2, 400)
         )
         torch.save(held, path)
+    elif kind == "one element":
+        first["exp_avg"] = first["exp_avg"].flatten()[:1].clone()
+        torch.save(held, path)
+    elif kind == "no number":
+        first["step"] = torch.tensor(float("nan"))
+        torch.save(held, path)
     elif kind == "groups":
         torch.save({**held, "param_groups": held["param_groups"] * 2}, path)
     elif kind == "no group":
@@ -169,7 +177,20 @@ def other_moments(kind: str, path: Path) -> None:
         torch.save(Code(), path)
 
 
-KINDS = ["larger", "other shape", "groups", "no group", "steps", "empty", "list", "not torch's", "pickle", "torch pickle"]
+KINDS = (
+    "one element",
+    "no number",
+    "larger",
+    "other shape",
+    "groups",
+    "no group",
+    "steps",
+    "empty",
+    "list",
+    "not torch's",
+    "pickle",
+    "torch pickle",
+)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -210,7 +231,6 @@ def test_other_settings_go_on_from_a_checkpoint(copied: Path, tmp_path: Path):
     for a, b in zip(reference.product.parameters(), same.product.parameters(), strict=True):
         assert torch.equal(a, b)
     slower = Trainer(tiny(*SHORT, "optim.student.lr=1e-9", "train.clip=1.0"), tmp_path / "slower", cpu=True)
-    slower.run.mkdir()  # type: ignore[union-attr]
     slower.go_on_from(resume.newest_of(copied / "checkpoints" / STEP))
     before = [p.clone() for p in slower.roles.student.parameters()]
     assert slower.progress.done == 12
@@ -233,3 +253,27 @@ def test_what_cannot_be_gone_on_from_is_named(copied: Path, tmp_path: Path):
         trainer = Trainer(tiny(*SHORT, *change), None, cpu=True)
         with pytest.raises(UserError, match=words):
             trainer.go_on_from(resume.newest_of(copied))
+
+
+def test_other_settings_are_those_of_the_optimiser(copied: Path):
+    """Loading a state brings the group options that it was saved with; the recipe's are in force."""
+    change = ("optim.default={lr: 1e-3, betas: [0.1, 0.2], weight_decay: 0.7, eps: 1e-5}", "optim.student={lr: 1e-3}")
+    trainer = Trainer(tiny(*SHORT[:4], *change), None, cpu=True)
+    trainer.go_on_from(resume.newest_of(copied))
+    (group, *_) = trainer.loop.optim["critic+discriminator"].adam.param_groups
+    assert (group["betas"], group["weight_decay"], group["eps"]) == ((0.1, 0.2), 0.7, 1e-5)
+
+
+def test_a_checkpoint_stands_in_no_other_stages(copied: Path):
+    from fewstep.recipe.store import dump
+
+    (copied / "recipe.yaml").write_text(dump(tiny(*SHORT)))
+    trainer = Trainer(tiny(*SHORT, "before.0.steps=2"), None, cpu=True)
+    with pytest.raises(UserError, match=r"its stages are others \(6 steps of denoise, dmd2\)"):
+        trainer.go_on_from(resume.newest_of(copied))
+
+
+def test_a_finished_run_is_not_gone_on_from_to_do_nothing(copied: Path):
+    trainer = Trainer(tiny(*SHORT, "train.steps=6"), None, cpu=True)
+    with pytest.raises(UserError, match=r"stands at the end of the run, so nothing would be trained; raise train\.steps"):
+        trainer.go_on_from(resume.newest_of(copied))
