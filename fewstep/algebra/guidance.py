@@ -56,6 +56,7 @@ def guided(
     """One guided call; conditional and unconditional rows go through the network as one batch.
 
     Args:
+        x, t: noised samples (b, *d) and their times (b,).
         cond, null: conditions of the same structure; null is the empty (or negative) one.
         scale: w, a number or (b,). Exactly 1.0 skips the unconditional half.
         interval: levels of sigma / alpha inside which w applies, elsewhere w = 1 (arXiv 2404.07724).

@@ -138,10 +138,15 @@ def from_raw(
     raw: Tensor,
     features: Mapping[str, Tensor] | None = None,
 ) -> Prediction:
-    """Read a network's raw output of parametrisation `kind` (a key of PAIRS).
+    """Read a network's raw output (b, *d) at x (b, *d) and t (b,).
 
-    Raises ValueError for an unknown kind, and where the information is absent: an eps or score network at
-    alpha = 0, where x is pure noise, says nothing about x0.
+    Args:
+        kind: x0, eps, v (arXiv 2202.00512), velocity (dx/dt of the process), psi (eps - x0), score, edm (raw F of arXiv
+            2206.00364, table 1), cm (arXiv 2303.01469, appendix C) or trig (TrigFlow's F, arXiv 2410.11081).
+
+    Raises:
+        ValueError: another kind, or one that says nothing about x0 here: an eps or score network at alpha = 0, where
+            x is pure noise.
 
     >>> x_t, t = torch.tensor([[0.5]]), torch.tensor([0.5])
     >>> velocity = torch.tensor([[-1.0]])

@@ -207,6 +207,9 @@ def knot_levels(steps: int, knots: int) -> tuple[float, ...]:
 def many_step(steps: int, solver: Solver = "heun") -> Sampler:
     """A teacher's ODE sampler with `steps` levels, evenly spaced in u from the prior to sigma's low end.
 
+    Raises:
+        ValueError: no step.
+
     >>> fewstep.many_step(4).steps
     (1.0, 0.75, 0.5, 0.25)
     >>> fewstep.many_step(0)

@@ -25,10 +25,28 @@ if TYPE_CHECKING:
 class Product(opened.Product):
     """What `open_product` opens: a denoiser (`net`), how it is sampled (`sampler`) and what it samples (`shape`).
 
+    `classes` is 0 where samples are of none, `recipe` None for a folder that is no run.
+
     >>> product = fewstep.open_product("runs/digits")
+    >>> product
+    Product(digits: (1, 8, 8), 10 classes, 1 step)
     >>> product.shape, product.classes, product.sampler.steps
     ((1, 8, 8), 10, (1.0,))
     """
+
+    def __repr__(self) -> str:
+        steps = len(self.sampler.steps)
+        classes = f"{self.classes} classes, " if self.classes else ""
+        return f"Product({self.title}: {self.shape}, {classes}{steps} step{'s' * (steps > 1)})"
+
+    def to(self, device: str | torch.device) -> Product:
+        """Move the net, whose samples still come back on the CPU; returns this product.
+
+        >>> fewstep.open_product("runs/ring").to("cpu").device()
+        device(type='cpu')
+        """
+        self.net.to(device)
+        return self
 
     def draw(
         self,
@@ -175,7 +193,8 @@ class Product(opened.Product):
             lora: the adapter alone, as `load_lora_weights` reads it.
 
         Raises:
-            UserError: no stock pipeline takes this product's steps, or the folder holds something else.
+            UserError: no stock pipeline takes this product's steps, it was opened from a diffusers folder, or the folder
+                holds something else.
 
         >>> done = fewstep.open_product("runs/digits").export("exported")
         >>> done.parity < 1e-4
@@ -188,6 +207,8 @@ class Product(opened.Product):
         from fewstep.export.levels import check_product
         from fewstep.export.lora import export_lora
 
+        if self.recipe is None:
+            raise UserError(f"{self.title}: is a diffusers folder and no run; it needs no export")
         try:
             if lora:
                 return export_lora(self, Path(folder))

@@ -77,7 +77,7 @@ class DecoupledDMD:
         last = exit_step(batch.draws, len(self.steps))
         x = rollout(roles.student, batch.draws, batch.shape, self.steps, batch.cond, exit=last).x
         gradient, log = self.gradient(roles, batch, x.detach(), self.steps[last])
-        losses = Losses({"match": obj.toward(x, gradient)}, log)
+        losses = Losses({"match": obj.surrogate_loss(x, gradient)}, log)
         if self.regularizer == "moments":
             losses["moments"] = self.moments_weight * obj.moment_divergence(x, *self.moments)
         if self.regularizer == "gan":

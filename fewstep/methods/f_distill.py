@@ -91,7 +91,7 @@ class FDistill:
     def student_losses(self, roles: Roles, batch: Batch) -> Iterator[Losses]:
         x = rollout(roles.student, batch.draws, batch.shape, self.steps, batch.cond).x
         gradient, log = self.gradient(roles, batch, x.detach())
-        losses = Losses({"match": obj.toward(x, gradient)}, log)
+        losses = Losses({"match": obj.surrogate_loss(x, gradient)}, log)
         losses["gan"] = self.gan.generator(roles, batch, x)
         yield losses
 

@@ -77,7 +77,7 @@ class MDT:
             x, _ = add_noise(process, sample, batch.noise(), t)
             with torch.no_grad():
                 here, target = self.target(roles, batch, x, t, self.distill_guidance)
-            losses["distill"] = self.distill_weight * obj.toward(velocity, 2 * (here - target))
+            losses["distill"] = self.distill_weight * obj.surrogate_loss(velocity, 2 * (here - target))
         yield losses
 
     def sampler(self) -> Sampler:

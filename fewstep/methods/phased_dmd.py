@@ -110,7 +110,7 @@ class PhasedDMD:
     def student_losses(self, roles: Roles, batch: Batch) -> Iterator[Losses]:
         x_s, x0 = self.path(roles, batch)
         gradient, log = self.gradient(roles, batch, x_s.detach(), x0.detach())
-        yield Losses({"match": obj.toward(x_s if self.loss_on == "x_s" else x0, gradient)}, log)
+        yield Losses({"match": obj.surrogate_loss(x_s if self.loss_on == "x_s" else x0, gradient)}, log)
 
     @torch.no_grad()
     def gradient(self, roles: Roles, batch: Batch, x_s: Tensor, x0: Tensor) -> tuple[Tensor, dict[str, Tensor]]:

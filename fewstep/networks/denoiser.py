@@ -33,8 +33,8 @@ class Denoiser(nn.Module):
         net: called as net(x_scaled, time, cond, taps=..., stop=...), returns (raw, features). With stop=True
             it may return (None, features) as soon as all taps are known.
         process: the process whose times t are.
-        prediction: what net returns, a key of `fewstep.algebra.prediction.PAIRS`.
-        time_input: what net takes as its time.
+        prediction: what net returns, a `kind` of `fewstep.from_raw`.
+        time_input: what net takes as its time: t, 1000t, index (of a table), angle, log_sigma/4 or 250log_sigma.
 
     >>> class Net(torch.nn.Module):
     ...     def forward(self, x, time, cond=None, taps=(), stop=False):

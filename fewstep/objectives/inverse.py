@@ -26,7 +26,7 @@ def inverse_matching(
     for alpha = 1 (SIM, arXiv 2410.16794) and SiD's for any alpha (arXiv 2404.04057).
 
     Args:
-        real, fake: the teacher's and the critic's denoisers at the same noised student sample.
+        real, fake: the teacher's and the critic's answers at the same noised student sample, (b, *d).
         x: the clean student sample (b, *d).
         alpha, ratio: numbers or tensors (b,); a tensor is differentiated through x_t as well, which the
             divergences of Uni-Instruct need.

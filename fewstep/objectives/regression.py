@@ -25,7 +25,7 @@ def per_sample(x: Tensor) -> Tensor:
 
 
 def mse(a: Tensor, b: Tensor, weight: Tensor | None = None) -> Tensor:
-    """Mean over the batch of weight (b,) times the per-sample mean of (a - b)^2.
+    """Mean over the batch of weight (b,) times the per-sample mean of (a - b)^2, both (b, *d); a scalar.
 
     >>> a, b = torch.tensor([[1.0, 3.0], [0.0, 0.0]]), torch.zeros(2, 2)
     >>> fewstep.mse(a, b), fewstep.mse(a, b, weight=torch.tensor([2.0, 1.0]))
@@ -36,7 +36,7 @@ def mse(a: Tensor, b: Tensor, weight: Tensor | None = None) -> Tensor:
 
 
 def pseudo_huber_element(a: Tensor, b: Tensor, c: float) -> Tensor:
-    """mean(sqrt((a - b)^2 + c^2) - c), element by element (the form of LCM, TDD, PCM).
+    """mean(sqrt((a - b)^2 + c^2) - c) over every element of a and b (b, *d) (LCM, arXiv 2310.04378); a scalar.
 
     >>> fewstep.pseudo_huber_element(torch.tensor([[3.0]]), torch.tensor([[0.0]]), c=4.0)
     tensor(1.)
@@ -45,7 +45,9 @@ def pseudo_huber_element(a: Tensor, b: Tensor, c: float) -> Tensor:
 
 
 def pseudo_huber_sample(a: Tensor, b: Tensor, c: float) -> Tensor:
-    """mean_b(sqrt(|a - b|^2 + c^2) - c) on the L2 norm of a sample (iCT, arXiv 2310.14189; c = 0.00054 sqrt(d)).
+    """mean_b(sqrt(|a - b|^2 + c^2) - c) on the L2 norm of a sample of d elements, a and b (b, *d); a scalar.
+
+    iCT, arXiv 2310.14189, with c = 0.00054 sqrt(d).
 
     >>> fewstep.pseudo_huber_sample(torch.tensor([[3.0, 4.0]]), torch.zeros(1, 2), c=12.0)
     tensor(1.)
@@ -110,7 +112,13 @@ def dsm(
     clamp: float = 10.0,
     **call: Any,
 ) -> Tensor:
-    """Denoising score matching of a denoiser on samples x at time s (None: clean), noised to t; a scalar.
+    """Denoising score matching (arXiv 2206.00364, eq. 2) of a denoiser on samples x at time s, noised to t; a scalar.
+
+    Args:
+        x, eps: samples at time s (None: clean) and standard normal noise, both (b, *d).
+        t, s: times of shape (b,), s < t.
+        weight, clamp: see `x0_weight`.
+        cond, call: what the denoiser is told beside x and t.
 
     Without a weight it is x0 from clean samples and psi from s > 0: there the target is the unbiased sub-interval one
     of `add_noise`, whose second moment diverges as t -> s, and of the weights only psi, with its `clamp`, takes that
@@ -130,7 +138,7 @@ def dsm(
 
 
 def moment_divergence(x: Tensor, mean: float, variance: float) -> Tensor:
-    """Mean over the batch of KL(N(m_i, v_i) || N(mean, variance)), m_i and v_i the moments of the sample's elements.
+    """Mean over a batch (b, *d) of KL(N(m_i, v_i) || N(mean, variance)), m_i and v_i the moments of a sample's elements.
 
     A regulariser without parameters that holds brightness and contrast (Decoupled DMD, arXiv 2511.22677).
 

@@ -36,9 +36,12 @@ Distance = Literal["mse", "l1", "huber", "huber_sample"]
 
 @torch.no_grad()
 def two_leg(first: Leg, second: Leg, x: Tensor, t: Tensor, u: Tensor, s: Tensor) -> Tensor:
-    """second(first(x, t -> u), u -> s) without a gradient, t >= u >= s; times (b,), x (b, *d).
+    """second(first(x, t -> u), u -> s) without a gradient, t >= u >= s; times (b,), x (b, *d) -> (b, *d).
 
-    >>> leg = fewstep.objectives.legs.student_leg(fewstep.load("toy/dmd2").data.open().mixture, None)
+    A leg is called as leg(x, from, to); the target of shortcut models (arXiv 2410.12557) is one of two half steps.
+
+    >>> exact = fewstep.load("toy/dmd2").data.open().mixture
+    >>> leg = lambda x, t, s: fewstep.jump(exact, x, t, s)
     >>> x = torch.tensor([[1.0, 0.5]])
     >>> t, u, s = torch.tensor([0.9]), torch.tensor([0.5]), torch.tensor([0.1])
     >>> fewstep.two_leg(leg, leg, x, t, u, s).equal(leg(leg(x, t, u), u, s))
@@ -50,7 +53,10 @@ def two_leg(first: Leg, second: Leg, x: Tensor, t: Tensor, u: Tensor, s: Tensor)
 def chord_x0(process: Process, x: Tensor, t: Tensor, x_s: Tensor, s: Tensor) -> Tensor:
     """The x0 whose DDIM step from (x, t) lands on x_s: (x_s - k x) / (alpha_s - k alpha_t), k = sigma_s / sigma_t.
 
-    Progressive distillation's target (arXiv 2202.00512, appendix G). Raises ValueError where s = t.
+    Progressive distillation's target (arXiv 2202.00512, appendix G). x, x_s (b, *d), times (b,).
+
+    Raises:
+        ValueError: s = t in some row: a jump of length 0 has no chord.
 
     >>> x_t, t, x_s, s = torch.tensor([[1.0]]), torch.tensor([0.8]), torch.tensor([[0.7]]), torch.tensor([0.4])
     >>> x0 = fewstep.chord_x0(fewstep.Flow(), x_t, t, x_s, s)

@@ -35,6 +35,8 @@ def find(name: str) -> Path:
     path = Path(name).expanduser()
     if path.suffix in (".yaml", ".yml") and path.is_file():
         return path
+    if (path / "recipe.yaml").is_file():
+        raise RecipeError(f"{name}: is a run directory; its recipe is {path / 'recipe.yaml'}")
     if path.suffix in (".yaml", ".yml") or path.exists():
         raise RecipeError(f"{name}: no such recipe file")
     hint = _close(name, names) or "; see `fewstep recipes ls`"

@@ -268,7 +268,9 @@ class Trainer:
         return told is not None
 
     def go_on_from(self, path: str | Path) -> None:
-        """Start from another run, or one of its checkpoints, with this recipe's settings; `changed` says what differs outside.
+        """Start from another run, or one of its checkpoints, with this recipe's settings.
+
+        `changed` then holds lines about files that are others than that run's.
 
         Raises:
             UserError: it is neither, or its roles, networks, averages or stages are others than this recipe's.

@@ -30,7 +30,7 @@ if __name__ == "__main__":
             real, fake = teacher(x_t, t, label), critic(x_t, t, label)
             gradient = fewstep.score_difference(fake, real) * fewstep.dmd_normalizer(x, real.x0)
         move.zero_grad()
-        fewstep.toward(x, gradient).backward()
+        fewstep.surrogate_loss(x, gradient).backward()
         move.step()
         norms.append(gradient.norm().item())
         print(f"step {step}  |gradient| {norms[-1]:.3f}  critic {loss.item():.3f}")

@@ -128,3 +128,8 @@ def test_without_a_directory_nothing_is_claimed(tmp_path: Path, monkeypatch: pyt
     assert names(tmp_path) == []
     with pytest.raises(UserError, match="run: this trainer has no directory"):
         trainer.resume()
+
+
+def test_a_recipe_by_its_name_is_not_loaded_here():
+    with pytest.raises(TypeError, match=r"recipe: expected a Recipe, which fewstep\.load reads, not a str"):
+        Trainer("toy/dmd2")  # type: ignore[arg-type]

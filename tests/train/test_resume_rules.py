@@ -66,7 +66,8 @@ def test_another_recipe_is_refused_and_changes_nothing(copied: Path):
     assert str(caught.value) == (
         f"{copied}: was started with another recipe, so it cannot be resumed:\n"
         "  method.gan.weight: 0.01 -> 0.5\n  train.seed: 0 -> 1\n"
-        f"To go on from its weights with other settings: --from {copied} and another --out (in Python: Trainer.go_on_from)"
+        f"To go on from its weights with other settings: --from {copied} and another --out"
+        " (in Python: Trainer.go_on_from)"
     )
     assert (copied / "recipe.yaml").read_text() == before
     prepare(tiny(*SHORT, "train.steps=99", "train.keep=5"), copied, resume=True, force=False)
