@@ -118,11 +118,10 @@ def recipe_reference() -> str:
 
 def method_reference() -> str:
     """The card of every method, and its keys."""
+    import fewstep.methods  # noqa: F401  (registers the methods)
     from fewstep.config import REGISTRY
     from fewstep.recipe.cards import cards, show
     from fewstep.recipe.fields import keys_of
-
-    import fewstep.methods  # noqa: F401  (registers the methods)
 
     out = ["# Method cards", "", "`fewstep methods show NAME` prints one.", ""]
     for name, card in cards().items():
@@ -137,9 +136,8 @@ def command_reference() -> str:
     """What `--help` says of every command."""
     import typer
 
-    from fewstep.cli.app import app
-
     import fewstep.cli  # noqa: F401  (declares the commands)
+    from fewstep.cli.app import app
 
     root: Any = typer.main.get_command(app)
     out = ["# Commands", ""]
@@ -195,7 +193,8 @@ def choose_table() -> str:
 
     lines = ["| method | what | needs | networks in memory |", "|---|---|---|---|"]
     for name, c in cards().items():
-        lines.append(f"| [`{name}`](reference/methods.md#{name}) | {_cell(c.title)} | {_cell(c.needs)} | {_cell(c.memory)} |")
+        told = " | ".join(_cell(text) for text in (c.title, c.needs, c.memory))
+        lines.append(f"| [`{name}`](reference/methods.md#{name}) | {told} |")
     return "\n".join(lines)
 
 
@@ -214,7 +213,8 @@ def schedules_table() -> str:
     from fewstep.recipe.source import shipped
     from fewstep.recipe.store import load
 
-    lines = ["| recipe | what | levels | guidance | critic updates | student's rate | batch |", "|---|---|---|---|---|---|---|"]
+    lines = ["| recipe | what | levels | guidance | critic updates | student's rate | batch |"]
+    lines.append("|---|---|---|---|---|---|---|")
     for name in shipped():
         if not name.startswith(("paper/", "models/")) or not any(f in name for f in FAMILIES):
             continue
@@ -224,7 +224,8 @@ def schedules_table() -> str:
         critic = getattr(getattr(method, "critic", None), "steps", "")
         rate = recipe.optim.get("student") or recipe.optim["default"]
         guidance = getattr(method, "guidance", "")
-        cells = [f"`{name}`", _cell(recipe.about), steps, str(guidance), str(critic), f"{rate.lr:g}", str(recipe.train.batch)]
+        cells = [f"`{name}`", _cell(recipe.about), steps, str(guidance), str(critic), f"{rate.lr:g}"]
+        cells.append(str(recipe.train.batch))
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 

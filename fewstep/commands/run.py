@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from fewstep.commands.claim import held, prepare, read_origin, write_origin
+from fewstep.commands.claim import prepare, read_origin, write_origin
 from fewstep.commands.finish import finish, guarded
 from fewstep.commands.judge import Judge, judge_of
 from fewstep.commands.measure import measure
@@ -21,11 +21,11 @@ from fewstep.commands.report import GRID, console, say
 from fewstep.commands.trust import allow_own_code
 from fewstep.config import UserError
 from fewstep.eval.protocol.evaluation import environment
-from fewstep.networks import code
 from fewstep.recipe.diff import differences
 from fewstep.recipe.schema import Recipe
 from fewstep.recipe.source import shipped
 from fewstep.recipe.store import load, load_run
+from fewstep.train.claim import held
 from fewstep.train.product import product_of
 from fewstep.train.resume import newest_of
 from fewstep.train.trainer import Hooks, Trainer
@@ -60,7 +60,6 @@ def run_recipe(
         if main:
             stack.enter_context(held(run))
             prepare(recipe, run, resume, force)
-            code.remember(run, recipe.teacher)  # so that it opens without --trust-code on this machine
         trainer.accelerator.wait_for_everyone()
         trainer.attach(run)
         continued = resume and trainer.resume()
