@@ -2,7 +2,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test long lint types links conformance bench constraints clean
+.PHONY: demo test long lint types links docs conformance bench constraints clean
 
 demo: $(VENV)/.installed  ## the main job: distil the digits teacher to one step, measure it, export it
 	$(BIN)/fewstep run digits-dmd2 --resume
@@ -18,6 +18,9 @@ lint: $(VENV)/.tested
 
 types: $(VENV)/.tested links
 	$(BIN)/mypy
+
+docs: $(VENV)/.tested links  ## the site in site/, warnings as errors; `mkdocs serve` shows it while you write
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 conformance: $(VENV)/.tested  ## full-budget training of every method on the toy
 	$(BIN)/python -m fewstep.bench.conformance --out assets/conformance.jsonl

@@ -183,7 +183,7 @@ def python_reference() -> str:
     for module, names in fewstep._NAMES.items():
         if module in rooms:
             out += [f"## {rooms[module]}", ""]
-        out += [f"::: fewstep.{module}.{name}\n" for name in names.split()]
+        out += [f"::: fewstep.{name}\n" for name in names.split()]
     return "\n".join(out) + "\n"
 
 

@@ -15,7 +15,7 @@ from packaging.version import Version
 from fewstep.bench.versions import LEFT_OUT, lowest, requirements
 
 ROOT = Path(__file__).resolve().parents[2]
-EXTRAS = ("clip", "text", "test")
+EXTRAS = ("clip", "text", "docs", "test")
 PINS = {
     canonicalize_name(r.name): next(iter(r.specifier)).version
     for line in (ROOT / "constraints.txt").read_text().splitlines()
