@@ -21,7 +21,7 @@ from fewstep.commands.sample_text import draw_prompts, of_export, of_pipeline, o
 from fewstep.config import UserError
 from fewstep.export.choose import export
 from fewstep.export.lora import export_lora
-from fewstep.recipe.store import dump, load
+from fewstep.recipe.store import load
 from fewstep.train.build import build_roles
 from fewstep.train.product import open_product
 from fewstep.train.trainer import Trainer
@@ -54,8 +54,6 @@ evaluate: null
 """
     )
     recipe = load(str(root / "mine.yaml"))
-    (root / "run").mkdir()
-    (root / "run" / "recipe.yaml").write_text(dump(recipe))
     Trainer(recipe, root / "run", cpu=True).fit()
     return root
 

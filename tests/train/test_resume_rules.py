@@ -79,7 +79,7 @@ def test_a_used_directory_is_never_overwritten_unasked(copied: Path, tmp_path: P
         prepare(recipe, copied, resume=False, force=False)
     assert len(checkpoints(copied / "checkpoints")) == 2
     prepare(recipe, copied, resume=False, force=True)
-    assert names(copied) == [".fewstep", "recipe.yaml"]
+    assert names(copied) == [".fewstep", ".fewstep-lock", "recipe.yaml"]
     other = tmp_path / "letters"
     other.mkdir()
     (other / "letter.txt").write_text("dear")
