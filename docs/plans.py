@@ -77,7 +77,10 @@ def folder_of(root: Path, name: str) -> Path:
         return folder
     with torch.device("meta"):
         network = make()
-    network.to(torch.bfloat16).to_empty(device="cpu").save_pretrained(folder / part)
+    network = network.to(torch.bfloat16).to_empty(device="cpu")
+    for tensor in (*network.parameters(), *network.buffers()):
+        tensor.data.zero_()
+    network.save_pretrained(folder / part)
     flow = part == "transformer"
     scheduler: Any = FlowMatchEulerDiscreteScheduler(shift=3.0) if flow else DDIMScheduler(
         beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False, steps_offset=1
