@@ -83,9 +83,10 @@ def gallery(
 @app.command(rich_help_panel="Look", epilog="Example: `fewstep health runs/digits-dmd2`")
 def health(run: Annotated[Path, typer.Argument(help="A run directory.")]) -> None:
     """Say in words whether a run is healthy, from its log, and which knob to turn; plot it into RUN/report."""
-    from fewstep.commands.health import last_stage, report
+    from fewstep.commands.health import report
     from fewstep.commands.health_plots import save
     from fewstep.train.log import read_log
+    from fewstep.train.verdicts import last_stage
 
     typer.echo(report(run))
     picture = run / "report" / "health.png"

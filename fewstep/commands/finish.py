@@ -8,7 +8,7 @@ import traceback
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from fewstep.commands.export import show_export
 from fewstep.commands.judge import Judge
@@ -25,6 +25,7 @@ from fewstep.files import atomic_path, commit
 from fewstep.train.product import Product, open_product, product_of
 from fewstep.train.trainer import Trainer
 
+T = TypeVar("T")
 UNFINISHED = 3
 """Exit code of a run that trained to its end, but whose measurement, pictures or export then failed."""
 
@@ -137,14 +138,15 @@ def _failed(run: Path, what: str, error: Exception) -> str:
     return f"{what} failed: {type(error).__name__}: {line}{where}"
 
 
-def guarded(what: str, hook: Callable[[Trainer], None]) -> Callable[[Trainer], None]:
+def guarded(what: str, hook: Callable[[Trainer], T]) -> Callable[[Trainer], T | None]:
     """A hook whose failure is one line: neither a picture nor a number on the way is worth a training."""
 
-    def call(trainer: Trainer) -> None:
+    def call(trainer: Trainer) -> T | None:
         try:
-            hook(trainer)
+            return hook(trainer)
         except Exception as error:
             assert trainer.run is not None
             say(f"step {trainer.progress.done}: {_failed(trainer.run, what, error)}; training goes on")
+            return None
 
     return call

@@ -138,6 +138,8 @@ _FREE = {("about",), ("results",), ("evaluate",)} | {
         "keep",
         "trackers",
         "max_skips",
+        "guard",
+        "readings_every",
         "offload",
         "parallel",
     )

@@ -126,12 +126,28 @@ class Train:
     checkpoint_every: int = 100
     """Steps between checkpoints; the end always makes one."""
     keep: int = 2
-    """Checkpoints kept."""
+    """Newest checkpoints kept; beside them the best of the stage, where its samples are read (`guard`)."""
+    guard: Literal["off", "warn", "stop", "restore"] = "warn"
+    """What an alarm on samples or refused updates does (`fewstep health` names them): off takes no readings, warn prints
+    a line, stop ends the run with a checkpoint, restore goes back to the stage's best checkpoint with a quarter of
+    optim.student.lr, twice before it stops there."""
+    readings_every: int = 20
+    """Updates between readings of samples against the teacher's, or the data's; with samplers of more than four calls
+    they are rarer. Reported as `samples/` in log.jsonl."""
     trackers: tuple[Literal["tensorboard", "wandb"], ...] = ()
     """Where the records go beside log.jsonl."""
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch", "accumulate", "log_every", "checkpoint_every", "keep", "max_skips"):
+        for name in (
+            "steps",
+            "batch",
+            "accumulate",
+            "log_every",
+            "checkpoint_every",
+            "keep",
+            "max_skips",
+            "readings_every",
+        ):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
         if self.batch > MOST_BATCH:
