@@ -25,6 +25,7 @@ from fewstep.recipe.diff import differences
 from fewstep.recipe.schema import Recipe
 from fewstep.recipe.source import shipped
 from fewstep.recipe.store import load, load_run
+from fewstep.recipe.success import MEASURED, parse
 from fewstep.train.claim import held
 from fewstep.train.guard import Stopped
 from fewstep.train.log import read_log
@@ -137,9 +138,15 @@ def _judge(trainer: Trainer) -> Judge | None:
     if recipe.evaluate is None:
         return None
     try:
-        return judge_of(product_of(recipe, trainer.product, trainer.data, "student"), recipe.evaluate)
+        judge = judge_of(product_of(recipe, trainer.product, trainer.data, "student"), recipe.evaluate)
     except UserError as error:
         raise UserError(f"evaluate: {error}; give another metric, or evaluate=null to measure nothing") from None
+    if recipe.success is not None:
+        asked = parse(recipe.success)
+        metrics = judge.preset.metrics
+        if not any(m.startswith(MEASURED[asked.metric]) for m in metrics):
+            raise UserError(f"success: {asked}: preset {judge.preset.name} measures {', '.join(metrics)} alone")
+    return judge
 
 
 def _say_export(trainer: Trainer) -> None:

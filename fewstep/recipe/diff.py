@@ -127,7 +127,7 @@ def _method(recipe: Recipe) -> str:
 
 
 # Keys that may change between the start of a run and its continuation.
-_FREE = {("about",), ("results",), ("evaluate",)} | {
+_FREE = {("about",), ("results",), ("evaluate",), ("success",), ("expected",)} | {
     ("train", key)
     for key in (
         "steps",

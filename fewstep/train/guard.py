@@ -52,7 +52,7 @@ class Guard:
         return self.readings.read(stage) if first or self.readings.due(stage, done) else {}
 
     def add(self, record: Record) -> list[Verdict]:
-        """Take the next record of the log; the alarms that it raises and the one before did not."""
+        """Take the next record of the log; the alarms that no record of the stage has raised before."""
         if self.mode == "off":
             return []
         if record["stage"] != self.stage:
@@ -60,7 +60,7 @@ class Guard:
         self.course.add(record)
         alarms = self.course.alarms()
         new = [v for v in alarms if v.name not in self._known]
-        self._known = {v.name for v in alarms}
+        self._known |= {v.name for v in alarms}
         return new
 
     def again(self, records: Iterable[Record]) -> None:

@@ -69,6 +69,8 @@ def go_back(loop: Loop, checkpoint: Path, run: Path) -> None:
                 set_aside(late)
         sweep(checkpoint.parent)
     session.accelerator.wait_for_everyone()
+    for optimizer in loop.optim.values():
+        optimizer.zero()  # a step that was refused on its way leaves gradients, which the next would add to
     loop.optim.clear()
     # Where the stage has yet to begin, the checkpoint has none of its buffers.
     session.roles = session.roles.with_state(None)

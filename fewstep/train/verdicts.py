@@ -45,6 +45,8 @@ FADE = 0.75
 """The same ratios, below which samples are washed out."""
 SKIPS = 0.01
 """Share of refused updates above which numerics are in trouble."""
+ODD = 2
+"""Refused updates of a stage that are no trouble, however short it is."""
 SHIFT = 0.35
 """Distance of a channel's mean from the reference's, in standard deviations of the reference. Darkening until black
 (threads byliutao/CDM#6, with DMD2 too) is some 1.5 of them."""
@@ -298,9 +300,10 @@ class Course:
         """Updates that were refused because a gradient was not finite."""
         if self.first is None or self.rows < FEWEST:
             return None
-        share = (self.last[1] - self.first[1]) / max(1.0, self.last[0] - self.first[0])
+        refused = self.last[1] - self.first[1]
+        share = refused / max(1.0, self.last[0] - self.first[0])
         text = f"{self.last[1]:.0f} updates had a non-finite gradient"
-        if share > SKIPS:
+        if share > SKIPS and refused > ODD:
             knob = "use train.precision=fp32 or lower optim.*.lr"
             return Verdict("non-finite gradients", "alarm", share, SKIPS, text, knob)
         return Verdict("numerics", "fine", share, SKIPS, text)
