@@ -170,6 +170,17 @@ def recipes_cp(
     typer.echo(f"{to}: run it with `fewstep run {to}`")
 
 
+@recipes.command("expect", epilog="Example: `fewstep recipes expect runs/a runs/b --into mine.yaml`")
+def recipes_expect(
+    runs: Annotated[list[Path], typer.Argument(help="Run directories of one recipe that went well.")],
+    into: Annotated[Path | None, typer.Option(help="Recipe file to write the bands into; printed when left out.")] = None,
+) -> None:
+    """Make the bands of losses and readings that `fewstep health` compares later runs of the recipe with."""
+    from fewstep.commands.expect import expect
+
+    typer.echo(expect(runs, into), nl=False)
+
+
 @recipes.command("check", epilog="Example: `fewstep recipes check mine.yaml`")
 def recipes_check(name: RecipeName, settings: Settings = None) -> None:
     """Check a recipe and print all its problems, or the stages it would run."""

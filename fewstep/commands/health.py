@@ -6,8 +6,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from fewstep.config import UserError
+from fewstep.recipe.store import load_run
+from fewstep.train.bands import compared, differs, identity
 from fewstep.train.log import read_log
-from fewstep.train.verdicts import FEWEST, Record, alarms, last_stage, series, verdicts
+from fewstep.train.state import checkpoints, read_origins
+from fewstep.train.verdicts import FEWEST, Record, Verdict, alarms, last_stage, series, verdicts
+
+REMAKE = "make them again with `fewstep recipes expect` from runs of these settings"
 
 MARKS = {"fine": "ok", "warn": "WARN", "alarm": "ALARM"}
 
@@ -21,7 +26,7 @@ def report(run: Path) -> str:
     if not path.is_file():
         raise UserError(f"{run}: has no log.jsonl; is it a run directory?")
     records = read_log(path)
-    found = verdicts(records)
+    found = [*verdicts(records), *expectations(run, records)]
     if not found:
         return short(run, last_stage(records))
     width = max(len(v.name) for v in found)
@@ -34,6 +39,18 @@ def report(run: Path) -> str:
             lines.append(f"{'':<{9 + width}}-> {v.remedy}")
     wrong = [v.name for v in found if v.level == "alarm"]
     return "\n".join([*lines, "", f"{run.name}: {', '.join(wrong) if wrong else 'fine'}"])
+
+
+def expectations(run: Path, records: Sequence[Record]) -> list[Verdict]:
+    """Whether a run is within its recipe's bands; nothing where it has none, or is no directory of a run."""
+    recipe = load_run(run) if (run / "recipe.yaml").is_file() else None
+    held = checkpoints(run / "checkpoints")
+    if recipe is None or recipe.expected is None or not held:
+        return []
+    why = differs(recipe.expected, identity(recipe, read_origins(held[-1])))
+    if why:
+        return [Verdict("no bands", "warn", 0.0, 0.0, f"the recipe's expected bands are not compared: {why}", REMAKE)]
+    return compared(records, recipe.expected)
 
 
 def short(run: Path, records: Sequence[Record]) -> str:

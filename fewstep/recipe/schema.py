@@ -25,6 +25,7 @@ from fewstep.methods.terms import Gan
 from fewstep.networks.declared import declared_inputs, declared_process
 from fewstep.networks.parts import NetworkPart, TeacherPart
 from fewstep.networks.specs import DiscriminatorSpec
+from fewstep.recipe.expected import Expected
 from fewstep.recipe.faults import refuse
 from fewstep.recipe.success import parse
 from fewstep.recipe.training import Train
@@ -203,6 +204,8 @@ class Recipe:
     success: str | None = None
     """When the run has succeeded, METRIC <= NUMBER or METRIC >= NUMBER, such as fd <= 1.5 or class accuracy >= 0.98; it
     says at its end whether it has."""
+    expected: Expected | None = None
+    """Bands of losses and readings of reference runs: `fewstep recipes expect` writes them, `fewstep health` compares."""
     results: tuple[Result, ...] = ()
     """Numbers that are known of this very recipe."""
 
