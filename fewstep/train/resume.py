@@ -17,6 +17,7 @@ from fewstep.train.state import (
     checkpoints,
     is_sound,
     load_checkpoint,
+    no_best,
     read_origins,
     read_state,
     save_checkpoint,
@@ -38,7 +39,8 @@ def save(loop: Loop, run: Path, guard: Mapping[str, Any] | None = None) -> None:
         keep = session.recipe.train.keep
         sound = not any(o.in_a_row for o in loop.optim.values())
         there = run / "checkpoints"
-        save_checkpoint(there, session.modules(), adams, progress, keep, parts, sound, session.origins, guard, best_of)
+        best = best_of if guard else no_best
+        save_checkpoint(there, session.modules(), adams, progress, keep, parts, sound, session.origins, guard, best)
     session.accelerator.wait_for_everyone()
 
 

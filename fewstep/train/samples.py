@@ -26,7 +26,7 @@ from fewstep.methods.readings import spread
 from fewstep.recipe.schema import Stage
 from fewstep.train.session import Session
 
-MOST = 64
+MOST = 32
 """Samples of a reading, or as many as a batch has."""
 ALIKE = 4
 """Samples of each condition."""

@@ -111,6 +111,11 @@ def load_into(module: nn.Module, tensors: Mapping[str, Tensor], path: Path) -> N
         raise UserError(f"{path}: does not fit this recipe's network: {first}") from None
 
 
+def no_best(folder: Path) -> Path | None:
+    """Of a folder whose checkpoints nobody ranks."""
+    return None
+
+
 def save_checkpoint(
     folder: Path,
     modules: Mapping[str, nn.Module],
@@ -121,7 +126,7 @@ def save_checkpoint(
     sound: bool = True,
     origins: Mapping[str, str] | None = None,
     guard: Mapping[str, Any] | None = None,
-    best: Callable[[Path], Path | None] = lambda folder: None,
+    best: Callable[[Path], Path | None] = no_best,
 ) -> Path:
     """Write checkpoints/step-N, complete or not at all, then drop all but the newest `keep` and the best.
 
@@ -185,7 +190,8 @@ def set_aside(checkpoint: Path) -> None:
     Renamed first: a kill within rmtree would leave a folder that no later pass recognises.
     """
     aside = checkpoint.with_name(f".{checkpoint.name}.old.tmp")
-    shutil.rmtree(aside, ignore_errors=True)
+    if aside.exists():
+        shutil.rmtree(aside)
     os.rename(checkpoint, aside)
 
 

@@ -5,11 +5,11 @@ records of log.jsonl. Two kinds of readings are judged:
 
 - Those of the method's own batches (`health/`, the discriminator's accuracy): the last fifth of the stage's records,
   against the stage's own best or against what the reading is when all is well.
-- Those of samples drawn beside the training (`samples/`, `fewstep.train.samples`) and refused updates: the median of
-  the last three, so that a few updates tell. These are what `train.guard` acts on, by `Course`.
+- Those of samples drawn beside the training (`samples/`, `fewstep.train.samples`) and refused updates: the last two
+  readings, so that a few updates tell. These are what `train.guard` acts on, by `Course`.
 
-A student that is only on its way is no alarm: one is raised where a reading of samples is beyond its line *and* has
-been nearer to the reference before. One that never was near it is a warning.
+A student that is only on its way is no alarm: one is raised where two readings of samples in a row are beyond their line
+*and* two in a row have been nearer to the reference before. One that never was near it is a warning.
 
 Critic lag is read as a slope, that of fresh student samples on the critic's answers, and not as the critic's denoising
 loss against its running best: the least loss there is moves with the student (it grows as samples spread and falls as
@@ -24,7 +24,6 @@ from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
-from statistics import median
 from typing import Any, Literal
 
 Record = Mapping[str, Any]
@@ -55,8 +54,8 @@ COLOUR = 1.5
 GRID = 4.0
 """Spectral peak at multiples of the patch's frequency, over the reference's, above which a grid shows (threads
 Qwen-Image-Lightning#69, TSD-SR#17)."""
-RECENT = 3
-"""Readings of samples whose median is judged."""
+RECENT = 2
+"""Readings of samples in a row that are judged together, by the one that is nearer to the reference."""
 FARTHER = 0.5
 """By how much of its line a reading of samples must be farther than it has been, to be an alarm."""
 
@@ -253,8 +252,13 @@ SAMPLES: dict[str, Reading] = {
 class _Track:
     recent: deque[float] = field(default_factory=lambda: deque(maxlen=RECENT))
     best: float = math.inf
-    """Least badness of one reading so far."""
+    """Least badness that readings in a row have not exceeded so far; the stage's first counts alone."""
     count: int = 0
+
+    def add(self, value: float, reading: Reading) -> None:
+        self.recent.append(value)
+        self.count += 1
+        self.best = min(self.best, max(map(reading.badness, self.recent)))
 
 
 class Course:
@@ -275,9 +279,7 @@ class Course:
             self.first, self.rows = self.first or self.last, self.rows + 1
         for key, track in self.tracks.items():
             if isinstance(record.get(key), int | float):
-                track.recent.append(float(record[key]))
-                track.count += 1
-                track.best = min(track.best, SAMPLES[key].badness(track.recent[-1]))
+                track.add(float(record[key]), SAMPLES[key])
 
     def verdicts(self) -> list[Verdict]:
         """What is said of it now."""
@@ -290,8 +292,7 @@ class Course:
     def drift(self) -> float | None:
         """How far samples are from the reference, in lines, root of the sum of squares; None before the first reading.
 
-        Of each reading the worst of the last three, not their median: a state that has just begun to leave is none to go
-        back to.
+        Of each reading the worse of the last two: a state that has just begun to leave is none to go back to.
         """
         worst = [max(SAMPLES[key].badness(v) for v in t.recent) for key, t in self.tracks.items() if t.recent]
         return math.hypot(*worst) if worst else None
@@ -309,16 +310,11 @@ class Course:
         return Verdict("numerics", "fine", share, SKIPS, text)
 
 
-def _middle(values: Iterable[float]) -> float:
-    """The median; no number where one of the values is none, which sorting would misplace."""
-    values = list(values)
-    return median(values) if all(map(math.isfinite, values)) else math.nan
-
-
 def _of_samples(key: str, track: _Track) -> Verdict | None:
     if track.count < RECENT:
         return None
-    reading, value = SAMPLES[key], _middle(track.recent)
+    reading = SAMPLES[key]
+    value = next((v for v in track.recent if not math.isfinite(v)), min(track.recent, key=reading.badness))
     badness, line = reading.badness(value), reading.line(value)
     told = reading.text.format(value)
     beyond = reading.below if value < reading.centre else reading.above

@@ -17,14 +17,14 @@ def measured(done: int, value: float | None) -> dict[str, Any]:
     return {"done": done, "evaluation": {"class accuracy": {"value": 0.9}, NAME: {"value": value}}}
 
 
-def test_by_the_readings_the_worst_of_three_in_a_row():
+def test_by_the_readings_the_worse_of_two_in_a_row():
     before = [row(d, 0.0, stage=0) for d in (10, 20, 30)]
-    rows = [row(40, 0.7), row(50, 0.35), row(60, 0.5), row(65), row(70, 0.35), row(80, 0.0)]
+    rows = [row(40, 0.7), row(50, 0.35), row(60, 0.5), row(65), row(70, 0.4), row(80, 0.0)]
     rows += [row(90, -0.07), row(100, -0.7)]
     found = peak([*before, *rows])
     assert found is not None
     assert (found.done, found.total, found.by) == (90, 100, "readings of samples")
-    assert str(found) == "best at step 90 of 100, by readings of samples (1)"
+    assert str(found) == "best at step 90 of 100, by readings of samples (0.2)"
 
 
 def test_by_the_evaluations_where_there_are_several():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -15,9 +16,11 @@ from torch import Tensor, nn
 from fewstep.train.samples import SampleReadings, compared, figures, in_evaluation, patch_of, peaks
 from fewstep.train.session import Session
 from fewstep.train.trainer import Trainer
+from fewstep.train.verdicts import Course
 
 COUNT, CHANNELS, HEIGHT, WIDTH = 48, 3, 12, 20
 GROUP = torch.arange(COUNT) % 5
+TILE = torch.randn(4, 4, generator=torch.Generator().manual_seed(9), dtype=F64)
 
 
 def pictures(seed: int = 3) -> Tensor:
@@ -151,3 +154,39 @@ def test_training_has_the_same_bits_with_and_without_readings():
     for name in ("student", "critic", "discriminator"):
         own, other = with_them.roles[name].state_dict(), without.roles[name].state_dict()
         assert all(torch.equal(own[k], other[k]) for k in own)
+
+
+def collapse(change: Callable[[Tensor, float], Tensor], count: int = 20) -> dict[str, int]:
+    """The alarms of a run whose samples are those of another seed, changed more and more from the tenth reading on."""
+    reference, course, first = figures(pictures(), GROUP, 4), Course(), {}
+    for i in range(1, count + 1):
+        x = change(pictures(4), max(0.0, (i - 10) / (count - 10)))
+        course.add({"done": i, "stage": 0, **compared(figures(x, GROUP, 4), reference)})
+        for v in course.alarms():
+            first.setdefault(v.name, i)
+    return first
+
+
+def test_samples_of_another_seed_raise_no_alarm():
+    assert collapse(lambda x, p: x) == {}
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("darkening", lambda x, p: x - 0.6 * p),
+        ("brightening", lambda x, p: x + 0.6 * p),
+        ("losing contrast", lambda x, p: x * (1 - 0.5 * p)),
+        ("contrast too high", lambda x, p: x * (1 + p)),
+        ("colours fading", lambda x, p: (1 - p) * x + p * x.mean(1, keepdim=True)),
+        ("samples alike", lambda x, p: (1 - p) * x + p * x[:5][GROUP]),
+        ("grid artefacts", lambda x, p: x + 0.5 * p * TILE.repeat(HEIGHT // 4, WIDTH // 4)),
+        ("losing contrast", lambda x, p: x if p == 0 else torch.full_like(x, 0.1)),
+        ("not finite", lambda x, p: x if p < 0.5 else x / 0),
+    ],
+)
+def test_each_collapse_is_named_while_it_is_on_its_way(name: str, change: Callable[[Tensor, float], Tensor]):
+    found = collapse(change)
+    assert name in found
+    assert 10 < found[name] <= 20
+    assert min(found.values()) > 10
