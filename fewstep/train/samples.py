@@ -145,6 +145,8 @@ class SampleReadings:
 
     def read(self, stage: Stage) -> dict[str, float]:
         """The readings of the student as it is now; every process of the run calls this and gets the same."""
+        if self.session.offload:  # a turn of its own: what it calls is not what the turn before it calls
+            self.session.offload.begin((), {})
         if self._reference is None:
             self._reference = self._reference_of()
         x = self._draw(self.session.roles.student, stage.method.sampler())

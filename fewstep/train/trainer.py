@@ -199,10 +199,10 @@ class Trainer:
             started, number = time.perf_counter(), p.stage
             try:
                 whole = guarded(self.loop, partial(self.loop.step, stage))
-            except Refused as error:
+            except Refused:
                 if self.guard.mode != "restore":
                     raise
-                line = str(error).partition(". ")[0]
+                line = f"{train.max_skips} updates in a row had non-finite gradients"
                 return self._go_back(Verdict("non-finite gradients", "alarm", 1.0, SKIPS, line), number)
             if not whole:
                 self._out_of_memory(whole=not self.loop.touched)
