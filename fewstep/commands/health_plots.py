@@ -49,6 +49,17 @@ PANELS = (
         (verdicts.FADE, verdicts.SATURATE),
     ),
     Panel("diversity within classes", {"spread": "health/diversity"}, share=verdicts.SHRINK),
+    Panel(
+        "brightness of samples, in the reference's deviations",
+        {"mean": "samples/mean"},
+        (-verdicts.SHIFT, verdicts.SHIFT),
+    ),
+    Panel(
+        "samples over the reference's",
+        {"contrast": "samples/contrast", "colours": "samples/saturation", "spread": "samples/spread"},
+        (verdicts.SHRINK, verdicts.SATURATE),
+    ),
+    Panel("grid of samples over the reference's", {"peak": "samples/grid"}, (verdicts.GRID,)),
 )
 
 
