@@ -28,6 +28,7 @@ conformance: $(VENV)/.tested  ## full-budget training of every method on the toy
 bench: $(VENV)/.tested  ## overhead of trainer and methods: ratios taken in one run
 	$(BIN)/python -m fewstep.bench.trainer
 	$(BIN)/python -m fewstep.bench.methods --against digits-cd
+	$(BIN)/python -m fewstep.bench.readings
 
 constraints: $(VENV)/.tested  ## the versions in this environment as constraints.txt; after a green `make test` alone
 	$(BIN)/python -m fewstep.bench.versions tested --out constraints.txt

@@ -83,9 +83,10 @@ def gallery(
 @app.command(rich_help_panel="Look", epilog="Example: `fewstep health runs/digits-dmd2`")
 def health(run: Annotated[Path, typer.Argument(help="A run directory.")]) -> None:
     """Say in words whether a run is healthy, from its log, and which knob to turn; plot it into RUN/report."""
-    from fewstep.commands.health import last_stage, report
+    from fewstep.commands.health import report
     from fewstep.commands.health_plots import save
     from fewstep.train.log import read_log
+    from fewstep.train.verdicts import last_stage
 
     typer.echo(report(run))
     picture = run / "report" / "health.png"
@@ -167,6 +168,17 @@ def recipes_cp(
 
     copy_recipe(name, to, force)
     typer.echo(f"{to}: run it with `fewstep run {to}`")
+
+
+@recipes.command("expect", epilog="Example: `fewstep recipes expect runs/a runs/b --into mine.yaml`")
+def recipes_expect(
+    runs: Annotated[list[Path], typer.Argument(help="Run directories of one recipe that went well.")],
+    into: Annotated[Path | None, typer.Option(help="Recipe file to write the bands into; printed when left out.")] = None,
+) -> None:
+    """Make the bands of losses and readings that `fewstep health` compares later runs of the recipe with."""
+    from fewstep.commands.expect import expect
+
+    typer.echo(expect(runs, into), nl=False)
 
 
 @recipes.command("check", epilog="Example: `fewstep recipes check mine.yaml`")

@@ -26,7 +26,8 @@ def run(
     """Train a recipe, sample it, export it and measure it against its teacher.
 
     Exit code 0; 2 for a mistake, before anything is trained; 3 when it was trained but its measurement or its export
-    failed, which a printed command repeats; 130 when it was stopped, with the command that goes on.
+    failed, which a printed command repeats; 4 when train.guard ended it; 130 when it was stopped, with the command that
+    goes on.
     """
     from fewstep.commands.run import run_recipe
 

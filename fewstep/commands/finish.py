@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 import shlex
 import traceback
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from fewstep.commands.export import show_export
 from fewstep.commands.judge import Judge
@@ -22,9 +22,15 @@ from fewstep.export.choose import export
 from fewstep.export.forecast import foretold
 from fewstep.export.levels import check_product
 from fewstep.files import atomic_path, commit
+from fewstep.recipe.schema import Recipe
+from fewstep.recipe.success import parse
+from fewstep.train.log import read_log
+from fewstep.train.peak import Peak, peak
 from fewstep.train.product import Product, open_product, product_of
+from fewstep.train.state import checkpoints
 from fewstep.train.trainer import Trainer
 
+T = TypeVar("T")
 UNFINISHED = 3
 """Exit code of a run that trained to its end, but whose measurement, pictures or export then failed."""
 
@@ -54,13 +60,16 @@ def finish(trainer: Trainer, run: Path, judge: Judge | None) -> int:
         try:
             rows = _measure(trainer, student, run, judge)
             if done is not None:
-                _write_card(student, done, rows)
+                _write_card(student, done, rows, run)
         except KeyboardInterrupt:
             code = 130
             say(f"measuring was stopped, the run is trained; measure it with: {again}")
         except Exception as error:
             code = UNFINISHED
             say(f"{_failed(run, 'evaluation', error)}; the run is trained, measure it again with: {again}")
+    best = peak_of(run)
+    if best is not None:
+        say(f"{best}; checkpoints kept: {', '.join(p.name for p in checkpoints(run / 'checkpoints'))}")
     if done is not None:
         show_export(done)
     else:
@@ -87,6 +96,26 @@ def refused_updates(trainer: Trainer) -> str | None:
     )
 
 
+def peak_of(run: Path) -> Peak | None:
+    """Where a run was best, None where its log does not tell."""
+    log = run / "log.jsonl"
+    return peak(read_log(log)) if log.is_file() else None
+
+
+def succeeded(recipe: Recipe, row: Evaluation) -> dict[str, Any] | None:
+    """What results.json says of the recipe's `success`; None where it has none."""
+    if recipe.success is None:
+        return None
+    asked = parse(recipe.success)
+    value = asked.value(row.metrics)
+    return {"asked": str(asked), "value": value, "met": value is not None and asked.met(value)}
+
+
+def say_success(told: Mapping[str, Any]) -> None:
+    value = "was not measured" if told["value"] is None else f"is {told['value']:.4g}"
+    say(f"{'success' if told['met'] else 'no success'}: {told['asked']} was asked for, it {value}")
+
+
 def evaluation_of(trainer: Trainer, run: Path) -> str:
     """The command that measures a run as its recipe says."""
     spec = trainer.recipe.evaluate
@@ -107,17 +136,23 @@ def _measure(trainer: Trainer, student: Product, run: Path, judge: Judge) -> lis
     rows, panels = compare(student, judge, teacher, spec.teacher_steps)
     show(rows)
     told = {"recipe": trainer.recipe.about, "skips": trainer.progress.skipped, "commit": commit()[:7]}
-    report = {"rows": [r.as_json() for r in rows], **told}
+    best, success = peak_of(run), succeeded(trainer.recipe, rows[-1])
+    more = {"peak": asdict(best) if best else None, "success": success}
+    report = {"rows": [r.as_json() for r in rows], **told, **{k: v for k, v in more.items() if v is not None}}
     with atomic_path(run / "report" / "results.json") as aside:
         aside.write_text(json.dumps(report, indent=1))
     save_side_by_side(panels, run / "report" / "side-by-side.png")
+    if success is not None:
+        say_success(success)
     console.print(f"pictures {run / 'samples'}, side by side {run / 'report' / 'side-by-side.png'}")
     return rows
 
 
-def _write_card(student: Product, done: Exported, rows: list[Evaluation]) -> None:
-    """The card of a finished export again, with what was measured after it."""
-    card = foretold(student).card(done.usage, done.parity, card_results(rows))
+def _write_card(student: Product, done: Exported, rows: list[Evaluation], run: Path) -> None:
+    """The card of a finished export again, with what was measured after it and where the run was best."""
+    best = peak_of(run)
+    more = [("iterations to the peak", str(best))] if best else []
+    card = foretold(student).card(done.usage, done.parity, [*card_results(rows), *more])
     with atomic_path(done.folder / "README.md") as aside:
         aside.write_text(card)
 
@@ -137,14 +172,15 @@ def _failed(run: Path, what: str, error: Exception) -> str:
     return f"{what} failed: {type(error).__name__}: {line}{where}"
 
 
-def guarded(what: str, hook: Callable[[Trainer], None]) -> Callable[[Trainer], None]:
+def guarded(what: str, hook: Callable[[Trainer], T]) -> Callable[[Trainer], T | None]:
     """A hook whose failure is one line: neither a picture nor a number on the way is worth a training."""
 
-    def call(trainer: Trainer) -> None:
+    def call(trainer: Trainer) -> T | None:
         try:
-            hook(trainer)
+            return hook(trainer)
         except Exception as error:
             assert trainer.run is not None
             say(f"step {trainer.progress.done}: {_failed(trainer.run, what, error)}; training goes on")
+            return None
 
     return call

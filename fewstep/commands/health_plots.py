@@ -8,8 +8,8 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
-from fewstep.commands import health
 from fewstep.files import atomic_path
+from fewstep.train import verdicts
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ PANELS = (
     Panel(
         "critic lag: slope on fresh samples",
         {"slope": "health/critic_slope"},
-        (1 - health.LAG, 1 + health.LAG),
+        (1 - verdicts.LAG, 1 + verdicts.LAG),
     ),
     Panel("denoising loss", {"loss": "dsm"}, log=True, best=True),
     Panel(
@@ -41,14 +41,25 @@ PANELS = (
     Panel(
         "discriminator accuracy",
         {"real and generated": "discriminator_accuracy"},
-        (health.LOSE, health.WIN),
+        (verdicts.LOSE, verdicts.WIN),
     ),
     Panel(
         "contrast against the teacher's denoiser",
         {"ratio": "health/contrast"},
-        (health.FADE, health.SATURATE),
+        (verdicts.FADE, verdicts.SATURATE),
     ),
-    Panel("diversity within classes", {"spread": "health/diversity"}, share=health.SHRINK),
+    Panel("diversity within classes", {"spread": "health/diversity"}, share=verdicts.SHRINK),
+    Panel(
+        "brightness of samples, in the reference's deviations",
+        {"mean": "samples/mean"},
+        (-verdicts.SHIFT, verdicts.SHIFT),
+    ),
+    Panel(
+        "samples over the reference's",
+        {"contrast": "samples/contrast", "colours": "samples/saturation", "spread": "samples/spread"},
+        (verdicts.SHRINK, verdicts.SATURATE),
+    ),
+    Panel("grid of samples over the reference's", {"peak": "samples/grid"}, (verdicts.GRID,)),
 )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from rich.console import Console, RenderableType
@@ -18,7 +18,9 @@ from rich.progress import (
 from rich.table import Column
 from rich.text import Text
 
-NO_LOSS = ("grad_norm", "health/", "lr/", "done", "stage", "skips", "seconds")
+from fewstep.train.verdicts import Record, verdicts
+
+NO_LOSS = ("grad_norm", "health/", "samples/", "lr/", "done", "stage", "skips", "seconds")
 """How keys of a log record begin that are no loss."""
 LINES = 10
 """Lines of a whole training where there is no terminal."""
@@ -85,3 +87,9 @@ def readings(record: Mapping[str, Any]) -> str:
     """The losses of a log record, short; the discriminator's after those that the student follows."""
     kept = sorted((k.startswith("discriminator"), k) for k in record if not k.startswith(NO_LOSS))
     return "  ".join(f"{k} {record[k]:.3g}" for _, k in kept)
+
+
+def alarmed(records: Sequence[Record]) -> str:
+    """The alarms of a log's last stage in one line, as `fewstep health` names them; "" where there are none."""
+    names = [v.name for v in verdicts(records) if v.level == "alarm"]
+    return f"ALARM {', '.join(names)}" if names else ""

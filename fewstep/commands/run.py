@@ -16,20 +16,25 @@ from fewstep.commands.judge import Judge, judge_of
 from fewstep.commands.measure import measure
 from fewstep.commands.memory import explained
 from fewstep.commands.pictures import save_grid
-from fewstep.commands.progress import TrainingBar, Watch, readings
+from fewstep.commands.progress import TrainingBar, Watch, alarmed, readings
 from fewstep.commands.report import GRID, console, say
 from fewstep.commands.trust import allow_own_code
 from fewstep.config import UserError
-from fewstep.eval.protocol.evaluation import environment
+from fewstep.eval.protocol.evaluation import distance_of, environment
 from fewstep.recipe.diff import differences
 from fewstep.recipe.schema import Recipe
 from fewstep.recipe.source import shipped
 from fewstep.recipe.store import load, load_run
+from fewstep.recipe.success import MEASURED, parse
 from fewstep.train.claim import held
+from fewstep.train.guard import Stopped
+from fewstep.train.log import read_log
 from fewstep.train.product import product_of
 from fewstep.train.resume import newest_of
 from fewstep.train.trainer import Hooks, Trainer
 
+GUARDED = 4
+"""Exit code of a run that `train.guard` has ended."""
 STOPPING = b"\nstopping after this step, with a checkpoint; once more stops at once, without one\n"
 
 
@@ -43,7 +48,7 @@ def run_recipe(
 ) -> Path:
     """`fewstep run`: train, sample, export, evaluate; `start` is the run or checkpoint to go on from.
 
-    SystemExit with the code of `finish` where that failed.
+    SystemExit with the code of `finish` where that failed, with GUARDED where `train.guard` ended it.
     """
     recipe = load(name, settings)
     allow_own_code(name, settings, recipe)
@@ -83,6 +88,10 @@ def run_recipe(
             if main:
                 say(f"stopped at step {trainer.progress.done}; continue with: {again}")
             raise SystemExit(130) from None
+        except Stopped as stopped:
+            if main:
+                say(f"{stopped}. Look at it with: {shlex.join(['fewstep', 'health', str(run)])}; {_ways_on(run)}")
+            raise SystemExit(GUARDED) from None
         trainer.accelerator.wait_for_everyone()
         unfinished = finish(trainer, run, judge) if main else 0
     trainer.accelerator.end_training()  # closes trackers and the process group, whose threads abort an open exit
@@ -104,6 +113,12 @@ def _beginning(start: Path | None, run: Path, resume: bool) -> Path | None:
     return checkpoint
 
 
+def _ways_on(run: Path) -> str:
+    """What can be done with a run that its guard has ended."""
+    commands = [shlex.join(["fewstep", verb, str(run)]) for verb in ("eval", "export")]
+    return f"measure or export its newest checkpoint with: {', '.join(commands)}"
+
+
 def _say_beginning(checkpoint: Path, recipe: Recipe, trainer: Trainer) -> list[str]:
     changed = [*differences(load_run(checkpoint.parent.parent), recipe, all_keys=True), *trainer.changed]
     lines = "".join(f"\n  {line}" for line in changed) or " nothing"
@@ -123,9 +138,15 @@ def _judge(trainer: Trainer) -> Judge | None:
     if recipe.evaluate is None:
         return None
     try:
-        return judge_of(product_of(recipe, trainer.product, trainer.data, "student"), recipe.evaluate)
+        judge = judge_of(product_of(recipe, trainer.product, trainer.data, "student"), recipe.evaluate)
     except UserError as error:
         raise UserError(f"evaluate: {error}; give another metric, or evaluate=null to measure nothing") from None
+    if recipe.success is not None:
+        asked = parse(recipe.success)
+        metrics = judge.preset.metrics
+        if not any(m.startswith(MEASURED[asked.metric]) for m in metrics):
+            raise UserError(f"success: {asked}: preset {judge.preset.name} measures {', '.join(metrics)} alone")
+    return judge
 
 
 def _say_export(trainer: Trainer) -> None:
@@ -149,13 +170,14 @@ def _train(trainer: Trainer, run: Path, main: bool, judge: Judge | None) -> None
         if main:
             save_grid(x, run / "samples" / f"step-{t.progress.done:06d}.png")
 
-    def on_eval(t: Trainer) -> None:
+    def on_eval(t: Trainer) -> float | None:
         if judge is None:
-            return
+            return None
         product = product_of(recipe, t.product.eval(), t.data, "student")
         row, _ = measure(product, judge)
         if t.log and main:
             t.log.write({"done": t.progress.done, "evaluation": row.as_json()["metrics"]})
+        return row.distance.value if distance_of(row) else None
 
     def on_stop(t: Trainer, again: bool) -> None:
         # Within a signal handler: print may be in the middle of its own work.
@@ -168,13 +190,19 @@ def _train(trainer: Trainer, run: Path, main: bool, judge: Judge | None) -> None
     total, done = trainer.total_steps, trainer.progress.done
     watch = Watch(total, done)
     with TrainingBar(console, total, done) as bar:
+        alarms = [""]
 
         def on_step(t: Trainer) -> None:
+            if watch.due(t.progress.done) and t.log and t.log.path.exists():
+                alarms[0] = alarmed(read_log(t.log.path))
             if console.is_terminal:
-                bar.show(t.progress.done, readings(t.last_record))
+                bar.show(t.progress.done, "  ".join(p for p in (alarms[0], readings(t.last_record)) if p))
             elif watch.due(t.progress.done):
-                text = watch.line(t.progress.done, readings(t.last_record or t.loop.meter.means()))
+                told = (readings(t.last_record or t.loop.meter.means()), alarms[0])
+                text = watch.line(t.progress.done, "  ".join(p for p in told if p))
                 console.print(text, soft_wrap=True, highlight=False)
 
-        trainer.hooks = Hooks(guarded("picture", on_sample), guarded("evaluation", on_eval), on_step, on_stop=on_stop)
+        trainer.hooks = Hooks(
+            guarded("picture", on_sample), guarded("evaluation", on_eval), on_step, on_guard=say, on_stop=on_stop
+        )
         trainer.fit()

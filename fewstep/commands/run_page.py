@@ -13,8 +13,8 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from fewstep.commands import health
 from fewstep.commands.claim import read_origin
+from fewstep.commands.health import MARKS, expectations
 from fewstep.commands.health_plots import figure_of, points
 from fewstep.commands.progress import NO_LOSS
 from fewstep.commands.report import read_results
@@ -25,6 +25,8 @@ from fewstep.files import atomic_path, lock_taken
 from fewstep.recipe.diff import differences
 from fewstep.recipe.store import dump, load, load_run
 from fewstep.train.log import read_log
+from fewstep.train.peak import peak
+from fewstep.train.verdicts import FEWEST, alarms, last_stage, verdicts
 
 FILE = "report/run.html"
 """Where the page lies in a run directory."""
@@ -54,7 +56,7 @@ def write_page(run: Path, refresh: int | None = None) -> tuple[Path, bool]:
         f"<h1>{html.escape(run.name)}</h1>",
         f"<p>{html.escape(recipe.about)}</p>",
         f"<p><b>{html.escape(_state(run, records, total, trains))}</b></p>",
-        *_verdicts(records),
+        *_verdicts(run, log),
         *_samples(run),
         *_results(run),
         *_on_the_way(log),
@@ -93,18 +95,22 @@ def _state(run: Path, records: Records, total: int, trains: bool) -> str:
     return f"{'training' if trains else 'trained' if done >= total else 'stopped'}: {where}"
 
 
-def _verdicts(records: Records) -> list[str]:
-    found = health.verdicts(records) if records else []
+def _verdicts(run: Path, log: Records) -> list[str]:
+    records = last_stage(log)
+    found = [*verdicts(log), *expectations(run, log)] if records else []
     parts = ["<h2>Is it healthy?</h2>"]
     if not found:
-        few = f"judged from {health.FEWEST} records of a stage on, this one has {len(health.last_stage(records))}"
+        few = f"judged from {FEWEST} records of a stage on, this one has {len(records)}"
         return [*parts, f'<p class="note">Nothing is judged yet: {few}.</p>' if records else "<p>No record yet.</p>"]
-    since = health.alarms(health.last_stage(records))
+    since = alarms(records)
     rows = []
     for v in found:
-        began = "" if v.fine or v.name not in since else f"since step {since[v.name]:,}"
-        rows.append(["fine" if v.fine else "ALARM", v.name, v.text, began, v.advice])
-    note = '<p class="note">The last fifth of the last stage; the lines are those of <code>fewstep health</code>.</p>'
+        began = f"since step {since[v.name]:,}" if v.level == "alarm" and v.name in since else ""
+        rows.append([MARKS[v.level], v.name, v.sentence, began, v.remedy])
+    note = "The method's own readings over the last fifth of the last stage, samples by the last two readings; as"
+    best = peak(log)
+    told = f"; {html.escape(str(best))}" if best else ""
+    note = f'<p class="note">{note} <code>fewstep health</code> says{told}.</p>'
     return [*parts, table(["", "", "reading", "", "what to turn"], rows), note]
 
 
@@ -204,7 +210,7 @@ def _curves(records: Records) -> list[str]:
     for key in losses:
         parts.append(_curve(records, [key], key))
     parts.append("</div>")
-    readings = figure_of(health.last_stage(records))
+    readings = figure_of(last_stage(records))
     if readings is not None:
         parts += [
             '<div class="plots">',
@@ -291,8 +297,16 @@ def _environment(run: Path) -> list[str]:
 
 
 def _notes(log: Records) -> list[str]:
-    notes = [f"step {r.get('done', 0):,}: {r['note']}" for r in log if "note" in r]
+    notes = [f"step {r.get('done', 0):,}: {told}" for r in log if (told := _note(r))]
     return ["<h2>Notes</h2>", _listed(notes)] if notes else []
+
+
+def _note(record: Mapping[str, Any]) -> str:
+    """What a record says that is no reading: of changed files, an alarm, a return to an earlier checkpoint."""
+    act = record.get("guard")
+    if isinstance(act, Mapping):
+        return f"back here from step {act.get('at')}: {act.get('alarm')}; {act.get('knob')}"
+    return f"ALARM {record['alarm']}" if "alarm" in record else str(record.get("note", ""))
 
 
 def _commands(run: Path, trains: bool, whole: bool) -> list[str]:

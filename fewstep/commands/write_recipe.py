@@ -53,12 +53,12 @@ def write(texts: Mapping[Path, str], force: bool = False) -> None:
 
 
 def own_copy(text: str, sources: bool) -> str:
-    """A recipe's text without its `results`, which are not the copy's.
+    """A recipe's text without its `results` and `expected` bands, which are not the copy's.
 
     Comments go too, for they tell what was found on the recipe's own data; with `sources` they name where published
     settings are from, and stay.
     """
-    text = re.sub(r"(?m)^results:.*\n?(?:[ \t#-].*\n?|\n)*", "", text)
+    text = without(text, "results", "expected")
     if sources:
         return text
     lines = [line for line in text.splitlines() if not line.lstrip().startswith("#")]
@@ -70,6 +70,11 @@ def own_copy(text: str, sources: bool) -> str:
                 lines = others
                 break
     return "\n".join(lines) + "\n"
+
+
+def without(text: str, *keys: str) -> str:
+    """A recipe's text without some of its top keys."""
+    return re.sub(rf"(?m)^(?:{'|'.join(keys)}):.*\n?(?:[ \t#-].*\n?|\n)*", "", text)
 
 
 def _means(lines: Sequence[str], what: Any) -> bool:

@@ -6,6 +6,7 @@ import html
 import json
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -49,7 +50,7 @@ A {calls}-call generator made by [fewstep](https://github.com/fewstep/fewstep) w
 def student_card(product: Product, pipeline: str, usage: str, parity: float, results: Rows) -> str:
     """The card of a student; `pipeline` is what its stock class is called, `results` are rows as measured."""
     assert product.recipe is not None
-    recipe = dump(product.recipe)
+    recipe = dump(replace(product.recipe, expected=None))
     yaml.safe_load(recipe)  # a card never carries a recipe that does not parse
     method: Any = product.recipe.method
     process: Any = product.net.process
@@ -99,7 +100,7 @@ those of `scheduler/scheduler_config.json`. The last class embedding is the null
 def teacher_card(product: Product, usage: str, parity: float, results: Rows) -> str:
     """The card of a teacher trained here, which says how a recipe names it whatever `usage` is."""
     assert product.recipe is not None
-    recipe = dump(product.recipe)
+    recipe = dump(replace(product.recipe, expected=None))
     return TEACHER.format(
         version=__version__,
         title=plain(product.title),

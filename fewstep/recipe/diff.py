@@ -127,7 +127,7 @@ def _method(recipe: Recipe) -> str:
 
 
 # Keys that may change between the start of a run and its continuation.
-_FREE = {("about",), ("results",), ("evaluate",)} | {
+_FREE = {("about",), ("results",), ("evaluate",), ("success",), ("expected",)} | {
     ("train", key)
     for key in (
         "steps",
@@ -138,6 +138,8 @@ _FREE = {("about",), ("results",), ("evaluate",)} | {
         "keep",
         "trackers",
         "max_skips",
+        "guard",
+        "readings_every",
         "offload",
         "parallel",
     )

@@ -82,5 +82,6 @@ def _base(path: Path, name: object, where: str) -> Source:
     base = load_yaml(found, found.name if name in shipped() else str(found))
     if EXTENDS in base.data:
         raise RecipeError(f"{where}: extends: {found.name} extends another recipe; only one level is allowed")
-    base.data.pop("results", None)
+    for own in ("results", "expected"):
+        base.data.pop(own, None)
     return base

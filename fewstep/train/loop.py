@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 
 import torch
 
@@ -21,6 +22,10 @@ from fewstep.train.session import Session
 from fewstep.train.state import Progress
 
 
+class Refused(UserError):
+    """Too many updates in a row had non-finite gradients."""
+
+
 class Loop:
     """Optimiser steps of a session's roles, one step of a stage at a time.
 
@@ -33,6 +38,8 @@ class Loop:
         self.session, self.on_state = session, on_state
         self.progress, self.meter = Progress(), Meter()
         self.optim: dict[str, TurnOptimizer] = {}
+        self.factors: Mapping[str, float] = {}
+        """On the learning rates of roles, which the guard lowers; for optimisers that are made from now on."""
         self.touched = False
         """Whether the step that is being done has changed anything that a checkpoint holds."""
 
@@ -84,6 +91,8 @@ class Loop:
                 if shared:
                     raise ValueError(f"{shared.pop()} would be stepped by two optimisers: {other.names}, {updates}")
             specs = {name: self.session.recipe.optimizer(name) for name in updates}
+            for name in set(updates) & set(self.factors):
+                specs[name] = replace(specs[name], lr=specs[name].lr * self.factors[name])
             self.optim[key] = TurnOptimizer(self.session.roles, updates, specs, stage.steps * times)
         return self.optim[key]
 
@@ -132,7 +141,7 @@ class Loop:
         if optimizer.in_a_row >= self.session.recipe.train.max_skips:
             recent = {k: v for k, v in self.meter.take().items() if k != "seconds"}
             readings = ", ".join(f"{k} {v:.3g}" for k, v in recent.items())
-            raise UserError(
+            raise Refused(
                 f"stopped at step {self.progress.done}: {optimizer.in_a_row} updates of "
                 f"{'+'.join(turn.updates)} in a row had non-finite gradients ({readings}). Lower optim.*.lr or "
                 "train.clip, use train.precision=fp32, or raise train.max_skips, and go on from its last "

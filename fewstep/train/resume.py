@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from fewstep.config import UserError
 from fewstep.recipe.schema import Recipe, Stage
 from fewstep.recipe.store import load_run
+from fewstep.train.guard import best_of
 from fewstep.train.loop import Loop
 from fewstep.train.origins import changes, check_resumed
 from fewstep.train.state import (
@@ -14,14 +17,17 @@ from fewstep.train.state import (
     checkpoints,
     is_sound,
     load_checkpoint,
+    no_best,
     read_origins,
     read_state,
     save_checkpoint,
+    set_aside,
+    sweep,
 )
 
 
-def save(loop: Loop, run: Path) -> None:
-    """Write a checkpoint on the main process."""
+def save(loop: Loop, run: Path, guard: Mapping[str, Any] | None = None) -> None:
+    """Write a checkpoint on the main process, with what the guard knows of it; the stage's best one stays as well."""
     session, progress = loop.session, loop.progress
     progress.optim = {k: {"updates": o.updates, "skipped": o.skipped} for k, o in loop.optim.items()}
     progress.ema = {e.name: e.updates for e in session.ema}
@@ -33,7 +39,8 @@ def save(loop: Loop, run: Path) -> None:
         keep = session.recipe.train.keep
         sound = not any(o.in_a_row for o in loop.optim.values())
         there = run / "checkpoints"
-        save_checkpoint(there, session.modules(), adams, progress, keep, parts, sound, session.origins)
+        best = best_of if guard else no_best
+        save_checkpoint(there, session.modules(), adams, progress, keep, parts, sound, session.origins, guard, best)
     session.accelerator.wait_for_everyone()
 
 
@@ -47,8 +54,29 @@ def resume(loop: Loop, run: Path) -> list[str] | None:
         return None
     session = loop.session
     changed = check_resumed(session.recipe, read_origins(found[-1]), session.origins, run)
-    _load(loop, found[-1], run)
+    load(loop, found[-1], run)
     return changed
+
+
+def go_back(loop: Loop, checkpoint: Path, run: Path) -> None:
+    """Put a loop that trains where an earlier checkpoint of its stage stands, and take later ones off the list.
+
+    A kill in between leaves the later ones or none of them: either way the run comes to the same return again.
+    """
+    session = loop.session
+    session.accelerator.wait_for_everyone()
+    if session.accelerator.is_main_process:
+        for late in reversed(checkpoints(checkpoint.parent)):
+            if late.name > checkpoint.name:
+                set_aside(late)
+        sweep(checkpoint.parent)
+    session.accelerator.wait_for_everyone()
+    for optimizer in loop.optim.values():
+        optimizer.zero()  # a step that was refused on its way leaves gradients, which the next would add to
+    loop.optim.clear()
+    # Where the stage has yet to begin, the checkpoint has none of its buffers.
+    session.roles = session.roles.with_state(None)
+    load(loop, checkpoint, run)
 
 
 def go_on_from(loop: Loop, checkpoint: Path) -> list[str]:
@@ -60,7 +88,7 @@ def go_on_from(loop: Loop, checkpoint: Path) -> list[str]:
     run = checkpoint.parent.parent
     if (run / "recipe.yaml").is_file():
         _refuse_stages(loop.session.recipe, load_run(run), run)
-    _load(loop, checkpoint, run)
+    load(loop, checkpoint, run)
     if loop.progress.stage >= len(loop.session.recipe.stages()):
         raise UserError(f"{checkpoint}: stands at the end of the run, so nothing would be trained; raise train.steps")
     # Readings that the other settings made are not this run's.
@@ -98,7 +126,8 @@ def newest_of(path: Path) -> Path:
     raise UserError(f"{path}: is neither a run directory with a checkpoint nor one{there}")
 
 
-def _load(loop: Loop, checkpoint: Path, run: Path) -> None:
+def load(loop: Loop, checkpoint: Path, run: Path) -> None:
+    """Weights, moments, averages, counts and readings of a checkpoint of this recipe."""
     session = loop.session
     progress, _ = read_state(checkpoint)
     stages = session.recipe.stages()

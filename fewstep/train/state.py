@@ -9,7 +9,7 @@ import os
 import re
 import shutil
 import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -111,6 +111,11 @@ def load_into(module: nn.Module, tensors: Mapping[str, Tensor], path: Path) -> N
         raise UserError(f"{path}: does not fit this recipe's network: {first}") from None
 
 
+def no_best(folder: Path) -> Path | None:
+    """Of a folder whose checkpoints nobody ranks."""
+    return None
+
+
 def save_checkpoint(
     folder: Path,
     modules: Mapping[str, nn.Module],
@@ -120,13 +125,17 @@ def save_checkpoint(
     sharded: bool | None = None,
     sound: bool = True,
     origins: Mapping[str, str] | None = None,
+    guard: Mapping[str, Any] | None = None,
+    best: Callable[[Path], Path | None] = no_best,
 ) -> Path:
-    """Write checkpoints/step-N, complete or not at all, then drop all but the newest `keep`.
+    """Write checkpoints/step-N, complete or not at all, then drop all but the newest `keep` and the best.
 
     sound: no update is being refused. Where it is False, or a weight is not finite, no sound checkpoint is dropped:
     a run that diverges does not push its last good state out.
 
     origins: digests of what the run stands on outside its folder, by name.
+
+    guard: what the guard knows of this state (`fewstep.train.guard`); best: which checkpoint of a folder stays as well.
 
     sharded: None for one process that holds everything. Where networks are sharded every process calls this, one of
     them with True: the parts are joined, so that any number of processes can read the checkpoint.
@@ -153,12 +162,13 @@ def save_checkpoint(
         manifest = {p.name: [p.stat().st_size, crc32_of(p)] for p in sorted(aside.iterdir())}
         sound = sound and all(_finite(m) for m in modules.values())
         told = {"sound": sound, "origins": dict(origins or {}), "progress": vars(progress), "files": manifest}
-        state: dict[str, Any] = {"format": FORMAT, **told}
+        state: dict[str, Any] = {"format": FORMAT, **told, **({"guard": dict(guard)} if guard else {})}
         (aside / "state.json").write_text(json.dumps({**state, "crc32": _checksum(state)}, indent=1))
         for p in (*aside.iterdir(), aside):
             _flush(p)
         if final.exists():
-            shutil.rmtree(final)
+            # Renamed and not deleted: this is the one to go back to, and a kill within rmtree would leave none.
+            set_aside(final)
         aside.rename(final)
         _flush(folder)  # the new name is on the disk before an older checkpoint goes, so keep = 1 always has one
     except (OSError, RuntimeError, SafetensorError) as error:
@@ -166,12 +176,29 @@ def save_checkpoint(
         full = getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error) or _no_room(folder)
         reason = "the disk is full; free some space and continue with --resume" if full else str(error)
         raise UserError(f"{final}: the checkpoint could not be written: {reason}") from None
+    best_one = best(folder)
     for old in _past(folder, keep):
-        # Renamed first: a kill within rmtree would leave a folder that no later pass recognises.
-        os.rename(old, folder / f".{old.name}.old.tmp")
+        if old != best_one:
+            set_aside(old)
+    sweep(folder)
+    return final
+
+
+def set_aside(checkpoint: Path) -> None:
+    """Take a checkpoint off the list; `sweep` deletes it.
+
+    Renamed first: a kill within rmtree would leave a folder that no later pass recognises.
+    """
+    aside = checkpoint.with_name(f".{checkpoint.name}.old.tmp")
+    if aside.exists():
+        shutil.rmtree(aside)
+    os.rename(checkpoint, aside)
+
+
+def sweep(folder: Path) -> None:
+    """Delete what was set aside, and what a kill left half-written."""
     for stale in folder.glob(".step-*.tmp"):
         shutil.rmtree(stale, ignore_errors=True)
-    return final
 
 
 def _past(folder: Path, keep: int) -> list[Path]:
@@ -258,6 +285,18 @@ def read_origins(path: Path) -> dict[str, str]:
     held = _read(path).get("origins")
     if not isinstance(held, dict) or not all(isinstance(v, str) for v in held.values()):
         raise UserError(f"{path / 'state.json'}: cannot be read: origins: expected digests by name; {_remedy(path)}")
+    return held
+
+
+def read_guard(path: Path) -> dict[str, Any] | None:
+    """What the guard has left in a checkpoint; None where it was off, or where it is not as fewstep writes it."""
+    try:
+        held = read_json(path / "state.json").get("guard")
+    except UserError:
+        return None
+    kinds = {"stage": int, "calm": bool, "by": str, "score": int | float | None, "acts": list}
+    if not isinstance(held, dict) or any(not isinstance(held.get(k, ...), t) for k, t in kinds.items()):
+        return None
     return held
 
 

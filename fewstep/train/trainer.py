@@ -21,12 +21,14 @@ from fewstep.networks.roles import Roles
 from fewstep.recipe.schema import Recipe, Stage
 from fewstep.train import resume
 from fewstep.train.claim import claim, held
-from fewstep.train.log import Log, start_trackers
-from fewstep.train.loop import Loop
+from fewstep.train.guard import RETURNS, Guard, Stopped, said, way_back
+from fewstep.train.log import Log, read_log, start_trackers
+from fewstep.train.loop import Loop, Refused
 from fewstep.train.memory import OutOfMemory, guarded
 from fewstep.train.parallel import full
 from fewstep.train.session import Session
-from fewstep.train.state import Progress, checkpoints
+from fewstep.train.state import Progress, checkpoints, read_guard, read_state
+from fewstep.train.verdicts import SKIPS, Verdict
 
 Hook = Callable[["Trainer"], None]
 
@@ -45,14 +47,17 @@ class Hooks:
 
     on_sample: Hook | None = None
     """Every `sample_every` steps and at the end, on the main process (on every one when sharded)."""
-    on_eval: Hook | None = None
-    """Every `eval_every` steps, on the main process (on every one when sharded)."""
+    on_eval: Callable[[Trainer], float | None] | None = None
+    """Every `eval_every` steps, on the main process (on every one when sharded). What it returns ranks checkpoints, less
+    being better."""
     on_step: Hook | None = None
     """After every step (progress display)."""
     on_save: Hook | None = None
     """Before a checkpoint is written."""
     on_state: Callable[[Roles], None] | None = None
     """After a stage's own buffers were made, with the roles."""
+    on_guard: Callable[[str], None] | None = None
+    """With each line that the guard has to say."""
     on_stop: Callable[[Trainer, bool], None] | None = None
     """Within the handler of SIGTERM or Ctrl-C; True for the second one, which stops at once."""
 
@@ -89,6 +94,7 @@ class Trainer:
         self.recipe, self.hooks = recipe, hooks or Hooks()
         self.session = Session(recipe, cpu=cpu)
         self.loop = Loop(self.session, self._made_state)
+        self.guard = Guard(self.session)
         self.accelerator, self.data = self.session.accelerator, self.session.data
         self.run: Path | None = None
         self.log: Log | None = None
@@ -137,6 +143,7 @@ class Trainer:
 
         Raises:
             UserError: the directory holds an earlier training that was not resumed, or another process trains there.
+            Stopped: `train.guard` has ended it.
         """
         with self._alone():
             if self._claimed and self._newest_checkpoint() != self._newest:
@@ -186,26 +193,56 @@ class Trainer:
 
     def _run_stage(self, stage: Stage) -> None:
         train, p = self.recipe.train, self.progress
-        if p.step == 0 and not guarded(self.loop, partial(self.loop.begin, stage)):
-            self._out_of_memory(whole=False)
+        if p.step == 0:
+            self._begin(stage)
         while p.step < stage.steps:
-            started = time.perf_counter()
-            if not guarded(self.loop, partial(self.loop.step, stage)):
+            started, number = time.perf_counter(), p.stage
+            try:
+                whole = guarded(self.loop, partial(self.loop.step, stage))
+            except Refused:
+                if self.guard.mode != "restore":
+                    raise
+                line = f"{train.max_skips} updates in a row had non-finite gradients"
+                return self._go_back(Verdict("non-finite gradients", "alarm", 1.0, SKIPS, line), number)
+            if not whole:
                 self._out_of_memory(whole=not self.loop.touched)
             p.step, p.done = p.step + 1, p.done + 1
             self.loop.meter.add("seconds", time.perf_counter() - started)
-            ended, number = p.step == stage.steps, p.stage
+            self._read(stage)
+            ended = p.step == stage.steps
             if ended:
                 p.stage, p.step = p.stage + 1, 0
             finished = p.done == self.total_steps
-            if p.done % train.log_every == 0 or finished:
-                self._record(number)
-            self._call_hooks(finished)
+            alarms = self._record(number) if p.done % train.log_every == 0 or finished else []
+            best = self._call_hooks(finished)
             self._stop = self.session.any(self._stop)
-            if p.done % train.checkpoint_every == 0 or finished or self._stop:
-                self.save()
+            if alarms and self.guard.mode == "restore":
+                return self._go_back(alarms[0], number)
+            halt = bool(alarms) and self.guard.mode == "stop"
+            if p.done % train.checkpoint_every == 0 or finished or self._stop or best or halt:
+                self.save(number)
+            if halt:
+                raise Stopped(f"stopped by train.guard at step {p.done}: {alarms[0].name}; {alarms[0].sentence}")
             if ended or self._stop:
-                return
+                return None
+        return None
+
+    def _begin(self, stage: Stage) -> None:
+        """The start of a stage, where a guard that restores may have to come back to."""
+        p = self.progress
+        if self.guard.mode == "restore" and self.run is not None:
+            self.save(p.stage)
+        if not guarded(self.loop, partial(self.loop.begin, stage)):
+            self._out_of_memory(whole=False)
+        self._read(stage, first=True)
+
+    def _read(self, stage: Stage, first: bool = False) -> None:
+        def read() -> None:
+            for name, value in self.guard.read(stage, self.progress.done, first).items():
+                self.loop.meter.add(name, value)
+
+        if not guarded(self.loop, read):
+            self._out_of_memory(whole=True)
 
     def _out_of_memory(self, whole: bool) -> None:
         """Save what is whole, then UserError. One of several processes cannot: the others are in another place."""
@@ -216,20 +253,23 @@ class Trainer:
         kept = f"the last checkpoint is {held[-1].name}" if held else "there is no checkpoint yet"
         raise OutOfMemory(f"out of memory in step {done + 1}, batch {self.recipe.train.batch}; {kept}")
 
-    def _call_hooks(self, finished: bool) -> None:
+    def _call_hooks(self, finished: bool) -> bool:
+        """Whether an evaluation among them says that this state is the best so far."""
         train, done, hooks = self.recipe.train, self.progress.done, self.hooks
+        evaluated = bool(train.eval_every) and done % train.eval_every == 0
+        better = False
         if hooks.on_step:
             hooks.on_step(self)
         # The parts of a sharded network act together.
-        if not (self.accelerator.is_main_process or self.session.sharded):
-            return
-        if hooks.on_sample and train.sample_every and (done % train.sample_every == 0 or finished):
-            hooks.on_sample(self)
-        if hooks.on_eval and train.eval_every and done % train.eval_every == 0:
-            hooks.on_eval(self)
+        if self.accelerator.is_main_process or self.session.sharded:
+            if hooks.on_sample and train.sample_every and (done % train.sample_every == 0 or finished):
+                hooks.on_sample(self)
+            if hooks.on_eval and evaluated:
+                better = self.guard.measured(done, hooks.on_eval(self), self.run)
+        return self.session.any(better) if evaluated else False
 
-    def _record(self, stage: int) -> None:
-        """A line of the log, of the stage that the last step was of."""
+    def _record(self, stage: int) -> list[Verdict]:
+        """A line of the log, of the stage that the last step was of; the alarms that it raises."""
         p, optim = self.progress, self.loop.optim
         means = self.session.means({k: [v] for k, v in sorted(self.loop.meter.take().items())})
         readings = {k: v for k, (v,) in means.items()}
@@ -240,14 +280,65 @@ class Trainer:
                 self.log.write(self.last_record)
             if self.accelerator.trackers:
                 self.accelerator.log(self.last_record, step=p.done)
+        alarms = self.guard.add(self.last_record)
+        for v in alarms:
+            self._say(said(v, p.done), {"done": p.done, "alarm": v.name, "value": v.value, "line": v.line})
+        return alarms
 
-    def save(self) -> None:
-        """Write a checkpoint on the main process."""
+    def _say(self, line: str, record: dict[str, Any]) -> None:
+        if self.accelerator.is_main_process:
+            if self.log:
+                self.log.write(record)
+            if self.hooks.on_guard:
+                self.hooks.on_guard(line)
+
+    def _go_back(self, alarm: Verdict, stage: int) -> None:
+        """Stand where the stage's best checkpoint does, with a lower rate. Stopped after RETURNS, or without one."""
+        at, guard = self.progress.done, self.guard
+        told = f"train.guard at step {at}: {alarm.name}; {alarm.sentence}"
+        found = None if self.run is None else way_back(self.run / "checkpoints", stage)
+        if self.run is None or found is None:
+            self.save(stage)
+            raise Stopped(f"stopped by {told}. There is no checkpoint of this stage to go back to")
+        mark, again = read_guard(found), len(guard.acts) < RETURNS
+        if again:
+            guard.acts.append(guard.act(alarm, at, read_state(found)[0].done))
+            self.loop.factors = guard.rates()
+        resume.go_back(self.loop, found, self.run)
+        done = self.progress.done
+        if again:
+            # Under the same name and first of all: whoever continues from it has gone back as well.
+            resume.save(self.loop, self.run, {**(mark or {}), "acts": guard.acts})
+        self._stand()
+        if not again:
+            raise Stopped(
+                f"stopped by {told}. It has gone back {RETURNS} times, with {guard.acts[-1]['knob']} at last; the newest "
+                f"checkpoint is the stage's best one, of step {done}"
+            )
+        if self.hooks.on_guard and self.accelerator.is_main_process:
+            self.hooks.on_guard(f"{told}. Back to step {done}, {guard.acts[-1]['knob']}")
+
+    def _stand(self) -> None:
+        """The log ends, and the guard knows it, where the loop stands."""
+        if self.log is None:
+            return
+        if self.accelerator.is_main_process:
+            self.log.cut(self.progress.done)
+            noted = [r["guard"] for r in read_log(self.log.path) if "guard" in r] if self.log.path.exists() else []
+            for act in self.guard.acts:
+                if act["to"] <= self.progress.done and act not in noted:
+                    self.log.write({"done": act["to"], "guard": act})
+        self.accelerator.wait_for_everyone()
+        self.guard.again(read_log(self.log.path) if self.log.path.exists() else ())
+
+    def save(self, stage: int | None = None) -> None:
+        """Write a checkpoint on the main process; `stage` is that of the last step, left out the present one."""
         if self.run is None:
             return
         if self.hooks.on_save:
             self.hooks.on_save(self)
-        resume.save(self.loop, self.run)
+        p = self.progress
+        resume.save(self.loop, self.run, self.guard.mark(p.done, p.stage if stage is None else stage))
         self._newest = self._newest_checkpoint()
 
     def resume(self) -> bool:
@@ -259,10 +350,13 @@ class Trainer:
             raise UserError("run: this trainer has no directory to resume from; give it one")
         with self._alone():
             self._newest = self._newest_checkpoint()
+            there = self.run / "checkpoints" / self._newest
+            self.guard.acts = list(((self._newest and read_guard(there)) or {}).get("acts", ()))
+            self.loop.factors = self.guard.rates()
             told = resume.resume(self.loop, self.run)
             self.changed = told or []
+            self._stand()
             if self.log and self.accelerator.is_main_process:
-                self.log.cut(0 if told is None else self.progress.done)
                 for line in self.changed:
                     self.log.write({"done": self.progress.done, "note": line})
         return told is not None

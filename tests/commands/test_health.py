@@ -13,11 +13,12 @@ from distribution_cases import F64, MEAN, STD, Affine, Follow
 from fewstep.algebra.draws import Draws, fold
 from fewstep.algebra.noising import add_noise
 from fewstep.algebra.process import Flow
-from fewstep.commands.health import FEWEST, alarms as first_alarms, last_stage, report, verdicts
+from fewstep.commands.health import report
 from fewstep.commands.health_plots import points, save
 from fewstep.config import UserError
 from fewstep.methods.readings import readings, spread
 from fewstep.networks.analytic import gaussian
+from fewstep.train.verdicts import FEWEST, alarms as first_alarms, last_stage, verdicts
 
 
 def records(count: int = 40, **series: Any) -> list[dict[str, Any]]:
@@ -43,7 +44,7 @@ def alarms(rows: list[dict[str, Any]]) -> list[str]:
 def test_a_healthy_log_raises_no_alarm():
     found = verdicts(records())
     assert [v.name for v in found] == ["critic", "discriminator", "diversity", "contrast", "numerics"]
-    assert all(v.fine and not v.advice for v in found)
+    assert all(v.fine and not v.remedy for v in found)
 
 
 @pytest.mark.parametrize(
@@ -62,7 +63,7 @@ def test_a_healthy_log_raises_no_alarm():
 def test_each_failure_is_named_with_a_knob(name: str, series: dict[str, Any]):
     rows = records(**series)
     assert alarms(rows) == [name]
-    assert next(v for v in verdicts(rows) if v.name == name).advice
+    assert next(v for v in verdicts(rows) if v.name == name).remedy
 
 
 def test_report_speaks_of_a_run_directory(tmp_path: Path):
@@ -174,4 +175,4 @@ def test_diversity_is_judged_against_the_best_there_was():
 def test_updates_refused_before_the_stage_began_do_not_count():
     rows = records(skips=lambda p: 30)
     assert alarms(rows) == []
-    assert next(v for v in verdicts(rows) if v.name == "numerics").text.startswith("30 updates")
+    assert next(v for v in verdicts(rows) if v.name == "numerics").sentence.startswith("30 updates")

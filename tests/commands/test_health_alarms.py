@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 
-from fewstep.commands.health import alarms
 from fewstep.eval import energy_distance
 from fewstep.recipe.store import load
 from fewstep.train.product import product_of
 from fewstep.train.trainer import Hooks, Trainer
+from fewstep.train.verdicts import alarms
 
 WARM = 150
 SMALL = (

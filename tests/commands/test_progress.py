@@ -8,7 +8,7 @@ import re
 import pytest
 from rich.console import Console
 
-from fewstep.commands.progress import TrainingBar, Watch, clock, readings
+from fewstep.commands.progress import TrainingBar, Watch, alarmed, clock, readings
 
 RECORD = {
     "done": 300, "stage": 1, "skips": 0, "discriminator": 0.0132, "discriminator_accuracy": 0.609, "dsm": 0.335,
@@ -48,3 +48,10 @@ def test_lines_carry_the_time_left_and_no_empty_reading(monkeypatch: pytest.Monk
 def test_readings_are_losses_alone_the_discriminators_last():
     assert readings(RECORD) == "dsm 0.335  gan 0.24  matching 0.017  discriminator 0.0132  discriminator_accuracy 0.609"
     assert readings({}) == ""
+
+
+def test_alarms_are_those_of_health():
+    rows = [{"done": i, "stage": 0, "samples/mean": 0.0 if i < 8 else -1.0} for i in range(20)]
+    assert alarmed(rows) == "ALARM darkening"
+    assert alarmed(rows[:8]) == ""
+    assert readings({"samples/mean": -1.0, "dsm": 0.3}) == "dsm 0.3"

@@ -7,8 +7,8 @@ import pytest
 from fewstep.config import parse
 from fewstep.recipe.annotate import WIDTH, annotated
 from fewstep.recipe.fields import doc_of
-from fewstep.recipe.schema import Train
 from fewstep.recipe.store import dump, load
+from fewstep.recipe.training import Train
 
 
 @pytest.mark.parametrize("name", ["digits-dmd2", "toy/joint", "paper/sana-sprint", "paper/phased-dmd-flow"])

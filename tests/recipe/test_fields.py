@@ -13,8 +13,9 @@ from fewstep.config import REGISTRY, OneOf, RecipeError, config
 from fewstep.methods.dmd2 import DMD2
 from fewstep.methods.terms import Critic
 from fewstep.recipe.fields import REQUIRED, brief, doc_of, extends, find, keys_of, recipe_parts, summary, type_of
-from fewstep.recipe.schema import AdamW, Recipe, Train
+from fewstep.recipe.schema import AdamW, Recipe
 from fewstep.recipe.store import load
+from fewstep.recipe.training import Train
 
 
 def test_the_parts_of_a_recipe_are_all_that_is_registered_and_what_they_hold():

@@ -10,9 +10,10 @@ import yaml
 
 from fewstep.config import REGISTRY, RecipeError, UserError, plain
 from fewstep.recipe.diff import differences
-from fewstep.recipe.schema import Recipe, Train
+from fewstep.recipe.schema import Recipe
 from fewstep.recipe.source import find, read, shipped
 from fewstep.recipe.store import dump, load, load_run
+from fewstep.recipe.training import Train
 
 GOOD = """\
 about: a test

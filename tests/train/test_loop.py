@@ -19,7 +19,8 @@ from fewstep.methods.terms import Critic, Gan
 from fewstep.networks.roles import Roles
 from fewstep.networks.specs import DiscriminatorSpec, MLPSpec
 from fewstep.networks.teachers import RingTeacher
-from fewstep.recipe.schema import AdamW, Recipe, Stage, Train
+from fewstep.recipe.schema import AdamW, Recipe, Stage
+from fewstep.recipe.training import Train
 from fewstep.train.ema import EMA
 from fewstep.train.optim import TurnOptimizer
 from fewstep.train.trainer import Trainer, gradients

@@ -152,6 +152,10 @@ def test_a_full_disk_leaves_the_older_checkpoint_and_nothing_else(copied: Path, 
         assert train(run, *SHORT, "train.steps=30").progress.done == 40
 
 
+ONE = ("train.keep=1", "train.guard=off")
+"""Else the best one would stay as well."""
+
+
 class Killed(BaseException):
     """Passes every `except`, as a kill does."""
 
@@ -194,10 +198,10 @@ def test_the_one_checkpoint_that_is_kept_is_whole_wherever_the_next_is_cut_off(
         with monkeypatch.context() as patch:
             patch.setattr(target, point)
             with pytest.raises(Killed):
-                train(run, *SHORT, "train.steps=30", "train.keep=1")
+                train(run, *SHORT, "train.steps=30", *ONE)
         newest = checkpoints(run / "checkpoints")[-1]
         assert read_state(newest)[0].done == left, point.__name__
-        assert train(run, *SHORT, "train.steps=40", "train.keep=1").progress.done == 50
+        assert train(run, *SHORT, "train.steps=40", *ONE).progress.done == 50
         assert names(run / "checkpoints") == ["step-00000050"]
 
 

@@ -1,0 +1,133 @@
+"""Bands of losses and readings: made from the logs of reference runs, and a log compared with them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from bisect import bisect_left
+from collections.abc import Mapping, Sequence
+from statistics import median
+from typing import Any
+
+from fewstep.config import UserError, plain
+from fewstep.recipe.expected import Band, Expected
+from fewstep.recipe.schema import Recipe
+from fewstep.train.verdicts import Record, Verdict, last_stage
+
+PARTS = 10
+"""Parts of a stage, over each of which a reading is compared."""
+WIDER = 0.5
+"""Of the distance between the least and the largest record of a part, added on either side."""
+_LEFT_OUT = ("done", "stage", "skips", "skipped", "seconds", "lr/", "grad_norm/", "health/gradient_")
+_PARTS_OF_RECIPE = ("method", "before", "copy", "optim", "student", "critic", "discriminator", "roles")
+_OF_TRAIN = ("accumulate", "clip", "precision", "ema", "ema_warmup", "product")
+
+
+def identity(recipe: Recipe, origins: Mapping[str, str]) -> dict[str, Any]:
+    """What bands are of: batch, digest of the teacher's files, digest of the settings that losses depend on."""
+    whole = plain(recipe)
+    told = {k: whole[k] for k in _PARTS_OF_RECIPE} | {k: whole["train"][k] for k in _OF_TRAIN}
+    told["data"], told["teacher"] = recipe.data.name, getattr(recipe.teacher, "name", None)
+    if any(spec.decay != "constant" for spec in recipe.optim.values()):
+        told["steps"] = recipe.train.steps
+    digest = hashlib.blake2b(json.dumps(told, sort_keys=True, default=str).encode(), digest_size=8).hexdigest()
+    return {"batch": recipe.train.batch, "teacher": origins.get("teacher", ""), "recipe": digest}
+
+
+def differs(expected: Expected, own: Mapping[str, Any]) -> str:
+    """Why bands are not those of a run with this `identity`; "" where they are."""
+    if expected.batch != own["batch"]:
+        return f"they are of train.batch {expected.batch}, this run has {own['batch']}"
+    if expected.teacher != own["teacher"]:
+        return f"they are of another teacher ({expected.teacher or 'none'}, here {own['teacher'] or 'none'})"
+    if expected.recipe != own["recipe"]:
+        return "they are of other settings of method, networks, rates, data or train"
+    return ""
+
+
+def readings(records: Sequence[Record]) -> list[tuple[int, Record]]:
+    """The last stage's records with the number of its updates that each was made after."""
+    stage = last_stage(records)
+    before = [r["done"] for r in records if "stage" in r and stage and r["stage"] != stage[-1]["stage"]]
+    return [(int(r["done"]) - max(before, default=0), r) for r in stage]
+
+
+def make(logs: Sequence[Sequence[Record]], own: Mapping[str, Any]) -> Expected:
+    """Bands of reference runs from their logs; `own` is the identity that they share.
+
+    The band of a part is from the least to the largest record in it over all runs, and half their distance more on
+    either side: what is compared with it is a median. UserError for logs that are too short.
+    """
+    runs = [readings(log) for log in logs]
+    shortest = min((run[-1][0] for run in runs if run), default=0)
+    fewest = min((sum(n <= shortest for n, _ in run) for run in runs), default=0)
+    if fewest < 2 * PARTS:
+        raise UserError(f"bands need {2 * PARTS} records of the last stage from each run, one has {fewest}")
+    ends = tuple(round(shortest * (i + 1) / PARTS) for i in range(PARTS))
+    names = sorted({k for run in runs for _, r in run for k in r if not k.startswith(_LEFT_OUT)})
+    bands: dict[str, Band] = {}
+    for name in names:
+        each = [_parts(run, ends, name) for run in runs]
+        flat = [[v for part in parts for v in part if math.isfinite(v)] for parts in zip(*each, strict=True)]
+        if all(flat):
+            spread = [WIDER * (max(part) - min(part)) for part in flat]
+            low = tuple(_short(min(p) - s) for p, s in zip(flat, spread, strict=True))
+            high = tuple(_short(max(p) + s) for p, s in zip(flat, spread, strict=True))
+            bands[name] = Band(low=low, high=high)
+    return Expected(runs=len(logs), ends=ends, bands=bands, **own)
+
+
+def _short(value: float) -> float:
+    return float(f"{value:.4g}")
+
+
+def _parts(run: Sequence[tuple[int, Record]], ends: Sequence[int], name: str) -> list[list[float]]:
+    """The values of a reading in each part; later ones are left out."""
+    out: list[list[float]] = [[] for _ in ends]
+    for n, record in run:
+        value = record.get(name)
+        if n <= ends[-1] and isinstance(value, int | float):
+            out[bisect_left(ends, n)].append(float(value))
+    return out
+
+
+def compared(records: Sequence[Record], expected: Expected) -> list[Verdict]:
+    """Whether a log is within the bands: one verdict where it is, else one for each reading that has left, first first.
+
+    A part counts once the run has passed it, or has three records in it.
+    """
+    run = readings(records)
+    done = run[-1][0] if run else 0
+    left: list[tuple[int, Verdict]] = []
+    seen = 0
+    for name, band in expected.bands.items():
+        parts = _parts(run, expected.ends, name)
+        for end, low, high, values in zip(expected.ends, band.low, band.high, parts, strict=True):
+            if not values or (done < end and len(values) < 3):
+                continue
+            seen += 1
+            value = median(values) if all(map(math.isfinite, values)) else math.nan
+            if not low <= value <= high:
+                left.append((end, _left(name, value, low, high, end, expected)))
+                break
+    if not seen:
+        return []
+    if left:
+        return [v for _, v in sorted(left, key=lambda pair: pair[0])]
+    text = f"within the band of the {_runs(expected)}"
+    return [Verdict("as expected", "fine", float(len(expected.bands)), 0.0, text)]
+
+
+def _runs(expected: Expected) -> str:
+    return f"{expected.runs} reference runs" if expected.runs > 1 else "reference run"
+
+
+def _left(name: str, value: float, low: float, high: float, end: int, expected: Expected) -> Verdict:
+    first = expected.ends[expected.ends.index(end) - 1] if end != expected.ends[0] else 0
+    line = high if value > high else low
+    text = (
+        f"{name} left the band of the {_runs(expected)} in updates {first + 1} to {end}: {value:.4g}, "
+        f"expected {low:.4g} to {high:.4g}"
+    )
+    return Verdict(f"{name} unexpected", "warn", value, line, text)

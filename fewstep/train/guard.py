@@ -1,0 +1,137 @@
+"""The guard of a training: alarms as they come, which checkpoint is the best, and how often one goes back to it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from fewstep.config import UserError
+from fewstep.recipe.schema import Recipe, Stage
+from fewstep.train.samples import SampleReadings
+from fewstep.train.session import Session
+from fewstep.train.state import checkpoints, is_sound, read_guard
+from fewstep.train.verdicts import Course, Record, Verdict
+
+KNOB = "student"
+"""The role whose rate is lowered: a critic follows a student that moves less (two time scales)."""
+LOWER = 0.25
+"""Factor on the student's rate at each return."""
+RETURNS = 2
+"""Returns to the best checkpoint, after which the training stops."""
+
+
+class Stopped(UserError):
+    """A training that its guard has ended."""
+
+
+class Guard:
+    """What is known of a stage's samples and updates while it trains.
+
+    Args:
+        session: what is trained.
+    """
+
+    def __init__(self, session: Session) -> None:
+        self.recipe = session.recipe
+        train = self.recipe.train
+        self.mode = train.guard
+        self.readings = None if self.mode == "off" else SampleReadings(session, train.readings_every)
+        self.acts: list[dict[str, Any]] = []
+        """Returns so far, as they stand in the log."""
+        self.course, self.stage = Course(), 0
+        self._known: set[str] = set()
+        self.by = "metric" if train.eval_every and self.recipe.evaluate else "readings"
+        self._measured: tuple[int, float | None] = (-1, None)
+
+    def read(self, stage: Stage, done: int, first: bool = False) -> dict[str, float]:
+        """The readings that are due after an update, and before a stage's first one; empty where none is."""
+        if self.readings is None or self.readings.source() is None:
+            return {}
+        return self.readings.read(stage) if first or self.readings.due(stage, done) else {}
+
+    def add(self, record: Record) -> list[Verdict]:
+        """Take the next record of the log; the alarms that no record of the stage has raised before."""
+        if self.mode == "off":
+            return []
+        if record["stage"] != self.stage:
+            self.course, self.stage, self._known = Course(), record["stage"], set()
+        self.course.add(record)
+        alarms = self.course.alarms()
+        new = [v for v in alarms if v.name not in self._known]
+        self._known |= {v.name for v in alarms}
+        return new
+
+    def again(self, records: Iterable[Record]) -> None:
+        """Stand where a log ends."""
+        self.course, self.stage, self._known = Course(), 0, set()
+        for record in records:
+            if "stage" in record:
+                self.add(record)
+
+    def measured(self, done: int, value: float | None, run: Path | None) -> bool:
+        """Take what the run's metric says of a state, less being better; whether no checkpoint is as good."""
+        self._measured = (done, value)
+        score = self.mark(done, self.stage).get("score")
+        if score is None or run is None:
+            return False
+        best = best_of(run / "checkpoints", self.stage)
+        held = read_guard(best) if best else None
+        return held is None or held["by"] != self.by or score < held["score"]
+
+    def mark(self, done: int, stage: int) -> dict[str, Any]:
+        """What a checkpoint holds of it: returns so far, whether there is no alarm, and the score, less being better.
+
+        stage: that of the last step, or the one that is about to begin.
+        """
+        if self.mode == "off" and not self.acts:
+            return {}
+        here = stage == self.stage
+        calm = not (here and self.course.alarms())
+        score = self.course.drift() if here else None
+        if self.by == "metric":
+            score = self._measured[1] if self._measured[0] == done else None
+        good = calm and score is not None and math.isfinite(score)
+        return {"stage": stage, "calm": calm, "by": self.by, "score": score if good else None, "acts": self.acts}
+
+    def act(self, alarm: Verdict, at: int, to: int) -> dict[str, Any]:
+        """A return to step `to`, as log and checkpoints hold it."""
+        value = alarm.value if math.isfinite(alarm.value) else None
+        knob = rate_of(self.recipe, LOWER ** (len(self.acts) + 1))
+        return {"alarm": alarm.name, "value": value, "line": alarm.line, "at": at, "to": to, "knob": knob}
+
+    def rates(self) -> dict[str, float]:
+        """Factors on learning rates, by role."""
+        return {KNOB: LOWER ** len(self.acts)} if self.acts else {}
+
+
+def best_of(folder: Path, stage: int | None = None) -> Path | None:
+    """The checkpoint with the best score among the newest one's stage, or a given one's; None where none has a score."""
+    marks = {p: mark for p in checkpoints(folder) if is_sound(p) and (mark := read_guard(p))}
+    if stage is None:
+        stage = max((m["stage"] for m in marks.values()), default=None)
+    scored = {p: m for p, m in marks.items() if m["stage"] == stage and m["score"] is not None}
+    # An evaluation says more than a few readings; the two do not compare.
+    by = "metric" if any(m["by"] == "metric" for m in scored.values()) else "readings"
+    return min((p for p in scored if scored[p]["by"] == by), key=lambda p: (scored[p]["score"], p.name), default=None)
+
+
+def way_back(folder: Path, stage: int) -> Path | None:
+    """`best_of` a stage, or where none has a score the newest checkpoint without an alarm; None without either."""
+    marks = {p: read_guard(p) for p in checkpoints(folder) if is_sound(p)}
+    calm = [p for p, m in marks.items() if m and m["stage"] == stage and m["calm"]]
+    return best_of(folder, stage) or (calm[-1] if calm else None)
+
+
+def said(v: Verdict, done: int) -> str:
+    """An alarm as a line."""
+    return f"step {done}: ALARM {v.name}: {v.sentence} (line {v.line:.3g}); {v.remedy}"
+
+
+def rate_of(recipe: Recipe, factor: float) -> str:
+    """The lowered rate in words."""
+    key = KNOB if KNOB in recipe.optim else "default"
+    lr = recipe.optimizer(KNOB).lr
+    own = "" if key == KNOB else f" of the {KNOB}"
+    return f"optim.{key}.lr{own} {lr:g} -> {lr * factor:g}"

@@ -1,0 +1,200 @@
+"""Readings of a few samples drawn beside the training: brightness, contrast, colours, grid and spread.
+
+Every reading compares the student's samples with those of the teacher from the same noise and conditions, or with the
+data's where there is no teacher: the `samples/` keys of a log's record. The draws are functions of the seed alone, so
+that training is bit for bit what it is without them. Why these: few-step students of late 2026 darken until black
+within some hundred updates (byliutao/CDM#6, Tongyi-MAI/Z-Image#56), become alike (Z-Image#16) or get grids
+(Qwen-Image-Lightning#69).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fewstep.algebra.condition import rows
+from fewstep.algebra.draws import Draws, fold
+from fewstep.algebra.guidance import Guided
+from fewstep.algebra.sampling import Sampler, many_step, sample, seeded
+from fewstep.data.base import conditions_of
+from fewstep.methods.readings import spread
+from fewstep.recipe.schema import Stage
+from fewstep.train.session import Session
+
+MOST = 32
+"""Samples of a reading, or as many as a batch has."""
+ALIKE = 4
+"""Samples of each condition."""
+TEACHER_STEPS = 8
+"""Heun steps of the teacher's samples."""
+REAL = 256
+"""Samples of the data where they are the reference."""
+NUMBERS = 1 << 24
+"""Numbers in a reading's samples; large pictures are fewer."""
+FLOOR = 0.01
+"""Of the mean power, added to what a spectral peak is compared with: a peak that nobody sees is none."""
+
+Figures = dict[str, Tensor]
+
+
+def figures(x: Tensor, group: Tensor, patch: int | None) -> Figures:
+    """What is compared, of samples x (n, c, h, w) or vectors (n, d) whose conditions are numbered by group (n,).
+
+    mean (c,) of each channel; scale and contrast, scalars: the standard deviation of all values about their channel's
+    mean, and within a sample; spread: see `fewstep.methods.readings.spread`; of three channels saturation, the mean of
+    largest minus smallest; with a patch the grid, see `peaks`.
+    """
+    x = x.double()
+    dims = [0, *range(2, x.ndim)]
+    mean = x.mean(dims)
+    around = x - mean.reshape(1, -1, *[1] * (x.ndim - 2))
+    scale = around.pow(2).mean().sqrt()
+    out = {"mean": mean, "scale": scale, "contrast": scale, "spread": spread(x, group)}
+    if x.ndim == 4:
+        out["contrast"] = (x - x.mean((2, 3), keepdim=True)).pow(2).mean().sqrt()
+    if x.ndim == 4 and x.shape[1] == 3:
+        out["saturation"] = (x.amax(1) - x.amin(1)).mean()
+    if patch is not None:
+        out["grid"] = peaks(x, patch)
+    return out
+
+
+def peaks(x: Tensor, patch: int) -> Tensor:
+    """Log of the power of x (n, c, h, w) at each multiple of the patch's frequency over that of the frequencies around.
+
+    What repeats in every patch has power at these patch^2 - 1 points of the spectrum and nowhere else.
+    """
+    power = torch.fft.fft2(x).abs().pow(2).mean((0, 1))
+    power[0, 0] = 0
+    h, w = power.shape
+    around = [power.roll((i, j), (0, 1)) for i in (-1, 0, 1) for j in (-1, 0, 1) if (i, j) != (0, 0)]
+    ratio = (power + FLOOR * power.mean()) / (sum(around) / 8 + FLOOR * power.mean()).clamp_min(1e-300)
+    return ratio[:: h // patch, :: w // patch].flatten()[1:].clamp_min(1e-300).log()
+
+
+def compared(own: Figures, reference: Figures) -> dict[str, float]:
+    """The readings by their keys in the log: ratios to the reference's, 1 where they agree, and of the mean 0.
+
+    samples/mean is that of the channel that is farthest off, in standard deviations of the reference.
+    """
+    shift = (own["mean"] - reference["mean"]) / reference["scale"].clamp_min(1e-12)
+    out = {"samples/mean": float(shift[shift.abs().argmax()])}
+    for name in ("contrast", "saturation", "spread"):
+        if name in own and name in reference and float(reference[name]) > 0:
+            out[f"samples/{name}"] = float(own[name] / reference[name])
+    if "grid" in own and "grid" in reference:
+        # A dip of the reference, which other samples fill, makes no peak.
+        out["samples/grid"] = float((own["grid"] - reference["grid"].clamp_min(0)).max().exp())
+    return out
+
+
+def patch_of(net: nn.Module, shape: tuple[int, ...]) -> int | None:
+    """Period of the grid that a network may leave: its patch, or its levels' strides; None where none fits twice."""
+    if len(shape) != 3:
+        return None
+    found = next((n for m in net.modules() if (n := _period(m)) is not None), 4)
+    period = max(2, found)
+    while period > 1 and any(side % period or side // period < 2 for side in shape[1:]):
+        period //= 2
+    return period if period > 1 else None
+
+
+def _period(module: nn.Module) -> int | None:
+    config: Any = getattr(module, "config", None)
+    patch = getattr(module, "patch", None) or getattr(config, "patch_size", None)
+    if isinstance(patch, int):
+        return patch
+    blocks = getattr(config, "down_block_types", None)
+    return 2 ** (len(blocks) - 1) if blocks else None
+
+
+class SampleReadings:
+    """Draws a session's samples and compares them.
+
+    Args:
+        session: the run's; nothing of it is changed.
+        every: updates between two readings of a sampler with at most four calls.
+    """
+
+    def __init__(self, session: Session, every: int) -> None:
+        self.session, self.every = session, every
+        data = session.data
+        self.room = max(ALIKE, NUMBERS // math.prod(data.shape))
+        self.count = min(MOST, session.recipe.train.batch, self.room)
+        self.patch = patch_of(session.roles.student, data.shape)
+        groups = 1 if conditions_of(data) == "none" else max(1, self.count // ALIKE)
+        self.group = torch.arange(self.count, device=session.device) % groups
+        self._reference: Figures | None = None
+
+    def source(self) -> str | None:
+        """What samples are compared with: teacher or data; None where there is neither."""
+        recipe = self.session.recipe
+        if "teacher" in self.session.roles and not recipe.overwrites_teacher():
+            return "teacher"
+        return "data" if any(stage.method.needs().data for stage in recipe.stages()) else None
+
+    def due(self, stage: Stage, done: int) -> bool:
+        """Whether a reading follows this update: samplers of many calls are asked less often, at about equal cost."""
+        calls = stage.method.sampler().network_calls()
+        return self.source() is not None and done % (self.every * max(1, calls**2 // 16)) == 0
+
+    def read(self, stage: Stage) -> dict[str, float]:
+        """The readings of the student as it is now; every process of the run calls this and gets the same."""
+        if self.session.offload:  # a turn of its own: what it calls is not what the turn before it calls
+            self.session.offload.begin((), {})
+        if self._reference is None:
+            self._reference = self._reference_of()
+        x = self._draw(self.session.roles.student, stage.method.sampler())
+        return compared(figures(x, self.group, self.patch), self._reference)
+
+    def _reference_of(self) -> Figures:
+        session, recipe = self.session, self.session.recipe
+        if self.source() == "teacher":
+            scale = recipe.evaluate.guidance if recipe.evaluate else 1.0
+            teacher: Any = session.roles.teacher
+            net = teacher if scale == 1.0 else Guided(teacher, scale, session.data.null)
+            return figures(self._draw(net, many_step(TEACHER_STEPS)), self.group, self.patch)
+        index = torch.arange(max(self.count, min(REAL, self.room)), device=session.device)
+        x, cond = session.data.batch(Draws(fold(recipe.train.seed, "samples", "data"), index))
+        plain = isinstance(cond, Tensor) and cond.ndim == 1 and not cond.is_floating_point()
+        out = figures(x, cond if plain and isinstance(cond, Tensor) else torch.zeros_like(index), self.patch)
+        if cond is not None and not plain:
+            del out["spread"]  # one picture a caption says nothing of the spread within one
+        return out
+
+    @torch.no_grad()
+    def _draw(self, net: Any, sampler: Sampler) -> Tensor:
+        """All samples, each process drawing its share."""
+        session, train = self.session, self.session.recipe.train
+        world = session.accelerator.num_processes
+        share = math.ceil(self.count / world)
+        first = session.accelerator.process_index * share
+        index = torch.arange(first, first + share, device=session.device) % self.count
+        cond = session.data.conditions(Draws(fold(train.seed, "samples", "conditions"), self.group[index]))
+        part, out = max(1, train.batch // world // train.accumulate), []
+        with in_evaluation(net), session.accelerator.autocast():
+            for i in range(0, share, part):
+                start, fresh = seeded(fold(train.seed, "samples"), index[i : i + part], session.data.shape)
+                out.append(sample(sampler, net, start, rows(cond, slice(i, i + part)), fresh))
+        x = torch.cat(out)
+        if world > 1:
+            x = session.accelerator.gather(x)  # type: ignore[assignment]
+        return x[: self.count]
+
+
+@contextmanager
+def in_evaluation(net: Any) -> Iterator[None]:
+    """Modules that train are as in evaluation meanwhile: a dropout would draw from torch's generator."""
+    training = [m for m in net.modules() if m.training] if isinstance(net, nn.Module) else []
+    for m in training:
+        m.training = False
+    try:
+        yield
+    finally:
+        for m in training:
+            m.training = True

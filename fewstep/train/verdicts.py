@@ -1,0 +1,364 @@
+"""Is my run healthy? Verdicts in words from a log's records, each with its value, its line and the knob to turn.
+
+`verdicts(records)` is what `fewstep health`, the progress display and a run's page show. It is a pure function of the
+records of log.jsonl. Two kinds of readings are judged:
+
+- Those of the method's own batches (`health/`, the discriminator's accuracy): the last fifth of the stage's records,
+  against the stage's own best or against what the reading is when all is well.
+- Those of samples drawn beside the training (`samples/`, `fewstep.train.samples`) and refused updates: the last two
+  readings, so that a few updates tell. These are what `train.guard` acts on, by `Course`.
+
+A student that is only on its way is no alarm: one is raised where two readings of samples in a row are beyond their line
+*and* two in a row have been nearer to the reference before. One that never was near it is a warning.
+
+Critic lag is read as a slope, that of fresh student samples on the critic's answers, and not as the critic's denoising
+loss against its running best: the least loss there is moves with the student (it grows as samples spread and falls as
+they collapse), so that a best of the past says nothing of today's critic, whereas the slope of a critic at its optimum
+is 1 for every student. Methods without a critic, and a Phased DMD phase that ends above clean samples, have none.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import Any, Literal
+
+Record = Mapping[str, Any]
+
+FEWEST = 10
+"""Records of a stage below which nothing is said of the method's readings: a mean over fewer is mostly noise."""
+LAG = 0.2
+"""Distance of the critic's slope on fresh samples from 1, above which the critic does not follow."""
+WIN = 0.95
+"""Discriminator accuracy above which the student sees no usable gradient."""
+LOSE = 0.45
+"""Discriminator accuracy below which it tells nothing (0.5 is a coin)."""
+SHRINK = 0.6
+"""Spread of samples over that of the best window, or of the reference, below which samples are alike."""
+SATURATE = 1.35
+"""Size of samples over the teacher's denoiser of them, or their contrast over the reference's: above, oversaturated."""
+FADE = 0.75
+"""The same ratios, below which samples are washed out."""
+SKIPS = 0.01
+"""Share of refused updates above which numerics are in trouble."""
+ODD = 2
+"""Refused updates of a stage that are no trouble, however short it is."""
+SHIFT = 0.35
+"""Distance of a channel's mean from the reference's, in standard deviations of the reference. Darkening until black
+(threads byliutao/CDM#6, with DMD2 too) is some 1.5 of them."""
+COLOUR = 1.5
+"""Saturation of samples over the reference's, or its inverse, beyond which colours have left it."""
+GRID = 4.0
+"""Spectral peak at multiples of the patch's frequency, over the reference's, above which a grid shows (threads
+Qwen-Image-Lightning#69, TSD-SR#17)."""
+RECENT = 2
+"""Readings of samples in a row that are judged together, by the one that is nearer to the reference."""
+FARTHER = 0.5
+"""By how much of its line a reading of samples must be farther than it has been, to be an alarm."""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """One finding about a reading; `fine` ones have no remedy."""
+
+    name: str
+    """What was found, in two or three words."""
+    level: Literal["fine", "warn", "alarm"]
+    """warn: is not as it should be, but never was; alarm: goes wrong."""
+    value: float
+    """The reading."""
+    line: float
+    """Where the reading's line is on the side that it is nearer to."""
+    sentence: str
+    """The finding in words."""
+    remedy: str = ""
+    """Which knob to turn."""
+
+    @property
+    def fine(self) -> bool:
+        return self.level == "fine"
+
+
+def series(records: Sequence[Record], key: str) -> list[float]:
+    """The values of a reading in the records that have it."""
+    return [float(r[key]) for r in records if isinstance(r.get(key), int | float)]
+
+
+def _windows(values: Sequence[float]) -> list[float]:
+    """Means of five consecutive, nearly equal parts."""
+    n = len(values)
+    edges = [round(i * n / 5) for i in range(6)]
+    return [sum(values[a:b]) / (b - a) for a, b in pairwise(edges)]
+
+
+def critic(records: Sequence[Record]) -> Verdict | None:
+    """Critic lag: a critic at its optimum for the present student has slope 1 on fresh samples.
+
+    Its denoising loss alone does not tell: that of a perfect critic grows as samples spread.
+    """
+    values = series(records, "health/critic_slope")
+    if len(values) < FEWEST:
+        return None
+    slope = _windows(values)[-1]
+    line = 1 + math.copysign(LAG, slope - 1)
+    text = f"slope of fresh samples on the critic's answers is {slope:.2f}, 1 when it follows"
+    if not abs(slope - 1) <= LAG:
+        knob = "raise method.critic.steps or optim.critic.lr, or lower optim.student.lr"
+        return Verdict("critic too slow", "alarm", slope, line, text, knob)
+    return Verdict("critic", "fine", slope, line, text)
+
+
+def discriminator(records: Sequence[Record]) -> Verdict | None:
+    """Discriminator accuracy on real and generated samples."""
+    values = series(records, "discriminator_accuracy")
+    if len(values) < FEWEST:
+        return None
+    last = _windows(values)[-1]
+    text = f"discriminator is right on {100 * last:.0f} % of samples"
+    if last > WIN:
+        knob = "lower optim.discriminator.lr, raise method.gan.r1_weight, or show it noisier samples (method.gan.times)"
+        return Verdict("discriminator winning", "alarm", last, WIN, text, knob)
+    if last < LOSE:
+        knob = "raise optim.discriminator.lr or method.gan.discriminator_weight"
+        return Verdict("discriminator lost", "alarm", last, LOSE, text, knob)
+    return Verdict("discriminator", "fine", last, WIN, text)
+
+
+def diversity(records: Sequence[Record]) -> Verdict | None:
+    """Spread of a batch of samples against the best it has had in this stage."""
+    values = series(records, "health/diversity")
+    if len(values) < FEWEST:
+        return None
+    parts = _windows(values)
+    share = parts[-1] / max(max(parts), 1e-12)
+    text = f"spread of the samples is {share:.2f} of its best"
+    if share < SHRINK:
+        knob = "lower optim.student.lr or the guidance, raise method.critic.steps, or lower method.gan.weight"
+        return Verdict("collapsing", "alarm", share, SHRINK, text, knob)
+    return Verdict("diversity", "fine", share, SHRINK, text)
+
+
+def contrast(records: Sequence[Record]) -> Verdict | None:
+    """Size of samples against the teacher's opinion of them at low noise."""
+    values = series(records, "health/contrast")
+    if len(values) < FEWEST:
+        return None
+    last = _windows(values)[-1]
+    text = f"samples are {last:.2f} times as large as the teacher's denoiser makes them"
+    if last > SATURATE:
+        knob = "lower method.guidance, or strengthen the critic's term"
+        return Verdict("oversaturated", "alarm", last, SATURATE, text, knob)
+    if last < FADE:
+        knob = "train longer; check that the student's first level is the prior"
+        return Verdict("washed out", "alarm", last, FADE, text, knob)
+    return Verdict("contrast", "fine", last, SATURATE if last > 1 else FADE, text)
+
+
+CHECKS: tuple[Callable[[Sequence[Record]], Verdict | None], ...] = (critic, discriminator, diversity, contrast)
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How a reading of drawn samples is judged."""
+
+    fine: str
+    """What it is called when all is well."""
+    below: tuple[str, str] | None
+    """Name and remedy of what lies beyond the lower line; None: nothing lies there that matters."""
+    above: tuple[str, str] | None
+    """The same of the upper line."""
+    centre: float
+    """The reference's own value."""
+    low: float
+    high: float
+    text: str
+    log: bool = True
+    """Ratios are compared by their logarithms."""
+
+    def badness(self, value: float) -> float:
+        """0 at the centre, 1 at the line; infinite for what is no number."""
+        if not math.isfinite(value):
+            return math.inf
+        line = self.line(value)
+        if line is None:
+            return 0.0
+        if not self.log:
+            return abs(value - self.centre) / abs(line - self.centre)
+        return abs(math.log(max(value, 1e-12) / self.centre) / math.log(line / self.centre))
+
+    def line(self, value: float) -> float | None:
+        """The line on the side of a value; None where that side has none."""
+        if value < self.centre:
+            return self.low if self.below else None
+        return self.high if self.above else None
+
+
+_SLOWER = "lower optim.student.lr (train.guard=restore goes back to the best checkpoint and does), or stop earlier"
+SAMPLES: dict[str, Reading] = {
+    "samples/mean": Reading(
+        "brightness",
+        ("darkening", f"{_SLOWER}; more critic updates (method.critic.steps)"),
+        ("brightening", f"{_SLOWER}; more critic updates (method.critic.steps)"),
+        0.0,
+        -SHIFT,
+        SHIFT,
+        "the mean of samples is {:+.2f} standard deviations from the reference's",
+        log=False,
+    ),
+    "samples/contrast": Reading(
+        "contrast of samples",
+        ("losing contrast", f"{_SLOWER}; train longer where it never had more"),
+        ("contrast too high", "lower method.guidance or optim.student.lr, or raise method.critic.steps"),
+        1.0,
+        FADE,
+        SATURATE,
+        "samples have {:.2f} times the reference's contrast",
+    ),
+    "samples/saturation": Reading(
+        "colours",
+        ("colours fading", f"{_SLOWER}; train longer where it never had more"),
+        ("colours too strong", "lower method.guidance or optim.student.lr, or raise method.critic.steps"),
+        1.0,
+        1 / COLOUR,
+        COLOUR,
+        "samples have {:.2f} times the reference's saturation",
+    ),
+    "samples/grid": Reading(
+        "no grid",
+        None,
+        ("grid artefacts", f"{_SLOWER}; lower method.gan.weight, or fewer taps of the discriminator"),
+        1.0,
+        1.0,
+        GRID,
+        "peaks at the patch's frequency are {:.1f} times the reference's",
+    ),
+    "samples/spread": Reading(
+        "spread within a class",
+        ("samples alike", "lower the guidance or optim.student.lr, raise method.critic.steps, or train longer"),
+        None,
+        1.0,
+        SHRINK,
+        1.0,
+        "samples of one class or prompt spread {:.2f} times as far as the reference's",
+    ),
+}
+"""Readings of drawn samples by their key in the log."""
+
+
+@dataclass
+class _Track:
+    recent: deque[float] = field(default_factory=lambda: deque(maxlen=RECENT))
+    best: float = math.inf
+    """Least badness that readings in a row have not exceeded so far; the stage's first counts alone."""
+    count: int = 0
+
+    def add(self, value: float, reading: Reading) -> None:
+        self.recent.append(value)
+        self.count += 1
+        self.best = min(self.best, max(map(reading.badness, self.recent)))
+
+
+class Course:
+    """Refused updates and readings of samples of one stage, folded record by record: all that the guard looks at."""
+
+    def __init__(self, records: Iterable[Record] = ()) -> None:
+        self.tracks = {key: _Track() for key in SAMPLES}
+        self.first: tuple[float, float] | None = None
+        self.last = (0.0, 0.0)
+        self.rows = 0
+        for record in records:
+            self.add(record)
+
+    def add(self, record: Record) -> None:
+        """The next record of the stage."""
+        if isinstance(record.get("skips"), int | float) and "done" in record:
+            self.last = (float(record["done"]), float(record["skips"]))
+            self.first, self.rows = self.first or self.last, self.rows + 1
+        for key, track in self.tracks.items():
+            if isinstance(record.get(key), int | float):
+                track.add(float(record[key]), SAMPLES[key])
+
+    def verdicts(self) -> list[Verdict]:
+        """What is said of it now."""
+        found = [_of_samples(key, track) for key, track in self.tracks.items()]
+        return [v for v in [*found, self._skipped()] if v is not None]
+
+    def alarms(self) -> list[Verdict]:
+        return [v for v in self.verdicts() if v.level == "alarm"]
+
+    def drift(self) -> float | None:
+        """How far samples are from the reference, in lines, root of the sum of squares; None before the first reading.
+
+        Of each reading the worse of the last two: a state that has just begun to leave is none to go back to.
+        """
+        worst = [max(SAMPLES[key].badness(v) for v in t.recent) for key, t in self.tracks.items() if t.recent]
+        return math.hypot(*worst) if worst else None
+
+    def _skipped(self) -> Verdict | None:
+        """Updates that were refused because a gradient was not finite."""
+        if self.first is None or self.rows < FEWEST:
+            return None
+        refused = self.last[1] - self.first[1]
+        share = refused / max(1.0, self.last[0] - self.first[0])
+        text = f"{self.last[1]:.0f} updates had a non-finite gradient"
+        if share > SKIPS and refused > ODD:
+            knob = "use train.precision=fp32 or lower optim.*.lr"
+            return Verdict("non-finite gradients", "alarm", share, SKIPS, text, knob)
+        return Verdict("numerics", "fine", share, SKIPS, text)
+
+
+def _of_samples(key: str, track: _Track) -> Verdict | None:
+    if track.count < RECENT:
+        return None
+    reading = SAMPLES[key]
+    value = next((v for v in track.recent if not math.isfinite(v)), min(track.recent, key=reading.badness))
+    badness, line = reading.badness(value), reading.line(value)
+    told = reading.text.format(value)
+    beyond = reading.below if value < reading.centre else reading.above
+    if badness <= 1:
+        return Verdict(reading.fine, "fine", value, line if line is not None else reading.centre, told)
+    if beyond is None or line is None or not math.isfinite(value):
+        return Verdict("not finite", "alarm", value, reading.high, "samples are not finite", _SLOWER)
+    if badness > track.best + FARTHER:
+        return Verdict(beyond[0], "alarm", value, line, told, beyond[1])
+    if track.count < FEWEST:
+        return None
+    return Verdict(beyond[0], "warn", value, line, f"{told}, and never were nearer", beyond[1])
+
+
+def verdicts(records: Sequence[Record]) -> list[Verdict]:
+    """Findings about the last stage of a log; empty when it is too short to say anything."""
+    last = last_stage(records)
+    return [v for check in CHECKS if (v := check(last)) is not None] + Course(last).verdicts()
+
+
+LOOKS = 100
+"""Number of moments of a log at which `alarms` looks at the method's own readings."""
+
+
+def alarms(records: Sequence[Record]) -> dict[str, int]:
+    """Each alarm that a stage's log raises while it grows, with the number of steps done when it came first.
+
+    `records` are those of one stage. Samples are looked at after each record, as the guard does, the method's own
+    readings at no more than LOOKS evenly spaced moments.
+    """
+    first: dict[str, int] = {}
+    stride = max(1, len(records) // LOOKS)
+    course, moments = Course(), {*range(FEWEST, len(records) + 1, stride), len(records)}
+    for n, record in enumerate(records, 1):
+        course.add(record)
+        found = course.alarms()
+        if n in moments:
+            found += [v for check in CHECKS if (v := check(records[:n])) is not None and v.level == "alarm"]
+        for v in found:
+            first.setdefault(v.name, int(record.get("done", 0)))
+    return first
+
+
+def last_stage(records: Sequence[Record]) -> list[Record]:
+    """The records of a log's last stage."""
+    training = [r for r in records if "stage" in r]
+    return [r for r in training if r["stage"] == training[-1]["stage"]]

@@ -1,0 +1,179 @@
+"""The guard: it fires in time, goes back to the best state, and a kill in between changes nothing."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from collapsing import ONSET, kill_points, short, start
+from tiny_runs import contents, import_before_forks, in_child, killed, records, same
+
+from fewstep.config import RecipeError
+from fewstep.train.guard import LOWER, RETURNS, Stopped, best_of, way_back
+from fewstep.train.state import checkpoints, read_guard
+
+DARKER = 0.03
+"""Per update, into a velocity: after some ten of them samples are beyond the line below their mean."""
+
+
+def darker(share: float) -> float:
+    return DARKER if share == 1 else 0.0
+
+
+@pytest.fixture(scope="module")
+def restored(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
+    run = tmp_path_factory.mktemp("guard") / "run"
+    trainer = start(run, "train.guard=restore", bias=darker)
+    trainer.fit()
+    return run, trainer.lines
+
+
+def test_a_healthy_run_says_nothing(tmp_path: Path):
+    trainer = start(tmp_path / "run", "train.guard=restore")
+    trainer.fit()
+    assert trainer.lines == []
+    assert trainer.progress.done == 120
+    assert best_of(tmp_path / "run" / "checkpoints") is not None
+
+
+def test_restore_goes_back_to_the_best_state_with_a_lower_rate(restored: tuple[Path, list[str]]):
+    run, lines = restored
+    (act,) = [r["guard"] for r in records(run) if "guard" in r]
+    assert act["alarm"] == "darkening"
+    assert ONSET < act["at"] <= ONSET + 50
+    assert act["to"] <= ONSET
+    assert act["value"] < act["line"] < 0
+    assert act["knob"] == f"optim.student.lr 0.001 -> {0.001 * LOWER}"
+    assert "ALARM darkening" in lines[0]
+    assert lines[1].endswith(f"Back to step {act['to']}, {act['knob']}")
+    done = [r["done"] for r in records(run) if "stage" in r]
+    assert done == list(range(4, 121, 4))  # what was gone back over is not there twice
+    rates = {r["done"]: r["lr/student"] for r in records(run) if "lr/student" in r}
+    after = min(d for d in rates if d > act["to"])
+    assert rates[after] < 0.3 * rates[after - 4]
+    means = [r["samples/mean"] for r in records(run) if "samples/mean" in r]
+    assert min(means[-5:]) > -0.35
+    kept = [p.name for p in checkpoints(run / "checkpoints")]
+    assert len(kept) in (2, 3)
+    assert all(read_guard(p)["acts"] == [act] for p in checkpoints(run / "checkpoints"))
+
+
+@pytest.mark.parametrize("point", sorted(kill_points()))
+def test_a_kill_within_a_return_changes_nothing(restored: tuple[Path, list[str]], tmp_path: Path, point: str):
+    run, whole = tmp_path / "run", restored[0]
+    import_before_forks()
+
+    def job() -> None:
+        kill_points()[point]()
+        start(run, "train.guard=restore", bias=darker).fit()
+
+    assert killed(in_child(job))
+    start(run, "train.guard=restore", bias=darker).fit()
+    assert records(run) == records(whole)
+    assert [p.name for p in checkpoints(run / "checkpoints")] == [p.name for p in checkpoints(whole / "checkpoints")]
+    for own, other in zip(checkpoints(run / "checkpoints"), checkpoints(whole / "checkpoints"), strict=True):
+        assert read_guard(own) == read_guard(other)
+        assert same(*({k: v for k, v in contents(c).items() if k != "progress"} for c in (own, other))) == []
+
+
+def test_after_two_returns_it_stops_at_the_best_state(tmp_path: Path):
+    run = tmp_path / "run"
+    trainer = start(run, "train.guard=restore", bias=lambda share: DARKER)
+    with pytest.raises(Stopped, match=r"darkening.*gone back 2 times.*6\.25e-05.*the newest checkpoint is the stage's"):
+        trainer.fit()
+    acts = [r["guard"] for r in records(run) if "guard" in r]
+    assert len(acts) == RETURNS
+    newest = checkpoints(run / "checkpoints")[-1]
+    assert newest == best_of(run / "checkpoints")
+    assert trainer.progress.done == int(newest.name.removeprefix("step-")) <= ONSET
+    assert records(run)[-1]["done"] <= trainer.progress.done
+    # Who continues it stands there with the lowered rate, and is stopped again at the same place.
+    again = start(run, "train.guard=restore", bias=lambda share: DARKER)
+    assert again.guard.acts == acts
+    with pytest.raises(Stopped, match="gone back 2 times"):
+        again.fit()
+
+
+def test_without_a_checkpoint_of_the_stage_it_stops_and_says_so():
+    trainer = start(None, "train.guard=restore", bias=darker)
+    with pytest.raises(Stopped, match="There is no checkpoint of this stage to go back to"):
+        trainer.fit()
+
+
+def test_stop_saves_and_warn_goes_on(tmp_path: Path):
+    stopped = start(tmp_path / "stop", "train.guard=stop", bias=darker)
+    with pytest.raises(Stopped, match=r"stopped by train\.guard at step \d+: darkening; the mean of samples"):
+        stopped.fit()
+    assert checkpoints(tmp_path / "stop" / "checkpoints")[-1].name == f"step-{stopped.progress.done:08d}"
+    assert not read_guard(checkpoints(tmp_path / "stop" / "checkpoints")[-1])["calm"]
+    warned = start(tmp_path / "warn", "train.guard=warn", bias=darker)
+    warned.fit()
+    assert warned.progress.done == 120
+    assert sum("ALARM darkening" in line for line in warned.lines) == 1  # once, not at every record
+    (told,) = [r for r in records(tmp_path / "warn") if r.get("alarm") == "darkening"]
+    assert told["done"] == stopped.progress.done
+    off = start(tmp_path / "off", "train.guard=off", bias=darker)
+    off.fit()
+    assert off.lines == []
+    assert not any(k.startswith("samples/") for r in records(tmp_path / "off") for k in r)
+    assert read_guard(checkpoints(tmp_path / "off" / "checkpoints")[-1]) is None
+    # The same training, but for what is read of it.
+    for name in ("student", "critic"):
+        own, other = warned.roles[name].state_dict(), off.roles[name].state_dict()
+        assert all(torch.equal(own[k], other[k]) for k in own)
+
+
+def test_the_best_checkpoint_stays_beside_the_newest(tmp_path: Path):
+    run = tmp_path / "run"
+    start(run, "train.guard=warn", bias=darker).fit()
+    held = checkpoints(run / "checkpoints")
+    best = best_of(run / "checkpoints")
+    assert [p.name for p in held[1:]] == ["step-00000115", "step-00000120"]
+    assert best == held[0]
+    assert int(best.name.removeprefix("step-")) <= ONSET
+
+
+def test_refused_updates_are_gone_back_from(tmp_path: Path):
+    """A student whose gradients are no numbers from some step on, as long as its rate is the first one."""
+    run = tmp_path / "run"
+    settings = ("train.guard=restore", "train.max_skips=2")
+    trainer = start(run, *settings, bias=lambda share: float("nan") if share == 1 else 0.0)
+    trainer.fit()
+    acts = [r["guard"] for r in records(run) if "guard" in r]
+    assert [a["alarm"] for a in acts] == ["non-finite gradients"]
+    assert trainer.progress.done == 120
+    assert all(bool(torch.isfinite(p).all()) for p in trainer.roles.student.parameters())
+
+
+def test_marks_are_chosen_by_metric_first_then_readings_then_age(tmp_path: Path):
+    def make(done: int, **mark: object) -> Path:
+        own = {"stage": 1, "calm": True, "by": "readings", "score": None, "acts": [], **mark}
+        path = tmp_path / f"step-{done:08d}"
+        path.mkdir()
+        (path / "state.json").write_text(json.dumps({"sound": True, "guard": own}))
+        return path
+
+    assert best_of(tmp_path) is None
+    old, begun = make(10, stage=0, score=0.1), make(20)
+    assert best_of(tmp_path) is None
+    assert way_back(tmp_path, 1) == begun
+    assert best_of(tmp_path, 0) == old
+    good, worse = make(30, score=0.4), make(40, score=0.9)
+    make(50, calm=False)
+    assert best_of(tmp_path) == way_back(tmp_path, 1) == good
+    measured = make(60, by="metric", score=7.0)
+    assert best_of(tmp_path) == measured
+    make(70, by="metric", score=8.0)
+    assert best_of(tmp_path) == measured
+    assert way_back(tmp_path, 2) is None
+    (worse / "state.json").write_text("{")
+    assert best_of(tmp_path) == measured
+
+
+def test_settings_are_checked():
+    with pytest.raises(RecipeError, match="'retreat' is not one of off, warn, stop, restore"):
+        short("train.guard=retreat")
+    with pytest.raises(RecipeError, match="readings_every must be at least 1"):
+        short("train.readings_every=0")
