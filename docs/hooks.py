@@ -191,7 +191,7 @@ def choose_table() -> str:
     """What every method needs, from the cards."""
     from fewstep.recipe.cards import cards
 
-    lines = ["| method | what | needs | networks in memory |", "|---|---|---|---|"]
+    lines = ["| method | what | needs | holds |", "|---|---|---|---|"]
     for name, c in cards().items():
         told = " | ".join(_cell(text) for text in (c.title, c.needs, c.memory))
         lines.append(f"| [`{name}`](reference/methods.md#{name}) | {told} |")

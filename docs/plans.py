@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -73,7 +73,7 @@ def folder_of(root: Path, name: str) -> Path:
     """A pipeline's folder whose weights are zeros."""
     kind, part, make, channels = FAMILIES[name]
     folder = root / name.replace(" ", "-").lower()
-    if folder.is_dir():
+    if (folder / "model_index.json").is_file():  # written last
         return folder
     with torch.device("meta"):
         network = make()
@@ -96,9 +96,8 @@ def folder_of(root: Path, name: str) -> Path:
     return folder
 
 
-def rows(root: Path) -> Sequence[dict[str, Any]]:
+def rows(root: Path) -> Iterator[dict[str, Any]]:
     """A row for every family and setting that fits into this machine."""
-    found = []
     prompts = root / "prompts.txt"
     prompts.write_text("".join(f"prompt {i}\n" for i in range(32)))
     for name in FAMILIES:
@@ -120,11 +119,13 @@ def rows(root: Path) -> Sequence[dict[str, Any]]:
             made = plan(load(str(out), [f"data.text_cache={root / 'cache'}", *changes]), ways=False)
             row = {"family": name, "settings": settings, "micro_batch": made.micro_batch, "gib": made.total / 2**30}
             print(row, flush=True)
-            found.append(row)
-    return found
+            yield row
 
 
 if __name__ == "__main__":
     place = Path(sys.argv[1])
     place.mkdir(parents=True, exist_ok=True)
-    Path(__file__).with_name("plans.json").write_text(json.dumps({"rows": rows(place)}, indent=1) + "\n")
+    found: list[dict[str, Any]] = []
+    for made in rows(place):
+        found.append(made)
+        Path(__file__).with_name("plans.json").write_text(json.dumps({"rows": found}, indent=1) + "\n")

@@ -14,13 +14,15 @@ body { font: 15px/1.5 system-ui, sans-serif; max-width: 72rem; margin: 2rem auto
 h1 { font-size: 1.6rem; } h2 { font-size: 1.2rem; margin-top: 2.2rem; }
 .scroll { overflow-x: auto; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
+table.words td { white-space: normal; text-align: left; } table.words th { text-align: left; }
 th, td { padding: .35rem .7rem; border-bottom: 1px solid var(--line); text-align: right; }
 td { white-space: nowrap; } th:first-child, td:first-child { text-align: left; }
 thead th { border-bottom: 2px solid var(--line); vertical-align: bottom; }
-tbody tr:first-child { background: var(--soft); }
+table:not(.words) tbody tr:first-child { background: var(--soft); }
 figure { margin: 1rem 0; } figcaption { color: #777; font-size: .9rem; }
 .grids { display: flex; flex-wrap: wrap; gap: 1.2rem; }
 .grids img { image-rendering: pixelated; width: 15rem; border: 1px solid var(--line); }
+.grids img[src^="data:image/jpeg"] { image-rendering: auto; width: 34rem; }
 .plots { display: flex; flex-wrap: wrap; gap: 1rem; }
 .plots img { max-width: 100%; width: 34rem; background: white; }
 .note { color: #777; font-size: .9rem; }
@@ -38,11 +40,12 @@ def document(title: str, parts: Sequence[str], refresh: int | None = None) -> st
     )
 
 
-def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Rows of texts under a header; what stands in brackets after `b/N` goes under its number."""
+def table(header: Sequence[str], rows: Sequence[Sequence[str]], words: bool = False) -> str:
+    """Rows of texts under a header; what stands in brackets after `b/N` goes under its number. Words may wrap."""
     head = "".join(f"<th>{html.escape(cell)}</th>" for cell in header)
     body = "".join("<tr>" + "".join(f"<td>{_cell(cell)}</td>" for cell in row) + "</tr>" for row in rows)
-    return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+    kind = ' class="words"' if words else ""
+    return f'<div class="scroll"><table{kind}><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
 
 
 def _cell(text: str) -> str:

@@ -11,6 +11,7 @@ import stat
 import subprocess
 import sys
 import tempfile
+import time
 import zlib
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -327,7 +328,11 @@ def locked(folder: Path, what: str) -> Iterator[None]:
         raise UserError(f"{folder / LOCK}: cannot be opened: {error.strerror}") from None
     try:
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                time.sleep(0.05)  # `lock_taken` of another process has it for an instant
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             pid = os.read(handle, 32).decode("ascii", "replace").strip()
             raise UserError(f"{folder}: {what} by process {pid or 'unknown'}; wait for it or stop it first") from None

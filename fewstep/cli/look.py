@@ -108,12 +108,12 @@ def report(
     """Write one HTML page of a run, RUN/report/run.html: losses, verdicts, samples, numbers, recipe, environment."""
     from fewstep.commands.run_page import follow, write_page
 
-    path, _ = write_page(run, every)
-    if show:
-        typer.launch(str(path))
-    if every is None:
-        typer.echo(f"page {path}")
-    else:
+    if every is None or show:
+        made = write_page(run, every)
+        typer.echo(f"page {made.path}")
+        if show:
+            typer.launch(str(made.path))
+    if every is not None:
         follow(run, every, typer.echo)
 
 

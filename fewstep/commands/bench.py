@@ -10,7 +10,7 @@ from pathlib import Path
 
 from fewstep.config import UserError, _close
 
-APART = ("timing", "readme")
+APART = ("timing", "readme", "versions")
 """Modules of the room that measure nothing by themselves."""
 
 

@@ -19,7 +19,8 @@ def load(name: str | Path, settings: Sequence[str] | Mapping[str, Any] = (), /, 
         settings: values by dotted keys, {"train.steps": 3}, or the command line's ["train.steps=3"].
         keys: values by the recipe's own keys, train={"steps": 3}; they come last.
 
-    A mapping changes key by key what stands there; with a `name` of its own it is a new part. A teacher's own code that
+    A mapping changes key by key what stands there; with a `name` of its own it is a new part, and an empty one leaves
+    nothing there but defaults. A teacher's own code that
     a setting names (wrapper, factory) may run from then on: naming it is asking for it.
 
     Raises:
@@ -38,10 +39,10 @@ def load(name: str | Path, settings: Sequence[str] | Mapping[str, Any] = (), /, 
         raise TypeError(f"name: expected a recipe's name or path, not a {type(name).__name__}")
     if isinstance(settings, str):
         raise TypeError(f"settings: expected a mapping or a list of key=value, not the text {settings!r}")
-    values = {**(settings if isinstance(settings, Mapping) else {}), **keys}
+    dotted = settings if isinstance(settings, Mapping) else {}
     typed = () if isinstance(settings, Mapping) else tuple(settings)
-    recipe = store.load(str(name), typed, values)
-    given = [*values, *(s.partition("=")[0] for s in typed)]
+    recipe = store.load(str(name), typed, dotted, keys)
+    given = [*dotted, *keys, *(s.partition("=")[0] for s in typed)]
     if any(key == "teacher" or key in code.named(recipe.teacher) for key in given):
         code.allow(recipe.teacher)
     return recipe

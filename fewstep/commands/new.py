@@ -63,6 +63,8 @@ def _from_scratch(wish: Wish) -> tuple[dict[Path, Lines], list[str]]:
     folder = f"runs/{first.stem}/export"
     lines = new_pixels.student(found, folder, f"what `fewstep run {first}` writes", wish.method, wish.steps)
     told = [f"fewstep run {first}", f"fewstep run {wish.out}"]
+    if (wish.data / "captions.jsonl").is_file():
+        told.append(f"note: {wish.data / 'captions.jsonl'} is not read: a teacher of text comes by --teacher FOLDER")
     return {first: new_pixels.teacher(found), wish.out: lines}, told
 
 

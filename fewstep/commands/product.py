@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fewstep.config import UserError
 from fewstep.networks.folder import resolve
-from fewstep.recipe.schema import Evaluate, default_metric
+from fewstep.recipe.schema import MOST_STEPS, Evaluate, default_metric
 from fewstep.train import product as opened
 
 if TYPE_CHECKING:
@@ -102,8 +102,8 @@ class Product(opened.Product):
         Traceback (most recent call last):
         fewstep.config.parts.UserError: steps 4: this student was trained for 1; any_steps=True tries it anyway
         """
-        if steps is not None and steps < 1:
-            raise UserError(f"steps must be at least 1, not {steps}")
+        if steps is not None and (not isinstance(steps, int) or not 1 <= steps <= MOST_STEPS):
+            raise UserError(f"steps must be a whole number of 1 to {MOST_STEPS}, not {steps!r}")
         if steps is not None and self.trained is not None and steps not in self.trained and not any_steps:
             allowed = ", ".join(map(str, self.trained))
             raise UserError(f"steps {steps}: this student was trained for {allowed}; any_steps=True tries it anyway")
@@ -148,6 +148,8 @@ class Product(opened.Product):
         from fewstep.commands.judge import judge_of
         from fewstep.commands.measure import measure
 
+        if not isinstance(batch, int) or batch < 1:
+            raise UserError(f"batch must be a whole number of at least 1, not {batch!r}")
         given = {"features": features, "samples": samples, "seed": seed}
         given |= {k: None if v is None else str(v) for k, v in (("against", against), ("extractor_path", extractor_path))}
         spec = self._spec(metric, {k: v for k, v in given.items() if v is not None})
@@ -219,7 +221,10 @@ class Product(opened.Product):
 
 
 def open_product(path: str | Path | Trainer) -> Product:
-    """Open what can be drawn from: a run directory, an export, a teacher's folder, or a trainer as it stands.
+    """Open what can be drawn from: a run directory, an export or a teacher's folder without text, or a trainer.
+
+    A trainer's product has the trainer's own weights, which move as it trains on. A pipeline of text draws by itself:
+    `fewstep sample FOLDER --prompt` calls it, and the run that it was exported from is opened here.
 
     Args:
         path: the directory, "assets:NAME" for a folder that ships with fewstep, or a `Trainer`.

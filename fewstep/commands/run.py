@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from fewstep.commands.claim import prepare, read_origin, write_origin
+from fewstep.commands.claim import prepare
 from fewstep.commands.finish import finish, guarded
 from fewstep.commands.judge import Judge, judge_of
 from fewstep.commands.measure import measure
@@ -26,13 +26,15 @@ from fewstep.recipe.schema import Recipe
 from fewstep.recipe.source import shipped
 from fewstep.recipe.store import load, load_run
 from fewstep.recipe.success import MEASURED, parse
-from fewstep.train.claim import held
+from fewstep.train.claim import held, read_origin, write_origin
 from fewstep.train.guard import Stopped
 from fewstep.train.log import read_log
 from fewstep.train.product import product_of
 from fewstep.train.resume import newest_of
 from fewstep.train.trainer import Hooks, Trainer
 
+LATENTS = 16
+"""Samples of a grid where a VAE decodes each of them."""
 GUARDED = 4
 """Exit code of a run that `train.guard` has ended."""
 STOPPING = b"\nstopping after this step, with a checkpoint; once more stops at once, without one\n"
@@ -166,9 +168,12 @@ def _train(trainer: Trainer, run: Path, main: bool, judge: Judge | None) -> None
 
     def on_sample(t: Trainer) -> None:
         product = product_of(recipe, t.product.eval(), t.data, "student")
-        x = product.draw(GRID, seed=0)
+        # No more at once than a step trains on, which is what was planned for.
+        batch = max(1, recipe.train.batch // t.accelerator.num_processes // recipe.train.accumulate)
+        count, per_row = (GRID, 10) if product.vae is None else (LATENTS, 4)
+        x = product.draw(count, seed=0, batch=batch)
         if main:
-            save_grid(x, run / "samples" / f"step-{t.progress.done:06d}.png")
+            save_grid(x, run / "samples" / f"step-{t.progress.done:06d}.png", per_row)
 
     def on_eval(t: Trainer) -> float | None:
         if judge is None:

@@ -8,12 +8,12 @@ import os
 import shlex
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from datetime import datetime
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from fewstep.commands.claim import read_origin
 from fewstep.commands.health import MARKS, expectations
 from fewstep.commands.health_plots import figure_of, points
 from fewstep.commands.progress import NO_LOSS
@@ -24,6 +24,7 @@ from fewstep.eval.protocol.evaluation import comparison_rows, format_entry
 from fewstep.files import atomic_path, lock_taken
 from fewstep.recipe.diff import differences
 from fewstep.recipe.store import dump, load, load_run
+from fewstep.train.claim import read_origin
 from fewstep.train.log import read_log
 from fewstep.train.peak import peak
 from fewstep.train.verdicts import FEWEST, alarms, last_stage, verdicts
@@ -38,20 +39,35 @@ SIDE = 900
 Records = Sequence[dict[str, Any]]
 
 
-def write_page(run: Path, refresh: int | None = None) -> tuple[Path, bool]:
-    """Write RUN/report/run.html; its path and whether the run is being trained.
+@dataclass(frozen=True)
+class Written:
+    """A page, and what its run does."""
+
+    path: Path
+    trains: bool
+    """A process trains in it now."""
+    whole: bool
+    """Its last step is done."""
+
+
+def write_page(run: Path, refresh: int | None = None) -> Written:
+    """Write RUN/report/run.html.
 
     refresh: seconds after which a browser reads it again, as long as the run trains.
 
     Raises:
-        UserError: not a run directory.
+        UserError: not a run directory, or one that leads elsewhere through a link.
     """
+    if (run / "report").is_symlink():
+        raise UserError(f"{run / 'report'}: is a symbolic link; fewstep does not write through links in a run directory")
     if not (run / "recipe.yaml").is_file():
         raise UserError(f"{run}: has no recipe.yaml; give the directory of a run, RUN of `fewstep run ... --out RUN`")
     recipe, trains = load_run(run), lock_taken(run)
-    log = read_log(run / "log.jsonl") if (run / "log.jsonl").is_file() else []
+    held = read_log(run / "log.jsonl") if (run / "log.jsonl").is_file() else []
+    log = [r for r in held if "done" in r]
     records = [r for r in log if "stage" in r]
     total = sum(stage.steps for stage in recipe.stages())
+    whole = bool(records) and records[-1]["done"] >= total
     parts = [
         f"<h1>{html.escape(run.name)}</h1>",
         f"<p>{html.escape(recipe.about)}</p>",
@@ -64,26 +80,34 @@ def write_page(run: Path, refresh: int | None = None) -> tuple[Path, bool]:
         *_recipe(run, recipe),
         *_environment(run),
         *_notes(log),
-        *_commands(run, trains, bool(records) and records[-1]["done"] >= total),
+        *_commands(run, recipe, trains, whole),
     ]
     path = run / FILE
     with atomic_path(path) as aside:
         aside.write_text(document(f"{run.name}, fewstep", parts, refresh if trains else None), encoding="utf-8")
-    return path, trains
+    return Written(path, trains, whole)
 
 
 def follow(run: Path, every: int, say: Callable[[str], None]) -> Path:
-    """Write the page again every so many seconds as long as the run trains, and once after it."""
-    path, trains = write_page(run, every)
-    said = "is training; the page is written again" if trains else "is not being trained; the page is written once"
-    say(f"{path}: {run.name} {said}" + (f" every {every} s, Ctrl-C ends that" if trains else ""))
+    """Write the page every so many seconds until the run is finished or stopped, or Ctrl-C; waits for one to begin."""
+    told, seen = False, ""
     try:
-        while trains:
+        while True:
+            if not (run / "recipe.yaml").is_file():
+                if not told:
+                    say(f"waiting for {run} to begin; Ctrl-C ends that")
+                told = True
+            else:
+                made = write_page(run, every)
+                if not seen:
+                    say(f"page {made.path}, written again every {every} s while it trains; Ctrl-C ends that")
+                # Roles are built, and some file systems know no locks, before a training is seen.
+                if not made.trains and (made.whole or seen == "trains"):
+                    return made.path
+                seen = "trains" if made.trains else seen or "there"
             time.sleep(every)
-            path, trains = write_page(run, every)
     except KeyboardInterrupt:
-        write_page(run)
-    return path
+        return write_page(run).path if (run / "recipe.yaml").is_file() else run / FILE
 
 
 def _state(run: Path, records: Records, total: int, trains: bool) -> str:
@@ -91,7 +115,7 @@ def _state(run: Path, records: Records, total: int, trains: bool) -> str:
     where = f"step {done:,} of {total:,}"
     if records:
         last = datetime.fromtimestamp(os.stat(run / "log.jsonl").st_mtime).astimezone()
-        where += f", last record {last:%Y-%m-%d %H:%M:%S %Z}"
+        where += f", log written {last:%Y-%m-%d %H:%M:%S %Z}"
     return f"{'training' if trains else 'trained' if done >= total else 'stopped'}: {where}"
 
 
@@ -111,7 +135,7 @@ def _verdicts(run: Path, log: Records) -> list[str]:
     best = peak(log)
     told = f"; {html.escape(str(best))}" if best else ""
     note = f'<p class="note">{note} <code>fewstep health</code> says{told}.</p>'
-    return [*parts, table(["", "", "reading", "", "what to turn"], rows), note]
+    return [*parts, table(["", "", "reading", "", "what to turn"], rows, words=True), note]
 
 
 def _samples(run: Path) -> list[str]:
@@ -122,13 +146,15 @@ def _samples(run: Path) -> list[str]:
     chosen = sorted({round(i * last / (GRIDS - 1)) for i in range(GRIDS)}) if last >= GRIDS else range(last + 1)
     parts = ["<h2>Samples</h2>", '<p class="note">From the same noise at every step.</p>', '<div class="grids">']
     for path in (every[i] for i in chosen):
-        parts.append(_inline(path, path.stem.replace("step-0", "step 0").replace("step-", "step ")))
+        number, _, rest = path.stem.removeprefix("step-").partition("-")
+        shown = f"{int(number):,}" if number.isdigit() else number
+        parts.append(_inline(path, f"step {shown} {rest}".rstrip()))
     beside = run / "report" / "side-by-side.png"
     if beside.is_file():
         parts += [
             "</div>",
             '<div class="plots">',
-            _inline(beside, "the teacher beside the student, from the same noise", 1800),
+            _inline(beside, "the teacher beside the student, from the same noise", 2 * SIDE),
         ]
     return [*parts, "</div>"]
 
@@ -158,9 +184,11 @@ def _results(run: Path) -> list[str]:
         return []
     try:
         rows = read_results(path)
-        cells = table(*comparison_rows(rows))
+        cells = table(*comparison_rows(rows)) if rows else ""
     except (UserError, ValueError) as error:
         return ["<h2>Measured</h2>", f'<p class="note">{html.escape(str(error))}</p>']
+    if not rows:
+        return []
     against = f'<p class="note">Against {html.escape(rows[0].reference)}.</p>' if rows[0].reference else ""
     return ["<h2>Measured</h2>", cells, '<p class="note">± is one standard error.</p>', against]
 
@@ -219,7 +247,7 @@ def _curves(records: Records) -> list[str]:
         parts.append("</div>")
     parts.append('<div class="plots">')
     for prefix, caption in (("lr/", "learning rates"), ("grad_norm/", "gradient norms before clipping")):
-        if own := [k for k in keys if k.startswith(prefix)]:
+        if own := [k for k in keys if k.startswith(prefix) and points(records, k)[0]]:
             parts.append(_curve(records, own, caption))
     return [*parts, "</div>"]
 
@@ -293,7 +321,7 @@ def _environment(run: Path) -> list[str]:
     parts = ["<h2>Environment</h2>"]
     if not isinstance(told, Mapping):
         return [*parts, '<p class="note">Not recorded.</p>']
-    return [*parts, table(["when it last started", ""], [[str(k), str(v)] for k, v in told.items()])]
+    return [*parts, table(["when it last started", ""], [[str(k), str(v)] for k, v in told.items()], words=True)]
 
 
 def _notes(log: Records) -> list[str]:
@@ -309,11 +337,13 @@ def _note(record: Mapping[str, Any]) -> str:
     return f"ALARM {record['alarm']}" if "alarm" in record else str(record.get("note", ""))
 
 
-def _commands(run: Path, trains: bool, whole: bool) -> list[str]:
-    at = shlex.quote(str(run))
-    origin = read_origin(run)
-    again = ["fewstep", "run", origin.get("recipe", ""), *map(str, origin.get("settings", ()))]
-    stopped = "recipe" in origin and not trains and not whole
-    lines = [shlex.join([*again, "--out", str(run), "--resume"])] if stopped else []
-    lines += [f"fewstep {what} {at}" for what in ("sample", "eval", "health", "export")]
-    return ["<h2>Going on</h2>", "<pre>" + html.escape("\n".join(lines)) + "</pre>"]
+def _commands(run: Path, recipe: Any, trains: bool, whole: bool) -> list[str]:
+    origin, at = read_origin(run), shlex.quote(str(run))
+    # What was trained in Python has no name; its own recipe is one.
+    again = [origin.get("recipe", str(run / "recipe.yaml")), *map(str, origin.get("settings", ()))]
+    lines = [shlex.join(["fewstep", "run", *again, "--out", str(run), "--resume"])] if not trains and not whole else []
+    lines += [f"fewstep {what} {at}" for what in ("health", "sample", *(["eval"] if recipe.evaluate else []))]
+    parts = ["<h2>Going on</h2>", "<pre>" + html.escape("\n".join(lines)) + "</pre>"]
+    if (run / "export").is_dir():
+        parts.append(f"<p>The student as a diffusers pipeline: <code>{html.escape(str(run / 'export'))}</code></p>")
+    return parts

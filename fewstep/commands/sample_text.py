@@ -102,8 +102,8 @@ def of_export(
     """The row of a run's exported pipeline, from its own generators of seed + i; a line says why there is none."""
     try:
         _, x = of_pipeline(folder, prompts, steps, any_steps, seed, None)
-    except UserError as error:
-        say(f"note: the exported pipeline is left out: {error}")
+    except Exception as error:  # the sheet is worth more than its last row: memory, a folder that was changed
+        say(f"note: the exported pipeline is left out: {(str(error).splitlines() or [type(error).__name__])[0]}")
         return []
     if x.shape != shape:
         say(f"note: the exported pipeline is left out: it draws {list(x.shape[1:])}, the run {list(shape[1:])}")

@@ -212,7 +212,8 @@ def apply(source: Source, settings: Mapping[str, Any]) -> Source:
     """Settings as Python values, by keys such as "train" or "train.steps". Raises RecipeError naming the argument.
 
     A mapping changes key by key what stands there, as in a recipe that extends another: with a `name` of its own it is a
-    new part. Values are what YAML has, tuples, paths and parts.
+    new part. An empty one takes the place of what stands there, as on the command line. Values are what YAML has, tuples,
+    paths, numbers of numpy and parts.
     """
     for key, value in settings.items():
         if not isinstance(key, str) or not key:
@@ -225,7 +226,7 @@ def _apply(source: Source, path: Path_, value: Any, named: str) -> Source:
     here: Any = source.data
     for k in path:
         here = here.get(str(k)) if isinstance(here, dict) else _item(here, k)
-    if isinstance(value, dict) and isinstance(here, dict) and _same_part(here, value):
+    if isinstance(value, dict) and value and isinstance(here, dict) and _same_part(here, value):
         for k, v in value.items():
             source = _apply(source, (*path, k), v, named)
         return source
@@ -245,6 +246,8 @@ def _plain(value: Any, named: str) -> Any:
         return [_plain(v, named) for v in value]
     if isinstance(value, Path):
         return str(value)
+    if not isinstance(value, (str, bool, int, float)) and getattr(value, "shape", None) == () and hasattr(value, "item"):
+        value = value.item()  # of numpy or torch
     if value is None or isinstance(value, (str, bool, int)):
         return value
     if isinstance(value, float) and math.isfinite(value):

@@ -59,7 +59,7 @@ def outlines() -> list[dict[str, Any]]:
     return out
 
 
-def read(name: str, settings: Sequence[str] = (), values: Mapping[str, Any] = MappingProxyType({})) -> Source:
+def read(name: str, settings: Sequence[str] = (), *values: Mapping[str, Any]) -> Source:
     """A recipe's merged source: its `extends` base (one level), the file, key=value settings, then Python values."""
     path = find(name)
     source = load_yaml(path, path.name if name in shipped() else str(path))
@@ -67,7 +67,10 @@ def read(name: str, settings: Sequence[str] = (), values: Mapping[str, Any] = Ma
     base_name = source.data.pop(EXTENDS, None)
     if base_name is not None:
         source = merge(_base(path, base_name, where), source)
-    return apply(override(source, settings), values)
+    source = override(source, settings)
+    for given in values:
+        source = apply(source, given)
+    return source
 
 
 def _base(path: Path, name: object, where: str) -> Source:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import yaml
@@ -15,12 +14,13 @@ from fewstep.recipe.schema import Recipe
 from fewstep.recipe.source import read
 
 
-def load(name: str, settings: Sequence[str] = (), values: Mapping[str, Any] = MappingProxyType({})) -> Recipe:
+def load(name: str, settings: Sequence[str] = (), *values: Mapping[str, Any]) -> Recipe:
     """Find, merge and check a recipe; RecipeError lists every problem with file, line and key.
 
-    settings: key=value, as on the command line. values: Python values by such keys, see `fewstep.config.apply`.
+    settings: key=value, as on the command line. values: Python values by such keys, one mapping
+    after the other, see `fewstep.config.apply`.
     """
-    return validate(Recipe, read(name, settings, values))
+    return validate(Recipe, read(name, settings, *values))
 
 
 def load_run(run: Path) -> Recipe:

@@ -2,12 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import json
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from fewstep.config import UserError
-from fewstep.files import LOCK, MARK, atomic_path, check_ours, clear_leftovers, empty, locked, read_mark, write_mark
+from fewstep.files import (
+    LOCK,
+    MARK,
+    atomic_path,
+    check_ours,
+    clear_leftovers,
+    empty,
+    locked,
+    read_json,
+    read_mark,
+    write_mark,
+)
 from fewstep.networks import code
 from fewstep.recipe.diff import differences
 from fewstep.recipe.schema import Recipe
@@ -44,7 +57,8 @@ def is_used(run: Path) -> bool:
 def claim(recipe: Recipe, run: Path) -> None:
     """Make a run directory this recipe's: a new or empty one, or one in which it was trained before.
 
-    Its recipe.yaml becomes this recipe, whose lengths may differ, and its code is known as made here.
+    A new one gets its recipe.yaml now, a used one, whose lengths may differ, when it trains on (`keep_recipe`). Its code
+    is known as made here.
 
     Raises UserError, with nothing changed, for a directory that is something else's, for one in which another recipe
     was trained, and for folders in it that are links.
@@ -64,11 +78,17 @@ def claim(recipe: Recipe, run: Path) -> None:
     run.mkdir(parents=True, exist_ok=True)
     for folder in (run, *(run / name for name in FOLDERS)):
         clear_leftovers(folder)
-    with atomic_path(run / "recipe.yaml") as aside:
-        aside.write_text(dump(recipe))
+    if not (run / "recipe.yaml").is_file():
+        keep_recipe(recipe, run)
     if read_mark(run) is None:
         write_mark(run, KIND)
     code.remember(run, recipe.teacher)  # so that it opens without --trust-code on this machine
+
+
+def keep_recipe(recipe: Recipe, run: Path) -> None:
+    """Make recipe.yaml what is trained from now on."""
+    with atomic_path(run / "recipe.yaml") as aside:
+        aside.write_text(dump(recipe))
 
 
 def clear(run: Path) -> None:
@@ -97,3 +117,23 @@ def held(run: Path) -> Iterator[None]:
     run.mkdir(parents=True, exist_ok=True)
     with locked(run, "is being trained in"):
         yield
+
+
+def write_origin(run: Path, told: Mapping[str, Any]) -> None:
+    """origin.json: how a run was started or continued last.
+
+    told: `recipe` and `settings` as they were given, the `environment`, and of a run by --from the checkpoint (`from`)
+    and the settings that differ from its recipe (`changed`).
+    """
+    with atomic_path(run / "origin.json") as aside:
+        aside.write_text(json.dumps(dict(told), indent=1))
+
+
+def read_origin(run: Path) -> dict[str, Any]:
+    """What `write_origin` wrote, as far as it is of the right kind; empty where nothing legible is recorded."""
+    try:
+        held = read_json(run / "origin.json")
+    except UserError:
+        return {}
+    kinds = {"recipe": str, "settings": list, "environment": dict, "from": str, "changed": list}
+    return {k: v for k, v in held.items() if isinstance(v, kinds.get(k, ()))}

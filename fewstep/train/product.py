@@ -65,8 +65,11 @@ class Product:
 
         UserError for a count below 1, and for labels that are not `count` of the classes.
         """
-        if count < 1:
-            raise UserError(f"count must be at least 1, not {count}")
+        for name, value in (("count", count), ("batch", batch)):
+            if not isinstance(value, int) or value < 1:
+                raise UserError(f"{name} must be a whole number of at least 1, not {value!r}")
+        if not isinstance(seed, int):
+            raise UserError(f"seed must be a whole number, not {seed!r}")
         device = self.device()
         index = torch.arange(count, device=device)
         labels = self.labels(count) if labels is None else self._checked(labels, count)
@@ -106,11 +109,14 @@ class Product:
 
     def _checked(self, labels: Any, count: int) -> Any:
         """One class for all, or one for each sample, as int64 (count,); conditions of other kinds as they are."""
-        if isinstance(labels, Mapping):
+        if isinstance(labels, Mapping) and self.prompted is not None:
             return labels
         if not self.classes:
             raise UserError(f"labels: {self.title} is of no classes; leave them out")
-        given = torch.as_tensor(labels)
+        try:
+            given = torch.as_tensor(labels)
+        except (TypeError, ValueError, RuntimeError):
+            raise UserError(f"labels: expected a class or {count} of them, one for each sample, not {labels!r}") from None
         if given.is_floating_point() or given.shape not in ((), (count,)):
             raise UserError(f"labels: expected a class or {count} of them, one for each sample, not {labels!r}")
         wrong = given[(given < 0) | (given >= self.classes)]

@@ -16,11 +16,12 @@ import torch
 from torch import Tensor, nn
 
 from fewstep.config import UserError
+from fewstep.eval.protocol.evaluation import environment
 from fewstep.kernels import use_fewstep_attention
 from fewstep.networks.roles import Roles
 from fewstep.recipe.schema import Recipe, Stage
 from fewstep.train import resume
-from fewstep.train.claim import claim, held
+from fewstep.train.claim import claim, held, keep_recipe, read_origin, write_origin
 from fewstep.train.guard import RETURNS, Guard, Stopped, said, way_back
 from fewstep.train.log import Log, read_log, start_trackers
 from fewstep.train.loop import Loop, Refused
@@ -142,6 +143,7 @@ class Trainer:
         SIGTERM and Ctrl-C save a checkpoint at the next step's end; a second one stops at once, without.
 
         Raises:
+            KeyboardInterrupt: after such a stop; another call goes on.
             UserError: the directory holds an earlier training that was not resumed, or another process trains there.
             Stopped: `train.guard` has ended it.
         """
@@ -150,7 +152,17 @@ class Trainer:
                 raise UserError(f"{self.run}: holds an earlier training; call resume() before fit(), or give another")
             if self._claimed and self.log:
                 self.log.cut(self.progress.done)  # of a training that ended before its first checkpoint
+            self._note_beginning()
+            self._stop = False
             self._fit()
+
+    def _note_beginning(self) -> None:
+        """recipe.yaml and origin.json of a claimed directory say what is trained from now on, and where."""
+        if self.run is None or not self.accelerator.is_main_process or not (self.run / "recipe.yaml").is_file():
+            return
+        keep_recipe(self.recipe, self.run)
+        if self._claimed:
+            write_origin(self.run, {**read_origin(self.run), "environment": environment()})
 
     def _alone(self) -> AbstractContextManager[None]:
         """The directory kept to this process, where its caller does not keep it."""
@@ -349,11 +361,12 @@ class Trainer:
         if self.run is None:
             raise UserError("run: this trainer has no directory to resume from; give it one")
         with self._alone():
-            self._newest = self._newest_checkpoint()
-            there = self.run / "checkpoints" / self._newest
-            self.guard.acts = list(((self._newest and read_guard(there)) or {}).get("acts", ()))
+            newest = self._newest_checkpoint()
+            there = self.run / "checkpoints" / newest
+            self.guard.acts = list(((newest and read_guard(there)) or {}).get("acts", ()))
             self.loop.factors = self.guard.rates()
             told = resume.resume(self.loop, self.run)
+            self._newest = newest  # of a refused one fit() knows nothing
             self.changed = told or []
             self._stand()
             if self.log and self.accelerator.is_main_process:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -50,3 +51,15 @@ def test_python_values_and_text_make_the_same_recipe():
     assert fewstep.load("toy/dmd2", values) == fewstep.load("toy/dmd2", text)
     part = fewstep.load("toy/dmd2", text).method.times
     assert fewstep.load("toy/dmd2", {**values, "method.times": part}) == fewstep.load("toy/dmd2", text)
+
+
+def test_a_mapping_of_settings_and_keys_changes_key_by_key():
+    recipe = fewstep.load("toy/dmd2", {"train": {"batch": 64}}, train={"steps": np.int64(3), "clip": torch.tensor(2.0)})
+    assert (recipe.train.batch, recipe.train.steps, recipe.train.clip) == (64, 3, 2.0)
+    assert type(recipe.train.steps) is int
+
+
+def test_an_empty_mapping_clears_as_on_the_command_line():
+    assert fewstep.load("toy/dmd2").copy == {"critic": "student"}
+    assert fewstep.load("toy/dmd2", copy={}).copy == fewstep.load("toy/dmd2", ["copy={}"]).copy == {}
+    assert fewstep.load("toy/dmd2", {"method.critic": {}}) == fewstep.load("toy/dmd2", ["method.critic={}"])

@@ -90,14 +90,14 @@ def test_a_trainer_is_opened_as_it_stands():
 @pytest.mark.parametrize(
     ("path", "call", "told"),
     [
-        (RING, lambda p: p.draw(0), "count must be at least 1, not 0"),
+        (RING, lambda p: p.draw(0), "count must be a whole number of at least 1, not 0"),
         (RING, lambda p: p.draw(2, labels=1), "labels: ring is of no classes"),
         (RING, lambda p: p.draw(2, prompts=["a cat"]), "prompts: ring was not trained on text"),
         (RING, lambda p: p.draw(2, labels=1, prompts=["a cat"]), "labels: samples are of classes or of prompts"),
         (TEACHER, lambda p: p.draw(2, labels=[1, 2, 3]), "labels: expected a class or 2 of them"),
         (TEACHER, lambda p: p.draw(2, labels=0.5), "labels: expected a class or 2 of them"),
         (TEACHER, lambda p: p.draw(2, labels=[0, -1]), "labels: the classes are 0..9, not -1"),
-        (RING, lambda p: p.with_steps(0), "steps must be at least 1, not 0"),
+        (RING, lambda p: p.with_steps(0), "steps must be a whole number of 1 to 10000, not 0"),
         (EXPORTED, lambda p: p.with_steps(4), "steps 4: this student was trained for 1; any_steps=True tries it anyway"),
         (
             RING,
@@ -130,3 +130,31 @@ def test_what_is_no_product_is_refused(here: Path):
         fewstep.open_product("pictures")
     with pytest.raises(TypeError, match="path: expected a run directory, a folder or a Trainer, not a int"):
         fewstep.open_product(3)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        ({"batch": 0}, "batch must be a whole number of at least 1, not 0"),
+        ({"batch": -1}, "batch must be a whole number"),
+        ({"seed": "a"}, "seed must be a whole number, not 'a'"),
+        ({"labels": "cat"}, "labels: expected a class or 2 of them"),
+        ({"labels": ["3", "4"]}, "labels: expected a class or 2 of them"),
+        ({"labels": [[1], [1, 2]]}, "labels: expected a class or 2 of them"),
+        ({"labels": {"class": 1}}, "labels: expected a class or 2 of them"),
+    ],
+)
+def test_what_cannot_be_drawn_is_told_by_its_argument(here: Path, arguments: dict[str, Any], told: str):
+    with pytest.raises(fewstep.UserError) as caught:
+        fewstep.open_product(DIGITS).draw(2, **arguments)
+    assert told in str(caught.value)
+
+
+def test_numbers_that_cannot_be_are_told_by_their_argument(here: Path):
+    with pytest.raises(fewstep.UserError, match=r"count must be a whole number of at least 1, not 2\.5"):
+        fewstep.open_product(DIGITS).draw(2.5)  # type: ignore[arg-type]
+    with pytest.raises(fewstep.UserError, match=r"^batch must be a whole number of at least 1, not 0"):
+        fewstep.open_product(DIGITS).evaluate(**PICTURES, batch=0)
+    for steps in (4.0, 10**6, 0):
+        with pytest.raises(fewstep.UserError, match=r"^steps must be a whole number of 1 to 10000"):
+            fewstep.open_product(TEACHER).with_steps(steps)  # type: ignore[arg-type]

@@ -7,6 +7,8 @@ import io
 import json
 import shutil
 import subprocess
+import time
+from contextlib import ExitStack
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -16,12 +18,12 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from fewstep.cli.app import app
-from fewstep.commands.claim import write_origin
-from fewstep.commands.run_page import GRIDS, SIDE, follow, write_page
+from fewstep.commands.run_page import GRIDS, SIDE, Written, follow, write_page
 from fewstep.config import UserError
 from fewstep.eval.protocol.evaluation import Evaluation
 from fewstep.files import locked
 from fewstep.recipe.store import dump, load
+from fewstep.train.claim import write_origin
 
 SETTINGS = ["train.steps=300", "before.0.steps=100"]
 HOSTILE = '<script>alert(1)</script> & "<img src=x onerror=alert(2)>'
@@ -111,7 +113,7 @@ def test_a_page_is_one_file_and_tells_what_the_run_directory_holds(tmp_path: Pat
     log[10]["evaluation"] = log[30]["evaluation"] = {"energy distance": {"value": 0.75, "standard_error": 0.1}}
     log.append({"done": 400, "note": "the data are others"})
     run = a_run(tmp_path, log)
-    assert write_page(run) == (run / "report" / "run.html", False)
+    assert write_page(run) == Written(run / "report" / "run.html", trains=False, whole=True)
     page = read(run)
     assert page.open == []
     outside = [a for tag, a in page.tags if tag in ("script", "link", "iframe", "object") or "href" in a]
@@ -138,19 +140,50 @@ def test_a_page_is_one_file_and_tells_what_the_run_directory_holds(tmp_path: Pat
 
 def test_a_page_follows_a_run_while_it_trains(tmp_path: Path):
     run = a_run(tmp_path, records(4))
-    said: list[str] = []
     with locked(run, "is being trained in"):
-        assert write_page(run, 30)[1]
+        assert write_page(run, 30).trains
         page = read(run)
         assert ("meta", {"http-equiv": "refresh", "content": "30"}) in page.tags
         assert "training: step 40 of 400" in page.text
         assert "Nothing is judged yet" in page.text
-    follow(run, 1, said.append)
-    assert "is not being trained" in said[0]
+    write_page(run, 30)
     page = read(run)
     assert not [a for tag, a in page.tags if a.get("http-equiv")]
     assert "stopped: step 40 of 400" in page.text
     assert f"fewstep run toy/dmd2 train.steps=300 before.0.steps=100 --out {run} --resume" in page.text
+
+
+def test_following_waits_for_a_run_and_ends_with_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """It may be called before the directory is there, and while roles are built and nothing is locked yet."""
+    said: list[str] = []
+    run, moments = tmp_path / "run", iter(["begin", "lock", "end"])
+    stack = ExitStack()
+
+    def pass_time(seconds: float) -> None:
+        moment = next(moments)
+        if moment == "begin":
+            a_run(tmp_path, records(3))
+        elif moment == "lock":
+            stack.enter_context(locked(run, "is being trained in"))
+        else:
+            stack.close()
+
+    monkeypatch.setattr(time, "sleep", pass_time)
+    assert follow(run, 7, said.append) == run / "report" / "run.html"
+    assert next(moments, None) is None
+    assert [line.partition(" ")[0] for line in said] == ["waiting", "page"]
+    write_page(a_run(tmp_path / "other", records(40)))
+    follow(tmp_path / "other" / "run", 7, said.append)  # a finished one is written once
+    assert len(said) == 3
+
+
+def test_a_page_is_not_written_through_a_link(tmp_path: Path):
+    run = a_run(tmp_path, records(3))
+    (run / "report").rename(tmp_path / "elsewhere")
+    (run / "report").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(UserError, match="is a symbolic link"):
+        write_page(run)
+    assert not (tmp_path / "elsewhere" / "run.html").exists()
 
 
 def test_a_page_is_written_of_a_run_that_has_only_begun(tmp_path: Path):
@@ -181,7 +214,17 @@ def test_what_is_damaged_or_hostile_is_said_and_not_run(tmp_path: Path):
     assert "cannot be read now" in page.text
     assert len(pictures(page)) > GRIDS
     (run / "origin.json").write_text("{")
+    second.write_text('{"rows": []}')
+    lines = [
+        {"stage": 1, "dsm": 0.1},
+        {"evaluation": {"a": {"value": 1.0}}},
+        {"done": 130, "stage": 1, "grad_norm/a": None},
+    ]
+    lines.append({"done": 140, "stage": 1, "skipped": 1.0, "dsm": None})
+    with (run / "log.jsonl").open("a") as f:
+        f.writelines(json.dumps(line) + "\n" for line in lines)
     write_page(run)
+    assert "skipped" not in read(run).text
     assert "is not recorded" in read(run).text
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,8 @@ from fewstep.config import UserError
 from fewstep.files import LOCK, MARK
 from fewstep.recipe.schema import Recipe
 from fewstep.recipe.store import load, load_run
-from fewstep.train.claim import held
-from fewstep.train.trainer import Trainer
+from fewstep.train.claim import held, read_origin
+from fewstep.train.trainer import Hooks, Trainer
 
 
 def recipe(*settings: str) -> Recipe:
@@ -54,7 +55,7 @@ def test_a_trained_directory_is_continued_and_never_trained_over(tmp_path: Path)
     run = tmp_path / "run"
     first, early = trainer_in(run), trainer_in(run)
     first.fit()
-    assert names(run) == sorted([MARK, LOCK, "checkpoints", "log.jsonl", "recipe.yaml"])
+    assert names(run) == sorted([MARK, LOCK, "checkpoints", "log.jsonl", "origin.json", "recipe.yaml"])
     again = trainer_in(run, "train.steps=3")
     for other in (early, again):  # one that was made before, one after
         with pytest.raises(UserError, match=rf"^{run}: holds an earlier training; call resume\(\) before fit\(\)"):
@@ -133,3 +134,34 @@ def test_without_a_directory_nothing_is_claimed(tmp_path: Path, monkeypatch: pyt
 def test_a_recipe_by_its_name_is_not_loaded_here():
     with pytest.raises(TypeError, match=r"recipe: expected a Recipe, which fewstep\.load reads, not a str"):
         Trainer("toy/dmd2")  # type: ignore[arg-type]
+
+
+def test_what_is_refused_leaves_the_recipe_of_a_run_as_it_was(tmp_path: Path):
+    run = tmp_path / "run"
+    trainer_in(run).fit()
+    before = (run / "recipe.yaml").read_bytes()
+    shorter = trainer_in(run, "train.steps=1")
+    with pytest.raises(UserError, match="has already done 2 steps"):
+        shorter.resume()
+    with pytest.raises(UserError, match="holds an earlier training"):
+        shorter.fit()
+    assert (run / "recipe.yaml").read_bytes() == before
+    longer = trainer_in(run, "train.steps=3")
+    assert longer.resume()
+    longer.fit()
+    assert load_run(run).train.steps == 3
+    assert "torch" in read_origin(run)["environment"]
+
+
+def test_a_training_that_was_stopped_goes_on_by_another_call(tmp_path: Path):
+    def stop(t: Trainer) -> None:
+        if t.progress.done == 1:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    trainer = Trainer(recipe(), tmp_path / "run", hooks=Hooks(on_step=stop), cpu=True)
+    with pytest.raises(KeyboardInterrupt):
+        trainer.fit()
+    assert trainer.progress.done == 1
+    trainer.resume()
+    trainer.fit()
+    assert trainer.progress.done == 2

@@ -14,7 +14,6 @@ from safetensors.torch import load_file, save_file
 from tiny_runs import same
 from tiny_teacher import make_run, make_teacher
 
-from fewstep.commands.claim import read_origin
 from fewstep.commands.report import opened
 from fewstep.commands.run import run_recipe
 from fewstep.config import UserError
@@ -25,6 +24,7 @@ from fewstep.files import BLOCK, digest_of
 from fewstep.networks.teachers import DiffusersTeacher
 from fewstep.recipe.store import load, load_run
 from fewstep.train import resume
+from fewstep.train.claim import read_origin
 from fewstep.train.origins import changes, origins_of, stands_on_teacher
 from fewstep.train.product import open_product
 from fewstep.train.state import checkpoints, read_origins
