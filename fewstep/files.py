@@ -60,13 +60,13 @@ def cache_dir(*parts: str) -> Path:
         PermissionError: the folder can be written by every user of the machine.
     """
     if chosen := os.environ.get("FEWSTEP_CACHE"):
-        root = Path(chosen).expanduser()
+        root = expanded(chosen)
     elif sys.platform == "darwin":
-        root = Path.home() / "Library" / "Caches" / "fewstep"
+        root = expanded("~") / "Library" / "Caches" / "fewstep"
     elif os.name == "nt":
-        root = Path(os.environ.get("LOCALAPPDATA", Path.home() / "AppData" / "Local")) / "fewstep" / "Cache"
+        root = Path(os.environ.get("LOCALAPPDATA", expanded("~") / "AppData" / "Local")) / "fewstep" / "Cache"
     else:
-        root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fewstep"
+        root = Path(os.environ.get("XDG_CACHE_HOME") or expanded("~") / ".cache") / "fewstep"
     root.mkdir(parents=True, exist_ok=True)
     refuse_world_writable(root)
     folder = root.joinpath(*parts)
@@ -161,6 +161,14 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(data, dict):
         raise UserError(f"{path}: expected a JSON object")
     return data
+
+
+def expanded(path: str | os.PathLike[str]) -> Path:
+    """A path with ~ and ~user written out. UserError for a user that is not known."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as error:
+        raise UserError(f"{path}: {error}") from None
 
 
 def file_sha256(path: str | os.PathLike[str]) -> str:
@@ -300,6 +308,33 @@ def check_ours(folder: Path, kind: str, foreign: str, ours: Mapping[str, str] = 
         raise UserError(f"{folder}: holds {others[0]}{more}, which fewstep did not write; move that away first")
 
 
+def take(folder: Path, kind: str) -> bool:
+    """Make a folder ours for a `kind` of thing: True where it is one already, False where it is new or was empty.
+
+    What killed processes left half-written goes; a link is followed. UserError, with nothing changed, for anything else.
+    """
+    real = folder.resolve()
+    if real.exists() and not real.is_dir():
+        raise UserError(f"{folder}: is a file; choose another folder")
+    # Listed before the mark is read: another process writes the mark first, so what it has made is not taken for foreign.
+    foreign = real.is_dir() and not all(_before_mark(p.name) for p in real.iterdir())
+    held = read_mark(real)
+    if held is None and foreign:
+        raise UserError(f"{folder}: is not empty and no {kind} that fewstep made; choose another folder")
+    if held is not None and held["kind"] != kind:
+        raise UserError(f"{folder}: is a {held['kind']} that fewstep made and no {kind}; choose another folder")
+    real.mkdir(parents=True, exist_ok=True)
+    clear_leftovers(real)
+    if held is None:
+        write_mark(real, kind)
+    return held is not None
+
+
+def _before_mark(name: str) -> bool:
+    """Whether a process that was killed may have left a file of this name in a folder before it was marked."""
+    return name == LOCK or LEFTOVER.fullmatch(name) is not None
+
+
 def empty(folder: Path, keep: Collection[str] = ()) -> None:
     """Delete what a folder holds but the top-level names `keep`; links in it are removed, not followed."""
     for path in folder.iterdir():
@@ -312,10 +347,10 @@ def empty(folder: Path, keep: Collection[str] = ()) -> None:
 
 
 @contextmanager
-def locked(folder: Path, what: str) -> Iterator[None]:
+def locked(folder: Path, what: str, *, wait: bool = False) -> Iterator[None]:
     """Keep a folder to this process while the block runs; freed also by a process that dies.
 
-    Raises UserError naming the process that has it. Where the file system has no locks nothing is kept.
+    UserError names the process that has it, unless it shall `wait`. Where the file system has no locks nothing is kept.
     """
     if fcntl is None:
         yield
@@ -327,7 +362,7 @@ def locked(folder: Path, what: str) -> Iterator[None]:
         raise UserError(f"{folder / LOCK}: cannot be opened: {error.strerror}") from None
     try:
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError:
             pid = os.read(handle, 32).decode("ascii", "replace").strip()
             raise UserError(f"{folder}: {what} by process {pid or 'unknown'}; wait for it or stop it first") from None

@@ -16,6 +16,7 @@ from fewstep.data.conditions import ClassConditions
 from fewstep.data.reader import Crop, Item, Pictures, Resize, View, file_reader, refusals, split
 from fewstep.eval.protocol.images import to_pixels
 from fewstep.eval.protocol.real import RealPictures, tensor_digest
+from fewstep.files import expanded
 from fewstep.pictures import SUFFIXES, class_names, hidden, list_pictures, told
 
 
@@ -135,10 +136,10 @@ class ImageFolder:
     def files(self) -> list[Path]:
         """The pictures."""
         with refusals():
-            return list_pictures(Path(self.path).expanduser()).files
+            return list_pictures(expanded(self.path)).files
 
     def open(self) -> Pictures:
-        root = Path(self.path).expanduser()
+        root = expanded(self.path)
         with refusals():
             listing = list_pictures(root)
             names = class_names(listing)

@@ -18,7 +18,7 @@ from fewstep.data.shards import Shards, read_index, sha256_of
 from fewstep.data.text import Text, embed
 from fewstep.eval.protocol.images import to_pixels
 from fewstep.eval.protocol.real import RealPictures, tensor_digest
-from fewstep.files import read_json
+from fewstep.files import expanded, read_json
 from fewstep.networks.folder import hub_hint, read_latents
 from fewstep.networks.weights import load_part, refuse_pickles
 
@@ -31,7 +31,7 @@ def vae_hash(path: str) -> str:
 
 def vae_folder(path: str) -> Path:
     """A folder with a VAE: itself, or vae/ of a pipeline."""
-    root = Path(path).expanduser()
+    root = expanded(path)
     for found in (root / "vae", root):
         if (found / "config.json").is_file():
             if any(found.glob("*.safetensors")):
@@ -99,10 +99,10 @@ class Latents:
 
     def files(self) -> list[Path]:
         """The index, which holds the checksums of all shards."""
-        return [Path(self.path).expanduser() / "index.json"]
+        return [expanded(self.path) / "index.json"]
 
     def open(self) -> LatentData:
-        root = Path(self.path).expanduser()
+        root = expanded(self.path)
         told = read_index(root)
         remedy = f"make it again with `fewstep cache-latents RECIPE --vae {self.vae} --out NEW`, or name its own VAE"
         shards = Shards(root, {"vae": vae_hash(self.vae)}, told["count"], remedy=remedy)

@@ -20,7 +20,7 @@ from fewstep.data.conditions import TextConditions
 from fewstep.data.reader import Crop, Item, Pictures, Resize, View, file_reader, refusals
 from fewstep.data.text import Text, embed, read_prompts
 from fewstep.eval.protocol.real import RealPictures
-from fewstep.files import lines_of, text_of
+from fewstep.files import expanded, lines_of, parse_json, text_of
 from fewstep.pictures import SUFFIXES, hidden, list_pictures
 
 
@@ -71,14 +71,14 @@ class Captions:
 
     def files(self) -> list[Path]:
         """Pictures and captions."""
-        root = Path(self.path).expanduser()
+        root = expanded(self.path)
         told = root / (self.captions or "captions.jsonl")
         kinds = SUFFIXES if told.is_file() else (*SUFFIXES, ".txt")
         found = [p for p in root.rglob("*") if p.suffix.lower() in kinds and p.is_file()]
         return sorted({*found, *([told] if told.is_file() else [])})
 
     def open(self) -> Pictures:
-        root = Path(self.path).expanduser()
+        root = expanded(self.path)
         if not root.is_dir():
             raise UserError(f"data folder {root}: no such folder")
         told = root / (self.captions or "captions.jsonl")
@@ -118,9 +118,9 @@ def _caption_file(path: Path) -> list[tuple[int, str, str]]:
         if not line.strip():
             continue
         try:
-            entry = json.loads(line)
+            entry = parse_json(line, path)
             name, text = entry["file"], entry["text"]
-        except (ValueError, KeyError, TypeError, RecursionError):
+        except (UserError, KeyError, TypeError):
             raise UserError(f'{path}:{n}: expected {{"file": "NAME", "text": "CAPTION"}}, got {line[:60]!r}') from None
         for key, value in (("file", name), ("text", text)):
             if not isinstance(value, str):
@@ -212,8 +212,8 @@ def expand(pattern: str) -> list[Path]:
             raise UserError(f"shards {pattern}: expected a range such as {{0000..0012}}")
         names = [f"{before}{i:0{len(first)}d}{after}" for i in range(int(first), int(last) + 1)]
     else:
-        names = sorted(glob(str(Path(pattern).expanduser())))
-    paths = [Path(n).expanduser() for n in names]
+        names = sorted(glob(str(expanded(pattern))))
+    paths = [expanded(n) for n in names]
     absent = [p for p in paths if not p.is_file()]
     if absent or not paths:
         raise UserError(f"shards {pattern}: " + (f"{absent[0]} is missing" if absent else "match no file"))
@@ -260,13 +260,13 @@ def index(path: Path) -> list[Item]:
             if "txt" in parts:
                 caption = text_of(read(parts["txt"]), f"{name}.txt").strip(" \t\r\n")
             elif "json" in parts:
-                told = json.loads(text_of(read(parts["json"]), f"{name}.json"))
+                told = parse_json(text_of(read(parts["json"]), f"{name}.json"), "its .json")
                 caption = told.get("caption")
                 if "caption" in told and not isinstance(caption, str):
                     raise ValueError(f'"caption" is {json.dumps(caption)[:60]}, expected a text')
             if "cls" in parts:
                 label = int(read(parts["cls"]).decode())
-        except (ValueError, AttributeError, RecursionError) as error:
+        except (ValueError, AttributeError, TypeError, UserError) as error:
             raise UserError(f"{name}: its caption or class cannot be read: {error}") from None
         items.append(Item(lambda limit=None, span=picture: read(span, limit), name, caption, label))
     if not items:
@@ -312,10 +312,10 @@ class Prompts:
 
     def files(self) -> list[Path]:
         """The file of prompts."""
-        return [Path(self.path).expanduser()]
+        return [expanded(self.path)]
 
     def open(self) -> PromptData:
-        prompts = read_prompts(Path(self.path).expanduser())
+        prompts = read_prompts(expanded(self.path))
         text = embed(self.encoder, prompts, negative=self.negative, zeros=self.zeros, cache=self.text_cache)
         return PromptData(self.path, self.shape, text)
 

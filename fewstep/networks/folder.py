@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from fewstep.config import UserError
-from fewstep.files import read_json
+from fewstep.files import expanded, read_json
 from fewstep.networks.weights import load_part, refuse_pickles, refuse_variants, shell
 
 _SCALING = {"AutoencoderKL": 0.18215, "AutoencoderDC": 1.0}
@@ -29,7 +29,7 @@ def resolve(path: str) -> Path:
     """A folder; `assets:NAME` is one that ships with fewstep."""
     if path.startswith("assets:"):
         return Path(str(files("fewstep.assets"))) / path.removeprefix("assets:")
-    return Path(path).expanduser()
+    return expanded(path)
 
 
 def hub_hint(path: str) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fewstep.config import Count, RecipeError, UserError, part
+from fewstep.files import expanded
 from fewstep.networks.parts import Site
 
 CUTS = (3, 8, 15, 22, 29)
@@ -22,7 +22,7 @@ SHIFT, SCALE = (-0.030, -0.088, -0.188), (0.458, 0.448, 0.450)
 
 def read_weights(path: str) -> dict[str, Tensor]:
     """A state dict from .safetensors, or from a torch file without code in it. UserError names the file."""
-    file = Path(path).expanduser()
+    file = expanded(path)
     if not file.is_file():
         raise UserError(f"lpips: {file}: no such file; LPIPS weights are never downloaded")
     try:
