@@ -25,8 +25,13 @@ from fewstep.networks.weights import load_part, refuse_pickles
 
 def vae_hash(path: str) -> str:
     """sha256 over a VAE folder's config and weights. Raises UserError naming what is missing."""
+    return sha256_of(vae_files(path), vae_folder(path))
+
+
+def vae_files(path: str) -> list[Path]:
+    """Config and weights of a VAE folder. Raises UserError naming what is missing."""
     root = vae_folder(path)
-    return sha256_of([root / "config.json", *root.glob("*.safetensors")], root)
+    return [root / "config.json", *root.glob("*.safetensors")]
 
 
 def vae_folder(path: str) -> Path:

@@ -20,7 +20,7 @@ from fewstep.data.conditions import TextConditions
 from fewstep.data.reader import Crop, Item, Pictures, Resize, View, file_reader, refusals
 from fewstep.data.text import Text, embed, read_prompts
 from fewstep.eval.protocol.real import RealPictures
-from fewstep.files import expanded, lines_of, parse_json, text_of
+from fewstep.files import expanded, lines_of, parse_json, regular, text_of
 from fewstep.pictures import SUFFIXES, hidden, list_pictures
 
 
@@ -70,31 +70,34 @@ class Captions:
         return "none" if self.encoder is None else "text"
 
     def files(self) -> list[Path]:
-        """Pictures and captions."""
-        root = expanded(self.path)
-        told = root / (self.captions or "captions.jsonl")
-        kinds = SUFFIXES if told.is_file() else (*SUFFIXES, ".txt")
-        found = [p for p in root.rglob("*") if p.suffix.lower() in kinds and p.is_file()]
-        return sorted({*found, *([told] if told.is_file() else [])})
+        """Pictures and captions, those that are read."""
+        root, told, names, _ = self._listed()
+        words = [root / Path(n).with_suffix(".txt") for n, _ in names] if told is None else [told]
+        return [*(root / n for n, _ in names), *words]
 
     def open(self) -> Pictures:
-        root = expanded(self.path)
+        root, _, names, skipped = self._listed()
+        items = [Item(file_reader(root / name), str(root / name), text) for name, text in names]
+        return _opened(self, items, f"data {root}", skipped=skipped)
+
+    def _listed(self) -> tuple[Path, Path | None, list[tuple[str, str]], dict[str, str]]:
+        """(folder, file of captions or None, pictures by name in it with their captions, what is left out and why)."""
+        root, skipped = expanded(self.path), dict[str, str]()
         if not root.is_dir():
             raise UserError(f"data folder {root}: no such folder")
         told = root / (self.captions or "captions.jsonl")
-        if self.captions is not None and not told.is_file():
-            raise UserError(f"{told}: no such caption file")
-        skipped: dict[str, str] = {}
-        pairs = _caption_file(told) if told.is_file() else _beside(root, skipped)
-        missing = [(n, name) for n, name, _ in pairs if not (root / name).is_file()]
+        if not told.is_file():
+            if self.captions is not None:
+                raise UserError(f"{told}: no such caption file")
+            return root, None, _beside(root, skipped), skipped
+        lines = _caption_file(told)
+        missing = [(n, name) for n, name, _ in lines if not (root / name).is_file()]
         if missing:
-            where = f"{told}:{missing[0][0]}" if told.is_file() else str(root)
             raise UserError(
-                f"{where}: names the picture {missing[0][1]}, which is not in {root} ({len(missing)} of {len(pairs)} are "
-                "missing); add the pictures or delete their lines"
+                f"{told}:{missing[0][0]}: names the picture {missing[0][1]}, which is not in {root} ({len(missing)} of "
+                f"{len(lines)} are missing); add the pictures or delete their lines"
             )
-        items = [Item(file_reader(root / name), str(root / name), text) for _, name, text in pairs]
-        return _opened(self, items, f"data {root}", skipped=skipped)
+        return root, told, [(name, text) for _, name, text in lines], skipped
 
 
 def _opened(spec: Any, items: Sequence[Item], origin: str, classes: int = 0, **more: Any) -> Pictures:
@@ -133,8 +136,8 @@ def _caption_file(path: Path) -> list[tuple[int, str, str]]:
     return out
 
 
-def _beside(root: Path, skipped: dict[str, str]) -> list[tuple[int, str, str]]:
-    """(0, file, text) of pictures with a .txt file each; what is left out goes to `skipped`."""
+def _beside(root: Path, skipped: dict[str, str]) -> list[tuple[str, str]]:
+    """(file, text) of pictures with a .txt file each; what is left out goes to `skipped`."""
     with refusals():
         listing = list_pictures(root)
     skipped |= listing.skipped
@@ -147,7 +150,7 @@ def _beside(root: Path, skipped: dict[str, str]) -> list[tuple[int, str, str]]:
             f"{bare[0]}: has no caption ({len(bare)} of {len(pictures)} have none); write {bare[0].stem}.txt beside "
             "it, or captions.jsonl"
         )
-    return [(0, str(p.relative_to(root)), _read_text(p.with_suffix(".txt")).strip(" \t\r\n")) for p in pictures]
+    return [(str(p.relative_to(root)), _read_text(p.with_suffix(".txt")).strip(" \t\r\n")) for p in pictures]
 
 
 @part("data", "webdataset")
@@ -315,7 +318,7 @@ class Prompts:
         return [expanded(self.path)]
 
     def open(self) -> PromptData:
-        prompts = read_prompts(expanded(self.path))
+        prompts = read_prompts(regular(expanded(self.path)))
         text = embed(self.encoder, prompts, negative=self.negative, zeros=self.zeros, cache=self.text_cache)
         return PromptData(self.path, self.shape, text)
 

@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from fewstep.config import UserError
-from fewstep.files import atomic_path, crc32_of, locked, read_json, take
+from fewstep.files import atomic_path, crc32_of, locked, read_json, regular, take
 
 KIND = "folder of shards"
 OPEN = 64
@@ -28,7 +28,7 @@ def sha256_of(files: Iterable[Path], root: Path) -> str:
     digest = hashlib.sha256()
     for path in sorted(files):
         digest.update(str(path.relative_to(root)).encode())
-        with path.open("rb") as f:
+        with regular(path).open("rb") as f:
             while chunk := f.read(1 << 20):
                 digest.update(chunk)
     return digest.hexdigest()

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fewstep.config import UserError
-from fewstep.files import parse_json, read_json
+from fewstep.files import parse_json, read_json, regular
 from fewstep.networks.adapters import Adapted, network_of
 from fewstep.networks.lora_formats import LAYOUTS, plain_layout
 from fewstep.networks.weights import PICKLES, not_finite, rename
@@ -127,7 +127,7 @@ def _opened(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     from safetensors import SafetensorError, safe_open
 
     try:
-        with safe_open(path, framework="pt") as f:
+        with safe_open(regular(path), framework="pt") as f:
             found = {k: f.get_tensor(k) for k in f.keys()}  # noqa: SIM118  not a dict
             told = (f.metadata() or {}).get("lora_adapter_metadata", "{}")
     except (SafetensorError, OSError, ValueError) as error:

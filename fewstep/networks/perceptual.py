@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -92,6 +93,10 @@ class LPIPSSpec:
     """File of the five linear layers (lin0.model.1.weight to lin4.model.1.weight)."""
     size: Count | None = None
     """Side to which images are resized first (consistency models: 224)."""
+
+    def files(self) -> list[Path]:
+        """Both files of weights."""
+        return [expanded(self.features), expanded(self.linear)]
 
     def build(self, site: Site) -> nn.Module:
         from torchvision.models import vgg16

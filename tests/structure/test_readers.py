@@ -7,7 +7,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 OWN = {
-    "fewstep/files.py": 1,  # the reader
+    "fewstep/files/read.py": 1,  # the reader
     "fewstep/recipe/cards.py": 1,  # an asset of the package
     "fewstep/export/experts.py": 1,  # a line of code on a card
 }
@@ -31,4 +31,4 @@ def test_json_from_files_goes_through_the_checked_reader():
 
 
 def test_a_home_is_looked_up_in_one_place():
-    assert calls(r"\.expanduser\(|Path\.home\(") == {"fewstep/files.py": 1}
+    assert calls(r"\.expanduser\(|Path\.home\(") == {"fewstep/files/places.py": 1}
