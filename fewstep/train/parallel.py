@@ -104,7 +104,7 @@ def like(value: Tensor, model: Any) -> Tensor:
 
 
 def all_finite(tensors: Iterable[Tensor]) -> bool:
-    """Whether floating-point tensors are finite, with every part of those that are sharded: every process must call this."""
+    """Whether floating-point tensors are finite. Where some are sharded every process must call this."""
     found = [t for t in tensors if t.is_floating_point()]
     good = all(bool(torch.isfinite(local(t)).all()) for t in found)
     split = next((local(t).device for t in found if is_sharded(t)), None)
