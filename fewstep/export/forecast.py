@@ -132,7 +132,7 @@ def outlined_teacher(spec: Any, data: Any = None) -> Denoiser:
     read_scheduler(schedule, str(folder.scheduler_file), tokens=256)
     # A wrapper of the user's own may look at any part of the model.
     known = folder.kind == "UNet2DModel" and spec.wrapper is None
-    model: Any = (outline(folder.config) if known else None) or _model(folder)
+    model: Any = (outline(folder.config) if known else None) or bare_model(folder)
     classes = int(getattr(model.config, "num_class_embeds", 0) or 0)
     pixels = folder.latents.pixels if folder.latents else 1
     net: Any = wrapper_of(folder, spec.wrapper)(model, classes, guidance=spec.guidance, pixels=pixels)
@@ -140,7 +140,7 @@ def outlined_teacher(spec: Any, data: Any = None) -> Denoiser:
     return Denoiser(net, process, kind, time_input)
 
 
-def _model(folder: Folder) -> Any:
+def bare_model(folder: Folder) -> Any:
     """The network of a folder as its config says, on torch's meta device."""
     import diffusers
     from accelerate import init_empty_weights
