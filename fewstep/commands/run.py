@@ -48,7 +48,7 @@ def run_recipe(
     run = out or Path("runs") / default_name(name)
     begin = _beginning(start, run, resume)
     # Builds every role: what is missing is said before the directory is claimed.
-    with explained(name, settings, recipe, run):
+    with explained(name, settings, recipe, run, start=start):
         trainer = Trainer(recipe, None)
     judge = _judge(trainer)
     if begin is not None:
@@ -74,9 +74,10 @@ def run_recipe(
             for line in trainer.changed if continued else ():
                 say(f"note: {line}")
             _say_export(trainer)
-        again = shlex.join(["fewstep", "run", name, *settings, "--out", str(run), "--resume"])
+        more = ["--out", str(run), "--resume", *code.words(recipe.teacher)]
+        again = shlex.join(["fewstep", "run", name, *settings, *more])
         try:
-            with explained(name, settings, recipe, run, trainer.accelerator.num_processes):
+            with explained(name, settings, recipe, run, trainer.accelerator.num_processes, start):
                 _train(trainer, run, main, judge)
         except KeyboardInterrupt:
             if main:

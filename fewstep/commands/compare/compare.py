@@ -90,6 +90,7 @@ def compare(
     again += ["--steps", ",".join(map(str, steps))] if steps else []
     again += ["--samples", str(samples)] if samples is not None else []
     again += [part for s in settings for part in ("--set", s)]
+    again += next((w for recipe in loaded.values() if (w := code.words(recipe.teacher))), [])
     with claimed(out, resume, {**content, "evaluation": asdict(evaluation)}):
         for task in tasks:
             if task.kept() is not None:
