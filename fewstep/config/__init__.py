@@ -3,6 +3,7 @@
 from fewstep.config.check import validate as validate
 from fewstep.config.parts import (
     REGISTRY as REGISTRY,
+    Absent as Absent,
     Count as Count,
     OneOf as OneOf,
     RecipeError as RecipeError,

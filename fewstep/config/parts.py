@@ -27,6 +27,10 @@ class UserError(RuntimeError):
     """Anything else a user can mend: the message says what was wrong and what is allowed. Exit code 2."""
 
 
+class Absent(UserError):
+    """Something that a recipe names and that is not here, or that only running its code would tell: no mistake in it."""
+
+
 @dataclass_transform(frozen_default=True, kw_only_default=True)
 def config(cls: T) -> T:
     """Make a class a frozen, strict dataclass whose field docstrings are its documentation."""

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fewstep.algebra.draws import Draws
-from fewstep.config import UserError, part
+from fewstep.config import Absent, UserError, part
 from fewstep.data.base import Conditions, EncoderPart, Share
 from fewstep.data.conditions import TextConditions
 from fewstep.data.reader import split
@@ -43,8 +43,8 @@ def vae_folder(path: str) -> Path:
                 return found
             kind = str(read_json(found / "config.json").get("_class_name", "AutoencoderKL"))
             refuse_pickles(found, f"vae {path}", "diffusers", kind)
-    if hub_hint(path):
-        raise UserError(f"vae {path}: no such folder{hub_hint(path)}")
+    if not root.is_dir():
+        raise Absent(f"vae {path}: no such folder{hub_hint(path)}")
     raise UserError(
         f"vae {path}: no config.json with .safetensors weights in it or in its vae/; name a VAE or a pipeline folder"
     )
@@ -105,6 +105,15 @@ class Latents:
     def files(self) -> list[Path]:
         """The index, which holds the checksums of all shards."""
         return [expanded(self.path) / "index.json"]
+
+    def outline(self) -> tuple[tuple[int, ...], int]:
+        """As `open` has them; of the shards one row is read and none is checked."""
+        root = expanded(self.path)
+        if not root.is_dir():
+            raise Absent(f"latents {root}: no such folder")
+        told = read_index(root)
+        first = Shards(root, {}, told["count"]).take(torch.tensor([0]))
+        return tuple(first["mean"].shape[1:]), 0 if self.encoder else int(told["made_with"]["classes"])
 
     def open(self) -> LatentData:
         root = expanded(self.path)

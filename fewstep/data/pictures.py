@@ -14,7 +14,7 @@ from pydantic import PositiveInt
 from torch import Tensor
 
 from fewstep.algebra.draws import Draws
-from fewstep.config import UserError, part
+from fewstep.config import Absent, UserError, part
 from fewstep.data.base import Conditions, EncoderPart, Share
 from fewstep.data.conditions import TextConditions
 from fewstep.data.reader import Crop, Item, Pictures, Resize, View, file_reader, refusals
@@ -75,6 +75,11 @@ class Captions:
         words = [root / Path(n).with_suffix(".txt") for n, _ in names] if told is None else [told]
         return [*(root / n for n, _ in names), *words]
 
+    def outline(self) -> tuple[tuple[int, ...], int]:
+        """As `open` has them; no caption is embedded and no picture decoded."""
+        self._listed()
+        return (1 if self.grey else 3, self.size, self.size), 0
+
     def open(self) -> Pictures:
         root, _, names, skipped = self._listed()
         items = [Item(file_reader(root / name), str(root / name), text) for name, text in names]
@@ -84,7 +89,7 @@ class Captions:
         """(folder, file of captions or None, pictures by name in it with their captions, what is left out and why)."""
         root, skipped = expanded(self.path), dict[str, str]()
         if not root.is_dir():
-            raise UserError(f"data folder {root}: no such folder")
+            raise Absent(f"data folder {root}: no such folder")
         told = root / (self.captions or "captions.jsonl")
         if not told.is_file():
             if self.captions is not None:
@@ -192,6 +197,11 @@ class WebDataset:
         """The tar files."""
         return expand(self.shards)
 
+    def outline(self) -> tuple[tuple[int, ...], int]:
+        """As `open` has them; no file is read."""
+        self.files()
+        return (1 if self.grey else 3, self.size, self.size), 0 if self.encoder else self.classes
+
     def open(self) -> Pictures:
         items = [item for path in expand(self.shards) for item in index(path)]
         if self.encoder is not None:
@@ -219,7 +229,7 @@ def expand(pattern: str) -> list[Path]:
     paths = [expanded(n) for n in names]
     absent = [p for p in paths if not p.is_file()]
     if absent or not paths:
-        raise UserError(f"shards {pattern}: " + (f"{absent[0]} is missing" if absent else "match no file"))
+        raise Absent(f"shards {pattern}: " + (f"{absent[0]} is missing" if absent else "match no file"))
     return paths
 
 
@@ -316,6 +326,13 @@ class Prompts:
     def files(self) -> list[Path]:
         """The file of prompts."""
         return [expanded(self.path)]
+
+    def outline(self) -> tuple[tuple[int, ...], int]:
+        """As `open` has them, where the file is there."""
+        (path,) = self.files()
+        if not path.exists():
+            raise Absent(f"prompts {path}: no such file")
+        return self.shape, 0
 
     def open(self) -> PromptData:
         prompts = read_prompts(regular(expanded(self.path)))

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fewstep.algebra.condition import moved, nulled, zeros_like
-from fewstep.config import Count, UserError, part
+from fewstep.config import Absent, Count, UserError, part
 from fewstep.data.shards import Shards, sha256_of
 from fewstep.files import expanded, lines_of, read_json, text_of
 from fewstep.networks.folder import hub_hint, read_latents
@@ -34,7 +34,7 @@ def default_cache() -> Path:
 def _folder(path: str, inside: str) -> Path:
     root = expanded(path)
     if not root.is_dir():
-        raise UserError(f"encoder {path}: no such folder{hub_hint(path)}")
+        raise Absent(f"encoder {path}: no such folder{hub_hint(path)}")
     if not (root / inside).exists():
         raise UserError(
             f"encoder {path}: {inside} is missing; a folder that save_pretrained wrote has it. Save the pipeline whole, "

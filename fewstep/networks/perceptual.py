@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fewstep.config import Count, RecipeError, UserError, part
+from fewstep.config import Absent, Count, RecipeError, UserError, part
 from fewstep.files import expanded
 from fewstep.networks.parts import Site
 
@@ -101,11 +101,7 @@ class LPIPSSpec:
     def build(self, site: Site) -> nn.Module:
         from torchvision.models import vgg16
 
-        if len(site.shape) != 3 or site.shape[0] not in (1, 3):
-            raise RecipeError(f"network lpips is for grey or RGB images; the data has shape {list(site.shape)}")
-        side = self.size or min(site.shape[1:])
-        if side < 16:
-            raise RecipeError(f"lpips.size: VGG16 halves four times, so images need a side of 16, not {side}")
+        self.check(site)
         layers = vgg16(weights=None).features
         weights = {
             k.removeprefix("features."): v for k, v in read_weights(self.features).items() if "classifier" not in k
@@ -118,3 +114,14 @@ class LPIPSSpec:
             first = str(error).splitlines()[0]
             raise UserError(f"lpips: {self.features}, {self.linear}: not VGG16's and LPIPS's weights: {first}") from None
         return Perceptual(layers, rows, self.size)
+
+    def check(self, site: Site) -> None:
+        """RecipeError for pictures that it cannot judge, Absent for a file that is not there."""
+        if len(site.shape) != 3 or site.shape[0] not in (1, 3):
+            raise RecipeError(f"network lpips is for grey or RGB images; the data has shape {list(site.shape)}")
+        side = self.size or min(site.shape[1:])
+        if side < 16:
+            raise RecipeError(f"lpips.size: VGG16 halves four times, so images need a side of 16, not {side}")
+        for file in self.files():
+            if not file.is_file():
+                raise Absent(f"lpips: {file}: no such file; LPIPS weights are never downloaded")
