@@ -12,7 +12,7 @@ from fewstep.algebra.batch import Batch
 from fewstep.algebra.process import add_noise, bc
 from fewstep.algebra.sampling import Sampler
 from fewstep.algebra.times import check_steps, shift
-from fewstep.config import Count, part
+from fewstep.config import Count, Decay, part
 from fewstep.methods.method import Losses, Needs, Turn
 from fewstep.networks.roles import Roles
 from fewstep.objectives import mse
@@ -32,7 +32,7 @@ class SCFM:
     """Range of the grid's flow shift, one per sample (Flux)."""
     anchored: float = 0.4
     """Share of the batch on adjacent nodes of the teacher; the rest follows the EMA over longer skips."""
-    target_decay: float = 0.999
+    target_decay: Decay = 0.999
     """Decay of the EMA student in the role `target`."""
     guidance: float = 1.0
     """The teacher's guidance scale; 1 is none."""
