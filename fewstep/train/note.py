@@ -123,7 +123,8 @@ def _disagrees(call: Mapping[str, Any], steps: tuple[float, ...], folder: Path) 
             return f"call.{key} has {len(given)} levels, but there are {len(steps)} steps"
     config = folder / "scheduler" / "scheduler_config.json"
     held = read_json(config) if config.is_file() else {}
-    rows, kind = held.get("num_train_timesteps"), held.get("_class_name")
+    rows: Any = held.get("num_train_timesteps")
+    kind = held.get("_class_name")
     levels, close = None, 1e-6
     if sigmas is not None:
         key, levels = "sigmas", list(sigmas)
