@@ -2,7 +2,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test long lint types links conformance bench clean
+.PHONY: demo test long lint types links docs conformance bench constraints clean
 
 demo: $(VENV)/.installed  ## the main job: distil the digits teacher to one step, measure it, export it
 	$(BIN)/fewstep run digits-dmd2 --resume
@@ -19,12 +19,18 @@ lint: $(VENV)/.tested
 types: $(VENV)/.tested links
 	$(BIN)/mypy
 
+docs: $(VENV)/.tested links  ## the site in site/, warnings as errors; `mkdocs serve` shows it while you write
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
 conformance: $(VENV)/.tested  ## full-budget training of every method on the toy
 	$(BIN)/python -m fewstep.bench.conformance --out assets/conformance.jsonl
 
 bench: $(VENV)/.tested  ## overhead of trainer and methods: ratios taken in one run
 	$(BIN)/python -m fewstep.bench.trainer
 	$(BIN)/python -m fewstep.bench.methods --against digits-cd
+
+constraints: $(VENV)/.tested  ## the versions in this environment as constraints.txt; after a green `make test` alone
+	$(BIN)/python -m fewstep.bench.versions tested --out constraints.txt
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import html
 import io
 import json
@@ -13,26 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fewstep.eval.page import as_png, document, picture, plot, table
 from fewstep.eval.protocol.evaluation import Columns, Evaluation, comparison_rows, distance_of
 from fewstep.files import atomic_path
-
-_STYLE = """
-:root { color-scheme: light dark; --line: #8886; --soft: #8882; }
-body { font: 15px/1.5 system-ui, sans-serif; max-width: 72rem; margin: 2rem auto; padding: 0 1rem; }
-h1 { font-size: 1.6rem; } h2 { font-size: 1.2rem; margin-top: 2.2rem; }
-.scroll { overflow-x: auto; }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
-th, td { padding: .35rem .7rem; border-bottom: 1px solid var(--line); text-align: right; }
-td { white-space: nowrap; } th:first-child, td:first-child { text-align: left; }
-thead th { border-bottom: 2px solid var(--line); vertical-align: bottom; }
-tbody tr:first-child { background: var(--soft); }
-figure { margin: 1rem 0; } figcaption { color: #777; font-size: .9rem; }
-.grids { display: flex; flex-wrap: wrap; gap: 1.2rem; }
-.grids img { image-rendering: pixelated; width: 15rem; border: 1px solid var(--line); }
-.plots { display: flex; flex-wrap: wrap; gap: 1rem; }
-.plots img { max-width: 100%; width: 34rem; background: white; }
-.note { color: #777; font-size: .9rem; }
-"""
 
 LEGEND = 12
 """Models that a plot can name; of more only the best are."""
@@ -66,27 +48,21 @@ def write_report(
         f'<p class="note">Protocol <b>{html.escape(first.preset)}</b>, hash <code>{first.preset_hash}</code>, '
         f"features {html.escape(first.extractor)}, {first.number:,} images a row.</p>",
         "<h2>Results</h2>",
-        _table(header, rows),
+        table(header, rows),
         *(f'<p class="note">{html.escape(note)}</p>' for note in notes),
         *_notes(evaluations),
         *_grids(evaluations),
         *_plots(evaluations),
         *_latency(evaluations),
         "<h2>Environment</h2>",
-        _table(["", "value"], [*map(list, first.environment.items()), *_files(evaluations)]),
+        table(["", "value"], [*map(list, first.environment.items()), *_files(evaluations)]),
     ]
-    page = (
-        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{html.escape(title)}</title>'
-        f'<meta name="viewport" content="width=device-width"><style>{_STYLE}</style></head><body>'
-        + "\n".join(parts)
-        + "</body></html>\n"
-    )
     folder = Path(folder)
     content = [e.as_json() for e in evaluations]
     with atomic_path(folder / "report.json") as temporary:
         temporary.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n")
     with atomic_path(folder / "report.html") as temporary:
-        temporary.write_text(page)
+        temporary.write_text(document(title, parts))
     return folder / "report.html"
 
 
@@ -101,18 +77,6 @@ def image_grid(images: Tensor, columns: int = 8, gap: int = 1) -> Tensor:
         top, left = index // columns * (height + gap), index % columns * (width + gap)
         canvas[:, top : top + height, left : left + width] = image
     return canvas
-
-
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    head = "".join(f"<th>{html.escape(cell)}</th>" for cell in header)
-    body = "".join("<tr>" + "".join(f"<td>{_cell(cell)}</td>" for cell in row) + "</tr>" for row in rows)
-    return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
-
-
-def _cell(text: str) -> str:
-    """What stands in brackets after a number goes under it."""
-    value, bracket, rest = html.escape(text).partition(" (b/N")
-    return f"{value}<br><small>(b/N{rest}</small>" if bracket else value
 
 
 def _notes(evaluations: Sequence[Evaluation]) -> list[str]:
@@ -133,10 +97,6 @@ def _files(evaluations: Sequence[Evaluation]) -> list[list[str]]:
     return [[f"sha256 of {kind}", digest] for kind, digest in found.items()]
 
 
-def _png(data: bytes) -> str:
-    return "data:image/png;base64," + base64.b64encode(data).decode()
-
-
 def _grids(evaluations: Sequence[Evaluation]) -> list[str]:
     shown = [(e, e.images) for e in evaluations if e.images is not None]
     if not shown:
@@ -146,15 +106,11 @@ def _grids(evaluations: Sequence[Evaluation]) -> list[str]:
     parts = ['<h2>Samples</h2><p class="note">The same global indices, so the same noise, in every grid.</p>']
     parts.append('<div class="grids">')
     for e, images in shown:
-        picture = image_grid(images).permute(1, 2, 0).numpy()
+        pixels = image_grid(images).permute(1, 2, 0).numpy()
         buffer = io.BytesIO()
-        Image.fromarray(picture[..., 0] if picture.shape[2] == 1 else picture).save(buffer, "png")
-        name = html.escape(e.name)
+        Image.fromarray(pixels[..., 0] if pixels.shape[2] == 1 else pixels).save(buffer, "png")
         calls = f" ({e.calls} network call{'' if e.calls == 1 else 's'})" if e.calls else ""
-        parts.append(
-            f'<figure><img src="{_png(buffer.getvalue())}" alt="samples of {name}">'
-            f"<figcaption>{name}{calls}</figcaption></figure>"
-        )
+        parts.append(picture(buffer.getvalue(), f"{e.name}{calls}", f"samples of {e.name}"))
     return [*parts, "</div>"]
 
 
@@ -180,27 +136,8 @@ def _plots(evaluations: Sequence[Evaluation]) -> list[str]:
         return []
     parts = ['<h2>Plots</h2><div class="plots">']
     for caption, data in figures:
-        text = html.escape(caption)
-        parts.append(f'<figure><img src="{_png(data)}" alt="{text}"><figcaption>{text}</figcaption></figure>')
+        parts.append(picture(data, caption))
     return [*parts, "</div>"]
-
-
-def _figure() -> tuple[Any, Any]:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(6.4, 4), dpi=110, layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(alpha=0.25)
-    return figure, axes
-
-
-def _saved(figure: Any) -> bytes:
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png")
-    return buffer.getvalue()
 
 
 def _scale(axes: Any, found: Sequence[tuple[float, float]]) -> None:
@@ -220,7 +157,7 @@ def _named(evaluations: Sequence[Evaluation], metric: str) -> list[str]:
 
 
 def _lines(evaluations: Sequence[Evaluation], metric: str) -> bytes:
-    figure, axes = _figure()
+    figure, axes = plot()
     named = _named(evaluations, metric)
     for group in dict.fromkeys(e.group for e in evaluations):
         points = sorted(
@@ -239,11 +176,11 @@ def _lines(evaluations: Sequence[Evaluation], metric: str) -> bytes:
     axes.set_ylabel(metric)
     if any(e.group for e in evaluations):
         axes.legend(frameon=False, fontsize=7 if len(named) > 6 else None)
-    return _saved(figure)
+    return as_png(figure)
 
 
 def _pareto(evaluations: Sequence[Evaluation], metric: str) -> bytes:
-    figure, axes = _figure()
+    figure, axes = plot()
     points = []
     for e in evaluations:
         found = _value_of(e, metric)
@@ -271,7 +208,7 @@ def _pareto(evaluations: Sequence[Evaluation], metric: str) -> bytes:
     axes.set_xlabel("seconds per 1,000 images")
     axes.set_ylabel(metric)
     axes.legend(frameon=False)
-    return _saved(figure)
+    return as_png(figure)
 
 
 def _latency(evaluations: Sequence[Evaluation]) -> list[str]:
@@ -284,4 +221,4 @@ def _latency(evaluations: Sequence[Evaluation]) -> list[str]:
     if not rows:
         return []
     header = ["model", "steps", "batch", "p50 ms", "p95 ms", "images / s", "peak memory"]
-    return ["<h2>Latency</h2>", _table(header, rows)]
+    return ["<h2>Latency</h2>", table(header, rows)]

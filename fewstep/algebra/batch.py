@@ -15,6 +15,10 @@ class Batch:
     """One micro-batch: b samples that know their global index through `draws`.
 
     x0 (b, *shape) in [-1, 1] or None; cond and null_cond of one structure (a tensor or a mapping) or None.
+
+    >>> batch = fewstep.Batch(fewstep.Draws(fewstep.fold("batch"), torch.arange(4)), shape=(2,))
+    >>> len(batch), batch.noise().shape
+    (4, torch.Size([4, 2]))
     """
 
     draws: Draws

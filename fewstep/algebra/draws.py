@@ -62,7 +62,11 @@ def _bits_numpy(index: Tensor, key: int, count: int) -> Tensor:
 
 
 def fold(*parts: int | str) -> int:
-    """A 64-bit key of a tuple of integers and names."""
+    """A 64-bit key of a tuple of integers and names.
+
+    >>> fewstep.fold("train", 3) == fewstep.fold("train", 3), fewstep.fold("train", 3) == fewstep.fold("train", 4)
+    (True, False)
+    """
     digest = hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little")
 
@@ -75,6 +79,14 @@ class Draws:
     Args:
         key: from `fold(seed, stage, step, turn, repeat)`.
         index: global sample indices of this batch, int64 (b,).
+
+    >>> draws = fewstep.Draws(fewstep.fold("example"), torch.arange(6))
+    >>> draws.normal(1, 8, 8).shape, draws.uniform().shape
+    (torch.Size([6, 1, 8, 8]), torch.Size([6]))
+    >>> whole = fewstep.Draws(7, torch.arange(6)).normal(2)
+    >>> part = fewstep.Draws(7, torch.arange(4, 6)).normal(2)
+    >>> whole[4:].equal(part)  # rows belong to samples, not to batches
+    True
     """
 
     def __init__(self, key: int, index: Tensor, *, calls: int = 0) -> None:

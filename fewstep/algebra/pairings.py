@@ -10,7 +10,8 @@ from pydantic import PositiveInt
 from torch import Tensor
 
 from fewstep.algebra.draws import Draws
-from fewstep.algebra.process import Process, angle_of
+from fewstep.algebra.noising import angle_of
+from fewstep.algebra.process import Process
 from fewstep.algebra.times import LogNormal, TimesPart
 from fewstep.config import Count, OneOf, part
 

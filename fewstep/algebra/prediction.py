@@ -71,6 +71,12 @@ class Prediction:
     """A network's answer at (x, t). All other forms are linear in x0 and eps, both (b, *d).
 
     Where sigma = 0, eps is unknown to an x0-type network and is NaN; `at` never uses it there.
+
+    >>> x0, eps, t = torch.ones(1, 2), torch.zeros(1, 2), torch.tensor([0.25])
+    >>> x_t, _ = fewstep.add_noise(fewstep.Flow(), x0, eps, t)
+    >>> prediction = fewstep.Prediction(x0, eps, x_t, t, fewstep.Flow())
+    >>> prediction.velocity(), prediction.at(torch.tensor([0.5]))  # eps - x0, and (1 - s) x0 + s eps
+    (tensor([[-1., -1.]]), tensor([[0.5000, 0.5000]]))
     """
 
     x0: Tensor
@@ -132,10 +138,21 @@ def from_raw(
     raw: Tensor,
     features: Mapping[str, Tensor] | None = None,
 ) -> Prediction:
-    """Read a network's raw output of parametrisation `kind` (a key of PAIRS).
+    """Read a network's raw output (b, *d) at x (b, *d) and t (b,).
 
-    Raises ValueError for an unknown kind, and where the information is absent: an eps or score network at
-    alpha = 0, where x is pure noise, says nothing about x0.
+    Args:
+        kind: x0, eps, v (arXiv 2202.00512), velocity (dx/dt of the process), psi (eps - x0), score, edm (raw F of arXiv
+            2206.00364, table 1), cm (arXiv 2303.01469, appendix C) or trig (TrigFlow's F, arXiv 2410.11081).
+
+    Raises:
+        ValueError: another kind, or one that says nothing about x0 here: an eps or score network at alpha = 0, where
+            x is pure noise.
+
+    >>> x_t, t = torch.tensor([[0.5]]), torch.tensor([0.5])
+    >>> velocity = torch.tensor([[-1.0]])
+    >>> answer = fewstep.from_raw(fewstep.Flow(), "velocity", x_t, t, velocity)
+    >>> answer.x0, answer.eps
+    (tensor([[1.]]), tensor([[0.]]))
     """
     if kind not in PAIRS:
         raise ValueError(f"prediction {kind!r} is not one of {', '.join(PAIRS)}")

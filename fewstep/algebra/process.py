@@ -1,4 +1,4 @@
-"""Noising processes x_t = alpha(t) x0 + sigma(t) eps, and the one function that adds noise.
+"""Noising processes x_t = alpha(t) x0 + sigma(t) eps.
 
 Time grows with noise. Times are tensors of shape (b,) or (b, *f), float32 or float64; every schedule function keeps their
 shape and dtype. Processes compare through the angle atan2(sigma, alpha), finite at sigma = 0 and at alpha = 0 too.
@@ -87,7 +87,12 @@ class _VariancePreserving:
 
 @part("process", "flow")
 class Flow:
-    """Rectified flow: alpha = 1 - t, sigma = t, t in [0, 1] (arXiv 2209.03003)."""
+    """Rectified flow: alpha = 1 - t, sigma = t, t in [0, 1] (arXiv 2209.03003).
+
+    >>> t = torch.tensor([0.25])
+    >>> fewstep.Flow().alpha(t), fewstep.Flow().sigma(t)
+    (tensor([0.7500]), tensor([0.2500]))
+    """
 
     t_max = 1.0
 
@@ -123,6 +128,9 @@ class ShiftedFlow(Flow):
 
     Only the spacing differs, alpha and sigma are Flow's. A dynamic shift exp(mu) is this one at a fixed size. Every
     level of a recipe goes through it: a `shift` of its `times` comes on top.
+
+    >>> fewstep.ShiftedFlow(shift=3.0).grid(torch.tensor([0.0, 0.5, 1.0]))
+    tensor([0.0000, 0.7500, 1.0000])
     """
 
     shift: Positive = 3.0
@@ -137,7 +145,11 @@ class ShiftedFlow(Flow):
 
 @part("process", "edm")
 class EDM:
-    """Variance exploding with t = sigma in [sigma_min, sigma_max] (arXiv 2206.00364)."""
+    """Variance exploding with t = sigma in [sigma_min, sigma_max] (arXiv 2206.00364).
+
+    >>> fewstep.EDM(sigma_max=80.0).grid(torch.tensor([1.0, 0.0]))  # the method time u becomes sigma
+    tensor([8.0000e+01, 2.0000e-03])
+    """
 
     sigma_min: NotNegative = 0.002
     """Smallest noise level; samples at it count as clean."""
@@ -188,7 +200,13 @@ class EDM:
 
 @part("process", "trig")
 class Trig(_VariancePreserving):
-    """TrigFlow: alpha = cos t, sigma = sin t, t in [0, pi/2], on data divided by sigma_data (arXiv 2410.11081)."""
+    """TrigFlow: alpha = cos t, sigma = sin t, t in [0, pi/2], on data divided by sigma_data (arXiv 2410.11081).
+
+    >>> process = fewstep.Trig()
+    >>> t = process.grid(torch.tensor([0.0, 1.0]))
+    >>> process.alpha(t), process.sigma(t)
+    (tensor([1., 0.]), tensor([0., 1.]))
+    """
 
     t_max = math.pi / 2
 
@@ -214,7 +232,12 @@ class Trig(_VariancePreserving):
 
 @part("process", "cosine")
 class Cosine(_VariancePreserving):
-    """Cosine schedule with logSNR = -2 log tan(a u + b) between two limits (arXiv 2202.00512, sec. 3)."""
+    """Cosine schedule with logSNR = -2 log tan(a u + b) between two limits (arXiv 2202.00512, sec. 3).
+
+    >>> process, t = fewstep.Cosine(), torch.tensor([0.5])
+    >>> process.alpha(t), process.sigma(t)
+    (tensor([0.7071]), tensor([0.7071]))
+    """
 
     logsnr_min: Bounded = -20.0
     """ln(alpha^2 / sigma^2) at t = 1, the noisy end."""
@@ -250,7 +273,12 @@ class Cosine(_VariancePreserving):
 
 @part("process", "vp")
 class VP(_VariancePreserving):
-    """Continuous variance preserving diffusion, beta linear in t in (0, 1] (arXiv 2011.13456, eq. 33)."""
+    """Continuous variance preserving diffusion, beta linear in t in (0, 1] (arXiv 2011.13456, eq. 33).
+
+    >>> process, t = fewstep.VP(), torch.tensor([0.3])
+    >>> process.alpha(t) ** 2 + process.sigma(t) ** 2
+    tensor([1.])
+    """
 
     beta_min: NotNegative = 0.1
     """beta at t = 0 (the paper's .1)."""
@@ -297,6 +325,10 @@ class DiscreteVP(_VariancePreserving):
 
     Between two indices log(sigma / alpha) is interpolated linearly; below the first index the ratio itself
     falls linearly to 0 (arXiv 2006.11239; scaled-linear: arXiv 2112.10752).
+
+    >>> sd = fewstep.DiscreteVP(schedule="scaled_linear", beta_start=0.00085, beta_end=0.012)
+    >>> sd.sigma(torch.tensor([1000.0])) / sd.alpha(torch.tensor([1000.0]))  # Stable Diffusion's noisiest level
+    tensor([14.6146])
     """
 
     schedule: Literal["linear", "scaled_linear"] = "linear"
@@ -354,47 +386,3 @@ class DiscreteVP(_VariancePreserving):
         alpha_bar = torch.sigmoid(-2 * table)
         alpha_bar[0] = 1.0
         return [0.0, *(1 - alpha_bar[1:] / alpha_bar[:-1]).tolist()]
-
-
-def angle_of(process: Process, t: Tensor) -> Tensor:
-    """atan2(sigma, alpha) in [0, pi/2]: the noise level that different processes share."""
-    return torch.atan2(process.sigma(t), process.alpha(t))
-
-
-def transition(process: Process, s: Tensor | None, t: Tensor) -> tuple[Tensor, Tensor]:
-    """(alpha_{t|s}, sigma_{t|s}) of x_t = alpha_{t|s} x_s + sigma_{t|s} eps for s <= t; s = None means clean.
-
-    Raises ValueError where s > t or alpha(s) = 0 (there is nothing to noise further).
-    """
-    alpha_t, sigma_t = process.alpha(t), process.sigma(t)
-    if s is None:
-        return alpha_t, sigma_t
-    alpha_s, sigma_s = process.alpha(s), process.sigma(s)
-    if bool((s > t).any()):
-        raise ValueError("transition(s, t) needs s <= t in every entry")
-    if bool((alpha_s == 0).any()):
-        raise ValueError("transition(s, t) needs alpha(s) > 0 in every entry")
-    alpha_ts = alpha_t / alpha_s
-    return alpha_ts, torch.sqrt((sigma_t**2 - alpha_ts**2 * sigma_s**2).clamp_min(0))
-
-
-def add_noise(process: Process, x: Tensor, eps: Tensor, t: Tensor, s: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Noise x from time s to time t and give the unbiased regression target of a denoiser at t.
-
-    Args:
-        x: clean data when s is None, otherwise a sample at time s; (b, *d).
-        eps: standard normal noise of x's shape.
-        t, s: times of shape (b,) or (b, *f), s < t.
-
-    Returns:
-        (x_t, target), both of x's shape. For s = None the target is x itself. For s > 0 it is
-        x_s/alpha_s - alpha_t sigma_s^2 / (alpha_s^2 sigma_{t|s}) eps, whose mean given x_t is E[x0 | x_t]
-        (Tweedie for the kernel p(x_t | x_s); Phased DMD, arXiv 2510.27684). It diverges as t -> s: weigh it.
-    """
-    alpha_ts, sigma_ts = transition(process, s, t)
-    x_t = bc(alpha_ts, x) * x + bc(sigma_ts, x) * eps
-    if s is None:
-        return x_t, x
-    alpha_s, sigma_s = process.alpha(s), process.sigma(s)
-    gain = process.alpha(t) * sigma_s**2 / (alpha_s**2 * sigma_ts)
-    return x_t, x / bc(alpha_s, x) - bc(gain, x) * eps

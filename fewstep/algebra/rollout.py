@@ -90,6 +90,12 @@ def rollout(
         exit: index of the step to stop at; None draws it from the shared stream.
         grad: False runs the last call without a graph too.
         call: further arguments of every call of the student.
+
+    >>> exact = fewstep.load("toy/dmd2").data.open().mixture
+    >>> draws = fewstep.Draws(fewstep.fold("rollout"), torch.arange(4))
+    >>> made = fewstep.rollout(exact, draws, (2,), (1.0, 0.5), exit=1)
+    >>> made.x.shape, made.t
+    (torch.Size([4, 2]), tensor([0.5000, 0.5000, 0.5000, 0.5000], dtype=torch.float64))
     """
     process: Process = student.process  # type: ignore[attr-defined]
     if isinstance(steps, RandomSteps):

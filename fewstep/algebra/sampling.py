@@ -12,8 +12,9 @@ from torch import Tensor
 
 from fewstep.algebra.draws import Draws, fold
 from fewstep.algebra.jump import Solver, ask, calls, clean, solver_step, times_of
+from fewstep.algebra.noising import transition
 from fewstep.algebra.prediction import Prediction, from_x0
-from fewstep.algebra.process import DiscreteVP, Process, bc, transition
+from fewstep.algebra.process import DiscreteVP, Process, bc
 from fewstep.algebra.rollout import renoise
 from fewstep.config import config
 
@@ -23,7 +24,13 @@ Fresh = Callable[[int], Tensor]
 
 @config
 class Sampler:
-    """How a denoiser is sampled: its levels and what happens between two of them."""
+    """How a denoiser is sampled: its levels and what happens between two of them.
+
+    >>> fewstep.Sampler(kind="renoise", steps=(1.0, 0.5)).network_calls()
+    2
+    >>> fewstep.Sampler(kind="ode", steps=(1.0, 0.5), solver="heun").network_calls()
+    3
+    """
 
     kind: Literal["renoise", "ode", "gamma", "map"] = "renoise"
     """renoise: a fresh re-noising of x0 between steps (CM, DMD2, LCM); ode: the solver below; gamma: TCD;
@@ -89,6 +96,11 @@ def sample(
 
     Returns:
         x0 of shape (b, *d), not clamped. Raises ValueError when fresh noise is needed and not given.
+
+    >>> exact = fewstep.load("toy/dmd2").data.open().mixture
+    >>> noise, fresh = fewstep.seeded(0, torch.arange(5), (2,))
+    >>> fewstep.sample(fewstep.Sampler(steps=(1.0, 0.5)), exact, noise, fresh=fresh).shape
+    torch.Size([5, 2])
     """
     process: Process = net.process  # type: ignore[attr-defined]
     times = times_of(sampler.steps, process).to(noise.device)
@@ -172,6 +184,11 @@ def seeded(seed: int, index: Tensor, shape: tuple[int, ...]) -> tuple[Tensor, Fr
         seed: of the whole set.
         index: global indices int64 (b,).
         shape: of one sample.
+
+    >>> noise, fresh = fewstep.seeded(0, torch.arange(8), (2,))
+    >>> alone, _ = fewstep.seeded(0, torch.tensor([3]), (2,))
+    >>> noise[3:4].equal(alone), fresh(0).shape
+    (True, torch.Size([8, 2]))
     """
     start = Draws(fold(seed, "start"), index).normal(*shape)
     return start, lambda i: Draws(fold(seed, "fresh", i), index).normal(*shape)
@@ -188,7 +205,17 @@ def knot_levels(steps: int, knots: int) -> tuple[float, ...]:
 
 
 def many_step(steps: int, solver: Solver = "heun") -> Sampler:
-    """A teacher's ODE sampler with `steps` levels, evenly spaced in u from the prior to sigma's low end."""
+    """A teacher's ODE sampler with `steps` levels, evenly spaced in u from the prior to sigma's low end.
+
+    Raises:
+        ValueError: no step.
+
+    >>> fewstep.many_step(4).steps
+    (1.0, 0.75, 0.5, 0.25)
+    >>> fewstep.many_step(0)
+    Traceback (most recent call last):
+    ValueError: steps must be at least 1, not 0
+    """
     if steps < 1:
         raise ValueError(f"steps must be at least 1, not {steps}")
     levels = tuple(1 - i / steps for i in range(steps))

@@ -93,6 +93,29 @@ def health(run: Annotated[Path, typer.Argument(help="A run directory.")]) -> Non
         typer.echo(f"readings {picture}")
 
 
+@app.command(
+    rich_help_panel="Look",
+    epilog="Examples:\n\n`fewstep report runs/digits-dmd2`\n\n`fewstep report runs/digits-dmd2 --every 30 --open`",
+)
+def report(
+    run: Annotated[Path, typer.Argument(help="A run directory, while it trains or after.")],
+    every: Annotated[
+        int | None, typer.Option(min=1, help="Write it again after so many seconds, as long as the run trains.")
+    ] = None,
+    show: Annotated[bool, typer.Option("--open", help="Open it in the browser.")] = False,
+) -> None:
+    """Write one HTML page of a run, RUN/report/run.html: losses, verdicts, samples, numbers, recipe, environment."""
+    from fewstep.commands.run_page import follow, write_page
+
+    path, _ = write_page(run, every)
+    if show:
+        typer.launch(str(path))
+    if every is None:
+        typer.echo(f"page {path}")
+    else:
+        follow(run, every, typer.echo)
+
+
 @recipes.command("ls", epilog="Examples: `fewstep recipes ls sdxl`, `fewstep recipes ls --method dmd2 --json`")
 def recipes_ls(
     words: Words = None,

@@ -63,28 +63,34 @@ def present(records: Sequence[dict[str, Any]]) -> list[Panel]:
     return [p for p in PANELS if any(points(records, key)[0] for key in p.curves.values())]
 
 
-def save(records: Sequence[dict[str, Any]], path: Path) -> list[str]:
-    """Write the picture; returns the titles of its panels, none when the log has no readings (nothing is written)."""
+def figure_of(records: Sequence[dict[str, Any]]) -> Any:
+    """The panels of a log as one figure of matplotlib, that needs no window; None when the log has no readings."""
     panels = present(records)
     if not panels:
-        return []
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
+        return None
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
 
     rows = -(-len(panels) // 2)
-    figure, axes = plt.subplots(rows, 2, figsize=(10, 2.8 * rows), squeeze=False, sharex=True)
+    figure = Figure(figsize=(10, 2.8 * rows), dpi=90)
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(rows, 2, squeeze=False, sharex=True)
     for axis, panel in zip(axes.flat, panels, strict=False):
         _draw(axis, panel, records)
     for axis in list(axes.flat)[len(panels) :]:
         axis.set_visible(False)
-    try:
-        with atomic_path(path) as temporary:
-            figure.savefig(temporary, dpi=90, bbox_inches="tight")
-    finally:
-        plt.close(figure)
-    return [p.title for p in panels]
+    figure.tight_layout()
+    return figure
+
+
+def save(records: Sequence[dict[str, Any]], path: Path) -> list[str]:
+    """Write the picture; returns the titles of its panels, none when the log has no readings (nothing is written)."""
+    figure = figure_of(records)
+    if figure is None:
+        return []
+    with atomic_path(path) as temporary:
+        figure.savefig(temporary)
+    return [p.title for p in present(records)]
 
 
 def _draw(axis: Any, panel: Panel, records: Sequence[dict[str, Any]]) -> None:

@@ -33,6 +33,10 @@ TINY = (1, 2, 4)
 """Micro-batches that are traced with real tensors."""
 
 
+ROW = 3
+"""Turns in a row of the same roles that are traced; the first may share a rollout, ten critic updates are alike."""
+
+
 @dataclass
 class Turns:
     """What the turns of a stage need beyond what stays: peak bytes, gradients included, and the roles they call."""
@@ -251,7 +255,12 @@ class _Tracer:
         known = [t for m in roles.values() for t in (*m.parameters(), *m.buffers())]
         known += [t for m in roles.values() if isinstance(m, Adapted) for t in m.base.parameters()]
         session.recipe = replace(session.recipe, train=replace(session.recipe.train, batch=micro))
+        row = 0
+        last: tuple[str, ...] = ()
         for number, turn in enumerate(stage.method.turns(roles, 0)):
+            row, last = (row + 1 if turn.updates == last else 1), turn.updates
+            if row > ROW:
+                continue
             roles.train_only(*turn.updates)
             called: set[str] = set()
             hooks = [m.register_forward_pre_hook(_noting(called, n, roles)) for n, m in roles.items()]

@@ -18,6 +18,8 @@ from rich.progress import (
 from rich.table import Column
 from rich.text import Text
 
+NO_LOSS = ("grad_norm", "health/", "lr/", "done", "stage", "skips", "seconds")
+"""How keys of a log record begin that are no loss."""
 LINES = 10
 """Lines of a whole training where there is no terminal."""
 
@@ -81,6 +83,5 @@ def clock(seconds: float) -> str:
 
 def readings(record: Mapping[str, Any]) -> str:
     """The losses of a log record, short; the discriminator's after those that the student follows."""
-    skip = ("grad_norm", "health/", "lr/", "done", "stage", "skips", "seconds")
-    kept = sorted((k.startswith("discriminator"), k) for k in record if not k.startswith(skip))
+    kept = sorted((k.startswith("discriminator"), k) for k in record if not k.startswith(NO_LOSS))
     return "  ".join(f"{k} {record[k]:.3g}" for _, k in kept)

@@ -8,8 +8,9 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
+from typing import Any
 
-from fewstep.commands.claim import held, prepare, write_origin
+from fewstep.commands.claim import prepare, read_origin, write_origin
 from fewstep.commands.finish import finish, guarded
 from fewstep.commands.judge import Judge, judge_of
 from fewstep.commands.measure import measure
@@ -19,11 +20,13 @@ from fewstep.commands.progress import TrainingBar, Watch, readings
 from fewstep.commands.report import GRID, console, say
 from fewstep.commands.trust import allow_own_code
 from fewstep.config import UserError
+from fewstep.eval.protocol.evaluation import environment
 from fewstep.networks import code
 from fewstep.recipe.diff import differences
 from fewstep.recipe.schema import Recipe
 from fewstep.recipe.source import shipped
 from fewstep.recipe.store import load, load_run
+from fewstep.train.claim import held
 from fewstep.train.product import product_of
 from fewstep.train.resume import newest_of
 from fewstep.train.trainer import Hooks, Trainer
@@ -58,7 +61,6 @@ def run_recipe(
         if main:
             stack.enter_context(held(run))
             prepare(recipe, run, resume, force)
-            code.remember(run, recipe.teacher)  # so that it opens without --trust-code on this machine
         trainer.accelerator.wait_for_everyone()
         trainer.attach(run)
         continued = resume and trainer.resume()
@@ -67,8 +69,8 @@ def run_recipe(
         if main:
             console.print(f"[bold]{name}[/]: {recipe.about}")
             console.print(f"run directory {run}" + (f", continued at step {trainer.progress.done}" if continued else ""))
-            if begin is not None:
-                _say_beginning(begin, recipe, run, trainer)
+            changed = [] if begin is None else _say_beginning(begin, recipe, trainer)
+            write_origin(run, {**read_origin(run), **_origin(name, settings, begin, changed)})
             if hasattr(trainer.data, "about"):
                 say(trainer.data.about())
             for line in trainer.changed if continued else ():
@@ -104,12 +106,17 @@ def _beginning(start: Path | None, run: Path, resume: bool) -> Path | None:
     return checkpoint
 
 
-def _say_beginning(checkpoint: Path, recipe: Recipe, run: Path, trainer: Trainer) -> None:
+def _say_beginning(checkpoint: Path, recipe: Recipe, trainer: Trainer) -> list[str]:
     changed = [*differences(load_run(checkpoint.parent.parent), recipe, all_keys=True), *trainer.changed]
-    done = trainer.progress.done
-    write_origin(run, checkpoint, changed)
     lines = "".join(f"\n  {line}" for line in changed) or " nothing"
-    say(f"from {checkpoint} at step {done}; changed:{lines}")
+    say(f"from {checkpoint} at step {trainer.progress.done}; changed:{lines}")
+    return changed
+
+
+def _origin(name: str, settings: Sequence[str], begin: Path | None, changed: Sequence[str]) -> dict[str, Any]:
+    """What origin.json says of a run that begins or is continued."""
+    told = {"recipe": name, "settings": list(settings), "environment": environment()}
+    return told if begin is None else {**told, "from": str(begin), "changed": list(changed)}
 
 
 def _judge(trainer: Trainer) -> Judge | None:

@@ -41,7 +41,8 @@ def draw_prompts(
     """Write a sheet, a column for each prompt.
 
     Of a run: the teacher by `teacher` Heun steps (0 leaves it out) at `guidance`, and the student, prompt i from noise
-    number i of the seed in both. Of a pipeline folder: its own picture of prompt i for the generator of seed + i.
+    number i of the seed in both; under them what its exported pipeline draws itself. Of a pipeline folder: its own
+    picture of prompt i for the generator of seed + i.
 
     Raises:
         UserError: a run or a folder that takes no text, or an option that does not belong to it.
@@ -49,6 +50,8 @@ def draw_prompts(
     if (path / "recipe.yaml").is_file():
         rows = of_run(path, prompts, steps, any_steps, seed, teacher, guidance)
         told = f"noise 0..{len(prompts) - 1} of seed {seed}"
+        if (path / "export" / "model_index.json").is_file():
+            rows += of_export(path / "export", prompts, steps, any_steps, seed, rows[0][1].shape)
     else:
         if teacher is not None:
             raise UserError(f"--teacher: {path} is no run directory; only a run knows its teacher")
@@ -91,6 +94,21 @@ def of_run(
     elif teacher:
         raise UserError(f"--teacher: {run} has none")
     return [(name, decode(p.images(index, cond, seed)).cpu()) for name, p in drawn]
+
+
+def of_export(
+    folder: Path, prompts: Sequence[str], steps: int | None, any_steps: bool, seed: int, shape: Sequence[int]
+) -> list[Row]:
+    """The row of a run's exported pipeline, from its own generators of seed + i; a line says why there is none."""
+    try:
+        _, x = of_pipeline(folder, prompts, steps, any_steps, seed, None)
+    except UserError as error:
+        say(f"note: the exported pipeline is left out: {error}")
+        return []
+    if x.shape != shape:
+        say(f"note: the exported pipeline is left out: it draws {list(x.shape[1:])}, the run {list(shape[1:])}")
+        return []
+    return [(f"exported, seeds {seed}..{seed + len(prompts) - 1}", x)]
 
 
 @torch.no_grad()

@@ -22,6 +22,7 @@ from fewstep.config.source import (
     FAST_LOADER as FAST_LOADER,
     PLAIN_LOADER as PLAIN_LOADER,
     Source as Source,
+    apply as apply,
     load_yaml as load_yaml,
     merge as merge,
     override as override,

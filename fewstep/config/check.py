@@ -97,6 +97,18 @@ def _names(part: Any) -> list[str]:
     return [f.name for f in dataclasses.fields(part)] if part else []
 
 
+_known = [0]
+
+
+def _forget() -> None:
+    """Drop what was remembered of unions before another part was registered."""
+    count = sum(map(len, REGISTRY.values()))
+    if count != _known[0]:
+        _options.cache_clear()
+        _parts.cache_clear()
+        _known[0] = count
+
+
 _UNKNOWN = ("extra_forbidden", "unexpected_keyword_argument")
 _MISSING = ("missing", "missing_argument", "missing_keyword_only_argument")
 _EXPECTED = {
@@ -157,6 +169,7 @@ def validate(root: type, source: Source) -> Any:
     """Build `root` from parsed YAML, or raise RecipeError with every problem, sorted by line."""
     problems = list(source.problems)
     built: Any = None
+    _forget()
     whole = _with_defaults(root, source.data)
     try:
         # JSON mode is strict about types yet takes a list for a tuple, which is all YAML has.

@@ -5,15 +5,19 @@ from __future__ import annotations
 import dataclasses
 import difflib
 from collections.abc import Callable, Iterable, Mapping
-from typing import Annotated, Any, Literal, TypeVar, Union, dataclass_transform
+from typing import Annotated, Any, Literal, TypeVar, Union, dataclass_transform, get_args
 
 from annotated_types import Ge, Gt, Le, Lt
 from pydantic import ConfigDict, Field, GetCoreSchemaHandler
-from pydantic.dataclasses import dataclass as pydantic_dataclass
+from pydantic.dataclasses import dataclass as pydantic_dataclass, rebuild_dataclass
 from pydantic_core import CoreSchema
 
 STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 REGISTRY: dict[str, dict[str, type]] = {}
+_MADE: list[Any] = []
+"""Every config class, those that a class is made of before it."""
+_ASKED: set[str] = set()
+"""Kinds that a class was made with: a part that is registered later is not in its schema."""
 T = TypeVar("T", bound=type)
 Count = Annotated[int, Gt(0), Le(65_536)]
 """A width, a depth, a number of anything that takes memory: a slip of a few digits is refused before it takes any."""
@@ -31,11 +35,25 @@ Decay = Annotated[float, Ge(0), Le(1)]
 
 
 class RecipeError(ValueError):
-    """A recipe, an override or a path that cannot be used; the message lists every problem, one a line."""
+    """A recipe, an override or a path that cannot be used; the message lists every problem, one a line.
+
+    >>> try:
+    ...     fewstep.load("digits-teachr")
+    ... except fewstep.RecipeError as error:
+    ...     print(error)
+    recipe 'digits-teachr' is not shipped; did you mean 'digits-teacher'?
+    """
 
 
 class UserError(RuntimeError):
-    """Anything else a user can mend: the message says what was wrong and what is allowed. Exit code 2."""
+    """Anything else a user can mend: the message says what was wrong and what is allowed. Exit code 2.
+
+    >>> try:
+    ...     fewstep.open_product("nowhere")
+    ... except fewstep.UserError as error:
+    ...     print(error)
+    nowhere: no such run or folder
+    """
 
 
 class Absent(UserError):
@@ -45,23 +63,59 @@ class Absent(UserError):
 @dataclass_transform(frozen_default=True, kw_only_default=True)
 def config(cls: T) -> T:
     """Make a class a frozen, strict dataclass whose field docstrings are its documentation."""
-    return pydantic_dataclass(frozen=True, kw_only=True, config=STRICT)(cls)  # type: ignore[return-value]
+    made = pydantic_dataclass(frozen=True, kw_only=True, config=STRICT)(cls)
+    _MADE.append(made)
+    return made  # type: ignore[return-value]
 
 
 @dataclass_transform(frozen_default=True, kw_only_default=True)
 def part(kind: str, name: str) -> Callable[[T], T]:
-    """Register a class as the choice `name` of a kind (method, times, network, data, ...)."""
+    """Register a class as the choice `name` of a kind (method, times, network, data, ...).
+
+    >>> @fewstep.part("times", "example_only")
+    ... class Example:
+    ...     "Always the middle level."
+    ...
+    ...     def sample(self, draws, process, span=(0.0, 1.0)):
+    ...         return process.grid(torch.full((len(draws),), 0.5, dtype=torch.float64))
+    >>> fewstep.load("toy/dmd2", {"method.times": {"name": "example_only"}}).method.times
+    Example(name='example_only')
+    """
 
     def register(cls: T) -> T:
         taken = REGISTRY.setdefault(kind, {})
-        if name in taken:
+        same = name in taken and _home(taken[name]) == _home(cls)  # a cell of a notebook that is run again
+        if name in taken and not same:
             raise ValueError(f"{kind} {name!r} is registered twice: {taken[name].__module__}, {cls.__module__}")
         cls.__annotations__ = {"name": Literal[name], **cls.__annotations__}
         cls.name = name  # type: ignore[attr-defined]
         taken[name] = config(cls)
+        if kind in _ASKED:
+            _take_in(kind)
         return taken[name]  # type: ignore[return-value]
 
     return register
+
+
+def _home(cls: type) -> tuple[str, str]:
+    return cls.__module__, cls.__qualname__
+
+
+def _take_in(kind: str) -> None:
+    """Make the classes anew that choose among parts of a kind, for one that was registered after them."""
+    kinds, stale = {kind}, set()
+
+    def chooses(hint: Any) -> bool:
+        if isinstance(hint, OneOf):
+            return hint.kind in kinds
+        return hint in stale if isinstance(hint, type) else any(map(chooses, get_args(hint)))
+
+    for cls in _MADE:
+        fields = cls.__pydantic_fields__.values()
+        if any(chooses(m) for f in fields for m in (f.annotation, *f.metadata)):
+            rebuild_dataclass(cls, force=True)
+            stale.add(cls)
+            kinds |= {k for k, parts in REGISTRY.items() if cls in parts.values()}
 
 
 class OneOf:
@@ -74,6 +128,7 @@ class OneOf:
         self.kind = kind
 
     def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        _ASKED.add(self.kind)
         members = tuple(REGISTRY[self.kind].values())
         if len(members) == 1:
             return handler.generate_schema(members[0])

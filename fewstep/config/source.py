@@ -6,13 +6,13 @@ import dataclasses
 import json
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from fewstep.config.parts import RecipeError
+from fewstep.config.parts import RecipeError, plain
 
 FAST_LOADER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 """YAML's safe loader, by libyaml where PyYAML was built with it."""
@@ -179,13 +179,15 @@ def _parsed(text: str, name: str, kind: Any) -> Source:
     return Source(walk(root, ()), lines, tuple(problems))
 
 
+def _same_part(a: dict[str, Any], b: dict[str, Any]) -> bool:
+    return not ("name" in a and "name" in b and a["name"] != b["name"])
+
+
 def merge(base: Source, over: Source) -> Source:
     """`over` on top of `base`: mappings merge key by key, unless `name` changes: then the part is new."""
 
     def join(a: Any, b: Any) -> Any:
-        if not (isinstance(a, dict) and isinstance(b, dict)):
-            return b
-        if "name" in a and "name" in b and a["name"] != b["name"]:
+        if not (isinstance(a, dict) and isinstance(b, dict) and _same_part(a, b)):
             return b
         return {**a, **{k: join(a[k], v) if k in a else v for k, v in b.items()}}
 
@@ -195,6 +197,8 @@ def merge(base: Source, over: Source) -> Source:
 def override(source: Source, settings: Sequence[str]) -> Source:
     """Apply `key.path=value` settings; values are YAML. Raises RecipeError naming the argument."""
     for setting in settings:
+        if not isinstance(setting, str):
+            raise RecipeError(f"argument {setting!r}: expected text key=value, such as 'train.steps=200'")
         if SURROGATE.search(setting):
             raise RecipeError(f"argument {setting!r}: holds a byte that is no UTF-8")
         key, equals, value = setting.partition("=")
@@ -207,33 +211,84 @@ def override(source: Source, settings: Sequence[str]) -> Source:
             raise RecipeError(f"argument {setting!r}: {value!r} is not a YAML value{reason}") from None
         if list(given) != ["value"]:
             raise RecipeError(f"argument {setting!r}: has more than one line; give each setting by itself")
-        parsed = given["value"]
-        path: Path_ = tuple(int(k) if k.isascii() and k.isdigit() and len(k) < 10 else k for k in key.split("."))
-        data: Any = json.loads(json.dumps(source.data))
-        here = data
-        for depth, k in enumerate(path[:-1]):
-            if isinstance(here, list) and isinstance(k, int) and k < len(here):
-                here = here[k]
-            elif isinstance(here, dict):
-                if here.get(str(k)) is None:
-                    here[str(k)] = {}
-                here = here[str(k)]
-            else:
-                raise RecipeError(f"argument {setting!r}: {'.'.join(map(str, path[: depth + 1]))} has no keys")
-        if isinstance(here, list):
-            index = path[-1]
-            if not isinstance(index, int) or index >= len(here):
-                raise RecipeError(f"argument {setting!r}: the list has {len(here)} entries")
-            here[index] = parsed
-        elif isinstance(here, dict):
-            here[str(path[-1])] = parsed
-        else:
-            raise RecipeError(f"argument {setting!r}: {key.rpartition('.')[0]} has no keys")
-        lines = {p: w for p, w in source.lines.items() if p[: len(path)] != path}
-        named = (f"argument {setting!r}", 0)
-        fresh = {path[:n]: named for n in range(1, len(path)) if path[:n] not in lines}
-        source = Source(data, {**lines, **fresh, path: named}, source.problems)
+        source = _assign(source, _path(key), given["value"], f"argument {setting!r}")
     return source
+
+
+def apply(source: Source, settings: Mapping[str, Any]) -> Source:
+    """Settings as Python values, by keys such as "train" or "train.steps". Raises RecipeError naming the argument.
+
+    A mapping changes key by key what stands there, as in a recipe that extends another: with a `name` of its own it is a
+    new part. Values are what YAML has, tuples, paths and parts.
+    """
+    for key, value in settings.items():
+        if not isinstance(key, str) or not key:
+            raise RecipeError(f"argument {key!r}: expected a recipe's key, such as 'train.steps'")
+        source = _apply(source, _path(key), _plain(value, f"argument {key!r}"), f"argument {key!r}")
+    return source
+
+
+def _apply(source: Source, path: Path_, value: Any, named: str) -> Source:
+    here: Any = source.data
+    for k in path:
+        here = here.get(str(k)) if isinstance(here, dict) else _item(here, k)
+    if isinstance(value, dict) and isinstance(here, dict) and _same_part(here, value):
+        for k, v in value.items():
+            source = _apply(source, (*path, k), v, named)
+        return source
+    return _assign(source, path, value, named)
+
+
+def _item(values: Any, k: str | int) -> Any:
+    return values[k] if isinstance(values, list) and isinstance(k, int) and k < len(values) else None
+
+
+def _plain(value: Any, named: str) -> Any:
+    """The value as YAML would have given it."""
+    value = plain(value)
+    if isinstance(value, Mapping):
+        return {str(k): _plain(v, named) for k, v in value.items()}
+    if isinstance(value, list):
+        return [_plain(v, named) for v in value]
+    if isinstance(value, Path):
+        return str(value)
+    if value is None or isinstance(value, (str, bool, int)):
+        return value
+    if isinstance(value, float) and math.isfinite(value):
+        return value
+    what = f"{value}" if isinstance(value, float) else f"a {type(value).__name__}"
+    raise RecipeError(f"{named}: {what} is no value of a recipe; give numbers, text, lists, mappings or parts")
+
+
+def _path(key: str) -> Path_:
+    return tuple(int(k) if k.isascii() and k.isdigit() and len(k) < 10 else k for k in key.split("."))
+
+
+def _assign(source: Source, path: Path_, value: Any, named: str) -> Source:
+    """The source with a value at a path, whatever stood there; what is between is made."""
+    data: Any = json.loads(json.dumps(source.data))
+    here = data
+    for depth, k in enumerate(path[:-1]):
+        if isinstance(here, list) and isinstance(k, int) and k < len(here):
+            here = here[k]
+        elif isinstance(here, dict):
+            if here.get(str(k)) is None:
+                here[str(k)] = {}
+            here = here[str(k)]
+        else:
+            raise RecipeError(f"{named}: {'.'.join(map(str, path[: depth + 1]))} has no keys")
+    if isinstance(here, list):
+        index = path[-1]
+        if not isinstance(index, int) or index >= len(here):
+            raise RecipeError(f"{named}: the list has {len(here)} entries")
+        here[index] = value
+    elif isinstance(here, dict):
+        here[str(path[-1])] = value
+    else:
+        raise RecipeError(f"{named}: {'.'.join(map(str, path[:-1]))} has no keys")
+    lines = {p: w for p, w in source.lines.items() if p[: len(path)] != path}
+    fresh = {path[:n]: (named, 0) for n in range(1, len(path)) if path[:n] not in lines}
+    return Source(data, {**lines, **fresh, path: (named, 0)}, source.problems)
 
 
 def load_yaml(path: Path, shown: str | None = None) -> Source:

@@ -5,6 +5,7 @@ from fewstep.files.folders import (
     MARK as MARK,
     check_ours as check_ours,
     empty as empty,
+    lock_taken as lock_taken,
     locked as locked,
     read_mark as read_mark,
     strangers as strangers,

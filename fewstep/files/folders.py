@@ -166,3 +166,17 @@ def locked(folder: Path, what: str, *, wait: bool = False) -> Iterator[None]:
         yield
     finally:
         os.close(handle)
+
+
+def lock_taken(folder: Path) -> bool:
+    """True while another process keeps `folder` to itself by `locked`; False also where there are no locks."""
+    if fcntl is None or not (folder / LOCK).is_file():
+        return False
+    with (folder / LOCK).open("rb") as handle:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+        except OSError:
+            pass
+    return False

@@ -9,8 +9,8 @@ import torch
 
 from fewstep.algebra.batch import Batch
 from fewstep.algebra.jump import Solver, ask, clean, clean_of
+from fewstep.algebra.noising import add_noise
 from fewstep.algebra.pairings import CTGrid, Grid, PairingPart, ct_decay, ct_points
-from fewstep.algebra.process import add_noise
 from fewstep.algebra.sampling import Sampler, any_steps
 from fewstep.algebra.times import check_steps
 from fewstep.config import Decay, part

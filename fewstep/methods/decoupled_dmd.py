@@ -11,8 +11,8 @@ from torch import Tensor
 from fewstep import objectives as obj
 from fewstep.algebra.batch import Batch
 from fewstep.algebra.guidance import guided
+from fewstep.algebra.noising import add_noise
 from fewstep.algebra.prediction import Prediction
-from fewstep.algebra.process import add_noise
 from fewstep.algebra.rollout import exit_step, rollout
 from fewstep.algebra.sampling import Sampler
 from fewstep.algebra.times import Uniform, check_steps, shift
@@ -77,7 +77,7 @@ class DecoupledDMD:
         last = exit_step(batch.draws, len(self.steps))
         x = rollout(roles.student, batch.draws, batch.shape, self.steps, batch.cond, exit=last).x
         gradient, log = self.gradient(roles, batch, x.detach(), self.steps[last])
-        losses = Losses({"match": obj.toward(x, gradient)}, log)
+        losses = Losses({"match": obj.surrogate_loss(x, gradient)}, log)
         if self.regularizer == "moments":
             losses["moments"] = self.moments_weight * obj.moment_divergence(x, *self.moments)
         if self.regularizer == "gan":

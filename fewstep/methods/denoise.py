@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Literal
 import torch
 
 from fewstep.algebra.batch import Batch
-from fewstep.algebra.process import add_noise
+from fewstep.algebra.noising import add_noise
 from fewstep.algebra.sampling import Sampler, many_step
 from fewstep.algebra.times import LogNormal, TimesPart
 from fewstep.config import part

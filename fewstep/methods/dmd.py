@@ -80,7 +80,9 @@ class DMD:
             real = guided(roles.teacher, x_tau, tau, batch.cond, batch.null_cond, self.guidance)
             fake = roles.critic(x_tau, tau, batch.cond)
         gradient = obj.score_difference(fake, real) * obj.dmd_normalizer(x.detach(), real.x0)
-        losses = Losses({"match": obj.toward(x, gradient)}, readings(x.detach(), real, gradient, fake, batch.cond))
+        losses = Losses(
+            {"match": obj.surrogate_loss(x, gradient)}, readings(x.detach(), real, gradient, fake, batch.cond)
+        )
         if self.regression_weight:
             losses["regress"] = self.regression_weight * self.regression(roles, batch)
         yield losses

@@ -66,7 +66,7 @@ class DMD2:
         if made is not None:
             made.append((x.detach(), batch.cond))
         log: dict[str, Tensor] = {}
-        losses = Losses({"match": obj.toward(x, self.gradient(roles, batch, x.detach(), log))}, log)
+        losses = Losses({"match": obj.surrogate_loss(x, self.gradient(roles, batch, x.detach(), log))}, log)
         if self.gan:
             losses["gan"] = self.gan.generator(roles, batch, x)
         yield losses

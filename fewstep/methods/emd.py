@@ -100,7 +100,7 @@ class EMD:
         weight = obj.score_weight(self.weight, process, tau, x.detach(), chain.real.x0)
         gradient = gap * weight
         own, real, fake = chain.start
-        yield Losses({"match": obj.toward(x, gradient)}, readings(own, real, gradient, fake, batch.cond))
+        yield Losses({"match": obj.surrogate_loss(x, gradient)}, readings(own, real, gradient, fake, batch.cond))
 
     def chain(self, roles: Roles, batch: Batch, z: Tensor, eps: Tensor, tau: Tensor) -> Chain:
         """K joint updates of (eps, z) from the student's own sample."""

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from fewstep import objectives as obj
 from fewstep.algebra.batch import Batch
 from fewstep.algebra.guidance import guided
-from fewstep.algebra.process import angle_of
+from fewstep.algebra.noising import angle_of
 from fewstep.algebra.rollout import rollout
 from fewstep.algebra.sampling import Sampler
 from fewstep.algebra.times import TimesPart, Uniform, check_steps
@@ -91,7 +91,7 @@ class FDistill:
     def student_losses(self, roles: Roles, batch: Batch) -> Iterator[Losses]:
         x = rollout(roles.student, batch.draws, batch.shape, self.steps, batch.cond).x
         gradient, log = self.gradient(roles, batch, x.detach())
-        losses = Losses({"match": obj.toward(x, gradient)}, log)
+        losses = Losses({"match": obj.surrogate_loss(x, gradient)}, log)
         losses["gan"] = self.gan.generator(roles, batch, x)
         yield losses
 

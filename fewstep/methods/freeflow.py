@@ -76,7 +76,7 @@ class FreeFlow:
         if self.correction:
             sample, gradient = self.correct(roles, first(batch, max(1, int(len(batch) * self.fraction))))
             size = residual.flatten(1).norm(dim=1).mean() / (gradient.flatten(1).norm(dim=1).mean() + 1e-6)
-            losses["correct"] = obj.toward(sample, self.correction * size * gradient)
+            losses["correct"] = obj.surrogate_loss(sample, self.correction * size * gradient)
         yield losses
 
     def residual(self, roles: Roles, batch: Batch, x: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:

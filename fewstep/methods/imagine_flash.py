@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fewstep.algebra.batch import Batch
 from fewstep.algebra.jump import ask, clean, times_of
-from fewstep.algebra.process import add_noise
+from fewstep.algebra.noising import add_noise
 from fewstep.algebra.rollout import exit_step
 from fewstep.algebra.sampling import Sampler
 from fewstep.algebra.times import check_steps

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from fewstep.algebra.batch import Batch
-from fewstep.algebra.process import Process, add_noise, angle_of
+from fewstep.algebra.noising import add_noise, angle_of
+from fewstep.algebra.process import Process
 from fewstep.algebra.sampling import Sampler, any_steps
 from fewstep.algebra.times import TimesPart, Uniform, check_steps
 from fewstep.config import Count, part

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from fewstep.algebra.batch import Batch
-from fewstep.algebra.process import add_noise, bc
+from fewstep.algebra.noising import add_noise
+from fewstep.algebra.process import bc
 from fewstep.algebra.rollout import exit_step, rollout
 from fewstep.algebra.sampling import Sampler
 from fewstep.algebra.times import LogitNormal, TimesPart, check_steps

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from fewstep import objectives as obj
 from fewstep.algebra.batch import Batch
-from fewstep.algebra.process import add_noise, bc
+from fewstep.algebra.noising import add_noise
+from fewstep.algebra.process import bc
 from fewstep.algebra.sampling import Sampler, any_steps
 from fewstep.algebra.times import LogitNormal, TimesPart, check_steps
 from fewstep.config import part
@@ -76,7 +77,7 @@ class MDT:
             x, _ = add_noise(process, sample, batch.noise(), t)
             with torch.no_grad():
                 here, target = self.target(roles, batch, x, t, self.distill_guidance)
-            losses["distill"] = self.distill_weight * obj.toward(velocity, 2 * (here - target))
+            losses["distill"] = self.distill_weight * obj.surrogate_loss(velocity, 2 * (here - target))
         yield losses
 
     def sampler(self) -> Sampler:

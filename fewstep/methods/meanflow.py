@@ -10,7 +10,8 @@ from torch import Tensor
 
 from fewstep.algebra.batch import Batch
 from fewstep.algebra.condition import differs, replaced
-from fewstep.algebra.process import add_noise, bc
+from fewstep.algebra.noising import add_noise
+from fewstep.algebra.process import bc
 from fewstep.algebra.sampling import Sampler, any_steps
 from fewstep.algebra.times import LogitNormal, TimesPart, check_steps
 from fewstep.config import part

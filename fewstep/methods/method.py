@@ -6,11 +6,9 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Annotated, Any, ClassVar, Protocol, get_args
 
-import torch
 from torch import Tensor, nn
 
 from fewstep.algebra.batch import Batch
-from fewstep.algebra.process import Flow
 from fewstep.algebra.sampling import Sampler
 from fewstep.config import REGISTRY, OneOf
 from fewstep.data.base import Conditions, Data
@@ -19,7 +17,14 @@ from fewstep.networks.roles import Roles
 
 @dataclass(frozen=True)
 class Needs:
-    """What a method asks of a run; checked before anything is loaded."""
+    """What a method asks of a run; checked before anything is loaded.
+
+    >>> needs = fewstep.Needs(frozenset({"teacher", "student", "critic"}), process="flow")
+    >>> sorted(needs.trained)
+    ['critic', 'student']
+    >>> needs.refuses_process(fewstep.EDM())
+    'needs flow or shifted_flow, not edm'
+    """
 
     roles: frozenset[str]
     data: bool = False
@@ -74,7 +79,12 @@ class Needs:
 
 
 class Losses(dict[str, Tensor]):
-    """Named scalar terms, already weighted, that are summed and backwarded at once; `log` holds mere readings."""
+    """Named scalar terms, already weighted, that are summed and backwarded at once; `log` holds mere readings.
+
+    >>> losses = fewstep.Losses({"match": torch.tensor(2.0), "gan": torch.tensor(0.5)}, log={"norm": torch.tensor(1.0)})
+    >>> losses.total()
+    tensor(2.5000)
+    """
 
     def __init__(self, terms: dict[str, Tensor] | None = None, log: dict[str, Tensor] | None = None) -> None:
         super().__init__(terms or {})
@@ -94,6 +104,10 @@ class Turn:
 
     losses(batch) yields one or more Losses; each is backwarded as it comes and the optimiser steps once.
     Roles that share tensors or a graph (a discriminator head on the critic's trunk) belong in one turn.
+
+    >>> turn = fewstep.Turn(("critic",), lambda batch: [fewstep.Losses({"dsm": batch.noise().mean()})], times=2)
+    >>> turn.updates, turn.times
+    (('critic',), 2)
     """
 
     updates: tuple[str, ...]
@@ -123,27 +137,6 @@ class Method(Protocol):
     def sampler(self) -> Sampler:
         """How the student is meant to be sampled."""
         ...
-
-
-class Anyone(nn.Module):
-    """A role that stands in while the turns of a method are listed; none of their losses is computed."""
-
-    process, inputs, takes_s = Flow(), ("s", "w", "mirror"), True
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.zeros(1))
-
-    def fill(self, *_: Any) -> None:
-        """A state that a method fills at the start of its turns (the stored pairs of DMD) stays empty."""
-
-
-def turns_of(method: Method) -> list[tuple[str, ...]]:
-    """The roles that each turn of a method steps, listed at the first update and late in a run."""
-    needs = method.needs()
-    names = {*needs.roles, "student"} | ({"state"} if needs.state else set())
-    roles = Roles(**{name: Anyone() for name in names})
-    return [turn.updates for step in (0, 10**9) for turn in method.turns(roles, step)]
 
 
 MethodPart = Annotated[Method, OneOf("method")]

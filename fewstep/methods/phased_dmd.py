@@ -12,7 +12,7 @@ from fewstep import objectives as obj
 from fewstep.algebra.batch import Batch
 from fewstep.algebra.guidance import guided
 from fewstep.algebra.jump import times_of
-from fewstep.algebra.process import add_noise, transition
+from fewstep.algebra.noising import add_noise, transition
 from fewstep.algebra.rollout import exit_step
 from fewstep.algebra.sampling import Sampler
 from fewstep.algebra.times import TimesPart, Uniform, check_steps
@@ -110,7 +110,7 @@ class PhasedDMD:
     def student_losses(self, roles: Roles, batch: Batch) -> Iterator[Losses]:
         x_s, x0 = self.path(roles, batch)
         gradient, log = self.gradient(roles, batch, x_s.detach(), x0.detach())
-        yield Losses({"match": obj.toward(x_s if self.loss_on == "x_s" else x0, gradient)}, log)
+        yield Losses({"match": obj.surrogate_loss(x_s if self.loss_on == "x_s" else x0, gradient)}, log)
 
     @torch.no_grad()
     def gradient(self, roles: Roles, batch: Batch, x_s: Tensor, x0: Tensor) -> tuple[Tensor, dict[str, Tensor]]:

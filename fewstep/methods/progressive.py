@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from fewstep.algebra.batch import Batch
-from fewstep.algebra.process import Process, add_noise
+from fewstep.algebra.noising import add_noise
+from fewstep.algebra.process import Process
 from fewstep.algebra.sampling import Sampler
 from fewstep.config import Count, part
 from fewstep.methods.method import Losses, Needs, Turn

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from fewstep.algebra.batch import Batch
-from fewstep.algebra.process import add_noise, bc
+from fewstep.algebra.noising import add_noise
+from fewstep.algebra.process import bc
 from fewstep.algebra.sampling import Sampler
 from fewstep.algebra.times import check_steps, shift
 from fewstep.config import Count, Decay, part

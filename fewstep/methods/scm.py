@@ -11,16 +11,16 @@ from pydantic import PositiveInt
 from torch import Tensor
 
 from fewstep.algebra.batch import Batch
-from fewstep.algebra.process import Trig, add_noise, bc
+from fewstep.algebra.noising import add_noise
+from fewstep.algebra.process import Trig, bc
 from fewstep.algebra.sampling import Sampler, any_steps
 from fewstep.algebra.times import TimesPart, TrigLogNormal, check_steps, shift
 from fewstep.config import Count, part
 from fewstep.methods.method import Losses, Needs, Turn
 from fewstep.networks.denoiser import Rescheduled
 from fewstep.networks.roles import Roles
-from fewstep.objectives import trajectory as tr
+from fewstep.objectives import per_sample, trajectory as tr
 from fewstep.objectives.legs import Scale, Teacher, check_scale, drawn, middle
-from fewstep.objectives.regression import per_sample
 
 
 @part("method", "scm")

@@ -11,7 +11,7 @@ from torch import Tensor
 from fewstep.algebra.batch import Batch
 from fewstep.algebra.draws import Draws
 from fewstep.algebra.jump import Solver
-from fewstep.algebra.process import add_noise
+from fewstep.algebra.noising import add_noise
 from fewstep.algebra.sampling import Sampler
 from fewstep.config import Count, Decay, part
 from fewstep.methods.method import Losses, Needs, Turn

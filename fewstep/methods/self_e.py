@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from fewstep.algebra.batch import Batch
-from fewstep.algebra.process import Process, add_noise, bc
+from fewstep.algebra.noising import add_noise
+from fewstep.algebra.process import Process, bc
 from fewstep.algebra.sampling import Sampler, any_steps
 from fewstep.algebra.times import LogitNormal, TimesPart, check_steps
 from fewstep.config import Decay, part

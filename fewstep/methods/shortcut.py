@@ -11,7 +11,8 @@ from torch import Tensor
 from fewstep.algebra.batch import Batch
 from fewstep.algebra.draws import Draws
 from fewstep.algebra.jump import ask
-from fewstep.algebra.process import add_noise, bc
+from fewstep.algebra.noising import add_noise
+from fewstep.algebra.process import bc
 from fewstep.algebra.sampling import Sampler
 from fewstep.config import Count, Decay, part
 from fewstep.methods.method import Losses, Needs, Turn

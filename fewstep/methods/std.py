@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from fewstep.algebra.batch import Batch
 from fewstep.algebra.draws import Draws
-from fewstep.algebra.process import add_noise
+from fewstep.algebra.noising import add_noise
 from fewstep.algebra.sampling import Sampler
 from fewstep.algebra.times import check_steps
 from fewstep.config import Count, part

@@ -9,8 +9,9 @@ import torch
 
 from fewstep.algebra.batch import Batch
 from fewstep.algebra.jump import ask, clean, clean_of
+from fewstep.algebra.noising import add_noise
 from fewstep.algebra.pairings import ECTPairs
-from fewstep.algebra.process import add_noise, bc
+from fewstep.algebra.process import bc
 from fewstep.algebra.sampling import Sampler
 from fewstep.algebra.times import LogStudentT, check_steps
 from fewstep.config import part

@@ -13,7 +13,8 @@ from fewstep.algebra.batch import Batch
 from fewstep.algebra.condition import replaced
 from fewstep.algebra.guidance import guided
 from fewstep.algebra.jump import ask, clean
-from fewstep.algebra.process import add_noise, bc
+from fewstep.algebra.noising import add_noise
+from fewstep.algebra.process import bc
 from fewstep.algebra.times import TimesPart, Uniform
 from fewstep.config import config
 from fewstep.methods.method import Losses, Turn

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from fewstep.algebra.batch import Batch
 from fewstep.algebra.condition import rows as cond_rows
-from fewstep.algebra.process import Flow, add_noise, bc
+from fewstep.algebra.noising import add_noise
+from fewstep.algebra.process import Flow, bc
 from fewstep.algebra.sampling import Sampler, any_steps
 from fewstep.algebra.times import Beta, TimesPart, check_steps
 from fewstep.config import Count, UserError, part

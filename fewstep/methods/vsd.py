@@ -66,7 +66,7 @@ class VSD:
     def student_losses(self, roles: Roles, batch: Batch) -> Iterator[Losses]:
         x = rollout(roles.student, batch.draws, batch.shape, self.steps, batch.cond).x
         gradient, log = self.gradient(roles, batch, x.detach())
-        yield Losses({"match": obj.toward(x, gradient)}, log)
+        yield Losses({"match": obj.surrogate_loss(x, gradient)}, log)
 
     def gradient(self, roles: Roles, batch: Batch, x: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """w(tau) (D_fake - D_real) at a fresh noise level, and readings."""

@@ -8,8 +8,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from fewstep.algebra.noising import angle_of
 from fewstep.algebra.prediction import PAIRS, Prediction, from_raw, from_x0
-from fewstep.algebra.process import EDM, Process, angle_of, bc
+from fewstep.algebra.process import EDM, Process, bc
 from fewstep.networks.extras import ANGLE, goes_to, values_of
 
 TimeInput = Literal["t", "1000t", "index", "angle", "log_sigma/4", "250log_sigma"]
@@ -32,8 +33,15 @@ class Denoiser(nn.Module):
         net: called as net(x_scaled, time, cond, taps=..., stop=...), returns (raw, features). With stop=True
             it may return (None, features) as soon as all taps are known.
         process: the process whose times t are.
-        prediction: what net returns, a key of `fewstep.algebra.prediction.PAIRS`.
-        time_input: what net takes as its time.
+        prediction: what net returns, a `kind` of `fewstep.from_raw`.
+        time_input: what net takes as its time: t, 1000t, index (of a table), angle, log_sigma/4 or 250log_sigma.
+
+    >>> class Net(torch.nn.Module):
+    ...     def forward(self, x, time, cond=None, taps=(), stop=False):
+    ...         return -x, {}
+    >>> denoiser = fewstep.Denoiser(Net(), fewstep.Flow(), "velocity", "t")
+    >>> denoiser(torch.ones(1, 2), torch.tensor([0.5])).x0  # x - t velocity
+    tensor([[1.5000, 1.5000]])
     """
 
     def __init__(self, net: nn.Module, process: Process, prediction: str, time_input: TimeInput) -> None:
@@ -117,6 +125,13 @@ class Rescheduled(nn.Module):
     D_other(x, t) = D_base(c x, t'), where t' has the angle of t, clamped to the base's range, and
     c = |(alpha, sigma)|_base / |(alpha, sigma)|_other. The angle stays finite at the prior, where the ratio
     sigma / alpha of a flow is infinite; beyond the base's noisiest level it answers as at that level.
+
+    >>> flow = fewstep.load("toy/dmd2").data.open().mixture
+    >>> edm = fewstep.Rescheduled(flow, fewstep.EDM())
+    >>> x, t = torch.tensor([[0.5, 0.2]]), torch.tensor([0.5])
+    >>> sigma = t / (1 - t)
+    >>> torch.allclose(edm(x / (1 - t), sigma).x0, flow(x, t).x0, atol=1e-5)
+    True
     """
 
     def __init__(self, denoiser: nn.Module, process: Process) -> None:

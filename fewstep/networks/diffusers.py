@@ -21,7 +21,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def load_denoiser(
-    path: str,
+    path: str | Path,
     classes: int | None = None,
     *,
     size: tuple[int, int] | None = None,
@@ -43,7 +43,17 @@ def load_denoiser(
 
     Raises UserError naming the file for anything missing, unsupported, ambiguous or truncated; whether model_index.json
     agrees is for `Folder.require_agreement` to say.
+
+    >>> teacher = fewstep.load_denoiser("assets:digits-teacher")
+    >>> x, t = torch.zeros(2, 1, 8, 8), torch.ones(2)
+    >>> teacher(x, t, torch.tensor([3, 7])).x0.shape
+    torch.Size([2, 1, 8, 8])
+    >>> teacher.process.sigma_max
+    80.0
     """
+    path = str(path)
+    if dtype not in DTYPES:
+        raise UserError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")
     folder = read_folder(path, DTYPES[dtype])
     check_network_config(folder.config, str(folder.root / folder.component / "config.json"))
     cls = wrapper_of(folder, wrapper)

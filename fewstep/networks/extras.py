@@ -9,7 +9,8 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from fewstep.algebra.process import Process, angle_of
+from fewstep.algebra.noising import angle_of
+from fewstep.algebra.process import Process
 
 Input = Literal["s", "length", "w", "mirror"]
 

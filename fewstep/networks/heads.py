@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fewstep.algebra.process import Process, angle_of
+from fewstep.algebra.noising import angle_of
+from fewstep.algebra.process import Process
 from fewstep.networks.extras import Fourier
 
 

@@ -15,6 +15,13 @@ class Roles(Mapping[str, nn.Module]):
 
     Each module registers only the parameters it owns, so no tensor belongs to two roles. `roles.student` and
     `roles["student"]` are the same; a missing role raises AttributeError or KeyError with the names present.
+
+    >>> roles = fewstep.Roles(student=torch.nn.Linear(2, 2), critic=torch.nn.Linear(2, 2))
+    >>> list(roles), len(roles.parameters("student"))
+    (['student', 'critic'], 2)
+    >>> roles.train_only("critic")
+    >>> roles.student.weight.requires_grad
+    False
     """
 
     def __init__(self, **modules: nn.Module) -> None:

@@ -27,5 +27,5 @@ from fewstep.objectives.score import (
     dmd_normalizer as dmd_normalizer,
     score_difference as score_difference,
     score_weight as score_weight,
-    toward as toward,
+    surrogate_loss as surrogate_loss,
 )

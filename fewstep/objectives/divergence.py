@@ -26,6 +26,13 @@ def divergence_weight(kind: Divergence, ratio: Tensor) -> Tensor:
 
     f: rkl -log r; fkl r log r; js r log r - (r + 1) log((r + 1) / 2); softened_rkl (r + 1) log((r + 1) / (2 r));
     hellinger 1 - sqrt(r); neyman (1 - r)^2 / r; jeffreys (r - 1) log r (f-distill, arXiv 2502.15681, table 1).
+    ratio: positive, of any shape, which the weight has too. Raises ValueError for another kind.
+
+    >>> fewstep.divergence_weight("fkl", torch.tensor([0.5, 2.0]))
+    tensor([0.5000, 2.0000])
+    >>> fewstep.divergence_weight("kl", torch.ones(1))
+    Traceback (most recent call last):
+    ValueError: divergence 'kl' is not one of rkl, fkl, js, softened_rkl, hellinger, neyman, jeffreys
     """
     if kind not in _H:
         raise ValueError(f"divergence {kind!r} is not one of {', '.join(_H)}")
@@ -49,7 +56,11 @@ def expanded_divergence(kind: Expanded, ratio: Tensor) -> tuple[Tensor, Tensor]:
     With r = p_fake / p_real (b,) and F = r^2 f''(r): alpha = 1 - r F'/(2 F), weight = F / r (Uni-Instruct,
     arXiv 2505.20755). f: rkl r log r; fkl -log r; chi2 (r - 1)^2; js r log r - (r + 1) log((r + 1) / 2);
     jeffreys (r - 1) log r. Both must stay functions of x_t: with the ratio detached the gradient can point
-    away from the divergence's.
+    away from the divergence's. Raises ValueError for another kind.
+
+    >>> alpha, weight = fewstep.expanded_divergence("rkl", torch.tensor([2.0]))  # that of inverse bridge matching
+    >>> alpha, weight
+    (tensor([0.5000]), tensor([1.]))
     """
     if kind not in _EXPANDED:
         raise ValueError(f"divergence {kind!r} is not one of {', '.join(_EXPANDED)}")

@@ -26,12 +26,18 @@ def inverse_matching(
     for alpha = 1 (SIM, arXiv 2410.16794) and SiD's for any alpha (arXiv 2404.04057).
 
     Args:
-        real, fake: the teacher's and the critic's denoisers at the same noised student sample.
+        real, fake: the teacher's and the critic's answers at the same noised student sample, (b, *d).
         x: the clean student sample (b, *d).
         alpha, ratio: numbers or tensors (b,); a tensor is differentiated through x_t as well, which the
             divergences of Uni-Instruct need.
         huber: c of SIM's pseudo-Huber distance, phi = 1 / sqrt(|D_real - D_fake|^2 + c^2), on the mean over
             elements (c of a norm over d elements divided by sqrt(d)); None for the squared distance, phi = 1.
+
+    >>> t, x = torch.tensor([0.5]), torch.tensor([[1.0]])
+    >>> real = fewstep.from_raw(fewstep.Flow(), "x0", x, t, torch.tensor([[0.8]]))
+    >>> fake = fewstep.from_raw(fewstep.Flow(), "x0", x, t, torch.tensor([[0.5]]))
+    >>> fewstep.inverse_matching(real, fake, x, alpha=1.0)  # .3 (.8 - 1) - .3^2
+    tensor([-0.1500])
     """
     gap = real.x0 - fake.x0
     squared = per_sample(gap**2)

@@ -8,30 +8,50 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
+from fewstep.algebra.noising import add_noise, transition
 from fewstep.algebra.prediction import Prediction
-from fewstep.algebra.process import EDM, Process, add_noise, transition
+from fewstep.algebra.process import EDM, Process
 
 Weight = Literal["x0", "eps", "v", "velocity", "psi", "edm", "snr_truncated"]
 
 
 def per_sample(x: Tensor) -> Tensor:
-    """Mean over every axis but the first: (b, *d) -> (b,)."""
+    """Mean over every axis but the first: (b, *d) -> (b,).
+
+    >>> fewstep.per_sample(torch.tensor([[1.0, 3.0], [0.0, 0.0]]))
+    tensor([2., 0.])
+    """
     return x.flatten(1).mean(1) if x.ndim > 1 else x
 
 
 def mse(a: Tensor, b: Tensor, weight: Tensor | None = None) -> Tensor:
-    """Mean over the batch of weight (b,) times the per-sample mean of (a - b)^2."""
+    """Mean over the batch of weight (b,) times the per-sample mean of (a - b)^2, both (b, *d); a scalar.
+
+    >>> a, b = torch.tensor([[1.0, 3.0], [0.0, 0.0]]), torch.zeros(2, 2)
+    >>> fewstep.mse(a, b), fewstep.mse(a, b, weight=torch.tensor([2.0, 1.0]))
+    (tensor(2.5000), tensor(5.))
+    """
     error = per_sample((a - b) ** 2)
     return (error if weight is None else error * weight.to(error.dtype)).mean()
 
 
 def pseudo_huber_element(a: Tensor, b: Tensor, c: float) -> Tensor:
-    """mean(sqrt((a - b)^2 + c^2) - c), element by element (the form of LCM, TDD, PCM)."""
+    """mean(sqrt((a - b)^2 + c^2) - c) over every element of a and b (b, *d) (LCM, arXiv 2310.04378); a scalar.
+
+    >>> fewstep.pseudo_huber_element(torch.tensor([[3.0]]), torch.tensor([[0.0]]), c=4.0)
+    tensor(1.)
+    """
     return (torch.sqrt((a - b) ** 2 + c**2) - c).mean()
 
 
 def pseudo_huber_sample(a: Tensor, b: Tensor, c: float) -> Tensor:
-    """mean_b(sqrt(|a - b|^2 + c^2) - c) on the L2 norm of a sample (iCT, arXiv 2310.14189; c = 0.00054 sqrt(d))."""
+    """mean_b(sqrt(|a - b|^2 + c^2) - c) on the L2 norm of a sample of d elements, a and b (b, *d); a scalar.
+
+    iCT, arXiv 2310.14189, with c = 0.00054 sqrt(d).
+
+    >>> fewstep.pseudo_huber_sample(torch.tensor([[3.0, 4.0]]), torch.zeros(1, 2), c=12.0)
+    tensor(1.)
+    """
     squared = ((a - b) ** 2).flatten(1).sum(1)
     return (torch.sqrt(squared + c**2) - c).mean()
 
@@ -53,6 +73,10 @@ def x0_weight(
     eps - x0 (arXiv 2510.27684), samples being at time s (None: clean, sigma_{t|s} = sigma_t).
     edm: (sigma^2 + sigma_d^2)/(sigma sigma_d)^2 (arXiv 2206.00364, table 1). snr_truncated: max(SNR, 1)
     (arXiv 2202.00512, eq. 9).
+
+    >>> t = torch.tensor([0.25])
+    >>> fewstep.x0_weight("eps", fewstep.Flow(), t), fewstep.x0_weight("velocity", fewstep.Flow(), t)
+    (tensor([9.]), tensor([16.]))
     """
     alpha, sigma = process.alpha(t), process.sigma(t)
     if kind == "x0":
@@ -88,11 +112,23 @@ def dsm(
     clamp: float = 10.0,
     **call: Any,
 ) -> Tensor:
-    """Denoising score matching of a denoiser on samples x at time s (None: clean), noised to t; a scalar.
+    """Denoising score matching (arXiv 2206.00364, eq. 2) of a denoiser on samples x at time s, noised to t; a scalar.
+
+    Args:
+        x, eps: samples at time s (None: clean) and standard normal noise, both (b, *d).
+        t, s: times of shape (b,), s < t.
+        weight, clamp: see `x0_weight`.
+        cond, call: what the denoiser is told beside x and t.
 
     Without a weight it is x0 from clean samples and psi from s > 0: there the target is the unbiased sub-interval one
     of `add_noise`, whose second moment diverges as t -> s, and of the weights only psi, with its `clamp`, takes that
     back (arXiv 2510.27684). The others want t kept away from s.
+
+    >>> exact = fewstep.load("toy/dmd2").data.open().mixture
+    >>> x, label = exact.draw(fewstep.Draws(fewstep.fold("dsm"), torch.arange(256)))
+    >>> eps, t = torch.zeros_like(x), torch.full((256,), 0.02)
+    >>> fewstep.dsm(exact, x, t, eps).item() < 1e-2  # next to the data there is little to take off
+    True
     """
     process: Process = denoiser.process  # type: ignore[attr-defined]
     x_t, target = add_noise(process, x, eps, t, s)
@@ -102,9 +138,12 @@ def dsm(
 
 
 def moment_divergence(x: Tensor, mean: float, variance: float) -> Tensor:
-    """Mean over the batch of KL(N(m_i, v_i) || N(mean, variance)), m_i and v_i the moments of the sample's elements.
+    """Mean over a batch (b, *d) of KL(N(m_i, v_i) || N(mean, variance)), m_i and v_i the moments of a sample's elements.
 
     A regulariser without parameters that holds brightness and contrast (Decoupled DMD, arXiv 2511.22677).
+
+    >>> fewstep.moment_divergence(torch.tensor([[-1.0, 1.0]]), mean=0.0, variance=1.0)
+    tensor(0.)
     """
     flat = x.flatten(1)
     v = flat.var(1, unbiased=False).clamp_min(1e-8)

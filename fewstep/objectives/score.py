@@ -12,24 +12,44 @@ from fewstep.algebra.process import Process, bc
 
 
 def score_difference(fake: Prediction, real: Prediction) -> Tensor:
-    """D_fake - D_real, (b, *d). Times alpha^2/sigma^2 it is d KL(q_t || p_t) / dx0 (DMD, arXiv 2311.18828, eq. 7)."""
+    """D_fake - D_real at one x_t, (b, *d).
+
+    Times alpha^2/sigma^2 it is d KL(q_t || p_t) / dx0 (DMD, arXiv 2311.18828, eq. 7).
+
+    >>> t, x = torch.tensor([0.5]), torch.tensor([[1.0]])
+    >>> real = fewstep.from_raw(fewstep.Flow(), "x0", x, t, torch.tensor([[0.8]]))
+    >>> fake = fewstep.from_raw(fewstep.Flow(), "x0", x, t, torch.tensor([[0.5]]))
+    >>> fewstep.score_difference(fake, real)  # descending it moves a sample toward D_real
+    tensor([[-0.3000]])
+    """
     return fake.x0 - real.x0
 
 
 def dmd_normalizer(x: Tensor, real: Tensor, floor: float = 1e-6) -> Tensor:
     """1 / <|x - D_real|>, the per-sample mean over all other axes, shape (b, 1, ...) (DMD, eq. 8).
 
-    Never over the batch: one bad sample would then set the step of all. `floor` keeps it finite at x = D_real.
+    x, real: the clean student sample and the teacher's x0 for it, (b, *d). Never over the batch: one bad sample would
+    then set the step of all. `floor` keeps it finite at x = D_real.
+
+    >>> fewstep.dmd_normalizer(torch.tensor([[1.0, 3.0]]), real=torch.tensor([[0.0, 0.0]]))
+    tensor([[0.5000]])
     """
     spread = (x - real).abs().flatten(1).mean(1).clamp_min(floor)
     return (1 / spread).reshape(-1, *(1,) * (x.ndim - 1))
 
 
-def toward(x: Tensor, gradient: Tensor) -> Tensor:
+def surrogate_loss(x: Tensor, gradient: Tensor) -> Tensor:
     """A scalar whose gradient with respect to x is gradient / numel(x); its value is mean(gradient^2) / 2.
+
+    x, gradient: of one shape, (b, *d); the gradient is detached (DMD, eq. 7: it is known, its loss is not).
 
     DMD2's public training code sets non-finite entries to 0; here they stay, so that the trainer refuses the
     update and counts it instead of stepping on momentum alone.
+
+    >>> x = torch.zeros(2, requires_grad=True)
+    >>> fewstep.surrogate_loss(x, torch.tensor([1.0, -3.0])).backward()
+    >>> x.grad
+    tensor([ 0.5000, -1.5000])
     """
     return 0.5 * ((x - (x - gradient.detach()).detach()) ** 2).mean()
 
@@ -42,6 +62,10 @@ def score_weight(kind: ScoreWeight, process: Process, t: Tensor, x: Tensor, real
 
     dmd: 1 / <|x - D_real|> (DMD, eq. 8). kl: alpha^2/sigma^2, which makes it d KL(q_t || p_t) / dx (Diff-Instruct,
     arXiv 2305.18455). sigma2: alpha sigma, SwiftBrush's sigma^2 (eps_T - eps_F) (arXiv 2312.05239). one: 1.
+
+    >>> x, real, t = torch.tensor([[1.0]]), torch.tensor([[0.5]]), torch.tensor([0.25])
+    >>> fewstep.score_weight("dmd", fewstep.Flow(), t, x, real), fewstep.score_weight("kl", fewstep.Flow(), t, x, real)
+    (tensor([[2.]]), tensor([[9.]]))
     """
     if kind == "dmd":
         return dmd_normalizer(x, real)

@@ -36,14 +36,32 @@ Distance = Literal["mse", "l1", "huber", "huber_sample"]
 
 @torch.no_grad()
 def two_leg(first: Leg, second: Leg, x: Tensor, t: Tensor, u: Tensor, s: Tensor) -> Tensor:
-    """second(first(x, t -> u), u -> s) without a gradient, t >= u >= s; times (b,), x (b, *d)."""
+    """second(first(x, t -> u), u -> s) without a gradient, t >= u >= s; times (b,), x (b, *d) -> (b, *d).
+
+    A leg is called as leg(x, from, to); the target of shortcut models (arXiv 2410.12557) is one of two half steps.
+
+    >>> exact = fewstep.load("toy/dmd2").data.open().mixture
+    >>> leg = lambda x, t, s: fewstep.jump(exact, x, t, s)
+    >>> x = torch.tensor([[1.0, 0.5]])
+    >>> t, u, s = torch.tensor([0.9]), torch.tensor([0.5]), torch.tensor([0.1])
+    >>> fewstep.two_leg(leg, leg, x, t, u, s).equal(leg(leg(x, t, u), u, s))
+    True
+    """
     return second(first(x, t, u), u, s)
 
 
 def chord_x0(process: Process, x: Tensor, t: Tensor, x_s: Tensor, s: Tensor) -> Tensor:
     """The x0 whose DDIM step from (x, t) lands on x_s: (x_s - k x) / (alpha_s - k alpha_t), k = sigma_s / sigma_t.
 
-    Progressive distillation's target (arXiv 2202.00512, appendix G). Raises ValueError where s = t.
+    Progressive distillation's target (arXiv 2202.00512, appendix G). x, x_s (b, *d), times (b,).
+
+    Raises:
+        ValueError: s = t in some row: a jump of length 0 has no chord.
+
+    >>> x_t, t, x_s, s = torch.tensor([[1.0]]), torch.tensor([0.8]), torch.tensor([[0.7]]), torch.tensor([0.4])
+    >>> x0 = fewstep.chord_x0(fewstep.Flow(), x_t, t, x_s, s)
+    >>> fewstep.from_raw(fewstep.Flow(), "x0", x_t, t, x0).at(s)  # its DDIM step lands on x_s
+    tensor([[0.7000]])
     """
     if bool((s == t).any()):
         raise ValueError("chord_x0 needs s != t in every entry: a jump of length 0 has no chord")
@@ -122,6 +140,10 @@ def tangent(
     difference in the times (rCM, arXiv 2510.08431, fd_type 1), for networks whose time embedding has no
     forward rule. Rows whose moving time would fall below `floor` (b,) look ahead, (f(+h) - f) / h, in both; rows
     of which it would exceed `ceiling` look back. Where neither side has room for h, h is the larger room.
+
+    >>> x, t, s = torch.tensor([[2.0]]), torch.tensor([0.5]), torch.tensor([0.0])
+    >>> fewstep.tangent(lambda x, t, s: t[:, None] * x**2, (x, t, s), (torch.ones(1, 1), torch.ones(1), None))
+    tensor([[6.]])
     """
     moving = [i for i, d in enumerate(along) if d is not None]
     steps = [along[i].to(at[i].dtype) for i in moving]  # type: ignore[union-attr]

@@ -233,7 +233,14 @@ class Result:
 
 @config
 class Recipe:
-    """A run as data."""
+    """A run as data.
+
+    >>> recipe = fewstep.load("digits-dmd2")
+    >>> recipe.about
+    'one-step DMD2 student of the digits teacher'
+    >>> recipe.method.name, recipe.train.steps, recipe.optimizer("critic").lr
+    ('dmd2', 700, 0.001)
+    """
 
     about: str
     """What the recipe makes, in one line."""

@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from fewstep.config import FAST_LOADER, RecipeError, Source, UserError, _close, load_yaml, merge, override
+from fewstep.config import FAST_LOADER, RecipeError, Source, UserError, _close, apply, load_yaml, merge, override
 from fewstep.files import expanded
 
 EXTENDS = "extends"
@@ -39,6 +39,8 @@ def find(name: str) -> Path:
         raise RecipeError(f"recipe {error}") from None
     if path.suffix in (".yaml", ".yml") and path.is_file():
         return path
+    if (path / "recipe.yaml").is_file():
+        raise RecipeError(f"{name}: is a run directory; its recipe is {path / 'recipe.yaml'}")
     if path.suffix in (".yaml", ".yml") or path.exists():
         raise RecipeError(f"{name}: no such recipe file")
     hint = _close(name, names) or "; see `fewstep recipes ls`"
@@ -61,15 +63,15 @@ def outlines() -> list[dict[str, Any]]:
     return out
 
 
-def read(name: str, settings: Sequence[str] = ()) -> Source:
-    """A recipe's merged source: its `extends` base (one level), the file, then key=value settings."""
+def read(name: str, settings: Sequence[str] = (), values: Mapping[str, Any] = MappingProxyType({})) -> Source:
+    """A recipe's merged source: its `extends` base (one level), the file, key=value settings, then Python values."""
     path = find(name)
     source = load_yaml(path, path.name if name in shipped() else str(path))
     where = source.where((EXTENDS,))
     base_name = source.data.pop(EXTENDS, None)
     if base_name is not None:
         source = merge(_base(path, base_name, where), source)
-    return override(source, settings)
+    return apply(override(source, settings), values)
 
 
 def _base(path: Path, name: object, where: str) -> Source:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
+from typing import Any
 
 import yaml
 
@@ -13,9 +15,12 @@ from fewstep.recipe.schema import Recipe
 from fewstep.recipe.source import read
 
 
-def load(name: str, settings: Sequence[str] = ()) -> Recipe:
-    """Find, merge and check a recipe; RecipeError lists every problem with file, line and key."""
-    return validate(Recipe, read(name, settings))
+def load(name: str, settings: Sequence[str] = (), values: Mapping[str, Any] = MappingProxyType({})) -> Recipe:
+    """Find, merge and check a recipe; RecipeError lists every problem with file, line and key.
+
+    settings: key=value, as on the command line. values: Python values by such keys, see `fewstep.config.apply`.
+    """
+    return validate(Recipe, read(name, settings, values))
 
 
 def load_run(run: Path) -> Recipe:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -60,11 +60,16 @@ class Product:
         start, fresh = seeded(seed, index, self.shape)
         return sample(self.sampler, self.net, start, labels, fresh)
 
-    def draw(self, count: int, seed: int, labels: Any = None, batch: int = 256) -> Tensor:
-        """`count` samples on the CPU, decoded where there is a VAE; labels default to index mod classes."""
+    def draw(self, count: int, seed: int = 0, labels: Any = None, batch: int = 256) -> Tensor:
+        """`count` samples on the CPU, decoded where there is a VAE; labels default to index mod classes.
+
+        UserError for a count below 1, and for labels that are not `count` of the classes.
+        """
+        if count < 1:
+            raise UserError(f"count must be at least 1, not {count}")
         device = self.device()
         index = torch.arange(count, device=device)
-        labels = self.labels(count) if labels is None else labels
+        labels = self.labels(count) if labels is None else self._checked(labels, count)
         decode = self.decoder()
         out = []
         for i in range(0, count, batch):
@@ -98,6 +103,20 @@ class Product:
         if self.prompted is not None:
             return self.prompted(count)
         return torch.arange(count) % self.classes if self.classes else None
+
+    def _checked(self, labels: Any, count: int) -> Any:
+        """One class for all, or one for each sample, as int64 (count,); conditions of other kinds as they are."""
+        if isinstance(labels, Mapping):
+            return labels
+        if not self.classes:
+            raise UserError(f"labels: {self.title} is of no classes; leave them out")
+        given = torch.as_tensor(labels)
+        if given.is_floating_point() or given.shape not in ((), (count,)):
+            raise UserError(f"labels: expected a class or {count} of them, one for each sample, not {labels!r}")
+        wrong = given[(given < 0) | (given >= self.classes)]
+        if len(wrong):
+            raise UserError(f"labels: the classes are 0..{self.classes - 1}, not {int(wrong[0])}")
+        return given.long().expand(count)
 
     def with_steps(self, steps: int | None, any_steps: bool = False) -> Product:
         """The same net at another number of steps; UserError when it was not trained for it."""

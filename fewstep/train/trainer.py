@@ -6,7 +6,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -15,10 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fewstep.config import UserError
 from fewstep.kernels import use_fewstep_attention
 from fewstep.networks.roles import Roles
 from fewstep.recipe.schema import Recipe, Stage
 from fewstep.train import resume
+from fewstep.train.claim import claim, held
 from fewstep.train.log import Log, start_trackers
 from fewstep.train.loop import Loop
 from fewstep.train.memory import OutOfMemory, guarded
@@ -31,7 +33,15 @@ Hook = Callable[["Trainer"], None]
 
 @dataclass
 class Hooks:
-    """Called by a trainer, with itself; None is nothing."""
+    """Called by a trainer, with itself; None is nothing.
+
+    >>> seen = []
+    >>> recipe = fewstep.load("toy/dmd2", before=[], copy={}, train={"steps": 3, "batch": 16})
+    >>> hooks = fewstep.Hooks(on_step=lambda trainer: seen.append(trainer.progress.done))
+    >>> fewstep.Trainer(recipe, hooks=hooks, cpu=True).fit()
+    >>> seen
+    [1, 2, 3]
+    """
 
     on_sample: Hook | None = None
     """Every `sample_every` steps and at the end, on the main process (on every one when sharded)."""
@@ -48,16 +58,34 @@ class Hooks:
 
 
 class Trainer:
-    """Trains a recipe in a run directory.
+    """Trains a recipe in a run directory, which `open_product` and every command then open.
 
     Args:
-        recipe: checked recipe.
-        run: directory for log.jsonl and checkpoints/; None keeps everything in memory.
+        recipe: checked recipe, of `fewstep.load`.
+        run: directory for recipe.yaml, log.jsonl and checkpoints/; None keeps everything in memory.
         hooks: what is called on the way.
         cpu: stay on the CPU where there is a GPU.
+
+    Raises:
+        UserError: roles that cannot be built, a directory that is not fewstep's, in which another recipe was trained or
+            in which another process trains.
+
+    >>> recipe = fewstep.load("toy/dmd2", before=[], copy={}, train={"steps": 2, "batch": 16})
+    >>> trainer = fewstep.Trainer(recipe, "runs/two-steps", cpu=True)
+    >>> trainer.resume()  # nothing to go on from yet
+    False
+    >>> trainer.fit()
+    >>> trainer.progress.done
+    2
+    >>> fewstep.open_product("runs/two-steps").draw(5).shape
+    torch.Size([5, 2])
     """
 
-    def __init__(self, recipe: Recipe, run: Path | None = None, *, hooks: Hooks | None = None, cpu: bool = False) -> None:
+    def __init__(
+        self, recipe: Recipe, run: str | Path | None = None, *, hooks: Hooks | None = None, cpu: bool = False
+    ) -> None:
+        if not isinstance(recipe, Recipe):
+            raise TypeError(f"recipe: expected a Recipe, which fewstep.load reads, not a {type(recipe).__name__}")
         self.recipe, self.hooks = recipe, hooks or Hooks()
         self.session = Session(recipe, cpu=cpu)
         self.loop = Loop(self.session, self._made_state)
@@ -66,13 +94,19 @@ class Trainer:
         self.log: Log | None = None
         self.last_record: dict[str, Any] = {}
         self.changed: list[str] = []
-        self._stop = False
+        self._stop, self._newest = False, ""
+        self._claimed = run is not None and self.accelerator.is_main_process
         if run is not None:
+            if self._claimed:
+                with held(Path(run)):
+                    claim(recipe, Path(run))
+            self.accelerator.wait_for_everyone()
             self.attach(run)
 
-    def attach(self, run: Path) -> None:
-        """Log and save in this directory from now on."""
-        self.run, self.log = run, Log(run / "log.jsonl")
+    def attach(self, run: str | Path) -> None:
+        """Log and save from now on in a directory that the caller has claimed and holds (`fewstep.train.claim`)."""
+        self.run = Path(run)
+        self.log = Log(self.run / "log.jsonl")
         _ = self.session.origins  # taken now: files that change while it trains are not what was read
 
     @property
@@ -100,7 +134,26 @@ class Trainer:
         """Train to the end of the last stage.
 
         SIGTERM and Ctrl-C save a checkpoint at the next step's end; a second one stops at once, without.
+
+        Raises:
+            UserError: the directory holds an earlier training that was not resumed, or another process trains there.
         """
+        with self._alone():
+            if self._claimed and self._newest_checkpoint() != self._newest:
+                raise UserError(f"{self.run}: holds an earlier training; call resume() before fit(), or give another")
+            if self._claimed and self.log:
+                self.log.cut(self.progress.done)  # of a training that ended before its first checkpoint
+            self._fit()
+
+    def _alone(self) -> AbstractContextManager[None]:
+        """The directory kept to this process, where its caller does not keep it."""
+        return held(self.run) if self._claimed and self.run is not None else nullcontext()
+
+    def _newest_checkpoint(self) -> str:
+        found = [] if self.run is None else checkpoints(self.run / "checkpoints")
+        return found[-1].name if found else ""
+
+    def _fit(self) -> None:
         names, told = self.recipe.train.trackers, self.accelerator
         if names and self.run is not None and told.is_main_process and not told.trackers:
             start_trackers(told, names, self.run, self.progress.done)
@@ -195,24 +248,34 @@ class Trainer:
         if self.hooks.on_save:
             self.hooks.on_save(self)
         resume.save(self.loop, self.run)
+        self._newest = self._newest_checkpoint()
 
     def resume(self) -> bool:
         """Continue from the newest complete checkpoint; False when there is none.
 
         `changed` then holds lines about data that is another than it was, which the log notes too.
         """
-        assert self.run is not None
-        told = resume.resume(self.loop, self.run)
-        self.changed = told or []
-        if self.log and self.accelerator.is_main_process:
-            self.log.cut(0 if told is None else self.progress.done)
-            for line in self.changed:
-                self.log.write({"done": self.progress.done, "note": line})
+        if self.run is None:
+            raise UserError("run: this trainer has no directory to resume from; give it one")
+        with self._alone():
+            self._newest = self._newest_checkpoint()
+            told = resume.resume(self.loop, self.run)
+            self.changed = told or []
+            if self.log and self.accelerator.is_main_process:
+                self.log.cut(0 if told is None else self.progress.done)
+                for line in self.changed:
+                    self.log.write({"done": self.progress.done, "note": line})
         return told is not None
 
-    def go_on_from(self, checkpoint: Path) -> None:
-        """Start from a checkpoint of another run, with this recipe's settings; `changed` says what differs outside."""
-        self.changed = resume.go_on_from(self.loop, checkpoint)
+    def go_on_from(self, path: str | Path) -> None:
+        """Start from another run, or one of its checkpoints, with this recipe's settings.
+
+        `changed` then holds lines about files that are others than that run's.
+
+        Raises:
+            UserError: it is neither, or its roles, networks, averages or stages are others than this recipe's.
+        """
+        self.changed = resume.go_on_from(self.loop, resume.newest_of(Path(path)))
 
 
 def gradients(parameters: list[nn.Parameter]) -> Tensor:

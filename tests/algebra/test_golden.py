@@ -12,8 +12,9 @@ from scipy.optimize import brentq
 from scipy.stats import norm
 
 from fewstep.algebra.jump import solve, solver_step
+from fewstep.algebra.noising import add_noise, transition
 from fewstep.algebra.prediction import from_x0
-from fewstep.algebra.process import EDM, VP, DiscreteVP, Flow, Process, Trig, add_noise, transition
+from fewstep.algebra.process import EDM, VP, DiscreteVP, Flow, Process, Trig
 from fewstep.networks.analytic import Mixture, flow_map, gaussian
 from fewstep.networks.denoiser import Denoiser, Rescheduled
 from fewstep.objectives.regression import dsm

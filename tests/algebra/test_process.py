@@ -10,6 +10,7 @@ import torch
 from helpers_core import F64, PROCESSES, col, inner_times
 from scipy.integrate import quad
 
+from fewstep.algebra.noising import add_noise, angle_of, transition
 from fewstep.algebra.process import (
     EDM,
     VP,
@@ -18,10 +19,7 @@ from fewstep.algebra.process import (
     Flow,
     ShiftedFlow,
     Trig,
-    add_noise,
-    angle_of,
     bc,
-    transition,
 )
 from fewstep.networks.analytic import Mixture
 

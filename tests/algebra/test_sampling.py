@@ -10,8 +10,9 @@ from torch import nn
 from fewstep.algebra.draws import Draws
 from fewstep.algebra.guidance import Guided, guided
 from fewstep.algebra.jump import calls, solve, solver_step
+from fewstep.algebra.noising import transition
 from fewstep.algebra.prediction import Prediction, from_x0
-from fewstep.algebra.process import EDM, DiscreteVP, Flow, Process, Trig, transition
+from fewstep.algebra.process import EDM, DiscreteVP, Flow, Process, Trig
 from fewstep.algebra.rollout import renoise, rollout
 from fewstep.algebra.sampling import Sampler, gamma_step, many_step, sample, seeded
 from fewstep.networks.analytic import flow_map, gaussian, ring

@@ -313,7 +313,7 @@ def test_run_directories(refused: Call, trained: Path, teacher: Path, tmp_path: 
         f"{letters}: is not a run directory that fewstep made; --force deletes only those. Choose another --out"
     )
     assert refused("run", "digits-dmd2", *settings, "--out", letters / "a.txt") == (
-        f"{letters / 'a.txt'}: is a file; choose another --out"
+        f"{letters / 'a.txt'}: is a file; choose another directory (--out)"
     )
     assert (letters / "a.txt").read_text() == "dear"
 

@@ -9,10 +9,11 @@ from pathlib import Path
 import pytest
 from tiny_runs import in_child, tiny
 
-from fewstep.commands.claim import held, prepare
+from fewstep.commands.claim import prepare
 from fewstep.config import UserError
 from fewstep.files import LOCK, MARK, aside_name, atomic_path, clear_leftovers, read_mark, strangers, write_mark
 from fewstep.recipe.store import dump
+from fewstep.train.claim import held
 
 SHORT = ("before.0.steps=10", "train.steps=20")
 
@@ -114,20 +115,6 @@ def test_planted_links_under_temporary_names_are_not_followed(tmp_path: Path):
     assert victim.read_text() == "mine"
 
 
-def test_two_processes_do_not_train_in_one_directory(tmp_path: Path):
-    run = tmp_path / "run"
-    with held(run):
-
-        def second() -> None:
-            words = rf"is being trained in by process {os.getppid()}; wait for it or stop"
-            with pytest.raises(UserError, match=words), held(run):
-                pass
-
-        assert in_child(second) == 0
-    with held(run):
-        pass
-
-
 def test_the_lock_outlives_force_and_not_its_process(tmp_path: Path):
     run = tmp_path / "run"
     with held(run):
@@ -144,16 +131,6 @@ def test_the_lock_outlives_force_and_not_its_process(tmp_path: Path):
     assert in_child(dies_with_it) == 0
     with held(run):
         pass
-
-
-def test_a_lock_is_not_taken_through_a_link(tmp_path: Path):
-    run, victim = tmp_path / "run", tmp_path / "victim"
-    run.mkdir()
-    victim.write_text("mine")
-    (run / LOCK).symlink_to(victim)
-    with pytest.raises(UserError, match=r"\.fewstep-lock: cannot be opened"), held(run):
-        pass
-    assert victim.read_text() == "mine"
 
 
 def test_leftovers_of_a_killed_process_go_and_a_running_ones_stay(tmp_path: Path):

@@ -30,7 +30,7 @@ from fewstep.export.choose import export
 from fewstep.export.lora import export_lora
 from fewstep.networks.diffusers import load_denoiser
 from fewstep.recipe.schema import Evaluate
-from fewstep.recipe.store import dump, load
+from fewstep.recipe.store import load
 from fewstep.train.product import Product, open_product
 from fewstep.train.trainer import Trainer
 
@@ -64,8 +64,6 @@ def common(root: Path) -> list[str]:
 
 
 def train(recipe: Any, run: Path) -> Trainer:
-    run.mkdir()
-    (run / "recipe.yaml").write_text(dump(recipe))
     trainer = Trainer(recipe, run, cpu=True)
     trainer.fit()
     return trainer

@@ -11,7 +11,8 @@ import torch
 from distribution_cases import F64, MEAN, STD, Affine, Follow
 
 from fewstep.algebra.draws import Draws, fold
-from fewstep.algebra.process import Flow, add_noise
+from fewstep.algebra.noising import add_noise
+from fewstep.algebra.process import Flow
 from fewstep.commands.health import FEWEST, alarms as first_alarms, last_stage, report, verdicts
 from fewstep.commands.health_plots import points, save
 from fewstep.config import UserError

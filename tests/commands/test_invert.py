@@ -21,7 +21,7 @@ from fewstep.config import UserError
 from fewstep.eval.protocol.images import to_pixels
 from fewstep.methods.icd import ICD
 from fewstep.networks.analytic import flow_map
-from fewstep.recipe.store import dump, load
+from fewstep.recipe.store import load
 from fewstep.train.build import build_roles
 from fewstep.train.product import open_product
 from fewstep.train.trainer import Trainer
@@ -51,8 +51,6 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("icd")
     settings = [f"teacher.path={make_teacher(folder / 'teacher')}", "train.steps=2", "train.batch=4"]
     recipe = load("digits-icd", [*settings, "train.sample_every=0", "evaluate=null", "train.ema=[0.5]"])
-    (folder / "run").mkdir()
-    (folder / "run" / "recipe.yaml").write_text(dump(recipe))
     Trainer(recipe, folder / "run", cpu=True).fit()
     return folder / "run"
 

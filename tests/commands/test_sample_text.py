@@ -17,11 +17,11 @@ from tiny_text import text_pipeline
 from fewstep.algebra.guidance import Guided
 from fewstep.algebra.sampling import many_step, sample, seeded
 from fewstep.commands.sample import draw
-from fewstep.commands.sample_text import draw_prompts, of_pipeline, of_run
+from fewstep.commands.sample_text import draw_prompts, of_export, of_pipeline, of_run
 from fewstep.config import UserError
 from fewstep.export.choose import export
 from fewstep.export.lora import export_lora
-from fewstep.recipe.store import dump, load
+from fewstep.recipe.store import load
 from fewstep.train.build import build_roles
 from fewstep.train.product import open_product
 from fewstep.train.trainer import Trainer
@@ -54,8 +54,6 @@ evaluate: null
 """
     )
     recipe = load(str(root / "mine.yaml"))
-    (root / "run").mkdir()
-    (root / "run" / "recipe.yaml").write_text(dump(recipe))
     Trainer(recipe, root / "run", cpu=True).fit()
     return root
 
@@ -92,14 +90,29 @@ def test_an_export_draws_its_own_picture_of_a_seed(root: Path, exported: Any):
     assert "num_inference_steps=2, guidance_scale=1.0" in exported.usage
 
 
-def test_sheets_of_prompts_and_of_a_file(root: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]):
+def test_sheets_of_prompts_and_of_a_file(root: Path, exported: Any, tmp_path: Path, capfd: pytest.CaptureFixture[str]):
     out = draw(root / "sd", 2, None, 100, 3, tmp_path / "a.png", False, ["blue"], None, 1.5)
     assert "sd; its pipeline's own pictures, seeds 3..3" in capfd.readouterr().out
     one = Image.open(out).size
     draw_prompts(root / "run", ["blue", "dots"], tmp_path / "b.png", teacher=0)
     two = Image.open(tmp_path / "b.png").size
     assert two[0] > one[0]
-    assert two[1] == one[1]
+    assert two[1] > one[1]  # the exported pipeline's row
+
+
+def test_a_sheet_of_a_run_shows_its_exported_pipeline(root: Path, exported: Any, tmp_path: Path, capfd: Any):
+    draw_prompts(root / "run", ["blue", "dots"], tmp_path / "with.png", teacher=0, seed=7)
+    assert "student, 2 steps, exported, seeds 7..8; noise 0..1 of seed 7" in capfd.readouterr().out
+    _, own = of_pipeline(root / "run" / "export", ["blue", "dots"], None, False, 7, None)
+    ((name, row),) = of_export(root / "run" / "export", ["blue", "dots"], None, False, 7, own.shape)
+    assert name == "exported, seeds 7..8"
+    assert torch.equal(row, own)
+    assert of_export(root / "run" / "export", ["blue"], 3, False, 7, own.shape) == []
+    assert of_export(root / "run" / "export", ["blue"], None, False, 7, (1, 4, 8, 8)) == []
+    said = capfd.readouterr().out
+    assert "left out" in said
+    assert "trained for 2" in said
+    assert "it draws [3, " in said
 
 
 def test_what_takes_no_prompt_says_so(root: Path, exported: Any, tmp_path: Path):

@@ -44,7 +44,8 @@ def make_product(folder: Path, name: str, sampler: Sampler, *settings: str) -> P
         for p in net.parameters():
             p.data.add_(0.03 * torch.randn_like(p))
     recipe = load("digits-dmd2", [f"teacher.path={folder}", f"method.steps={list(sampler.steps)}", *settings])
-    return Product(net, sampler, family.shape, 0, "student", (len(sampler.steps),), recipe, 7)
+    wrapper: Any = net.net
+    return Product(net, sampler, family.shape, int(wrapper.classes), "student", (len(sampler.steps),), recipe, 7)
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,8 @@ import torch
 from helpers_core import F64, PROCESSES, Recorder, col, kinds
 from torch import nn
 
-from fewstep.algebra.process import DiscreteVP, Flow, Process, add_noise
+from fewstep.algebra.noising import add_noise
+from fewstep.algebra.process import DiscreteVP, Flow, Process
 from fewstep.networks.analytic import gaussian
 from fewstep.networks.denoiser import Denoiser
 from fewstep.objectives import dsm, mse

@@ -21,8 +21,9 @@ from torch import Tensor, nn
 
 from fewstep.algebra.batch import Batch
 from fewstep.algebra.draws import fold
+from fewstep.algebra.noising import add_noise
 from fewstep.algebra.prediction import Prediction, from_x0
-from fewstep.algebra.process import Flow, add_noise
+from fewstep.algebra.process import Flow
 from fewstep.algebra.times import Levels
 from fewstep.methods.class_ratio import ClassRatio
 from fewstep.methods.dmd2 import DMD2

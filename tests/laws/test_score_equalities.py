@@ -14,7 +14,8 @@ from torch.nn.functional import softplus
 
 from fewstep.algebra.batch import Batch
 from fewstep.algebra.draws import Draws, fold
-from fewstep.algebra.process import Flow, add_noise
+from fewstep.algebra.noising import add_noise
+from fewstep.algebra.process import Flow
 from fewstep.algebra.rollout import rollout
 from fewstep.algebra.times import LogitNormal, Uniform
 from fewstep.config import REGISTRY

@@ -13,8 +13,9 @@ from torch import nn
 from fewstep import objectives as obj
 from fewstep.algebra.batch import Batch
 from fewstep.algebra.draws import Draws, fold
+from fewstep.algebra.noising import add_noise, transition
 from fewstep.algebra.prediction import Prediction, from_raw, from_x0
-from fewstep.algebra.process import EDM, Flow, Process, add_noise, transition
+from fewstep.algebra.process import EDM, Flow, Process
 from fewstep.algebra.times import Uniform
 from fewstep.methods.dmd2 import DMD2
 from fewstep.networks.analytic import Mixture, gaussian
@@ -115,8 +116,8 @@ def test_gradient_is_that_of_kl_for_a_mixture_teacher(name: str) -> None:
         rows = t.expand(len(z))
         x_t, _ = add_noise(p, x_g.detach(), e, rows)
         g = obj.score_difference(normal(p, x_t, rows, mu.detach(), b.detach()), teacher(x_t, rows))
-        # `toward` gives g / numel; the weights of the quadrature stand where the mean's 1 / n would.
-        loss = obj.toward(x_g, g * (a / n) ** 2 * w[:, None] * len(w))
+        # `surrogate_loss` gives g / numel; the weights of the quadrature stand where the mean's 1 / n would.
+        loss = obj.surrogate_loss(x_g, g * (a / n) ** 2 * w[:, None] * len(w))
         got = torch.autograd.grad(loss, (mu, b))
         assert float(got[0]) == pytest.approx(float(want[0]), rel=1e-6, abs=1e-7)
         assert float(got[1]) == pytest.approx(float(want[1]), rel=1e-6, abs=1e-7)
@@ -192,7 +193,7 @@ def test_affine_student_descends_the_kl_to_the_teacher() -> None:
         with torch.no_grad():
             g = obj.score_difference(critic(x_t, t), teacher(x_t, t)) * weight
         sgd.zero_grad()
-        obj.toward(x, g).backward()
+        obj.surrogate_loss(x, g).backward()
         sgd.step()
     assert abs(float(student.mu.detach()) - M) < 1e-7
     assert abs(float(student.b.detach().abs()) - S) < 1e-7

@@ -11,7 +11,8 @@ from helpers_core import normal_nodes
 from torch import Tensor
 
 from fewstep.algebra.batch import Batch
-from fewstep.algebra.process import Flow, add_noise
+from fewstep.algebra.noising import add_noise
+from fewstep.algebra.process import Flow
 from fewstep.algebra.times import Levels, Uniform
 from fewstep.methods.decoupled_dmd import DecoupledDMD
 from fewstep.methods.emd import EMD

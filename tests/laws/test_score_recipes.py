@@ -20,7 +20,7 @@ from fewstep.methods.method import Needs
 from fewstep.networks.adapters import own_state
 from fewstep.recipe.schema import Recipe
 from fewstep.recipe.source import shipped
-from fewstep.recipe.store import dump, load
+from fewstep.recipe.store import load
 from fewstep.train.product import open_product
 from fewstep.train.trainer import Trainer
 
@@ -121,8 +121,6 @@ def test_experts_of_lora_train_one_adapter_a_phase_and_export(teacher: Path, tmp
     # Two steps: in the first one the critic is the teacher, and there is nothing to learn.
     cut = ("before=[]", "train.steps=2", "method.critic.steps=1")
     recipe = digits("digits-phased-dmd", teacher, lora, rate, *cut)
-    (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "recipe.yaml").write_text(dump(recipe))
     trainer = Trainer(recipe, tmp_path / "run", cpu=True)
     assert recipe.method.phase == 2
     trainer.fit()

@@ -11,8 +11,9 @@ from torch import Tensor
 from trajectory_helpers import F64, MEAN, STD, Batch64, ExactMap, draws
 
 from fewstep.algebra.jump import ask, jump, solver_step
+from fewstep.algebra.noising import add_noise
 from fewstep.algebra.pairings import Grid
-from fewstep.algebra.process import EDM, VP, Flow, Process, Trig, add_noise
+from fewstep.algebra.process import EDM, VP, Flow, Process, Trig
 from fewstep.methods.consistency import Consistency
 from fewstep.methods.icd import ICD
 from fewstep.methods.imm import IMM, mmd2

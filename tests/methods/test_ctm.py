@@ -6,7 +6,8 @@ import pytest
 import torch
 from listening import Listening, batch_of
 
-from fewstep.algebra.process import Flow, add_noise
+from fewstep.algebra.noising import add_noise
+from fewstep.algebra.process import Flow
 from fewstep.methods.ctm import CTM
 from fewstep.networks.roles import Roles
 

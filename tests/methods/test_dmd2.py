@@ -11,7 +11,8 @@ from distribution_cases import LogRatio, players
 from listening import F64, Listening, batch_of
 from torch import Tensor
 
-from fewstep.algebra.process import Flow, add_noise
+from fewstep.algebra.noising import add_noise
+from fewstep.algebra.process import Flow
 from fewstep.algebra.times import Levels
 from fewstep.methods.dmd2 import DMD2
 from fewstep.methods.terms import Critic, Gan

@@ -24,9 +24,9 @@ from fewstep.methods.denoise import Denoise
 from fewstep.methods.dmd2 import DMD2
 from fewstep.methods.joint import Joint, Share
 from fewstep.methods.ladd import LADD
-from fewstep.methods.method import turns_of
 from fewstep.methods.scm import SCM
 from fewstep.methods.shortcut import Shortcut
+from fewstep.methods.turns import turns_of
 from fewstep.networks.roles import Roles
 from fewstep.objectives.legs import Scales
 from fewstep.recipe.store import load

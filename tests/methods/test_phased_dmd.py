@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 from fewstep.algebra.batch import Batch
 from fewstep.algebra.draws import Draws, fold
+from fewstep.algebra.noising import add_noise
 from fewstep.algebra.prediction import Prediction, from_x0
-from fewstep.algebra.process import Flow, add_noise
+from fewstep.algebra.process import Flow
 from fewstep.algebra.times import Levels, Uniform
 from fewstep.methods.phased_dmd import PhasedDMD
 from fewstep.methods.terms import Critic

@@ -73,13 +73,13 @@ def test_a_resumed_run_finds_the_overwritten_teacher(tmp_path: Path) -> None:
     recipe = load("digits-progressive", settings)
     stopped = Trainer(
         recipe,
-        tmp_path,
+        tmp_path / "run",
         hooks=Hooks(on_step=lambda t: t._ask_to_stop() if t.progress.done == 5 else None),
         cpu=True,
     )
     with pytest.raises(KeyboardInterrupt):
         stopped.fit()
-    again = Trainer(recipe, tmp_path, cpu=True)
+    again = Trainer(recipe, tmp_path / "run", cpu=True)
     assert again.resume()
     again.fit()
     for role in ("teacher", "student"):

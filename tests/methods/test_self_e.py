@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 from trajectory_helpers import F64, Batch64, draws
 
-from fewstep.algebra.process import Flow, add_noise
+from fewstep.algebra.noising import add_noise
+from fewstep.algebra.process import Flow
 from fewstep.methods.self_e import SelfE, reach
 from fewstep.networks.analytic import Mixture
 from fewstep.networks.roles import Roles

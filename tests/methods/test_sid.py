@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from fewstep.algebra.batch import Batch
 from fewstep.algebra.draws import Draws
+from fewstep.algebra.noising import add_noise
 from fewstep.algebra.prediction import Prediction, from_x0
-from fewstep.algebra.process import EDM, add_noise
+from fewstep.algebra.process import EDM
 from fewstep.algebra.times import LogNormal
 from fewstep.config import Source, validate
 from fewstep.methods.sid import SiD

@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from trajectory_helpers import F64, MEAN, STD, Batch64, ExactMap, draws
 
 from fewstep.algebra.batch import Batch
+from fewstep.algebra.noising import add_noise
 from fewstep.algebra.prediction import Prediction, from_raw, from_x0
-from fewstep.algebra.process import Flow, add_noise, bc
+from fewstep.algebra.process import Flow, bc
 from fewstep.config import UserError
 from fewstep.methods.twinflow import TwinFlow, robust
 from fewstep.networks.analytic import flow_map

@@ -8,7 +8,8 @@ import pytest
 import torch
 from listening import F64, Constant, Listening, batch_of
 
-from fewstep.algebra.process import EDM, add_noise
+from fewstep.algebra.noising import add_noise
+from fewstep.algebra.process import EDM
 from fewstep.methods.uni_instruct import UniInstruct
 from fewstep.networks.roles import Roles
 from fewstep.objectives.divergence import Expanded

@@ -26,7 +26,7 @@ def rand(seed: int, *shape: int) -> torch.Tensor:
 
 def test_surrogate_value_and_gradient() -> None:
     x, g = rand(1).requires_grad_(True), rand(2)
-    loss = obj.toward(x, g)
+    loss = obj.surrogate_loss(x, g)
     assert float(loss) == pytest.approx(float(0.5 * (g**2).mean()), rel=1e-12)
     (got,) = torch.autograd.grad(loss, x)
     assert torch.allclose(got, g / g.numel(), rtol=1e-12, atol=1e-16)
@@ -36,7 +36,7 @@ def test_surrogate_keeps_non_finite_entries_for_the_trainer_to_refuse() -> None:
     x, g = rand(1).requires_grad_(True), rand(2)
     bad = g.clone()
     bad[0, 0, 0, 0], bad[1, 1, 2, 3] = math.nan, math.inf
-    (got,) = torch.autograd.grad(obj.toward(x, bad), x)
+    (got,) = torch.autograd.grad(obj.surrogate_loss(x, bad), x)
     finite = torch.isfinite(bad)
     assert not torch.isfinite(got[~finite]).any()
     assert torch.allclose(got[finite], (g / g.numel())[finite], rtol=1e-12, atol=1e-16)
@@ -45,7 +45,7 @@ def test_surrogate_keeps_non_finite_entries_for_the_trainer_to_refuse() -> None:
 def test_surrogate_gradient_does_not_reach_the_score_networks() -> None:
     w = torch.tensor(2.0, dtype=F64, requires_grad=True)
     x = rand(1).requires_grad_(True)
-    obj.toward(x, w * rand(2)).backward()
+    obj.surrogate_loss(x, w * rand(2)).backward()
     assert w.grad is None
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 from pathlib import Path
 
 from tiny_runs import python
@@ -34,6 +35,15 @@ def test_a_public_name_has_one_kind_in_every_order_of_imports():
     kinds = set(python(ORDERS).stdout.splitlines())
     assert len(kinds) == 1, kinds
     assert "module" not in kinds.pop()
+
+
+def test_editors_see_what_is_imported():
+    """Names are resolved on first use, which no reader of types follows: they are imported for it as well."""
+    tree = ast.parse((ROOT / "fewstep" / "__init__.py").read_text())
+    (block,) = [node for node in tree.body if isinstance(node, ast.If)]
+    found = {alias.asname: node.module for node in block.body if isinstance(node, ast.ImportFrom) for alias in node.names}
+    assert found == {name: f"fewstep.{home}" for name, home in fewstep._HOMES.items()}
+    assert set(fewstep.__all__) <= set(dir(fewstep))
 
 
 def test_no_public_name_is_a_room():

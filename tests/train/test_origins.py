@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from tiny_runs import same
 from tiny_teacher import make_run, make_teacher
 
+from fewstep.commands.claim import read_origin
 from fewstep.commands.report import opened
 from fewstep.commands.run import run_recipe
 from fewstep.config import UserError
@@ -271,9 +272,11 @@ def test_other_data_is_said_and_noted_and_training_goes_on(tmp_path: Path, capsy
     settings = [*quick, f"data={{name: images, path: {tmp_path / 'data'}, grey: true}}"]
     run = tmp_path / "run"
     run_recipe("digits-dmd2", [*settings, "train.steps=1"], run, False, False)
+    assert read_origin(run)["settings"] == [*settings, "train.steps=1"]
     capsys.readouterr()
     run_recipe("digits-dmd2", [*settings, "train.steps=2"], run, True, False)
     assert "note: data" not in capsys.readouterr().out
+    assert (read_origin(run)["recipe"], read_origin(run)["settings"][-1]) == ("digits-dmd2", "train.steps=2")
     (tmp_path / "data" / "0.png").unlink()
     assert opened(run).changed[0].startswith(f"data {tmp_path / 'data'} has changed: 8 files, ")
     assert "7 files" in capsys.readouterr().out.replace("\n", " ")

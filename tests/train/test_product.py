@@ -7,7 +7,6 @@ from pathlib import Path
 import torch
 from tiny_runs import THIRD, tiny
 
-from fewstep.recipe.store import dump
 from fewstep.train.product import open_product
 from fewstep.train.trainer import Trainer
 
@@ -16,8 +15,6 @@ def test_the_product_is_the_average_that_the_recipe_names(tmp_path: Path):
     for product in ("ema", "student"):
         recipe = tiny(*THIRD, "before.0.steps=2", "train.steps=3", f"train.product={product}")
         run = tmp_path / product
-        run.mkdir()
-        (run / "recipe.yaml").write_text(dump(recipe))
         trainer = Trainer(recipe, run, cpu=True)
         trainer.fit()
         average, student = trainer.session.ema[0].module, trainer.roles.student

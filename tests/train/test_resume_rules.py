@@ -60,7 +60,6 @@ def test_fewer_steps_than_are_done_is_refused(copied: Path):
 
 
 def test_another_recipe_is_refused_and_changes_nothing(copied: Path):
-    prepare_fresh(copied)
     before = (copied / "recipe.yaml").read_text()
     with pytest.raises(UserError) as caught:
         prepare(tiny(*SHORT, "train.steps=20", "method.gan.weight=0.5", "train.seed=1"), copied, True, False)
@@ -68,29 +67,19 @@ def test_another_recipe_is_refused_and_changes_nothing(copied: Path):
         f"{copied}: was started with another recipe, so it cannot be resumed:\n"
         "  method.gan.weight: 0.01 -> 0.5\n  train.seed: 0 -> 1\n"
         f"To go on from its weights with other settings: --from {copied} and another --out"
+        " (in Python: Trainer.go_on_from)"
     )
     assert (copied / "recipe.yaml").read_text() == before
     prepare(tiny(*SHORT, "train.steps=99", "train.keep=5"), copied, resume=True, force=False)
 
 
-def prepare_fresh(run: Path) -> None:
-    """Put a recipe into a directory that a bare trainer has filled."""
-    from fewstep.commands.claim import KIND
-    from fewstep.files import write_mark
-    from fewstep.recipe.store import dump
-
-    (run / "recipe.yaml").write_text(dump(tiny(*SHORT, "train.steps=20")))
-    write_mark(run, KIND)
-
-
 def test_a_used_directory_is_never_overwritten_unasked(copied: Path, tmp_path: Path):
     recipe = tiny(*SHORT, "train.steps=20")
-    prepare_fresh(copied)
     with pytest.raises(UserError, match=r"is already used; continue it with --resume, or overwrite it with --force$"):
         prepare(recipe, copied, resume=False, force=False)
     assert len(checkpoints(copied / "checkpoints")) == 2
     prepare(recipe, copied, resume=False, force=True)
-    assert names(copied) == [".fewstep", "recipe.yaml"]
+    assert names(copied) == [".fewstep", ".fewstep-lock", "recipe.yaml"]
     other = tmp_path / "letters"
     other.mkdir()
     (other / "letter.txt").write_text("dear")
@@ -134,8 +123,10 @@ def test_damaged_state_and_missing_files_are_named(copied: Path):
 
 
 def test_weights_of_another_network_are_refused(copied: Path):
+    trainer = Trainer(tiny(*SHORT, "train.steps=30", "student.width=24"), None, cpu=True)
+    trainer.attach(copied)  # as its own directory it would be refused for its recipe
     with pytest.raises(UserError, match=r"does not fit this recipe's network: size mismatch for net\.first\.weight"):
-        train(copied, *SHORT, "train.steps=30", "student.width=24")
+        trainer.resume()
 
 
 def test_a_full_disk_leaves_the_older_checkpoint_and_nothing_else(copied: Path, monkeypatch: pytest.MonkeyPatch):

@@ -231,7 +231,6 @@ def test_other_settings_go_on_from_a_checkpoint(copied: Path, tmp_path: Path):
     for a, b in zip(reference.product.parameters(), same.product.parameters(), strict=True):
         assert torch.equal(a, b)
     slower = Trainer(tiny(*SHORT, "optim.student.lr=1e-9", "train.clip=1.0"), tmp_path / "slower", cpu=True)
-    slower.run.mkdir()  # type: ignore[union-attr]
     slower.go_on_from(resume.newest_of(copied / "checkpoints" / STEP))
     before = [p.clone() for p in slower.roles.student.parameters()]
     assert slower.progress.done == 12

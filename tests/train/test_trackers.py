@@ -47,6 +47,7 @@ def test_a_resumed_run_tells_every_step_once(tmp_path: Path):
 
 
 def test_a_tracker_that_cannot_start_says_so(tmp_path: Path):
+    trainer = Trainer(tiny(*SHORT), tmp_path, cpu=True)
     (tmp_path / "fewstep").write_text("in the way")
     with pytest.raises(UserError, match=r"^train\.trackers: tensorboard cannot start: .*fewstep"):
-        Trainer(tiny(*SHORT), tmp_path, cpu=True).fit()
+        trainer.fit()

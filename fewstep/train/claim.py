@@ -1,0 +1,99 @@
+"""A run directory claimed: new, continued or emptied; marked as fewstep's, and kept to one process."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from fewstep.config import UserError
+from fewstep.files import LOCK, MARK, atomic_path, check_ours, clear_leftovers, empty, locked, read_mark, write_mark
+from fewstep.networks import code
+from fewstep.recipe.diff import differences
+from fewstep.recipe.schema import Recipe
+from fewstep.recipe.store import dump, load_run
+
+_ANY = ".*"
+OURS = {
+    MARK: "",
+    LOCK: "",
+    "recipe.yaml": "",
+    "origin.json": "",
+    "log.jsonl": "",
+    "health.png": "",
+    "checkpoints": r"(\.?step-[^/]*|\.step-.*\.tmp)/.*",
+    "samples": r"(step-\d+[\w.-]*|\..*\.fewstep-tmp)\.png",
+    "report": r"(results\.json|(side-by-side|health)\.png|report\.(json|html)|run\.html|\w+-error\.txt"
+    r"|\..*\.fewstep-tmp\.\w+)",
+    "fewstep": _ANY,
+    "wandb": _ANY,
+}
+"""What fewstep and its trackers write at the top of a run directory, with patterns of what its folders hold; an export
+has a mark of its own."""
+KIND = "run directory"
+FOLDERS = ("checkpoints", "samples", "report")
+
+
+def is_used(run: Path) -> bool:
+    """Whether a directory holds anything; UserError for a file."""
+    if run.exists() and not run.is_dir():
+        raise UserError(f"{run}: is a file; choose another directory (--out)")
+    return run.is_dir() and any(p.name != LOCK for p in run.iterdir())
+
+
+def claim(recipe: Recipe, run: Path) -> None:
+    """Make a run directory this recipe's: a new or empty one, or one in which it was trained before.
+
+    Its recipe.yaml becomes this recipe, whose lengths may differ, and its code is known as made here.
+
+    Raises UserError, with nothing changed, for a directory that is something else's, for one in which another recipe
+    was trained, and for folders in it that are links.
+    """
+    if is_used(run):
+        _refuse_links(run)
+        if read_mark(run) is None:
+            raise UserError(f"{run}: is not a run directory that fewstep made; choose another directory (--out)")
+        changed = differences(load_run(run), recipe)
+        if changed:
+            raise UserError(
+                f"{run}: was started with another recipe, so it cannot be resumed:\n  "
+                + "\n  ".join(changed)
+                + f"\nTo go on from its weights with other settings: --from {run} and another --out"
+                " (in Python: Trainer.go_on_from)"
+            )
+    run.mkdir(parents=True, exist_ok=True)
+    for folder in (run, *(run / name for name in FOLDERS)):
+        clear_leftovers(folder)
+    with atomic_path(run / "recipe.yaml") as aside:
+        aside.write_text(dump(recipe))
+    if read_mark(run) is None:
+        write_mark(run, KIND)
+    code.remember(run, recipe.teacher)  # so that it opens without --trust-code on this machine
+
+
+def clear(run: Path) -> None:
+    """Empty a run directory but for its lock.
+
+    Raises UserError, with nothing changed, for a link, for a directory that fewstep did not make and for one that holds
+    somebody else's files.
+    """
+    foreign = "is not a run directory that fewstep made; --force deletes only those. Choose another --out"
+    check_ours(run, KIND, foreign, OURS)
+    empty(run, keep=(LOCK,))
+
+
+def _refuse_links(run: Path) -> None:
+    for name in (*FOLDERS, "recipe.yaml", "log.jsonl"):
+        if (run / name).is_symlink():
+            raise UserError(f"{run / name}: is a symbolic link; fewstep does not write through links in a run directory")
+
+
+@contextmanager
+def held(run: Path) -> Iterator[None]:
+    """The run directory for this process alone; UserError names the process that trains in it."""
+    if is_used(run) and read_mark(run) is None:
+        yield  # somebody else's: `claim` refuses it, and nothing is written there
+        return
+    run.mkdir(parents=True, exist_ok=True)
+    with locked(run, "is being trained in"):
+        yield
