@@ -59,7 +59,7 @@ def list_pictures(root: Path, suffixes: Sequence[str] = SUFFIXES) -> Listing:
     """All pictures of a folder and its sub-folders; links are followed, and no folder is read twice.
 
     Raises:
-        PictureError: no such folder, one that may not be read, or a link to nothing.
+        PictureError: no such folder, one that may not be read, a link to nothing, or a pipe that is named as a picture.
     """
     if not root.is_dir():
         raise PictureError(root, "no such folder")
@@ -90,6 +90,8 @@ def list_pictures(root: Path, suffixes: Sequence[str] = SUFFIXES) -> Listing:
                 if suffix in suffixes or not suffix:
                     raise PictureError(path, f"is a link to {os.readlink(path)}, which is not there")
             elif suffix in suffixes:
+                if not entry.is_file():
+                    raise PictureError(path, "is a pipe, a device or a socket and no file; remove it")
                 files.append(path)
             elif suffix not in BESIDE:
                 skipped[str(path.relative_to(root))] = f"no picture ({suffix or 'no suffix'})"

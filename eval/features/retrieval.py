@@ -17,7 +17,7 @@ from torch.nn import functional
 from fewstep.eval.errors import InputError
 from fewstep.eval.features.base import as_pixels, state_sha256
 from fewstep.eval.metrics.estimate import Estimate
-from fewstep.files import atomic_path
+from fewstep.files import atomic_path, expanded, parse_json
 
 WEIGHTS_NAME = "model.safetensors"
 
@@ -127,7 +127,7 @@ class Retrieval:
     @classmethod
     def load(cls, folder: str | Path) -> Retrieval:
         """A model that `save` wrote. FileNotFoundError or ValueError says what is wrong with the folder."""
-        path = Path(folder).expanduser() / WEIGHTS_NAME
+        path = expanded(folder) / WEIGHTS_NAME
         if not path.is_file():
             raise FileNotFoundError(f"{path}: no retrieval model; train it with `fewstep train-retrieval`")
         try:
@@ -139,7 +139,7 @@ class Retrieval:
             width, dim = state["picture.0.weight"].shape[0], state["text.weight"].shape[0]
             network = Contrastive(int(told["size"]), features.shape[1], width, dim)
             network.load_state_dict(state)
-            captions = tuple(json.loads(told["captions"]))
+            captions = tuple(parse_json(told["captions"], "captions"))
         except Exception as error:  # safetensors has error types of its own
             raise InputError(f"{path}: not a retrieval model: {error}") from None
         return cls(network.requires_grad_(False).eval(), captions, features)

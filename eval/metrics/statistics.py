@@ -13,8 +13,9 @@ import numpy as np
 import torch
 from numpy.typing import ArrayLike
 
+from fewstep.config import UserError
 from fewstep.eval.errors import InputError
-from fewstep.files import atomic_path
+from fewstep.files import atomic_path, parse_json
 
 
 class FeatureStatistics:
@@ -179,9 +180,9 @@ class FeatureStatistics:
         arrays = read_npz(source, required=("mu", "sigma"), optional=("n", "provenance"))
         try:
             n = int(arrays["n"]) if "n" in arrays else -1
-            provenance = json.loads(str(arrays["provenance"])) if "provenance" in arrays else {}
+            provenance = parse_json(str(arrays["provenance"]), "provenance") if "provenance" in arrays else {}
             return cls.from_moments(arrays["mu"], arrays["sigma"], n if n >= 0 else None, provenance)
-        except ValueError as error:
+        except (ValueError, TypeError, UserError) as error:
             raise InputError(f"{source}: {error}") from None
 
     def _finished(self) -> tuple[np.ndarray, np.ndarray]:

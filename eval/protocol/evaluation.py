@@ -13,10 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fewstep.config import UserError
 from fewstep.eval.errors import InputError
 from fewstep.eval.metrics.estimate import Estimate
 from fewstep.eval.protocol.latency import Latency
-from fewstep.files import atomic_path, commit
+from fewstep.files import atomic_path, commit, read_json
 
 FILES = ("extractor", "reference", "prompts", "clip", "retrieval")
 """What a preset may leave open, whose digests stand in every result."""
@@ -111,9 +112,11 @@ class Evaluation:
     def load(cls, path: str | Path) -> Evaluation:
         """Read a saved result. ValueError: not such a file."""
         try:
-            return cls.from_json(json.loads(Path(path).read_text()))
+            return cls.from_json(read_json(Path(path)))
         except ValueError as error:
             raise InputError(f"{path}: {error}") from None
+        except UserError as error:
+            raise InputError(str(error)) from None
 
 
 class PresetMismatch(ValueError):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -11,10 +10,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from fewstep.config import UserError
 from fewstep.eval.errors import InputError
 from fewstep.eval.protocol.preset import Preset
 from fewstep.eval.protocol.resize import quantise
-from fewstep.files import atomic_path, lines_of, text_of
+from fewstep.files import atomic_path, lines_of, parse_json, text_of
 
 HPSV2_STYLES = ("anime", "concept-art", "paintings", "photo")
 
@@ -48,8 +48,8 @@ def read_prompts(path: str | os.PathLike[str], number: int) -> list[str]:
         prompt: object = line.strip()
         if source.suffix == ".jsonl":
             try:
-                prompt = json.loads(line)["prompt"]
-            except (ValueError, KeyError, TypeError):
+                prompt = parse_json(line, source)["prompt"]
+            except (UserError, KeyError, TypeError):
                 raise InputError(f"{source}: line {index + 1} is no JSON object with a prompt") from None
         if not isinstance(prompt, str) or not prompt:
             raise InputError(f"{source}: line {index + 1} holds no prompt")

@@ -19,11 +19,12 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from fewstep.config import UserError
 from fewstep.eval.errors import InputError
 from fewstep.eval.features.base import FeatureExtractor, rows_at_once
 from fewstep.eval.metrics.statistics import FeatureStatistics
 from fewstep.eval.protocol.resize import CHAINED, Step, apply_chain, quantise
-from fewstep.files import atomic_path, file_sha256
+from fewstep.files import atomic_path, file_sha256, read_json
 
 Generate = Callable[[list[int]], Tensor]
 
@@ -287,7 +288,10 @@ def _claim(folder: Path, job: Job, extractor: FeatureExtractor, clip: FeatureExt
     if not stamp.is_file():
         with atomic_path(stamp) as temporary:
             temporary.write_text(json.dumps(content, sort_keys=True, indent=1))
-    found = json.loads(stamp.read_text())
+    try:
+        found = read_json(stamp)
+    except UserError as error:
+        raise InputError(f"{error}; delete {folder}") from None
     if found.get("key") != key:
         differing = sorted(name for name in content if found.get(name) != content[name] and name != "key")
         raise InputError(
@@ -299,7 +303,7 @@ def _claim(folder: Path, job: Job, extractor: FeatureExtractor, clip: FeatureExt
 def _is_done(folder: Path, number: int, key: str) -> bool:
     data, note = _paths(folder, number)
     try:
-        content = json.loads(note.read_text())
+        content = read_json(note)
         return content["key"] == key and file_sha256(data) == content["sha256"]
-    except (OSError, ValueError, KeyError):
+    except (OSError, UserError, KeyError):
         return False

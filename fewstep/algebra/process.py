@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fewstep.algebra.tables import log_ratio_table
-from fewstep.config import Count, OneOf, part
+from fewstep.config import Bounded, Count, NotNegative, OneOf, Positive, Proper, part
 
 
 def bc(c: Tensor, x: Tensor) -> Tensor:
@@ -133,12 +133,8 @@ class ShiftedFlow(Flow):
     tensor([0.0000, 0.7500, 1.0000])
     """
 
-    shift: float = 3.0
+    shift: Positive = 3.0
     """s: SD3 and SANA 3; Flux exp(0.5) at 256 tokens to exp(1.15) at 4096 (arXiv 2403.03206, eq. 23)."""
-
-    def __post_init__(self) -> None:
-        if not 0 < self.shift < math.inf:
-            raise ValueError(f"shift must be positive, not {self.shift}")
 
     def grid(self, u: Tensor) -> Tensor:
         return self.shift * u / (1 + (self.shift - 1) * u)
@@ -155,14 +151,18 @@ class EDM:
     tensor([8.0000e+01, 2.0000e-03])
     """
 
-    sigma_min: float = 0.002
+    sigma_min: NotNegative = 0.002
     """Smallest noise level; samples at it count as clean."""
-    sigma_max: float = 80.0
+    sigma_max: Positive = 80.0
     """Largest noise level, at which sampling starts."""
-    rho: float = 7.0
+    rho: Positive = 7.0
     """Exponent of the Karras grid (eq. 5)."""
-    sigma_data: float = 0.5
+    sigma_data: Positive = 0.5
     """Standard deviation of the data, used by the preconditioning (table 1)."""
+
+    def __post_init__(self) -> None:
+        if self.sigma_min >= self.sigma_max:
+            raise ValueError(f"sigma_min must be smaller than sigma_max, not {self.sigma_min} and {self.sigma_max}")
 
     @property
     def t_max(self) -> float:
@@ -239,11 +239,14 @@ class Cosine(_VariancePreserving):
     (tensor([0.7071]), tensor([0.7071]))
     """
 
-    logsnr_min: float = -20.0
+    logsnr_min: Bounded = -20.0
     """ln(alpha^2 / sigma^2) at t = 1, the noisy end."""
-    logsnr_max: float = 20.0
+    logsnr_max: Bounded = 20.0
     """ln(alpha^2 / sigma^2) at t = 0, the clean end."""
-    t_max = 1.0
+
+    def __post_init__(self) -> None:
+        if self.logsnr_min >= self.logsnr_max:
+            raise ValueError(f"logsnr_min must be below logsnr_max, not {self.logsnr_min} and {self.logsnr_max}")
 
     @property
     def _ends(self) -> tuple[float, float]:
@@ -277,11 +280,10 @@ class VP(_VariancePreserving):
     tensor([1.])
     """
 
-    beta_min: float = 0.1
+    beta_min: NotNegative = 0.1
     """beta at t = 0 (the paper's .1)."""
-    beta_delta: float = 19.9
+    beta_delta: Positive = 19.9
     """beta at t = 1 less beta at t = 0 (the paper's 20 - .1)."""
-    t_max = 1.0
 
     def _b(self, t: Tensor) -> Tensor:
         return 0.5 * self.beta_delta * t**2 + self.beta_min * t
@@ -331,9 +333,9 @@ class DiscreteVP(_VariancePreserving):
 
     schedule: Literal["linear", "scaled_linear"] = "linear"
     """What runs linearly from start to end: beta itself (DDPM), or its root (Stable Diffusion)."""
-    beta_start: float = 1e-4
+    beta_start: Proper = 1e-4
     """beta of the first index (DDPM 1e-4; Stable Diffusion .00085)."""
-    beta_end: float = 0.02
+    beta_end: Proper = 0.02
     """beta of the last index (DDPM .02; Stable Diffusion .012)."""
     steps: Count = 1000
     """Length of the table."""

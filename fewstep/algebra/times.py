@@ -12,11 +12,12 @@ from itertools import pairwise
 from typing import Annotated, Protocol
 
 import torch
+from annotated_types import Ge, Le
 from torch import Tensor
 
 from fewstep.algebra.draws import Draws
 from fewstep.algebra.process import DiscreteVP, Process
-from fewstep.config import OneOf, part
+from fewstep.config import Bounded, OneOf, Positive, part
 
 
 class TimeDist(Protocol):
@@ -57,7 +58,7 @@ class Uniform:
     """Smallest u, before the shift."""
     high: float = 0.98
     """Largest u, before the shift."""
-    shift: float = 1.0
+    shift: Positive = 1.0
     """s of the flow shift s u / (1 + (s - 1) u); 1 is none, above it levels are noisier (arXiv 2403.03206, eq. 23)."""
 
     def __post_init__(self) -> None:
@@ -100,9 +101,9 @@ class Index:
 class LogNormal:
     """ln(sigma / alpha) ~ N(mean, std^2): EDM (-1.2, 1.2), iCT (-1.1, 2.0), sCM (-1.0, 1.4) (per paper)."""
 
-    mean: float = -1.2
+    mean: Bounded = -1.2
     """Mean of ln(sigma / alpha)."""
-    std: float = 1.2
+    std: Positive = 1.2
     """Standard deviation of ln(sigma / alpha)."""
 
     def sample(self, draws: Draws, process: Process, span: tuple[float, float] = (0.0, 1.0)) -> Tensor:
@@ -115,11 +116,11 @@ class LogNormal:
 class TrigLogNormal:
     """TrigFlow angle atan(e^tau / sigma_data), tau ~ N(mean, std^2) (sCM, arXiv 2410.11081, sec. 4)."""
 
-    mean: float = -1.0
+    mean: Bounded = -1.0
     """Mean of tau."""
-    std: float = 1.4
+    std: Positive = 1.4
     """Standard deviation of tau."""
-    sigma_data: float = 0.5
+    sigma_data: Positive = 0.5
     """Standard deviation of the data that the angle is measured with (sCM .5; 1 for data scaled to 1)."""
 
     def sample(self, draws: Draws, process: Process, span: tuple[float, float] = (0.0, 1.0)) -> Tensor:
@@ -149,15 +150,15 @@ class LogStudentT:
     The paper's values for CIFAR-10: location 0, scale .2, .01 degrees of freedom, sigma in [1, 80].
     """
 
-    mean: float = 0.0
+    mean: Bounded = 0.0
     """Location of ln(sigma / alpha)."""
-    std: float = 0.2
+    std: Positive = 0.2
     """Scale of ln(sigma / alpha)."""
-    df: float = 0.01
+    df: Positive = 0.01
     """Degrees of freedom."""
     low: float = 1.0
     """Smallest sigma / alpha."""
-    high: float = 80.0
+    high: Positive = 80.0
     """Largest sigma / alpha."""
 
     def __post_init__(self) -> None:
@@ -179,11 +180,11 @@ class LogStudentT:
 class LogitNormal:
     """u = sigmoid(N(mean, std^2)), then the flow shift (SD3 (0, 1); MeanFlow (-0.4, 1))."""
 
-    mean: float = 0.0
+    mean: Bounded = 0.0
     """Mean of the logit of u."""
-    std: float = 1.0
+    std: Positive = 1.0
     """Standard deviation of the logit of u."""
-    shift: float = 1.0
+    shift: Positive = 1.0
     """s of the flow shift s u / (1 + (s - 1) u); 1 is none."""
 
     def sample(self, draws: Draws, process: Process, span: tuple[float, float] = (0.0, 1.0)) -> Tensor:
@@ -195,9 +196,9 @@ class LogitNormal:
 class HalfLogNormal:
     """Half of the rows from `lognormal`, half uniform in u above `low`: CTM's denoising times (arXiv 2310.02279)."""
 
-    mean: float = -1.2
+    mean: Bounded = -1.2
     """Mean of ln(sigma / alpha) in the lognormal half."""
-    std: float = 1.2
+    std: Positive = 1.2
     """Its standard deviation."""
     low: float = 0.3
     """Smallest level of the uniform half (official: the noisiest .7 of the Karras grid)."""
@@ -219,7 +220,7 @@ class HalfLogNormal:
 class SiDTimes:
     """The SiD map: u ~ U(0, t_max/1000) on the Karras grid, sigma in [sigma_min, 24.4] (arXiv 2404.04057)."""
 
-    t_max: int = 800
+    t_max: Annotated[int, Ge(1), Le(1000)] = 800
     """Top of the 1000-point grid in use; the official 800 leaves the noisiest fifth out."""
 
     def sample(self, draws: Draws, process: Process, span: tuple[float, float] = (0.0, 1.0)) -> Tensor:
@@ -230,9 +231,9 @@ class SiDTimes:
 class Beta:
     """u ~ Beta(a, b) by the inverse of the Kumaraswamy form when one parameter is 1, which covers TwinFlow's (1, 1)."""
 
-    a: float = 1.0
+    a: Positive = 1.0
     """First parameter; above 1 it moves u to the noise."""
-    b: float = 1.0
+    b: Positive = 1.0
     """Second parameter; above 1 it moves u to the data."""
 
     def __post_init__(self) -> None:

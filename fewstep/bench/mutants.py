@@ -27,7 +27,7 @@ from typing import Any, Literal
 
 from fewstep.bench.edits import Edit, draw
 from fewstep.config import UserError
-from fewstep.files import atomic_path
+from fewstep.files import atomic_path, read_json
 
 ROOT = Path(__file__).resolve().parents[2]
 ROOMS = ("algebra", "objectives", "methods", "recipe", "train", "export", "eval", "kernels")
@@ -145,10 +145,10 @@ def read(out: Path, seed: int) -> dict[str, Any]:
     if not out.exists():
         return {"seed": seed, "rooms": {}}
     try:
-        held = json.loads(out.read_text(encoding="utf-8"))
+        held = read_json(out)
         other = held["seed"]
         held["rooms"].items()
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (UserError, KeyError, TypeError, AttributeError):
         raise UserError(f"{out}: is not a record of mutants; choose another file with --out") from None
     if other != seed:
         raise UserError(f"{out}: was drawn with --seed {other}, not {seed}; choose another file with --out")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from importlib.resources import files
 from pathlib import Path
@@ -10,6 +9,7 @@ from pathlib import Path
 from fewstep.commands.compare.ranking import by_class
 from fewstep.commands.report import read_results, with_error
 from fewstep.eval.protocol.evaluation import Evaluation, distance_of
+from fewstep.files import read_json
 from fewstep.recipe.cards import table
 from fewstep.recipe.source import find, read, shipped
 
@@ -28,7 +28,7 @@ def demo_table() -> str:
 
 def comparison_table(path: Path) -> str:
     """The rows of a results.json of `fewstep compare` (its copy is assets/compare-NAME.json), best first."""
-    told = json.loads(path.read_text())
+    told = read_json(path)
     about = told["environment"]
     lines = [
         "| recipe | method | calls | FD ± | seeds | accuracy | diversity | CPU s | peak MiB |",

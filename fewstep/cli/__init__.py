@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import sys
 from typing import Any
 
@@ -23,6 +24,10 @@ def main(argv: list[str] | None = None) -> Any:
     from fewstep.cli.quiet import quiet
     from fewstep.config import RecipeError, UserError
 
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            # A name that is no UTF-8, or a terminal that is not: what it cannot show is escaped.
+            stream.reconfigure(errors="backslashreplace")
     try:
         with quiet():
             return app(argv, standalone_mode=True)

@@ -183,11 +183,18 @@ def recipes_expect(
 
 @recipes.command("check", epilog="Example: `fewstep recipes check mine.yaml`")
 def recipes_check(name: RecipeName, settings: Settings = None) -> None:
-    """Check a recipe and print all its problems, or the stages it would run."""
+    """Check a recipe and print all its problems, or the stages it would run.
+
+    Exit code 0; 2 for a recipe that cannot train, with file and line; 3 where a part of it could not be checked, because
+    a folder that it names is not here or only its own code would tell, which is never run: that is named.
+    """
     from fewstep.commands.check_recipe import check
 
-    for line in check(name, settings or []):
+    lines, missing = check(name, settings or [])
+    for line in [*lines, *missing]:
         typer.echo(line)
+    if missing:
+        raise typer.Exit(3)
 
 
 @methods.command("ls", epilog="Example: `fewstep methods ls consistency`")

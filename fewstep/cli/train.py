@@ -68,10 +68,15 @@ def plan(
     processes: Annotated[int, typer.Option(min=1, help="Processes of the launch.")] = 1,
     measure: Annotated[bool, typer.Option("--measure", help="Also take two real steps and compare.")] = False,
 ) -> None:
-    """Estimate the memory of a run before it is launched, and which switches lower it."""
+    """Estimate the memory of a run before it is launched, and which switches lower it.
+
+    Exit code 0; 2 for a mistake; 3 where the recipe names code, which is never run here: then what needs none of it is
+    estimated, and the rest is named.
+    """
     from fewstep.commands.plan import report
 
-    report(recipe, settings or [], processes, measure)
+    if report(recipe, settings or [], processes, measure) is None:
+        raise typer.Exit(3)
 
 
 @app.command(

@@ -11,7 +11,7 @@ from fewstep.config import UserError
 from fewstep.eval.protocol.preset import Preset, ResizeStep
 from fewstep.eval.protocol.real import folder_pictures
 from fewstep.eval.protocol.reference import Source
-from fewstep.files import read_json
+from fewstep.files import expanded, read_json
 from fewstep.networks.folder import read_latents
 from fewstep.recipe.schema import Evaluate
 
@@ -37,7 +37,7 @@ def fitted(preset: Preset, spec: Evaluate, shape: Sequence[int] | None) -> Prese
         UserError: features that are not for such samples, or whose weights nothing names.
     """
     name = spec.features
-    against = "data" if spec.against == "data" else Path(spec.against).expanduser().resolve().name
+    against = "data" if spec.against == "data" else expanded(spec.against).resolve().name
     preset = replace(preset, reference=replace(preset.reference, name=against))
     if name == "house":
         side = 0 if shape is None or len(shape) != 3 or shape[0] != 1 else shape[-1]
@@ -61,7 +61,7 @@ def source_of(recipe: Any, against: str, shape: Sequence[int] | None) -> Source 
     """
     if against == "data":
         return None if recipe is None else lambda: data_source(recipe.data.open())
-    path = Path(against).expanduser()
+    path = expanded(against)
     if path.suffix == ".npz":
         return lambda: path
     if shape is None or len(shape) != 3:

@@ -1,48 +1,64 @@
-"""`fewstep recipes check`: a recipe's keys, its noise levels and whether its student will export."""
+"""`fewstep recipes check`: a recipe's keys, its roles, its noise levels and whether its student will export."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
+from fewstep.commands.check_roles import Roles, look
 from fewstep.config import Source, UserError, validate
-from fewstep.export.forecast import about
+from fewstep.export.forecast import foretold, refused
 from fewstep.export.levels import agree, levels_of, trained_levels
 from fewstep.networks.folder import hub_hint
 from fewstep.recipe.schema import Recipe
 from fewstep.recipe.source import read
+from fewstep.train.product import product_of
 
 
-def check(name: str, settings: Sequence[str]) -> Iterator[str]:
-    """The lines of `fewstep recipes check`; RecipeError or UserError for what cannot be trained."""
+def check(name: str, settings: Sequence[str]) -> tuple[list[str], list[str]]:
+    """`fewstep recipes check`: (its lines, what could not be checked); RecipeError or UserError for what cannot train."""
     source = read(name, settings)
     recipe = validate(Recipe, source)
-    for stage in recipe.stages():
-        yield f"{name}: {stage.method.name}, {stage.steps} steps"
-    for line in check_recipe(recipe, source).splitlines():
-        yield f"{name}: {line}"
+    _refuse_hub_ids(recipe)
+    roles = look(recipe, source)
+    lines = [f"{stage.method.name}, {stage.steps} steps" for stage in recipe.stages()]
+    lines += check_recipe(recipe, source, roles).splitlines()
+    missing = list(dict.fromkeys(roles.absent.values()))
+    return [f"{name}: {line}" for line in lines], [f"{name}: not checked: {line}" for line in missing]
 
 
-def check_recipe(recipe: Recipe, source: Source | None = None) -> str:
+def check_recipe(recipe: Recipe, source: Source | None = None, roles: Roles | None = None) -> str:
     """Lines about a recipe's levels and its export, before anything is trained.
 
     UserError when training and evaluation cannot agree, RecipeError when a method cannot train a student of the
     process that the teacher's files give it; with `source` it begins with the file and line.
     """
     _refuse_hub_ids(recipe)
+    roles = roles or look(recipe, source)
+    if "student" not in roles.modules:
+        return "schedule and export: not known without the student"
     sampler = recipe.sampler()
-    product, way, told = about(recipe)
-    if product is None:
-        return f"schedule and export: {told}"
+    product = product_of(recipe, roles.modules["student"], _Data(roles), "student")
     process: Any = product.net.process
     recipe.check_process(process, source)
-    export = f"\nexport: {told}" if told else ""
+    way, export = None, ""
+    try:
+        way = foretold(product)
+    except UserError as error:
+        export = f"\nexport: {refused(error)}"
     if sampler.kind == "ode":
         return f"schedule: an ODE sampler of {len(sampler.steps)} steps, any number is allowed{export}"
     evaluation = levels_of(process, sampler.steps)
     agree(trained_levels(recipe.method, process), evaluation)
     parts = ["training", "evaluation"] if way is None or not way.scheduler else ["training, evaluation", way.scheduler]
     return f"schedule: {' and '.join(parts)} agree (sigma / alpha {evaluation.shown()}){export}"
+
+
+class _Data:
+    text = None
+
+    def __init__(self, roles: Roles) -> None:
+        self.shape, self.classes = roles.shape, roles.classes or 0
 
 
 def _refuse_hub_ids(recipe: Recipe) -> None:

@@ -32,7 +32,7 @@ from fewstep.eval.protocol.preset import Preset, load_preset, require_files
 from fewstep.eval.protocol.resize import quantise
 from fewstep.eval.protocol.runner import Job, Samples, collect, extract_images, run_shards
 from fewstep.eval.report import write_report
-from fewstep.files import cache_dir
+from fewstep.files import cache_dir, expanded
 from fewstep.pictures import SUFFIXES, PictureError, facts
 from fewstep.recipe.schema import Evaluate, default_metric
 from fewstep.train.build import build_roles
@@ -143,7 +143,7 @@ def weights_of(request: Request, spec: Evaluate | None) -> Path | None:
     """The weights of the feature network, by the command line or the recipe."""
     if request.extractor_path is not None or spec is None or spec.extractor_path is None:
         return request.extractor_path
-    return Path(spec.extractor_path).expanduser()
+    return expanded(spec.extractor_path)
 
 
 def preset_for(request: Request, spec: Evaluate | None, shape: tuple[int, ...] | None) -> Preset:

@@ -22,6 +22,7 @@ from fewstep.eval.protocol.preset import Preset, load_preset, require_files
 from fewstep.eval.protocol.prompts import prompts_of
 from fewstep.eval.protocol.reference import Reference, Source, preset_reference
 from fewstep.eval.protocol.runner import Job, Samples, shard_size
+from fewstep.files import expanded
 from fewstep.pictures import PictureError
 from fewstep.recipe.schema import Evaluate, default_metric
 from fewstep.train.product import Product
@@ -148,7 +149,7 @@ def judge_of(product: Product, spec: Evaluate) -> Judge:
         files = require_files(preset)
     check_fit(preset, shape, product.classes)
     captions = None if spec.retrieval is None else captions_of(product, spec.retrieval)
-    path = None if spec.extractor_path is None else Path(spec.extractor_path).expanduser()
+    path = None if spec.extractor_path is None else expanded(spec.extractor_path)
     data = source_of(recipe, spec.against, shape)
     return open_judge(preset, files, data=data, retrieval=captions, extractor_path=path)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -16,10 +16,12 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from fewstep.algebra.batch import Batch
+from fewstep.commands.plan_rows import RoleMemory, buffers_of, moments, without_code
 from fewstep.config import UserError
+from fewstep.networks import code
 from fewstep.networks.adapters import Adapted, enable_checkpointing, own_parameters
 from fewstep.networks.roles import Roles
-from fewstep.recipe.schema import AdamW, Recipe, Stage
+from fewstep.recipe.schema import Recipe, Stage
 from fewstep.recipe.store import load
 from fewstep.train.live import Live, allocated, bytes_of, fake_mode, make_fake
 from fewstep.train.product import product_of
@@ -33,16 +35,6 @@ TINY = (1, 2, 4)
 
 ROW = 3
 """Turns in a row of the same roles that are traced; the first may share a rollout, ten critic updates are alike."""
-
-
-@dataclass
-class RoleMemory:
-    """Bytes of one role: its own weights and buffers, their gradients, Adam's moments, averages."""
-
-    weights: int = 0
-    gradients: int = 0
-    optimizer: int = 0
-    ema: int = 0
 
 
 @dataclass
@@ -199,10 +191,10 @@ class _Tracer:
         for name, module in self.roles.items():
             own = own_parameters(module)
             size, part = bytes_of(own), shards if _sharded(module) else 1
-            row = RoleMemory(weights=(size + _buffers(module)) // part)
+            row = RoleMemory(weights=(size + buffers_of(module)) // part)
             if name in trained:
                 row.gradients = size // part
-                row.optimizer = _moments(own, recipe.optimizer(name)) // part
+                row.optimizer = moments(own, recipe.optimizer(name)) // part
             if name == "student":
                 row.ema = len(train.ema) * self.ema // part
             roles[name] = row
@@ -339,40 +331,27 @@ def _sharded(module: nn.Module) -> bool:
     return hasattr(module, "process") and not isinstance(module, Adapted)
 
 
-def _buffers(module: nn.Module) -> int:
-    return 0 if isinstance(module, Adapted) else bytes_of(module.buffers())
+def report(name: str, settings: Sequence[str] = (), processes: int = 1, measure: bool = False) -> Plan | None:
+    """`fewstep plan`: print the estimate of a recipe; with `measure` also what two real steps took.
 
-
-def _moments(parameters: Sequence[nn.Parameter], spec: AdamW) -> int:
-    if spec.rule == "came":
-        # The first moment, and two pairs of a row and a column for the last two axes.
-        factored = sum(8 * (p.numel() // p.shape[-1] + p.numel() // p.shape[-2]) for p in parameters if p.ndim > 1)
-        return bytes_of(parameters) + factored + sum(4 * p.numel() for p in parameters if p.ndim < 2)
-    if spec.bits == 32:
-        return 2 * bytes_of(parameters)
-    # bitsandbytes keeps tensors below 4096 elements in 32 bits, others in bytes with a scale per 256.
-    return sum(8 * p.numel() if p.numel() < 4096 else int(2 * p.numel() * (1 + 4 / 256)) for p in parameters)
-
-
-def report(name: str, settings: Sequence[str] = (), processes: int = 1, measure: bool = False) -> Plan:
-    """`fewstep plan`: print the estimate of a recipe; with `measure` also what two real steps took."""
+    None, with what can be told without it, for a recipe that names code: that is not run here.
+    """
     from rich.console import Console
-    from rich.table import Table
 
     if measure and processes > 1:
         raise UserError("plan: --measure takes its steps in one process; leave --processes out")
     recipe = load(name, settings)
-    found = plan(recipe, processes)
     console = Console()
+    if not all(map(code.is_allowed, code.named(recipe.teacher).values())):
+        _report_known(console, name, recipe, measure)
+        return None
+    found = plan(recipe, processes)
     each = f", each of {processes} processes" if processes > 1 else ""
-    out = Table(title=f"{name}: memory in MiB at {found.micro_batch} samples a micro-batch{each}")
-    for column in ("", "weights", "gradients", "optimiser", "averages", "activations"):
-        out.add_column(column, justify="left" if not column else "right")
-    for role, r in found.roles.items():
-        peaks = [a for updates, a in found.activations.items() if updates[0] == role]
-        cells = [f"{v / MIB:.1f}" if v else "" for v in (r.weights, r.gradients, r.optimizer, r.ema)]
-        out.add_row(role, *cells, f"{max(peaks) / MIB:.1f}" if peaks else "")
-    console.print(out)
+    title = f"{name}: memory in MiB at {found.micro_batch} samples a micro-batch{each}"
+    peaks = {updates[0]: 0 for updates in found.activations}
+    for updates, peak in found.activations.items():
+        peaks[updates[0]] = max(peaks[updates[0]], peak)
+    console.print(_table(title, found.roles, peaks))
     console.print(f"worst moment: {found.total / MIB:.1f} MiB of tensors; the libraries' workspaces come on top")
     if found.note:
         console.print(found.note, highlight=False)
@@ -385,6 +364,33 @@ def report(name: str, settings: Sequence[str] = (), processes: int = 1, measure:
         off = 100 * (found.total / took - 1)
         console.print(f"measured here: {took / MIB:.1f} MiB; the estimate is {off:+.1f} % off", highlight=False)
     return found
+
+
+def _table(title: str, roles: Mapping[str, RoleMemory], activations: Mapping[str, int] | None) -> Any:
+    from rich.table import Table
+
+    out = Table(title=title)
+    last = ("activations",) if activations is not None else ()
+    for column in ("", "weights", "gradients", "optimiser", "averages", *last):
+        out.add_column(column, justify="left" if not column else "right")
+    for role, r in roles.items():
+        numbers = [r.weights, r.gradients, r.optimizer, r.ema]
+        numbers += [activations.get(role, 0)] if activations is not None else []
+        out.add_row(role, *(f"{v / MIB:.1f}" if v else "" for v in numbers))
+    return out
+
+
+def _report_known(console: Any, name: str, recipe: Recipe, measure: bool) -> None:
+    """The rows that need none of the code which a recipe names, and what was not planned for it."""
+    roles, missing = without_code(recipe)
+    if roles:
+        console.print(_table(f"{name}: memory in MiB, without activations", roles, None))
+    named = ", ".join(f"{key} {value}" for key, value in code.named(recipe.teacher).items())
+    lines = [f"plan runs no code that a recipe names ({named})", f"not planned: {', '.join(missing)}, the worst moment"]
+    lines += ["not measured: --measure would run it"] if measure else []
+    lines += ["`fewstep run` runs it, and says what to change where memory runs out"]
+    for line in lines:
+        console.print(line, soft_wrap=True, highlight=False, markup=False)
 
 
 if __name__ == "__main__":

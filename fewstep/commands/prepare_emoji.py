@@ -12,8 +12,9 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from fewstep.config import UserError
-from fewstep.files import atomic_path, parse_json, read_json
+from fewstep.files import atomic_path, parse_json, read_json, take
 
+KIND = "folder of emoji"
 CATEGORIES = ("Food & Drink",)
 """Of the shipped recipes: 131 pictures that differ in colour and shape, few enough for minutes on one core."""
 TERMS = {
@@ -173,19 +174,12 @@ def _picture(data: bytes, size: int, name: str) -> bytes:
 
 def _claim(out: Path, facts: dict[str, Any]) -> None:
     """The folder belongs to one package and one choice; UserError for another's."""
+    take(out, KIND)
     note = out / "source.json"
-    if note.is_file():
-        try:
-            told: Any = read_json(note)
-        except UserError:
-            told = None
-        if told != facts:
-            raise UserError(f"{out}: was made from {told}, asked for {facts}; choose another folder")
-        return
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"{out}: exists and was not made by prepare-emoji; choose another folder")
-    out.mkdir(parents=True, exist_ok=True)
-    _write(note, json.dumps(facts).encode())
+    if not note.exists():
+        _write(note, json.dumps(facts).encode())
+    elif (told := read_json(note)) != facts:
+        raise UserError(f"{out}: was made from {told}, asked for {facts}; choose another folder")
 
 
 def _copy_encoder(source: Package, to: Path) -> None:

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 
 import torch
 
+from fewstep.train.launch import launched
+
 
 @dataclass(frozen=True)
 class World:
@@ -27,6 +29,7 @@ def world() -> Iterator[tuple[World, Callable[[], None]]]:
     """The processes started by accelerate or torch.distributed.run, and a barrier; closed at the end."""
     from accelerate import PartialState
 
+    launched()
     state = PartialState(cpu=not torch.cuda.is_available())
     try:
         yield World(state.process_index, state.num_processes, state.device), state.wait_for_everyone

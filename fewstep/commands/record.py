@@ -11,7 +11,7 @@ from typing import Any
 from fewstep.commands.report import read_results
 from fewstep.config import UserError
 from fewstep.eval.protocol.evaluation import Evaluation, distance_of
-from fewstep.files import atomic_path, read_json
+from fewstep.files import atomic_path, parse_json, read_json
 from fewstep.recipe.diff import differences
 from fewstep.recipe.schema import Recipe
 from fewstep.recipe.source import shipped
@@ -57,12 +57,23 @@ def record(sources: Sequence[Path], out: Path) -> list[Entry]:
         for entry in of_comparison(source) if source.suffix == ".json" else [of_run(source)]:
             earlier = made.get(entry.key)
             made[entry.key] = entry if earlier is None else joined(earlier, entry)
-    kept = [_entry(json.loads(line)) for line in out.read_text().splitlines()] if out.exists() else []
+    kept = _kept(out) if out.exists() else []
     every = {e.key: e for e in kept} | made
     lines = [json.dumps(asdict(every[key])) for key in sorted(every, key=str)]
     with atomic_path(out) as temporary:
         temporary.write_text("\n".join(lines) + "\n")
     return list(made.values())
+
+
+def _kept(out: Path) -> list[Entry]:
+    """The entries that a file holds already. UserError naming file and line of what is none."""
+    found = []
+    for number, line in enumerate(out.read_bytes().splitlines(), 1):
+        try:
+            found.append(_entry(parse_json(line, out)))
+        except (UserError, KeyError, TypeError):
+            raise UserError(f"{out}:{number}: is no entry of `fewstep methods record`; choose another --out") from None
+    return found
 
 
 def joined(a: Entry, b: Entry) -> Entry:

@@ -21,6 +21,7 @@ from fewstep.commands.report import GRID, console, say
 from fewstep.commands.trust import allow_own_code
 from fewstep.config import UserError
 from fewstep.eval.protocol.evaluation import distance_of, environment
+from fewstep.networks import code
 from fewstep.recipe.diff import differences
 from fewstep.recipe.schema import Recipe
 from fewstep.recipe.source import shipped
@@ -57,7 +58,7 @@ def run_recipe(
     run = out or Path("runs") / default_name(name)
     begin = _beginning(start, run, resume)
     # Builds every role: what is missing is said before the directory is claimed.
-    with explained(name, settings, recipe, run):
+    with explained(name, settings, recipe, run, start=start):
         trainer = Trainer(recipe, None)
     judge = _judge(trainer)
     if begin is not None:
@@ -82,9 +83,10 @@ def run_recipe(
             for line in trainer.changed if continued else ():
                 say(f"note: {line}")
             _say_export(trainer)
-        again = shlex.join(["fewstep", "run", name, *settings, "--out", str(run), "--resume"])
+        more = ["--out", str(run), "--resume", *code.words(recipe.teacher)]
+        again = shlex.join(["fewstep", "run", name, *settings, *more])
         try:
-            with explained(name, settings, recipe, run, trainer.accelerator.num_processes):
+            with explained(name, settings, recipe, run, trainer.accelerator.num_processes, start):
                 _train(trainer, run, main, judge)
         except KeyboardInterrupt:
             if main:

@@ -57,4 +57,7 @@ def read_prompts_of(prompt: Sequence[str], file: Path | None) -> list[str]:
     """The prompts of the options --prompt and --prompts, in this order."""
     from fewstep.data.text import read_prompts
 
+    for text in prompt:
+        if any("\ud800" <= c <= "\udfff" for c in text):  # how Python shows bytes that are no UTF-8
+            raise UserError(f"--prompt {text!r}: holds a byte that is no UTF-8")
     return [*prompt, *(read_prompts(file) if file is not None else [])]

@@ -3,8 +3,14 @@
 from fewstep.config.check import validate as validate
 from fewstep.config.parts import (
     REGISTRY as REGISTRY,
+    Absent as Absent,
+    Bounded as Bounded,
     Count as Count,
+    Decay as Decay,
+    NotNegative as NotNegative,
     OneOf as OneOf,
+    Positive as Positive,
+    Proper as Proper,
     RecipeError as RecipeError,
     UserError as UserError,
     _close as _close,

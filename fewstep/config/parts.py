@@ -7,7 +7,7 @@ import difflib
 from collections.abc import Callable, Iterable, Mapping
 from typing import Annotated, Any, Literal, TypeVar, Union, dataclass_transform, get_args
 
-from annotated_types import Gt, Le
+from annotated_types import Ge, Gt, Le, Lt
 from pydantic import ConfigDict, Field, GetCoreSchemaHandler
 from pydantic.dataclasses import dataclass as pydantic_dataclass, rebuild_dataclass
 from pydantic_core import CoreSchema
@@ -21,6 +21,17 @@ _ASKED: set[str] = set()
 T = TypeVar("T", bound=type)
 Count = Annotated[int, Gt(0), Le(65_536)]
 """A width, a depth, a number of anything that takes memory: a slip of a few digits is refused before it takes any."""
+
+
+Positive = Annotated[float, Gt(0), Le(1e9)]
+"""A deviation, a noise level, a shift: nothing trains at 0, below it, or far beyond what noise in float32 covers."""
+NotNegative = Annotated[float, Ge(0), Le(1e9)]
+Proper = Annotated[float, Gt(0), Lt(1)]
+"""A fraction that is neither nothing nor all."""
+Bounded = Annotated[float, Ge(-1e9), Le(1e9)]
+"""A mean or a logarithm."""
+Decay = Annotated[float, Ge(0), Le(1)]
+"""Of an average: 0 follows at once, 1 never."""
 
 
 class RecipeError(ValueError):
@@ -43,6 +54,10 @@ class UserError(RuntimeError):
     ...     print(error)
     nowhere: no such run or folder
     """
+
+
+class Absent(UserError):
+    """Something that a recipe names and that is not here, or that only running its code would tell: no mistake in it."""
 
 
 @dataclass_transform(frozen_default=True, kw_only_default=True)

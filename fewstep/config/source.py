@@ -50,6 +50,8 @@ Path_ = tuple[str | int, ...]
 
 DEPTH, NODES, DIGITS = 40, 20_000, 40
 """Limits of a recipe: nesting, parser events, characters of a number."""
+SURROGATE = re.compile("[\ud800-\udfff]")
+"""Half a character: how Python shows a byte of a command line that is no UTF-8, or what a YAML escape has cut."""
 SMALLEST, LARGEST = 1.2e-38, 3.4e38
 """Of a number that float32 holds."""
 
@@ -73,7 +75,8 @@ class Source:
 
 def parse(text: str, name: str) -> Source:
     """Read YAML text; syntax errors and repeated keys raise or are collected with their line."""
-
+    if lone := SURROGATE.search(text):
+        raise RecipeError(f"{name}:{text.count(chr(10), 0, lone.start()) + 1}: holds a byte that is no UTF-8")
     try:
         return _parsed(text, name, LOADER)
     except yaml.YAMLError:
@@ -116,6 +119,8 @@ def _scalar(loader: Any, node: yaml.Node) -> Any:
     if node.tag.endswith(":merge"):
         raise ValueError("merge keys (<<) are not read; write the keys out, or use `extends`")
     short = text if len(text) < 40 else f"{text[:37]}..."
+    if SURROGATE.search(text):
+        raise ValueError(f"{short!r}: holds half of a surrogate pair, which is no character")
     if node.tag.endswith((":int", ":float")) and len(text) > DIGITS:
         raise ValueError(f"{short}: has more than {DIGITS} digits")
     try:
@@ -194,6 +199,8 @@ def override(source: Source, settings: Sequence[str]) -> Source:
     for setting in settings:
         if not isinstance(setting, str):
             raise RecipeError(f"argument {setting!r}: expected text key=value, such as 'train.steps=200'")
+        if SURROGATE.search(setting):
+            raise RecipeError(f"argument {setting!r}: holds a byte that is no UTF-8")
         key, equals, value = setting.partition("=")
         if not equals or not key:
             raise RecipeError(f"argument {setting!r}: expected key=value, such as train.steps=200")

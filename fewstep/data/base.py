@@ -58,6 +58,10 @@ class DataSpec(Protocol):
         ...
 
     # A part that stands on files has also `files() -> list[Path]`: a resumed run says when they have changed.
+    def outline(self) -> tuple[tuple[int, ...], int]:
+        """(shape of a sample, number of classes) at little cost. Absent: it is not here; UserError: it will not open."""
+        ...
+
     def open(self) -> Data:
         """Find and check the files; UserError says what is missing."""
         ...

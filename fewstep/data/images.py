@@ -10,13 +10,14 @@ from pydantic import PositiveInt
 from torch import Tensor
 
 from fewstep.algebra.draws import Draws
-from fewstep.config import UserError, part
+from fewstep.config import Absent, UserError, part
 from fewstep.data.base import Conditions, Share
 from fewstep.data.conditions import ClassConditions
 from fewstep.data.reader import Crop, Item, Pictures, Resize, View, file_reader, refusals, split
 from fewstep.eval.protocol.images import to_pixels
 from fewstep.eval.protocol.real import RealPictures, tensor_digest
-from fewstep.pictures import SUFFIXES, class_names, hidden, list_pictures, told
+from fewstep.files import expanded
+from fewstep.pictures import SUFFIXES, Listing, class_names, facts, hidden, list_pictures, told
 
 
 class InMemory(ClassConditions):
@@ -63,6 +64,10 @@ class Digits:
     held_out: Share = 0.0
     """Share of them, spread evenly, that is never trained on: evaluation against `data` takes these."""
 
+    def outline(self) -> tuple[tuple[int, ...], int]:
+        """As `open` has them."""
+        return (1, 8, 8), 10
+
     def open(self) -> InMemory:
         from sklearn.datasets import load_digits
 
@@ -91,7 +96,12 @@ class FashionMNIST:
         try:
             return fashion_files(self.split, self.path)
         except FileNotFoundError as error:
-            raise UserError(f"data fashion-mnist: {error}") from None
+            raise Absent(f"data fashion-mnist: {error}") from None
+
+    def outline(self) -> tuple[tuple[int, ...], int]:
+        """As `open` has them, where the files are there."""
+        self.files()
+        return (1, 28, 28), 10
 
     def open(self) -> InMemory:
         from fewstep.eval.protocol.datasets import fashion_mnist
@@ -135,16 +145,32 @@ class ImageFolder:
     def files(self) -> list[Path]:
         """The pictures."""
         with refusals():
-            return list_pictures(Path(self.path).expanduser()).files
+            return list_pictures(expanded(self.path)).files
 
-    def open(self) -> Pictures:
-        root = Path(self.path).expanduser()
+    def _listed(self) -> tuple[Path, Listing, list[str]]:
+        """(folder, its pictures, the names of its classes)."""
+        root = expanded(self.path)
+        if not root.is_dir():
+            raise Absent(f"data folder {root}: no such folder")
         with refusals():
             listing = list_pictures(root)
             names = class_names(listing)
         if not listing.files:
             left = f"; left out: {told(listing.skipped.values())}" if listing.skipped else ""
             raise UserError(f"data folder {root}: no pictures ({', '.join(SUFFIXES)}) in it{left}")
+        return root, listing, names
+
+    def outline(self) -> tuple[tuple[int, ...], int]:
+        """As `open` has them; without `size` the first picture tells."""
+        _, listing, names = self._listed()
+        if self.size is not None:
+            return (1 if self.grey else 3, self.size, self.size), len(names)
+        with refusals():
+            high, wide, _ = facts(listing.files[0], listing.files[0])
+        return (1 if self.grey else 3, high, wide), len(names)
+
+    def open(self) -> Pictures:
+        root, listing, names = self._listed()
         number = {name: i for i, name in enumerate(names)}
         items = [
             Item(file_reader(p), str(p), None, number[listing.parts(p)[0]] if names else None) for p in listing.files

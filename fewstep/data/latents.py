@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fewstep.algebra.draws import Draws
-from fewstep.config import UserError, part
+from fewstep.config import Absent, UserError, part
 from fewstep.data.base import Conditions, EncoderPart, Share
 from fewstep.data.conditions import TextConditions
 from fewstep.data.reader import split
@@ -18,28 +18,33 @@ from fewstep.data.shards import Shards, read_index, sha256_of
 from fewstep.data.text import Text, embed
 from fewstep.eval.protocol.images import to_pixels
 from fewstep.eval.protocol.real import RealPictures, tensor_digest
-from fewstep.files import read_json
+from fewstep.files import expanded, read_json
 from fewstep.networks.folder import hub_hint, read_latents
 from fewstep.networks.weights import load_part, refuse_pickles
 
 
 def vae_hash(path: str) -> str:
     """sha256 over a VAE folder's config and weights. Raises UserError naming what is missing."""
+    return sha256_of(vae_files(path), vae_folder(path))
+
+
+def vae_files(path: str) -> list[Path]:
+    """Config and weights of a VAE folder. Raises UserError naming what is missing."""
     root = vae_folder(path)
-    return sha256_of([root / "config.json", *root.glob("*.safetensors")], root)
+    return [root / "config.json", *root.glob("*.safetensors")]
 
 
 def vae_folder(path: str) -> Path:
     """A folder with a VAE: itself, or vae/ of a pipeline."""
-    root = Path(path).expanduser()
+    root = expanded(path)
     for found in (root / "vae", root):
         if (found / "config.json").is_file():
             if any(found.glob("*.safetensors")):
                 return found
             kind = str(read_json(found / "config.json").get("_class_name", "AutoencoderKL"))
             refuse_pickles(found, f"vae {path}", "diffusers", kind)
-    if hub_hint(path):
-        raise UserError(f"vae {path}: no such folder{hub_hint(path)}")
+    if not root.is_dir():
+        raise Absent(f"vae {path}: no such folder{hub_hint(path)}")
     raise UserError(
         f"vae {path}: no config.json with .safetensors weights in it or in its vae/; name a VAE or a pipeline folder"
     )
@@ -99,10 +104,19 @@ class Latents:
 
     def files(self) -> list[Path]:
         """The index, which holds the checksums of all shards."""
-        return [Path(self.path).expanduser() / "index.json"]
+        return [expanded(self.path) / "index.json"]
+
+    def outline(self) -> tuple[tuple[int, ...], int]:
+        """As `open` has them; of the shards one row is read and none is checked."""
+        root = expanded(self.path)
+        if not root.is_dir():
+            raise Absent(f"latents {root}: no such folder")
+        told = read_index(root)
+        first = Shards(root, {}, told["count"]).take(torch.tensor([0]))
+        return tuple(first["mean"].shape[1:]), 0 if self.encoder else int(told["made_with"]["classes"])
 
     def open(self) -> LatentData:
-        root = Path(self.path).expanduser()
+        root = expanded(self.path)
         told = read_index(root)
         remedy = f"make it again with `fewstep cache-latents RECIPE --vae {self.vae} --out NEW`, or name its own VAE"
         shards = Shards(root, {"vae": vae_hash(self.vae)}, told["count"], remedy=remedy)

@@ -14,13 +14,13 @@ from pydantic import PositiveInt
 from torch import Tensor
 
 from fewstep.algebra.draws import Draws
-from fewstep.config import UserError, part
+from fewstep.config import Absent, UserError, part
 from fewstep.data.base import Conditions, EncoderPart, Share
 from fewstep.data.conditions import TextConditions
 from fewstep.data.reader import Crop, Item, Pictures, Resize, View, file_reader, refusals
 from fewstep.data.text import Text, embed, read_prompts
 from fewstep.eval.protocol.real import RealPictures
-from fewstep.files import lines_of, text_of
+from fewstep.files import expanded, lines_of, parse_json, regular, text_of
 from fewstep.pictures import SUFFIXES, hidden, list_pictures
 
 
@@ -70,31 +70,39 @@ class Captions:
         return "none" if self.encoder is None else "text"
 
     def files(self) -> list[Path]:
-        """Pictures and captions."""
-        root = Path(self.path).expanduser()
-        told = root / (self.captions or "captions.jsonl")
-        kinds = SUFFIXES if told.is_file() else (*SUFFIXES, ".txt")
-        found = [p for p in root.rglob("*") if p.suffix.lower() in kinds and p.is_file()]
-        return sorted({*found, *([told] if told.is_file() else [])})
+        """Pictures and captions, those that are read."""
+        root, told, names, _ = self._listed()
+        words = [root / Path(n).with_suffix(".txt") for n, _ in names] if told is None else [told]
+        return [*(root / n for n, _ in names), *words]
+
+    def outline(self) -> tuple[tuple[int, ...], int]:
+        """As `open` has them; no caption is embedded and no picture decoded."""
+        self._listed()
+        return (1 if self.grey else 3, self.size, self.size), 0
 
     def open(self) -> Pictures:
-        root = Path(self.path).expanduser()
-        if not root.is_dir():
-            raise UserError(f"data folder {root}: no such folder")
-        told = root / (self.captions or "captions.jsonl")
-        if self.captions is not None and not told.is_file():
-            raise UserError(f"{told}: no such caption file")
-        skipped: dict[str, str] = {}
-        pairs = _caption_file(told) if told.is_file() else _beside(root, skipped)
-        missing = [(n, name) for n, name, _ in pairs if not (root / name).is_file()]
-        if missing:
-            where = f"{told}:{missing[0][0]}" if told.is_file() else str(root)
-            raise UserError(
-                f"{where}: names the picture {missing[0][1]}, which is not in {root} ({len(missing)} of {len(pairs)} are "
-                "missing); add the pictures or delete their lines"
-            )
-        items = [Item(file_reader(root / name), str(root / name), text) for _, name, text in pairs]
+        root, _, names, skipped = self._listed()
+        items = [Item(file_reader(root / name), str(root / name), text) for name, text in names]
         return _opened(self, items, f"data {root}", skipped=skipped)
+
+    def _listed(self) -> tuple[Path, Path | None, list[tuple[str, str]], dict[str, str]]:
+        """(folder, file of captions or None, pictures by name in it with their captions, what is left out and why)."""
+        root, skipped = expanded(self.path), dict[str, str]()
+        if not root.is_dir():
+            raise Absent(f"data folder {root}: no such folder")
+        told = root / (self.captions or "captions.jsonl")
+        if not told.is_file():
+            if self.captions is not None:
+                raise UserError(f"{told}: no such caption file")
+            return root, None, _beside(root, skipped), skipped
+        lines = _caption_file(told)
+        missing = [(n, name) for n, name, _ in lines if not (root / name).is_file()]
+        if missing:
+            raise UserError(
+                f"{told}:{missing[0][0]}: names the picture {missing[0][1]}, which is not in {root} ({len(missing)} of "
+                f"{len(lines)} are missing); add the pictures or delete their lines"
+            )
+        return root, told, [(name, text) for _, name, text in lines], skipped
 
 
 def _opened(spec: Any, items: Sequence[Item], origin: str, classes: int = 0, **more: Any) -> Pictures:
@@ -118,9 +126,9 @@ def _caption_file(path: Path) -> list[tuple[int, str, str]]:
         if not line.strip():
             continue
         try:
-            entry = json.loads(line)
+            entry = parse_json(line, path)
             name, text = entry["file"], entry["text"]
-        except (ValueError, KeyError, TypeError, RecursionError):
+        except (UserError, KeyError, TypeError):
             raise UserError(f'{path}:{n}: expected {{"file": "NAME", "text": "CAPTION"}}, got {line[:60]!r}') from None
         for key, value in (("file", name), ("text", text)):
             if not isinstance(value, str):
@@ -133,8 +141,8 @@ def _caption_file(path: Path) -> list[tuple[int, str, str]]:
     return out
 
 
-def _beside(root: Path, skipped: dict[str, str]) -> list[tuple[int, str, str]]:
-    """(0, file, text) of pictures with a .txt file each; what is left out goes to `skipped`."""
+def _beside(root: Path, skipped: dict[str, str]) -> list[tuple[str, str]]:
+    """(file, text) of pictures with a .txt file each; what is left out goes to `skipped`."""
     with refusals():
         listing = list_pictures(root)
     skipped |= listing.skipped
@@ -147,7 +155,7 @@ def _beside(root: Path, skipped: dict[str, str]) -> list[tuple[int, str, str]]:
             f"{bare[0]}: has no caption ({len(bare)} of {len(pictures)} have none); write {bare[0].stem}.txt beside "
             "it, or captions.jsonl"
         )
-    return [(0, str(p.relative_to(root)), _read_text(p.with_suffix(".txt")).strip(" \t\r\n")) for p in pictures]
+    return [(str(p.relative_to(root)), _read_text(p.with_suffix(".txt")).strip(" \t\r\n")) for p in pictures]
 
 
 @part("data", "webdataset")
@@ -189,6 +197,11 @@ class WebDataset:
         """The tar files."""
         return expand(self.shards)
 
+    def outline(self) -> tuple[tuple[int, ...], int]:
+        """As `open` has them; no file is read."""
+        self.files()
+        return (1 if self.grey else 3, self.size, self.size), 0 if self.encoder else self.classes
+
     def open(self) -> Pictures:
         items = [item for path in expand(self.shards) for item in index(path)]
         if self.encoder is not None:
@@ -212,11 +225,11 @@ def expand(pattern: str) -> list[Path]:
             raise UserError(f"shards {pattern}: expected a range such as {{0000..0012}}")
         names = [f"{before}{i:0{len(first)}d}{after}" for i in range(int(first), int(last) + 1)]
     else:
-        names = sorted(glob(str(Path(pattern).expanduser())))
-    paths = [Path(n).expanduser() for n in names]
+        names = sorted(glob(str(expanded(pattern))))
+    paths = [expanded(n) for n in names]
     absent = [p for p in paths if not p.is_file()]
     if absent or not paths:
-        raise UserError(f"shards {pattern}: " + (f"{absent[0]} is missing" if absent else "match no file"))
+        raise Absent(f"shards {pattern}: " + (f"{absent[0]} is missing" if absent else "match no file"))
     return paths
 
 
@@ -260,13 +273,13 @@ def index(path: Path) -> list[Item]:
             if "txt" in parts:
                 caption = text_of(read(parts["txt"]), f"{name}.txt").strip(" \t\r\n")
             elif "json" in parts:
-                told = json.loads(text_of(read(parts["json"]), f"{name}.json"))
+                told = parse_json(text_of(read(parts["json"]), f"{name}.json"), "its .json")
                 caption = told.get("caption")
                 if "caption" in told and not isinstance(caption, str):
                     raise ValueError(f'"caption" is {json.dumps(caption)[:60]}, expected a text')
             if "cls" in parts:
                 label = int(read(parts["cls"]).decode())
-        except (ValueError, AttributeError, RecursionError) as error:
+        except (ValueError, AttributeError, TypeError, UserError) as error:
             raise UserError(f"{name}: its caption or class cannot be read: {error}") from None
         items.append(Item(lambda limit=None, span=picture: read(span, limit), name, caption, label))
     if not items:
@@ -312,10 +325,17 @@ class Prompts:
 
     def files(self) -> list[Path]:
         """The file of prompts."""
-        return [Path(self.path).expanduser()]
+        return [expanded(self.path)]
+
+    def outline(self) -> tuple[tuple[int, ...], int]:
+        """As `open` has them, where the file is there."""
+        (path,) = self.files()
+        if not path.exists():
+            raise Absent(f"prompts {path}: no such file")
+        return self.shape, 0
 
     def open(self) -> PromptData:
-        prompts = read_prompts(Path(self.path).expanduser())
+        prompts = read_prompts(regular(expanded(self.path)))
         text = embed(self.encoder, prompts, negative=self.negative, zeros=self.zeros, cache=self.text_cache)
         return PromptData(self.path, self.shape, text)
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import re
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -18,8 +16,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from fewstep.config import UserError
-from fewstep.files import LEFTOVER, atomic_path, clear_leftovers, crc32_of, read_json
+from fewstep.files import atomic_path, crc32_of, locked, read_json, regular, take
 
+KIND = "folder of shards"
 OPEN = 64
 """Files of one folder that stay mapped into memory; rows are read from them one by one."""
 
@@ -29,7 +28,7 @@ def sha256_of(files: Iterable[Path], root: Path) -> str:
     digest = hashlib.sha256()
     for path in sorted(files):
         digest.update(str(path.relative_to(root)).encode())
-        with path.open("rb") as f:
+        with regular(path).open("rb") as f:
             while chunk := f.read(1 << 20):
                 digest.update(chunk)
     return digest.hexdigest()
@@ -128,19 +127,8 @@ class Shards:
         if self._locked:
             yield
             return
-        self.folder.mkdir(parents=True, exist_ok=True)
-        if not (self.folder / "index.json").is_file():
-            _refuse_foreign(self.folder)
-        # Neither truncated nor through a link: it may be somebody else's file.
-        handle = os.open(self.folder / "lock", os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o666)
-        with os.fdopen(handle, "r+") as file:
-            try:
-                import fcntl  # not on Windows
-
-                fcntl.flock(file, fcntl.LOCK_EX)
-                clear_leftovers(self.folder)
-            except (ImportError, OSError):
-                pass  # a file system without locks, where different temporary names must do
+        take(self.folder, KIND)
+        with locked(self.folder, "is being filled", wait=True):
             self._locked = True
             try:
                 yield
@@ -179,16 +167,6 @@ class Shards:
 
     def _path(self, n: int) -> Path:
         return self.folder / f"{n:05d}.safetensors"
-
-
-_OURS = re.compile(r"lock|\d{5}\.safetensors|" + LEFTOVER.pattern)
-
-
-def _refuse_foreign(folder: Path) -> None:
-    """UserError for a folder without an index that holds anything but what a killed first writing leaves."""
-    others = sorted(p.name for p in folder.iterdir() if not _OURS.fullmatch(p.name))
-    if others:
-        raise UserError(f"{folder}: holds {others[0]} and no index.json; fewstep did not make it, choose another folder")
 
 
 def read_index(folder: Path) -> dict[str, Any]:

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from fewstep.algebra.condition import moved, nulled, zeros_like
-from fewstep.config import Count, UserError, part
+from fewstep.config import Absent, Count, UserError, part
 from fewstep.data.shards import Shards, sha256_of
-from fewstep.files import lines_of, read_json, text_of
+from fewstep.files import expanded, lines_of, read_json, text_of
 from fewstep.networks.folder import hub_hint, read_latents
 from fewstep.networks.weights import load_text_model
 
@@ -27,14 +27,14 @@ _STORE = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 def default_cache() -> Path:
     """Where embeddings are kept: $FEWSTEP_CACHE, or fewstep/ in the user's cache folder."""
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    base = os.environ.get("XDG_CACHE_HOME") or expanded("~") / ".cache"
     return Path(os.environ.get("FEWSTEP_CACHE") or Path(base) / "fewstep") / "text"
 
 
 def _folder(path: str, inside: str) -> Path:
-    root = Path(path).expanduser()
+    root = expanded(path)
     if not root.is_dir():
-        raise UserError(f"encoder {path}: no such folder{hub_hint(path)}")
+        raise Absent(f"encoder {path}: no such folder{hub_hint(path)}")
     if not (root / inside).exists():
         raise UserError(
             f"encoder {path}: {inside} is missing; a folder that save_pretrained wrote has it. Save the pipeline whole, "
@@ -291,7 +291,7 @@ def embed(
     if not prompts:
         raise UserError("prompts: there are none")
     facts = {"encoder": encoder.key(), "prompts": _digest([*prompts, negative]), "store": encoder.store}
-    root = Path(cache).expanduser() if cache else default_cache()
+    root = expanded(cache) if cache else default_cache()
     shards = Shards(root / _digest([json.dumps(facts)])[:32], facts, len(prompts) + 1, remedy="delete this folder")
     rows = [*prompts, negative]
     with shards.claimed() as todo:

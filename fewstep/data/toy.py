@@ -32,6 +32,10 @@ class Ring:
     def conditions(self) -> Conditions:
         return "classes" if self.conditional else "none"
 
+    def outline(self) -> tuple[tuple[int, ...], int]:
+        """As `open` has them."""
+        return (2,), self.modes if self.conditional else 0
+
     def open(self) -> RingData:
         return RingData(self)
 

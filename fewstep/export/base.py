@@ -18,6 +18,7 @@ from fewstep.algebra.sampling import Sampler
 from fewstep.config import UserError
 from fewstep.export.stock import difference
 from fewstep.files import aside_name, check_ours, clear_leftovers, write_mark
+from fewstep.train.note import read_note
 
 PARITY = 1e-4
 """Largest allowed `difference` between an export and fewstep.
@@ -125,6 +126,7 @@ def write_checked(parts: Parts, folder: Path, *, results: Rows = (), shown: str 
         parts.save(aside)
         name, text = parts.note
         (aside / name).write_text(text)
+        read_note(aside)  # as whoever opens it will
         parity = max([0.0, *members, _largest(parts, aside)])
         usage = parts.usage(place)
         (aside / "README.md").write_text(parts.card(usage, parity, results))

@@ -10,14 +10,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from fewstep.config import UserError
+from fewstep.config import Absent, UserError
 from fewstep.export.base import Parts
 from fewstep.export.choose import parts_of
 from fewstep.export.levels import check_product
 from fewstep.networks import code
 from fewstep.networks.adapters import Adapted, lora_layers
 from fewstep.networks.denoiser import Denoiser, Rescheduled
-from fewstep.networks.diffusers import wrapper_of
+from fewstep.networks.diffusers import real_classes, wrapper_of
 from fewstep.networks.folder import Folder, read_folder
 from fewstep.networks.outline import outline
 from fewstep.networks.parts import Site
@@ -77,7 +77,7 @@ def outlined(recipe: Recipe) -> Product:
     teacher: Any = recipe.teacher
     roles: dict[str, nn.Module] = {}
     if teacher is not None and teacher.name == "diffusers":
-        code.require(teacher)
+        refuse_code(teacher)
         net = outlined_teacher(teacher, recipe.data)
         wrapper: Any = net.net
         shape = (wrapper.channels(), *_size(recipe.data, wrapper))
@@ -88,9 +88,9 @@ def outlined(recipe: Recipe) -> Product:
         if teacher is not None:
             roles["teacher"] = teacher.build(Site(data.shape, data.classes, {}, 0))
     else:
-        raise UserError("the student's process is known only once it is built")
+        raise Absent("the student's process is known only once it is built")
     site = Site(data.shape, data.classes, roles, 0)
-    return product_of(recipe, _student(recipe.student, site), data, "student")
+    return product_of(recipe, bare_student(recipe.student, site), data, "student")
 
 
 class _Data:
@@ -110,7 +110,8 @@ def _size(data: Any, wrapper: Any) -> tuple[int, ...]:
     return data.shape[1:] if len(getattr(data, "shape", ())) == 3 else wrapper.sample_size()
 
 
-def _student(spec: Any, site: Site) -> nn.Module:
+def bare_student(spec: Any, site: Site) -> nn.Module:
+    """A role of a spec without weights where its config tells; adapters are left out."""
     if isinstance(spec, UNet2DSpec) and (model := outline(spec.settings(site))):
         return spec.around(model, site)
     return _spec(spec).build(site)
@@ -125,22 +126,30 @@ def _spec(spec: Any) -> Any:
     return replace(spec, max_frequency=None) if spec.name == "copy" else spec
 
 
-def outlined_teacher(spec: Any, data: Any = None) -> Denoiser:
+def refuse_code(teacher: Any) -> None:
+    """Absent for code that nobody has allowed: asking about a recipe runs none."""
+    for key, name in code.named(teacher).items():
+        if not code.is_allowed(name):
+            raise Absent(f"{key}: {name} is code, which is run by `fewstep run` alone")
+
+
+def outlined_teacher(spec: Any, data: Any = None, classes: int | None = None) -> Denoiser:
     """`load_denoiser` up to the weights, for a teacher's spec; x has the size of `data` where its spec tells one."""
     folder = read_folder(spec.path)
     schedule = dict(folder.scheduler) | ({"prediction_type": spec.prediction} if spec.prediction else {})
     read_scheduler(schedule, str(folder.scheduler_file), tokens=256)
     # A wrapper of the user's own may look at any part of the model.
     known = folder.kind == "UNet2DModel" and spec.wrapper is None
-    model: Any = (outline(folder.config) if known else None) or _model(folder)
-    classes = int(getattr(model.config, "num_class_embeds", 0) or 0)
+    model: Any = (outline(folder.config) if known else None) or bare_model(folder)
+    rows = int(getattr(model.config, "num_class_embeds", 0) or 0)
+    classes = rows if classes is None else real_classes(rows, spec.classes or classes, spec.path)
     pixels = folder.latents.pixels if folder.latents else 1
     net: Any = wrapper_of(folder, spec.wrapper)(model, classes, guidance=spec.guidance, pixels=pixels)
     process, kind, time_input = read_scheduler(schedule, str(folder.scheduler_file), net.tokens(_size(data, net)))
     return Denoiser(net, process, kind, time_input)
 
 
-def _model(folder: Folder) -> Any:
+def bare_model(folder: Folder) -> Any:
     """The network of a folder as its config says, on torch's meta device."""
     import diffusers
     from accelerate import init_empty_weights

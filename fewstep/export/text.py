@@ -13,7 +13,7 @@ from torch import nn
 from fewstep.algebra.process import DiscreteVP
 from fewstep.config import UserError
 from fewstep.export.stock import without_variance
-from fewstep.files import read_json
+from fewstep.files import expanded, read_json
 from fewstep.networks.adapters import plain_copy
 from fewstep.networks.denoiser import Denoiser
 from fewstep.networks.wrappers.unet_condition import UNetCondition
@@ -67,7 +67,7 @@ def save_text_teacher(product: Product, folder: Path) -> None:
         IF_TOKENS,
         ("text",),
     ):
-        _add_encoder(folder, Path(encoder.path).expanduser())
+        _add_encoder(folder, expanded(encoder.path))
 
 
 def _add_encoder(to: Path, root: Path) -> None:

@@ -13,7 +13,7 @@ from fewstep.algebra.noising import add_noise
 from fewstep.algebra.pairings import CTGrid, Grid, PairingPart, ct_decay, ct_points
 from fewstep.algebra.sampling import Sampler, any_steps
 from fewstep.algebra.times import check_steps
-from fewstep.config import part
+from fewstep.config import Decay, part
 from fewstep.methods.method import Losses, Needs, Turn
 from fewstep.methods.terms import Apart, apart, perceptual
 from fewstep.networks.roles import Roles
@@ -43,7 +43,7 @@ class Consistency:
     """Constant of the Huber distances: LCM 1e-3; iCT .00054 and ECT 0 (1e-8), both on the root mean square."""
     weight: Literal["one", "gap"] = "one"
     """one (CD, CT, LCM), gap: 1 / (t - u) (iCT, ECT)."""
-    target_decay: float | Literal["ct"] | None = None
+    target_decay: Decay | Literal["ct"] | None = None
     """None: the target is the student itself (iCT, ECT). A number: its EMA in the role `target` (CD .95, LCM
     .95). ct: the curriculum mu(k) of CT."""
     steps: tuple[float, ...] = (1.0,)

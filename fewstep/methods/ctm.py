@@ -14,7 +14,7 @@ from fewstep.algebra.jump import Solver, clean
 from fewstep.algebra.noising import add_noise
 from fewstep.algebra.sampling import Sampler, any_steps
 from fewstep.algebra.times import HalfLogNormal, TimesPart, Uniform, check_steps
-from fewstep.config import Count, part
+from fewstep.config import Count, Decay, part
 from fewstep.methods.method import Losses, Needs, Turn
 from fewstep.methods.terms import Apart, Gan, apart, discriminate, perceptual
 from fewstep.networks.roles import Roles
@@ -42,7 +42,7 @@ class CTM:
     """The teacher's guidance scale; 1 is none."""
     compare: Literal["s", "clean"] = "clean"
     """Where the two are compared: both carried to the clean end by a frozen net (CTM, eq. 8), or at s."""
-    target_decay: float | None = 0.999
+    target_decay: Decay | None = 0.999
     """That net is the student's EMA in the role `target` (official .999); None: the student itself."""
     weight: Literal["one", "chord"] = "one"
     """chord: 1 / (t - s)^2, an error of the chord's velocity."""

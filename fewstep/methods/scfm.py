@@ -13,7 +13,7 @@ from fewstep.algebra.noising import add_noise
 from fewstep.algebra.process import bc
 from fewstep.algebra.sampling import Sampler
 from fewstep.algebra.times import check_steps, shift
-from fewstep.config import Count, part
+from fewstep.config import Count, Decay, part
 from fewstep.methods.method import Losses, Needs, Turn
 from fewstep.networks.roles import Roles
 from fewstep.objectives import mse
@@ -33,7 +33,7 @@ class SCFM:
     """Range of the grid's flow shift, one per sample (Flux)."""
     anchored: float = 0.4
     """Share of the batch on adjacent nodes of the teacher; the rest follows the EMA over longer skips."""
-    target_decay: float = 0.999
+    target_decay: Decay = 0.999
     """Decay of the EMA student in the role `target`."""
     guidance: float = 1.0
     """The teacher's guidance scale; 1 is none."""

@@ -13,7 +13,7 @@ from fewstep.algebra.draws import Draws
 from fewstep.algebra.jump import Solver
 from fewstep.algebra.noising import add_noise
 from fewstep.algebra.sampling import Sampler
-from fewstep.config import Count, part
+from fewstep.config import Count, Decay, part
 from fewstep.methods.method import Losses, Needs, Turn
 from fewstep.methods.terms import Gan
 from fewstep.networks.roles import Roles
@@ -40,7 +40,7 @@ class Segments:
     """Solver of the teacher's leg; heun takes two calls a step, the others one."""
     guidance: Scale = 1.0
     """The teacher's scale (PCM on SD 1.5: between 5 and 6)."""
-    target_decay: float | None = None
+    target_decay: Decay | None = None
     """None: the target is the student itself (PCM's script); a number: its EMA in the role `target`."""
     distance: Distance = "mse"
     """PCM: huber, c 1e-3."""

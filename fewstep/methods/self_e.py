@@ -13,7 +13,7 @@ from fewstep.algebra.noising import add_noise
 from fewstep.algebra.process import Process, bc
 from fewstep.algebra.sampling import Sampler, any_steps
 from fewstep.algebra.times import LogitNormal, TimesPart, check_steps
-from fewstep.config import part
+from fewstep.config import Decay, part
 from fewstep.methods.method import Losses, Needs, Turn
 from fewstep.methods.terms import dropped
 from fewstep.networks.roles import Roles
@@ -34,7 +34,7 @@ class SelfE:
     """Share of the batch with s = t: flow matching alone."""
     ramp: int = 1000
     """Updates over which s may reach down from t to 0 (paper: 300,000)."""
-    target_decay: float = 0.999
+    target_decay: Decay = 0.999
     """Decay of the EMA student in the role `target`, which gives D(c) (paper: .9999)."""
     drop_cond: float = 0.1
     """Share of rows trained without their condition, which D(no c) needs."""

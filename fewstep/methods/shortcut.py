@@ -14,7 +14,7 @@ from fewstep.algebra.jump import ask
 from fewstep.algebra.noising import add_noise
 from fewstep.algebra.process import bc
 from fewstep.algebra.sampling import Sampler
-from fewstep.config import Count, part
+from fewstep.config import Count, Decay, part
 from fewstep.methods.method import Losses, Needs, Turn
 from fewstep.networks.roles import Roles
 from fewstep.objectives import mse
@@ -36,7 +36,7 @@ class Shortcut:
     """Flow matching onto eps - x0 (from scratch) or onto the teacher's velocity."""
     guidance: float = 1.0
     """The teacher's scale, for source: teacher; 1 is none."""
-    target_decay: float | None = 0.999
+    target_decay: Decay | None = 0.999
     """None: targets by the student itself; a number: by its EMA in the role `target` (paper .999)."""
     counts: tuple[Count, ...] = (1, 2, 4, 8)
     """Numbers of steps it may be sampled with, powers of two below `finest`: the finest jump itself is untrained."""

@@ -60,6 +60,11 @@ def allow_everything() -> None:
     _everything[0] = True
 
 
+def words(teacher: Any) -> list[str]:
+    """What a command that repeats this one's work needs on its command line for the code that a teacher's spec names."""
+    return ["--trust-code"] if named(teacher) and _everything[0] else []
+
+
 def is_allowed(name: str) -> bool:
     return _everything[0] or (name, digest(name)) in _allowed
 

@@ -69,14 +69,7 @@ def load_denoiser(
     model: Any = cls.load(folder)
     pixels = folder.latents.pixels if folder.latents else 1
     rows = int(getattr(model.config, "num_class_embeds", 0) or 0) if hasattr(model, "config") else 0
-    if rows and classes is None:
-        classes = rows
-    if rows and classes not in (rows, rows - 1):
-        raise UserError(
-            f"teacher {path}: has {rows} class embeddings, which fits {rows} classes (or {rows - 1} and a null "
-            f"class), not {classes}"
-        )
-    net = cls(model, classes if rows and classes else 0, guidance=guidance, pixels=pixels)
+    net = cls(model, real_classes(rows, classes, path), guidance=guidance, pixels=pixels)
     if net.pipeline:
         folder.require_pipeline(net.pipeline)
     sides = [getattr(getattr(model, "config", None), f"{k}_channels", None) for k in ("in", "out")]
@@ -92,6 +85,16 @@ def load_denoiser(
     tokens = net.tokens(size or net.sample_size())
     process, kind, time_input = read_scheduler(schedule, str(folder.scheduler_file), tokens)
     return Denoiser(net, process, kind, time_input).eval()
+
+
+def real_classes(rows: int, classes: int | None, path: str) -> int:
+    """Classes of a network with so many class embeddings, of which one may be the null class's. UserError for others."""
+    if rows and classes is not None and classes not in (rows, rows - 1):
+        raise UserError(
+            f"teacher {path}: has {rows} class embeddings, which fits {rows} classes (or {rows - 1} and a null "
+            f"class), not {classes}"
+        )
+    return (rows if classes is None else classes) if rows else 0
 
 
 def wrapper_of(folder: Folder, name: str | None = None) -> type[Wrapper]:

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from fewstep.config import UserError
-from fewstep.files import read_json
+from fewstep.config import Absent, UserError
+from fewstep.files import expanded, read_json
 from fewstep.networks.weights import load_part, refuse_pickles, refuse_variants, shell
 
 _SCALING = {"AutoencoderKL": 0.18215, "AutoencoderDC": 1.0}
@@ -29,7 +29,7 @@ def resolve(path: str) -> Path:
     """A folder; `assets:NAME` is one that ships with fewstep."""
     if path.startswith("assets:"):
         return Path(str(files("fewstep.assets"))) / path.removeprefix("assets:")
-    return Path(path).expanduser()
+    return expanded(path)
 
 
 def hub_hint(path: str) -> str:
@@ -192,7 +192,7 @@ def read_folder(path: str, dtype: torch.dtype = torch.float32) -> Folder:
     if not root.is_dir():
         digits = "; train one with `fewstep run digits-teacher`" if "digits" in path else ""
         hint = hub_hint(path) or digits or "; give the path of a diffusers pipeline folder"
-        raise UserError(f"teacher {path}: no such folder{hint}")
+        raise Absent(f"teacher {path}: no such folder{hint}")
     component = "transformer" if (root / "transformer").is_dir() else "unet"
     if component == "transformer" and (root / "unet").is_dir():
         raise UserError(f"teacher {path}: has both unet/ and transformer/; which one is meant is not clear")

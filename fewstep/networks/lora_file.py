@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fewstep.config import UserError
-from fewstep.files import read_json
+from fewstep.files import parse_json, read_json, regular
 from fewstep.networks.adapters import Adapted, network_of
 from fewstep.networks.lora_formats import LAYOUTS, plain_layout
 from fewstep.networks.weights import PICKLES, not_finite, rename
@@ -127,17 +127,18 @@ def _opened(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     from safetensors import SafetensorError, safe_open
 
     try:
-        with safe_open(path, framework="pt") as f:
+        with safe_open(regular(path), framework="pt") as f:
             found = {k: f.get_tensor(k) for k in f.keys()}  # noqa: SIM118  not a dict
-            header = json.loads((f.metadata() or {}).get("lora_adapter_metadata", "{}"))
-    except (SafetensorError, OSError, RecursionError, ValueError) as error:
+            told = (f.metadata() or {}).get("lora_adapter_metadata", "{}")
+    except (SafetensorError, OSError, ValueError) as error:
         raise UserError(f"{path}: cannot be read as a LoRA file: {error}") from None
+    header = parse_json(told, f"{path}: lora_adapter_metadata")
     if not isinstance(header, dict):
         raise UserError(f"{path}: cannot be read as a LoRA file: lora_adapter_metadata is no JSON object")
     beside = path.with_name("adapter_config.json")
     if path.name == PEFT_NAME and beside.is_file():
-        told = read_json(beside)
-        header |= {f"{part}.{k}": v for part in ("unet", "transformer") for k, v in told.items()}
+        own = read_json(beside)
+        header |= {f"{part}.{k}": v for part in ("unet", "transformer") for k, v in own.items()}
     return found, header
 
 

@@ -105,3 +105,12 @@ def _sound(c: Mapping[str, Any]) -> bool:
 
 def _count(value: Any) -> bool:
     return type(value) is int and value > 0
+
+
+def whole(outline: UNetOutline) -> nn.Module:
+    """The UNet2DModel of an outline with all its layers, on torch's meta device."""
+    from accelerate import init_empty_weights
+    from diffusers import UNet2DModel
+
+    with init_empty_weights():
+        return UNet2DModel.from_config({k: v for k, v in vars(outline.config).items() if k in DEFAULTS})

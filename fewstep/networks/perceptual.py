@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fewstep.config import Count, RecipeError, UserError, part
+from fewstep.config import Absent, Count, RecipeError, UserError, part
+from fewstep.files import expanded
 from fewstep.networks.parts import Site
 
 CUTS = (3, 8, 15, 22, 29)
@@ -22,7 +23,7 @@ SHIFT, SCALE = (-0.030, -0.088, -0.188), (0.458, 0.448, 0.450)
 
 def read_weights(path: str) -> dict[str, Tensor]:
     """A state dict from .safetensors, or from a torch file without code in it. UserError names the file."""
-    file = Path(path).expanduser()
+    file = expanded(path)
     if not file.is_file():
         raise UserError(f"lpips: {file}: no such file; LPIPS weights are never downloaded")
     try:
@@ -93,14 +94,14 @@ class LPIPSSpec:
     size: Count | None = None
     """Side to which images are resized first (consistency models: 224)."""
 
+    def files(self) -> list[Path]:
+        """Both files of weights."""
+        return [expanded(self.features), expanded(self.linear)]
+
     def build(self, site: Site) -> nn.Module:
         from torchvision.models import vgg16
 
-        if len(site.shape) != 3 or site.shape[0] not in (1, 3):
-            raise RecipeError(f"network lpips is for grey or RGB images; the data has shape {list(site.shape)}")
-        side = self.size or min(site.shape[1:])
-        if side < 16:
-            raise RecipeError(f"lpips.size: VGG16 halves four times, so images need a side of 16, not {side}")
+        self.check(site)
         layers = vgg16(weights=None).features
         weights = {
             k.removeprefix("features."): v for k, v in read_weights(self.features).items() if "classifier" not in k
@@ -113,3 +114,14 @@ class LPIPSSpec:
             first = str(error).splitlines()[0]
             raise UserError(f"lpips: {self.features}, {self.linear}: not VGG16's and LPIPS's weights: {first}") from None
         return Perceptual(layers, rows, self.size)
+
+    def check(self, site: Site) -> None:
+        """RecipeError for pictures that it cannot judge, Absent for a file that is not there."""
+        if len(site.shape) != 3 or site.shape[0] not in (1, 3):
+            raise RecipeError(f"network lpips is for grey or RGB images; the data has shape {list(site.shape)}")
+        side = self.size or min(site.shape[1:])
+        if side < 16:
+            raise RecipeError(f"lpips.size: VGG16 halves four times, so images need a side of 16, not {side}")
+        for file in self.files():
+            if not file.is_file():
+                raise Absent(f"lpips: {file}: no such file; LPIPS weights are never downloaded")

@@ -116,7 +116,11 @@ def _beta(config: Mapping[str, Any], key: str, default: float, where: str) -> fl
 
 def _edm(config: Mapping[str, Any], where: str, name: str) -> tuple[Process, str, TimeInput]:
     keys = ("sigma_min", "sigma_max", "rho", "sigma_data")
-    process = EDM(**{k: number(config, k, 1.0, where) for k in keys if k in config})
+    try:
+        process = EDM(**{k: number(config, k, 1.0, where) for k in keys if k in config})
+    except ValueError as error:
+        said = next((line for line in str(error).splitlines() if line.startswith("  ")), str(error))
+        raise UserError(f"{where}: {', '.join(keys)} make no process: {said.partition(' [')[0].strip()}") from None
     if name not in EDM_FAMILY:
         return process, "cm", "250log_sigma"
     if config.get("prediction_type", "epsilon") != "epsilon":

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -10,6 +9,7 @@ from torch import nn
 
 from fewstep.algebra.process import EDM, DiscreteVP, Flow, ProcessPart
 from fewstep.config import Count, RecipeError, config, part
+from fewstep.files import expanded
 from fewstep.networks.adapters import Adapted, fresh_name, plain_copy
 from fewstep.networks.denoiser import Denoiser
 from fewstep.networks.dit import DiT
@@ -93,7 +93,7 @@ class Lora:
         except ValueError as error:
             raise RecipeError(f"lora: {error}") from None
         if self.file is not None:
-            read_lora(adapted, Path(self.file).expanduser())
+            read_lora(adapted, expanded(self.file))
         return adapted
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field
 from torch import nn
@@ -60,16 +60,23 @@ class DiffusersTeacher:
             dtype=self.dtype,
         )
         read_folder(self.path).require_agreement()
-        channels = teacher.net.channels()  # type: ignore[operator]
+        self.check(teacher, site)
+        return frozen(teacher if self.process is None else Rescheduled(teacher, self.process))
+
+    def check(self, teacher: nn.Module, site: Site) -> None:
+        """UserError for a network that is not for the data: other channels, classes, or a size that it cannot take."""
+        net: Any = teacher.net
+        channels = net.channels()
         if channels != site.shape[0]:
             raise UserError(f"teacher {self.path}: takes {channels} channels, but the data has shape {list(site.shape)}")
-        own = int(teacher.net.classes)  # type: ignore[arg-type]
+        own = int(net.classes)
         if site.classes and own and own != site.classes:
             raise UserError(
                 f"teacher {self.path}: has {own} classes, the data {site.classes}; their numbers (and the null class "
                 f"{own}) must mean the same"
             )
-        return frozen(teacher if self.process is None else Rescheduled(teacher, self.process))
+        if wrong := net.refuses_size(site.shape[1:]):
+            raise UserError(f"teacher {self.path}: {wrong}, and the data has {site.shape[1]} x {site.shape[2]}")
 
 
 @part("teacher", "module")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -29,6 +29,11 @@ class UNet2D(UNet):
             raise ValueError("this UNet is class-conditional: cond is missing")
         labels = cond["label"] if self.classes else None
         return self.model(x, time, class_labels=labels, return_dict=False)[0]
+
+    def refuses_size(self, size: Sequence[int]) -> str:
+        # On the way up a side doubles: one that was halved with a remainder does not meet its own again.
+        step = 2 ** (len(self.config.block_out_channels) - 1)
+        return f"it halves sides, so they must be multiples of {step}" if any(n % step for n in size) else ""
 
     def example(self, b: int, generator: torch.Generator | None = None) -> Any:
         return torch.randint(self.classes, (b,), generator=generator) if self.classes else None

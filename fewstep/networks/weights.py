@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from fewstep.config import UserError
+from fewstep.files import regular
 
 
 class NotFinite(UserError):
@@ -108,7 +109,7 @@ def check_whole(sub: Path, said: str) -> list[Path]:
     files = sorted(sub.glob("*.safetensors"))
     for file in files:
         try:
-            with safe_open(file, framework="pt"):
+            with safe_open(regular(file), framework="pt"):
                 pass
         except (SafetensorError, OSError) as error:
             raise UserError(

@@ -11,7 +11,8 @@ from typing import Any
 
 import yaml
 
-from fewstep.config import FAST_LOADER, RecipeError, Source, _close, apply, load_yaml, merge, override
+from fewstep.config import FAST_LOADER, RecipeError, Source, UserError, _close, apply, load_yaml, merge, override
+from fewstep.files import expanded
 
 EXTENDS = "extends"
 """A shipped recipe, or a file beside this one, whose keys hold where this file names none; one level."""
@@ -32,7 +33,10 @@ def find(name: str) -> Path:
         return names[name]
     if not name or "\0" in name or len(name) > 1000:
         raise RecipeError(f"recipe {name[:40]!r}: is no name and no path; see `fewstep recipes ls`")
-    path = Path(name).expanduser()
+    try:
+        path = expanded(name)
+    except UserError as error:
+        raise RecipeError(f"recipe {error}") from None
     if path.suffix in (".yaml", ".yml") and path.is_file():
         return path
     if (path / "recipe.yaml").is_file():

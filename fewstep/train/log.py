@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from fewstep.config import UserError
-from fewstep.files import atomic_path
+from fewstep.files import atomic_path, parse_json
 
 
 class Meter:
@@ -88,8 +88,8 @@ def _records(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     for line in path.read_bytes().split(b"\n"):
         try:
             text = line.decode()
-            record = json.loads(text)
-        except (ValueError, RecursionError):
+            record = parse_json(text, path)
+        except (ValueError, UserError):
             continue
         if isinstance(record, dict) and isinstance(record.get("done", 0), int | float):
             yield text, record

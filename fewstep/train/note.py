@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -16,6 +16,39 @@ from fewstep.files import read_json
 NAME = "fewstep.json"
 LEVELS = ("num_inference_steps", "timesteps", "sigmas")
 """The arguments of a call that say at which levels the network is called."""
+TABLES = ("DDIMScheduler", "EulerDiscreteScheduler", "LCMScheduler", "TCDScheduler")
+"""Schedulers whose timesteps are rows of a table of T: row r is level (r + 1) / T."""
+
+
+def _number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _count(value: Any) -> bool:
+    return type(value) is int and 0 < value <= 65_536
+
+
+def _levels(value: Any) -> bool:
+    return value is None or (isinstance(value, list) and bool(value) and all(map(_number, value)))
+
+
+CALL: Mapping[str, Callable[[Any], bool]] = {
+    "num_inference_steps": lambda v: v is None or _count(v),
+    "timesteps": _levels,
+    "sigmas": _levels,
+    "eta": _number,
+    "max_timesteps": lambda v: v is None,
+    "intermediate_timesteps": lambda v: v is None,
+}
+SETTINGS: Mapping[str, Callable[[Any], bool]] = {
+    "guidance_scale": _number,
+    "height": _count,
+    "width": _count,
+    "max_sequence_length": _count,
+    "complex_human_instruction": lambda v: v is None,
+    "clean_caption": lambda v: isinstance(v, bool),
+}
+"""The arguments that exports write, and whether a value may be one's."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,12 +95,46 @@ def read_note(folder: Path) -> Note:
     shape = None if size is None else (size[0], size[1])
     if "steps" not in told:
         return Note(classes=classes, size=shape)
-    if not isinstance(call, dict) or not set(call) & set(LEVELS):
-        raise UserError(f"{file}: call does not say at which levels the network is called ({', '.join(LEVELS)}); {again}")
     settings = told.get("settings", {})
-    if not isinstance(settings, dict):
-        raise UserError(f"{file}: settings is no JSON object; {again}")
-    return Note(classes=classes, size=shape, sampler=_sampler(told, file, again), call=call, settings=settings)
+    for name, held, known in (("call", call, CALL), ("settings", settings, SETTINGS)):
+        if not isinstance(held, dict):
+            raise UserError(f"{file}: {name} is no JSON object; {again}")
+        for key, value in held.items():
+            if key not in known:
+                raise UserError(f"{file}: {name}.{key[:40]} is no argument that fewstep writes; {again}")
+            if not known[key](value):
+                raise UserError(f"{file}: {name}.{key} cannot be {json.dumps(value)[:60]}; {again}")
+    if not any(call.get(key) for key in LEVELS):
+        raise UserError(f"{file}: call does not say at which levels the network is called ({', '.join(LEVELS)}); {again}")
+    sampler = _sampler(told, file, again)
+    if wrong := _disagrees(call, sampler.steps, folder):
+        raise UserError(f"{file}: {wrong}; {again}")
+    return Note(classes=classes, size=shape, sampler=sampler, call=call, settings=settings)
+
+
+def _disagrees(call: Mapping[str, Any], steps: tuple[float, ...], folder: Path) -> str:
+    """How a pipeline called so would leave the student's steps, "" where it keeps them or only its scheduler can say."""
+    count, timesteps, sigmas = (call.get(key) for key in LEVELS)
+    if count is not None and count != len(steps):
+        return f"call.num_inference_steps is {count}, but there are {len(steps)} steps"
+    for key, given in (("timesteps", timesteps), ("sigmas", sigmas)):
+        # SCMScheduler wants the end, 0, beside the number of steps.
+        if given is not None and len(given) != len(steps) and not (count and [*given[:-1], 0] == given):
+            return f"call.{key} has {len(given)} levels, but there are {len(steps)} steps"
+    config = folder / "scheduler" / "scheduler_config.json"
+    held = read_json(config) if config.is_file() else {}
+    rows: Any = held.get("num_train_timesteps")
+    kind = held.get("_class_name")
+    levels, close = None, 1e-6
+    if sigmas is not None:
+        key, levels = "sigmas", list(sigmas)
+    elif timesteps is not None and _count(rows) and kind in TABLES:
+        key, levels, close = "timesteps", [(r + 1) / rows for r in timesteps], 0.6 / rows
+    elif timesteps is not None and _count(rows) and rows > 1 and kind == "CMStochasticIterativeScheduler":
+        key, levels = "timesteps", [1 - r / (rows - 1) for r in sorted(timesteps)]
+    if levels is not None and any(abs(a - b) > close for a, b in zip(levels, steps, strict=True)):
+        return f"call.{key} stands at the levels {[round(u, 6) for u in levels]}, steps at {[round(u, 6) for u in steps]}"
+    return ""
 
 
 def _sampler(told: Mapping[str, Any], file: Path, again: str) -> Sampler:

@@ -103,6 +103,18 @@ def like(value: Tensor, model: Any) -> Tensor:
     )
 
 
+def all_finite(tensors: Iterable[Tensor]) -> bool:
+    """Whether floating-point tensors are finite. Where some are sharded every process must call this."""
+    found = [t for t in tensors if t.is_floating_point()]
+    good = all(bool(torch.isfinite(local(t)).all()) for t in found)
+    split = next((local(t).device for t in found if is_sharded(t)), None)
+    if split is None:
+        return good
+    worst = torch.tensor(float(good), device=split)
+    torch.distributed.all_reduce(worst, torch.distributed.ReduceOp.MIN)
+    return bool(worst)
+
+
 def write_sharded(tensors: Mapping[str, Tensor], path: Path, main: bool) -> None:
     """Write tensors of which some are sharded as one safetensors file, by torch's distributed checkpoint.
 

@@ -9,6 +9,7 @@ from typing import Any
 from fewstep.config import UserError
 from fewstep.recipe.schema import Recipe, Stage
 from fewstep.recipe.store import load_run
+from fewstep.train.build import trained_roles
 from fewstep.train.guard import best_of
 from fewstep.train.loop import Loop
 from fewstep.train.origins import changes, check_resumed
@@ -86,8 +87,8 @@ def go_on_from(loop: Loop, checkpoint: Path) -> list[str]:
     optimised sets differ: only settings that change none of them may.
     """
     run = checkpoint.parent.parent
-    if (run / "recipe.yaml").is_file():
-        _refuse_stages(loop.session.recipe, load_run(run), run)
+    if (run / "recipe.yaml").is_file() and (wrong := refuses(loop.session.recipe, load_run(run))):
+        raise UserError(f"{run}: {wrong}")
     load(loop, checkpoint, run)
     if loop.progress.stage >= len(loop.session.recipe.stages()):
         raise UserError(f"{checkpoint}: stands at the end of the run, so nothing would be trained; raise train.steps")
@@ -96,18 +97,32 @@ def go_on_from(loop: Loop, checkpoint: Path) -> list[str]:
     return list(changes(loop.session.recipe, read_origins(checkpoint), loop.session.origins).values())
 
 
-def _refuse_stages(recipe: Recipe, other: Recipe, run: Path) -> None:
-    """A checkpoint stands in a stage: those up to its last, and their lengths, are the other recipe's too."""
+def refuses(recipe: Recipe, other: Recipe) -> str:
+    """Why a checkpoint of another recipe cannot begin this one, as far as the two tell; "" where its weights decide."""
     own, theirs = (
         [(s.method.name, s.steps, dict(s.copy)) for s in r.before] + [(r.method.name, 0, dict(r.copy))]
         for r in (recipe, other)
     )
     if own != theirs:
+        # A checkpoint stands in a stage: those up to its last, and their lengths, are the other recipe's too.
         told = ", ".join([*(f"{k} steps of {n}" for n, k, _ in theirs[:-1]), theirs[-1][0]])
-        raise UserError(
-            f"{run}: its stages are others ({told}), so its checkpoint stands nowhere in this recipe; leave `before`, "
+        return (
+            f"its stages are others ({told}), so its checkpoint stands nowhere in this recipe; leave `before`, "
             "`copy` and the method's name as they were"
         )
+    for role in trained_roles(recipe):
+        if role not in other.role_names():
+            return f"has no role {role}, which this recipe trains"
+        kinds = [getattr(r.spec(role), "name", role) for r in (recipe, other)]
+        if (kinds[0] == "lora") != (kinds[1] == "lora"):
+            return f"its {role} is {kinds[1]}, this recipe's {kinds[0]}, which has other weights; leave it as it was"
+    if set(recipe.train.ema) != set(other.train.ema):
+        return f"has the averages train.ema={list(other.train.ema)}, this recipe {list(recipe.train.ema)}; leave them so"
+    for role in set().union(*(s.method.needs().trained for s in recipe.stages())):
+        now, then = ({"rule": o.rule, "bits": o.bits} for o in (recipe.optimizer(role), other.optimizer(role)))
+        if now != then:
+            return f"its moments of {role} are of optim {then}, this recipe's of {now}; leave rule and bits so"
+    return ""
 
 
 def newest_of(path: Path) -> Path:

@@ -20,6 +20,7 @@ from fewstep.networks.roles import Roles
 from fewstep.recipe.schema import Recipe, Stage
 from fewstep.train.build import build_roles, trained_roles
 from fewstep.train.ema import EMA
+from fewstep.train.launch import launched
 from fewstep.train.log import check_trackers
 from fewstep.train.origins import origins_of
 from fewstep.train.parallel import is_sharded, shard
@@ -148,14 +149,14 @@ class Session:
 
 def _accelerator(cpu: bool, precision: str) -> Accelerator:
     """The group of processes; UserError where a launcher started several and they would train apart."""
-    launched = int(os.environ.get("WORLD_SIZE") or 1)
-    if launched == 1 or "MASTER_ADDR" in os.environ:
+    count = launched()
+    if count == 1 or "MASTER_ADDR" in os.environ:
         # Without `cpu` accelerate forms no group on a machine that has no accelerator.
         alone = cpu or not torch.accelerator.is_available()
         made = Accelerator(cpu=alone, mixed_precision="bf16" if precision == "bf16" else "no")
-        if made.num_processes == launched:
+        if made.num_processes == count:
             return made
     raise UserError(
-        f"WORLD_SIZE says that {launched} processes were started, but they form no group, so each would train alone in "
+        f"WORLD_SIZE says that {count} processes were started, but they form no group, so each would train alone in "
         "one directory; launch them with `python -m torch.distributed.run` or `accelerate launch`, or unset WORLD_SIZE"
     )

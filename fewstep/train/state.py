@@ -24,6 +24,7 @@ from fewstep.config import UserError
 from fewstep.files import crc32_of, read_json
 from fewstep.networks.adapters import load_own_state, own_state
 from fewstep.train.parallel import (
+    all_finite,
     gathered_optimizer,
     is_sharded,
     read_sharded,
@@ -145,6 +146,7 @@ def save_checkpoint(
     folder.mkdir(parents=True, exist_ok=True)
     final = folder / _name(progress.done)
     aside = folder / f".{final.name}.{os.getpid() if sharded is None else 'shared'}.tmp"
+    sound = all_finite(t for m in modules.values() for t in own_state(m).values()) and sound
     if sharded is not False:
         shutil.rmtree(aside, ignore_errors=True)
     try:
@@ -160,7 +162,6 @@ def save_checkpoint(
             for name, optimizer in optimizers.items():
                 torch.save(optimizer.state_dict(), aside / f"optim-{name}.pt")
         manifest = {p.name: [p.stat().st_size, crc32_of(p)] for p in sorted(aside.iterdir())}
-        sound = sound and all(_finite(m) for m in modules.values())
         told = {"sound": sound, "origins": dict(origins or {}), "progress": vars(progress), "files": manifest}
         state: dict[str, Any] = {"format": FORMAT, **told, **({"guard": dict(guard)} if guard else {})}
         (aside / "state.json").write_text(json.dumps({**state, "crc32": _checksum(state)}, indent=1))
@@ -215,11 +216,6 @@ def is_sound(path: Path) -> bool:
         return bool(read_json(path / "state.json")["sound"])
     except (UserError, KeyError):
         return False
-
-
-def _finite(module: nn.Module) -> bool:
-    own = (t for t in own_state(module).values() if t.is_floating_point() and not is_sharded(t))
-    return all(bool(torch.isfinite(t).all()) for t in own)
 
 
 def _no_room(folder: Path) -> bool:

@@ -73,9 +73,9 @@ def test_bad_arguments_are_named_before_anything_runs(refused: Callable[..., str
     (tmp_path / "letters").mkdir()
     (tmp_path / "letters" / "a.txt").write_text("dear")
     assert refused("toy/cd", *budget, "--out", "letters") == (
-        "letters: is not empty and no comparison; choose another --out"
+        "letters: is not empty and no comparison that fewstep made; choose another folder"
     )
-    assert refused("toy/cd", *budget, "--out", "mine.yaml") == "mine.yaml: is a file; choose another --out"
+    assert refused("toy/cd", *budget, "--out", "mine.yaml") == "mine.yaml: is a file; choose another folder"
 
 
 def test_updates_are_shared_out_exactly():

@@ -110,7 +110,9 @@ def test_a_stopped_preparation_goes_on_and_ends_with_the_same_bytes(tmp_path: Pa
     for file in out.iterdir():
         assert file.read_bytes() == (tmp_path / "again" / file.name).read_bytes()
     assert f"{out}: was made from " in refused(package, out, size=24)
-    assert refused(package, tmp_path).endswith("exists and was not made by prepare-emoji; choose another folder")
+    assert refused(package, tmp_path).endswith(
+        "is not empty and no folder of emoji that fewstep made; choose another folder"
+    )
 
 
 @pytest.mark.parametrize(

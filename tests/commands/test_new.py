@@ -77,11 +77,12 @@ def test_pixels_from_scratch(here: Path):
     assert first["student"]["channels"] == [32, 64, 96]
     assert first["train"]["batch"] == second["train"]["batch"] == 8
     assert ("discriminator" in second, second["method"]["gan"]) == (False, None)
-    assert next(check("mine-teacher.yaml", [])) == "mine-teacher.yaml: denoise, 3000 steps"
-    assert "no such folder" in "\n".join(check("mine.yaml", []))
+    assert check("mine-teacher.yaml", [])[0][0] == "mine-teacher.yaml: denoise, 3000 steps"
+    assert "no such folder" in "\n".join(check("mine.yaml", [])[1])
     main_run("run", "mine-teacher.yaml", "student.channels=[8,16]", *SMALL)
     assert Path(second["teacher"]["path"]).is_dir()
-    told = list(check("mine.yaml", []))
+    told, missing = check("mine.yaml", [])
+    assert missing == []
     assert "agree" in told[1]
     assert "will not export" not in "\n".join(told)
     trained("mine.yaml", "train.steps=2")
@@ -112,7 +113,7 @@ def test_a_pixel_teacher_of_ones_own(here: Path, method: str):
     list(new(Wish(Path("mine.yaml"), 4, data=Path("grey"), teacher="unet", method=method)))
     top = 0.5 if method == "sid" else 1.0
     assert written("mine.yaml")["method"]["steps"] == [top, 0.75 * top, 0.5 * top, 0.25 * top]
-    assert "agree" in list(check("mine.yaml", []))[1]
+    assert "agree" in check("mine.yaml", [])[0][1]
     trained("mine.yaml", "train.steps=2")
 
 
@@ -133,7 +134,8 @@ def test_prompts_alone(folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
     assert data["method"]["critic"]["steps"] == (10 if name in ("sd15", "sd21") else 5)
     assert data["data"].get("zeros", False) == (name == "sdxl")
     small = list(FAMILIES[name].shape)
-    told = list(check("mine.yaml", [f"data.shape={small}"]))
+    told, missing = check("mine.yaml", [f"data.shape={small}"])
+    assert missing == []
     assert "agree" in told[1]
     assert "will not export" not in "\n".join(told)
     trained("mine.yaml", f"data.shape={small}", f"train.steps={1 + (GUIDANCE[name] == 1)}")
@@ -182,7 +184,7 @@ def test_a_class_conditional_transformer_needs_its_pictures(here: Path):
     main_run(*told[2].split()[1:])
     data = written("mine.yaml")
     assert (data["discriminator"]["taps"], data["method"]["guidance"]) == (["block1"], 4.0)
-    assert "agree" in list(check("mine.yaml", []))[1]
+    assert "agree" in check("mine.yaml", [])[0][1]
     trained("mine.yaml", "discriminator.width=4")
 
 

@@ -64,6 +64,8 @@ def bomb(levels: int) -> str:
         ("about: x\nextends: toy/dmd3", "a.yaml:2: extends: recipe 'toy/dmd3' is not shipped; did you mean 'toy/dmd'?"),
         ("extends: nowhere.yaml", "a.yaml:1: extends: nowhere.yaml: no such recipe file"),
         (b"about: caf\xe9", "a.yaml: cannot be read"),
+        ('about: x\ntrain: {steps: "\\ud800"}', "a.yaml:2: train.steps: '\\ud800': holds half of a surrogate pair"),
+        ('about: x\n"\\ud800": 1', "a.yaml:2: '\\ud800': holds half of a surrogate pair"),
         ("", "a.yaml:1: a recipe is a mapping of keys to values"),
         ("\0", "a.yaml"),
     ],
@@ -81,6 +83,8 @@ def test_hostile_yaml_is_refused_with_its_line(tmp_path: Path, text: str | bytes
         ("train.steps=*a", "not a YAML value"),
         ("before.99999999999999999999=1", "before"),
         ("=1", "expected key=value"),
+        ("about=\udcff", "argument 'about=\\udcff': holds a byte that is no UTF-8"),
+        ("\udcff=1", "argument '\\udcff=1': holds a byte that is no UTF-8"),
         (".=1", "."),
         ("train.=1", "train"),
         ("train..steps=1", "train"),
@@ -93,7 +97,19 @@ def test_hostile_settings_are_refused_by_name(argument: str, words: str):
 
 
 @pytest.mark.parametrize(
-    "name", ["", "\0", "a\0b.yaml", "x" * 5000, "/dev/null.yaml", "..", "recipes/", "~nobody/a.yaml"]
+    "name",
+    [
+        "",
+        "\0",
+        "a\0b.yaml",
+        "x" * 5000,
+        "/dev/null.yaml",
+        "..",
+        "recipes/",
+        "~nobody/a.yaml",
+        "~no-such-user/a.yaml",
+        "\udcff.yaml",
+    ],
 )
 def test_hostile_names_are_refused(name: str):
     with pytest.raises(RecipeError):

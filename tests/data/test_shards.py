@@ -16,6 +16,7 @@ from torch import Tensor
 from fewstep.config import UserError
 from fewstep.data import shards as shards_module
 from fewstep.data.shards import Shards
+from fewstep.files import LOCK, MARK, read_mark
 
 LEFT = ".00000-x.999999999.fewstep-tmp.safetensors"
 """What a process that is gone was writing."""
@@ -75,7 +76,7 @@ def test_two_that_write_one_file_at_once_leave_it_whole(tmp_path: Path, monkeypa
     for s in made:
         s.check()
         assert torch.equal(s.take(torch.tensor([2, 0]))["x"], x[[2, 0]])
-    assert sorted(p.name for p in (tmp_path / "s").iterdir()) == ["00000.safetensors", "index.json", "lock"]
+    assert sorted(p.name for p in (tmp_path / "s").iterdir()) == [MARK, LOCK, "00000.safetensors", "index.json"]
 
 
 def test_of_several_that_claim_a_folder_one_fills_it(tmp_path: Path):
@@ -112,7 +113,7 @@ def test_a_claim_that_fails_is_free_for_the_next(tmp_path: Path):
     with again.claimed() as todo:
         assert todo == [range(2)]
         again.write(todo[0], {"x": torch.zeros(2, 1)})
-    assert sorted(p.name for p in (tmp_path / "s").iterdir()) == ["00000.safetensors", "index.json", "lock"]
+    assert sorted(p.name for p in (tmp_path / "s").iterdir()) == [MARK, LOCK, "00000.safetensors", "index.json"]
 
 
 def test_rows_are_read_alone_and_few_files_stay_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -127,3 +128,23 @@ def test_rows_are_read_alone_and_few_files_stay_open(tmp_path: Path, monkeypatch
     mapped = {line.split()[-1] for line in Path("/proc/self/maps").read_text().splitlines() if "/s/" in line}
     files = {str(p.resolve()) for p in (tmp_path / "s").glob("*.safetensors")}
     assert mapped & files == {str((tmp_path / "s" / f"0000{n}.safetensors").resolve()) for n in (1, 5, 6)}
+
+
+def test_a_folder_of_somebody_else_is_not_filled(tmp_path: Path):
+    """Neither a file of ours by name alone, nor a lock, makes a folder ours; a link to one that is leads there."""
+    theirs = tmp_path / "thesis"
+    theirs.mkdir()
+    for name in ("lock", "notes.tmp", "index.md"):
+        (theirs / name).write_text("mine")
+        before = sorted(theirs.iterdir())
+        told = refused(Shards(theirs, {"vae": "a"}, 2).claimed().__enter__)
+        assert told == f"{theirs}: is not empty and no folder of shards that fewstep made; choose another folder"
+        assert sorted(theirs.iterdir()) == before
+        (theirs / name).unlink()
+    made, link = Shards(tmp_path / "s", {"vae": "a"}, 2), tmp_path / "link"
+    made.write(range(2), {"x": torch.zeros(2, 1)})
+    assert (read_mark(tmp_path / "s") or {})["kind"] == "folder of shards"
+    link.symlink_to(tmp_path / "s")
+    (tmp_path / "s" / "00000.safetensors").unlink()
+    with Shards(link, {"vae": "a"}, 2).claimed() as todo:
+        assert todo == [range(2)]

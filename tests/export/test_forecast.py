@@ -83,9 +83,9 @@ def test_what_cannot_be_asked_is_said_and_does_not_stop_a_run():
 
 
 def test_run_plan_and_check_say_it_in_one_line(tmp_path: Path):
-    def lines(*command: str) -> list[str]:
+    def lines(*command: str, ended: int = 0) -> list[str]:
         done = CliRunner().invoke(app, [*command])
-        assert done.exit_code == 0, done.output
+        assert done.exit_code == ended, done.output
         return done.output.splitlines()
 
     checked = lines("recipes", "check", "toy/dmd2")
@@ -93,8 +93,9 @@ def test_run_plan_and_check_say_it_in_one_line(tmp_path: Path):
     assert checked[-2].startswith("toy/dmd2: schedule: training and evaluation agree")
     good = lines("recipes", "check", "digits-dmd2")
     assert good[-1].startswith("digits-dmd2: schedule: training, evaluation and CMStochasticIterativeScheduler")
-    lost = lines("recipes", "check", "digits-dmd2", "teacher.path=nowhere")
-    assert lost[-1].startswith("digits-dmd2: schedule and export: not checked: teacher nowhere: no such folder")
+    lost = lines("recipes", "check", "digits-dmd2", "teacher.path=nowhere", ended=3)
+    assert lost[-2] == "digits-dmd2: schedule and export: not known without the student"
+    assert lost[-1].startswith("digits-dmd2: not checked: teacher nowhere: no such folder")
     out = lines("run", "toy/dmd2", *SHORT, "train.log_every=1", "--out", str(tmp_path / "run"))
     said, trained = out.index(f"note: this run {MLP}"), next(i for i, x in enumerate(out) if "step 1/1" in x)
     assert said < trained

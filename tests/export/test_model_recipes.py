@@ -37,7 +37,9 @@ def test_it_trains_and_exports_as_a_pipeline_and_as_an_adapter(
     own = [f"data.path={prompts}", f"data.shape={list(family.shape)}", f"data.vae={folder}", f"teacher.path={folder}"]
     small = ["train.precision=fp32", "train.steps=2", "train.batch=2", "train.accumulate=1", "train.sample_every=0"]
     settings = [*own, f"data.encoder.path={folder}", *small]
-    told = "\n".join(check(recipe, settings))
+    lines, missing = check(recipe, settings)
+    told = "\n".join(lines)
+    assert missing == []
     assert "agree (sigma / alpha" in told
     assert "will not export" not in told
     run = tmp_path / "run"

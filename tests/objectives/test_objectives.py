@@ -13,6 +13,8 @@ from fewstep import objectives as obj
 from fewstep.algebra.prediction import from_x0
 from fewstep.algebra.process import EDM, Flow, Trig
 from fewstep.networks.denoiser import Denoiser
+from fewstep.objectives.divergence import Expanded, expanded_divergence
+from fewstep.objectives.legs import Scales
 from fewstep.objectives.regression import x0_weight
 
 SHAPE = (3, 2, 4, 5)
@@ -238,3 +240,29 @@ def test_finite_difference_r1_tends_to_the_exact_one() -> None:
         value = float(obj.r1_finite(net, rows, both, step)) / step**2
         assert value == pytest.approx(exact, rel=tolerance)
     assert float(obj.r1_finite(net, rows, 0 * both, 0.1)) == 0.0
+
+
+@pytest.mark.parametrize("kind", ["rkl", "fkl", "chi2", "js", "jeffreys"])
+def test_expanded_divergences_are_those_of_their_generator(kind: Expanded) -> None:
+    """alpha = 1 - r F' / (2 F) and weight = F / r for F = r^2 f''(r), derivatives taken of f itself."""
+    f = {
+        "rkl": lambda r: r * torch.log(r),
+        "fkl": lambda r: -torch.log(r),
+        "chi2": lambda r: (r - 1) ** 2,
+        "js": lambda r: r * torch.log(r) - (r + 1) * torch.log((r + 1) / 2),
+        "jeffreys": lambda r: (r - 1) * torch.log(r),
+    }[kind]
+    r = torch.tensor([0.2, 0.9, 1.0, 3.0], dtype=F64, requires_grad=True)
+    (first,) = torch.autograd.grad(f(r).sum(), r, create_graph=True)
+    (second,) = torch.autograd.grad(first.sum(), r, create_graph=True)
+    whole = r**2 * second
+    (slope,) = torch.autograd.grad(whole.sum(), r)
+    alpha, weight = expanded_divergence(kind, r)
+    torch.testing.assert_close(alpha, 1 - r * slope / (2 * whole))
+    torch.testing.assert_close(weight, whole / r)
+
+
+def test_scales_of_guidance_are_some() -> None:
+    assert Scales(of=(1.0, 2.0)).of == (1.0, 2.0)
+    with pytest.raises(ValueError, match="of is empty; give at least one scale"):
+        Scales(of=())

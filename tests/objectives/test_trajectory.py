@@ -327,3 +327,11 @@ def test_the_warm_up_leaves_the_velocity_error_alone() -> None:
     for warmup in (0.25, 1.0):
         wanted = 1.5 + warmup * 0.3 * t[:, None]
         torch.testing.assert_close(tr.eulerian(slope, x, v, raw, draw, warmup), wanted, rtol=1e-12, atol=0)
+
+
+def test_a_target_of_the_raw_output_has_no_gradient() -> None:
+    raw, residual = (torch.tensor(v, dtype=F64, requires_grad=True) for v in ([[1.0, 2.0]], [[3.0, -1.0]]))
+    for gain in (0.5, torch.tensor([0.5], dtype=F64)):
+        target = tr.toward_raw(raw, residual, gain)
+        assert not target.requires_grad
+        assert target.tolist() == [[-0.5, 2.5]]

@@ -157,7 +157,7 @@ def test_what_only_the_teacher_s_folder_says_is_refused_by_check_and_by_building
     recipe = load("digits-imm", [setting])
     told = "teacher.process: method imm needs flow or shifted_flow, not edm"
     with pytest.raises(RecipeError) as caught:
-        list(check("digits-imm", [setting]))
+        check("digits-imm", [setting])
     assert str(caught.value) == f"argument {setting!r}: {told}"
     with pytest.raises(RecipeError) as caught:
         build_roles(recipe, recipe.data.open())  # type: ignore[attr-defined]

@@ -40,6 +40,33 @@ BAD: list[tuple[Any, str]] = [
     ({"steps": [1.0]}, "call does not say at which levels the network is called"),
     ({"steps": [1.0], "call": {"eta": 0.3}}, "call does not say at which levels the network is called"),
     ({"steps": [1.0], "call": {"timesteps": [1]}, "settings": 3}, "settings is no JSON object"),
+    ({"steps": [1.0], "call": [1]}, "call is no JSON object"),
+    ({"steps": [1.0], "call": {"timesteps": None}}, "call does not say at which levels"),
+    ({"steps": [1.0], "call": {"timesteps": "999"}}, 'call.timesteps cannot be "999"'),
+    ({"steps": [1.0], "call": {"timesteps": [[999]]}}, "call.timesteps cannot be [[999]]"),
+    ({"steps": [1.0], "call": {"num_inference_steps": "1"}}, 'call.num_inference_steps cannot be "1"'),
+    ({"steps": [1.0], "call": {"num_inference_steps": True}}, "call.num_inference_steps cannot be true"),
+    ({"steps": [1.0], "call": {"num_inference_steps": 10**9}}, "call.num_inference_steps cannot be 1000000000"),
+    ({"steps": [1.0], "call": {"num_inference_steps": 1, "eta": "x"}}, 'call.eta cannot be "x"'),
+    ({"steps": [1.0], "call": {"num_inference_steps": 1, "output_type": "pil"}}, "call.output_type is no argument"),
+    ({"steps": [1.0], "call": {"num_inference_steps": 1}, "settings": {"height": "8"}}, 'settings.height cannot be "8"'),
+    ({"steps": [1.0], "call": {"num_inference_steps": 1}, "settings": {"prompt": "x"}}, "settings.prompt is no argument"),
+    ({"steps": [1.0], "call": {"num_inference_steps": 2}}, "call.num_inference_steps is 2, but there are 1 steps"),
+    ({"steps": [1.0, 0.5], "call": {"timesteps": [999]}}, "call.timesteps has 1 levels, but there are 2 steps"),
+    ({"steps": [1.0, 0.5], "call": {"timesteps": [999, 499, 0]}}, "call.timesteps has 3 levels, but there are 2 steps"),
+    ({"steps": [1.0, 0.5], "call": {"sigmas": [1.0, 0.4]}}, "call.sigmas stands at the levels [1.0, 0.4], steps at [1.0"),
+]
+TABLE = {"_class_name": "LCMScheduler", "num_train_timesteps": 1000}
+KARRAS = {"_class_name": "CMStochasticIterativeScheduler", "num_train_timesteps": 11}
+CALLS: list[tuple[dict[str, Any], dict[str, Any], str]] = [
+    (TABLE, {"timesteps": [999, 499]}, ""),
+    (TABLE, {"num_inference_steps": None, "timesteps": [999, 499]}, ""),
+    (TABLE, {"num_inference_steps": 2}, ""),
+    (TABLE, {"timesteps": [999, 249]}, "call.timesteps stands at the levels [1.0, 0.25], steps at [1.0, 0.5]"),
+    (KARRAS, {"timesteps": [5, 0]}, ""),
+    (KARRAS, {"timesteps": [5, 1]}, "call.timesteps stands at the levels [0.9, 0.5], steps at [1.0, 0.5]"),
+    ({"_class_name": "SCMScheduler"}, {"num_inference_steps": 2, "timesteps": [1.57, 1.1, 0.0]}, ""),
+    ({}, {"sigmas": [1.0, 0.5]}, ""),
 ]
 
 
@@ -50,3 +77,16 @@ def test_a_damaged_note_is_named(told: Any, said: str, tmp_path: Path):
         read_note(tmp_path)
     assert str(caught.value).startswith(f"{tmp_path / NAME}: {said}")
     assert str(caught.value).endswith("; export the run again")
+
+
+@pytest.mark.parametrize(("scheduler", "call", "said"), CALLS)
+def test_a_call_visits_the_students_steps(scheduler: dict[str, Any], call: dict[str, Any], said: str, tmp_path: Path):
+    (tmp_path / "scheduler").mkdir()
+    (tmp_path / "scheduler" / "scheduler_config.json").write_text(json.dumps(scheduler))
+    (tmp_path / NAME).write_text(json.dumps({"steps": [1.0, 0.5], "call": call}))
+    if not said:
+        assert read_note(tmp_path).call == call
+        return
+    with pytest.raises(UserError) as caught:
+        read_note(tmp_path)
+    assert str(caught.value) == f"{tmp_path / NAME}: {said}; export the run again"

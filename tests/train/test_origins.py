@@ -22,10 +22,11 @@ from fewstep.data.pictures import Captions, Prompts, WebDataset
 from fewstep.data.text import SentenceEncoder
 from fewstep.files import BLOCK, digest_of
 from fewstep.networks.teachers import DiffusersTeacher
+from fewstep.recipe.schema import Recipe
 from fewstep.recipe.store import load, load_run
 from fewstep.train import resume
 from fewstep.train.claim import read_origin
-from fewstep.train.origins import changes, origins_of, stands_on_teacher
+from fewstep.train.origins import changes, check_product, check_resumed, origins_of, stands_on_teacher
 from fewstep.train.product import open_product
 from fewstep.train.state import checkpoints, read_origins
 from fewstep.train.trainer import Trainer
@@ -97,13 +98,96 @@ def test_parts_name_the_files_that_they_stand_on(tmp_path: Path):
         return sorted(p.name for p in part.files())
 
     assert told(Captions(path=str(tmp_path), size=8)) == ["a.png", "a.txt", "b.png", "b.txt"]
-    write(tmp_path / "captions.jsonl", b"{}")
-    assert told(Captions(path=str(tmp_path), size=8)) == ["a.png", "b.png", "captions.jsonl"]
+    write(tmp_path / "captions.jsonl", b'{"file": "b.png", "text": "more"}')
+    assert told(Captions(path=str(tmp_path), size=8)) == ["b.png", "captions.jsonl"]
     assert told(Prompts(path=str(tmp_path / "p.txt"), shape=(1, 8, 8), encoder=encoder)) == ["p.txt"]
     assert told(Latents(path=str(tmp_path), vae="vae")) == ["index.json"]
     for n in range(2):
         write(tmp_path / f"s-{n}.tar", b"x")
     assert told(WebDataset(shards=str(tmp_path / "s-{0..1}.tar"), size=8)) == ["s-0.tar", "s-1.tar"]
+
+
+def test_captions_have_the_digest_of_what_is_read(tmp_path: Path):
+    """Hidden files and the copies that notebooks make are no part of the set; a linked folder is."""
+    root, apart = tmp_path / "data", tmp_path / "apart"
+    for name in ("a.png", "a.txt", "sub/b.png", "sub/b.txt"):
+        write(root / name, name.encode())
+    for name in ("c.png", "c.txt"):
+        write(apart / name, name.encode())
+    (root / "linked").symlink_to(apart)
+    part = Captions(path=str(root), size=8)
+    names = sorted(p.relative_to(root).as_posix() for p in part.files())
+    assert names == ["a.png", "a.txt", "linked/c.png", "linked/c.txt", "sub/b.png", "sub/b.txt"]
+    before = digest_of(part.files())
+    for name in (".ipynb_checkpoints/a.png", ".hidden.png", "sub/.DS_Store", "__MACOSX/a.png", "notes.txt"):
+        write(root / name, b"of no account")
+    assert digest_of(part.files()) == before
+    write(apart / "c.txt", b"other")
+    assert digest_of(part.files()) != before
+
+
+def stands(root: Path) -> tuple[Recipe, Callable[[str], Path]]:
+    """A recipe that stands on files of every kind, and where each of them is."""
+    places = {
+        "teacher": make_teacher(root / "teacher") / "scheduler" / "scheduler_config.json",
+        "perceptual": write(root / "vgg.pth", b"vgg"),
+        "data": write(root / "prompts.txt", b"a fox"),
+        "encoder": write(root / "encoder" / "config.json", b"{}"),
+        "vae": write(root / "vae" / "config.json", b"{}"),
+        "teacher.wrapper": write(root / "mine.py", b"class Mine: pass"),
+    }
+    write(root / "lin.pth", b"lin")
+    write(root / "vae" / "x.safetensors", b"vae")
+    told = f"data={{name: prompts, path: {places['data']}, shape: [1, 8, 8], vae: {root / 'vae'}, encoder: {{name: "
+    recipe = load("digits-dmd2", [
+        f"{told}sentence, path: {root / 'encoder'}}}}}",
+        f"roles={{perceptual: {{name: lpips, features: {places['perceptual']}, linear: {root / 'lin.pth'}}}}}",
+        f"teacher={{name: diffusers, path: {root / 'teacher'}, wrapper: '{root / 'mine.py'}:Mine'}}",
+        "student={name: lora}", "method.gan=null", "discriminator=null", "optim={default: {lr: 1e-4}}",
+        "method.guidance=1.0", "evaluate=null",
+    ])  # fmt: skip
+    return recipe, places.__getitem__
+
+
+def test_each_part_that_a_run_stands_on_has_a_digest_of_its_own(tmp_path: Path):
+    recipe, place = stands(tmp_path)
+    then = origins_of(recipe)
+    assert sorted(then) == ["data", "encoder", "perceptual", "teacher", "teacher.wrapper", "vae"]
+    for name in then:
+        place(name).write_bytes(place(name).read_bytes() + b" ")
+        now = origins_of(recipe)
+        assert list(changes(recipe, then, now)) == [name]
+        goes_on = name in ("data", "vae", "teacher.wrapper")
+        if goes_on:
+            (line,) = check_resumed(recipe, then, now, Path("run"))
+            assert line.startswith(f"{name} ")
+            assert line.endswith("; training goes on with what is there now")
+        else:
+            with pytest.raises(UserError, match=f"run: cannot be resumed: {name} "):
+                check_resumed(recipe, then, now, Path("run"))
+        then = now
+
+
+@pytest.mark.parametrize("gone", ["data", "encoder", "perceptual", "vae", "teacher.wrapper"])
+def test_what_is_gone_does_not_hide_what_has_changed(tmp_path: Path, gone: str):
+    recipe, place = stands(tmp_path)
+    then = origins_of(recipe)
+    place(gone).unlink()
+    assert check_product(recipe, then, Path("run")) == []
+    place("teacher").write_bytes(b"{} ")
+    with pytest.raises(UserError, match=r"run: is an adapter on the teacher, and teacher .* has changed"):
+        check_product(recipe, then, Path("run"))
+
+
+def test_a_function_that_makes_a_teacher_has_a_digest(tmp_path: Path):
+    file = write(tmp_path / "mine.py", b"def build(): ...")
+    settings = f"teacher={{name: module, factory: '{file}:build', arguments: {{x: x, time: t}}, prediction: velocity, "
+    recipe = load("toy/cd", [settings + "time_input: t, process: {name: flow}}"])
+    then = origins_of(recipe)
+    assert list(then) == ["teacher.factory"]
+    file.write_bytes(b"def build(): return 0")
+    (line,) = check_product(recipe, then, Path("run"))
+    assert line.startswith(f"teacher.factory {file}:build has changed: 1 files, 16 bytes then, 1 files, 21 bytes now")
 
 
 def test_a_variant_beside_plain_weights_is_not_the_teachers(tmp_path: Path):

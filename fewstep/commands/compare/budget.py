@@ -317,23 +317,31 @@ def _load_bank(path: Path, pairs: Pairs) -> Spent | None:
     """Fill `pairs` from a file and tell what making it had cost; None where there is no whole file."""
     try:
         with safe_open(path, framework="pt") as archive:
-            seconds, calls, cpu_seconds = parse_json(archive.metadata()["cost"], path)
+            names = ("seconds", "calls", "cpu_seconds")
+            cost = _spent(dict(zip(names, parse_json(archive.metadata()["cost"], path), strict=True)))
             pairs.x0.copy_(archive.get_tensor("x0"))
     except (OSError, SafetensorError, TypeError, KeyError, ValueError, RuntimeError):
         return None
     pairs.filled.fill_(len(pairs.x0))
-    return Spent(0, seconds, calls, cpu_seconds)
+    return cost
 
 
 def _account(run: Path) -> list[Spent]:
     path = run / "account.jsonl"
     entries = []
-    for line in path.read_text().splitlines() if path.is_file() else ():
+    for line in path.read_bytes().splitlines() if path.is_file() else ():
         try:
-            entries.append(Spent(**parse_json(line, path)))
-        except (UserError, TypeError):
+            entries.append(_spent(parse_json(line, path)))
+        except (UserError, TypeError, ValueError):
             continue  # a line that a kill left incomplete
     return entries
+
+
+def _spent(held: Any) -> Spent:
+    """From what `vars` gave; ValueError for anything else."""
+    if not isinstance(held, dict) or any(isinstance(v, bool) or not isinstance(v, int | float) for v in held.values()):
+        raise ValueError("expected numbers")
+    return Spent(**held)
 
 
 def probe(recipe: Recipe, budget: Budget, banks: Path | None = None) -> list[tuple[float, float]]:

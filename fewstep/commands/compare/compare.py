@@ -22,15 +22,13 @@ from torch import nn
 
 from fewstep.commands.compare import ranking
 from fewstep.commands.compare.budget import Budget
+from fewstep.commands.compare.kept import claimed, message_of, read_evaluations, write_json
 from fewstep.commands.compare.one_run import (
     NEVER,
     Task,
-    left_by,
-    read_evaluations,
     refuse_changes,
     say,
     work,
-    write_json,
 )
 from fewstep.commands.compare.shown import show
 from fewstep.commands.judge import judge_of
@@ -71,16 +69,11 @@ def compare(
     check_judges(loaded, evaluation)
     names = folders(loaded)
     content = {"budget": str(amount), "settings": list(settings), "steps": list(steps)}
-    claim(out, resume, {**content, "evaluation": asdict(evaluation)})
     tasks = [
         Task(name, out / names[name] / f"seed-{seed}", tuple(settings), amount, evaluation, tuple(steps), seed)
         for name in loaded
         for seed in range(seeds)
     ]
-    for task in tasks:
-        if task.result.is_file():
-            final = task.load()
-            refuse_changes(task.folder, final)
     teachers = [replace(t, seed=None, folder=out / "teachers" / names[t.recipe]) for t in teacher_tasks(tasks, loaded)]
     again = [
         "fewstep",
@@ -97,11 +90,16 @@ def compare(
     again += ["--steps", ",".join(map(str, steps))] if steps else []
     again += ["--samples", str(samples)] if samples is not None else []
     again += [part for s in settings for part in ("--set", s)]
-    say(f"{len(loaded)} recipes x {seeds} seeds, {amount} each, in {out}")
-    with interrupted(shlex.join(again)):
-        run_all([*teachers, *tasks])
-    about = ranking.facts(amount, range(seeds), settings, evaluation)
-    return finish(out, about, tasks, teachers)
+    again += next((w for recipe in loaded.values() if (w := code.words(recipe.teacher))), [])
+    with claimed(out, resume, {**content, "evaluation": asdict(evaluation)}):
+        for task in tasks:
+            if task.kept() is not None:
+                refuse_changes(task.folder, task.load())
+        say(f"{len(loaded)} recipes x {seeds} seeds, {amount} each, in {out}")
+        with interrupted(shlex.join(again)):
+            run_all([*teachers, *tasks])
+        about = ranking.facts(amount, range(seeds), settings, evaluation)
+        return finish(out, about, tasks, teachers)
 
 
 def common(loaded: Mapping[str, Recipe], samples: int | None) -> Evaluate:
@@ -163,30 +161,6 @@ def folders(names: Mapping[str, Any]) -> dict[str, str]:
     return found
 
 
-def claim(out: Path, resume: bool, content: Mapping[str, Any]) -> None:
-    """Take the folder: new, or one of the same comparison to continue (recipes and seeds may be added)."""
-    stamp = out / "compare.json"
-    if out.exists() and not out.is_dir():
-        raise UserError(f"{out}: is a file; choose another --out")
-    content = json.loads(json.dumps(content))
-    if out.exists() and any(out.iterdir()):
-        found = left_by(stamp)
-        if found is None:
-            raise UserError(f"{out}: is not empty and no comparison; choose another --out")
-        if not resume:
-            raise UserError(f"{out}: holds a comparison; continue it with --resume, or choose another --out")
-        before, now = dict(found["evaluation"]), dict(content["evaluation"])
-        # Teachers stand beside the ranking; how many of their rows there are changes no student's.
-        before.pop("teacher_steps"), now.pop("teacher_steps")
-        found.setdefault("steps", content["steps"])  # not told by older comparisons
-        wrong = [k for k in ("budget", "settings", "steps") if found[k] != content[k]]
-        wrong += ["evaluation"] * (before != now)
-        if wrong:
-            told = "; ".join(f"{k}: {found[k]} -> {content[k]}" for k in wrong)
-            raise UserError(f"{out}: is a comparison with another {wrong[0]}, so it cannot be continued ({told})")
-    write_json(stamp, content)
-
-
 def teacher_tasks(tasks: Sequence[Task], loaded: Mapping[str, Recipe]) -> list[Task]:
     """One task per distinct teacher; the process it is re-expressed in makes no other teacher."""
     found: dict[str, Task] = {}
@@ -200,7 +174,7 @@ def teacher_tasks(tasks: Sequence[Task], loaded: Mapping[str, Recipe]) -> list[T
 
 def run_all(tasks: Sequence[Task]) -> None:
     """Run every task without a result, one after the other."""
-    waiting = [t for t in tasks if left_by(t.result) is None]
+    waiting = [t for t in tasks if t.kept() is None]
     context = start_method({t.recipe: t.load() for t in waiting}.values())
     started, made = time.perf_counter(), 0
     for number, task in enumerate(tasks, 1):
@@ -273,9 +247,9 @@ def interrupted(again: str) -> Iterator[None]:
 
 def outcome(task: Task) -> str:
     """A line on how a task ended."""
-    result = left_by(task.result)
+    result = task.kept()
     if result is None:
-        return f"FAILED: {message_of(task).splitlines()[0]}"
+        return f"FAILED: {message_of(task.folder).splitlines()[0]}"
     rows = []
     for e in map(Evaluation.from_json, result["rows"]):
         steps = f"{e.steps} step{'s' * (e.steps != 1)}"
@@ -284,22 +258,18 @@ def outcome(task: Task) -> str:
     return "; ".join(rows) + spent
 
 
-def message_of(task: Task) -> str:
-    return str((left_by(task.failure) or {"message": "left no result"})["message"])
-
-
 def finish(out: Path, about: dict[str, Any], tasks: Sequence[Task], teachers: Sequence[Task]) -> Path:
     """Rank what there is and write the report; UserError when nothing succeeded."""
-    runs = [r for t in tasks if (r := left_by(t.result)) is not None]
+    kept = [(t, r) for t in tasks if (r := t.kept()) is not None]
     failed = [
-        {"recipe": t.recipe, "seed": t.seed, "message": message_of(t)}
+        {"recipe": t.recipe, "seed": t.seed, "message": message_of(t.folder)}
         for t in [*teachers, *tasks]
-        if not t.result.is_file()
+        if t.kept() is None
     ]
-    ranked = ranking.rank(collect([t for t in tasks if t.result.is_file()]))
-    beside = [e for t in teachers if t.result.is_file() for e in read_evaluations(t.folder, left_by(t.result))]
+    ranked = ranking.rank(collect(kept))
+    beside = [e for t in teachers if (r := t.kept()) is not None for e in read_evaluations(t.folder, r)]
     title = f"Comparison under {about['budget']}"
-    ranking.write(out, title, about, ranked, beside, failed, runs)
+    ranking.write(out, title, about, ranked, beside, failed, [r for _, r in kept])
     show(Console(), title, ranked, beside, failed)
     if not ranked:
         raise UserError(f"no run succeeded; see {out / 'report.md'}")
@@ -307,11 +277,10 @@ def finish(out: Path, about: dict[str, Any], tasks: Sequence[Task], teachers: Se
     return out / "results.json"
 
 
-def collect(tasks: Sequence[Task]) -> list[Evaluation]:
-    """A row per recipe and number of steps from the results in the tasks' folders."""
+def collect(kept: Sequence[tuple[Task, Mapping[str, Any]]]) -> list[Evaluation]:
+    """A row per recipe and number of steps from the results of tasks."""
     found: dict[tuple[str, int | None], list[tuple[Any, Evaluation]]] = {}
-    for task in tasks:
-        result = left_by(task.result)
+    for task, result in kept:
         for e in read_evaluations(task.folder, result):
             found.setdefault((task.recipe, e.steps), []).append((result, e))
     return [ranking.join(recipe, [r for r, _ in parts], [e for _, e in parts]) for (recipe, _), parts in found.items()]

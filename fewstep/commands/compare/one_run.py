@@ -6,16 +6,16 @@ import json
 import multiprocessing
 import sys
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from fewstep.algebra.draws import fold
 from fewstep.commands.compare.budget import Accounted, Budget, lengths, probe, with_lengths
+from fewstep.commands.compare.kept import keep_arrays, result_of, steps_of, write_json
 from fewstep.commands.judge import Judge, judge_of
 from fewstep.commands.measure import guided_teacher, measure, teacher_product
 from fewstep.commands.progress import Watch
@@ -24,7 +24,7 @@ from fewstep.config import UserError, plain
 from fewstep.eval.protocol.evaluation import Evaluation, environment
 from fewstep.eval.protocol.images import to_pixels
 from fewstep.eval.protocol.latency import measure_latency
-from fewstep.files import atomic_path, read_json
+from fewstep.files import atomic_path
 from fewstep.networks import code
 from fewstep.recipe.diff import differences
 from fewstep.recipe.schema import Evaluate, Recipe
@@ -72,6 +72,10 @@ class Task:
     def result(self) -> Path:
         return self.folder / "result.json"
 
+    def kept(self) -> dict[str, Any] | None:
+        """Its result, None where it is to be made."""
+        return result_of(self.folder, self.seed is None)
+
     @property
     def failure(self) -> Path:
         return self.folder / "failure.json"
@@ -79,20 +83,6 @@ class Task:
 
 def say(text: str) -> None:
     print(text, flush=True)
-
-
-def write_json(path: Path, content: Any) -> None:
-    """Whole or not at all; NaN is refused."""
-    with atomic_path(path) as temporary:
-        temporary.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n")
-
-
-def left_by(path: Path) -> dict[str, Any] | None:
-    """The JSON object in a file, None where there is no whole one."""
-    try:
-        return read_json(path)
-    except UserError:
-        return None
 
 
 def work(task: Task) -> None:
@@ -168,9 +158,9 @@ def train(task: Task) -> None:
 def planned(task: Task, recipe: Recipe, banks: Path) -> list[int]:
     """Steps per stage, the same for every seed: written by the first run of a recipe, read by the others."""
     path = task.folder.parent / "lengths.json"
-    found = left_by(path)
-    if found is not None and found["recipe"] == identity(recipe):
-        return [int(n) for n in found["steps"]]
+    found = steps_of(path, identity(recipe), len(recipe.stages()))
+    if found is not None:
+        return found
     costs = () if task.budget.kind == "updates" else probe(recipe, task.budget, banks)
     steps = lengths(recipe, task.budget, costs)
     write_json(path, {"recipe": identity(recipe), "steps": steps, "costs": list(costs)})
@@ -231,37 +221,6 @@ def score(product: Product, judge: Judge) -> Evaluation:
 
     latency = tuple(measure_latency(generate, batch, repeats=5, warm_up=1) for batch in (1, SHOWN))
     return replace(evaluation, images=to_pixels(x[:SHOWN]) if x.ndim == 4 else None, latency=latency)
-
-
-def keep_arrays(folder: Path, found: Sequence[Evaluation]) -> None:
-    """Influences and pictures of a run in scores.npz, written before its result."""
-    arrays: dict[str, np.ndarray] = {}
-    for e in found:
-        for name in ("influence", "curvature") if e.frechet else ():
-            value = getattr(e.frechet[0], name)
-            if value is not None:
-                arrays[f"{name}-{e.steps}"] = value
-        if e.images is not None:
-            arrays[f"images-{e.steps}"] = e.images.numpy()
-    folder.mkdir(parents=True, exist_ok=True)
-    with atomic_path(folder / "scores.npz") as temporary:
-        np.savez(temporary, **arrays)
-
-
-def read_evaluations(folder: Path, result: Mapping[str, Any]) -> list[Evaluation]:
-    """The evaluations of a run with the arrays that `keep_arrays` wrote."""
-    with np.load(folder / "scores.npz") as archive:
-        arrays = {k: archive[k] for k in archive.files}
-    out = []
-    for row in result["rows"]:
-        e = Evaluation.from_json(row)
-        influence, images = arrays.get(f"influence-{e.steps}"), arrays.get(f"images-{e.steps}")
-        if influence is not None:
-            known = {"influence": influence, "curvature": arrays[f"curvature-{e.steps}"]}
-            e.frechet = [replace(e.distance, **known)]
-        e.images = None if images is None else torch.from_numpy(images)
-        out.append(e)
-    return out
 
 
 def score_teacher(task: Task) -> None:

@@ -116,6 +116,11 @@ class Wrapper(nn.Module):
         patch = int(getattr(self.config, "patch_size", None) or 1)
         return (size[0] // patch) * (size[1] // patch)
 
+    def refuses_size(self, size: Sequence[int]) -> str:
+        """Why the model cannot take x of a height and width; "" where it can, as far as its config tells."""
+        patch = int(getattr(self.config, "patch_size", None) or 1)
+        return f"its patches have {patch} x {patch}" if any(n % patch for n in size) else ""
+
     def example(self, b: int, generator: torch.Generator | None = None) -> Any:
         """A random condition of the right shapes, None where the network takes none."""
         return None

@@ -1,0 +1,84 @@
+"""What is read from files: no pipe is waited for."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fewstep.config import UserError
+from fewstep.data.images import ImageFolder
+from fewstep.data.latents import vae_hash
+from fewstep.data.pictures import Captions, Prompts, WebDataset
+from fewstep.data.text import SentenceEncoder
+from fewstep.eval.protocol.images import ImageFolder as Measured
+from fewstep.eval.protocol.real import folder_pictures
+from fewstep.files import crc32_of, digest_of, file_sha256, read_json, regular
+from fewstep.networks.weights import check_whole
+from fewstep.pictures import PictureError
+
+ENCODER: Any = SentenceEncoder(path="e")
+
+
+@pytest.fixture(autouse=True)
+def alarm() -> Iterator[None]:
+    """A reader that waits for a writer would wait for ever."""
+
+    def late(*_: Any) -> None:
+        raise TimeoutError("waits for a pipe")
+
+    before = signal.signal(signal.SIGALRM, late)
+    signal.alarm(20)
+    yield
+    signal.alarm(0)
+    signal.signal(signal.SIGALRM, before)
+
+
+def pipe(path: Path) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    os.mkfifo(path)
+    return path
+
+
+@pytest.mark.parametrize("reader", [
+    regular, crc32_of, file_sha256, read_json, lambda p: digest_of([p]), lambda p: check_whole(p.parent, "teacher t"),
+    lambda p: Prompts(path=str(p), shape=(1, 8, 8), encoder=ENCODER).open(),
+    lambda p: vae_hash(str(p.parent)),
+])  # fmt: skip
+def test_a_pipe_is_refused_by_name(tmp_path: Path, reader: Callable[[Path], Any]):
+    (tmp_path / "config.json").write_text("{}")
+    path = pipe(tmp_path / "x.safetensors")
+    with pytest.raises(UserError, match=rf"{path}: is a pipe, a device or a socket and no file"):
+        reader(path)
+
+
+@pytest.mark.parametrize("reader", [
+    lambda p: ImageFolder(path=str(p)).open(), lambda p: ImageFolder(path=str(p)).files(),
+    lambda p: Captions(path=str(p), size=8).open(), lambda p: Captions(path=str(p), size=8).files(),
+    Measured, lambda p: folder_pictures(p, 8, 3),
+])  # fmt: skip
+@pytest.mark.parametrize("linked", [False, True])
+def test_a_pipe_among_pictures_is_refused_by_name(tmp_path: Path, reader: Callable[[Path], Any], linked: bool):
+    made = pipe(tmp_path / ("elsewhere" if linked else "data/x.png"))
+    if linked:
+        (tmp_path / "data").mkdir()
+        (tmp_path / "data" / "x.png").symlink_to(made)
+    with pytest.raises((UserError, PictureError, ValueError), match=r"data/x\.png: is a pipe, a device or a socket"):
+        reader(tmp_path / "data")
+
+
+def test_a_pipe_beside_pictures_is_passed_over_or_missed(tmp_path: Path):
+    """What is asked for by name is not there; a pipe under another name is nothing of ours."""
+    root = tmp_path / "data"
+    pipe(root / "notes.md")
+    pipe(root / "captions.jsonl")
+    with pytest.raises(UserError, match="no pictures"):
+        Captions(path=str(root), size=8).open()
+    with pytest.raises(UserError, match=r"told\.jsonl: no such caption file"):
+        Captions(path=str(root), size=8, captions=pipe(root / "told.jsonl").name).open()
+    with pytest.raises(UserError, match=r"shards .*0\.tar is missing"):
+        WebDataset(shards=str(pipe(tmp_path / "0.tar").parent / "{0..0}.tar"), size=8).open()
