@@ -321,6 +321,7 @@ class Trainer:
         if again:
             # Under the same name and first of all: whoever continues from it has gone back as well.
             resume.save(self.loop, self.run, {**(mark or {}), "acts": guard.acts})
+        self._newest = found.name
         self._stand()
         if not again:
             raise Stopped(

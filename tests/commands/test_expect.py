@@ -11,7 +11,7 @@ import pytest
 from fewstep.commands.expect import expect
 from fewstep.commands.health import report
 from fewstep.config import UserError
-from fewstep.recipe.store import dump, load
+from fewstep.recipe.store import load
 from fewstep.train.trainer import Trainer
 
 SHORT = (
@@ -29,10 +29,7 @@ RECIPE = "extends: toy/dmd2\nabout: mine\n# expected by nobody yet\n"
 
 
 def trained(run: Path, recipe: str, *settings: str) -> Path:
-    run.mkdir()
-    made = load(recipe, [*SHORT, *settings])
-    (run / "recipe.yaml").write_text(dump(made))
-    Trainer(made, run, cpu=True).fit()
+    Trainer(load(recipe, [*SHORT, *settings]), run, cpu=True).fit()
     return run
 
 

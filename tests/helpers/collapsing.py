@@ -62,8 +62,6 @@ def spoiled(bias: Callable[[float], float], onset: int = ONSET) -> Callable[[Tra
 def start(run: Path | None, *settings: str, bias: Callable[[float], float] = lambda share: 0.0) -> Trainer:
     """The run's trainer, at its newest checkpoint where there is one; `lines` holds what the guard says."""
     lines: list[str] = []
-    if run is not None:
-        run.mkdir(parents=True, exist_ok=True)
     trainer = Trainer(short(*settings), run, cpu=True)
     spoil = spoiled(bias)
     step = trainer.loop.step
