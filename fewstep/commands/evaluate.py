@@ -301,7 +301,8 @@ def models(
             any_steps=request.any_steps,
         )
     product.net.to(device)
-    found = [product.with_steps(n, request.any_steps) for n in steps] or [product]
+    counts = steps or (product.fitted.counts if product.fitted is not None else ())
+    found = [product.with_steps(n, request.any_steps) for n in counts] or [product]
     out = [of_product(preset, p, path.name) for p in found]
     if teacher:
         recipe: Any = product.recipe

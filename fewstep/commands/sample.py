@@ -11,6 +11,7 @@ from fewstep.commands.options import check_sheet, parse_classes
 from fewstep.commands.pictures import require_finite, save_grid
 from fewstep.commands.report import console, opened
 from fewstep.config import UserError
+from fewstep.train.fitted import is_fit
 
 
 def draw(
@@ -34,9 +35,12 @@ def draw(
         if classes is not None:
             raise UserError("--classes: samples are of classes or of prompts; leave one out")
         return draw_prompts(path, prompts, out, steps, any_steps, seed, teacher, guidance)
-    if teacher is not None or guidance is not None:
+    fitted = is_fit(path)
+    if teacher is not None or (guidance is not None and not fitted):
         raise UserError("--teacher and --guidance: are for samples of prompts (--prompt, --prompts)")
     product = opened(path).with_steps(steps, any_steps)
+    if product.fitted is not None:
+        product.fitted.check_guidance(guidance, "--guidance")
     check_sheet(count, product.picture_shape())
     labels, per_row = None, 10
     if product.classes:

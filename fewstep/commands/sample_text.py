@@ -76,6 +76,9 @@ def of_run(
     """(name, images (n, c, h, w) in [-1, 1]) of the teacher and of the student, from the same noises."""
     product = opened(run).with_steps(steps, any_steps)
     recipe: Any = product.recipe
+    if product.fitted is not None:
+        product.fitted.check_guidance(guidance, "--guidance")
+        guidance = product.fitted.guidance
     data, spec = recipe.data, recipe.evaluate
     if getattr(data, "encoder", None) is None:
         raise UserError(f"{run}: was not trained on text (its data has no encoder), so it takes no prompt")
@@ -83,7 +86,8 @@ def of_run(
     index = torch.arange(len(prompts), device=product.device())
     cond, decode = text.take(index), product.decoder()
     taken = len(product.sampler.steps)
-    drawn = [(f"student, {taken} step{'s' * (taken > 1)}", product)]
+    name = "fitted" if product.fitted is not None else "student"
+    drawn = [(f"{name}, {taken} step{'s' * (taken > 1)}", product)]
     many = max(spec.teacher_steps) if teacher is None and spec and spec.teacher_steps else teacher
     if recipe.teacher is not None and many != 0:
         net: Any = build_roles(recipe, data.open()).teacher

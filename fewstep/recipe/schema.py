@@ -190,6 +190,9 @@ class Evaluate:
     """Heun steps at which the teacher is measured."""
     guidance: float = 1.0
     """Guidance scale at which the teacher is measured; 1 is none."""
+    fitted: bool | None = None
+    """Measure also the frozen teacher under a sampler fitted, without training, for the student's number of calls, of
+    two at least (`fewstep fit`). Left out: where fitting takes under 5 % of the training's network calls."""
     retrieval: str | None = None
     """Folder of a model by `fewstep train-retrieval`: also the share of captions found among 100."""
 
