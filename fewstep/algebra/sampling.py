@@ -98,6 +98,7 @@ def sample(
     cond: Any = None,
     fresh: Fresh | None = None,
     start: Tensor | None = None,
+    seen: Callable[[int, Prediction], None] | None = None,
 ) -> Tensor:
     """Draw samples.
 
@@ -106,6 +107,7 @@ def sample(
         noise: standard normal start noise (b, *d); scaled to the process's prior here.
         fresh: noise after step i, needed by renoise and gamma when there is more than one step.
         start: a state (b, *d) at the first level to go on from, in place of the prior.
+        seen: told the number of every step and what the net says at its level, as it is used.
 
     Returns:
         x0 of shape (b, *d), not clamped. Raises ValueError when fresh noise is needed and not given.
@@ -120,9 +122,13 @@ def sample(
     b = noise.shape[0]
     x = process.prior(noise, times[0].expand(b)) if start is None else start
     if sampler.kind == "ode" and not sampler.history:
-        for t, s in pairwise(times):
-            x = solver_step(net, x, t.expand(b), s.expand(b), cond, sampler.solver)
-        return net(x, times[-1].expand(b), cond).x0
+        for i, (t, s) in enumerate(pairwise(times)):
+            here = net if seen is None else told(net, i, seen)
+            x = solver_step(here, x, t.expand(b), s.expand(b), cond, sampler.solver)
+        last_answer = net(x, times[-1].expand(b), cond)
+        if seen is not None:
+            seen(len(times) - 1, last_answer)
+        return last_answer.x0
     kind = "map" if sampler.kind == "ode" else sampler.kind
     if len(sampler.steps) > 1 and fresh is None and kind != "map":
         raise ValueError(f"a {kind} sampler of {len(sampler.steps)} steps needs `fresh` noise")
@@ -139,6 +145,8 @@ def sample(
             if before is not None and sampler.history[i] != 0:
                 prediction = from_x0(process, x, t, answer + sampler.history[i] * (answer - before))
             before = answer
+        if seen is not None:
+            seen(i, prediction)
         if last:
             break
         if sampler.clip is not None:
@@ -153,6 +161,20 @@ def sample(
         else:
             x = gamma_step(prediction, s, sampler.eta, fresh(i))
     return prediction.x0
+
+
+def told(net: Callable[..., Prediction], step: int, seen: Callable[[int, Prediction], None]) -> Any:
+    """The net, whose first answer is shown to `seen`."""
+    asked: list[int] = []
+
+    def call(x: Tensor, t: Tensor, cond: Any = None) -> Prediction:
+        prediction = net(x, t, cond)
+        if not asked:
+            seen(step, prediction)
+        asked.append(step)
+        return prediction
+
+    return call
 
 
 def clipped(prediction: Prediction, quantile: float) -> Prediction:

@@ -24,6 +24,7 @@ from fewstep.export.forecast import foretold
 from fewstep.export.levels import check_product
 from fewstep.files import atomic_path, commit
 from fewstep.recipe.schema import Recipe
+from fewstep.train.assisted import assisted
 from fewstep.train.product import Product, open_product, product_of
 from fewstep.train.trainer import Trainer
 
@@ -103,11 +104,12 @@ def _measure(trainer: Trainer, student: Product, run: Path, judge: Judge) -> lis
     steps = len(student.sampler.steps)
     role = "teacher" if student.sampler.kind == "ode" else "student"
     student = replace(student, title=f"{role}, {steps} step{'s' * (steps > 1)}")
-    teacher = first_teacher(trainer)
-    if teacher is not None:
-        teacher = guided_teacher(teacher, spec.guidance, trainer.data.null)
+    first = first_teacher(trainer)
+    teacher = None if first is None else guided_teacher(first, spec.guidance, trainer.data.null)
     rows, panels = compare(student, judge, teacher, spec.teacher_steps)
     rows[-1:-1] = _fitted(trainer.recipe, student, teacher, judge)
+    if spec.assist is not None and first is not None:
+        rows[-1:-1] = [measure(assisted(student, spec.assist, first, trainer.data.null), judge)[0]]
     show(rows)
     told = {"recipe": trainer.recipe.about, "skips": trainer.progress.skipped, "commit": commit()[:7]}
     report = {"rows": [r.as_json() for r in rows], **told}

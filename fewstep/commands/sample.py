@@ -7,7 +7,9 @@ from pathlib import Path
 
 import torch
 
+from fewstep.commands.assisting import parse_assist, with_assist
 from fewstep.commands.options import check_sheet, parse_classes
+from fewstep.commands.path import draw_path
 from fewstep.commands.pictures import require_finite, save_grid
 from fewstep.commands.report import console, opened
 from fewstep.config import UserError
@@ -25,8 +27,10 @@ def draw(
     prompts: Sequence[str] = (),
     teacher: int | None = None,
     guidance: float | None = None,
+    assist: str | None = None,
+    steps_shown: bool = False,
 ) -> Path:
-    """`fewstep sample`: a PNG grid; with prompts a sheet of them, see `sample_text`."""
+    """`fewstep sample`: a PNG grid; with prompts a sheet of them, see `sample_text`; or one of x0 at every step."""
     if out.suffix.lower() != ".png":
         raise UserError(f"--out {out}: must end in .png")
     if prompts:
@@ -34,10 +38,12 @@ def draw(
 
         if classes is not None:
             raise UserError("--classes: samples are of classes or of prompts; leave one out")
+        if assist is not None or steps_shown:
+            raise UserError("--assist and --path: are for samples of a run's own conditions; leave out the prompts")
         return draw_prompts(path, prompts, out, steps, any_steps, seed, teacher, guidance)
     fitted = is_fit(path)
-    if teacher is not None or (guidance is not None and not fitted):
-        raise UserError("--teacher and --guidance: are for samples of prompts (--prompt, --prompts)")
+    if (teacher is not None and not steps_shown) or (guidance is not None and not fitted):
+        raise UserError("--teacher and --guidance: are for samples of prompts (--prompt, --prompts) or --path")
     product = opened(path).with_steps(steps, any_steps)
     if product.fitted is not None:
         product.fitted.check_guidance(guidance, "--guidance")
@@ -49,11 +55,18 @@ def draw(
         per_row = min(len(wanted), 10)
     elif classes is not None:
         parse_classes(classes, 0)
+    if steps_shown:
+        if assist is not None:
+            raise UserError("--path: shows a student's own steps; leave out --assist")
+        return draw_path(product, product.labels(count) if labels is None else labels, count, seed, out, teacher)
+    if assist is not None:
+        product = with_assist(product, parse_assist(assist))
     x = product.draw(count, seed, labels)
     require_finite(x, str(path))
     save_grid(x, out, min(per_row, count))
     taken = len(product.sampler.steps)
-    console.print(f"{count} sample{'s' * (count > 1)} in {taken} step{'s' * (taken > 1)}: {out}", soft_wrap=True)
+    helped = "" if product.assist is None else f" with {product.assist.part.name}, {product.network_calls():g} calls each"
+    console.print(f"{count} sample{'s' * (count > 1)} in {taken} step{'s' * (taken > 1)}{helped}: {out}", soft_wrap=True)
     return out
 
 

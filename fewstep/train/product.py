@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,7 @@ from fewstep.algebra.guidance import Guided
 from fewstep.algebra.sampling import Sampler, knot_levels, many_step, sample, seeded
 from fewstep.config import UserError
 from fewstep.networks import code
+from fewstep.networks.assisted import Assist
 from fewstep.networks.folder import resolve
 from fewstep.recipe.schema import MOST_STEPS, Recipe
 from fewstep.recipe.store import load_run
@@ -32,6 +33,21 @@ def check_step_count(steps: int, option: str) -> None:
         raise UserError(f"{option} must be at least 1, not {steps}")
     if steps > MOST_STEPS:
         raise UserError(f"{option} must be at most {MOST_STEPS}, not {steps}")
+
+
+class Assisting(Protocol):
+    """A teacher that helps a product (`fewstep.train.assisted`)."""
+
+    @property
+    def part(self) -> Assist: ...
+    @property
+    def teacher(self) -> nn.Module: ...
+    @property
+    def threshold(self) -> float: ...
+    def images(
+        self, net: nn.Module, sampler: Sampler, shape: tuple[int, ...], index: Tensor, cond: Any, seed: int
+    ) -> Tensor: ...
+    def network_calls(self, sampler: Sampler) -> float: ...
 
 
 @dataclass(frozen=True)
@@ -59,12 +75,20 @@ class Product:
     """Lines about files outside that are others than when it was trained."""
     fitted: Fitted | None = None
     """Of a teacher with fitted samplers: all of them, and what they hold for."""
+    assist: Assisting | None = None
+    """The teacher's help at sampling."""
 
     @torch.no_grad()
     def images(self, index: Tensor, labels: Any, seed: int = 0) -> Tensor:
         """Samples of global indices (b,) with conditions or None: the same for any split into batches."""
+        if self.assist is not None:
+            return self.assist.images(self.net, self.sampler, self.shape, index, labels, seed)
         start, fresh = seeded(seed, index, self.shape)
         return sample(self.sampler, self.net, start, labels, fresh)
+
+    def network_calls(self) -> float:
+        """Network calls per sample, those of a helping teacher too; else guidance is not counted."""
+        return self.sampler.network_calls() if self.assist is None else self.assist.network_calls(self.sampler)
 
     def draw(self, count: int, seed: int = 0, labels: Any = None, batch: int = 256) -> Tensor:
         """`count` samples on the CPU, decoded where there is a VAE; labels default to index mod classes.

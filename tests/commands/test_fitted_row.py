@@ -124,7 +124,7 @@ def test_a_comparison_has_it_and_takes_a_fit_as_a_run_without_updates(
     assert call("fit", teacher, *small, "--force", "--out", "fit")[0] == 0
     code, said = call(*told, "--resume")
     assert code == 0, said
-    assert said.count("done before") == 3
+    assert said.count("done before") == 3, said
     found = json.loads((tmp_path / "out" / "results.json").read_text())
     assert {(r["name"], r["calls"]) for r in found["rows"]} == {("digits-dmd2", 2), ("fit", 2)}
     code, said = call("compare", "fit", "--budget", "updates=2", "--out", "other")

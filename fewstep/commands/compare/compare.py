@@ -92,7 +92,7 @@ def compare(
         *teacher_tasks(tasks, loaded, out / "teachers", names),
         *fitted_tasks(tasks, loaded, out / "fitted", names),
     ]
-    tasks += [replace(tasks[0], seed=None, folder=out / names[fit] / "fit", fit=Path(fit)) for fit in fits]
+    tasks += fit_tasks(tasks[0], {name: out / names[name] / "fit" for name in fits})
     again = [
         "fewstep",
         "compare",
@@ -231,9 +231,9 @@ def training_calls(budget: Budget, recipe: Recipe) -> float:
     return budget.amount if budget.kind == "calls" else math.inf
 
 
-def fit_tasks(like: Task, fits: Sequence[str], folders: Mapping[str, Path]) -> list[Task]:
+def fit_tasks(like: Task, places: Mapping[str, Path]) -> list[Task]:
     """One task per folder by `fewstep fit`; a result of another fit in its place is measured again."""
-    out = [replace(like, seed=None, folder=folders[name], fit=Path(name)) for name in fits]
+    out = [replace(like, seed=None, folder=place, fit=Path(name)) for name, place in places.items()]
     for task in out:
         found = left_by(task.result)
         if found is not None and found.get("fit") != file_sha256(Path(str(task.fit)) / NAME):
