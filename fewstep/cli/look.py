@@ -51,6 +51,11 @@ def sample(
         float | None,
         typer.Option(help="Guidance scale of that teacher, or of a pipeline's call [default: the recipe's]."),
     ] = None,
+    negative: Annotated[
+        str | None,
+        typer.Option(help="A negative prompt inside the student's attention, a further row; with --nasa."),
+    ] = None,
+    nasa: Annotated[float | None, typer.Option(help="Its weight, .1 to .5 (NASA, arXiv 2412.02687).")] = None,
     assist: Annotated[
         str | None,
         typer.Option(help="A run's teacher helps: distillation_pp, diversity, adaptive; or NAME:key=value,..."),
@@ -70,7 +75,8 @@ def sample(
 
     told = read_prompts_of(prompt or [], prompts) if prompt or prompts else []
     number = count or (8 if show_path else 100)
-    draw(path, steps, classes, number, seed, out, any_steps, told, teacher, guidance, assist, show_path)
+    more = (assist, show_path, negative, nasa)
+    draw(path, steps, classes, number, seed, out, any_steps, told, teacher, guidance, *more)
 
 
 @app.command(

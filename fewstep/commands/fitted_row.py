@@ -13,7 +13,7 @@ from fewstep.train.product import Product
 SHARE = 0.05
 """Of a run's network calls, up to which fitting is done unasked."""
 NOISES = 10
-"""Of a fit that nobody asked for by itself; on digits as good as sixty (assets/fitting.md)."""
+"""Of a fit that nobody asked for by itself; on digits as good as sixty (docs/fitting.md)."""
 POINTS = 32
 METHOD = "fitted"
 """What stands in place of a method's name."""

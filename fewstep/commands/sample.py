@@ -29,10 +29,16 @@ def draw(
     guidance: float | None = None,
     assist: str | None = None,
     steps_shown: bool = False,
+    negative: str | None = None,
+    nasa: float | None = None,
 ) -> Path:
     """`fewstep sample`: a PNG grid; with prompts a sheet of them, see `sample_text`; or one of x0 at every step."""
     if out.suffix.lower() != ".png":
         raise UserError(f"--out {out}: must end in .png")
+    if (negative is None) != (nasa is None) or (negative is not None and not prompts):
+        raise UserError("--negative TEXT and --nasa WEIGHT: belong together, with --prompt; weights are .1 to .5")
+    if nasa is not None and not 0 <= nasa <= 2:
+        raise UserError(f"--nasa {nasa:g}: expected a weight in [0, 2]; published are .1 to .5")
     if prompts:
         from fewstep.commands.sample_text import draw_prompts
 
@@ -40,7 +46,8 @@ def draw(
             raise UserError("--classes: samples are of classes or of prompts; leave one out")
         if assist is not None or steps_shown:
             raise UserError("--assist and --path: are for samples of a run's own conditions; leave out the prompts")
-        return draw_prompts(path, prompts, out, steps, any_steps, seed, teacher, guidance)
+        away = None if negative is None or nasa is None else (negative, nasa)
+        return draw_prompts(path, prompts, out, steps, any_steps, seed, teacher, guidance, away)
     fitted = is_fit(path)
     if (teacher is not None and not steps_shown) or (guidance is not None and not fitted):
         raise UserError("--teacher and --guidance: are for samples of prompts (--prompt, --prompts) or --path")
