@@ -118,9 +118,12 @@ def of_run(
 def steered(product: Any, data: Any, away: Away) -> Iterator[None]:
     """The product's cross-attention with a negative prompt inside. UserError for a network that has none to steer."""
     words, weight = away
-    model = next((m.model for m in product.net.modules() if isinstance(m, Wrapper)), None)
+    net: Any = product.net
+    while not isinstance(net, Wrapper) and net is not None:  # an adapter's base is none of its modules
+        net = next((getattr(net, k) for k in ("base", "denoiser", "net") if hasattr(net, k)), None)
+    model = getattr(net, "model", None)
     if not hasattr(model, "set_attn_processor"):
-        raise UserError(f"--negative: a {type(model).__name__} has no attention processors that take a negative prompt")
+        raise UserError("--negative: the student's network has no attention processors that take a negative prompt")
     told = embed(data.encoder, [words], negative=data.negative, zeros=data.zeros, cache=data.text_cache)
     row = told.take(torch.zeros(1, dtype=torch.long, device=product.device()))
     text = row["text"][:, row["mask"][0] > 0] if "mask" in row else row["text"]
