@@ -32,6 +32,8 @@ PAGES = {
     "CONTRIBUTING.md": "method.md",
     "SECURITY.md": "security.md",
     "CHANGELOG.md": "changelog.md",
+    "docs/fitting.md": "fitting.md",
+    "docs/assisting.md": "assisting.md",
 }
 """The page that holds a file of the repository."""
 PICTURES = ("assets/digits-dmd2.png",)

@@ -52,7 +52,7 @@ class Evaluation:
     metrics: dict[str, dict[str, Any]]
     environment: dict[str, str] = field(default_factory=dict)
     seconds: float | None = None
-    calls: int | None = None
+    calls: float | None = None
     steps: int | None = None
     group: str = ""
     training: dict[str, Any] = field(default_factory=dict)

@@ -69,12 +69,14 @@ def after_teacher(
     fresh: Fresh | None = None,
     *,
     steps: int = 1,
+    substeps: int = 1,
     solver: Solver = "ddim",
 ) -> Tensor:
     """Diversity distillation (arXiv 2503.10637): the teacher takes the first `steps` steps of the sampler's own grid.
 
     The student, whose first step decides the composition, then draws the rest; 0 steps is the student alone, all
-    of them the teacher on that grid. Returns x0 (b, *d).
+    of them the teacher on that grid. Each of the teacher's is `substeps` solver steps, even in u (the paper: its own
+    grid of 20 until the student's second level). Returns x0 (b, *d).
     """
     if not 0 <= steps <= len(sampler.steps):
         raise UserError(f"the teacher's steps must lie in 0..{len(sampler.steps)}, not {steps}")
@@ -83,7 +85,10 @@ def after_teacher(
     b = len(noise)
     x = process.prior(noise, times[0].expand(b))
     for i in range(min(steps, len(times) - 1)):
-        x = solver_step(teacher, x, times[i].expand(b), times[i + 1].expand(b), cond, solver)
+        high, low = sampler.steps[i : i + 2]
+        inner = times_of([high + (low - high) * k / substeps for k in range(1, substeps)], process).to(times)
+        for t, s in pairwise([times[i], *inner, times[i + 1]]):
+            x = solver_step(teacher, x, t.expand(b), s.expand(b), cond, solver)
     if steps == len(times):
         return teacher(x, times[-1].expand(b), cond).x0
     rest = replace(sampler, steps=sampler.steps[steps:])

@@ -55,6 +55,19 @@ class Sampler:
     keep_noise: bool = False
     """Kind map: leave the first level with the start noise in place of the predicted one, which is exact at
     alpha = 0 (noise correction, Imagine Flash, arXiv 2405.05224, sec. 4.3)."""
+    history: tuple[float, ...] = ()
+    """Kinds map and ode with ddim: step i uses x0_i + history[i] (x0_i - x0_{i-1}) in place of x0_i; one weight a step,
+    the first 0 (D-ODE, arXiv 2309.16421; DPM-Solver++(2M), arXiv 2211.01095, is such a list). None when left out."""
+
+    def __post_init__(self) -> None:
+        if not self.history:
+            return
+        if self.kind != "map" and (self.kind, self.solver) != ("ode", "ddim"):
+            raise ValueError(f"history: is for kind map, or kind ode with solver ddim, not for kind {self.kind}")
+        if len(self.history) != len(self.steps):
+            raise ValueError(f"history: has {len(self.history)} weights for {len(self.steps)} steps; give one a step")
+        if self.history[0] != 0:
+            raise ValueError(f"history: begins with {self.history[0]}; the first step has nothing before it, give 0")
 
     def guidance_at(self, level: float) -> float | None:
         """The scale handed to the student at a level u in [0, 1]."""
@@ -85,6 +98,7 @@ def sample(
     cond: Any = None,
     fresh: Fresh | None = None,
     start: Tensor | None = None,
+    seen: Callable[[int, Prediction], None] | None = None,
 ) -> Tensor:
     """Draw samples.
 
@@ -93,6 +107,7 @@ def sample(
         noise: standard normal start noise (b, *d); scaled to the process's prior here.
         fresh: noise after step i, needed by renoise and gamma when there is more than one step.
         start: a state (b, *d) at the first level to go on from, in place of the prior.
+        seen: told the number of every step and what the net says at its level, as it is used.
 
     Returns:
         x0 of shape (b, *d), not clamped. Raises ValueError when fresh noise is needed and not given.
@@ -106,33 +121,60 @@ def sample(
     times = times_of(sampler.steps, process).to(noise.device)
     b = noise.shape[0]
     x = process.prior(noise, times[0].expand(b)) if start is None else start
-    if sampler.kind == "ode":
-        for t, s in pairwise(times):
-            x = solver_step(net, x, t.expand(b), s.expand(b), cond, sampler.solver)
-        return net(x, times[-1].expand(b), cond).x0
-    if len(sampler.steps) > 1 and fresh is None and sampler.kind != "map":
-        raise ValueError(f"a {sampler.kind} sampler of {len(sampler.steps)} steps needs `fresh` noise")
+    if sampler.kind == "ode" and not sampler.history:
+        for i, (t, s) in enumerate(pairwise(times)):
+            here = net if seen is None else told(net, i, seen)
+            x = solver_step(here, x, t.expand(b), s.expand(b), cond, sampler.solver)
+        last_answer = net(x, times[-1].expand(b), cond)
+        if seen is not None:
+            seen(len(times) - 1, last_answer)
+        return last_answer.x0
+    kind = "map" if sampler.kind == "ode" else sampler.kind
+    if len(sampler.steps) > 1 and fresh is None and kind != "map":
+        raise ValueError(f"a {kind} sampler of {len(sampler.steps)} steps needs `fresh` noise")
+    before: Tensor | None = None
     for i, t in enumerate(times):
         t, scale = t.expand(b), sampler.guidance_at(sampler.steps[i])
         call = {} if scale is None else {"w": times.new_full((b,), scale)}
         last = i + 1 == len(times)
         s = clean(process, t) if last else times[i + 1].expand(b)
         aim = _aim(sampler, process, s, last)
-        prediction = ask(net, x, t, aim, cond, **call)
+        prediction = net(x, t, cond) if sampler.kind == "ode" else ask(net, x, t, aim, cond, **call)
+        if sampler.history:
+            answer = prediction.x0
+            if before is not None and sampler.history[i] != 0:
+                prediction = from_x0(process, x, t, answer + sampler.history[i] * (answer - before))
+            before = answer
+        if seen is not None:
+            seen(i, prediction)
         if last:
             break
         if sampler.clip is not None:
             prediction = clipped(prediction, sampler.clip)
-        if sampler.kind == "map":
+        if kind == "map":
             correct = sampler.keep_noise and i == 0
             x = (replace(prediction, eps=noise) if correct else prediction).at(s)
             continue
         assert fresh is not None
-        if sampler.kind == "renoise":
+        if kind == "renoise":
             x = renoise(process, prediction.x0, fresh(i), s)
         else:
             x = gamma_step(prediction, s, sampler.eta, fresh(i))
     return prediction.x0
+
+
+def told(net: Callable[..., Prediction], step: int, seen: Callable[[int, Prediction], None]) -> Any:
+    """The net, whose first answer is shown to `seen`."""
+    asked: list[int] = []
+
+    def call(x: Tensor, t: Tensor, cond: Any = None) -> Prediction:
+        prediction = net(x, t, cond)
+        if not asked:
+            seen(step, prediction)
+        asked.append(step)
+        return prediction
+
+    return call
 
 
 def clipped(prediction: Prediction, quantile: float) -> Prediction:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable
-from dataclasses import fields
+from dataclasses import MISSING, Field, fields
 from typing import Annotated, Any, get_type_hints
 
 import typer
@@ -97,6 +97,11 @@ def may_run_code(command: Callable[..., None]) -> Callable[..., None]:
     return asked
 
 
+def default_of(f: Field[Any]) -> Any:
+    """The default of a field as a signature has it."""
+    return inspect.Parameter.empty if f.default is MISSING else f.default
+
+
 def by_fields(command: Callable[[Any], None]) -> Callable[..., None]:
     """A command of one dataclass, as typer reads it: with the fields as its arguments and options.
 
@@ -115,7 +120,7 @@ def by_fields(command: Callable[[Any], None]) -> Callable[..., None]:
             raise TypeError(f"{kind.__name__}.PANELS: {name!r} is no field")
         hints[name].__metadata__[0].rich_help_panel = panel
     told = inspect.Parameter.KEYWORD_ONLY
-    parameters = [inspect.Parameter(f.name, told, default=f.default, annotation=hints[f.name]) for f in fields(kind)]
+    parameters = [inspect.Parameter(f.name, told, default=default_of(f), annotation=hints[f.name]) for f in fields(kind)]
     spread.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     spread.__annotations__ = hints
     return spread

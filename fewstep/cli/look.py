@@ -30,7 +30,9 @@ from fewstep.cli.app import (
     epilog="Examples:\n\n"
     "`fewstep sample runs/digits-dmd2 --classes 0-9 --out grid.png`\n\n"
     '`fewstep sample runs/sd --prompt "a red fox" --teacher 25`\n\n'
-    "`fewstep sample runs/sd/export --prompts prompts.txt --seed 7`",
+    "`fewstep sample runs/sd/export --prompts prompts.txt --seed 7`\n\n"
+    "`fewstep sample runs/digits-lcm --steps 4 --assist diversity:substeps=5`\n\n"
+    "`fewstep sample runs/digits-lcm --steps 4 --path`",
 )
 @may_run_code
 def sample(
@@ -41,13 +43,29 @@ def sample(
     prompts: Annotated[Path | None, typer.Option(help="A file with a prompt a line.")] = None,
     teacher: Annotated[
         int | None,
-        typer.Option(min=0, help="Heun steps of the teacher beside prompts [default: as evaluated, else 12]; 0 is none."),
+        typer.Option(
+            min=0, help="Heun steps of the teacher beside prompts or a path [default: as evaluated]; 0 is none."
+        ),
     ] = None,
     guidance: Annotated[
         float | None,
         typer.Option(help="Guidance scale of that teacher, or of a pipeline's call [default: the recipe's]."),
     ] = None,
-    count: Annotated[int, typer.Option(min=1, help="Number of samples; with prompts one each.")] = 100,
+    negative: Annotated[
+        str | None,
+        typer.Option(help="A negative prompt inside the student's attention, a further row; with --nasa."),
+    ] = None,
+    nasa: Annotated[float | None, typer.Option(help="Its weight, .1 to .5 (NASA, arXiv 2412.02687).")] = None,
+    assist: Annotated[
+        str | None,
+        typer.Option(help="A run's teacher helps: distillation_pp, diversity, adaptive; or NAME:key=value,..."),
+    ] = None,
+    show_path: Annotated[
+        bool, typer.Option("--path", help="Show x0 at every step, of the teacher and of the student; 8 samples.")
+    ] = False,
+    count: Annotated[
+        int | None, typer.Option(min=1, help="Number of samples [default: 100; of --path 8]; with prompts one each.")
+    ] = None,
     seed: Annotated[int, typer.Option(help="Seed of the noise; each sample has its own.")] = 0,
     out: Annotated[Path, typer.Option(help="PNG to write.")] = Path("grid.png"),
     any_steps: AnySteps = False,
@@ -56,7 +74,9 @@ def sample(
     from fewstep.commands.sample import draw, read_prompts_of
 
     told = read_prompts_of(prompt or [], prompts) if prompt or prompts else []
-    draw(path, steps, classes, count, seed, out, any_steps, told, teacher, guidance)
+    number = count or (8 if show_path else 100)
+    more = (assist, show_path, negative, nasa)
+    draw(path, steps, classes, number, seed, out, any_steps, told, teacher, guidance, *more)
 
 
 @app.command(

@@ -13,9 +13,10 @@ from fewstep.cli.app import Force, app, may_run_code
 @app.command(rich_help_panel="Ship", epilog="Example: `fewstep export runs/digits-dmd2 --out my-pipeline`")
 @may_run_code
 def export(
-    run: Annotated[Path, typer.Argument(help="A run directory.")],
+    run: Annotated[Path, typer.Argument(help="A run directory, or a folder by `fewstep fit`.")],
     out: Annotated[Path | None, typer.Option(help="Folder to write [default: RUN/export].")] = None,
     force: Force = False,
+    steps: Annotated[int | None, typer.Option(help="Of a fit: which number of calls [default: the most].")] = None,
     lora: Annotated[
         bool,
         typer.Option("--lora", help="Write the adapter alone, as diffusers' load_lora_weights reads it."),
@@ -24,7 +25,7 @@ def export(
     """Write a folder that plain diffusers opens, checked against fewstep's own sampler."""
     from fewstep.commands.export import export_run
 
-    export_run(run, out, force, lora)
+    export_run(run, out, force, lora, steps)
 
 
 @app.command(

@@ -7,7 +7,8 @@ from typing import Annotated
 
 import typer
 
-from fewstep.cli.app import Force, RecipeName, Settings, app, may_run_code, recipe_names
+from fewstep.cli.app import Force, RecipeName, Settings, app, by_fields, may_run_code, recipe_names
+from fewstep.commands.fit_request import FitRequest
 
 
 @app.command(rich_help_panel="Train", epilog="Example: `fewstep run digits-dmd2 train.steps=100 --out runs/short`")
@@ -59,6 +60,22 @@ def new(
 
     for line in job(Wish(out, steps, data, teacher, method, lora, prompts, force)):
         typer.echo(line)
+
+
+@app.command(
+    rich_help_panel="Train",
+    epilog="Examples:\n\n"
+    "`fewstep fit assets:digits-teacher --preset fd-house-digits --out runs/fitted`\n\n"
+    "`fewstep fit mine.yaml --calls 4,8 --guidance 2 --out runs/fitted`\n\n"
+    "`fewstep sample runs/fitted --steps 4`",
+)
+@may_run_code
+@by_fields
+def fit(request: FitRequest) -> None:
+    """Fit levels and history to a frozen teacher for a few calls: no training, and the baseline of every student."""
+    from fewstep.commands.fit import run as job
+
+    job(request)
 
 
 @app.command(rich_help_panel="Train", epilog="Example: `fewstep plan digits-dmd2 train.batch=512`")

@@ -13,6 +13,7 @@ from fewstep.eval.protocol.real import folder_pictures
 from fewstep.eval.protocol.reference import Source
 from fewstep.files import expanded, read_json
 from fewstep.networks.folder import read_latents
+from fewstep.networks.scores import HOUSE
 from fewstep.recipe.schema import Evaluate
 
 FEATURES = {
@@ -22,8 +23,6 @@ FEATURES = {
     "clip": ("clip:ViT-B-32", 224),
 }
 """Feature networks by the names of `--features`: the extractor and the side of what it takes."""
-HOUSE = {8: "house-digits", 28: "house-fashion-mnist"}
-"""House classifiers by the side of their grey pictures."""
 OWN_WEIGHTS = {
     "dinov2": "the folder of a transformers Dinov2Model",
     "clip": "an open-clip checkpoint of ViT-B-32; `clip:ARCHITECTURE` names another",

@@ -15,6 +15,7 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from fewstep.commands.against import pipeline_shape, source_of
+from fewstep.commands.assisting import parse_assist, with_assist
 from fewstep.commands.judge import Judge, captions_of, check_fit, open_judge, preset_of, refusals
 from fewstep.commands.measure import guided_teacher, teacher_product
 from fewstep.commands.options import parse_steps
@@ -177,8 +178,9 @@ def check_source(
     if request.images is not None:
         check_images(preset, request, bool(steps or teacher))
     elif product is None:
-        if teacher:
-            raise UserError(f"--teacher: {request.path} is a diffusers folder; only a run knows its teacher")
+        if teacher or request.assist is not None:
+            option = "--teacher" if teacher else "--assist"
+            raise UserError(f"{option}: {request.path} is a diffusers folder; only a run knows its teacher")
     else:
         if request.call:
             raise UserError(f"--call: {request.path} is not a diffusers folder; only a pipeline takes arguments")
@@ -194,8 +196,9 @@ def check_images(preset: Preset, request: Request, sampled: bool) -> None:
         raise UserError(f"--images: preset {preset.name} is for vectors")
     if preset.repetitions > 1:
         raise UserError(f"--images: preset {preset.name} wants {preset.repetitions} sets of {preset.number} images")
-    if sampled or request.call or request.any_steps:
-        raise UserError("--images: the samples are there already, --steps, --any, --teacher and --call change nothing")
+    if sampled or request.call or request.any_steps or request.assist is not None:
+        told = "--steps, --any, --teacher, --assist and --call"
+        raise UserError(f"--images: the samples are there already, {told} change nothing")
     folder = image_folder(preset, request)
     if "clip-score" in preset.metrics and "clip-score" not in (request.omit or ()):
         check_order([f.relative_to(folder.path) for f in folder.files[: preset.number]])
@@ -301,8 +304,13 @@ def models(
             any_steps=request.any_steps,
         )
     product.net.to(device)
-    found = [product.with_steps(n, request.any_steps) for n in steps] or [product]
+    counts = steps or (product.fitted.counts if product.fitted is not None else ())
+    found = [product.with_steps(n, request.any_steps) for n in counts] or [product]
     out = [of_product(preset, p, path.name) for p in found]
+    if request.assist is not None:
+        part = parse_assist(request.assist)
+        helped = [with_assist(p, part) for p in found]
+        out += [of_product(preset, h, path.name, f"{m.name} + {part.name}") for h, m in zip(helped, out, strict=True)]
     if teacher:
         recipe: Any = product.recipe
         data = recipe.data.open()

@@ -19,11 +19,16 @@ def show_export(done: Exported) -> None:
         console.print(f"    {line}", highlight=False, soft_wrap=True)
 
 
-def export_run(run: Path, out: Path | None, force: bool, lora: bool = False) -> Exported:
-    """`fewstep export`; with `lora` the adapter alone, as diffusers' `load_lora_weights` reads it."""
+def export_run(run: Path, out: Path | None, force: bool, lora: bool = False, steps: int | None = None) -> Exported:
+    """`fewstep export`; with `lora` the adapter alone, as diffusers' `load_lora_weights` reads it; steps: of a fit."""
     product = opened(run)
-    if product.recipe is None:
+    if product.fitted is None and product.recipe is None:
         raise UserError(f"{run}: is a diffusers folder already; export takes a run directory")
+    if steps is not None and product.fitted is None:
+        raise UserError(f"--steps: is for a folder by `fewstep fit`; {run} is exported at its trained levels")
+    if lora and product.fitted is not None:
+        raise UserError(f"--lora: {run} is a fit of a frozen teacher; it has no adapter")
+    product = product.with_steps(steps)
     folder = out or run / ("lora" if lora else "export")
     if folder.exists() and any(folder.iterdir()) and not force and out is not None:
         raise UserError(f"{folder}: exists; overwrite it with --force")

@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from fewstep.commands.export import show_export
+from fewstep.commands.fitted_row import calls_of, fitted_teacher, wish_for
 from fewstep.commands.judge import Judge
-from fewstep.commands.measure import guided_teacher
+from fewstep.commands.measure import guided_teacher, measure
 from fewstep.commands.pictures import save_side_by_side
 from fewstep.commands.report import card_results, compare, console, first_teacher, say, show
 from fewstep.config import UserError
@@ -24,6 +25,7 @@ from fewstep.export.levels import check_product
 from fewstep.files import atomic_path, commit
 from fewstep.recipe.schema import Recipe
 from fewstep.recipe.success import parse
+from fewstep.train.assisted import assisted
 from fewstep.train.log import read_log
 from fewstep.train.peak import Peak, peak
 from fewstep.train.product import Product, open_product, product_of
@@ -130,10 +132,12 @@ def _measure(trainer: Trainer, student: Product, run: Path, judge: Judge) -> lis
     steps = len(student.sampler.steps)
     role = "teacher" if student.sampler.kind == "ode" else "student"
     student = replace(student, title=f"{role}, {steps} step{'s' * (steps > 1)}")
-    teacher = first_teacher(trainer)
-    if teacher is not None:
-        teacher = guided_teacher(teacher, spec.guidance, trainer.data.null)
+    first = first_teacher(trainer)
+    teacher = None if first is None else guided_teacher(first, spec.guidance, trainer.data.null)
     rows, panels = compare(student, judge, teacher, spec.teacher_steps)
+    rows[-1:-1] = _fitted(trainer.recipe, student, teacher, judge)
+    if spec.assist is not None and first is not None:
+        rows[-1:-1] = [measure(assisted(student, spec.assist, first, trainer.data.null), judge)[0]]
     show(rows)
     told = {"recipe": trainer.recipe.about, "skips": trainer.progress.skipped, "commit": commit()[:7]}
     best, success = peak_of(run), succeeded(trainer.recipe, rows[-1])
@@ -146,6 +150,21 @@ def _measure(trainer: Trainer, student: Product, run: Path, judge: Judge) -> lis
         say_success(success)
     console.print(f"pictures {run / 'samples'}, side by side {run / 'report' / 'side-by-side.png'}")
     return rows
+
+
+def _fitted(recipe: Recipe, student: Product, teacher: Any, judge: Judge) -> list[Evaluation]:
+    """The row of the fitted teacher; none where it is not wanted, or where it fails, which costs nothing else."""
+    try:
+        assert recipe.evaluate is not None
+        wish = wish_for(recipe.evaluate, recipe.teacher, [len(student.sampler.steps)], calls_of(recipe))
+        if wish is None or student.sampler.kind == "ode":
+            return []
+        found, done = fitted_teacher(student, teacher, wish)
+        say(f"teacher fitted for {wish.calls[0]} calls with {done.calls:,} network calls, to stand beside the student")
+        return [measure(p, judge)[0] for p in found]
+    except Exception as error:
+        say(f"note: the teacher was not fitted: {type(error).__name__}: {error}; evaluate.fitted=false leaves it out")
+        return []
 
 
 def _write_card(student: Product, done: Exported, rows: list[Evaluation], run: Path) -> None:

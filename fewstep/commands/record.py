@@ -135,10 +135,12 @@ def of_comparison(path: Path) -> list[Entry]:
             values = row.metrics[distance_of(row) or ""]["values"]
             cost = {k: row.training[k] for k in ("method", "updates")}
             out.append(Entry(recipe=row.group, values=tuple(values), **_numbers(row), **cost, **shared))
-    best = min(teachers, key=lambda row: row.distance.value, default=None)
+    own = [row for row in teachers if not row.training]  # a fitted teacher's row tells what its fit had cost
+    best = min(own, key=lambda row: row.distance.value, default=None)
     if best is None:
         return out
-    source = getattr(load(rows[0].group).teacher, "path", "").removeprefix("assets:")
+    named = next((row.group for row in rows if row.group in shipped()), None)
+    source = getattr(load(named).teacher, "path", "").removeprefix("assets:") if named else ""
     if source in shipped():
         own = load(source)
         method: str = own.method.name

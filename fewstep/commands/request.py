@@ -29,6 +29,9 @@ class Request:
     images: Annotated[Path | None, Option(help="Measure the images of this folder instead of sampling.")] = None
     steps: Annotated[str | None, Option(help="Network calls (a teacher: Heun steps), such as 1,2,4.")] = None
     any_steps: Annotated[bool, Option("--any", help="Allow a number of steps the student was not trained for.")] = False
+    assist: Annotated[
+        str | None, Option(help="Measure a run also with its teacher's help, such as diversity:substeps=5.")
+    ] = None
     teacher: Annotated[str | None, Option(help="Measure a run's teacher too, at these Heun steps, such as 1,12.")] = None
     samples: Annotated[
         int | None, Option(min=2, max=10_000_000, help="Number of samples; another one is another protocol.")
@@ -51,7 +54,7 @@ class Request:
 
     PANELS: ClassVar[dict[str, str]] = {
         **dict.fromkeys(("preset", "images", "teacher", "samples", "seed", "omit", "allow_skips"), "What is measured"),
-        **dict.fromkeys(("steps", "any_steps", "batch", "call"), "How samples are drawn"),
+        **dict.fromkeys(("steps", "any_steps", "assist", "batch", "call"), "How samples are drawn"),
         **dict.fromkeys(("extractor_path", "clip_path"), "Networks"),
         **dict.fromkeys(("report", "out"), "What is written"),
     }

@@ -7,10 +7,13 @@ from pathlib import Path
 
 import torch
 
+from fewstep.commands.assisting import parse_assist, with_assist
 from fewstep.commands.options import check_sheet, parse_classes
+from fewstep.commands.path import draw_path
 from fewstep.commands.pictures import require_finite, save_grid
 from fewstep.commands.report import console, opened
 from fewstep.config import UserError
+from fewstep.train.fitted import is_fit
 
 
 def draw(
@@ -24,19 +27,33 @@ def draw(
     prompts: Sequence[str] = (),
     teacher: int | None = None,
     guidance: float | None = None,
+    assist: str | None = None,
+    steps_shown: bool = False,
+    negative: str | None = None,
+    nasa: float | None = None,
 ) -> Path:
-    """`fewstep sample`: a PNG grid; with prompts a sheet of them, see `sample_text`."""
+    """`fewstep sample`: a PNG grid; with prompts a sheet of them, see `sample_text`; or one of x0 at every step."""
     if out.suffix.lower() != ".png":
         raise UserError(f"--out {out}: must end in .png")
+    if (negative is None) != (nasa is None) or (negative is not None and not prompts):
+        raise UserError("--negative TEXT and --nasa WEIGHT: belong together, with --prompt; weights are .1 to .5")
+    if nasa is not None and not 0 <= nasa <= 2:
+        raise UserError(f"--nasa {nasa:g}: expected a weight in [0, 2]; published are .1 to .5")
     if prompts:
         from fewstep.commands.sample_text import draw_prompts
 
         if classes is not None:
             raise UserError("--classes: samples are of classes or of prompts; leave one out")
-        return draw_prompts(path, prompts, out, steps, any_steps, seed, teacher, guidance)
-    if teacher is not None or guidance is not None:
-        raise UserError("--teacher and --guidance: are for samples of prompts (--prompt, --prompts)")
+        if assist is not None or steps_shown:
+            raise UserError("--assist and --path: are for samples of a run's own conditions; leave out the prompts")
+        away = None if negative is None or nasa is None else (negative, nasa)
+        return draw_prompts(path, prompts, out, steps, any_steps, seed, teacher, guidance, away)
+    fitted = is_fit(path)
+    if (teacher is not None and not steps_shown) or (guidance is not None and not fitted):
+        raise UserError("--teacher and --guidance: are for samples of prompts (--prompt, --prompts) or --path")
     product = opened(path).with_steps(steps, any_steps)
+    if product.fitted is not None:
+        product.fitted.check_guidance(guidance, "--guidance")
     check_sheet(count, product.picture_shape())
     labels, per_row = None, 10
     if product.classes:
@@ -45,11 +62,18 @@ def draw(
         per_row = min(len(wanted), 10)
     elif classes is not None:
         parse_classes(classes, 0)
+    if steps_shown:
+        if assist is not None:
+            raise UserError("--path: shows a student's own steps; leave out --assist")
+        return draw_path(product, product.labels(count) if labels is None else labels, count, seed, out, teacher)
+    if assist is not None:
+        product = with_assist(product, parse_assist(assist))
     x = product.draw(count, seed, labels)
     require_finite(x, str(path))
     save_grid(x, out, min(per_row, count))
     taken = len(product.sampler.steps)
-    console.print(f"{count} sample{'s' * (count > 1)} in {taken} step{'s' * (taken > 1)}: {out}", soft_wrap=True)
+    helped = "" if product.assist is None else f" with {product.assist.part.name}, {product.network_calls():g} calls each"
+    console.print(f"{count} sample{'s' * (count > 1)} in {taken} step{'s' * (taken > 1)}{helped}: {out}", soft_wrap=True)
     return out
 
 

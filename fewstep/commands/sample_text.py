@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,8 @@ from fewstep.commands.report import opened, say
 from fewstep.commands.sources import called, load_pipeline
 from fewstep.config import UserError
 from fewstep.data.text import embed
+from fewstep.networks.nasa import negative_away
+from fewstep.networks.wrappers import Wrapper
 from fewstep.train.build import build_roles
 from fewstep.train.note import read_note
 
@@ -26,6 +29,8 @@ CELL = 128
 """Pixels of a cell's side at least; smaller pictures are enlarged by a whole factor."""
 
 Row = tuple[str, Tensor]
+Away = tuple[str, float]
+"""A negative prompt and its weight."""
 
 
 def draw_prompts(
@@ -37,24 +42,28 @@ def draw_prompts(
     seed: int = 0,
     teacher: int | None = None,
     guidance: float | None = None,
+    away: Away | None = None,
 ) -> Path:
     """Write a sheet, a column for each prompt.
 
     Of a run: the teacher by `teacher` Heun steps (0 leaves it out) at `guidance`, and the student, prompt i from noise
     number i of the seed in both; under them what its exported pipeline draws itself. Of a pipeline folder: its own
-    picture of prompt i for the generator of seed + i.
+    picture of prompt i for the generator of seed + i. away: a negative prompt and its weight in the student's
+    cross-attention (NASA, arXiv 2412.02687).
 
     Raises:
         UserError: a run or a folder that takes no text, or an option that does not belong to it.
     """
     if (path / "recipe.yaml").is_file():
-        rows = of_run(path, prompts, steps, any_steps, seed, teacher, guidance)
+        rows = of_run(path, prompts, steps, any_steps, seed, teacher, guidance, away)
         told = f"noise 0..{len(prompts) - 1} of seed {seed}"
         if (path / "export" / "model_index.json").is_file():
             rows += of_export(path / "export", prompts, steps, any_steps, seed, rows[0][1].shape)
     else:
         if teacher is not None:
             raise UserError(f"--teacher: {path} is no run directory; only a run knows its teacher")
+        if away is not None:
+            raise UserError(f"--negative: {path} is no run directory, whose student's attention could be steered")
         rows = [of_pipeline(path, prompts, steps, any_steps, seed, guidance)]
         told = f"its pipeline's own pictures, seeds {seed}..{seed + len(prompts) - 1}"
     for name, x in rows:
@@ -72,10 +81,14 @@ def of_run(
     seed: int,
     teacher: int | None,
     guidance: float | None,
+    away: Away | None = None,
 ) -> list[Row]:
     """(name, images (n, c, h, w) in [-1, 1]) of the teacher and of the student, from the same noises."""
     product = opened(run).with_steps(steps, any_steps)
     recipe: Any = product.recipe
+    if product.fitted is not None:
+        product.fitted.check_guidance(guidance, "--guidance")
+        guidance = product.fitted.guidance
     data, spec = recipe.data, recipe.evaluate
     if getattr(data, "encoder", None) is None:
         raise UserError(f"{run}: was not trained on text (its data has no encoder), so it takes no prompt")
@@ -83,7 +96,8 @@ def of_run(
     index = torch.arange(len(prompts), device=product.device())
     cond, decode = text.take(index), product.decoder()
     taken = len(product.sampler.steps)
-    drawn = [(f"student, {taken} step{'s' * (taken > 1)}", product)]
+    name = "fitted" if product.fitted is not None else "student"
+    drawn = [(f"{name}, {taken} step{'s' * (taken > 1)}", product)]
     many = max(spec.teacher_steps) if teacher is None and spec and spec.teacher_steps else teacher
     if recipe.teacher is not None and many != 0:
         net: Any = build_roles(recipe, data.open()).teacher
@@ -93,7 +107,30 @@ def of_run(
         drawn.insert(0, (beside.title, beside))
     elif teacher:
         raise UserError(f"--teacher: {run} has none")
-    return [(name, decode(p.images(index, cond, seed)).cpu()) for name, p in drawn]
+    rows = [(name, decode(p.images(index, cond, seed)).cpu()) for name, p in drawn]
+    if away is not None:
+        with steered(product, data, away):
+            rows.append((f"{name}, away from {away[0]}", decode(product.images(index, cond, seed)).cpu()))
+    return rows
+
+
+@contextmanager
+def steered(product: Any, data: Any, away: Away) -> Iterator[None]:
+    """The product's cross-attention with a negative prompt inside. UserError for a network that has none to steer."""
+    words, weight = away
+    net: Any = product.net
+    while not isinstance(net, Wrapper) and net is not None:  # an adapter's base is none of its modules
+        net = next((getattr(net, k) for k in ("base", "denoiser", "net") if hasattr(net, k)), None)
+    model = getattr(net, "model", None)
+    if not hasattr(model, "set_attn_processor"):
+        raise UserError("--negative: the student's network has no attention processors that take a negative prompt")
+    told = embed(data.encoder, [words], negative=data.negative, zeros=data.zeros, cache=data.text_cache)
+    row = told.take(torch.zeros(1, dtype=torch.long, device=product.device()))
+    text = row["text"][:, row["mask"][0] > 0] if "mask" in row else row["text"]
+    # What cross-attention gets is projected first in some classes.
+    project = getattr(model, "caption_projection", None) or getattr(model, "encoder_hid_proj", None)
+    with torch.no_grad(), negative_away(model, text if project is None else project(text), weight):
+        yield
 
 
 def of_export(

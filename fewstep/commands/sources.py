@@ -40,7 +40,7 @@ class Model:
     name: str
     group: str
     steps: int | None
-    calls: int | None
+    calls: float | None
     digest: Callable[[], str]
     generate: Callable[[int], Generate]
     labels: Tensor | None = None
@@ -70,7 +70,10 @@ def of_product(preset: Preset, product: Product, group: str, name: str | None = 
         return images
 
     def digest() -> str:
-        content = json.dumps([state_sha256(product.net), plain(product.sampler), product.vae])
+        told = [state_sha256(product.net), plain(product.sampler), product.vae]
+        if (help_ := product.assist) is not None:
+            told += [plain(help_.part), state_sha256(help_.teacher), str(help_.threshold)]
+        content = json.dumps(told)
         return hashlib.sha256(content.encode()).hexdigest()
 
     classes = own if isinstance(own, Tensor) else None
@@ -80,7 +83,7 @@ def of_product(preset: Preset, product: Product, group: str, name: str | None = 
         name=name or f"{group}, {steps} step{'s' * (steps > 1)}",
         group=group,
         steps=steps,
-        calls=product.sampler.network_calls(),
+        calls=product.network_calls(),
         digest=digest,
         generate=generate,
         labels=classes,

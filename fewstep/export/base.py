@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -17,7 +16,7 @@ from torch import Tensor
 from fewstep.algebra.sampling import Sampler
 from fewstep.config import UserError
 from fewstep.export.stock import difference
-from fewstep.files import aside_name, check_ours, clear_leftovers, write_mark
+from fewstep.files import whole_folder
 from fewstep.train.note import read_note
 
 PARITY = 1e-4
@@ -146,22 +145,9 @@ def _largest(parts: Parts, folder: Path) -> float:
 
 @contextmanager
 def _aside_of(folder: Path) -> Iterator[Path]:
-    """An empty folder to write into that becomes `folder` when all went well and vanishes otherwise."""
-    if folder.exists() and not folder.is_dir():
-        raise UserError(f"{folder}: is a file; choose another folder")
-    if folder.is_symlink() or (folder.is_dir() and any(folder.iterdir())):
-        check_ours(folder, KIND, "exists and is not an earlier export; choose another folder")
-    clear_leftovers(folder.parent)
-    aside = folder.with_name(aside_name(folder.name))
-    shutil.rmtree(aside, ignore_errors=True)
+    """`whole_folder` for an export."""
     try:
-        aside.mkdir(parents=True)
-        yield aside
-        write_mark(aside, KIND)
-        if folder.exists():
-            shutil.rmtree(folder)
-        aside.rename(folder)
-    except (OSError, SafetensorError) as error:
+        with whole_folder(folder, KIND, "export") as aside:
+            yield aside
+    except SafetensorError as error:
         raise UserError(f"{folder}: the export could not be written: {error}") from None
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import html
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -16,6 +16,9 @@ from fewstep import __version__
 from fewstep.export.base import Rows
 from fewstep.recipe.store import dump
 from fewstep.train.product import Product
+
+Card = Callable[[Product, str, str, float, Rows], str]
+"""A card from the product, the pipeline's class, the lines that run it, the parity and measured rows."""
 
 TEMPLATE = """---
 library_name: diffusers

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from fewstep.export.base import Exported, ExportRefused, Parts, Rows, write_checked
 from fewstep.export.experts import routed_parts
+from fewstep.export.fitted import fitted_parts
 from fewstep.export.latent import latent_parts, wrapped
 from fewstep.export.teacher import teacher_parts
 from fewstep.export.unet import unet_parts
@@ -29,8 +30,10 @@ def parts_of(product: Product) -> Parts:
     teacher's folder that misses something and for a scheduler at other levels than the sampler's. Weights are not
     read, and nothing is refused later but what `write_checked` names.
     """
-    if product.recipe is None:
+    if product.recipe is None and product.fitted is None:
         raise ExportRefused(f"{product.title} is not a run of fewstep")
+    if product.fitted is not None:
+        return fitted_parts(product)
     if product.sampler.kind == "ode":
         return teacher_parts(product)
     if product.sampler.dynamic is not None and len(product.sampler.steps) > 1:

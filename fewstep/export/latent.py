@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,10 +20,10 @@ from fewstep.algebra.condition import checked
 from fewstep.algebra.process import DiscreteVP, Flow
 from fewstep.algebra.sampling import Sampler, sample
 from fewstep.export.base import ExportRefused, Parts, Stock
-from fewstep.export.card import student_card, usage
+from fewstep.export.card import Card, student_card, usage
 from fewstep.export.fold import constant_inputs, moving
 from fewstep.export.levels import TOLERANCE, check_export, levels_of, levels_of_scheduler
-from fewstep.export.routes import INSTEAD, plain_kind, unet_stock
+from fewstep.export.routes import INSTEAD, check_history, plain_kind, unet_stock
 from fewstep.export.stock import fresh_noise, open_stock, run_stock, without_variance
 from fewstep.networks.adapters import Adapted, on_cpu, plain_copy
 from fewstep.networks.denoiser import Denoiser
@@ -48,6 +48,7 @@ def latent_stock(net: Denoiser, sampler: Sampler) -> Stock:
     wrapper: Any = net.net
     process: Any = net.process
     kind, n = plain_kind(sampler, process), len(sampler.steps)
+    check_history(process, sampler)
     if isinstance(process, Flow) and net.prediction in ("velocity", "psi") and net.time_input == "1000t":
         return _flow(process, wrapper, sampler, renoise=kind == "renoise" and n > 1)
     if not isinstance(process, DiscreteVP):
@@ -93,7 +94,7 @@ def _flow(process: Flow, wrapper: Any, sampler: Sampler, renoise: bool) -> Stock
 def _written(sampler: Sampler, steps: tuple[float, ...] | None = None) -> Sampler:
     """The sampler by its levels on the written scheduler's grid, where these are others."""
     kind = "map" if sampler.kind == "ode" else sampler.kind
-    return Sampler(kind=kind, steps=steps or sampler.steps, eta=sampler.eta)
+    return Sampler(kind=kind, steps=steps or sampler.steps, eta=sampler.eta, history=sampler.history)
 
 
 def student_of(product: Product) -> Denoiser:
@@ -121,13 +122,14 @@ def student_of(product: Product) -> Denoiser:
 def source_of(product: Product) -> Folder:
     """The teacher's folder, whose other parts the export takes over."""
     spec: Any = product.recipe.teacher if product.recipe else None
-    if getattr(spec, "name", None) != "diffusers":
+    fitted = product.fitted is not None and product.fitted.of == "folder"
+    if not fitted and getattr(spec, "name", None) != "diffusers":
         raise ExportRefused("the recipe's teacher is no diffusers folder, so there is no pipeline to put it into")
-    folder = read_folder(spec.path)
+    folder = read_folder(product.fitted.source if product.fitted is not None and fitted else spec.path)
     folder.require_agreement()
     folder.require_components()
     if not folder.index:
-        raise ExportRefused(f"{spec.path} has no model_index.json; copy it from the original pipeline")
+        raise ExportRefused(f"{folder.shown} has no model_index.json; copy it from the original pipeline")
     return folder
 
 
@@ -181,19 +183,20 @@ def call_of(product: Product, source: Folder, wrapper: Any, stock: Stock) -> dic
     return what | stock.call | settings_of(product, source, wrapper)
 
 
-def latent_parts(product: Product) -> Parts:
-    """The student in its teacher's pipeline; errors as `choose.parts_of`.
+def latent_parts(product: Product, card: Card = student_card, settings: Mapping[str, Any] | None = None) -> Parts:
+    """The student in its teacher's pipeline; errors as `choose.parts_of`. settings: of the pipeline's call, in place.
 
     Latents are compared, for random conditions and noise, relative to their root mean square where that is above 1.
     """
     source, wrapper, stock = stock_of(product)
     name, written = str(source.index["_class_name"]), stock.sampler
+    known = settings_of(product, source, wrapper) | dict(settings or {})
     note = Note(
         classes=wrapper.classes,
         size=(product.shape[1], product.shape[2]),
         sampler=written,
         call=stock.call,
-        settings=settings_of(product, source, wrapper),
+        settings=known,
     )
 
     def pairs(folder: Path) -> Iterator[tuple[Tensor, Tensor]]:
@@ -203,8 +206,8 @@ def latent_parts(product: Product) -> Parts:
         scheduler=stock.name,
         save=partial(_save, source, wrapper.model, stock.scheduler),
         pairs=pairs,
-        usage=partial(usage, name, call_of(product, source, wrapper, stock)),
-        card=partial(student_card, product, name),
+        usage=partial(usage, name, call_of(product, source, wrapper, stock) | known),
+        card=partial(card, product, name),
         note=(NAME, note.text()),
     )
 

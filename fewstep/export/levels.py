@@ -97,7 +97,7 @@ def trained_levels(method: Any, process: Process) -> Levels | None:
 
 def check_product(product: Any) -> None:
     """Training against evaluation for an opened run; UserError when they differ."""
-    if product.recipe is None or product.sampler.kind == "ode":
+    if product.recipe is None or product.fitted is not None or product.sampler.kind == "ode":
         return
     process = product.net.process
     agree(trained_levels(product.recipe.method, process), levels_of(process, product.sampler.steps))

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from fewstep.algebra.fitted import multistep
 from fewstep.algebra.process import EDM, DiscreteVP, Flow, Process, Trig
 from fewstep.algebra.sampling import Sampler
 from fewstep.export.base import ExportRefused, Stock
@@ -67,11 +68,28 @@ def plain_kind(sampler: Sampler, process: Process) -> str:
     return sampler.kind
 
 
+def check_history(process: Process, sampler: Sampler) -> None:
+    """ExportRefused for a history that no stock scheduler has."""
+    if not any(sampler.history):
+        return
+    if not isinstance(process, DiscreteVP):
+        raise ExportRefused(
+            "stock schedulers use earlier answers (DPM-Solver++) on a DDPM table, and this is "
+            f"{type(process).__name__}; fit it again with --no-history for the levels alone; {INSTEAD}"
+        )
+    if any(abs(a - b) > 1e-9 for a, b in zip(sampler.history, multistep(process, sampler.steps), strict=True)):
+        raise ExportRefused(
+            "no stock scheduler has a free weight of history a step; the loop that draws it is in the fit's README.md. "
+            f"Fit it again with --solver 2m or --no-history for one that has; {INSTEAD}"
+        )
+
+
 def unet_stock(net: Denoiser, sampler: Sampler) -> Stock:
     """The scheduler for a plain denoiser (no inputs beside the time); ExportRefused says why there is none."""
     process: Any = net.process
     prediction, time_input = net.prediction, net.time_input
     kind, one = plain_kind(sampler, process), len(sampler.steps) == 1
+    check_history(process, sampler)
     if isinstance(process, EDM) and prediction == "cm" and time_input == "250log_sigma":
         if one or kind == "renoise":
             return _consistency(process, sampler)
@@ -162,6 +180,12 @@ def _ddpm(process: DiscreteVP, prediction: str, sampler: Sampler, kind: str) -> 
             f"steps {list(sampler.steps)} do not begin at the prior, and stock schedulers that go on "
             f"deterministically scale their noise for it; begin at 1.0; {INSTEAD}"
         )
+    if sampler.history:
+        # Of this solver's last step, to sigma 0, the order is one whatever lower_order_final says.
+        midpoint = {"algorithm_type": "dpmsolver++", "solver_order": 2, "solver_type": "midpoint"}
+        multi = table | midpoint | {"lower_order_final": False, "final_sigmas_type": "zero"}
+        again = Sampler(kind="map", steps=sampler.steps, history=sampler.history)
+        return Stock("DPMSolverMultistepScheduler", multi, explicit, again)
     if from_prior and (n == 1 or kind == "map"):
         sampler = Sampler(kind="map", steps=sampler.steps)
         if _even(sampler.steps) and process.steps % n == 0:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fewstep.algebra.sampling import sample
 from fewstep.export.base import Parts
-from fewstep.export.card import student_card, usage
+from fewstep.export.card import Card, student_card, usage
 from fewstep.export.fold import fold
 from fewstep.export.levels import check_export, check_scheduler
 from fewstep.export.routes import pipeline_of, unet_stock
@@ -21,7 +21,7 @@ from fewstep.train.note import NAME, Note
 from fewstep.train.product import Product
 
 
-def unet_parts(product: Product) -> Parts:
+def unet_parts(product: Product, card: Card = student_card) -> Parts:
     """The stock pipeline of a UNet2DModel; errors as `choose.parts_of`."""
     plain, sampler = fold(product.net, product.sampler)
     stock = unet_stock(plain, sampler)
@@ -48,7 +48,7 @@ def unet_parts(product: Product) -> Parts:
         save=save,
         pairs=pairs,
         usage=partial(usage, name, example | stock.call),
-        card=partial(student_card, product, name),
+        card=partial(card, product, name),
         note=(NAME, note.text()),
     )
 

@@ -10,6 +10,7 @@ from fewstep.files.folders import (
     read_mark as read_mark,
     strangers as strangers,
     take as take,
+    whole_folder as whole_folder,
     write_mark as write_mark,
 )
 from fewstep.files.places import (

@@ -15,7 +15,7 @@ from typing import Any
 
 from fewstep.config import UserError
 from fewstep.files.read import read_json
-from fewstep.files.write import LEFTOVER, atomic_path, clear_leftovers
+from fewstep.files.write import LEFTOVER, aside_name, atomic_path, clear_leftovers
 
 try:
     import fcntl
@@ -137,6 +137,32 @@ def empty(folder: Path, keep: Collection[str] = ()) -> None:
             shutil.rmtree(path)
         else:
             path.unlink()
+
+
+@contextmanager
+def whole_folder(folder: Path, kind: str, what: str) -> Iterator[Path]:
+    """An empty folder to write into that becomes `folder`, marked as a `kind`, and vanishes when the block fails.
+
+    what: its name in messages. UserError for a folder that is something else's or that cannot be written.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"{folder}: is a file; choose another folder")
+    if folder.is_symlink() or (folder.is_dir() and any(folder.iterdir())):
+        check_ours(folder, kind, f"exists and is not an earlier {what}; choose another folder")
+    clear_leftovers(folder.parent)
+    aside = folder.with_name(aside_name(folder.name))
+    shutil.rmtree(aside, ignore_errors=True)
+    try:
+        aside.mkdir(parents=True)
+        yield aside
+        write_mark(aside, kind)
+        if folder.exists():
+            shutil.rmtree(folder)
+        aside.rename(folder)
+    except OSError as error:
+        raise UserError(f"{folder}: the {what} could not be written: {error}") from None
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
 
 
 @contextmanager

@@ -8,6 +8,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from fewstep.config import UserError
+
 
 class NegativeAway:
     """A diffusers attention processor: cross-attention gives Z+ - a Z-, Z- with the negative prompt's keys and values.
@@ -30,7 +32,9 @@ class NegativeAway:
         if encoder_hidden_states is None or self.weight == 0:
             return out
         if attn.residual_connection or attn.rescale_output_factor != 1:
-            raise ValueError("NASA needs attention whose output is the projection alone")
+            raise UserError(
+                "a negative prompt (NASA) needs attention whose output is the projection alone, as SD and PixArt have it"
+            )
         rows = encoder_hidden_states.shape[0]
         negative = self.negative.to(encoder_hidden_states).expand(rows, -1, -1)
         other = self.inner(attn, hidden_states, negative)

@@ -22,6 +22,7 @@ from fewstep.data.base import Conditions, DataPart
 from fewstep.eval.protocol.preset import preset_names
 from fewstep.methods.method import MethodPart
 from fewstep.methods.terms import Gan
+from fewstep.networks.assisted import AssistPart
 from fewstep.networks.declared import declared_inputs, declared_process
 from fewstep.networks.parts import NetworkPart, TeacherPart
 from fewstep.networks.specs import DiscriminatorSpec
@@ -122,6 +123,11 @@ class Evaluate:
     """Heun steps at which the teacher is measured."""
     guidance: float = 1.0
     """Guidance scale at which the teacher is measured; 1 is none."""
+    fitted: bool | None = None
+    """Measure also the frozen teacher under a sampler fitted, without training, for the student's number of calls, of
+    two at least (`fewstep fit`). Left out: where fitting takes under 5 % of the training's network calls."""
+    assist: AssistPart | None = None
+    """A teacher's help at sampling; the student is measured with it as well: distillation_pp, diversity, adaptive."""
     retrieval: str | None = None
     """Folder of a model by `fewstep train-retrieval`: also the share of captions found among 100."""
 

@@ -65,7 +65,7 @@ def claim(recipe: Recipe, run: Path) -> None:
     """
     if is_used(run):
         _refuse_links(run)
-        if read_mark(run) is None:
+        if (read_mark(run) or {}).get("kind") != KIND:
             raise UserError(f"{run}: is not a run directory that fewstep made; choose another directory (--out)")
         changed = differences(load_run(run), recipe)
         if changed:
@@ -111,7 +111,7 @@ def _refuse_links(run: Path) -> None:
 @contextmanager
 def held(run: Path) -> Iterator[None]:
     """The run directory for this process alone; UserError names the process that trains in it."""
-    if is_used(run) and read_mark(run) is None:
+    if is_used(run) and (read_mark(run) or {}).get("kind") != KIND:
         yield  # somebody else's: `claim` refuses it, and nothing is written there
         return
     run.mkdir(parents=True, exist_ok=True)

@@ -72,6 +72,7 @@ class Note:
                 "kind": s.kind,
                 "steps": list(s.steps),
                 "eta": s.eta,
+                **({"history": list(s.history)} if s.history else {}),
                 "call": dict(self.call),
                 "settings": dict(self.settings),
             }
@@ -143,6 +144,7 @@ def _sampler(told: Mapping[str, Any], file: Path, again: str) -> Sampler:
     if not levels or any(a <= b for a, b in pairwise(steps)):
         raise UserError(f"{file}: steps is {json.dumps(steps)[:60]}; expected decreasing levels in [0, 1]; {again}")
     try:
-        return Sampler(kind=told.get("kind", "renoise"), steps=tuple(steps), eta=told.get("eta", Sampler().eta))
+        more = {"eta": told.get("eta", Sampler().eta), "history": tuple(told.get("history", ()))}
+        return Sampler(kind=told.get("kind", "renoise"), steps=tuple(steps), **more)
     except (RecipeError, TypeError, ValueError):
-        raise UserError(f"{file}: kind or eta is not one of a sampler; {again}") from None
+        raise UserError(f"{file}: kind, eta or history is not one of a sampler; {again}") from None

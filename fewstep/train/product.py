@@ -4,19 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from fewstep.algebra.condition import moved, rows
+from fewstep.algebra.condition import moved, nulled, rows
+from fewstep.algebra.guidance import Guided
 from fewstep.algebra.sampling import Sampler, knot_levels, many_step, sample, seeded
 from fewstep.config import UserError
 from fewstep.networks import code
+from fewstep.networks.assisted import Assist
+from fewstep.networks.folder import resolve
 from fewstep.recipe.schema import MOST_STEPS, Recipe
 from fewstep.recipe.store import load_run
-from fewstep.train.build import build_product
+from fewstep.train.build import build_product, build_roles
+from fewstep.train.fitted import AGAIN, Fitted, digest, is_fit, read_fit
 from fewstep.train.note import read_note
 from fewstep.train.origins import check_product
 from fewstep.train.state import checkpoints, load_into, load_tensors, read_origins, read_state
@@ -28,6 +33,21 @@ def check_step_count(steps: int, option: str) -> None:
         raise UserError(f"{option} must be at least 1, not {steps}")
     if steps > MOST_STEPS:
         raise UserError(f"{option} must be at most {MOST_STEPS}, not {steps}")
+
+
+class Assisting(Protocol):
+    """A teacher that helps a product (`fewstep.train.assisted`)."""
+
+    @property
+    def part(self) -> Assist: ...
+    @property
+    def teacher(self) -> nn.Module: ...
+    @property
+    def threshold(self) -> float: ...
+    def images(
+        self, net: nn.Module, sampler: Sampler, shape: tuple[int, ...], index: Tensor, cond: Any, seed: int
+    ) -> Tensor: ...
+    def network_calls(self, sampler: Sampler) -> float: ...
 
 
 @dataclass(frozen=True)
@@ -53,12 +73,22 @@ class Product:
     """A class that it draws, for lines of code."""
     changed: tuple[str, ...] = ()
     """Lines about files outside that are others than when it was trained."""
+    fitted: Fitted | None = None
+    """Of a teacher with fitted samplers: all of them, and what they hold for."""
+    assist: Assisting | None = None
+    """The teacher's help at sampling."""
 
     @torch.no_grad()
     def images(self, index: Tensor, labels: Any, seed: int = 0) -> Tensor:
         """Samples of global indices (b,) with conditions or None: the same for any split into batches."""
+        if self.assist is not None:
+            return self.assist.images(self.net, self.sampler, self.shape, index, labels, seed)
         start, fresh = seeded(seed, index, self.shape)
         return sample(self.sampler, self.net, start, labels, fresh)
+
+    def network_calls(self) -> float:
+        """Network calls per sample, those of a helping teacher too; else guidance is not counted."""
+        return self.sampler.network_calls() if self.assist is None else self.assist.network_calls(self.sampler)
 
     def draw(self, count: int, seed: int = 0, labels: Any = None, batch: int = 256) -> Tensor:
         """`count` samples on the CPU, decoded where there is a VAE; labels default to index mod classes.
@@ -129,6 +159,8 @@ class Product:
         if steps is None:
             return self
         check_step_count(steps, "--steps")
+        if self.fitted is not None:
+            return replace(self, sampler=self.fitted.at(steps))
         if self.trained is not None and steps not in self.trained and not any_steps:
             allowed = ", ".join(map(str, self.trained))
             raise UserError(f"--steps {steps}: this student was trained for {allowed}; add --any to try it anyway")
@@ -140,10 +172,12 @@ class Product:
 
 
 def open_product(path: Path) -> Product:
-    """Open a run directory or a diffusers folder (an export or a teacher). UserError when it is neither.
+    """Open a run directory, a diffusers folder (an export or a teacher) or a fit. UserError when it is none of them.
 
     What has changed around a run since is in `changed`; UserError for an adapter whose base is another now.
     """
+    if is_fit(path):
+        return _open_fit(path)
     if (path / "recipe.yaml").is_file():
         return _open_run(path)
     if (path / "model_index.json").is_file():
@@ -199,3 +233,47 @@ def _open_folder(path: Path) -> Product:
     if note.sampler is None:
         return Product(net, many_step(18), shape, classes, path.name, None)
     return Product(net, note.sampler, shape, classes, path.name, (len(note.sampler.steps),))
+
+
+def _open_fit(path: Path) -> Product:
+    fitted = read_fit(path)
+    if fitted.of == "recipe":
+        recipe = load_run(path)
+        code.allow_made_here(path, recipe.teacher)
+        product = teacher_of(recipe, path.name)
+    else:
+        product = open_product(resolve(fitted.source))
+    now = digest(fitted.of, fitted.source, product.recipe)
+    changed = [] if now == fitted.digest else [f"the teacher of {path} has changed since the fit; {AGAIN}"]
+    product = guided_product(product, fitted.guidance)
+    first = max(fitted.samplers, key=lambda s: len(s.steps))
+    product = replace(product, sampler=first, trained=fitted.counts, fitted=fitted)
+    return replace(product, title=path.name, changed=(*product.changed, *changed))
+
+
+def teacher_of(recipe: Recipe, title: str) -> Product:
+    """The teacher that a recipe names, as a product on its data."""
+    data: Any = recipe.data.open()
+    net: Any = build_roles(recipe, data).teacher
+    return replace(product_of(recipe, net.eval(), data, title), sampler=many_step(18), trained=None)
+
+
+def guided_product(product: Product, scale: float) -> Product:
+    """The product with a guidance scale inside its net; 1 is none. UserError where it has no null condition."""
+    return product if scale == 1 else replace(product, net=Guided(product.net, scale, null_of(product)))
+
+
+def null_of(product: Product) -> Callable[[Any], Any]:
+    """From conditions to null conditions, of a product whose data knows them or whose network has a null class.
+
+    Raises:
+        UserError: it has neither.
+    """
+    network: Any = getattr(product.net, "net", None)
+    embedded = getattr(getattr(network, "config", None), "num_class_embeds", None)
+    data: Any = None if product.recipe is None else product.recipe.data.open()
+    text = product.prompted is not None
+    known = text or (product.classes and not (embedded is not None and embedded <= product.classes))
+    if not known:
+        raise UserError(f"{product.title}: has no null class, so there is no guidance of it; leave --guidance at 1")
+    return data.null if data is not None else partial(nulled, empty=product.classes)

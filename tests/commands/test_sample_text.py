@@ -136,3 +136,25 @@ def test_what_takes_no_prompt_says_so(root: Path, exported: Any, tmp_path: Path)
 def test_printed_code_of_a_text_pipeline_and_of_an_adapter_runs(root: Path, exported: Any, tmp_path: Path):
     run_snippet(exported.usage, tmp_path / "whole")
     run_snippet(export_lora(open_product(root / "run"), root / "lora").usage, tmp_path / "adapter")
+
+
+def test_a_negative_prompt_steers_the_student_alone(root: Path, tmp_path: Path):
+    plain = of_run(root / "run", PROMPTS, None, False, 5, 3, 2.0)
+    rows = of_run(root / "run", PROMPTS, None, False, 5, 3, 2.0, ("a blue square", 0.4))
+    assert [name for name, _ in rows] == [*(name for name, _ in plain), "student, away from a blue square"]
+    for (_, a), (_, b) in zip(rows, plain, strict=False):
+        assert torch.equal(a, b)
+    assert float((rows[2][1] - rows[1][1]).abs().max()) > 1e-4
+    none = of_run(root / "run", PROMPTS, None, False, 5, 0, None, ("a blue square", 0.0))
+    assert torch.equal(none[0][1], none[1][1])
+    for told, words in (
+        ((["x"], "dots", None), "belong together"),
+        ((["x"], None, 0.2), "belong together"),
+        (([], "dots", 0.2), "belong together"),
+        ((["x"], "dots", 3.0), r"--nasa 3: expected a weight in \[0, 2\]"),
+    ):
+        prompts, negative, weight = told
+        with pytest.raises(UserError, match=words):
+            draw(root / "run", None, None, 3, 0, tmp_path / "n.png", False, prompts, negative=negative, nasa=weight)
+    with pytest.raises(UserError, match="is no run directory, whose student's attention"):
+        draw_prompts(root / "sd", ["x"], tmp_path / "n.png", 2, away=("dots", 0.2))

@@ -6,6 +6,7 @@ Each run trains in a process of its own, so that a crash loses nothing but itsel
 from __future__ import annotations
 
 import json
+import math
 import multiprocessing
 import shlex
 import signal
@@ -21,8 +22,8 @@ from rich.console import Console
 from torch import nn
 
 from fewstep.commands.compare import ranking
-from fewstep.commands.compare.budget import Budget
-from fewstep.commands.compare.kept import claimed, message_of, read_evaluations, write_json
+from fewstep.commands.compare.budget import Budget, lengths, with_lengths
+from fewstep.commands.compare.kept import claimed, left_by, message_of, read_evaluations, write_json
 from fewstep.commands.compare.one_run import (
     NEVER,
     Task,
@@ -31,6 +32,7 @@ from fewstep.commands.compare.one_run import (
     work,
 )
 from fewstep.commands.compare.shown import show
+from fewstep.commands.fitted_row import calls_of, wish_for
 from fewstep.commands.judge import judge_of
 from fewstep.commands.progress import clock
 from fewstep.commands.report import with_error
@@ -38,10 +40,12 @@ from fewstep.commands.trust import allow_own_code
 from fewstep.config import UserError, plain
 from fewstep.data.toy import Ring
 from fewstep.eval.protocol.evaluation import Evaluation, distance_of
+from fewstep.files import file_sha256
 from fewstep.networks import code
 from fewstep.recipe.schema import Evaluate, Recipe
 from fewstep.recipe.source import shipped
 from fewstep.recipe.store import load
+from fewstep.train.fitted import NAME, is_fit
 from fewstep.train.product import product_of
 
 
@@ -61,20 +65,27 @@ def compare(
         raise UserError(f"--seeds must be at least 1, not {seeds}")
     if any(n < 1 for n in steps):
         raise UserError(f"--steps: must be at least 1, not {min(steps)}")
-    loaded = {name: load(name, [*settings, *NEVER]) for name in dict.fromkeys(recipes)}
+    fits = [name for name in dict.fromkeys(recipes) if is_fit(Path(name))]
+    loaded = {name: load(name, [*settings, *NEVER]) for name in dict.fromkeys(recipes) if name not in fits}
+    if not loaded:
+        raise UserError("compare: name a recipe too; a fit trains nothing that a budget could be for")
     for name, recipe in loaded.items():
         allow_own_code(name, settings, recipe)
         code.require(recipe.teacher)
     evaluation = common(loaded, samples)
     check_judges(loaded, evaluation)
-    names = folders(loaded)
+    names = folders(dict.fromkeys([*loaded, *fits]))
     content = {"budget": str(amount), "settings": list(settings), "steps": list(steps)}
     tasks = [
         Task(name, out / names[name] / f"seed-{seed}", tuple(settings), amount, evaluation, tuple(steps), seed)
         for name in loaded
         for seed in range(seeds)
     ]
-    teachers = [replace(t, seed=None, folder=out / "teachers" / names[t.recipe]) for t in teacher_tasks(tasks, loaded)]
+    teachers = [
+        *teacher_tasks(tasks, loaded, out / "teachers", names),
+        *fitted_tasks(tasks, loaded, out / "fitted", names),
+    ]
+    tasks += fit_tasks(tasks[0], {name: out / names[name] / "fit" for name in fits})
     again = [
         "fewstep",
         "compare",
@@ -95,7 +106,8 @@ def compare(
         for task in tasks:
             if task.kept() is not None:
                 refuse_changes(task.folder, task.load())
-        say(f"{len(loaded)} recipes x {seeds} seeds, {amount} each, in {out}")
+        beside = f", beside {len(fits)} fit{'s' * (len(fits) > 1)}" if fits else ""
+        say(f"{len(loaded)} recipes x {seeds} seeds, {amount} each{beside}, in {out}")
         with interrupted(shlex.join(again)):
             run_all([*teachers, *tasks])
         about = ranking.facts(amount, range(seeds), settings, evaluation)
@@ -126,7 +138,8 @@ def common(loaded: Mapping[str, Recipe], samples: int | None) -> Evaluate:
     if samples is not None and samples < 2:
         raise UserError(f"--samples must be at least 2, not {samples}")
     every = sorted({n for e in asked.values() for n in e.teacher_steps})
-    return replace(first, samples=samples or first.samples, teacher_steps=tuple(every))
+    fitted = first.fitted if all(e.fitted == first.fitted for e in asked.values()) else None
+    return replace(first, samples=samples or first.samples, teacher_steps=tuple(every), fitted=fitted)
 
 
 def check_judges(loaded: Mapping[str, Recipe], evaluation: Evaluate) -> None:
@@ -155,20 +168,60 @@ def folders(names: Mapping[str, Any]) -> dict[str, str]:
     for name in names:
         folder = name.replace("/", "-") if name in shipped() else Path(name).stem
         taken = [other for other, f in found.items() if f == folder]
-        if taken or folder in ("banks", "teachers"):
+        if taken or folder in ("banks", "teachers", "fitted"):
             raise UserError(f"{name}: would use the folder {folder!r} of {(taken or ['the comparison'])[0]}; rename it")
         found[name] = folder
     return found
 
 
-def teacher_tasks(tasks: Sequence[Task], loaded: Mapping[str, Recipe]) -> list[Task]:
-    """One task per distinct teacher; the process it is re-expressed in makes no other teacher."""
-    found: dict[str, Task] = {}
+def teacher_tasks(
+    tasks: Sequence[Task], loaded: Mapping[str, Recipe], folder: Path, names: Mapping[str, str]
+) -> list[Task]:
+    """One task per distinct teacher."""
+    known = [group[0] for group in by_teacher(tasks, loaded) if group[0].evaluation.teacher_steps]
+    return [replace(t, seed=None, folder=folder / names[t.recipe]) for t in known]
+
+
+def fitted_tasks(
+    tasks: Sequence[Task], loaded: Mapping[str, Recipe], folder: Path, names: Mapping[str, str]
+) -> list[Task]:
+    """One task per distinct teacher that is fitted, for the numbers of calls of all its students."""
+    out = []
+    for group in by_teacher(tasks, loaded):
+        first, recipe = group[0], loaded[group[0].recipe]
+        samplers = [loaded[t.recipe].sampler() for t in group]
+        counts = {len(s.steps) for s in samplers if s.kind != "ode"} | set(first.steps)
+        wish = wish_for(first.evaluation, recipe.teacher, counts, training_calls(first.budget, recipe))
+        if wish is not None:
+            out.append(replace(first, seed=None, counts=wish.calls, folder=folder / names[first.recipe]))
+    return out
+
+
+def training_calls(budget: Budget, recipe: Recipe) -> float:
+    """At least so many network calls does a training under the budget take; endless where seconds are given."""
+    if budget.kind == "updates":
+        return calls_of(with_lengths(recipe, lengths(recipe, budget)))
+    return budget.amount if budget.kind == "calls" else math.inf
+
+
+def fit_tasks(like: Task, places: Mapping[str, Path]) -> list[Task]:
+    """One task per folder by `fewstep fit`; a result of another fit in its place is measured again."""
+    out = [replace(like, seed=None, folder=place, fit=Path(name)) for name, place in places.items()]
+    for task in out:
+        found = left_by(task.result)
+        if found is not None and found.get("fit") != file_sha256(Path(str(task.fit)) / NAME):
+            task.result.unlink()
+    return out
+
+
+def by_teacher(tasks: Sequence[Task], loaded: Mapping[str, Recipe]) -> list[list[Task]]:
+    """The tasks of each distinct teacher; the process it is re-expressed in makes no other teacher."""
+    found: dict[str, list[Task]] = {}
     for task in tasks:
         recipe = loaded[task.recipe]
-        if recipe.teacher is not None and task.evaluation.teacher_steps:
+        if recipe.teacher is not None:
             spec = {k: v for k, v in plain(recipe.teacher).items() if k != "process"}
-            found.setdefault(json.dumps([spec, plain(recipe.data)], sort_keys=True, default=str), task)
+            found.setdefault(json.dumps([spec, plain(recipe.data)], sort_keys=True, default=str), []).append(task)
     return list(found.values())
 
 
@@ -262,7 +315,7 @@ def finish(out: Path, about: dict[str, Any], tasks: Sequence[Task], teachers: Se
     """Rank what there is and write the report; UserError when nothing succeeded."""
     kept = [(t, r) for t in tasks if (r := t.kept()) is not None]
     failed = [
-        {"recipe": t.recipe, "seed": t.seed, "message": message_of(t.folder)}
+        {"recipe": t.name, "seed": t.seed, "message": message_of(t.folder)}
         for t in [*teachers, *tasks]
         if t.kept() is None
     ]
@@ -282,5 +335,5 @@ def collect(kept: Sequence[tuple[Task, Mapping[str, Any]]]) -> list[Evaluation]:
     found: dict[tuple[str, int | None], list[tuple[Any, Evaluation]]] = {}
     for task, result in kept:
         for e in read_evaluations(task.folder, result):
-            found.setdefault((task.recipe, e.steps), []).append((result, e))
+            found.setdefault((task.name, e.steps), []).append((result, e))
     return [ranking.join(recipe, [r for r, _ in parts], [e for _, e in parts]) for (recipe, _), parts in found.items()]

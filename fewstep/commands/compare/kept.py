@@ -39,7 +39,8 @@ def _continue(stamp: Path, out: Path, resume: bool, content: Mapping[str, Any]) 
         found = _stamp(stamp)
         before, now = dict(found["evaluation"]), dict(content["evaluation"])
         # Teachers stand beside the ranking; how many of their rows there are changes no student's.
-        before.pop("teacher_steps", None), now.pop("teacher_steps")
+        for beside in ("teacher_steps", "fitted"):
+            before.pop(beside, None), now.pop(beside, None)
         wrong = [k for k in ("budget", "settings", "steps") if found[k] != content[k]]
         wrong += ["evaluation"] * (before != now)
         if wrong:

@@ -16,6 +16,8 @@ import torch
 from fewstep.algebra.draws import fold
 from fewstep.commands.compare.budget import Accounted, Budget, lengths, probe, with_lengths
 from fewstep.commands.compare.kept import keep_arrays, result_of, steps_of, write_json
+from fewstep.commands.fitted_row import METHOD, NOISES, POINTS, fitted_teacher
+from fewstep.commands.fitting import Wish
 from fewstep.commands.judge import Judge, judge_of
 from fewstep.commands.measure import guided_teacher, measure, teacher_product
 from fewstep.commands.progress import Watch
@@ -24,13 +26,14 @@ from fewstep.config import UserError, plain
 from fewstep.eval.protocol.evaluation import Evaluation, environment
 from fewstep.eval.protocol.images import to_pixels
 from fewstep.eval.protocol.latency import measure_latency
-from fewstep.files import atomic_path
+from fewstep.files import atomic_path, file_sha256
 from fewstep.networks import code
 from fewstep.recipe.diff import differences
 from fewstep.recipe.schema import Evaluate, Recipe
 from fewstep.recipe.store import dump, load, load_run
 from fewstep.train.build import build_roles
-from fewstep.train.product import Product, product_of
+from fewstep.train.fitted import NAME
+from fewstep.train.product import Product, open_product, product_of
 
 SHOWN = 64
 """Samples of each student in the report."""
@@ -46,7 +49,7 @@ NEVER = (
 
 @dataclass(frozen=True)
 class Task:
-    """One run, or the measurement of a teacher (seed None)."""
+    """One run; or the measurement of a teacher (seed None), as it is or under fitted samplers, or of a fit's folder."""
 
     recipe: str
     folder: Path
@@ -57,6 +60,10 @@ class Task:
     seed: int | None
     place: str = ""
     """Shown in front of what is printed, such as [3/62]."""
+    counts: tuple[int, ...] = ()
+    """Numbers of calls that the recipe's teacher is fitted for."""
+    fit: Path | None = None
+    """A folder by `fewstep fit`, measured as the recipe's students are."""
 
     def load(self) -> Recipe:
         seed = () if self.seed is None else (f"train.seed={self.seed}",)
@@ -65,8 +72,16 @@ class Task:
         return replace(recipe, evaluate=self.evaluation)
 
     @property
+    def name(self) -> str:
+        """What its rows are called."""
+        return self.recipe if self.fit is None else str(self.fit)
+
+    @property
     def title(self) -> str:
-        return f"{self.place} {self.recipe}" + (f", seed {self.seed}" if self.seed is not None else ", teacher")
+        if self.fit is not None:
+            return f"{self.place} {self.fit}, a fit"
+        kind = f"seed {self.seed}" if self.seed is not None else "teacher fitted" if self.counts else "teacher"
+        return f"{self.place} {self.recipe}, {kind}"
 
     @property
     def result(self) -> Path:
@@ -89,7 +104,9 @@ def work(task: Task) -> None:
     """Train and measure one run, or measure a teacher; leaves result.json, or failure.json with the message."""
     try:
         task.failure.unlink(missing_ok=True)
-        if task.seed is None:
+        if task.fit is not None:
+            score_fit(task)
+        elif task.seed is None:
             score_teacher(task)
         else:
             train(task)
@@ -230,10 +247,60 @@ def score_teacher(task: Task) -> None:
     roles = build_roles(recipe, data)
     student = product_of(recipe, roles.student.eval(), data, task.recipe)
     judge = judge_of(student, task.evaluation)
-    rows = []
     teacher = guided_teacher(roles.teacher, task.evaluation.guidance, data.null)
-    for n in task.evaluation.teacher_steps:
+    told: dict[str, Any] = {}
+    if task.counts:
+        wish = Wish(calls=task.counts, points=POINTS, noises=NOISES)
+        drawn, done = fitted_teacher(student, teacher, wish)
+        told = {"method": METHOD, "updates": 0, "network_calls": done.calls, "seconds": done.seconds}
+    else:
+        drawn = [teacher_product(student, teacher, n) for n in task.evaluation.teacher_steps]
+    rows = []
+    for product in drawn:
         orphaned()
-        rows.append(score(teacher_product(student, teacher, n), judge))
+        rows.append(replace(score(product, judge), training=told))
     keep_arrays(task.folder, rows)
     write_json(task.result, {"recipe": task.recipe, "rows": [e.as_json() for e in rows]})
+
+
+def score_fit(task: Task) -> None:
+    """Measure a fit's folder at its numbers of calls, as a run without updates."""
+    recipe = task.load()
+    assert task.fit is not None
+    product = open_product(task.fit)
+    fitted = product.fitted
+    assert fitted is not None
+    like = product_of(recipe, torch.nn.Identity(), recipe.data.open(), task.recipe)  # type: ignore[arg-type]
+    if (product.shape, product.classes) != (like.shape, like.classes):
+        raise UserError(
+            f"{task.fit}: draws {list(product.shape)} of {product.classes} classes, {task.recipe} "
+            f"{list(like.shape)} of {like.classes}; they cannot stand in one table"
+        )
+    if like.prompted is not None and product.prompted is None:
+        raise UserError(f"{task.fit}: knows no prompts, {task.recipe} does; they cannot stand in one table")
+    judge = judge_of(like, task.evaluation)
+    rows = []
+    for n in fitted.counts:
+        orphaned()
+        rows.append(score(replace(product.with_steps(n), prompted=like.prompted), judge))
+    keep_arrays(task.folder, rows)
+    write_json(
+        task.result,
+        {
+            "recipe": task.name,
+            "method": METHOD,
+            "seed": None,
+            "settings": [],
+            "budget": str(task.budget),
+            "commit": fitted.commit,
+            "updates": 0,
+            "planned_updates": 0,
+            "fit": file_sha256(task.fit / NAME),
+            "refused_updates": 0,
+            "seconds": fitted.seconds,
+            "cpu_seconds": fitted.seconds,
+            "network_calls": fitted.calls,
+            "peak_memory_mib": peak_memory(),
+            "rows": [e.as_json() for e in rows],
+        },
+    )

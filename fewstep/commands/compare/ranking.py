@@ -218,7 +218,7 @@ def _row(e: Evaluation) -> dict[str, Any]:
 
 def facts(budget: Any, seeds: Sequence[int], settings: Sequence[str], evaluation: Any) -> dict[str, Any]:
     """What holds for every row."""
-    wanted = {k: v for k, v in asdict(evaluation).items() if k != "teacher_steps"}
+    wanted = {k: v for k, v in asdict(evaluation).items() if k not in ("teacher_steps", "fitted")}
     return {
         "budget": str(budget),
         "seeds": list(seeds),

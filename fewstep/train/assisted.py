@@ -1,0 +1,88 @@
+"""A product whose teacher helps it at sampling: the part, the teacher, and the threshold of its calibration."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fewstep.algebra.assist import percentile
+from fewstep.algebra.condition import moved, rows
+from fewstep.algebra.draws import Draws, fold
+from fewstep.algebra.guidance import Guided
+from fewstep.algebra.sampling import Sampler, sample, seeded
+from fewstep.config import UserError
+from fewstep.networks.assisted import Adaptive, Assist, Case, Diversity
+from fewstep.train.product import Product
+
+BATCH = 256
+
+
+@dataclass(frozen=True, kw_only=True)
+class Assisted:
+    """What `Product.images` draws with in place of its sampler alone."""
+
+    part: Assist
+    teacher: nn.Module
+    score: Callable[[Tensor, Any], Tensor] | None = None
+    threshold: float = float("-inf")
+
+    def images(
+        self, net: nn.Module, sampler: Sampler, shape: tuple[int, ...], index: Tensor, cond: Any, seed: int
+    ) -> Tensor:
+        """Samples (b, *shape) of global indices (b,): the same for any split into batches."""
+        noise, fresh = seeded(seed, index, shape)
+        return self.part.draw(
+            Case(
+                sampler=sampler,
+                student=net,
+                teacher=self.teacher,
+                noise=noise,
+                cond=cond,
+                fresh=fresh,
+                other=lambda name, i: Draws(fold(seed, "assist", name, i), index).normal(*shape),
+                score=self.score,
+                threshold=self.threshold,
+            )
+        )
+
+    def network_calls(self, sampler: Sampler) -> float:
+        """Expected calls of student and teacher per sample."""
+        return self.part.network_calls(sampler)
+
+
+def assisted(product: Product, part: Assist, teacher: nn.Module, null: Callable[[Any], Any]) -> Product:
+    """The product with its teacher's help; calibrates a threshold where the part scores samples.
+
+    teacher: of the product's process. null: conditions to null conditions.
+
+    Raises:
+        UserError: a product without steps of its own, or samples that the score does not judge.
+    """
+    if product.sampler.kind == "ode" or product.fitted is not None:
+        raise UserError(f"assist {part.name}: helps a student; {product.title} is a teacher")
+    n = len(product.sampler.steps)
+    if isinstance(part, Diversity) and part.steps >= n:
+        raise UserError(f"assist.steps {part.steps}: the student takes {n} in all, and one at least must be left to it")
+    net = teacher if part.guidance == 1 else Guided(teacher, part.guidance, null)
+    helped = Assisted(part=part, teacher=net)
+    if isinstance(part, Adaptive):
+        judge, decode = part.score.open(product.picture_shape()), product.decoder()
+        helped = replace(helped, score=lambda x, cond: judge(decode(x), cond))
+        helped = replace(helped, threshold=percentile(scores_of(product, part.calibration, helped), part.k))
+    return replace(product, assist=helped, title=f"{product.title} + {part.name}")
+
+
+@torch.no_grad()
+def scores_of(product: Product, count: int, helped: Assisted) -> Tensor:
+    """Scores (count,) of the student's own samples, from noise that no measurement draws."""
+    device, labels, out = product.device(), product.labels(count), []
+    assert helped.score is not None
+    for part in torch.arange(count, device=device).split(BATCH):
+        cond = moved(rows(labels, part.cpu()), device)
+        noise, fresh = seeded(fold("calibration of", helped.part.name), part, product.shape)
+        out.append(helped.score(sample(product.sampler, product.net, noise, cond, fresh), cond))
+    return torch.cat(out)
