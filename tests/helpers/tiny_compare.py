@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from tiny_runs import in_child, killed
 
-SMALL = ("before=[]", "train.batch=6", "student.width=16", "student.depth=3", "evaluate.samples=64")
+SMALL = ("before=[]", "train.guard=off", "train.batch=6", "student.width=16", "student.depth=3", "evaluate.samples=64")
 ARGUMENTS = ["--budget", "updates=20", "--seeds", "2", *(x for s in SMALL for x in ("--set", s))]
 ARGUMENTS += ["--set", "evaluate.teacher_steps=[1]", "--set", "train.checkpoint_every=5"]
 ARGUMENTS += ["--set", "train.max_skips=3"]
@@ -72,9 +72,9 @@ def drive_compare(folder: Path | str, *recipes: str) -> None:
 
     save, struck = Trainer.save, folder / "struck"
 
-    def strike(self: Any) -> None:
+    def strike(self: Any, *rest: Any) -> None:
         """Kill the process that compares when the second run has its third checkpoint."""
-        save(self)
+        save(self, *rest)
         if self.run.parts[-2:] == ("toy-kd", "seed-1") and self.progress.done == 15 and not struck.exists():
             struck.touch()
             os.kill(os.getppid(), signal.SIGKILL)

@@ -85,7 +85,6 @@ def compare(
         *teacher_tasks(tasks, loaded, out / "teachers", names),
         *fitted_tasks(tasks, loaded, out / "fitted", names),
     ]
-    tasks += fit_tasks(tasks[0], {name: out / names[name] / "fit" for name in fits})
     again = [
         "fewstep",
         "compare",
@@ -106,6 +105,7 @@ def compare(
         for task in tasks:
             if task.kept() is not None:
                 refuse_changes(task.folder, task.load())
+        tasks += fit_tasks(tasks[0], {name: out / names[name] / "fit" for name in fits})
         beside = f", beside {len(fits)} fit{'s' * (len(fits) > 1)}" if fits else ""
         say(f"{len(loaded)} recipes x {seeds} seeds, {amount} each{beside}, in {out}")
         with interrupted(shlex.join(again)):
