@@ -183,7 +183,7 @@ class SampleReadings:
                 out.append(sample(sampler, net, start, rows(cond, slice(i, i + part)), fresh))
         x = torch.cat(out)
         if world > 1:
-            x = session.accelerator.gather(x)  # type: ignore[assignment]
+            x = session.accelerator.gather(x)
         return x[: self.count]
 
 
