@@ -143,6 +143,7 @@ def test_refused_updates_are_gone_back_from(tmp_path: Path):
     trainer.fit()
     acts = [r["guard"] for r in records(run) if "guard" in r]
     assert [a["alarm"] for a in acts] == ["non-finite gradients"]
+    assert trainer.progress.skipped == 0  # neither those of before nor one by gradients that they left
     assert trainer.progress.done == 120
     assert all(bool(torch.isfinite(p).all()) for p in trainer.roles.student.parameters())
 

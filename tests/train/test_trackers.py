@@ -27,7 +27,7 @@ def test_tensorboard_has_every_reading_of_the_log(tmp_path: Path):
     assert {"match", "dsm", "discriminator", "lr/student", "grad_norm/student"} <= set(log[0])
     for name in log[0]:
         found = {e.step: e.value for e in events.Scalars(name)}
-        assert found == pytest.approx({r["done"]: r[name] for r in log}, rel=1e-6), name
+        assert found == pytest.approx({r["done"]: r[name] for r in log if name in r}, rel=1e-6), name
 
 
 def test_a_resumed_run_tells_every_step_once(tmp_path: Path):
