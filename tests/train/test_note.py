@@ -36,7 +36,7 @@ BAD: list[tuple[Any, str]] = [
     ({"steps": "abc", "call": {"timesteps": [1]}}, 'steps is "abc"; expected decreasing levels in [0, 1]'),
     ({"steps": [-1.0], "call": {"timesteps": [1]}}, "steps is [-1.0]; expected decreasing levels"),
     ({"steps": [0.5, 0.5], "call": {"timesteps": [1]}}, "steps is [0.5, 0.5]; expected decreasing levels"),
-    ({"steps": [1.0], "kind": "evil", "call": {"timesteps": [1]}}, "kind or eta is not one of a sampler"),
+    ({"steps": [1.0], "kind": "evil", "call": {"timesteps": [1]}}, "kind, eta or history is not one of a sampler"),
     ({"steps": [1.0]}, "call does not say at which levels the network is called"),
     ({"steps": [1.0], "call": {"eta": 0.3}}, "call does not say at which levels the network is called"),
     ({"steps": [1.0], "call": {"timesteps": [1]}, "settings": 3}, "settings is no JSON object"),
