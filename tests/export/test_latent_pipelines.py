@@ -292,7 +292,9 @@ def test_lint_of_products_and_recipes(folders: dict[str, Path]):
     assert check_recipe(load("digits-dmd2")) == (
         "schedule: training, evaluation and CMStochasticIterativeScheduler agree (sigma / alpha 80)"
     )
-    told = check_recipe(load("digits-dmd2", [f"teacher.path={folders['sd15']}", f"method.steps={list(FOUR)}"]))
+    latents = "data={name: prompts, path: prompts.txt, shape: [4, 8, 12]}"
+    settings = [f"teacher.path={folders['sd15']}", latents, "discriminator=null", "method.gan=null", "evaluate=null"]
+    told = check_recipe(load("digits-dmd2", [*settings, f"method.steps={list(FOUR)}"]))
     assert told.startswith("schedule: training, evaluation and LCMScheduler agree (sigma / alpha 14.6")
-    off = check_recipe(load("digits-dmd2", [f"teacher.path={folders['sd15']}", "method.steps=[1.0, 0.1234567]"]))
+    off = check_recipe(load("digits-dmd2", [*settings, "method.steps=[1.0, 0.1234567]"]))
     assert "fall between the 1000 indices of the table" in off

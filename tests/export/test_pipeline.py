@@ -227,6 +227,9 @@ def test_a_wrong_schedule_is_caught_by_the_real_comparison(
     with pytest.raises(UserError, match=r"^schedule: evaluation and exported scheduler stand at different noise"):
         export(product, tmp_path / "out")  # the scheduler itself is asked before it is written
     monkeypatch.setattr(unet, "check_scheduler", lambda *_: None)
+    with pytest.raises(UserError, match=r"call\.num_inference_steps is 2, but there are 1 steps"):
+        export(product, tmp_path / "out")  # its own note is read back
+    monkeypatch.setattr(base, "read_note", lambda *_: None)
     with pytest.raises(ExportRefused, match="differs from fewstep's sampler by"):
         export(product, tmp_path / "out")
     # The earlier export is still there, untouched.

@@ -248,7 +248,7 @@ def test_what_cannot_be_gone_on_from_is_named(copied: Path, tmp_path: Path):
         resume.newest_of(tmp_path)
     for change, words in (
         (("student.width=24",), "does not fit this recipe's network"),
-        (("train.ema=[0.5]",), r"has the averages ema_0.9, ema_0.99, the recipe ema_0.5 \(train.ema\)"),
+        (("train.ema=[0.5]",), r"has the averages train\.ema=\[0\.9, 0\.99\], this recipe \[0\.5\]; leave them so"),
     ):
         trainer = Trainer(tiny(*SHORT, *change), None, cpu=True)
         with pytest.raises(UserError, match=words):
