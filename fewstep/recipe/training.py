@@ -54,7 +54,7 @@ class Train:
     checkpoint_every: int = 100
     """Steps between checkpoints; the end always makes one."""
     keep: int = 2
-    """Newest checkpoints kept; beside them the best of the stage, where its samples are read (`guard`)."""
+    """Newest checkpoints kept; the stage's best one stays too (`guard`)."""
     guard: Literal["off", "warn", "stop", "restore"] = "warn"
     """What an alarm on samples or refused updates does (`fewstep health` names them): off takes no readings, warn prints
     a line, stop ends the run with a checkpoint, restore goes back to the stage's best checkpoint with a quarter of

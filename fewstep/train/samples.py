@@ -36,6 +36,8 @@ REAL = 256
 """Samples of the data where they are the reference."""
 NUMBERS = 1 << 24
 """Numbers in a reading's samples; large pictures are fewer."""
+CHANCE = 2.0
+"""Standard errors by which two means may differ and be the same."""
 FLOOR = 0.01
 """Of the mean power, added to what a spectral peak is compared with: a peak that nobody sees is none."""
 
@@ -45,16 +47,19 @@ Figures = dict[str, Tensor]
 def figures(x: Tensor, group: Tensor, patch: int | None) -> Figures:
     """What is compared, of samples x (n, c, h, w) or vectors (n, d) whose conditions are numbered by group (n,).
 
-    mean (c,) of each channel; scale and contrast, scalars: the standard deviation of all values about their channel's
-    mean, and within a sample; spread: see `fewstep.methods.readings.spread`; of three channels saturation, the mean of
-    largest minus smallest; with a patch the grid, see `peaks`.
+    mean (c,) of each channel and noise (c,), the variance of that mean by chance; scale and contrast, scalars: the
+    standard deviation of all values about their channel's mean, and within a sample; spread: see
+    `fewstep.methods.readings.spread`; of three channels saturation, the mean of largest minus smallest; with a patch the
+    grid, see `peaks`.
     """
     x = x.double()
     dims = [0, *range(2, x.ndim)]
     mean = x.mean(dims)
     around = x - mean.reshape(1, -1, *[1] * (x.ndim - 2))
     scale = around.pow(2).mean().sqrt()
-    out = {"mean": mean, "scale": scale, "contrast": scale, "spread": spread(x, group)}
+    each = x.flatten(2).mean(2) if x.ndim > 2 else x
+    noise = (each - mean).pow(2).sum(0) / max(1, len(x) - 1) / len(x)
+    out = {"mean": mean, "noise": noise, "scale": scale, "contrast": scale, "spread": spread(x, group)}
     if x.ndim == 4:
         out["contrast"] = (x - x.mean((2, 3), keepdim=True)).pow(2).mean().sqrt()
     if x.ndim == 4 and x.shape[1] == 3:
@@ -80,9 +85,12 @@ def peaks(x: Tensor, patch: int) -> Tensor:
 def compared(own: Figures, reference: Figures) -> dict[str, float]:
     """The readings by their keys in the log: ratios to the reference's, 1 where they agree, and of the mean 0.
 
-    samples/mean is that of the channel that is farthest off, in standard deviations of the reference.
+    samples/mean is that of the channel that is farthest off, in standard deviations of the reference, less what so few
+    samples may be off by chance: CHANCE standard errors (of 32 points of the ring half a deviation, of pictures little).
     """
-    shift = (own["mean"] - reference["mean"]) / reference["scale"].clamp_min(1e-12)
+    shift = own["mean"] - reference["mean"]
+    chance = CHANCE * (own["noise"] + reference["noise"]).sqrt()
+    shift = shift.sign() * (shift.abs() - chance).clamp_min(0) / reference["scale"].clamp_min(1e-12)
     out = {"samples/mean": float(shift[shift.abs().argmax()])}
     for name in ("contrast", "saturation", "spread"):
         if name in own and name in reference and float(reference[name]) > 0:

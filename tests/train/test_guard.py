@@ -14,7 +14,7 @@ from fewstep.config import RecipeError
 from fewstep.train.guard import LOWER, RETURNS, Stopped, best_of, way_back
 from fewstep.train.state import checkpoints, read_guard
 
-DARKER = 0.03
+DARKER = 0.06
 """Per update, into a velocity: after some ten of them samples are beyond the line below their mean."""
 
 

@@ -44,15 +44,29 @@ def test_samples_of_the_reference_read_as_it():
 
 def test_a_darker_picture_shifts_the_mean_and_nothing_else():
     found = told(pictures() - 0.4)
-    scale = float(figures(pictures(), GROUP, None)["scale"])
-    assert found["samples/mean"] == pytest.approx(-0.4 / scale)
+    own = figures(pictures(), GROUP, None)
+    scale, chance = float(own["scale"]), 2 * 2**0.5 * own["noise"].sqrt()
+    assert found["samples/mean"] == pytest.approx(-(0.4 - float(chance.min())) / scale)
     assert found["samples/contrast"] == pytest.approx(1)
     assert found["samples/saturation"] == pytest.approx(1)
     assert found["samples/spread"] == pytest.approx(1)
     # One channel alone is seen as well, where the mean over all of them would hardly move.
     x = pictures()
     x[:, 1] += 0.5
-    assert told(x)["samples/mean"] == pytest.approx(0.5 / scale)
+    assert told(x)["samples/mean"] == pytest.approx((0.5 - float(chance[1])) / scale)
+
+
+def test_few_points_are_not_off_by_what_chance_does():
+    """Means of 32 points of unit deviation differ by a quarter of it, and half of all pairs by more than a sixth."""
+    group = torch.zeros(32, dtype=torch.long)
+    x = torch.randn(200, 32, 2, generator=torch.Generator().manual_seed(2), dtype=F64)
+    found = [
+        compared(figures(a, group, None), figures(b, group, None))["samples/mean"]
+        for a, b in zip(x, x.flip(0), strict=True)
+    ]
+    assert sum(v == 0 for v in found) > 170
+    assert max(map(abs, found)) < 0.35
+    assert compared(figures(x[0] - 2, group, None), figures(x[1], group, None))["samples/mean"] < -1
 
 
 def test_contrast_saturation_and_spread_are_ratios():
