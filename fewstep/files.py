@@ -313,10 +313,7 @@ def empty(folder: Path, keep: Collection[str] = ()) -> None:
 
 @contextmanager
 def whole_folder(folder: Path, kind: str, what: str) -> Iterator[Path]:
-    """An empty folder to write into that becomes `folder`, marked as a `kind`, and vanishes when the block fails.
-
-    what: its name in messages. UserError for a folder that is something else's or that cannot be written.
-    """
+    """An empty folder that becomes `folder`, marked as a `kind`, after the block, nothing if that fails. UserError."""
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{folder}: is a file; choose another folder")
     if folder.is_symlink() or (folder.is_dir() and any(folder.iterdir())):
@@ -328,8 +325,7 @@ def whole_folder(folder: Path, kind: str, what: str) -> Iterator[Path]:
         aside.mkdir(parents=True)
         yield aside
         write_mark(aside, kind)
-        if folder.exists():
-            shutil.rmtree(folder)
+        shutil.rmtree(folder, ignore_errors=True)  # what stays makes the next line fail
         aside.rename(folder)
     except OSError as error:
         raise UserError(f"{folder}: the {what} could not be written: {error}") from None
