@@ -156,8 +156,7 @@ def whole_folder(folder: Path, kind: str, what: str) -> Iterator[Path]:
         aside.mkdir(parents=True)
         yield aside
         write_mark(aside, kind)
-        if folder.exists():
-            shutil.rmtree(folder)
+        shutil.rmtree(folder, ignore_errors=True)  # what stays makes the next line fail
         aside.rename(folder)
     except OSError as error:
         raise UserError(f"{folder}: the {what} could not be written: {error}") from None
