@@ -107,7 +107,7 @@ def _opened(spec: Any) -> Any:
 
 
 def _size(data: Any, wrapper: Any) -> tuple[int, ...]:
-    return data.shape[1:] if len(getattr(data, "shape", ())) == 3 else wrapper.sample_size()
+    return data.shape[1:] if len(getattr(data, "shape", ())) in (3, 4) else wrapper.sample_size()
 
 
 def _student(spec: Any, site: Site) -> nn.Module:
@@ -136,7 +136,7 @@ def outlined_teacher(spec: Any, data: Any = None) -> Denoiser:
     classes = int(getattr(model.config, "num_class_embeds", 0) or 0)
     pixels = folder.latents.pixels if folder.latents else 1
     net: Any = wrapper_of(folder, spec.wrapper)(model, classes, guidance=spec.guidance, pixels=pixels)
-    process, kind, time_input = read_scheduler(schedule, str(folder.scheduler_file), net.tokens(_size(data, net)))
+    process, kind, time_input = read_scheduler(schedule, str(folder.scheduler_file), net.tokens(_size(data, net)), net.mu)
     return Denoiser(net, process, kind, time_input)
 
 

@@ -27,7 +27,8 @@ from fewstep.export.routes import INSTEAD, plain_kind, unet_stock
 from fewstep.export.stock import fresh_noise, open_stock, run_stock, without_variance
 from fewstep.networks.adapters import Adapted, on_cpu, plain_copy
 from fewstep.networks.denoiser import Denoiser
-from fewstep.networks.folder import Folder, read_folder
+from fewstep.networks.folder import Folder, part_of, read_folder
+from fewstep.networks.scheduler import own_steps
 from fewstep.networks.unet2d import UNet2D
 from fewstep.networks.wrappers import Wrapper
 from fewstep.train.note import NAME, Note
@@ -84,6 +85,11 @@ def _flow(process: Flow, wrapper: Any, sampler: Sampler, renoise: bool) -> Stock
         config = {"shift": own, "stochastic_sampling": renoise}
         return Stock(name, config, {"num_inference_steps": n}, _written(sampler), levels=sigmas)
     times = tuple(process.grid(torch.tensor(sampler.steps, dtype=torch.float64)).tolist())
+    if even:
+        inner, low = own_steps(own, n)
+        config = {"shift": inner, "shift_terminal": low, "stochastic_sampling": renoise}
+        written = _written(sampler, tuple(t / (inner - (inner - 1) * t) for t in times))
+        return Stock(name, config, {"num_inference_steps": n}, written)
     # shift 1: the sigmas of the call are the trained ones, a shift would move them once more.
     config = {"shift": 1.0, "stochastic_sampling": renoise}
     written = _written(sampler, None if own == 1.0 else times)
@@ -113,9 +119,14 @@ def student_of(product: Product) -> Denoiser:
         constant = constant_inputs(net, net, product.sampler)
         with torch.no_grad():
             for m in net.net.embedders():  # type: ignore[operator]
-                embedding: Any = m if hasattr(m, "linear_2") else m.timestep_embedder
-                embedding.linear_2.bias += constant.to(embedding.linear_2.bias)
+                embedding: Any = m if hasattr(m, "linear_2") else getattr(m, "timestep_embedder", m)
+                last = embedding.linear_2 if hasattr(embedding, "linear_2") else _last_linear(m)
+                last.bias += constant.to(last.bias)
     return net
+
+
+def _last_linear(module: nn.Module) -> Any:
+    return [m for m in module.modules() if isinstance(m, nn.Linear)][-1]
 
 
 def source_of(product: Product) -> Folder:
@@ -161,14 +172,14 @@ def settings_of(product: Product, source: Folder, wrapper: Any) -> dict[str, Any
     example = checked(wrapper.example(1), wrapper.needs, wrapper.takes, wrapper.pipeline)
     embedded = wrapper.arguments(example, wrapper.sample_size()).get("guidance_scale")
     known = embedded if wrapper.guidance is None else wrapper.guidance
-    settings = {"guidance_scale": 1.0 if embedded is None else float(known)}
+    settings = dict(wrapper.plain) if embedded is None else {"guidance_scale": float(known)}
     name = str(source.index["_class_name"])
     settings |= _DEFAULTS.get(name, {})
-    size = (product.shape[1], product.shape[2])
+    size = tuple(product.shape[1:])
     known_size = source.latents is not None or name == "IFPipeline"
-    if wrapper.levels and known_size and size != tuple(wrapper.sample_size()):
+    if "label" not in wrapper.needs and known_size and size != tuple(wrapper.sample_size()):
         scale = source.latents.pixels if source.latents else 1
-        settings |= {"height": size[0] * scale, "width": size[1] * scale}
+        settings |= {"height": size[-2] * scale, "width": size[-1] * scale, **wrapper.of_size(size)}
     encoder: Any = getattr(getattr(product.recipe, "data", None), "encoder", None)
     if getattr(encoder, "name", None) == "pipeline" and encoder.length is not None:
         settings["max_sequence_length"] = encoder.length
@@ -190,7 +201,7 @@ def latent_parts(product: Product) -> Parts:
     name, written = str(source.index["_class_name"]), stock.sampler
     note = Note(
         classes=wrapper.classes,
-        size=(product.shape[1], product.shape[2]),
+        size=tuple(product.shape[1:]),
         sampler=written,
         call=stock.call,
         settings=settings_of(product, source, wrapper),
@@ -213,7 +224,7 @@ def _save(source: Folder, model: Any, scheduler: Any, to: Path) -> None:
     """The source's folder with another network and scheduler. Text encoders are copied, not loaded."""
     index = dict(source.index)
     for name, entry in index.items():
-        if isinstance(entry, list) and entry[0] is not None and name not in (source.component, "scheduler"):
+        if part_of(entry) and name not in (source.component, "scheduler"):
             shutil.copytree(source.root / name, to / name)
     model.save_pretrained(to / source.component, safe_serialization=True)
     scheduler.save_pretrained(to / "scheduler")
