@@ -128,11 +128,13 @@ def fenced(text: str, least: int = 3) -> str:
 
 
 def usage(pipeline: str, call: Mapping[str, Any], folder: str) -> str:
-    """Three lines of plain diffusers code."""
+    """Three lines of plain diffusers code; of a video they save the first frame."""
+    video = "num_frames" in call
+    more, drawn = (', output_type="pil"', "frames[0][0]") if video else ("", "images[0]")
     return (
         f"from diffusers import {pipeline}\n"
         f'pipe = {pipeline}.from_pretrained("{folder}")\n'
-        f'pipe({as_code(call)}).images[0].save("sample.png")'
+        f'pipe({as_code(call)}{more}).{drawn}.save("sample.png")'
     )
 
 

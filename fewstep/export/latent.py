@@ -174,12 +174,12 @@ def settings_of(product: Product, source: Folder, wrapper: Any) -> dict[str, Any
     known = embedded if wrapper.guidance is None else wrapper.guidance
     settings = dict(wrapper.plain) if embedded is None else {"guidance_scale": float(known)}
     name = str(source.index["_class_name"])
-    settings |= _DEFAULTS.get(name, {})
     size = tuple(product.shape[1:])
+    settings |= _DEFAULTS.get(name, {}) | wrapper.of_size(size)
     known_size = source.latents is not None or name == "IFPipeline"
     if "label" not in wrapper.needs and known_size and size != tuple(wrapper.sample_size()):
         scale = source.latents.pixels if source.latents else 1
-        settings |= {"height": size[-2] * scale, "width": size[-1] * scale, **wrapper.of_size(size)}
+        settings |= {"height": size[-2] * scale, "width": size[-1] * scale}
     encoder: Any = getattr(getattr(product.recipe, "data", None), "encoder", None)
     if getattr(encoder, "name", None) == "pipeline" and encoder.length is not None:
         settings["max_sequence_length"] = encoder.length
