@@ -169,10 +169,13 @@ def test_kinds_of_samplers_find_their_scheduler(folders: dict[str, Path], tmp_pa
     }
     name, call = written("sana", Sampler(steps=(1.0, 0.5)))
     assert name == "FlowMatchEulerDiscreteScheduler"
-    assert call == {"sigmas": [1.0, 0.75]}
+    assert call == {"num_inference_steps": 2}
+    config = json.loads((tmp_path / "sana5" / "scheduler" / "scheduler_config.json").read_text())
+    assert config["shift_terminal"] == 0.75
+    assert written("sana", Sampler(steps=UNEVEN))[1] == {"sigmas": [1.0, 0.875, pytest.approx(0.576354680)]}
     assert written("flux", Sampler(kind="map", steps=FOUR))[1] == {"num_inference_steps": 4}
     assert written("flux", Sampler(steps=(0.9, 0.4)))[1].keys() == {"sigmas"}
-    shift = json.loads((tmp_path / "flux6" / "scheduler" / "scheduler_config.json").read_text())["shift"]
+    shift = json.loads((tmp_path / "flux7" / "scheduler" / "scheduler_config.json").read_text())["shift"]
     assert shift == pytest.approx(1.58201273, rel=1e-8)
 
 
@@ -224,7 +227,8 @@ def test_a_wrong_schedule_or_a_parity_violation_leaves_nothing(
     def moved(net: Any, sampler: Sampler) -> Stock:
         """The shift applied twice: what happens to sigmas that are handed to the teacher's own scheduler."""
         stock = real(net, sampler)
-        return replace(stock, config={"shift": 3.0, "stochastic_sampling": True})
+        twice = {"sigmas": [1.0, 0.9, 0.75, 0.5]}
+        return replace(stock, config={"shift": 3.0, "stochastic_sampling": True}, call=twice)
 
     with monkeypatch.context() as patch:
         patch.setattr(latent, "latent_stock", moved)

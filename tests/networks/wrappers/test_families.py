@@ -146,7 +146,7 @@ def test_many_steps_are_the_plain_pipelines(folders: dict[str, Path], name: str,
 @pytest.mark.parametrize("name", TODAY)
 @torch.no_grad()
 def test_latents_and_pictures_are_the_pipelines(folders: dict[str, Path], name: str):
-    """x decoded here is what the pipeline decodes; a picture's x is what the pipelines' own formulas make of its codes."""
+    """x decoded here is what the pipeline decodes; a picture's x is what the pipeline's formula makes of its codes."""
     family, pipe = TODAY[name], open_stock(folders[name])
     net: Any = load_denoiser(str(folders[name]), size=family.shape[1:]).net
     x = torch.randn(1, *family.shape, generator=torch.Generator().manual_seed(4))
