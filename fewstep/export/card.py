@@ -129,13 +129,14 @@ def fenced(text: str, least: int = 3) -> str:
 
 def usage(pipeline: str, call: Mapping[str, Any], folder: str) -> str:
     """Three lines of plain diffusers code; of a video they save the first frame."""
+    return f'from diffusers import {pipeline}\npipe = {pipeline}.from_pretrained("{folder}")\n{drawing(call)}'
+
+
+def drawing(call: Mapping[str, Any]) -> str:
+    """The line that draws a picture from `pipe` and saves it."""
     video = "num_frames" in call
     more, drawn = (', output_type="pil"', "frames[0][0]") if video else ("", "images[0]")
-    return (
-        f"from diffusers import {pipeline}\n"
-        f'pipe = {pipeline}.from_pretrained("{folder}")\n'
-        f'pipe({as_code(call)}{more}).{drawn}.save("sample.png")'
-    )
+    return f'pipe({as_code(call)}{more}).{drawn}.save("sample.png")'
 
 
 def as_code(call: Mapping[str, Any]) -> str:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fewstep.config import UserError
 from fewstep.export.base import Exported, ExportRefused, Parts, Rows, Stock, write_checked
-from fewstep.export.card import as_code
+from fewstep.export.card import drawing
 from fewstep.export.latent import call_of, stock_of, wrapped
 from fewstep.networks.adapters import Adapted, network_of, plain_copy
 from fewstep.networks.lora_file import NAME, component, diffusers_model, lora_tensors, save_lora
@@ -72,7 +72,7 @@ def _stock(product: Product, net: Adapted) -> tuple[Stock | None, Callable[[str]
     except UserError as error:
         reason = str(error).splitlines()[0]
         return None, lambda folder: f"{_load(folder)}  # no scheduler: {reason}"
-    name, call = source.index["_class_name"], as_code(call_of(product, source, wrapper, stock))
+    name, call = source.index["_class_name"], call_of(product, source, wrapper, stock)
 
     def usage(folder: str) -> str:
         return (
@@ -80,7 +80,7 @@ def _stock(product: Product, net: Adapted) -> tuple[Stock | None, Callable[[str]
             f'pipe = {name}.from_pretrained("{source.root}")\n'
             f"{_load(folder)}\n"
             f'pipe.scheduler = {stock.name}.from_pretrained("{folder}", subfolder="scheduler")\n'
-            f'pipe({call}).images[0].save("sample.png")'
+            f"{drawing(call)}"
         )
 
     return stock, usage
