@@ -20,11 +20,14 @@ def export(
         bool,
         typer.Option("--lora", help="Write the adapter alone, as diffusers' load_lora_weights reads it."),
     ] = False,
+    layout: Annotated[
+        str, typer.Option("--format", help="Layout of the adapter's file: diffusers, kohya or comfyui.")
+    ] = "diffusers",
 ) -> None:
     """Write a folder that plain diffusers opens, checked against fewstep's own sampler."""
     from fewstep.commands.export import export_run
 
-    export_run(run, out, force, lora)
+    export_run(run, out, force, lora, layout)
 
 
 @app.command(

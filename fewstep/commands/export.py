@@ -9,6 +9,7 @@ from fewstep.config import UserError
 from fewstep.export.base import Exported, ExportRefused
 from fewstep.export.choose import export
 from fewstep.export.levels import check_product
+from fewstep.networks.lora_formats import FORMATS
 from fewstep.train.product import Product
 
 
@@ -19,8 +20,12 @@ def show_export(done: Exported) -> None:
         console.print(f"    {line}", highlight=False, soft_wrap=True)
 
 
-def export_run(run: Path, out: Path | None, force: bool, lora: bool = False) -> Exported:
-    """`fewstep export`; with `lora` the adapter alone, as diffusers' `load_lora_weights` reads it."""
+def export_run(run: Path, out: Path | None, force: bool, lora: bool = False, layout: str = "diffusers") -> Exported:
+    """`fewstep export`; with `lora` the adapter alone, in a layout of `lora_formats.FORMATS`."""
+    if layout != "diffusers" and not lora:
+        raise UserError("--format: is the layout of an adapter's file; add --lora")
+    if layout not in FORMATS:
+        raise UserError(f"--format {layout!r}: is not one of {', '.join(FORMATS)}")
     product = opened(run)
     if product.recipe is None:
         raise UserError(f"{run}: is a diffusers folder already; export takes a run directory")
@@ -28,15 +33,15 @@ def export_run(run: Path, out: Path | None, force: bool, lora: bool = False) -> 
     if folder.exists() and any(folder.iterdir()) and not force and out is not None:
         raise UserError(f"{folder}: exists; overwrite it with --force")
     try:
-        return _export_lora(product, folder) if lora else _export(product, run, folder)
+        return _export_lora(product, folder, layout) if lora else _export(product, run, folder)
     except ExportRefused as refusal:
         raise UserError(f"{run}: not exported: {refusal}") from None
 
 
-def _export_lora(product: Product, folder: Path) -> Exported:
+def _export_lora(product: Product, folder: Path, layout: str) -> Exported:
     from fewstep.export.lora import export_lora
 
-    done = export_lora(product, folder)
+    done = export_lora(product, folder, layout)
     lines = done.usage.replace("\n", "\n    ")
     console.print(f"adapter in {done.folder}; load it with\n    {lines}", highlight=False, soft_wrap=True)
     return done
