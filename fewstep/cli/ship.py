@@ -23,11 +23,12 @@ def export(
     layout: Annotated[
         str, typer.Option("--format", help="Layout of the adapter's file: diffusers, kohya or comfyui.")
     ] = "diffusers",
+    dtype: Annotated[str, typer.Option(help="Of a pipeline student's weights: fp32, bf16 or fp16.")] = "fp32",
 ) -> None:
     """Write a folder that plain diffusers opens, checked against fewstep's own sampler."""
     from fewstep.commands.export import export_run
 
-    export_run(run, out, force, lora, layout)
+    export_run(run, out, force, lora, layout, dtype)
 
 
 @app.command(

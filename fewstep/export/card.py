@@ -6,6 +6,7 @@ import html
 import json
 import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,13 +14,14 @@ import yaml
 
 from fewstep import __version__
 from fewstep.export.base import Rows
+from fewstep.networks.folder import Folder
 from fewstep.recipe.store import dump
 from fewstep.train.product import Product
 
 TEMPLATE = """---
 library_name: diffusers
 tags: [fewstep, {method}, few-step]
----
+{front}---
 # {title}
 
 {about}
@@ -46,8 +48,13 @@ A {calls}-call generator made by [fewstep](https://github.com/fewstep/fewstep) w
 """
 
 
-def student_card(product: Product, pipeline: str, usage: str, parity: float, results: Rows) -> str:
-    """The card of a student; `pipeline` is what its stock class is called, `results` are rows as measured."""
+def student_card(
+    product: Product, pipeline: str, usage: str, parity: float, results: Rows, front: Mapping[str, str] | None = None
+) -> str:
+    """The card of a student; `pipeline` is what its stock class is called, `results` are rows as measured.
+
+    front: further keys of what the hub reads above the text.
+    """
     assert product.recipe is not None
     recipe = dump(product.recipe)
     yaml.safe_load(recipe)  # a card never carries a recipe that does not parse
@@ -58,6 +65,7 @@ def student_card(product: Product, pipeline: str, usage: str, parity: float, res
         title=plain(product.title),
         about=plain(product.recipe.about),
         method=method.name,
+        front="".join(f"{key}: {json.dumps(value)}\n" for key, value in (front or {}).items()),
         cites=", ".join(f"arXiv {c}" for c in method.cites),
         calls=len(product.sampler.steps),
         sigmas=", ".join(f"{s:.6g}" for s in (process.sigma(t) / process.alpha(t)).tolist()),
@@ -110,6 +118,29 @@ def teacher_card(product: Product, usage: str, parity: float, results: Rows) -> 
         recipe=recipe.strip(),
         fence=fenced(recipe),
     )
+
+
+_HUB_ID = r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*"
+
+
+def front_of(source: Folder, video: bool, text: bool) -> dict[str, str]:
+    """What the hub reads of a student of this teacher: its task, and licence and base where the teacher's folder says.
+
+    The licence is that of the teacher's README; the base is the hub's id that its index or the network's config was saved
+    under.
+    """
+    out = {"pipeline_tag": f"text-to-{'video' if video else 'image'}"} if text else {}
+    ids = (str(told.get("_name_or_path", "")) for told in (source.index, source.config))
+    base = next((name for name in ids if re.fullmatch(_HUB_ID, name) and not Path(name).exists()), None)
+    if base:
+        out["base_model"] = base
+    readme = source.root / "README.md"
+    text_of_it = readme.read_text(errors="replace")[:20_000] if readme.is_file() else ""
+    for key in ("license", "license_name", "license_link"):
+        found = re.search(rf"^{key}: *['\"]?([\w./:-]+)['\"]? *$", text_of_it.partition("\n---")[0], re.M)
+        if found and text_of_it.startswith("---"):
+            out[key] = found[1]
+    return out
 
 
 def _table(results: Rows) -> str:

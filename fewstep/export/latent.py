@@ -6,9 +6,11 @@ at the trained levels; the reloaded folder is run and compared before anything i
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,16 +22,18 @@ from fewstep.algebra.condition import checked
 from fewstep.algebra.process import DiscreteVP, Flow
 from fewstep.algebra.sampling import Sampler, sample
 from fewstep.export.base import ExportRefused, Parts, Stock
-from fewstep.export.card import student_card, usage
+from fewstep.export.card import front_of, student_card, usage
 from fewstep.export.fold import constant_inputs, moving
 from fewstep.export.levels import TOLERANCE, check_export, levels_of, levels_of_scheduler
 from fewstep.export.routes import INSTEAD, plain_kind, unet_stock
 from fewstep.export.stock import fresh_noise, open_stock, run_stock, without_variance
 from fewstep.networks.adapters import Adapted, on_cpu, plain_copy
 from fewstep.networks.denoiser import Denoiser
+from fewstep.networks.diffusers import DTYPES
 from fewstep.networks.folder import Folder, part_of, read_folder
 from fewstep.networks.scheduler import own_steps
 from fewstep.networks.unet2d import UNet2D
+from fewstep.networks.weights import not_finite
 from fewstep.networks.wrappers import Wrapper
 from fewstep.train.note import NAME, Note
 from fewstep.train.product import Product
@@ -192,13 +196,16 @@ def call_of(product: Product, source: Folder, wrapper: Any, stock: Stock) -> dic
     return what | stock.call | settings_of(product, source, wrapper)
 
 
-def latent_parts(product: Product) -> Parts:
-    """The student in its teacher's pipeline; errors as `choose.parts_of`.
+def latent_parts(product: Product, dtype: str = "fp32") -> Parts:
+    """The student in its teacher's pipeline, its weights written in a dtype of DTYPES; errors as `choose.parts_of`.
 
     Latents are compared, for random conditions and noise, relative to their root mean square where that is above 1.
     """
+    if dtype != "fp32":
+        product = replace(product, net=_rounded(student_of(product), DTYPES[dtype]))
     source, wrapper, stock = stock_of(product)
     name, written = str(source.index["_class_name"]), stock.sampler
+    front = front_of(source, "num_frames" in wrapper.of_size(tuple(product.shape[1:])), "text" in wrapper.needs)
     note = Note(
         classes=wrapper.classes,
         size=tuple(product.shape[1:]),
@@ -212,20 +219,32 @@ def latent_parts(product: Product) -> Parts:
 
     return Parts(
         scheduler=stock.name,
-        save=partial(_save, source, wrapper.model, stock.scheduler),
+        save=partial(_save, source, wrapper.model, stock.scheduler, DTYPES[dtype]),
         pairs=pairs,
         usage=partial(usage, name, call_of(product, source, wrapper, stock)),
-        card=partial(student_card, product, name),
+        card=partial(student_card, product, name, front=front),
         note=(NAME, note.text()),
     )
 
 
-def _save(source: Folder, model: Any, scheduler: Any, to: Path) -> None:
+def _rounded(net: Denoiser, dtype: torch.dtype) -> Denoiser:
+    """The student with all that is saved as a dtype has it, in float32. Raises ExportRefused for what it cannot hold."""
+    saved = {k: v for k, v in net.state_dict().items() if v.is_floating_point()}
+    for v in saved.values():
+        v.copy_(v.to(dtype))
+    bad = not_finite(saved.items())
+    if bad:
+        raise ExportRefused(f"{dtype} cannot hold {bad}; write bf16, or float32 without --dtype")
+    return net
+
+
+def _save(source: Folder, model: Any, scheduler: Any, dtype: torch.dtype, to: Path) -> None:
     """The source's folder with another network and scheduler. Text encoders are copied, not loaded."""
     index = dict(source.index)
     for name, entry in index.items():
         if part_of(entry) and name not in (source.component, "scheduler"):
             shutil.copytree(source.root / name, to / name)
+    model = model if dtype is torch.float32 else copy.deepcopy(model).to(dtype)
     model.save_pretrained(to / source.component, safe_serialization=True)
     scheduler.save_pretrained(to / "scheduler")
     index["scheduler"] = ["diffusers", type(scheduler).__name__]

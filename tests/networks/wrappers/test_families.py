@@ -9,6 +9,7 @@ from typing import Any
 import diffusers
 import pytest
 import torch
+import yaml
 from snippets import run_snippet
 from tiny_families import PROMPTS, TODAY, make_today
 from tiny_new import make_pictures
@@ -26,7 +27,7 @@ from fewstep.data.text import PipelineEncoder, embed
 from fewstep.export.base import PARITY
 from fewstep.export.stock import difference, open_stock
 from fewstep.networks.diffusers import load_denoiser
-from fewstep.recipe.store import dump, load
+from fewstep.recipe.store import load
 from fewstep.train.trainer import Trainer
 
 SMALL = ("train.steps=1", "train.batch=2", "train.accumulate=1", "train.precision=fp32", "train.sample_every=0")
@@ -62,8 +63,6 @@ def test_the_whole_way(folders: dict[str, Path], tmp_path: Path, monkeypatch: py
     settings = [*SMALL, "discriminator.width=4", "data.text_cache=text"]
     recipe = load("mine.yaml", settings)
     run = tmp_path / "run"
-    run.mkdir()
-    (run / "recipe.yaml").write_text(dump(recipe))
     trainer = Trainer(recipe, run, cpu=True)
     before = [p.detach().clone() for p in trainer.roles.student.parameters()]
     trainer.fit()
@@ -72,6 +71,14 @@ def test_the_whole_way(folders: dict[str, Path], tmp_path: Path, monkeypatch: py
     assert done.parity <= PARITY
     assert json.loads((tmp_path / "out" / "model_index.json").read_text())["_class_name"] == family.pipeline
     run_snippet(done.usage, tmp_path / "reader")
+    if name == "wan":  # parts of which diffusers keeps in float32
+        half = export_run(run, tmp_path / "half", force=False, dtype="bf16")
+        assert half.parity <= PARITY
+        file = "transformer/diffusion_pytorch_model.safetensors"
+        sizes = [(tmp_path / made / file).stat().st_size for made in ("half", "out")]
+        assert sizes[0] < 0.62 * sizes[1]
+        card = yaml.safe_load((tmp_path / "half" / "README.md").read_text().split("---")[1])
+        assert card["pipeline_tag"] == "text-to-video"
 
 
 def packed(x: Tensor) -> Tensor:
