@@ -68,7 +68,9 @@ class Report:
                 f"{self.path} can be distilled by methods without tangents; sCM, MeanFlow and their kin need "
                 "`tangent: central` here."
             )
-        return f"{self.path} can be distilled: every convention was read from its own files and holds."
+        elsewhere = any(f.name == "own grid" and " by its " in f.said for f in self.findings)
+        grid = " Its own scheduler samples on another grid than a student's." if elsewhere else ""
+        return f"{self.path} can be distilled: every convention was read from its own files and holds.{grid}"
 
     def text(self) -> str:
         """The lines that the command prints."""
@@ -98,7 +100,7 @@ def check_teacher(path: str, **options: Any) -> Report:
     cond = wrapper.example(B, generator)
     x = torch.randn(B, *shape, generator=generator)
     t = net.process.grid(torch.linspace(0.25, 0.75, B, dtype=torch.float64))
-    for find in (_read, _conversions, _oracle, _times, _guidance, _taps, _samples, _denoising, _tangent, _memory):
+    for find in (_read, _conversions, _oracle, _times, _grid, _guidance, _taps, _samples, _denoising, _tangent, _memory):
         report.findings += find(Case(folder, net, cond, x, t))
     return report
 
@@ -205,6 +207,32 @@ def _times(case: Case) -> Iterator[Finding]:
     apart = float((p.sigma(t) - levels).abs().max() / levels.abs().max().clamp_min(1))
     said = f"timesteps of {type(scheduler).__name__} arrive to {error:.1e}, their noise levels agree to {apart:.1e}"
     yield Finding("time scaling", said, error < 1e-5 and apart < 1e-5)
+
+
+GRIDS = ("shift_terminal", "use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "stochastic_sampling")
+"""Keys of a flow's scheduler that say where it samples, and nothing of the network."""
+
+
+def _grid(case: Case) -> Iterator[Finding]:
+    """Where the folder's own scheduler asks a flow network in 4 steps, against 1 - i / 4 under the shift that is read."""
+    config, process = case.folder.scheduler, case.net.process
+    if not isinstance(process, Flow) or config.get("_class_name") != "FlowMatchEulerDiscreteScheduler":
+        return
+    size = tuple(case.x.shape[2:])
+    even = torch.linspace(1, 0.25, 4, dtype=torch.float64)
+    scheduler = scheduler_of(case.folder, case.wrapper, size, 4)
+    if case.wrapper.even:  # whose pipeline hands these on
+        mu = case.wrapper.mu(config, case.wrapper.tokens(size), steps=4) if config.get("use_dynamic_shifting") else None
+        scheduler.set_timesteps(sigmas=even.tolist(), mu=mu)
+    levels = scheduler.sigmas[:4].double()
+    gap = float((levels - process.grid(even)).abs().max())
+    keys = [key for key in GRIDS if config.get(key)]
+    shown = ", ".join(f"{level:.4g}" for level in levels.tolist())
+    why = f", by its {', '.join(keys)}" if keys else ""
+    said = f"its own 4 steps stand at {shown}{why}"
+    if gap > 1e-3 or keys:
+        said += f"; a student's even ones up to {gap:.2g} apart: draw the teacher's many steps by the pipeline itself"
+    yield Finding("own grid", said, fatal=False)
 
 
 def null_of(wrapper: Any, cond: Any) -> Any:

@@ -19,6 +19,7 @@ from fewstep.algebra.guidance import Guided
 from fewstep.algebra.sampling import Sampler, sample
 from fewstep.cli import main
 from fewstep.commands import check_teacher as module
+from fewstep.commands.check_recipe import check
 from fewstep.commands.check_teacher import check_teacher
 from fewstep.commands.export import export_run
 from fewstep.commands.new import Wish, new
@@ -79,6 +80,27 @@ def test_the_whole_way(folders: dict[str, Path], tmp_path: Path, monkeypatch: py
         assert sizes[0] < 0.62 * sizes[1]
         card = yaml.safe_load((tmp_path / "half" / "README.md").read_text().split("---")[1])
         assert card["pipeline_tag"] == "text-to-video"
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", TODAY)
+def test_adapters_go_the_whole_way(folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str):
+    """Two LoRA sets on the teacher, of prompts alone: an update, the merged export, the file in two layouts."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("FEWSTEP_CACHE", str(tmp_path / "cache"))
+    folder, family = folders[name], TODAY[name]
+    Path("prompts.txt").write_text("\n".join(PROMPTS))
+    list(new(Wish(Path("mine.yaml"), 4, teacher=str(folder), lora=True, prompts=Path("prompts.txt"))))
+    settings = [*SMALL, f"data.shape={list(family.shape)}", "train.steps=2"]
+    assert "will not export" not in "\n".join(check("mine.yaml", settings))
+    trainer = Trainer(load("mine.yaml", settings), tmp_path / "run", cpu=True)
+    trainer.fit()
+    done = export_run(tmp_path / "run", tmp_path / "out", force=False)
+    assert done.parity <= PARITY
+    run_snippet(done.usage, tmp_path / "reader")
+    for layout in ("diffusers", "comfyui"):
+        adapter = export_run(tmp_path / "run", tmp_path / layout, force=False, lora=True, layout=layout)
+        assert adapter.parity < 1e-5
 
 
 def packed(x: Tensor) -> Tensor:
