@@ -80,7 +80,13 @@ def guided(
         ratio = process.sigma(t) / process.alpha(t)
         inside = (ratio >= interval[0]) & (ratio <= interval[1])
         scale = torch.where(inside, torch.as_tensor(scale, dtype=t.dtype, device=t.device), torch.ones_like(t))
-    return conditional.mix(unconditional, scale)
+    return combined(net, conditional, unconditional, scale)
+
+
+def combined(net: Any, own: Prediction, null: Prediction, scale: float | Tensor) -> Prediction:
+    """The guided prediction of the two halves, as the network's family has it; uncond + w (cond - uncond) for most."""
+    combine = getattr(net, "combine", None)
+    return own.mix(null, scale) if combine is None else combine(own, null, scale)
 
 
 class Guided(nn.Module):

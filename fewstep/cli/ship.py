@@ -21,11 +21,15 @@ def export(
         bool,
         typer.Option("--lora", help="Write the adapter alone, as diffusers' load_lora_weights reads it."),
     ] = False,
+    layout: Annotated[
+        str, typer.Option("--format", help="Layout of the adapter's file: diffusers, kohya or comfyui.")
+    ] = "diffusers",
+    dtype: Annotated[str, typer.Option(help="Of a pipeline student's weights: fp32, bf16 or fp16.")] = "fp32",
 ) -> None:
     """Write a folder that plain diffusers opens, checked against fewstep's own sampler."""
     from fewstep.commands.export import export_run
 
-    export_run(run, out, force, lora, steps)
+    export_run(run, out, force, lora, layout, dtype, steps)
 
 
 @app.command(

@@ -68,7 +68,9 @@ class Report:
                 f"{self.path} can be distilled by methods without tangents; sCM, MeanFlow and their kin need "
                 "`tangent: central` here."
             )
-        return f"{self.path} can be distilled: every convention was read from its own files and holds."
+        elsewhere = any(f.name == "own grid" and " by its " in f.said for f in self.findings)
+        grid = " Its own scheduler samples on another grid than a student's." if elsewhere else ""
+        return f"{self.path} can be distilled: every convention was read from its own files and holds.{grid}"
 
     def text(self) -> str:
         """The lines that the command prints."""
@@ -98,7 +100,7 @@ def check_teacher(path: str, **options: Any) -> Report:
     cond = wrapper.example(B, generator)
     x = torch.randn(B, *shape, generator=generator)
     t = net.process.grid(torch.linspace(0.25, 0.75, B, dtype=torch.float64))
-    for find in (_read, _conversions, _oracle, _times, _guidance, _taps, _samples, _denoising, _tangent, _memory):
+    for find in (_read, _conversions, _oracle, _times, _grid, _guidance, _taps, _samples, _denoising, _tangent, _memory):
         report.findings += find(Case(folder, net, cond, x, t))
     return report
 
@@ -124,8 +126,7 @@ def _read(case: Case) -> Iterator[Finding]:
     yield Finding("network", f"{folder.kind}, x of {list(case.x.shape[1:])}, prediction {net.prediction}")
     yield Finding("noise schedule", f"{process} of {folder.scheduler.get('_class_name')}, time {net.time_input}")
     lat = folder.latents
-    told = f"x = (z - {lat.shift:g}) * {lat.scale:g}, {lat.pixels} pixels a latent" if lat else "pixels, no VAE"
-    yield Finding("latents", told)
+    yield Finding("latents", lat.said() if lat else "pixels, no VAE")
 
 
 def _fields(process: Any) -> str:
@@ -170,9 +171,8 @@ def _oracle(case: Case) -> Iterator[Finding]:
 
 def _times(case: Case) -> Iterator[Finding]:
     """The number that stands for a noise level: the scheduler's timestep against what the model is handed."""
-    size = (case.x.shape[2], case.x.shape[3])
     try:
-        scheduler = scheduler_of(case.folder, case.wrapper.tokens(size), 4)
+        scheduler = scheduler_of(case.folder, case.wrapper, tuple(case.x.shape[2:]), 4)
     except (AssertionError, AttributeError, IndexError, TypeError, ValueError) as error:
         yield Finding("time scaling", f"its scheduler sets no 4 timesteps: {error}", None)
         return
@@ -209,6 +209,32 @@ def _times(case: Case) -> Iterator[Finding]:
     yield Finding("time scaling", said, error < 1e-5 and apart < 1e-5)
 
 
+GRIDS = ("shift_terminal", "use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "stochastic_sampling")
+"""Keys of a flow's scheduler that say where it samples, and nothing of the network."""
+
+
+def _grid(case: Case) -> Iterator[Finding]:
+    """Where the folder's own scheduler asks a flow network in 4 steps, against 1 - i / 4 under the shift that is read."""
+    config, process = case.folder.scheduler, case.net.process
+    if not isinstance(process, Flow) or config.get("_class_name") != "FlowMatchEulerDiscreteScheduler":
+        return
+    size = tuple(case.x.shape[2:])
+    even = torch.linspace(1, 0.25, 4, dtype=torch.float64)
+    scheduler = scheduler_of(case.folder, case.wrapper, size, 4)
+    if case.wrapper.even:  # whose pipeline hands these on
+        mu = case.wrapper.mu(config, case.wrapper.tokens(size), steps=4) if config.get("use_dynamic_shifting") else None
+        scheduler.set_timesteps(sigmas=even.tolist(), mu=mu)
+    levels = scheduler.sigmas[:4].double()
+    gap = float((levels - process.grid(even)).abs().max())
+    keys = [key for key in GRIDS if config.get(key)]
+    shown = ", ".join(f"{level:.4g}" for level in levels.tolist())
+    why = f", by its {', '.join(keys)}" if keys else ""
+    said = f"its own 4 steps stand at {shown}{why}"
+    if gap > 1e-3 or keys:
+        said += f"; a student's even ones up to {gap:.2g} apart: draw the teacher's many steps by the pipeline itself"
+    yield Finding("own grid", said, fatal=False)
+
+
 def null_of(wrapper: Any, cond: Any) -> Any:
     """A null condition to try guidance with: the null class, or other embeddings; None where there is none."""
     if isinstance(cond, Tensor):
@@ -228,13 +254,16 @@ def _guidance(case: Case) -> Iterator[Finding]:
         return
     with_cond, without = case.net(case.x, case.t, case.cond), case.net(case.x, case.t, null)
     kind, w = case.net.prediction, 3.7
-    by_hand = without.raw(kind) + w * (with_cond.raw(kind) - without.raw(kind))
+    own, other = with_cond.raw(kind), without.raw(kind)
+    combine = case.wrapper.combine
+    by_hand = other + w * (own - other) if combine is None else combine(own, other, w)
     both = guided(case.net, case.x, case.t, case.cond, null, w).raw(kind)
     plain = guided(case.net, case.x, case.t, case.cond, null, 1.0).x0
     error = difference(both, by_hand)
     moved = float((with_cond.raw(kind) - without.raw(kind)).abs().max())
     ok = error < 1e-3 and torch.equal(plain, with_cond.x0) and moved > 0
-    said = f"uncond + w (cond - uncond) to {error:.1e}, w = 1 is none, the condition moves the output by {moved:.1e}"
+    how = "uncond + w (cond - uncond)" if combine is None else f"as {case.wrapper.pipeline} has it,"
+    said = f"{how} to {error:.1e}, w = 1 is none, the condition moves the output by {moved:.1e}"
     yield Finding("guidance", said, ok)
 
 
@@ -265,7 +294,7 @@ def _samples(case: Case) -> Iterator[Finding]:
 def _both(case: Case, steps: int) -> tuple[Tensor, Tensor, str]:
     """(fewstep's samples, the folder's own, by whom) from the same noise, at the pipeline's own levels."""
     p, folder, wrapper = case.net.process, case.folder, case.wrapper
-    scheduler, stamps = first_order(case.folder, case.net, (case.x.shape[2], case.x.shape[3]), steps)
+    scheduler, stamps = first_order(case.folder, case.net, tuple(case.x.shape[2:]), steps)
     t = stamps + 1 if isinstance(p, DiscreteVP) else scheduler.sigmas[: len(stamps)].double()
     stock = bool(wrapper.pipeline) and (folder.root / "model_index.json").is_file()
     # UNets' pipelines take a flow from a solver with use_flow_sigmas, and not from the scheduler that stands in for it.
@@ -333,12 +362,12 @@ def _bytes(n: float) -> str:
     return f"{n / 2**30:.2f} GiB" if n >= 2**30 else f"{n / 2**20:.1f} MiB"
 
 
-def parse_size(text: str) -> tuple[int, int]:
-    """'64x48' as height and width; UserError when it is not that."""
-    high, cross, wide = text.lower().partition("x")
-    if not (cross and all(n.isascii() and n.isdigit() and int(n) for n in (high, wide))):
-        raise UserError(f"--size {text!r}: expected HEIGHTxWIDTH such as 64x64")
-    return int(high), int(wide)
+def parse_size(text: str) -> tuple[int, ...]:
+    """'64x48' as height and width, '3x64x48' as those of three frames; UserError when it is neither."""
+    sizes = text.lower().split("x")
+    if len(sizes) not in (2, 3) or not all(n.isascii() and n.isdigit() and int(n) for n in sizes):
+        raise UserError(f"--size {text!r}: expected HEIGHTxWIDTH such as 64x64, of a video FRAMESxHEIGHTxWIDTH")
+    return tuple(map(int, sizes))
 
 
 def main(path: str, *, size: str | None = None, **options: Any) -> int:

@@ -9,6 +9,8 @@ from fewstep.config import UserError
 from fewstep.export.base import Exported, ExportRefused
 from fewstep.export.choose import export
 from fewstep.export.levels import check_product
+from fewstep.networks.diffusers import DTYPES
+from fewstep.networks.lora_formats import FORMATS
 from fewstep.train.product import Product
 
 
@@ -19,8 +21,22 @@ def show_export(done: Exported) -> None:
         console.print(f"    {line}", highlight=False, soft_wrap=True)
 
 
-def export_run(run: Path, out: Path | None, force: bool, lora: bool = False, steps: int | None = None) -> Exported:
-    """`fewstep export`; with `lora` the adapter alone, as diffusers' `load_lora_weights` reads it; steps: of a fit."""
+def export_run(
+    run: Path,
+    out: Path | None,
+    force: bool,
+    lora: bool = False,
+    layout: str = "diffusers",
+    dtype: str = "fp32",
+    steps: int | None = None,
+) -> Exported:
+    """`fewstep export`; with `lora` the adapter alone, in a layout of `lora_formats.FORMATS`; steps: of a fit."""
+    if layout != "diffusers" and not lora:
+        raise UserError("--format: is the layout of an adapter's file; add --lora")
+    if layout not in FORMATS:
+        raise UserError(f"--format {layout!r}: is not one of {', '.join(FORMATS)}")
+    if dtype not in DTYPES or (lora and dtype != "fp32"):
+        raise UserError(f"--dtype {dtype!r}: is not one of {', '.join(DTYPES)}; an adapter's file is float32")
     product = opened(run)
     if product.fitted is None and product.recipe is None:
         raise UserError(f"{run}: is a diffusers folder already; export takes a run directory")
@@ -33,26 +49,26 @@ def export_run(run: Path, out: Path | None, force: bool, lora: bool = False, ste
     if folder.exists() and any(folder.iterdir()) and not force and out is not None:
         raise UserError(f"{folder}: exists; overwrite it with --force")
     try:
-        return _export_lora(product, folder) if lora else _export(product, run, folder)
+        return _export_lora(product, folder, layout) if lora else _export(product, run, folder, dtype)
     except ExportRefused as refusal:
         raise UserError(f"{run}: not exported: {refusal}") from None
 
 
-def _export_lora(product: Product, folder: Path) -> Exported:
+def _export_lora(product: Product, folder: Path, layout: str) -> Exported:
     from fewstep.export.lora import export_lora
 
-    done = export_lora(product, folder)
+    done = export_lora(product, folder, layout)
     lines = done.usage.replace("\n", "\n    ")
     console.print(f"adapter in {done.folder}; load it with\n    {lines}", highlight=False, soft_wrap=True)
     return done
 
 
-def _export(product: Product, run: Path, folder: Path) -> Exported:
+def _export(product: Product, run: Path, folder: Path, dtype: str) -> Exported:
     rows: list[tuple[str, str]] = []
     results = run / "report" / "results.json"
     if results.is_file():
         rows = card_results(read_results(results))
     check_product(product)
-    done = export(product, folder, results=rows)
+    done = export(product, folder, results=rows, dtype=dtype)
     show_export(done)
     return done

@@ -82,9 +82,8 @@ class Family:
         return self.net.process.steps if isinstance(self.net.process, DiscreteVP) else None
 
     @property
-    def shape(self) -> tuple[int, int, int]:
-        h, w = self.wrapper.sample_size()
-        return self.wrapper.channels(), h, w
+    def shape(self) -> tuple[int, ...]:
+        return (self.wrapper.channels(), *self.wrapper.sample_size())
 
     @property
     def embeds_guidance(self) -> bool:
@@ -107,11 +106,15 @@ class Family:
         return f"[{', '.join(found)}]", _PHASED, "all attention and feed-forward layers, ours"
 
     def default_guidance(self) -> tuple[float, str]:
-        """What the pipeline itself is called with."""
+        """What the pipeline itself is called with, in fewstep's convention."""
         import diffusers
 
         call = inspect.signature(getattr(diffusers, self.pipeline).__call__).parameters
-        return float(call["guidance_scale"].default), f"what {self.pipeline} is called with by itself"
+        key = "guidance_scale" if self.embeds_guidance else next(iter(self.wrapper.plain))
+        theirs = float(call[key].default)
+        scale = theirs if self.embeds_guidance else self.wrapper.scale_of_pipeline(theirs)
+        told = f"what {self.pipeline} is called with by itself"
+        return scale, told if scale == theirs else f"{told}, where it is {theirs:g} and counts from 0"
 
     def published(self) -> Published:
         if self.pipeline in FAMILIES:
@@ -232,13 +235,13 @@ def _prompts(family: Family, prompts: Path | None) -> Lines:
         raise UserError(f"--teacher {family.folder}: takes text; add --prompts FILE (one a line), or --data FOLDER with "
                         "pictures and captions")  # fmt: skip
     count = len(read_prompts(prompts))
-    c, h, w = family.shape
+    sizes = ", ".join(map(str, family.shape))
     vae = [(f"  vae: {quoted(family.folder)}", "decodes the samples")] if family.latents else []
     return [
         ("data:", "prompts alone: the teacher's samples are not needed, only its score"),
         ("  name: prompts", "`fewstep explain data.prompts`"),
         (f"  path: {quoted(prompts)}", f"--prompts: {count} of them"),
-        (f"  shape: [{c}, {h}, {w}]", "the size that the network was made for"),
+        (f"  shape: [{sizes}]", "the size that the network was made for"),
         *vae,
         *_encoder(family),
     ]
@@ -264,7 +267,7 @@ def pictures(family: Family, data: Path, extends: Path) -> Lines:
     if family.latents is None:
         raise UserError(f"--data {data}: {family.folder} has no VAE in vae/, so pictures cannot become its latents; copy "
                         "it from the original pipeline, or leave --data out")  # fmt: skip
-    _, h, w = family.shape
+    *_, h, w = family.shape
     high, wide = h * family.latents.pixels, w * family.latents.pixels
     if not data.is_dir():
         raise UserError(f"--data {data}: no such folder")

@@ -6,10 +6,10 @@ from typing import Any
 
 from torch import Tensor
 
-from fewstep.algebra.process import EDM, Flow
+from fewstep.algebra.process import EDM, Flow, ShiftedFlow
 from fewstep.networks.denoiser import Denoiser
 from fewstep.networks.folder import Folder
-from fewstep.networks.scheduler import DDPM_FAMILY, EDM_FAMILY, dynamic_mu
+from fewstep.networks.scheduler import DDPM_FAMILY, EDM_FAMILY, own_steps
 
 
 def own_scheduler(folder: Folder) -> Any:
@@ -19,7 +19,7 @@ def own_scheduler(folder: Folder) -> Any:
     return getattr(diffusers, str(folder.scheduler["_class_name"])).from_config(dict(folder.scheduler))
 
 
-def scheduler_of(folder: Folder, tokens: int, steps: int) -> Any:
+def scheduler_of(folder: Folder, wrapper: Any, size: tuple[int, ...], steps: int) -> Any:
     """The folder's own scheduler with `steps` steps set; grids that say how to sample, not how to call, are left out."""
     scheduler = own_scheduler(folder)
     known = scheduler.config
@@ -29,15 +29,15 @@ def scheduler_of(folder: Folder, tokens: int, steps: int) -> Any:
         changes["num_train_timesteps"] = 40
     scheduler = type(scheduler).from_config(known, **changes)
     dynamic = folder.scheduler.get("use_dynamic_shifting")
-    more = {"mu": dynamic_mu(folder.scheduler, tokens)} if dynamic else {}
+    more = {"mu": wrapper.mu(folder.scheduler, wrapper.tokens(size), steps=steps)} if dynamic else {}
     scheduler.set_timesteps(steps, **more)
     return scheduler
 
 
-def first_order(folder: Folder, net: Denoiser, size: tuple[int, int], steps: int) -> tuple[Any, Tensor]:
+def first_order(folder: Folder, net: Denoiser, size: tuple[int, ...], steps: int) -> tuple[Any, Tensor]:
     """A deterministic one-call-a-step scheduler of the folder's own schedule, and its timesteps float64.
 
-    size: height and width of x, on which a dynamic shift depends.
+    size: of x without its channels, on which a dynamic shift depends.
     """
     import diffusers
 
@@ -48,8 +48,14 @@ def first_order(folder: Folder, net: Denoiser, size: tuple[int, int], steps: int
         shift = config.get("flow_shift", config.get("shift", 1.0))
         keys = ("base_shift", "max_shift", "base_image_seq_len", "max_image_seq_len", "time_shift_type")
         more = {k: config[k] for k in ("use_dynamic_shifting", *keys) if config.get(k) is not None}
-        scheduler: Any = diffusers.FlowMatchEulerDiscreteScheduler(shift=shift, **more)
-        mu = {"mu": dynamic_mu(config, wrapper.tokens(size))} if config.get("use_dynamic_shifting") else {}
+        if wrapper.pipeline and not (wrapper.levels or wrapper.even) and steps > 1:
+            # The pipeline hands its scheduler a number of steps and nothing else.
+            inner, low = own_steps(net.process.shift if isinstance(net.process, ShiftedFlow) else 1.0, steps)
+            scheduler: Any = diffusers.FlowMatchEulerDiscreteScheduler(shift=inner, shift_terminal=low)
+            scheduler.set_timesteps(steps)
+            return scheduler, scheduler.timesteps.double()
+        scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=shift, **more)
+        mu = {"mu": wrapper.mu(config, wrapper.tokens(size), steps=steps)} if config.get("use_dynamic_shifting") else {}
         scheduler.set_timesteps(sigmas=[1 - i / steps for i in range(steps)], **mu)
     elif name in DDPM_FAMILY:
         changes = {

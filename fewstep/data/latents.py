@@ -51,10 +51,10 @@ def vae_folder(path: str) -> Path:
 
 
 class Encoder:
-    """Pictures in [-1, 1] to mean and deviation of scaled latents, both (b, c, h, w) in float32.
+    """Pictures in [-1, 1] to mean and deviation of x, both (b, c, h, w) in float32, of a video's VAE (b, c, 1, h, w).
 
-    Scale and shift are the VAE's own: (z - shift_factor) * scaling_factor, as diffusion networks see them. Deviation
-    is zero for an encoder without one (AutoencoderDC).
+    What makes x of a code is the VAE's own (`fewstep.networks.folder.Latents`). Deviation is zero for an encoder without
+    one (AutoencoderDC); a picture is a video of one frame.
     """
 
     def __init__(self, path: str, device: torch.device | str = "cpu") -> None:
@@ -65,16 +65,17 @@ class Encoder:
         self.vae: Any = load_part(root, f"vae {path}", kind)
         self.vae.to(device)
         self.device = device
-        self.scale, self.shift = latents.scale, latents.shift
+        self.latents = latents.of_weights(self.vae)
 
     @torch.no_grad()
     def __call__(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        out = self.vae.encode(x.to(self.device))
+        x = x.to(self.device)
+        out = self.vae.encode(x.unsqueeze(2) if self.latents.frames else x)
         if hasattr(out, "latent_dist"):
             mean, deviation = out.latent_dist.mean, out.latent_dist.std
         else:
             mean, deviation = out.latent, torch.zeros_like(out.latent)
-        return ((mean - self.shift) * self.scale).float().cpu(), (deviation * self.scale).float().cpu()
+        return self.latents.encode(mean).float().cpu(), self.latents.spread(deviation).float().cpu()
 
 
 @part("data", "latents")
@@ -184,15 +185,16 @@ class LatentData(TextConditions):
 
 
 def decoder(path: str, device: torch.device | str = "cpu") -> nn.Module:
-    """Scaled latents to pictures in [-1, 1], by the VAE that a cache names."""
+    """x to pictures in [-1, 1], by the VAE that a cache names; frames of a video stand side by side."""
     return _Decoder(Encoder(path, device))
 
 
 class _Decoder(nn.Module):
     def __init__(self, encoder: Encoder) -> None:
         super().__init__()
-        self.vae, self.scale, self.shift = encoder.vae, encoder.scale, encoder.shift
+        self.vae, self.latents = encoder.vae, encoder.latents
 
     @torch.no_grad()
     def forward(self, z: Tensor) -> Tensor:
-        return self.vae.decode(z.float() / self.scale + self.shift, return_dict=False)[0]
+        out = self.vae.decode(self.latents.decode(z.float()), return_dict=False)[0]
+        return out.permute(0, 1, 3, 2, 4).flatten(3) if out.ndim == 5 else out

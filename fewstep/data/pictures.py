@@ -309,8 +309,8 @@ class Prompts:
 
     path: str
     """A text file, one prompt a line."""
-    shape: tuple[PositiveInt, PositiveInt, PositiveInt]
-    """Of one sample, channels, height, width; latents for a latent teacher."""
+    shape: tuple[PositiveInt, PositiveInt, PositiveInt] | tuple[PositiveInt, PositiveInt, PositiveInt, PositiveInt]
+    """Of one sample, channels, height, width; latents for a latent teacher. Of a video frames after the channels."""
     encoder: EncoderPart
     """Text encoder."""
     vae: str | None = None

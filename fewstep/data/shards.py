@@ -149,9 +149,12 @@ class Shards:
                 raise UserError(f"{path}: is damaged, its checksum differs; delete this file and make it again")
 
     def take(self, k: Tensor) -> dict[str, Tensor]:
-        """Rows by number, int64 (b,) -> tensors (b, ...) on the CPU. Of a file only these rows are read."""
+        """Rows by number, int64 (b,) -> tensors (b, ...) on the CPU. Of a file only these rows are read.
+
+        Rows of different files may differ in their first size; they are padded with zeros to the longest.
+        """
         rows = [self._row(i // self.rows, i % self.rows) for i in k.tolist()]
-        return {name: torch.stack([r[name] for r in rows]) for name in rows[0]}
+        return {name: _stacked([r[name] for r in rows]) for name in rows[0]}
 
     def _row(self, n: int, i: int) -> dict[str, Tensor]:
         try:
@@ -167,6 +170,16 @@ class Shards:
 
     def _path(self, n: int) -> Path:
         return self.folder / f"{n:05d}.safetensors"
+
+
+def _stacked(rows: list[Tensor]) -> Tensor:
+    longest = max((len(r) for r in rows if r.ndim), default=0)
+    return torch.stack([r if not r.ndim or len(r) == longest else longer(r, longest) for r in rows])
+
+
+def longer(rows: Tensor, length: int) -> Tensor:
+    """(n, ...) padded with zeros to (length, ...)."""
+    return torch.cat((rows, rows.new_zeros(length - len(rows), *rows.shape[1:])))
 
 
 def read_index(folder: Path) -> dict[str, Any]:

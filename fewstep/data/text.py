@@ -6,15 +6,16 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
+from functools import reduce
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from fewstep.algebra.condition import moved, nulled, zeros_like
+from fewstep.algebra.condition import joined, moved, nulled, zeros_like
 from fewstep.config import Absent, Count, UserError, part
-from fewstep.data.shards import Shards, sha256_of
+from fewstep.data.shards import Shards, longer, sha256_of
 from fewstep.files import expanded, lines_of, read_json, text_of
 from fewstep.networks.folder import hub_hint, read_latents
 from fewstep.networks.weights import load_text_model
@@ -122,7 +123,11 @@ class PipelineEncoder:
             raise UserError(f"{said}: cannot be loaded: {error}") from None
         takes = inspect.signature(pipe.encode_prompt).parameters
         options: dict[str, Any] = {"device": torch.device("cpu"), "do_classifier_free_guidance": False}
-        options["num_images_per_prompt"] = 1
+        options["num_images_per_prompt"] = options["num_videos_per_prompt"] = 1
+        # The default of encode_prompt may be another than that of the call (Wan 226 and 512, Qwen-Image 1024 and 512).
+        called = inspect.signature(type(pipe).__call__).parameters.get("max_sequence_length")
+        if called is not None:
+            options["max_sequence_length"] = called.default
         if self.length is not None:
             if "max_sequence_length" not in takes:
                 raise UserError(f"encoder.length: {type(pipe).__name__} has a fixed number of tokens")
@@ -153,12 +158,27 @@ _OUTPUTS: dict[str, tuple[str, ...]] = {
     "IFPipeline": ("text", ""),
     "SanaPipeline": ("text", "mask", "", ""),
     "SanaSprintPipeline": ("text", "mask"),
+    "ZImagePipeline": ("text", ""),
+    "QwenImagePipeline": ("text", "mask"),
+    "ChromaPipeline": ("text", "", "mask", "", "", ""),
+    "Flux2Pipeline": ("text", ""),
+    "Flux2KleinPipeline": ("text", ""),
+    "WanPipeline": ("text", ""),
 }
 """What encode_prompt returns, by condition key; "" is not used."""
 
 
 def _named(pipeline: str, out: Sequence[Any]) -> dict[str, Tensor]:
-    return {k: v for k, v in zip(_OUTPUTS[pipeline], out, strict=True) if k and v is not None}
+    """What encode_prompt returned; rows of different lengths (Z-Image) as one tensor and its mask."""
+    named: dict[str, Any] = {k: v for k, v in zip(_OUTPUTS[pipeline], out, strict=True) if k}
+    text = named["text"]
+    if isinstance(text, list):
+        most = max(map(len, text))
+        named = {"text": torch.stack([longer(row, most) for row in text])}
+        named["mask"] = torch.stack([longer(row.new_ones(len(row)), most) for row in text])
+    elif "mask" in named and named["mask"] is None:  # Qwen-Image's, where no row is padded
+        named["mask"] = torch.ones(text.shape[:2], dtype=torch.long)
+    return {k: v for k, v in named.items() if v is not None}
 
 
 def _class_of(root: Path, entry: Sequence[Any]) -> Any:
@@ -260,8 +280,16 @@ class Text:
         return len(self.shards) - 1
 
     def take(self, k: Tensor) -> dict[str, Tensor]:
-        """The conditions of prompts by number, int64 (b,), on k's device in float32."""
-        return moved(self.shards.take(k), k.device, torch.float32)
+        """The conditions of prompts by number, int64 (b,), on k's device in float32.
+
+        With a mask they are as long as what guidance puts in their place, or longer.
+        """
+        rows = self.shards.take(k)
+        least = self.empty["text"].shape[1] if {"text", "mask"} <= {*self.empty} else 0
+        for key in ("text", "mask"):
+            if least and rows[key].shape[1] < least:
+                rows[key] = longer(rows[key].transpose(0, 1), least).transpose(0, 1)
+        return moved(rows, k.device, torch.float32)
 
     def null(self, cond: Any) -> Any:
         return nulled(cond, self.empty)
@@ -299,8 +327,7 @@ def embed(
         for span in todo:
             assert encode is not None
             parts = [encode(rows[i : min(i + batch, span.stop)]) for i in range(span.start, span.stop, batch)]
-            whole = {k: torch.cat([p[k] for p in parts]) for k in parts[0]}
-            shards.write(span, moved(whole, None, _STORE[encoder.store]))
+            shards.write(span, moved(reduce(joined, parts), None, _STORE[encoder.store]))
         del encode
     shards.check()
     last = moved(shards.take(torch.tensor([len(prompts)])), None, torch.float32)

@@ -7,6 +7,7 @@ import json
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ import yaml
 
 from fewstep import __version__
 from fewstep.export.base import Rows
+from fewstep.networks.folder import Folder
 from fewstep.recipe.store import dump
 from fewstep.train.product import Product
 
@@ -23,7 +25,7 @@ Card = Callable[[Product, str, str, float, Rows], str]
 TEMPLATE = """---
 library_name: diffusers
 tags: [fewstep, {method}, few-step]
----
+{front}---
 # {title}
 
 {about}
@@ -50,8 +52,13 @@ A {calls}-call generator made by [fewstep](https://github.com/fewstep/fewstep) w
 """
 
 
-def student_card(product: Product, pipeline: str, usage: str, parity: float, results: Rows) -> str:
-    """The card of a student; `pipeline` is what its stock class is called, `results` are rows as measured."""
+def student_card(
+    product: Product, pipeline: str, usage: str, parity: float, results: Rows, front: Mapping[str, str] | None = None
+) -> str:
+    """The card of a student; `pipeline` is what its stock class is called, `results` are rows as measured.
+
+    front: further keys of what the hub reads above the text.
+    """
     assert product.recipe is not None
     recipe = dump(replace(product.recipe, expected=None))
     yaml.safe_load(recipe)  # a card never carries a recipe that does not parse
@@ -62,6 +69,7 @@ def student_card(product: Product, pipeline: str, usage: str, parity: float, res
         title=plain(product.title),
         about=plain(product.recipe.about),
         method=method.name,
+        front="".join(f"{key}: {json.dumps(value)}\n" for key, value in (front or {}).items()),
         cites=", ".join(f"arXiv {c}" for c in method.cites),
         calls=len(product.sampler.steps),
         sigmas=", ".join(f"{s:.6g}" for s in (process.sigma(t) / process.alpha(t)).tolist()),
@@ -116,6 +124,29 @@ def teacher_card(product: Product, usage: str, parity: float, results: Rows) -> 
     )
 
 
+_HUB_ID = r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*"
+
+
+def front_of(source: Folder, video: bool, text: bool) -> dict[str, str]:
+    """What the hub reads of a student of this teacher: its task, and licence and base where the teacher's folder says.
+
+    The licence is that of the teacher's README; the base is the hub's id that its index or the network's config was saved
+    under.
+    """
+    out = {"pipeline_tag": f"text-to-{'video' if video else 'image'}"} if text else {}
+    ids = (str(told.get("_name_or_path", "")) for told in (source.index, source.config))
+    base = next((name for name in ids if re.fullmatch(_HUB_ID, name) and not Path(name).exists()), None)
+    if base:
+        out["base_model"] = base
+    readme = source.root / "README.md"
+    text_of_it = readme.read_text(errors="replace")[:20_000] if readme.is_file() else ""
+    for key in ("license", "license_name", "license_link"):
+        found = re.search(rf"^{key}: *['\"]?([\w./:-]+)['\"]? *$", text_of_it.partition("\n---")[0], re.M)
+        if found and text_of_it.startswith("---"):
+            out[key] = found[1]
+    return out
+
+
 def _table(results: Rows) -> str:
     return "".join(f"| {plain(name)} | {plain(value)} |\n" for name, value in results)
 
@@ -132,12 +163,15 @@ def fenced(text: str, least: int = 3) -> str:
 
 
 def usage(pipeline: str, call: Mapping[str, Any], folder: str) -> str:
-    """Three lines of plain diffusers code."""
-    return (
-        f"from diffusers import {pipeline}\n"
-        f'pipe = {pipeline}.from_pretrained("{folder}")\n'
-        f'pipe({as_code(call)}).images[0].save("sample.png")'
-    )
+    """Three lines of plain diffusers code; of a video they save the first frame."""
+    return f'from diffusers import {pipeline}\npipe = {pipeline}.from_pretrained("{folder}")\n{drawing(call)}'
+
+
+def drawing(call: Mapping[str, Any]) -> str:
+    """The line that draws a picture from `pipe` and saves it."""
+    video = "num_frames" in call
+    more, drawn = (', output_type="pil"', "frames[0][0]") if video else ("", "images[0]")
+    return f'pipe({as_code(call)}{more}).{drawn}.save("sample.png")'
 
 
 def as_code(call: Mapping[str, Any]) -> str:

@@ -14,17 +14,19 @@ from fewstep.networks.routed import Routed
 from fewstep.train.product import Product
 
 
-def export(product: Product, folder: Path, *, results: Rows = (), shown: str | None = None) -> Exported:
+def export(
+    product: Product, folder: Path, *, results: Rows = (), shown: str | None = None, dtype: str = "fp32"
+) -> Exported:
     """Write a folder that `DiffusionPipeline.from_pretrained` opens, or nothing at all.
 
     Students that are several networks are written as `fewstep.export.experts` says, teachers as
     `fewstep.export.teacher` does. Errors as `parts_of`, arguments and further errors as `write_checked`.
     """
-    return write_checked(parts_of(product), folder, results=results, shown=shown)
+    return write_checked(parts_of(product, dtype), folder, results=results, shown=shown)
 
 
-def parts_of(product: Product) -> Parts:
-    """What an opened run is written as.
+def parts_of(product: Product, dtype: str = "fp32") -> Parts:
+    """What an opened run is written as; dtype: of its weights, for a student of a text or latent pipeline.
 
     Raises ExportRefused, with everything known beforehand, when no stock pipeline can run it, and UserError for a
     teacher's folder that misses something and for a scheduler at other levels than the sampler's. Weights are not
@@ -32,6 +34,9 @@ def parts_of(product: Product) -> Parts:
     """
     if product.recipe is None and product.fitted is None:
         raise ExportRefused(f"{product.title} is not a run of fewstep")
+    latent = product.fitted is None and wrapped(product.net) and product.sampler.kind != "ode"
+    if dtype != "fp32" and not latent:
+        raise ExportRefused(f"--dtype {dtype}: is for students of a text or latent pipeline; leave it out")
     if product.fitted is not None:
         return fitted_parts(product)
     if product.sampler.kind == "ode":
@@ -43,4 +48,4 @@ def parts_of(product: Product) -> Parts:
         )
     if isinstance(product.net, Routed):
         return routed_parts(product, parts_of)
-    return latent_parts(product) if wrapped(product.net) else unet_parts(product)
+    return latent_parts(product, dtype) if latent else unet_parts(product)

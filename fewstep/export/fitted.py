@@ -150,7 +150,7 @@ def fitted_parts(product: Product) -> Parts:
         raise ExportRefused(f"{wrapper.pipeline} takes no levels of its own; {loop}")
     if scale != 1 and getattr(wrapper.config, "guidance_embeds", False):
         raise ExportRefused(f"{wrapper.pipeline} takes its scale as an input and does not guide beside it; {loop}")
-    return latent_parts(bare, fitted_card, {} if scale == 1 else {"guidance_scale": scale})
+    return latent_parts(bare, card=fitted_card, settings={} if scale == 1 else {"guidance_scale": scale})
 
 
 def fitted_card(product: Product, pipeline: str, usage: str, parity: float, results: Rows) -> str:

@@ -107,7 +107,7 @@ def _opened(spec: Any) -> Any:
 
 
 def _size(data: Any, wrapper: Any) -> tuple[int, ...]:
-    return data.shape[1:] if len(getattr(data, "shape", ())) == 3 else wrapper.sample_size()
+    return data.shape[1:] if len(getattr(data, "shape", ())) in (3, 4) else wrapper.sample_size()
 
 
 def bare_student(spec: Any, site: Site) -> nn.Module:
@@ -145,7 +145,7 @@ def outlined_teacher(spec: Any, data: Any = None, classes: int | None = None) ->
     classes = rows if classes is None else real_classes(rows, spec.classes or classes, spec.path)
     pixels = folder.latents.pixels if folder.latents else 1
     net: Any = wrapper_of(folder, spec.wrapper)(model, classes, guidance=spec.guidance, pixels=pixels)
-    process, kind, time_input = read_scheduler(schedule, str(folder.scheduler_file), net.tokens(_size(data, net)))
+    process, kind, time_input = read_scheduler(schedule, str(folder.scheduler_file), net.tokens(_size(data, net)), net.mu)
     return Denoiser(net, process, kind, time_input)
 
 

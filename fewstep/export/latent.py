@@ -6,9 +6,11 @@ at the trained levels; the reloaded folder is run and compared before anything i
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,15 +22,18 @@ from fewstep.algebra.condition import checked
 from fewstep.algebra.process import DiscreteVP, Flow
 from fewstep.algebra.sampling import Sampler, sample
 from fewstep.export.base import ExportRefused, Parts, Stock
-from fewstep.export.card import Card, student_card, usage
+from fewstep.export.card import Card, front_of, student_card, usage
 from fewstep.export.fold import constant_inputs, moving
 from fewstep.export.levels import TOLERANCE, check_export, levels_of, levels_of_scheduler
 from fewstep.export.routes import INSTEAD, check_history, plain_kind, unet_stock
 from fewstep.export.stock import fresh_noise, open_stock, run_stock, without_variance
 from fewstep.networks.adapters import Adapted, on_cpu, plain_copy
 from fewstep.networks.denoiser import Denoiser
-from fewstep.networks.folder import Folder, read_folder
+from fewstep.networks.diffusers import DTYPES
+from fewstep.networks.folder import Folder, part_of, read_folder
+from fewstep.networks.scheduler import own_steps
 from fewstep.networks.unet2d import UNet2D
+from fewstep.networks.weights import not_finite
 from fewstep.networks.wrappers import Wrapper
 from fewstep.train.note import NAME, Note
 from fewstep.train.product import Product
@@ -85,6 +90,11 @@ def _flow(process: Flow, wrapper: Any, sampler: Sampler, renoise: bool) -> Stock
         config = {"shift": own, "stochastic_sampling": renoise}
         return Stock(name, config, {"num_inference_steps": n}, _written(sampler), levels=sigmas)
     times = tuple(process.grid(torch.tensor(sampler.steps, dtype=torch.float64)).tolist())
+    if even:
+        inner, low = own_steps(own, n)
+        config = {"shift": inner, "shift_terminal": low, "stochastic_sampling": renoise}
+        written = _written(sampler, tuple(t / (inner - (inner - 1) * t) for t in times))
+        return Stock(name, config, {"num_inference_steps": n}, written)
     # shift 1: the sigmas of the call are the trained ones, a shift would move them once more.
     config = {"shift": 1.0, "stochastic_sampling": renoise}
     written = _written(sampler, None if own == 1.0 else times)
@@ -114,9 +124,14 @@ def student_of(product: Product) -> Denoiser:
         constant = constant_inputs(net, net, product.sampler)
         with torch.no_grad():
             for m in net.net.embedders():  # type: ignore[operator]
-                embedding: Any = m if hasattr(m, "linear_2") else m.timestep_embedder
-                embedding.linear_2.bias += constant.to(embedding.linear_2.bias)
+                embedding: Any = m if hasattr(m, "linear_2") else getattr(m, "timestep_embedder", m)
+                last = embedding.linear_2 if hasattr(embedding, "linear_2") else _last_linear(m)
+                last.bias += constant.to(last.bias)
     return net
+
+
+def _last_linear(module: nn.Module) -> Any:
+    return [m for m in module.modules() if isinstance(m, nn.Linear)][-1]
 
 
 def source_of(product: Product) -> Folder:
@@ -163,14 +178,14 @@ def settings_of(product: Product, source: Folder, wrapper: Any) -> dict[str, Any
     example = checked(wrapper.example(1), wrapper.needs, wrapper.takes, wrapper.pipeline)
     embedded = wrapper.arguments(example, wrapper.sample_size()).get("guidance_scale")
     known = embedded if wrapper.guidance is None else wrapper.guidance
-    settings = {"guidance_scale": 1.0 if embedded is None else float(known)}
+    settings = dict(wrapper.plain) if embedded is None else {"guidance_scale": float(known)}
     name = str(source.index["_class_name"])
-    settings |= _DEFAULTS.get(name, {})
-    size = (product.shape[1], product.shape[2])
+    size = tuple(product.shape[1:])
+    settings |= _DEFAULTS.get(name, {}) | wrapper.of_size(size)
     known_size = source.latents is not None or name == "IFPipeline"
-    if wrapper.levels and known_size and size != tuple(wrapper.sample_size()):
+    if "label" not in wrapper.needs and known_size and size != tuple(wrapper.sample_size()):
         scale = source.latents.pixels if source.latents else 1
-        settings |= {"height": size[0] * scale, "width": size[1] * scale}
+        settings |= {"height": size[-2] * scale, "width": size[-1] * scale}
     encoder: Any = getattr(getattr(product.recipe, "data", None), "encoder", None)
     if getattr(encoder, "name", None) == "pipeline" and encoder.length is not None:
         settings["max_sequence_length"] = encoder.length
@@ -183,17 +198,24 @@ def call_of(product: Product, source: Folder, wrapper: Any, stock: Stock) -> dic
     return what | stock.call | settings_of(product, source, wrapper)
 
 
-def latent_parts(product: Product, card: Card = student_card, settings: Mapping[str, Any] | None = None) -> Parts:
-    """The student in its teacher's pipeline; errors as `choose.parts_of`. settings: of the pipeline's call, in place.
+def latent_parts(
+    product: Product, dtype: str = "fp32", card: Card | None = None, settings: Mapping[str, Any] | None = None
+) -> Parts:
+    """The student in its teacher's pipeline, its weights written in a dtype of DTYPES; errors as `choose.parts_of`.
+
+    card: another than a student's. settings: of the pipeline's call, in place of its own.
 
     Latents are compared, for random conditions and noise, relative to their root mean square where that is above 1.
     """
+    if dtype != "fp32":
+        product = replace(product, net=_rounded(student_of(product), DTYPES[dtype]))
     source, wrapper, stock = stock_of(product)
     name, written = str(source.index["_class_name"]), stock.sampler
     known = settings_of(product, source, wrapper) | dict(settings or {})
+    front = front_of(source, "num_frames" in wrapper.of_size(tuple(product.shape[1:])), "text" in wrapper.needs)
     note = Note(
         classes=wrapper.classes,
-        size=(product.shape[1], product.shape[2]),
+        size=tuple(product.shape[1:]),
         sampler=written,
         call=stock.call,
         settings=known,
@@ -204,20 +226,32 @@ def latent_parts(product: Product, card: Card = student_card, settings: Mapping[
 
     return Parts(
         scheduler=stock.name,
-        save=partial(_save, source, wrapper.model, stock.scheduler),
+        save=partial(_save, source, wrapper.model, stock.scheduler, DTYPES[dtype]),
         pairs=pairs,
         usage=partial(usage, name, call_of(product, source, wrapper, stock) | known),
-        card=partial(card, product, name),
+        card=partial(card, product, name) if card else partial(student_card, product, name, front=front),
         note=(NAME, note.text()),
     )
 
 
-def _save(source: Folder, model: Any, scheduler: Any, to: Path) -> None:
+def _rounded(net: Denoiser, dtype: torch.dtype) -> Denoiser:
+    """The student with all that is saved as a dtype has it, in float32. Raises ExportRefused for what it cannot hold."""
+    saved = {k: v for k, v in net.state_dict().items() if v.is_floating_point()}
+    for v in saved.values():
+        v.copy_(v.to(dtype))
+    bad = not_finite(saved.items())
+    if bad:
+        raise ExportRefused(f"{dtype} cannot hold {bad}; write bf16, or float32 without --dtype")
+    return net
+
+
+def _save(source: Folder, model: Any, scheduler: Any, dtype: torch.dtype, to: Path) -> None:
     """The source's folder with another network and scheduler. Text encoders are copied, not loaded."""
     index = dict(source.index)
     for name, entry in index.items():
-        if isinstance(entry, list) and entry[0] is not None and name not in (source.component, "scheduler"):
+        if part_of(entry) and name not in (source.component, "scheduler"):
             shutil.copytree(source.root / name, to / name)
+    model = model if dtype is torch.float32 else copy.deepcopy(model).to(dtype)
     model.save_pretrained(to / source.component, safe_serialization=True)
     scheduler.save_pretrained(to / "scheduler")
     index["scheduler"] = ["diffusers", type(scheduler).__name__]

@@ -32,30 +32,25 @@ def open_stock(root: Path, **components: Any) -> Any:
 
 @torch.no_grad()
 def run_stock(pipe: Any, net: Wrapper, start: Tensor, cond: Any, levels: Mapping[str, Any], seed: int = 0) -> Tensor:
-    """Latents (b, c, h, w) that the pipeline draws from the noise `start`, without guidance.
+    """Latents of `start`'s shape that the pipeline draws from the noise `start`, without guidance.
 
     All further noise comes from torch's global generator with this seed, as pipelines that hand none to their
     scheduler have it (SD3, Flux, DiT); `fresh_noise` draws the same. levels: num_inference_steps, timesteps or
     sigmas.
     """
-    size = (start.shape[2], start.shape[3])
+    size = tuple(start.shape[2:])
     given = checked(cond, net.needs, net.takes, type(net.model).__name__)
-    call = {"guidance_scale": 1.0, **net.arguments(given, size), **levels}
+    call = {**net.plain, **net.arguments(given, size), **net.of_size(size), **levels}
     with torch.random.fork_rng(devices=[]):
-        if net.levels == "":
+        if "label" in net.needs:
             return _class_conditional(pipe, start, call, seed)
         torch.manual_seed(seed)
-        if not hasattr(pipe, "vae_scale_factor"):
+        if not any(key.startswith("vae_scale_factor") for key in vars(pipe)):
             return _pixels(pipe, start, call)
-        scale = pipe.vae_scale_factor
-        out = pipe(
-            latents=net.to_pipeline(start),
-            height=size[0] * scale,
-            width=size[1] * scale,
-            output_type="latent",
-            **call,
-        ).images
-    return net.from_pipeline(out, size)
+        scale = net.pixels if net.pixels > 1 else pipe.vae_scale_factor
+        high, wide = (n * scale for n in size[-2:])
+        out = pipe(latents=net.to_pipeline(start), height=high, width=wide, output_type="latent", **call)
+    return net.drawn(out.frames if hasattr(out, "frames") else out.images, size, pipe)
 
 
 def _pixels(pipe: Any, start: Tensor, call: Mapping[str, Any]) -> Tensor:
@@ -91,8 +86,8 @@ def _class_conditional(pipe: Any, start: Tensor, call: Mapping[str, Any], seed: 
 def fresh_noise(net: Wrapper, start: Tensor, seed: int = 0) -> Any:
     """The noise that `run_stock` adds after step i, in order: a function for fewstep's sampler."""
     generator = torch.Generator().manual_seed(seed)
-    shape, size = net.to_pipeline(start).shape, (start.shape[2], start.shape[3])
-    return lambda _: net.from_pipeline(torch.randn(shape, generator=generator), size)
+    shape, size = net.stepped(start).shape, tuple(start.shape[2:])
+    return lambda _: net.unstepped(torch.randn(shape, generator=generator), size)
 
 
 def difference(ours: Tensor, theirs: Tensor) -> float:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fewstep import objectives as obj
 from fewstep.algebra.batch import Batch
-from fewstep.algebra.guidance import guided, halves
+from fewstep.algebra.guidance import combined, guided, halves
 from fewstep.algebra.prediction import Prediction
 from fewstep.algebra.rollout import rollout
 from fewstep.algebra.sampling import Sampler
@@ -88,7 +88,7 @@ class VSD:
             own = roles.critic(x, t, batch.cond)
             return own, own
         own, null = halves(roles.critic, x, t, batch.cond, batch.null_cond, scale)
-        return own.mix(null, scale), own
+        return combined(roles.critic, own, null, scale), own
 
     def scale(self, batch: Batch) -> float:
         """This update's guidance scale, the same for every sample of it."""

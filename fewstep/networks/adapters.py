@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from fewstep.algebra.guidance import combined
 from fewstep.algebra.prediction import Prediction
 from fewstep.algebra.process import Process
 from fewstep.kernels import attention_contexts, attention_in_force
@@ -244,6 +245,10 @@ class Adapted(nn.Module):
     def forward(self, x: Tensor, t: Tensor, cond: Any = None, **call: Any) -> Prediction:
         with active(self.layers, self.adapter):
             return self.base(x, t, cond, **call)
+
+    def combine(self, own: Prediction, null: Prediction, scale: float | Tensor) -> Prediction:
+        """The guided prediction of the two as the base's family has it."""
+        return combined(self.base, own, null, scale)
 
     def features(self, x: Tensor, t: Tensor, cond: Any, taps: Sequence[str]) -> Mapping[str, Tensor]:
         with active(self.layers, self.adapter):

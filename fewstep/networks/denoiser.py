@@ -112,6 +112,14 @@ class Denoiser(nn.Module):
         raw, features = self.net(scaled, time, cond, taps=taps, **extras, **call)
         return from_raw(self.process, self.prediction, x, t, raw, features)
 
+    def combine(self, own: Prediction, null: Prediction, scale: float | Tensor) -> Prediction:
+        """The guided prediction of the conditional and the unconditional one, as the network's family has it."""
+        combine: Any = getattr(self.net, "combine", None)
+        if combine is None:
+            return own.mix(null, scale)
+        raw = combine(own.raw(self.prediction), null.raw(self.prediction), scale)
+        return from_raw(self.process, self.prediction, own.x, own.t, raw, own.features)
+
     def features(self, x: Tensor, t: Tensor, cond: Any, taps: Sequence[str]) -> Mapping[str, Tensor]:
         """Only the tapped activations; the network stops after the last of them."""
         scaled, time = self._inputs(x, t)
@@ -167,6 +175,16 @@ class Rescheduled(nn.Module):
             call["s"] = self._time(s)
         base = self.denoiser(*self._match(x, t), cond, **call)
         return from_x0(self.process, x, t, base.x0, base.features)
+
+    def combine(self, own: Prediction, null: Prediction, scale: float | Tensor) -> Prediction:
+        """`Denoiser.combine` in the base's process, in which its family guides."""
+        base: Any = self.denoiser
+        inner = base.net if isinstance(base, Denoiser) else base
+        if getattr(inner, "combine", None) is None:
+            return own.mix(null, scale)
+        x, t = self._match(own.x, own.t)
+        mixed = base.combine(*(from_x0(base.process, x, t, q.x0) for q in (own, null)), scale)
+        return from_x0(self.process, own.x, own.t, mixed.x0, own.features)
 
     def features(self, x: Tensor, t: Tensor, cond: Any, taps: Sequence[str]) -> Mapping[str, Tensor]:
         return self.denoiser.features(*self._match(x, t), cond, taps)  # type: ignore[operator]

@@ -24,7 +24,7 @@ def load_denoiser(
     path: str | Path,
     classes: int | None = None,
     *,
-    size: tuple[int, int] | None = None,
+    size: tuple[int, ...] | None = None,
     prediction: str | None = None,
     guidance: float | None = None,
     wrapper: str | None = None,
@@ -35,7 +35,8 @@ def load_denoiser(
     Args:
         path: the folder, or assets:NAME.
         classes: number of real classes, when the embedding may hold a null class beside them.
-        size: height and width of x; the model's own when left out. A dynamic flow shift depends on it.
+        size: height and width of x, of a video frames before them; the model's own when left out. A dynamic flow shift
+            depends on it.
         prediction: diffusers' prediction_type, for a scheduler config that does not say.
         guidance: embedded guidance scale where the condition brings none (Flux-dev).
         wrapper: a Wrapper of your own, "module:Class" or "file.py:Class"; one registered here when left out.
@@ -57,6 +58,7 @@ def load_denoiser(
     folder = read_folder(path, DTYPES[dtype])
     check_network_config(folder.config, str(folder.root / folder.component / "config.json"))
     cls = wrapper_of(folder, wrapper)
+    latents = folder.latents
     folder.require_components(text=False)
     schedule = dict(folder.scheduler)
     if prediction is not None:
@@ -67,7 +69,7 @@ def load_denoiser(
         schedule["prediction_type"] = prediction
     read_scheduler(schedule, str(folder.scheduler_file), tokens=256)  # before the weights, which take long
     model: Any = cls.load(folder)
-    pixels = folder.latents.pixels if folder.latents else 1
+    pixels = latents.pixels if latents else 1
     rows = int(getattr(model.config, "num_class_embeds", 0) or 0) if hasattr(model, "config") else 0
     net = cls(model, real_classes(rows, classes, path), guidance=guidance, pixels=pixels)
     if net.pipeline:
@@ -78,12 +80,12 @@ def load_denoiser(
             f"teacher {path}: has {sides[1]} output channels for {sides[0]} input channels; "
             "networks that also predict a variance are not supported"
         )
-    if folder.latents and folder.latents.channels != net.channels():
+    if latents and latents.channels != net.channels():
         raise UserError(
-            f"teacher {path}: the VAE has {folder.latents.channels} latent channels, the network takes {net.channels()}"
+            f"teacher {path}: the VAE has {latents.channels} latent channels, the network takes {net.channels()}"
         )
     tokens = net.tokens(size or net.sample_size())
-    process, kind, time_input = read_scheduler(schedule, str(folder.scheduler_file), tokens)
+    process, kind, time_input = read_scheduler(schedule, str(folder.scheduler_file), tokens, net.mu)
     return Denoiser(net, process, kind, time_input).eval()
 
 
@@ -101,6 +103,11 @@ def wrapper_of(folder: Folder, name: str | None = None) -> type[Wrapper]:
     """The wrapper class for a folder's network. UserError lists the supported classes for an unknown one."""
     if name is not None:
         return import_wrapper(name)
+    if (folder.root / "transformer_2").is_dir():
+        raise UserError(
+            f"teacher {folder.shown}: has two networks, transformer/ for the noisier levels and transformer_2/ below "
+            "boundary_ratio; only families of one are supported, such as Wan 2.1"
+        )
     if folder.kind not in WRAPPERS:
         known = ", ".join(sorted(WRAPPERS))
         raise UserError(

@@ -6,7 +6,8 @@ import json
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -21,8 +22,19 @@ from fewstep.networks.weights import load_part, refuse_pickles, refuse_variants,
 _SCALING = {"AutoencoderKL": 0.18215, "AutoencoderDC": 1.0}
 """What diffusers itself takes where a VAE's config says nothing."""
 
+_WHITENED = ("AutoencoderKLQwenImage", "AutoencoderKLWan")
+"""VAEs whose codes are scaled by a mean and a deviation of each channel, and by nothing else."""
+
+_PICTURES = ("AutoencoderKLQwenImage",)
+"""VAEs of videos whose networks work on pictures: the one frame of a code is left out of x."""
+
 _ONCE = {"Transformer2DModel": ("DiTTransformer2DModel", "PixArtTransformer2DModel")}
 """Classes of an index from before they were split, which diffusers opens as what the network's config says."""
+
+
+def part_of(entry: Any) -> bool:
+    """Whether an entry of model_index.json names a part of the pipeline; others are settings, [null, null] is none."""
+    return isinstance(entry, list) and len(entry) == 2 and isinstance(entry[0], str)
 
 
 def resolve(path: str) -> Path:
@@ -78,20 +90,67 @@ def check_network_config(config: Mapping[str, Any], where: str) -> None:
 
 @dataclass(frozen=True)
 class Latents:
-    """How a VAE's codes z become the network's x = (z - shift) scale, and how many pixels one latent covers."""
+    """How a VAE's codes z become the network's x, and how many pixels one cell of x covers.
+
+    x = (z - shift) scale, or (z - mean) / std scale by channel where the VAE has these.
+    """
 
     scale: float
     shift: float
     pixels: int
     channels: int
+    """Of x."""
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
+    frames: bool = False
+    """The VAE's codes are videos (b, c, f, h, w)."""
+    pictures: bool = False
+    """x has no frames all the same."""
+    patch: int = 1
+    """Codes along the side of one cell of x; their channels are those of x then. Mean and deviation are of x (FLUX.2)."""
+
+    def of_weights(self, vae: Any) -> Latents:
+        """These latents with mean and deviation from a VAE's weights where they are there and not in its config."""
+        if self.patch == 1:
+            return self
+        std = (vae.bn.running_var.double() + vae.config.batch_norm_eps).sqrt()
+        return replace(self, mean=tuple(vae.bn.running_mean.tolist()), std=tuple(std.tolist()))
 
     def encode(self, z: torch.Tensor) -> torch.Tensor:
         """The network's x of a code of the VAE."""
-        return (z - self.shift) * self.scale
+        z = nn.functional.pixel_unshuffle(z, self.patch) if self.patch > 1 else z
+        mean, factor = self._of(z)
+        x = (z - mean) * factor
+        return x.squeeze(2) if self.pictures else x
+
+    def spread(self, deviation: torch.Tensor) -> torch.Tensor:
+        """The deviation of x for that of a code."""
+        deviation = nn.functional.pixel_unshuffle(deviation, self.patch) if self.patch > 1 else deviation
+        x = deviation * self._of(deviation)[1]
+        return x.squeeze(2) if self.pictures else x
 
     def decode(self, x: torch.Tensor) -> torch.Tensor:
         """The VAE's code of the network's x."""
-        return x / self.scale + self.shift
+        z = x.unsqueeze(2) if self.pictures else x
+        mean, factor = self._of(z)
+        z = z / factor + mean
+        return nn.functional.pixel_shuffle(z, self.patch) if self.patch > 1 else z
+
+    def _of(self, z: torch.Tensor) -> tuple[torch.Tensor | float, torch.Tensor | float]:
+        """(what is taken from z, what the rest is multiplied by)."""
+        if self.mean is None or self.std is None:
+            return self.shift, self.scale
+        sides = (1, -1, *(1,) * (z.ndim - 2))
+        return z.new_tensor(self.mean).view(sides), self.scale / z.new_tensor(self.std).view(sides)
+
+    def said(self) -> str:
+        """In words, for check-teacher."""
+        how = f"x = (z - {self.shift:g}) * {self.scale:g}"
+        if self.patch > 1:
+            how = f"x are {self.patch} x {self.patch} codes, whitened by the VAE's batch norm"
+        if self.mean is not None:
+            how = "x = (z - mean) / std of each channel" + (f" * {self.scale:g}" if self.scale != 1 else "")
+        return f"{how}, {self.pixels} pixels a latent"
 
 
 @dataclass(frozen=True)
@@ -108,9 +167,12 @@ class Folder:
     scheduler: Mapping[str, Any]
     index: Mapping[str, Any]
     """model_index.json, empty where there is none."""
-    latents: Latents | None
-    """None: the network works on pixels."""
     dtype: torch.dtype = torch.float32
+
+    @cached_property
+    def latents(self) -> Latents | None:
+        """None: the network works on pixels. UserError, on first use, for a VAE's config that does not say."""
+        return read_latents(self.root / "vae" / "config.json")
 
     @property
     def kind(self) -> str:
@@ -128,7 +190,7 @@ class Folder:
             text: also the text encoders and tokenizers, without which cached embeddings can train.
         """
         for name, entry in self.index.items():
-            named = isinstance(entry, list) and len(entry) == 2 and entry[0] is not None
+            named = part_of(entry)
             words = name.startswith(("text_encoder", "tokenizer"))
             if not named or name.startswith("_") or (words and not text):
                 continue
@@ -148,7 +210,7 @@ class Folder:
         """UserError for a part whose own config names another class than model_index.json, which diffusers goes by."""
         for name, entry in self.index.items():
             file = self.root / name / ("scheduler_config.json" if name == "scheduler" else "config.json")
-            if name.startswith("_") or not (isinstance(entry, list) and len(entry) == 2 and entry[0] and file.is_file()):
+            if name.startswith("_") or not (part_of(entry) and file.is_file()):
                 continue
             own = read_json(file).get("_class_name")
             if own is None or own == entry[1] or own in _ONCE.get(str(entry[1]), ()):
@@ -211,7 +273,6 @@ def read_folder(path: str, dtype: torch.dtype = torch.float32) -> Folder:
         read_json(root / component / "config.json"),
         given | read_json(schedule),
         index,
-        read_latents(root / "vae" / "config.json"),
         dtype,
     )
 
@@ -222,9 +283,14 @@ def read_latents(path: Path) -> Latents | None:
         return None
     config = read_json(path)
     kind = config.get("_class_name")
-    for key in ("latents_mean", "latents_std"):
-        if config.get(key) is not None:
-            raise UserError(f"{path}: {key} is set, which is not supported; only scaling_factor and shift_factor")
+    mean, std = (_statistics(config, key, str(path)) for key in ("latents_mean", "latents_std"))
+    if (mean is None) != (std is None) or (mean is None and kind in _WHITENED):
+        lacks = "latents_mean" if mean is None else "latents_std"
+        raise UserError(f"{path}: {lacks} is missing; give both latents_mean and latents_std, as the network was trained")
+    if kind == "AutoencoderKLFlux2":
+        return patches_of(config)
+    if kind in _WHITENED:
+        return _whitened(config, mean, std)
     if config.get("scaling_factor") is None and ("scaling_factor" in config or kind not in _SCALING):
         raise UserError(
             f"{path}: scaling_factor is {config.get('scaling_factor', 'missing')} and {kind} has no default; add the "
@@ -238,7 +304,31 @@ def read_latents(path: Path) -> Latents | None:
     # diffusers writes null for a VAE without a shift.
     given = {k: v for k, v in config.items() if v is not None}
     shift = number(given, "shift_factor", 0.0, str(path), positive=False)
-    return Latents(scale, shift, 2 ** (len(widths) - 1), channels)
+    return Latents(scale, shift, 2 ** (len(widths) - 1), channels, mean, std)
+
+
+def _statistics(config: Mapping[str, Any], key: str, where: str) -> tuple[float, ...] | None:
+    """Numbers of a config by channel, None where there are none."""
+    values = config.get(key)
+    if values is None:
+        return None
+    if not isinstance(values, list) or not values:
+        raise UserError(f"{where}: {key} is {json.dumps(values)[:60]}; it must be a list of a number for each channel")
+    return tuple(number({key: v}, key, 0.0, where, positive=key == "latents_std") for v in values)
+
+
+def patches_of(config: Mapping[str, Any]) -> Latents:
+    """Of an AutoencoderKLFlux2: 2 x 2 codes are one cell, which a batch norm in the VAE's weights whitens."""
+    widths, channels = config.get("block_out_channels"), config.get("latent_channels", 32)
+    return Latents(1.0, 0.0, 2 ** len(widths or [0] * 4), 4 * int(channels), patch=2)
+
+
+def _whitened(config: Mapping[str, Any], mean: tuple[float, ...] | None, std: tuple[float, ...] | None) -> Latents:
+    assert mean is not None
+    kind = str(config.get("_class_name"))
+    halvings = config.get("temperal_downsample")  # diffusers' spelling
+    pixels = config.get("scale_factor_spatial") or 2 ** len(halvings if isinstance(halvings, list) else [0] * 3)
+    return Latents(1.0, 0.0, int(pixels), len(mean), mean, std, frames=True, pictures=kind in _PICTURES)
 
 
 def load_model(folder: Folder) -> nn.Module:

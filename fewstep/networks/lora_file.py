@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from fewstep.config import UserError
 from fewstep.files import parse_json, read_json, regular
 from fewstep.networks.adapters import Adapted, network_of
-from fewstep.networks.lora_formats import LAYOUTS, plain_layout
+from fewstep.networks.lora_formats import LAYOUTS, plain_layout, written_as
 from fewstep.networks.weights import PICKLES, not_finite, rename
 
 NAME = "pytorch_lora_weights.safetensors"
@@ -58,12 +58,15 @@ def lora_tensors(adapted: Adapted) -> tuple[dict[str, Tensor], dict[str, str]]:
     return tensors, {"format": "pt", "lora_adapter_metadata": header}
 
 
-def save_lora(adapted: Adapted, path: Path) -> Path:
-    """Write what diffusers' `load_lora_weights` reads."""
+def save_lora(adapted: Adapted, path: Path, layout: str = "diffusers") -> Path:
+    """Write what diffusers' `load_lora_weights` reads, or another layout of `lora_formats.FORMATS`."""
     from safetensors.torch import save_file
 
     tensors, header = lora_tensors(adapted)
-    save_file(tensors, path, metadata=header)
+    part = component(diffusers_model(network_of(adapted.base))[1])
+    if layout != "diffusers":  # which goes by the header; others say their alpha beside every layer
+        header = {"format": "pt"}
+    save_file(written_as(layout, tensors, adapted.alpha, part), path, metadata=header)
     return path
 
 

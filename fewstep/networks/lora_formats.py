@@ -1,4 +1,4 @@
-"""LoRA files of other trainers in the layer names of diffusers and peft: their layouts, alphas and what is no LoRA."""
+"""LoRA files of other programs: read in the layer names of diffusers and peft, and written in theirs."""
 
 from __future__ import annotations
 
@@ -111,3 +111,58 @@ def _scalar(value: Any) -> Tensor:
     import torch
 
     return torch.as_tensor(float(value))
+
+
+FORMATS = ("diffusers", "kohya", "comfyui")
+"""Layouts that a LoRA file is written in."""
+
+
+def written_as(layout: str, tensors: Mapping[str, Tensor], alpha: float, part: str) -> dict[str, Tensor]:
+    """Tensors of `PART.LAYER.lora_A.weight` in a layout of FORMATS, the alpha beside every layer but in diffusers' own.
+
+    Raises UserError for kohya's names of a transformer's layers, which are those of the original repositories.
+    """
+    import torch
+
+    if layout == "diffusers":
+        return dict(tensors)
+    if layout == "kohya" and part != "unet":
+        raise UserError(
+            "--format kohya: layers of transformers have the original repositories' names there; take comfyui"
+        )
+    out: dict[str, Tensor] = {}
+    for key, value in tensors.items():
+        layer, _, side = key.removeprefix(f"{part}.").rpartition(".lora_")
+        name, ends = f"{part}.{layer}", {"A.weight": "lora_A.weight", "B.weight": "lora_B.weight"}
+        if part == "unet":
+            name, ends = _joined(layer), {"A.weight": "lora_down.weight", "B.weight": "lora_up.weight"}
+        out[f"{name}.{ends[side]}"] = value
+        out[f"{name}.alpha"] = torch.tensor(float(alpha))
+    return out
+
+
+def _joined(layer: str) -> str:
+    return f"lora_unet_{layer.replace('.', '_')}"
+
+
+def merged_by_comfyui(found: Mapping[str, Tensor], weights: Mapping[str, Tensor], part: str) -> dict[str, Tensor]:
+    """A model's weights with a LoRA file merged by ComfyUI's rule (comfy/lora.py as restated here; it was not run).
+
+    It knows a UNet's layers as lora_unet_LAYER_WITH_UNDERSCORES and a transformer's as transformer.LAYER; a layer without
+    alpha counts with 1 in place of alpha / rank. Raises ValueError for a tensor that it would leave out.
+    """
+    out, used = dict(weights), set()
+    for key, weight in weights.items():
+        layer = key.removesuffix(".weight")
+        name = _joined(layer) if part == "unet" else f"{part}.{layer}"
+        sides = ("lora_down", "lora_up") if f"{name}.lora_down.weight" in found else ("lora_A", "lora_B")
+        down, up = (found.get(f"{name}.{side}.weight") for side in sides)
+        if down is None or up is None or layer == key:
+            continue
+        alpha = found.get(f"{name}.alpha")
+        scale = 1.0 if alpha is None else float(alpha) / down.shape[0]
+        out[key] = weight + scale * (up.flatten(1) @ down.flatten(1)).reshape(weight.shape)
+        used |= {f"{name}.{side}.weight" for side in sides} | {f"{name}.alpha"}
+    if found.keys() - used:
+        raise ValueError(f"ComfyUI's rule leaves out {min(found.keys() - used)}")
+    return out

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from fewstep.algebra.process import EDM, DiscreteVP, Flow, Process, ShiftedFlow
@@ -51,10 +51,13 @@ BETAS = {
 _DDPM = ("linear", 1e-4, 0.02)
 
 
-def read_scheduler(config: Mapping[str, Any], where: str, tokens: int | None = None) -> tuple[Process, str, TimeInput]:
+def read_scheduler(
+    config: Mapping[str, Any], where: str, tokens: int | None = None, mu: Callable[..., float] | None = None
+) -> tuple[Process, str, TimeInput]:
     """(process, prediction, time input) of a scheduler_config.json. Raises UserError where it is ambiguous.
 
-    tokens: number of image tokens, on which a dynamic flow shift depends.
+    tokens: number of image tokens, on which a dynamic flow shift depends. mu: its logarithm of (config, tokens, where),
+    as a family has it; `dynamic_mu` when left out.
     """
     name = config.get("_class_name")
     if number(config, "num_train_timesteps", 1000, where, whole=True) > LEVELS:
@@ -62,7 +65,7 @@ def read_scheduler(config: Mapping[str, Any], where: str, tokens: int | None = N
     if name == "CMStochasticIterativeScheduler" or name in EDM_FAMILY:
         return _edm(config, where, str(name))
     if name in FLOW_FAMILY:
-        return _flow(config, where, number(config, "shift", 1.0, where), tokens)
+        return _flow(config, where, number(config, "shift", 1.0, where), tokens, mu)
     if name not in DDPM_FAMILY:
         known = ("CMStochasticIterativeScheduler", *EDM_FAMILY, *FLOW_FAMILY, *DDPM_FAMILY)
         raise UserError(f"{where}: scheduler {name!r} is not supported; known: {', '.join(known)}")
@@ -80,7 +83,7 @@ def read_scheduler(config: Mapping[str, Any], where: str, tokens: int | None = N
                 f"{where}: use_flow_sigmas is set, which {name} does not read; flows have {', '.join(FLOW_FAMILY)}, or "
                 f"{', '.join(FLOW_SOLVERS)}"
             )
-        return _flow(config, where, number(config, "flow_shift", 1.0, where), tokens)
+        return _flow(config, where, number(config, "flow_shift", 1.0, where), tokens, mu)
     if kind not in PREDICTIONS:
         raise UserError(f"{where}: prediction_type {kind!r} is not one of {', '.join(PREDICTIONS)}")
     # With another prediction diffusers does not look at the key.
@@ -128,7 +131,9 @@ def _edm(config: Mapping[str, Any], where: str, name: str) -> tuple[Process, str
     return process, "edm", "log_sigma/4"
 
 
-def _flow(config: Mapping[str, Any], where: str, shift: float, tokens: int | None) -> tuple[Process, str, TimeInput]:
+def _flow(
+    config: Mapping[str, Any], where: str, shift: float, tokens: int | None, rule: Callable[..., float] | None
+) -> tuple[Process, str, TimeInput]:
     if number(config, "num_train_timesteps", 1000, where, whole=True) != 1000:
         raise UserError(f"{where}: num_train_timesteps {config['num_train_timesteps']} of a flow; only 1000")
     if config.get("invert_sigmas"):
@@ -141,7 +146,7 @@ def _flow(config: Mapping[str, Any], where: str, shift: float, tokens: int | Non
             )
         if tokens is None:
             raise UserError(f"{where}: use_dynamic_shifting is set, so the shift depends on the image size; give it")
-        mu = dynamic_mu(config, tokens, where)
+        mu = (rule or dynamic_mu)(config, tokens, where)
         shift = mu if config.get("time_shift_type") == "linear" else math.exp(mu)
         if shift <= 0:
             raise UserError(f"{where}: base_shift and max_shift give the shift {shift:g}; it must be positive")
@@ -157,3 +162,21 @@ def dynamic_mu(config: Mapping[str, Any], tokens: int, where: str = "scheduler_c
     base = number(config, "base_shift", 0.5, where, positive=False)
     top = number(config, "max_shift", 1.15, where, positive=False)
     return base + (top - base) * (tokens - low) / (high - low)
+
+
+def own_steps(shift: float, count: int) -> tuple[float, float]:
+    """(shift, shift_terminal) of the FlowMatchEulerDiscreteScheduler whose own `count` steps are 1 - i / count shifted.
+
+    Left to itself it spaces the levels from 1 to its smallest, not to 1 / count. A shift is a Moebius map and the stretch
+    to shift_terminal an affine one, and for every (shift, count) one pair of them takes its spacing to the wanted one.
+
+    Args:
+        shift: of the wanted levels.
+        count: of steps, 2 or more.
+    """
+    inner = shift
+    for _ in range(200):  # a contraction: 40 rounds are enough for shifts up to 30
+        lowest = inner * 0.001 / (1 + (inner - 1) * 0.001)
+        slope = (1 - lowest) / (count - 1)
+        inner = count * shift * slope / (count * slope * shift - (shift - 1))
+    return inner, shift / (count + shift - 1)

@@ -49,7 +49,7 @@ class DiffusersTeacher:
         from fewstep.networks.diffusers import load_denoiser
         from fewstep.networks.folder import read_folder
 
-        size = (site.shape[1], site.shape[2]) if len(site.shape) == 3 else None
+        size = site.shape[1:] if len(site.shape) in (3, 4) else None
         teacher = load_denoiser(
             self.path,
             classes=self.classes or site.classes,

@@ -144,9 +144,9 @@ def load_part(sub: Path, said: str, kind: str, dtype: torch.dtype = torch.float3
         raise UserError(f"{sub / 'config.json'}: diffusers has no class {kind!r}")
     plain = [w for w in weights if not w.name.partition(".")[2].startswith(("fp16", "bf16"))]
     variant = None if plain else weights[0].name.split(".")[1].partition("-")[0]
-    model, told = _loaded(
-        cls, sub, said, low_cpu_mem_usage=False, torch_dtype=dtype, variant=variant, use_safetensors=True
-    )
+    # Classes that keep parts in float32 whatever is asked for (Wan, Krea 2) are only read the other way.
+    slim = {} if getattr(cls, "_keep_in_fp32_modules", None) else {"low_cpu_mem_usage": False}
+    model, told = _loaded(cls, sub, said, torch_dtype=dtype, variant=variant, use_safetensors=True, **slim)
     _complete(told, sub, said, ("missing_keys", "unexpected_keys"), weights)
     _finite(model, sub, said)
     return model.eval()

@@ -56,7 +56,8 @@ class Note:
     """A student's sampler and how its pipeline is called to draw the same; a teacher has neither."""
 
     classes: int | None = None
-    size: tuple[int, int] | None = None
+    size: tuple[int, ...] | None = None
+    """Height and width of x; of a video frames before them."""
     sampler: Sampler | None = None
     call: Mapping[str, Any] = field(default_factory=dict)
     """Arguments of the pipeline's call that set the levels."""
@@ -90,10 +91,10 @@ def read_note(folder: Path) -> Note:
     if classes is not None and (not isinstance(classes, int) or isinstance(classes, bool) or classes < 0):
         raise UserError(f"{file}: classes is {json.dumps(classes)}, not a number of classes; {again}")
     if size is not None and not (
-        isinstance(size, list) and len(size) == 2 and all(type(n) is int and n > 0 for n in size)
+        isinstance(size, list) and len(size) in (2, 3) and all(type(n) is int and n > 0 for n in size)
     ):
         raise UserError(f"{file}: size is {json.dumps(size)}, not a height and a width; {again}")
-    shape = None if size is None else (size[0], size[1])
+    shape = None if size is None else tuple(size)
     if "steps" not in told:
         return Note(classes=classes, size=shape)
     settings = told.get("settings", {})

@@ -70,6 +70,15 @@ def test_nor_is_a_flows_spacing(tmp_path: Path):
     diffusers.FlowMatchEulerDiscreteScheduler(**config).save_pretrained(folder / "scheduler")
     report = check_teacher(str(folder))
     assert report.ok, report.text()
+    (said,) = [f.said for f in report.findings if f.name == "own grid"]
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(**config)
+    scheduler.set_timesteps(4)
+    levels = scheduler.sigmas[:4].tolist()
+    shown = ", ".join(f"{level:.4g}" for level in levels)
+    assert said.startswith(f"its own 4 steps stand at {shown}, by its shift_terminal, use_karras_sigmas; a student's")
+    assert report.verdict().endswith("Its own scheduler samples on another grid than a student's.")
+    apart = max(abs(a - b) for a, b in zip(levels, (1, 0.9, 0.75, 0.5), strict=True))
+    assert f"a student's even ones up to {apart:.2g} apart" in said
 
 
 @pytest.mark.parametrize("config", [{"num_train_timesteps": 2}, {"s_noise": 1.4}, {"clip_denoised": True}])

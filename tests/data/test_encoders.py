@@ -224,9 +224,21 @@ def test_a_vae_is_taken_only_as_the_teacher_takes_it(coder: Path):
     with torch.no_grad():
         want = (model.encode(x).latent_dist.mean - 0.25) * 0.5
     torch.testing.assert_close(Encoder(str(coder))(x)[0], want, rtol=0, atol=1e-6)
+    by_channel = {"latents_mean": [1.0, 2.0, 3.0, 4.0], "latents_std": [2.0, 4.0, 0.5, 1.0]}
+    config.write_text(json.dumps(json.loads(plain) | by_channel))
+    mean, std = (torch.tensor(by_channel[f"latents_{k}"]).view(1, 4, 1, 1) for k in ("mean", "std"))
+    # Playground's, whose pipeline divides by the deviation and multiplies by the factor.
+    torch.testing.assert_close(Encoder(str(coder))(x)[0], (want / 0.5 + 0.25 - mean) * 0.5 / std, rtol=0, atol=1e-6)
+    z = torch.randn(1, 4, 4, 6, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        picture = model.decode(z * std / 0.5 + mean).sample
+    torch.testing.assert_close(decoder(str(coder))(z), picture, rtol=0, atol=1e-5)
     for open_it in (Encoder, decoder):
-        config.write_text(json.dumps(json.loads(plain) | {"latents_mean": [1.0] * 4, "latents_std": [2.0] * 4}))
-        assert refusal(open_it, str(coder)).startswith(f"{config}: latents_mean is set, which is not supported")
+        for key, other in (("latents_mean", "latents_std"), ("latents_std", "latents_mean")):
+            config.write_text(json.dumps(json.loads(plain) | {key: by_channel[key]}))
+            assert refusal(open_it, str(coder)).startswith(f"{config}: {other} is missing; give both latents_mean and")
+        config.write_text(json.dumps(json.loads(plain) | by_channel | {"latents_std": [0.0] * 4}))
+        assert refusal(open_it, str(coder)).startswith(f"{config}: latents_std is 0.0; it must be a positive number")
         config.write_text(plain)
         lost = {k: v for k, v in whole.items() if k != "encoder.conv_in.bias"}
         save_file(lost, file, metadata={"format": "pt"})

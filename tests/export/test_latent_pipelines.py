@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -169,10 +170,13 @@ def test_kinds_of_samplers_find_their_scheduler(folders: dict[str, Path], tmp_pa
     }
     name, call = written("sana", Sampler(steps=(1.0, 0.5)))
     assert name == "FlowMatchEulerDiscreteScheduler"
-    assert call == {"sigmas": [1.0, 0.75]}
+    assert call == {"num_inference_steps": 2}
+    config = json.loads((tmp_path / "sana5" / "scheduler" / "scheduler_config.json").read_text())
+    assert config["shift_terminal"] == 0.75
+    assert written("sana", Sampler(steps=UNEVEN))[1] == {"sigmas": [1.0, 0.875, pytest.approx(0.576354680)]}
     assert written("flux", Sampler(kind="map", steps=FOUR))[1] == {"num_inference_steps": 4}
     assert written("flux", Sampler(steps=(0.9, 0.4)))[1].keys() == {"sigmas"}
-    shift = json.loads((tmp_path / "flux6" / "scheduler" / "scheduler_config.json").read_text())["shift"]
+    shift = json.loads((tmp_path / "flux7" / "scheduler" / "scheduler_config.json").read_text())["shift"]
     assert shift == pytest.approx(1.58201273, rel=1e-8)
 
 
@@ -224,7 +228,8 @@ def test_a_wrong_schedule_or_a_parity_violation_leaves_nothing(
     def moved(net: Any, sampler: Sampler) -> Stock:
         """The shift applied twice: what happens to sigmas that are handed to the teacher's own scheduler."""
         stock = real(net, sampler)
-        return replace(stock, config={"shift": 3.0, "stochastic_sampling": True})
+        twice = {"sigmas": [1.0, 0.9, 0.75, 0.5]}
+        return replace(stock, config={"shift": 3.0, "stochastic_sampling": True}, call=twice)
 
     with monkeypatch.context() as patch:
         patch.setattr(latent, "latent_stock", moved)
@@ -298,3 +303,27 @@ def test_lint_of_products_and_recipes(folders: dict[str, Path]):
     assert told.startswith("schedule: training, evaluation and LCMScheduler agree (sigma / alpha 14.6")
     off = check_recipe(load("digits-dmd2", [*settings, "method.steps=[1.0, 0.1234567]"]))
     assert "fall between the 1000 indices of the table" in off
+
+
+def test_half_precision_is_what_was_rounded_and_nothing_else(folders: dict[str, Path], tmp_path: Path):
+    """The export in bf16 draws what the student draws whose weights were rounded; the card says whose it is."""
+    folder = Path(shutil.copytree(folders["sd3"], tmp_path / "T"))
+    (folder / "README.md").write_text("---\nlicense: other\nlicense_name: some-licence\n---\nlicense: mit\n")
+    config = json.loads((folder / "transformer" / "config.json").read_text())
+    (folder / "transformer" / "config.json").write_text(json.dumps(config | {"_name_or_path": "org/model"}))
+    product = make_product(folder, "sd3", Sampler(steps=(1.0, 0.5)))
+    done = export(product, tmp_path / "half", dtype="bf16")
+    assert done.parity <= PARITY
+    from safetensors.torch import load_file
+
+    written = load_file(tmp_path / "half" / "transformer" / "diffusion_pytorch_model.safetensors")
+    own = product.net.net.model.state_dict()  # type: ignore[union-attr]
+    assert {v.dtype for v in written.values()} == {torch.bfloat16}
+    assert all(torch.equal(written[k], own[k].bfloat16()) for k in written)
+    front = (tmp_path / "half" / "README.md").read_text().split("---")[1]
+    assert (
+        'pipeline_tag: "text-to-image"\nbase_model: "org/model"\nlicense: "other"\nlicense_name: "some-licence"' in front
+    )
+    product.net.net.model.proj_out.bias.data.fill_(1e6)  # type: ignore[union-attr]
+    with pytest.raises(ExportRefused, match=r"torch.float16 cannot hold .*proj_out.bias"):
+        export(product, tmp_path / "no", dtype="fp16")

@@ -43,7 +43,7 @@ class Wrapper(nn.Module):
         model: the module; it runs in its own dtype.
         classes: number of real classes, 0 for none.
         guidance: embedded guidance scale where the condition brings none.
-        pixels: side of a latent in pixels of the decoded image, 1 without a VAE.
+        pixels: side of a cell of x in pixels of the decoded image, 1 without a VAE.
     """
 
     component: ClassVar[str] = "transformer"
@@ -58,6 +58,8 @@ class Wrapper(nn.Module):
     """How that pipeline's call takes its own noise levels: timesteps, sigmas, or "" for their number only."""
     even: ClassVar[bool] = False
     """True: without levels of its own the pipeline's call spaces u as 1 - i / n and leaves the shift to the scheduler."""
+    plain: ClassVar[Mapping[str, Any]] = {"guidance_scale": 1.0}
+    """Arguments with which that pipeline's call does not guide."""
     pick: ClassVar[int] = 0
     """Which output of a tapped block that returns several is the image's."""
 
@@ -102,8 +104,8 @@ class Wrapper(nn.Module):
         """raw in the layout that `model` itself returns; what an oracle in its place would answer."""
         return raw
 
-    def sample_size(self) -> tuple[int, int]:
-        """Height and width of x that the model was made for."""
+    def sample_size(self) -> tuple[int, ...]:
+        """Height and width of x that the model was made for; of a video frames, height and width."""
         size = self.config.sample_size
         return (size, size) if isinstance(size, int) else tuple(size)
 
@@ -111,7 +113,7 @@ class Wrapper(nn.Module):
         """Channels of x."""
         return int(self.config.in_channels)
 
-    def tokens(self, size: tuple[int, int]) -> int:
+    def tokens(self, size: tuple[int, ...]) -> int:
         """Number of image tokens for x of a size; a dynamic flow shift depends on it."""
         patch = int(getattr(self.config, "patch_size", None) or 1)
         return (size[0] // patch) * (size[1] // patch)
@@ -121,21 +123,60 @@ class Wrapper(nn.Module):
         patch = int(getattr(self.config, "patch_size", None) or 1)
         return f"its patches have {patch} x {patch}" if any(n % patch for n in size) else ""
 
+    def mu(self, config: Mapping[str, Any], tokens: int, where: str = "", steps: int | None = None) -> float:
+        """Logarithm of a dynamic flow shift as the family's pipeline has it; config: the scheduler's.
+
+        steps: how many the pipeline takes, for a family whose shift depends on it; its own default when left out.
+        """
+        from fewstep.networks.scheduler import dynamic_mu
+
+        return dynamic_mu(config, tokens, where)
+
+    def scale_of_pipeline(self, scale: float) -> float:
+        """The guidance scale in fewstep's convention, where 1 is none, of the number that the pipeline is called with."""
+        return scale
+
+    combine: ClassVar[Callable[..., Tensor] | None] = None
+    """(self, cond, null, scale) -> the guided answer of the model's two, all as `call` returns them; scale is w, a number
+    or (b,), and 1 is none. None: null + w (cond - null)."""
+
     def example(self, b: int, generator: torch.Generator | None = None) -> Any:
         """A random condition of the right shapes, None where the network takes none."""
         return None
 
-    def arguments(self, cond: Mapping[str, Tensor], size: tuple[int, int]) -> dict[str, Any]:
+    def arguments(self, cond: Mapping[str, Tensor], size: tuple[int, ...]) -> dict[str, Any]:
         """The condition as keyword arguments of the stock pipeline's call."""
+        return {}
+
+    def of_size(self, size: tuple[int, ...]) -> dict[str, Any]:
+        """Arguments of the pipeline's call that go with x of a size, beside height and width."""
         return {}
 
     def to_pipeline(self, latents: Tensor) -> Tensor:
         """Latents as the stock pipeline takes them."""
         return latents
 
-    def from_pipeline(self, latents: Tensor, size: tuple[int, int]) -> Tensor:
+    def from_pipeline(self, latents: Tensor, size: tuple[int, ...]) -> Tensor:
         """What the stock pipeline returns for output_type="latent", as x."""
         return latents
+
+    def drawn(self, latents: Tensor, size: tuple[int, ...], pipe: Any) -> Tensor:
+        """`from_pipeline` where the pipeline that drew them is at hand: one may return codes of its VAE instead."""
+        return self.from_pipeline(latents, size)
+
+    def stepped(self, latents: Tensor) -> Tensor:
+        """x in the layout that the pipeline's scheduler steps, in which it draws its noise."""
+        return self.to_pipeline(latents)
+
+    def unstepped(self, latents: Tensor, size: tuple[int, ...]) -> Tensor:
+        """The inverse of `stepped`."""
+        return self.from_pipeline(latents, size)
+
+    def _dtype(self, x: Tensor) -> torch.dtype:
+        """That of the weights; diffusers keeps parts of some classes (Wan, Krea 2) in float32 whatever is asked for."""
+        kept = tuple(getattr(self.model, "_keep_in_fp32_modules", None) or ())
+        floats = ((n, p.dtype) for n, p in self.model.named_parameters() if p.is_floating_point())
+        return next((dtype for name, dtype in floats if not any(k in name for k in kept)), x.dtype)
 
     def _block(self, tap: str) -> nn.Module:
         blocks = self.blocks()
@@ -167,7 +208,7 @@ class Wrapper(nn.Module):
 
             return hook
 
-        dtype = next((p.dtype for p in self.model.parameters() if p.is_floating_point()), x.dtype)
+        dtype = self._dtype(x)
         try:
             handles = [self._block(tap).register_forward_hook(watch(tap)) for tap in taps]
             further = self.extras.embed(extras) if self.width else None

@@ -49,5 +49,5 @@ class DiT(Wrapper):
     def example(self, b: int, generator: torch.Generator | None = None) -> Tensor:
         return torch.randint(self.classes, (b,), generator=generator)
 
-    def arguments(self, cond: Mapping[str, Tensor], size: tuple[int, int]) -> dict[str, Any]:
+    def arguments(self, cond: Mapping[str, Tensor], size: tuple[int, ...]) -> dict[str, Any]:
         return {"class_labels": cond["label"].tolist()}

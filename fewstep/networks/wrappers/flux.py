@@ -15,11 +15,11 @@ def pack(x: Tensor) -> Tensor:
     """(b, c, h, w) -> tokens (b, h/2 w/2, 4c) of 2 x 2 latents; h and w even."""
     b, c, h, w = x.shape
     if h % 2 or w % 2:
-        raise ValueError(f"Flux packs latents 2 x 2, so height and width must be even, not {h} x {w}")
+        raise ValueError(f"latents are packed 2 x 2, so height and width must be even, not {h} x {w}")
     return x.reshape(b, c, h // 2, 2, w // 2, 2).permute(0, 2, 4, 1, 3, 5).reshape(b, h * w // 4, 4 * c)
 
 
-def unpack(tokens: Tensor, size: tuple[int, int]) -> Tensor:
+def unpack(tokens: Tensor, size: tuple[int, ...]) -> Tensor:
     """The inverse of `pack` for latents of height and width `size`."""
     h, w = size
     b, _, c = tokens.shape
@@ -48,13 +48,13 @@ class Flux(Wrapper):
         m = self.model
         return numbered("block", m.transformer_blocks) | numbered("single", m.single_transformer_blocks)
 
-    def sample_size(self) -> tuple[int, int]:
+    def sample_size(self) -> tuple[int, ...]:
         return 128, 128  # the config has none; FluxPipeline's default is 1024 x 1024 pixels
 
     def channels(self) -> int:
         return int(self.config.in_channels) // 4
 
-    def tokens(self, size: tuple[int, int]) -> int:
+    def tokens(self, size: tuple[int, ...]) -> int:
         return size[0] * size[1] // 4
 
     def call(self, x: Tensor, time: Tensor, cond: Mapping[str, Tensor]) -> Tensor:
@@ -85,7 +85,7 @@ class Flux(Wrapper):
         }
         return cond | ({"guidance": torch.full((b,), 3.5)} if c.guidance_embeds else {})
 
-    def arguments(self, cond: Mapping[str, Tensor], size: tuple[int, int]) -> dict[str, Any]:
+    def arguments(self, cond: Mapping[str, Tensor], size: tuple[int, ...]) -> dict[str, Any]:
         out: dict[str, Any] = {"prompt_embeds": cond["text"], "pooled_prompt_embeds": cond["pooled"]}
         if self.config.guidance_embeds:
             scale = cond["guidance"][0] if "guidance" in cond else self.guidance
@@ -95,5 +95,5 @@ class Flux(Wrapper):
     def to_pipeline(self, latents: Tensor) -> Tensor:
         return pack(latents)
 
-    def from_pipeline(self, latents: Tensor, size: tuple[int, int]) -> Tensor:
+    def from_pipeline(self, latents: Tensor, size: tuple[int, ...]) -> Tensor:
         return unpack(latents, size)

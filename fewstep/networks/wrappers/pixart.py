@@ -56,7 +56,7 @@ class PixArt(Wrapper):
     def example(self, b: int, generator: torch.Generator | None = None) -> dict[str, Tensor]:
         return masked(b, 7, self.config.caption_channels or self.config.cross_attention_dim, generator)
 
-    def arguments(self, cond: Mapping[str, Tensor], size: tuple[int, int]) -> dict[str, Any]:
+    def arguments(self, cond: Mapping[str, Tensor], size: tuple[int, ...]) -> dict[str, Any]:
         return masked_arguments(cond)
 
 

@@ -51,5 +51,5 @@ class Sana(Wrapper):
         cond = masked(b, 7, self.config.caption_channels, generator)
         return cond | ({"guidance": torch.full((b,), 4.5)} if self.config.guidance_embeds else {})
 
-    def arguments(self, cond: Mapping[str, Tensor], size: tuple[int, int]) -> dict[str, Any]:
+    def arguments(self, cond: Mapping[str, Tensor], size: tuple[int, ...]) -> dict[str, Any]:
         return masked_arguments(cond)

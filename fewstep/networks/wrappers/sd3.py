@@ -40,5 +40,5 @@ class SD3(Wrapper):
             "pooled": noise(generator, b, c.pooled_projection_dim),
         }
 
-    def arguments(self, cond: Mapping[str, Tensor], size: tuple[int, int]) -> dict[str, Any]:
+    def arguments(self, cond: Mapping[str, Tensor], size: tuple[int, ...]) -> dict[str, Any]:
         return {"prompt_embeds": cond["text"], "pooled_prompt_embeds": cond["pooled"]}

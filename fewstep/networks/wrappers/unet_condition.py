@@ -63,7 +63,7 @@ class UNetCondition(UNet):
             cond["pooled"] = noise(generator, b, pooled)
         return cond
 
-    def arguments(self, cond: Mapping[str, Tensor], size: tuple[int, int]) -> dict[str, Any]:
+    def arguments(self, cond: Mapping[str, Tensor], size: tuple[int, ...]) -> dict[str, Any]:
         out: dict[str, Any] = {"prompt_embeds": cond["text"]}
         if self.added:
             out["pooled_prompt_embeds"] = cond["pooled"]
