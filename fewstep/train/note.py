@@ -42,6 +42,8 @@ CALL: Mapping[str, Callable[[Any], bool]] = {
 }
 SETTINGS: Mapping[str, Callable[[Any], bool]] = {
     "guidance_scale": _number,
+    "true_cfg_scale": _number,
+    "num_frames": _count,
     "height": _count,
     "width": _count,
     "max_sequence_length": _count,
@@ -93,7 +95,7 @@ def read_note(folder: Path) -> Note:
     if size is not None and not (
         isinstance(size, list) and len(size) in (2, 3) and all(type(n) is int and n > 0 for n in size)
     ):
-        raise UserError(f"{file}: size is {json.dumps(size)}, not a height and a width; {again}")
+        raise UserError(f"{file}: size is {json.dumps(size)}, not a height and a width, nor frames before them; {again}")
     shape = None if size is None else tuple(size)
     if "steps" not in told:
         return Note(classes=classes, size=shape)

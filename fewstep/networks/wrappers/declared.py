@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -101,6 +101,9 @@ class Declared(Wrapper):
 
     def tokens(self, size: tuple[int, ...]) -> int:
         return size[-2] * size[-1] // self.patch**2
+
+    def refuses_size(self, size: Sequence[int]) -> str:
+        return f"its patches have {self.patch} x {self.patch}" if any(n % self.patch for n in size[-2:]) else ""
 
     def example(self, b: int, generator: torch.Generator | None = None) -> dict[str, Tensor]:
         n, out = EXAMPLE_TOKENS, {}
