@@ -51,7 +51,9 @@ def lora_parts(product: Product, layout: str = "diffusers") -> Parts:
         if stock is not None:
             stock.scheduler.save_pretrained(folder / "scheduler")
 
-    note: dict[str, Any] = {"kind": product.sampler.kind, "steps": list(product.sampler.steps)}
+    # On the grid of the scheduler beside it: a flow's shift is in the levels of the call.
+    written = product.sampler if stock is None else stock.sampler
+    note: dict[str, Any] = {"kind": written.kind, "steps": list(written.steps)}
     if stock is not None:
         note["call"] = stock.call
     return Parts(

@@ -15,6 +15,7 @@ from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler, LCMSchedul
 from snippets import check_call, run_snippet
 from tiny_pipelines import FAMILIES, make_pipeline
 from tiny_runs import names
+from tiny_text import text_pipeline
 from torch import Tensor
 
 from fewstep.algebra.process import EDM, DiscreteVP, Flow, ShiftedFlow, Trig
@@ -297,8 +298,10 @@ def test_lint_of_products_and_recipes(folders: dict[str, Path]):
     assert check_recipe(load("digits-dmd2")) == (
         "schedule: training, evaluation and CMStochasticIterativeScheduler agree (sigma / alpha 80)"
     )
-    latents = "data={name: prompts, path: prompts.txt, shape: [4, 8, 12]}"
+    text = text_pipeline(folders["sd15"].parent / "text", ["a"])
+    latents = f"data={{name: prompts, path: prompts.txt, shape: [4, 8, 12], encoder: {{name: pipeline, path: {text}}}}}"
     settings = [f"teacher.path={folders['sd15']}", latents, "discriminator=null", "method.gan=null", "evaluate=null"]
+    settings.append("optim={default: {lr: 1e-4}}")
     told = check_recipe(load("digits-dmd2", [*settings, f"method.steps={list(FOUR)}"]))
     assert told.startswith("schedule: training, evaluation and LCMScheduler agree (sigma / alpha 14.6")
     off = check_recipe(load("digits-dmd2", [*settings, "method.steps=[1.0, 0.1234567]"]))
