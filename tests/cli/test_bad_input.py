@@ -152,7 +152,7 @@ TEACHERS: list[tuple[Callable[[Path], None], str]] = [
     (missing_scheduler, "teacher T: scheduler/scheduler_config.json is missing; a diffusers pipeline has it"),
     (
         unsupported_class,
-        "T/unet/config.json: class 'Kandinsky3UNet' is not supported; supported: DiTTransformer2DModel, Flux",
+        "T/unet/config.json: class 'Kandinsky3UNet' is not supported; supported: ChromaTransformer2DModel, DiT",
     ),
     (
         no_prediction,
