@@ -22,7 +22,7 @@ from fewstep.algebra.process import EDM, DiscreteVP, Flow, ShiftedFlow, Trig
 from fewstep.algebra.sampling import Sampler
 from fewstep.commands.check_recipe import check_recipe
 from fewstep.config import UserError
-from fewstep.export import latent
+from fewstep.export import base, latent
 from fewstep.export.base import PARITY, ExportRefused, Stock
 from fewstep.export.choose import export
 from fewstep.export.levels import Levels, agree, check_product, levels_of, levels_of_scheduler
@@ -247,6 +247,9 @@ def test_a_wrong_schedule_or_a_parity_violation_leaves_nothing(
         assert first.strip() == "pure noise"
         assert [float(v) for v in others] == pytest.approx([27, 9, 3], rel=1e-5)
         patch.setattr(latent, "check_export", lambda *_: None)
+        with pytest.raises(UserError, match=r"call\.sigmas stands at the levels \[1\.0, 0\.9, 0\.75, 0\.5\]"):
+            export(product, tmp_path / "out")  # its own note is read back
+        patch.setattr(base, "read_note", lambda *_: None)
         with pytest.raises(ExportRefused, match="the pipeline differs from fewstep's sampler by"):
             export(product, tmp_path / "out")
     assert names(tmp_path) == []
