@@ -301,6 +301,8 @@ def read_latents(path: Path) -> Latents | None:
     if not isinstance(widths, list):
         raise UserError(f"{path}: block_out_channels is missing; it tells how many pixels a latent covers")
     channels = int(number(config, "latent_channels", 4, str(path), whole=True))
+    if any(given is not None and len(given) != channels for given in (mean, std)):
+        raise UserError(f"{path}: latents_mean and latents_std need a value for each of the {channels} latent_channels")
     # diffusers writes null for a VAE without a shift.
     given = {k: v for k, v in config.items() if v is not None}
     shift = number(given, "shift_factor", 0.0, str(path), positive=False)

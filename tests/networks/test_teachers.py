@@ -394,8 +394,9 @@ def test_an_unknown_class_names_those_that_are_known(folders: dict[str, Path], t
         check_teacher(str(folder))
     assert str(caught.value) == (
         f"{folder}/transformer/config.json: class 'LuminaNextDiT2DModel' is not supported; supported: "
-        "DiTTransformer2DModel, FluxTransformer2DModel, PixArtTransformer2DModel, SD3Transformer2DModel, "
-        "SanaTransformer2DModel, UNet2DConditionModel, UNet2DModel. Give a wrapper of your own with `wrapper: "
+        "ChromaTransformer2DModel, DiTTransformer2DModel, Flux2Transformer2DModel, FluxTransformer2DModel, "
+        "PixArtTransformer2DModel, QwenImageTransformer2DModel, SD3Transformer2DModel, SanaTransformer2DModel, "
+        "UNet2DConditionModel, UNet2DModel, WanTransformer3DModel, ZImageTransformer2DModel. Give a wrapper of your own with `wrapper: "
         "file.py:Class`"
     )
 
@@ -444,8 +445,10 @@ def test_latents_of_a_vae(tmp_path: Path):
         read_latents(write(_class_name="AutoencoderX"))
     with pytest.raises(UserError, match="scaling_factor is None"):
         read_latents(write(_class_name="AutoencoderKL", scaling_factor=None))
-    with pytest.raises(UserError, match="latents_mean is set, which is not supported"):
-        read_latents(write(_class_name="AutoencoderKL", latents_mean=[0.0]))
+    with pytest.raises(UserError, match="latents_std is missing; give both"):
+        read_latents(write(_class_name="AutoencoderKL", latents_mean=[0.0] * 5))
+    with pytest.raises(UserError, match="need a value for each of the 5 latent_channels"):
+        read_latents(write(_class_name="AutoencoderKL", latents_mean=[0.0], latents_std=[1.0]))
 
 
 def test_a_unet_without_a_stock_pipeline_is_checked_against_its_own_scheduler(tmp_path: Path):
