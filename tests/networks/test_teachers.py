@@ -396,8 +396,8 @@ def test_an_unknown_class_names_those_that_are_known(folders: dict[str, Path], t
         f"{folder}/transformer/config.json: class 'LuminaNextDiT2DModel' is not supported; supported: "
         "ChromaTransformer2DModel, DiTTransformer2DModel, Flux2Transformer2DModel, FluxTransformer2DModel, "
         "PixArtTransformer2DModel, QwenImageTransformer2DModel, SD3Transformer2DModel, SanaTransformer2DModel, "
-        "UNet2DConditionModel, UNet2DModel, WanTransformer3DModel, ZImageTransformer2DModel. Give a wrapper of your own with `wrapper: "
-        "file.py:Class`"
+        "UNet2DConditionModel, UNet2DModel, WanTransformer3DModel, ZImageTransformer2DModel. Give a wrapper of your "
+        "own with `wrapper: file.py:Class`"
     )
 
 
