@@ -128,3 +128,8 @@ class Guided(nn.Module):
     def features(self, x: Tensor, t: Tensor, cond: Any, taps: Sequence[str]) -> Mapping[str, Tensor]:
         """The tapped activations of the conditional half, which are those that a guided call returns."""
         return self.denoiser.features(x, t, cond, taps)  # type: ignore[operator]
+
+
+def guided_teacher(teacher: Any, guidance: float, null: Callable[[Any], Any]) -> Any:
+    """The teacher at a guidance scale; at 1 itself. null: conditions to null conditions."""
+    return teacher if guidance == 1.0 else Guided(teacher, guidance, null)

@@ -20,7 +20,7 @@ from fewstep.networks.denoiser import Rescheduled
 from fewstep.networks.folder import read_folder
 from fewstep.networks.outline import UNetOutline, whole
 from fewstep.networks.parts import Site
-from fewstep.networks.routed import Routed
+from fewstep.networks.routed import Routed, innermost, source_of
 from fewstep.recipe.schema import Recipe
 
 SHAPING = (
@@ -86,10 +86,7 @@ def _role(recipe: Recipe, name: str, spec: Any, found: Roles) -> nn.Module | Non
     kind = getattr(spec, "name", name)
     if name == "teacher":
         return _teacher(spec, recipe.data, found)
-    inner = spec
-    while getattr(inner, "name", None) in ("experts", "by_class"):
-        inner = inner.of
-    source = "student" if kind == "logvar" else getattr(inner, "of", getattr(inner, "trunk", None))
+    source, inner = source_of(spec), innermost(spec)
     if source is not None and source not in found.modules:
         return None  # why that one is not known is said
     if not found.shape:

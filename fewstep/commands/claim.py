@@ -1,4 +1,4 @@
-"""What `fewstep run` may do with a run directory: start, --resume or --force; and where a run began."""
+"""What `fewstep run` may do with a run directory: start, --resume or --force."""
 
 from __future__ import annotations
 

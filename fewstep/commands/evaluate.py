@@ -14,10 +14,11 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
+from fewstep.algebra.guidance import guided_teacher
 from fewstep.commands.against import pipeline_shape, source_of
 from fewstep.commands.assisting import parse_assist, with_assist
 from fewstep.commands.judge import Judge, captions_of, check_fit, open_judge, preset_of, refusals
-from fewstep.commands.measure import guided_teacher, teacher_product
+from fewstep.commands.measure import teacher_product
 from fewstep.commands.options import parse_steps
 from fewstep.commands.processes import world
 from fewstep.commands.report import console, opened, show

@@ -10,10 +10,11 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
+from fewstep.algebra.guidance import guided_teacher
 from fewstep.commands.export import show_export
 from fewstep.commands.fitted_row import calls_of, fitted_teacher, wish_for
 from fewstep.commands.judge import Judge
-from fewstep.commands.measure import guided_teacher, measure
+from fewstep.commands.measure import measure
 from fewstep.commands.pictures import save_side_by_side
 from fewstep.commands.report import card_results, compare, console, first_teacher, say, show
 from fewstep.config import UserError
@@ -57,19 +58,19 @@ def finish(trainer: Trainer, run: Path, judge: Judge | None) -> int:
     except Exception as error:
         code = UNFINISHED
         refused = f"{_failed(run, 'export', error)}; again with: {shlex.join(['fewstep', 'export', str(run)])}"
+    best = peak(read_log(run / "log.jsonl"))
     if judge is not None and recipe.evaluate is not None:
         again = evaluation_of(trainer, run)
         try:
-            rows = _measure(trainer, student, run, judge)
+            rows = _measure(trainer, student, run, judge, best)
             if done is not None:
-                _write_card(student, done, rows, run)
+                _write_card(student, done, rows, best)
         except KeyboardInterrupt:
             code = 130
             say(f"measuring was stopped, the run is trained; measure it with: {again}")
         except Exception as error:
             code = UNFINISHED
             say(f"{_failed(run, 'evaluation', error)}; the run is trained, measure it again with: {again}")
-    best = peak_of(run)
     if best is not None:
         say(f"{best}; checkpoints kept: {', '.join(p.name for p in checkpoints(run / 'checkpoints'))}")
     if done is not None:
@@ -98,12 +99,6 @@ def refused_updates(trainer: Trainer) -> str | None:
     )
 
 
-def peak_of(run: Path) -> Peak | None:
-    """Where a run was best, None where its log does not tell."""
-    log = run / "log.jsonl"
-    return peak(read_log(log)) if log.is_file() else None
-
-
 def succeeded(recipe: Recipe, row: Evaluation) -> dict[str, Any] | None:
     """What results.json says of the recipe's `success`; None where it has none."""
     if recipe.success is None:
@@ -126,7 +121,7 @@ def evaluation_of(trainer: Trainer, run: Path) -> str:
     return shlex.join(["fewstep", "eval", str(run), *steps])
 
 
-def _measure(trainer: Trainer, student: Product, run: Path, judge: Judge) -> list[Evaluation]:
+def _measure(trainer: Trainer, student: Product, run: Path, judge: Judge, best: Peak | None) -> list[Evaluation]:
     """The student beside its teacher: table, pictures and results.json."""
     spec: Any = trainer.recipe.evaluate
     steps = len(student.sampler.steps)
@@ -140,7 +135,7 @@ def _measure(trainer: Trainer, student: Product, run: Path, judge: Judge) -> lis
         rows[-1:-1] = [measure(assisted(student, spec.assist, first, trainer.data.null), judge)[0]]
     show(rows)
     told = {"recipe": trainer.recipe.about, "skips": trainer.progress.skipped, "commit": commit()[:7]}
-    best, success = peak_of(run), succeeded(trainer.recipe, rows[-1])
+    success = succeeded(trainer.recipe, rows[-1])
     more = {"peak": asdict(best) if best else None, "success": success}
     report = {"rows": [r.as_json() for r in rows], **told, **{k: v for k, v in more.items() if v is not None}}
     with atomic_path(run / "report" / "results.json") as aside:
@@ -167,9 +162,8 @@ def _fitted(recipe: Recipe, student: Product, teacher: Any, judge: Judge) -> lis
         return []
 
 
-def _write_card(student: Product, done: Exported, rows: list[Evaluation], run: Path) -> None:
+def _write_card(student: Product, done: Exported, rows: list[Evaluation], best: Peak | None) -> None:
     """The card of a finished export again, with what was measured after it and where the run was best."""
-    best = peak_of(run)
     more = [("iterations to the peak", str(best))] if best else []
     card = foretold(student).card(done.usage, done.parity, [*card_results(rows), *more])
     with atomic_path(done.folder / "README.md") as aside:

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fewstep.commands.measure import guided_teacher, teacher_product
+from fewstep.algebra.guidance import guided_teacher
+from fewstep.commands.measure import teacher_product
 from fewstep.commands.pictures import require_finite, save_picture
 from fewstep.commands.report import opened
 from fewstep.config import UserError

@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fewstep.algebra.guidance import Guided
 from fewstep.algebra.sampling import many_step
 from fewstep.commands.judge import Judge
 from fewstep.commands.sources import BATCH, of_product
@@ -24,11 +23,6 @@ def teacher_product(product: Product, teacher: Any, steps: int) -> Product:
     """The teacher of a run under a Heun sampler, with the run's shape and classes."""
     title = f"teacher, {steps} step{'s' * (steps > 1)}"
     return replace(product, net=teacher, sampler=many_step(steps), title=title, trained=None)
-
-
-def guided_teacher(teacher: Any, guidance: float, null: Any) -> Any:
-    """The teacher at the guidance scale of a recipe's evaluation; 1 is none. null: conditions to null conditions."""
-    return teacher if guidance == 1.0 else Guided(teacher, guidance, null)
 
 
 def measure(product: Product, judge: Judge, *, batch: int = BATCH) -> tuple[Evaluation, Tensor]:

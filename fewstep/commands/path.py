@@ -9,11 +9,12 @@ import torch
 from torch import Tensor
 
 from fewstep.algebra.condition import moved
+from fewstep.algebra.guidance import guided_teacher
 from fewstep.algebra.prediction import Prediction
 from fewstep.algebra.sampling import sample, seeded
 from fewstep.commands.gallery import captioned
-from fewstep.commands.measure import guided_teacher, teacher_product
-from fewstep.commands.pictures import require_finite, save_picture
+from fewstep.commands.measure import teacher_product
+from fewstep.commands.pictures import in_colour, require_finite, save_picture
 from fewstep.commands.report import say
 from fewstep.config import UserError
 from fewstep.train.build import build_roles
@@ -69,5 +70,5 @@ def draw_path(product: Product, labels: Any, count: int, seed: int, out: Path, t
 
 def _filled(x: Tensor, length: int) -> Tensor:
     """x (n, c, h, w) in three channels, with white pictures up to `length`."""
-    x = x[:, :3] if x.shape[1] > 3 else x[:, :1].expand(-1, 3, -1, -1) if x.shape[1] < 3 else x
+    x = in_colour(x)
     return torch.cat([x, torch.ones(length - len(x), *x.shape[1:])])

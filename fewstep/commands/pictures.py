@@ -27,6 +27,11 @@ def tile(x: Tensor, per_row: int) -> Tensor:
     return canvas.reshape(rows, per_row, c, h, w).permute(2, 0, 3, 1, 4).reshape(c, rows * h, per_row * w)
 
 
+def in_colour(x: Tensor) -> Tensor:
+    """Images (n, c, h, w) in three channels: grey in all, of latents without a VAE at hand the first."""
+    return x[:, :3] if x.shape[1] > 3 else x[:, :1].expand(-1, 3, -1, -1) if x.shape[1] < 3 else x
+
+
 def require_finite(x: Tensor, what: str) -> None:
     """UserError for samples (n, ...) that hold NaN or infinity, which a picture would show as black; `what` drew them."""
     bad = int((~torch.isfinite(x).flatten(1).all(1)).sum())

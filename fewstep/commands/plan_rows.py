@@ -13,6 +13,7 @@ from fewstep.export.forecast import bare_model
 from fewstep.networks.adapters import Adapted, own_parameters
 from fewstep.networks.folder import read_folder
 from fewstep.networks.parts import Site
+from fewstep.networks.routed import source_of
 from fewstep.recipe.schema import AdamW, Recipe
 from fewstep.train.live import bytes_of
 
@@ -67,7 +68,7 @@ def without_code(recipe: Recipe) -> tuple[dict[str, RoleMemory], list[str]]:
             continue
         if getattr(spec, "name", None) == "copy" and spec.of in shapes:
             shapes[name] = shapes[spec.of]
-        elif _source(spec) is None or _source(spec) in built:
+        elif source_of(spec) is None or source_of(spec) in built:
             seed = fold(recipe.train.seed, "weights", name) % 2**63
             built[name] = spec.build(Site(data.shape, data.classes, built, seed))
             shapes[name] = own_parameters(built[name]), buffers_of(built[name])
@@ -81,12 +82,3 @@ def without_code(recipe: Recipe) -> tuple[dict[str, RoleMemory], list[str]]:
         if name == "student":
             row.ema = len(recipe.train.ema) * size
     return rows, [*(name for name in recipe.role_names() if name not in rows), "activations"]
-
-
-def _source(spec: Any) -> str | None:
-    """The role that building this one takes."""
-    while getattr(spec, "name", None) in ("experts", "by_class"):
-        spec = spec.of
-    if getattr(spec, "name", None) == "logvar":
-        return "student"
-    return getattr(spec, "of", getattr(spec, "trunk", None))

@@ -148,8 +148,7 @@ class Product(opened.Product):
         from fewstep.commands.judge import judge_of
         from fewstep.commands.measure import measure
 
-        if not isinstance(batch, int) or batch < 1:
-            raise UserError(f"batch must be a whole number of at least 1, not {batch!r}")
+        opened.check_count("batch", batch)
         given = {"features": features, "samples": samples, "seed": seed}
         given |= {k: None if v is None else str(v) for k, v in (("against", against), ("extractor_path", extractor_path))}
         spec = self._spec(metric, {k: v for k, v in given.items() if v is not None})

@@ -200,7 +200,7 @@ def _train(trainer: Trainer, run: Path, main: bool, judge: Judge | None) -> None
         alarms = [""]
 
         def on_step(t: Trainer) -> None:
-            if watch.due(t.progress.done) and t.log and t.log.path.exists():
+            if watch.due(t.progress.done) and t.log:
                 alarms[0] = alarmed(read_log(t.log.path))
             if console.is_terminal:
                 bar.show(t.progress.done, "  ".join(p for p in (alarms[0], readings(t.last_record)) if p))

@@ -24,7 +24,7 @@ from fewstep.eval.protocol.evaluation import comparison_rows, format_entry
 from fewstep.files import atomic_path, lock_taken
 from fewstep.recipe.diff import differences
 from fewstep.recipe.store import dump, load, load_run
-from fewstep.train.claim import read_origin
+from fewstep.train.claim import read_origin, refuse_links
 from fewstep.train.log import read_log
 from fewstep.train.peak import peak
 from fewstep.train.verdicts import FEWEST, alarms, last_stage, verdicts
@@ -58,13 +58,11 @@ def write_page(run: Path, refresh: int | None = None) -> Written:
     Raises:
         UserError: not a run directory, or one that leads elsewhere through a link.
     """
-    if (run / "report").is_symlink():
-        raise UserError(f"{run / 'report'}: is a symbolic link; fewstep does not write through links in a run directory")
+    refuse_links(run, ("report",))
     if not (run / "recipe.yaml").is_file():
         raise UserError(f"{run}: has no recipe.yaml; give the directory of a run, RUN of `fewstep run ... --out RUN`")
-    recipe, trains = load_run(run), lock_taken(run)
-    held = read_log(run / "log.jsonl") if (run / "log.jsonl").is_file() else []
-    log = [r for r in held if "done" in r]
+    recipe, origin, trains = load_run(run), read_origin(run), lock_taken(run)
+    log = [r for r in read_log(run / "log.jsonl") if "done" in r]
     records = [r for r in log if "stage" in r]
     total = sum(stage.steps for stage in recipe.stages())
     whole = bool(records) and records[-1]["done"] >= total
@@ -77,10 +75,10 @@ def write_page(run: Path, refresh: int | None = None) -> Written:
         *_results(run),
         *_on_the_way(log),
         *_curves(records),
-        *_recipe(run, recipe),
-        *_environment(run),
+        *_recipe(recipe, origin),
+        *_environment(origin),
         *_notes(log),
-        *_commands(run, recipe, trains, whole),
+        *_commands(run, recipe, origin, trains, whole),
     ]
     path = run / FILE
     with atomic_path(path) as aside:
@@ -289,10 +287,9 @@ def _borders(records: Records) -> list[float]:
     return [b["done"] for a, b in pairwise(records) if a["stage"] != b["stage"]]
 
 
-def _recipe(run: Path, recipe: Any) -> list[str]:
+def _recipe(recipe: Any, origin: Mapping[str, Any]) -> list[str]:
     """What the recipe changes of its source, and all of it folded away."""
     parts = ["<h2>Recipe</h2>"]
-    origin = read_origin(run)
     name = origin.get("recipe")
     if name is None:
         parts.append('<p class="note">Which recipe it was made from is not recorded.</p>')
@@ -316,8 +313,8 @@ def _listed(lines: Sequence[str]) -> str:
     return "<ul>" + "".join(f"<li><code>{html.escape(line)}</code></li>" for line in lines) + "</ul>"
 
 
-def _environment(run: Path) -> list[str]:
-    told: Any = read_origin(run).get("environment")
+def _environment(origin: Mapping[str, Any]) -> list[str]:
+    told = origin.get("environment")
     parts = ["<h2>Environment</h2>"]
     if not isinstance(told, Mapping):
         return [*parts, '<p class="note">Not recorded.</p>']
@@ -337,8 +334,8 @@ def _note(record: Mapping[str, Any]) -> str:
     return f"ALARM {record['alarm']}" if "alarm" in record else str(record.get("note", ""))
 
 
-def _commands(run: Path, recipe: Any, trains: bool, whole: bool) -> list[str]:
-    origin, at = read_origin(run), shlex.quote(str(run))
+def _commands(run: Path, recipe: Any, origin: Mapping[str, Any], trains: bool, whole: bool) -> list[str]:
+    at = shlex.quote(str(run))
     # What was trained in Python has no name; its own recipe is one.
     again = [origin.get("recipe", str(run / "recipe.yaml")), *map(str, origin.get("settings", ()))]
     lines = [shlex.join(["fewstep", "run", *again, "--out", str(run), "--resume"])] if not trains and not whole else []

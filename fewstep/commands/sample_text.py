@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fewstep.algebra.guidance import guided_teacher
 from fewstep.commands.gallery import captioned
-from fewstep.commands.measure import guided_teacher, teacher_product
-from fewstep.commands.pictures import require_finite, save_picture
+from fewstep.commands.measure import teacher_product
+from fewstep.commands.pictures import in_colour, require_finite, save_picture
 from fewstep.commands.report import opened, say
 from fewstep.commands.sources import called, load_pipeline
 from fewstep.config import UserError
@@ -68,7 +69,9 @@ def draw_prompts(
         told = f"its pipeline's own pictures, seeds {seed}..{seed + len(prompts) - 1}"
     for name, x in rows:
         require_finite(x, f"{path}: {name}")
-    save_picture(captioned([(n, _shown(x)) for n, x in rows], list(prompts), max(1, CELL // rows[0][1].shape[-1])), out)
+    save_picture(
+        captioned([(n, in_colour(x)) for n, x in rows], list(prompts), max(1, CELL // rows[0][1].shape[-1])), out
+    )
     say(f"{out}: {', '.join(n for n, _ in rows)}; {told}")
     return out
 
@@ -170,8 +173,3 @@ def of_pipeline(
         generator = torch.Generator().manual_seed(seed + i)
         pictures.append(pipeline(prompt=prompt, generator=generator, output_type="pt", **call).images.float().cpu())
     return path.name, 2 * torch.cat(pictures) - 1
-
-
-def _shown(x: Tensor) -> Tensor:
-    """Three channels: grey in all, of latents without a VAE at hand the first."""
-    return x[:, :3] if x.shape[1] > 3 else x[:, :1].expand(-1, 3, -1, -1) if x.shape[1] < 3 else x

@@ -120,3 +120,18 @@ class ByClassSpec:
         if not 1 <= self.members <= max(site.classes, 1) or (self.members > 1 and not site.classes):
             raise RecipeError(f"by_class.members: {self.members} students for {site.classes} classes")
         return Routed(_members(self.of, self.members, site), ByClass(site.classes, self.members))
+
+
+def innermost(spec: Any) -> Any:
+    """The spec of the members, where a spec is of several networks, else itself."""
+    while isinstance(spec, ExpertsSpec | ByClassSpec):
+        spec = spec.of
+    return spec
+
+
+def source_of(spec: Any) -> str | None:
+    """The role that building a spec takes; None where it stands alone."""
+    inner = innermost(spec)
+    if getattr(inner, "name", None) == "logvar":
+        return "student"
+    return getattr(inner, "of", getattr(inner, "trunk", None))

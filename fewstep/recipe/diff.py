@@ -19,7 +19,8 @@ _NOTATION = re.compile(
     r"method(\.\w+)*\.times: \{'name': '(\w+)'.*-> \{'name': '(?!\2')|method\.critic\.weight: '\w+' -> '\w+'$"
 )
 """Lines of a distribution of times, or a weight, of another kind: `lognormal` speaks of sigma, `index` of a table."""
-_SETTINGS = ("method", "before", "copy", "optim", "student", "critic", "discriminator", "roles")
+SETTINGS = ("method", "before", "copy", "optim", "student", "critic", "discriminator", "roles")
+"""The top keys that say what is trained and how."""
 _TRAIN = ("steps", "batch", "clip", "precision", "ema", "product")
 
 
@@ -111,7 +112,7 @@ def _compared(a: Recipe, b: Recipe) -> list[str]:
     out = []
     for line in differences(_spelled(a), _spelled(b), all_keys=True):
         top, _, rest = line.partition(":")[0].partition(".")
-        if top in _SETTINGS or (top == "train" and rest in _TRAIN):
+        if top in SETTINGS or (top == "train" and rest in _TRAIN):
             out.append(line)
     return out
 

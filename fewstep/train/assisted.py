@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from fewstep.algebra.assist import percentile
 from fewstep.algebra.condition import moved, rows
 from fewstep.algebra.draws import Draws, fold
-from fewstep.algebra.guidance import Guided
+from fewstep.algebra.guidance import guided_teacher
 from fewstep.algebra.sampling import Sampler, sample, seeded
 from fewstep.config import UserError
 from fewstep.networks.assisted import Adaptive, Assist, Case, Diversity
@@ -67,8 +67,7 @@ def assisted(product: Product, part: Assist, teacher: nn.Module, null: Callable[
     n = len(product.sampler.steps)
     if isinstance(part, Diversity) and part.steps >= n:
         raise UserError(f"assist.steps {part.steps}: the student takes {n} in all, and one at least must be left to it")
-    net = teacher if part.guidance == 1 else Guided(teacher, part.guidance, null)
-    helped = Assisted(part=part, teacher=net)
+    helped = Assisted(part=part, teacher=guided_teacher(teacher, part.guidance, null))
     if isinstance(part, Adaptive):
         judge, decode = part.score.open(product.picture_shape()), product.decoder()
         helped = replace(helped, score=lambda x, cond: judge(decode(x), cond))

@@ -11,6 +11,7 @@ from statistics import median
 from typing import Any
 
 from fewstep.config import UserError, plain
+from fewstep.recipe.diff import SETTINGS
 from fewstep.recipe.expected import Band, Expected
 from fewstep.recipe.schema import Recipe
 from fewstep.train.verdicts import Record, Verdict, last_stage
@@ -20,14 +21,13 @@ PARTS = 10
 WIDER = 0.5
 """Of the distance between the least and the largest record of a part, added on either side."""
 _LEFT_OUT = ("done", "stage", "skips", "skipped", "seconds", "lr/", "grad_norm/", "health/gradient_")
-_PARTS_OF_RECIPE = ("method", "before", "copy", "optim", "student", "critic", "discriminator", "roles")
 _OF_TRAIN = ("accumulate", "clip", "precision", "ema", "ema_warmup", "product")
 
 
 def identity(recipe: Recipe, origins: Mapping[str, str]) -> dict[str, Any]:
     """What bands are of: batch, digest of the teacher's files, digest of the settings that losses depend on."""
     whole = plain(recipe)
-    told = {k: whole[k] for k in _PARTS_OF_RECIPE} | {k: whole["train"][k] for k in _OF_TRAIN}
+    told = {k: whole[k] for k in SETTINGS} | {k: whole["train"][k] for k in _OF_TRAIN}
     told["data"], told["teacher"] = recipe.data.name, getattr(recipe.teacher, "name", None)
     if any(spec.decay != "constant" for spec in recipe.optim.values()):
         told["steps"] = recipe.train.steps

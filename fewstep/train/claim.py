@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -64,7 +64,7 @@ def claim(recipe: Recipe, run: Path) -> None:
     was trained, and for folders in it that are links.
     """
     if is_used(run):
-        _refuse_links(run)
+        refuse_links(run)
         if (read_mark(run) or {}).get("kind") != KIND:
             raise UserError(f"{run}: is not a run directory that fewstep made; choose another directory (--out)")
         changed = differences(load_run(run), recipe)
@@ -102,8 +102,9 @@ def clear(run: Path) -> None:
     empty(run, keep=(LOCK,))
 
 
-def _refuse_links(run: Path) -> None:
-    for name in (*FOLDERS, "recipe.yaml", "log.jsonl"):
+def refuse_links(run: Path, names: Sequence[str] = (*FOLDERS, "recipe.yaml", "log.jsonl")) -> None:
+    """UserError where one of the names, of what is written in a run directory, leads elsewhere."""
+    for name in names:
         if (run / name).is_symlink():
             raise UserError(f"{run / name}: is a symbolic link; fewstep does not write through links in a run directory")
 

@@ -79,8 +79,8 @@ class Log:
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:
-    """All complete records of a log.jsonl."""
-    return [record for _, record in _records(path)]
+    """All complete records of a log.jsonl, none where there is no file yet."""
+    return [record for _, record in _records(path)] if path.is_file() else []
 
 
 def _records(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:

@@ -12,6 +12,7 @@ from fewstep.config import UserError
 from fewstep.data.latents import vae_files
 from fewstep.files import digest_of
 from fewstep.networks import code
+from fewstep.networks.routed import innermost
 from fewstep.recipe.schema import Recipe
 
 Files = Callable[[], list[Path]]
@@ -69,9 +70,7 @@ def stands_on_teacher(recipe: Recipe, role: str = "student") -> bool:
     """True where a role's weights are an adapter's, which mean nothing without the very weights of the teacher."""
     if role == "teacher":
         return True
-    spec = recipe.spec(role)
-    while spec.name in ("experts", "by_class"):
-        spec = spec.of
+    spec = innermost(recipe.spec(role))
     return spec.name == "lora" and spec.of != role and stands_on_teacher(recipe, spec.of)
 
 

@@ -50,6 +50,12 @@ class Assisting(Protocol):
     def network_calls(self, sampler: Sampler) -> float: ...
 
 
+def check_count(name: str, value: Any) -> None:
+    """UserError, naming the argument, for what is no count."""
+    if not isinstance(value, int) or value < 1:
+        raise UserError(f"{name} must be a whole number of at least 1, not {value!r}")
+
+
 @dataclass(frozen=True)
 class Product:
     """A denoiser, how it is sampled, and what it samples.
@@ -95,9 +101,8 @@ class Product:
 
         UserError for a count below 1, and for labels that are not `count` of the classes.
         """
-        for name, value in (("count", count), ("batch", batch)):
-            if not isinstance(value, int) or value < 1:
-                raise UserError(f"{name} must be a whole number of at least 1, not {value!r}")
+        check_count("count", count)
+        check_count("batch", batch)
         if not isinstance(seed, int):
             raise UserError(f"seed must be a whole number, not {seed!r}")
         device = self.device()

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from fewstep.algebra.condition import rows
 from fewstep.algebra.draws import Draws, fold
-from fewstep.algebra.guidance import Guided
+from fewstep.algebra.guidance import guided_teacher
 from fewstep.algebra.sampling import Sampler, many_step, sample, seeded
 from fewstep.data.base import conditions_of
 from fewstep.methods.readings import spread
@@ -165,7 +165,7 @@ class SampleReadings:
         if self.source() == "teacher":
             scale = recipe.evaluate.guidance if recipe.evaluate else 1.0
             teacher: Any = session.roles.teacher
-            net = teacher if scale == 1.0 else Guided(teacher, scale, session.data.null)
+            net = guided_teacher(teacher, scale, session.data.null)
             return figures(self._draw(net, many_step(TEACHER_STEPS)), self.group, self.patch)
         index = torch.arange(max(self.count, min(REAL, self.room)), device=session.device)
         x, cond = session.data.batch(Draws(fold(recipe.train.seed, "samples", "data"), index))

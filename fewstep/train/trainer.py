@@ -337,12 +337,12 @@ class Trainer:
             return
         if self.accelerator.is_main_process:
             self.log.cut(self.progress.done)
-            noted = [r["guard"] for r in read_log(self.log.path) if "guard" in r] if self.log.path.exists() else []
+            noted = [r["guard"] for r in read_log(self.log.path) if "guard" in r]
             for act in self.guard.acts:
                 if act["to"] <= self.progress.done and act not in noted:
                     self.log.write({"done": act["to"], "guard": act})
         self.accelerator.wait_for_everyone()
-        self.guard.again(read_log(self.log.path) if self.log.path.exists() else ())
+        self.guard.again(read_log(self.log.path))
 
     def save(self, stage: int | None = None) -> None:
         """Write a checkpoint on the main process; `stage` is that of the last step, left out the present one."""

@@ -111,20 +111,37 @@ def critic(records: Sequence[Record]) -> Verdict | None:
     return Verdict("critic", "fine", slope, line, text)
 
 
+def _within(
+    value: float,
+    text: str,
+    low: float,
+    high: float,
+    *,
+    names: tuple[str, str, str],
+    knobs: tuple[str, str],
+    centre: float,
+) -> Verdict:
+    """A reading between two lines. names: below, between and above them; knobs: for what lies below and above."""
+    if value > high:
+        return Verdict(names[2], "alarm", value, high, text, knobs[1])
+    if value < low:
+        return Verdict(names[0], "alarm", value, low, text, knobs[0])
+    return Verdict(names[1], "fine", value, high if value > centre else low, text)
+
+
 def discriminator(records: Sequence[Record]) -> Verdict | None:
     """Discriminator accuracy on real and generated samples."""
     values = series(records, "discriminator_accuracy")
     if len(values) < FEWEST:
         return None
     last = _windows(values)[-1]
+    knobs = (
+        "raise optim.discriminator.lr or method.gan.discriminator_weight",
+        "lower optim.discriminator.lr, raise method.gan.r1_weight, or show it noisier samples (method.gan.times)",
+    )
+    names = ("discriminator lost", "discriminator", "discriminator winning")
     text = f"discriminator is right on {100 * last:.0f} % of samples"
-    if last > WIN:
-        knob = "lower optim.discriminator.lr, raise method.gan.r1_weight, or show it noisier samples (method.gan.times)"
-        return Verdict("discriminator winning", "alarm", last, WIN, text, knob)
-    if last < LOSE:
-        knob = "raise optim.discriminator.lr or method.gan.discriminator_weight"
-        return Verdict("discriminator lost", "alarm", last, LOSE, text, knob)
-    return Verdict("discriminator", "fine", last, WIN, text)
+    return _within(last, text, LOSE, WIN, names=names, knobs=knobs, centre=0.0)
 
 
 def diversity(records: Sequence[Record]) -> Verdict | None:
@@ -148,13 +165,12 @@ def contrast(records: Sequence[Record]) -> Verdict | None:
         return None
     last = _windows(values)[-1]
     text = f"samples are {last:.2f} times as large as the teacher's denoiser makes them"
-    if last > SATURATE:
-        knob = "lower method.guidance, or strengthen the critic's term"
-        return Verdict("oversaturated", "alarm", last, SATURATE, text, knob)
-    if last < FADE:
-        knob = "train longer; check that the student's first level is the prior"
-        return Verdict("washed out", "alarm", last, FADE, text, knob)
-    return Verdict("contrast", "fine", last, SATURATE if last > 1 else FADE, text)
+    knobs = (
+        "train longer; check that the student's first level is the prior",
+        "lower method.guidance, or strengthen the critic's term",
+    )
+    names = ("washed out", "contrast", "oversaturated")
+    return _within(last, text, FADE, SATURATE, names=names, knobs=knobs, centre=1.0)
 
 
 CHECKS: tuple[Callable[[Sequence[Record]], Verdict | None], ...] = (critic, discriminator, diversity, contrast)

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from calling import called
 from tiny_runs import names
 from tiny_teacher import edit_json, make_run, make_teacher, student_settings
 
@@ -39,11 +40,8 @@ def refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.Captu
     monkeypatch.chdir(work)
 
     def call(*arguments: Any, leaves: tuple[str, ...] = ()) -> str:
-        capfd.readouterr()
-        with pytest.raises(SystemExit) as caught:
-            main([str(a) for a in arguments])
-        out, err = capfd.readouterr()
-        assert caught.value.code == 2, err
+        code, out, err = called(capfd, *arguments)
+        assert code == 2, err
         assert "Traceback" not in out + err
         messages = err[err.index("error: ") :]
         assert messages.count("error: ") == 1

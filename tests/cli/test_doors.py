@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import subprocess
 from collections.abc import Callable
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import pytest
 import typer.main
+from calling import called
 from PIL import Image
 
-from fewstep.cli import app, main
+from fewstep.cli import app
 from fewstep.cli.app import method_names, recipe_names
 from fewstep.cli.measure import bench_names
 from fewstep.commands import bench
@@ -24,13 +26,7 @@ Call = Callable[..., tuple[int, str, str]]
 
 @pytest.fixture
 def call(capfd: pytest.CaptureFixture[str]) -> Call:
-    def run(*arguments: Any) -> tuple[int, str, str]:
-        capfd.readouterr()
-        with pytest.raises(SystemExit) as caught:
-            main([str(a) for a in arguments])
-        return int(caught.value.code or 0), *capfd.readouterr()
-
-    return run
+    return partial(called, capfd)
 
 
 def test_versions(call: Call):

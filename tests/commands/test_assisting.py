@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from calling import called
 from PIL import Image
 from tiny_teacher import make_run, make_teacher, student_settings
 
-from fewstep.cli import main
 from fewstep.commands.assisting import parse_assist
 from fewstep.config import RecipeError, UserError
 from fewstep.networks.assisted import Adaptive, DistillationPP, Diversity
@@ -44,11 +44,8 @@ def call(capfd: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setenv("FEWSTEP_CACHE", str(tmp_path / "cache"))
 
     def run(*arguments: Any) -> tuple[int, str]:
-        capfd.readouterr()
-        with pytest.raises(SystemExit) as caught:
-            main([str(a) for a in arguments])
-        out, err = capfd.readouterr()
-        return int(caught.value.code or 0), " ".join((out + err).split())
+        code, out, err = called(capfd, *arguments)
+        return code, " ".join((out + err).split())
 
     return run
 

@@ -6,11 +6,13 @@ import json
 import re
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from calling import called
 from tiny_pipelines import make_pipeline
 from tiny_teacher import edit_json, make_run, make_teacher
 
@@ -18,7 +20,6 @@ from fewstep.algebra.fitted import fit_history, nodes
 from fewstep.algebra.guidance import Guided
 from fewstep.algebra.sampling import sample
 from fewstep.algebra.searched import search_levels
-from fewstep.cli import main
 from fewstep.commands.fitting import SUBSTEPS, Wish, expected_calls, fit, noise_of
 from fewstep.files import read_mark
 from fewstep.train.fitted import read_fit
@@ -32,13 +33,7 @@ Call = Callable[..., tuple[int, str, str]]
 def call(capfd: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Call:
     monkeypatch.setenv("FEWSTEP_CACHE", str(tmp_path / "cache"))
 
-    def run(*arguments: Any) -> tuple[int, str, str]:
-        capfd.readouterr()
-        with pytest.raises(SystemExit) as caught:
-            main([str(a) for a in arguments])
-        return int(caught.value.code or 0), *capfd.readouterr()
-
-    return run
+    return partial(called, capfd)
 
 
 @pytest.fixture

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from calling import called
 from tiny_teacher import make_teacher, student_settings
 
-from fewstep.cli import main
 from fewstep.commands import finish, fitted_row
 from fewstep.commands.compare import compare, one_run
 from fewstep.commands.fitted_row import NOISES, POINTS, SHARE, calls_of, wish_for
@@ -42,10 +42,8 @@ def settings(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 @pytest.fixture
 def call(capfd: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str]]:
     def run(*arguments: Any) -> tuple[int, str]:
-        with pytest.raises(SystemExit) as caught:
-            main([str(a) for a in arguments])
-        out, err = capfd.readouterr()
-        return int(caught.value.code or 0), out + err
+        code, out, err = called(capfd, *arguments)
+        return code, out + err
 
     return run
 

@@ -6,8 +6,8 @@ import json
 from pathlib import Path
 
 import pytest
+from calling import called
 
-from fewstep.cli import main
 from fewstep.commands.run import GUARDED
 from fewstep.train.verdicts import Course, Verdict
 
@@ -28,11 +28,9 @@ SHORT = (
 
 
 def run(out: Path, capfd: pytest.CaptureFixture[str], *settings: str) -> tuple[int, str, str]:
-    with pytest.raises(SystemExit) as caught:
-        main(["run", "toy/dmd2", *SHORT, *settings, "--out", str(out)])
-    told, errors = capfd.readouterr()
+    code, told, errors = called(capfd, "run", "toy/dmd2", *SHORT, *settings, "--out", out)
     assert "Traceback" not in told + errors
-    return int(caught.value.code or 0), told, errors
+    return code, told, errors
 
 
 def test_a_run_says_whether_it_succeeded_and_where_it_was_best(tmp_path: Path, capfd: pytest.CaptureFixture[str]):

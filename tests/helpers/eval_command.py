@@ -5,16 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-
-from fewstep.cli import main
+from calling import called
 
 
 def eval_refusal(capfd: pytest.CaptureFixture[str], *arguments: Any) -> str:
     """The message of a call that is refused: exit code 2 and no traceback."""
-    capfd.readouterr()
-    with pytest.raises(SystemExit) as caught:
-        main(["eval", *map(str, arguments)])
-    out, err = capfd.readouterr()
-    assert caught.value.code == 2, out + err
+    code, out, err = called(capfd, "eval", *arguments)
+    assert code == 2, out + err
     assert "Traceback" not in out + err
     return err[err.index("error: ") :].removeprefix("error: ").strip()

@@ -14,12 +14,13 @@ from typing import Any
 import torch
 
 from fewstep.algebra.draws import fold
+from fewstep.algebra.guidance import guided_teacher
 from fewstep.commands.compare.budget import Accounted, Budget, lengths, probe, with_lengths
 from fewstep.commands.compare.kept import keep_arrays, result_of, steps_of, write_json
 from fewstep.commands.fitted_row import METHOD, NOISES, POINTS, fitted_teacher
 from fewstep.commands.fitting import Wish
 from fewstep.commands.judge import Judge, judge_of
-from fewstep.commands.measure import guided_teacher, measure, teacher_product
+from fewstep.commands.measure import measure, teacher_product
 from fewstep.commands.progress import Watch
 from fewstep.commands.sources import of_product
 from fewstep.config import UserError, plain
