@@ -111,6 +111,12 @@ def critic(records: Sequence[Record]) -> Verdict | None:
     return Verdict("critic", "fine", slope, line, text)
 
 
+def _no_number(name: str, line: float, text: str) -> Verdict:
+    """A reading that no comparison finds beyond its line."""
+    knob = "go on from a checkpoint before it, with lower optim.*.lr or train.precision=fp32"
+    return Verdict(f"{name}: no number", "alarm", math.nan, line, text, knob)
+
+
 def _within(
     value: float,
     text: str,
@@ -122,6 +128,8 @@ def _within(
     centre: float,
 ) -> Verdict:
     """A reading between two lines. names: below, between and above them; knobs: for what lies below and above."""
+    if math.isnan(value):
+        return _no_number(names[1], high, text)
     if value > high:
         return Verdict(names[2], "alarm", value, high, text, knobs[1])
     if value < low:
@@ -152,6 +160,8 @@ def diversity(records: Sequence[Record]) -> Verdict | None:
     parts = _windows(values)
     share = parts[-1] / max(max(parts), 1e-12)
     text = f"spread of the samples is {share:.2f} of its best"
+    if math.isnan(share):
+        return _no_number("diversity", SHRINK, text)
     if share < SHRINK:
         knob = "lower optim.student.lr or the guidance, raise method.critic.steps, or lower method.gan.weight"
         return Verdict("collapsing", "alarm", share, SHRINK, text, knob)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,19 @@ def test_a_healthy_log_raises_no_alarm():
     found = verdicts(records())
     assert [v.name for v in found] == ["critic", "discriminator", "diversity", "contrast", "numerics"]
     assert all(v.fine and not v.remedy for v in found)
+
+
+@pytest.mark.parametrize(
+    ("key", "name"),
+    [
+        ("health/critic_slope", "critic too slow"),
+        ("discriminator_accuracy", "discriminator: no number"),
+        ("health/diversity", "diversity: no number"),
+        ("health/contrast", "contrast: no number"),
+    ],
+)
+def test_a_reading_that_is_no_number_is_an_alarm(key: str, name: str):
+    assert name in alarms(records(**{key: lambda p: math.nan if p > 0.9 else 0.7}))
 
 
 @pytest.mark.parametrize(
