@@ -119,6 +119,9 @@ def compare(
         typer.Option(help="Measure also at these numbers of steps, such as 1,2,4, where a student allows them."),
     ] = None,
     samples: Annotated[int | None, typer.Option(help="Samples of each measurement.")] = None,
+    curve: Annotated[
+        int, typer.Option(help="Measure each run so often, evenly over its updates, and draw it; not charged to it.")
+    ] = 0,
     settings: Annotated[
         list[str] | None,
         typer.Option("--set", help="A change to every recipe, such as train.batch=32.", metavar="KEY=VALUE"),
@@ -130,4 +133,4 @@ def compare(
     from fewstep.commands.compare.compare import compare as job
     from fewstep.commands.options import parse_steps
 
-    job(recipes, budget, seeds, out, resume, settings or [], parse_steps(steps), samples)
+    job(recipes, budget, seeds, out, resume, settings or [], parse_steps(steps), samples, curve)

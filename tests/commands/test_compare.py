@@ -292,7 +292,7 @@ def test_a_comparison_survives_kills_and_failures(tmp_path: Path, capfd: pytest.
 def test_runs_in_processes_of_their_own(tmp_path: Path, capfd: pytest.CaptureFixture[str]):
     arguments = ["compare", "toy/kd", *ARGUMENTS, "--budget", "calls=9000", "--seeds", "1"]
     with pytest.raises(SystemExit) as left:
-        main([*arguments, "--steps", "1,2", "--out", str(tmp_path / "out")])
+        main([*arguments, "--steps", "1,2", "--curve", "3", "--out", str(tmp_path / "out")])
     told, complaints = capfd.readouterr()
     assert left.value.code == 0, complaints[-2000:]
     (row,) = results(tmp_path / "out")["rows"]
@@ -303,7 +303,15 @@ def test_runs_in_processes_of_their_own(tmp_path: Path, capfd: pytest.CaptureFix
     assert 100 < spent["peak_memory_mib"] < 5000
     assert 0 < spent["cpu_seconds"] <= (os.cpu_count() or 1) * spent["seconds"] + 0.1
     assert any(line.split()[:2] == ["1", "toy/kd"] for line in told.splitlines()), told
-    assert "| 1 | `toy/kd` |" in (tmp_path / "out" / "report.md").read_text()
+    report = (tmp_path / "out" / "report.md").read_text()
+    assert "| 1 | `toy/kd` |" in report
+    assert "](curves.png)" in report
+    assert (tmp_path / "out" / "curves.png").is_file()
+    (run,) = results(tmp_path / "out")["runs"]
+    first, second, end = run["curve"]
+    assert first["updates"] < second["updates"] < end["updates"] == run["updates"]
+    assert first["network_calls"] < second["network_calls"] < end["network_calls"] == spent["network_calls"]
+    assert end["value"] == row["metrics"]["energy x1000"]["value"]
 
 
 def test_spent_reads_in_the_budgets_unit():

@@ -6,7 +6,8 @@ import hashlib
 import json
 import math
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import chain, pairwise
 from pathlib import Path
@@ -235,6 +236,14 @@ class Accounted:
     def charge(self, cost: Spent) -> None:
         """Add what was not spent here but must count."""
         self._before = self._before.plus(cost)
+
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """What is done within is not charged."""
+        before = self.settle()
+        yield
+        self._before = self._before.minus(self.settle().minus(before))
+        self.settle()
 
     def fit(self) -> None:
         """Train to the end or until the budget is spent."""

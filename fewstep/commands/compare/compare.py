@@ -58,13 +58,19 @@ def compare(
     settings: Sequence[str],
     steps: Sequence[int],
     samples: int | None,
+    points: int = 0,
 ) -> Path:
-    """`fewstep compare`: run what is not done yet, then write results.json, report.md and report.html in `out`."""
+    """`fewstep compare`: run what is not done yet, then write results.json, report.md and report.html in `out`.
+
+    points: of each run's curve, its end among them; curves.png shows them.
+    """
     amount = Budget.parse(budget)
     if seeds < 1:
         raise UserError(f"--seeds must be at least 1, not {seeds}")
     if any(n < 1 for n in steps):
         raise UserError(f"--steps: must be at least 1, not {min(steps)}")
+    if points < 0 or points == 1:
+        raise UserError(f"--curve must be 0 or at least 2, the end among them, not {points}")
     fits = [name for name in dict.fromkeys(recipes) if is_fit(Path(name))]
     loaded = {name: load(name, [*settings, *NEVER]) for name in dict.fromkeys(recipes) if name not in fits}
     if not loaded:
@@ -77,7 +83,16 @@ def compare(
     names = folders(dict.fromkeys([*loaded, *fits]))
     content = {"budget": str(amount), "settings": list(settings), "steps": list(steps)}
     tasks = [
-        Task(name, out / names[name] / f"seed-{seed}", tuple(settings), amount, evaluation, tuple(steps), seed)
+        Task(
+            name,
+            out / names[name] / f"seed-{seed}",
+            tuple(settings),
+            amount,
+            evaluation,
+            tuple(steps),
+            seed,
+            points=points,
+        )
         for name in loaded
         for seed in range(seeds)
     ]
@@ -99,6 +114,7 @@ def compare(
     ]
     again += ["--steps", ",".join(map(str, steps))] if steps else []
     again += ["--samples", str(samples)] if samples is not None else []
+    again += ["--curve", str(points)] if points else []
     again += [part for s in settings for part in ("--set", s)]
     again += next((w for recipe in loaded.values() if (w := code.words(recipe.teacher))), [])
     with claimed(out, resume, {**content, "evaluation": asdict(evaluation)}):

@@ -16,6 +16,7 @@ import torch
 from fewstep.algebra.draws import fold
 from fewstep.algebra.guidance import guided_teacher
 from fewstep.commands.compare.budget import Accounted, Budget, lengths, probe, with_lengths
+from fewstep.commands.compare.curve import Curve, marks, read
 from fewstep.commands.compare.kept import keep_arrays, result_of, steps_of, write_json
 from fewstep.commands.fitted_row import METHOD, NOISES, POINTS, fitted_teacher
 from fewstep.commands.fitting import Wish
@@ -65,6 +66,8 @@ class Task:
     """Numbers of calls that the recipe's teacher is fitted for."""
     fit: Path | None = None
     """A folder by `fewstep fit`, measured as the recipe's students are."""
+    points: int = 0
+    """Points of its curve, the end among them; 0: none but the end."""
 
     def load(self) -> Recipe:
         seed = () if self.seed is None else (f"train.seed={self.seed}",)
@@ -134,9 +137,18 @@ def train(task: Task) -> None:
     total = sum(stage.steps for stage in final.stages())
     told: list[Watch] = []
 
+    def distance() -> float:
+        trainer = account.trainer
+        now = product_of(final, trainer.product.eval(), trainer.data, task.recipe)
+        return measure(now, judge_of(now, task.evaluation))[0].distance.value
+
+    curve = Curve(run / "curve.jsonl", marks(total, task.points), distance) if task.points else None
+
     def watch(account: Accounted) -> None:
         orphaned()
         done = account.trainer.progress.done
+        if curve:
+            curve.add(account)
         if not told:
             told.append(Watch(total, done - 1))
         if told[0].due(done) and done < total:
@@ -144,6 +156,8 @@ def train(task: Task) -> None:
 
     account = Accounted(final, run, task.budget, banks=banks, watch=watch)
     account.resume()
+    if curve:
+        curve.cut(account.trainer.progress.done)
     account.fit()
     trainer, spent = account.trainer, account.spent
     peak = peak_memory()
@@ -152,6 +166,9 @@ def train(task: Task) -> None:
     found = [score(product.with_steps(n), judge) for n in step_counts(product, task.steps)]
     keep_arrays(run, found)
     method: Any = final.method
+    cost = {"seconds": spent.seconds, "cpu_seconds": spent.cpu_seconds, "network_calls": spent.calls}
+    own = next((e for e in found if e.steps == len(product.sampler.steps)), found[-1])
+    end = {"updates": trainer.progress.done, **cost, "value": own.distance.value}
     write_json(
         task.result,
         {
@@ -164,10 +181,9 @@ def train(task: Task) -> None:
             "updates": trainer.progress.done,
             "planned_updates": total,
             "refused_updates": trainer.progress.skipped,
-            "seconds": spent.seconds,
-            "cpu_seconds": spent.cpu_seconds,
-            "network_calls": spent.calls,
+            **cost,
             "peak_memory_mib": peak,
+            "curve": [*read(run / "curve.jsonl"), end] if curve else [],
             "rows": [e.as_json() for e in found],
         },
     )

@@ -11,6 +11,8 @@ from typing import Any
 
 import numpy as np
 
+from fewstep.commands.compare import curve
+from fewstep.commands.compare.curve import settled
 from fewstep.commands.report import with_error
 from fewstep.eval.metrics.estimate import Estimate
 from fewstep.eval.metrics.frechet import paired_difference, standard_error
@@ -25,6 +27,10 @@ NOTE = (
     "All students were sampled from the same noise and classes, so differences from the best are paired: what "
     "sampling does to both cancels in their error."
 )
+
+
+CURVES = "curves.png"
+SETTLED = "CPU s to within 5 % of its end"
 
 
 def join(recipe: str, runs: Sequence[Mapping[str, Any]], evaluations: Sequence[Evaluation]) -> Evaluation:
@@ -68,9 +74,17 @@ def join(recipe: str, runs: Sequence[Mapping[str, Any]], evaluations: Sequence[E
             "cpu_seconds": float(np.mean([r["cpu_seconds"] for r in runs])),
             "network_calls": round(np.mean([r["network_calls"] for r in runs])),
             "peak_memory_mib": float(np.max([r["peak_memory_mib"] for r in runs])),
+            "settled_cpu_seconds": mean_settled(runs),
         },
         frechet=[] if mean is None else [mean],
     )
+
+
+def mean_settled(runs: Sequence[Mapping[str, Any]]) -> float | None:
+    """Mean of `curve.settled` over runs; None where one has no curve, or moved until its end."""
+    found = [settled(r.get("curve") or ()) for r in runs]
+    known = [f for f in found if f is not None]
+    return float(np.mean(known)) if known and len(known) == len(found) else None
 
 
 def mean_influence(evaluations: Sequence[Evaluation]) -> Estimate | None:
@@ -107,15 +121,16 @@ def difference(a: Evaluation, b: Evaluation) -> Estimate:
 
 def markdown(
     title: str, about: Mapping[str, Any], ranked: Sequence[tuple[Evaluation, Estimate | None]],
-    teachers: Sequence[Evaluation], failed: Sequence[Mapping[str, Any]],
+    teachers: Sequence[Evaluation], failed: Sequence[Mapping[str, Any]], drawn: bool = False,
 ) -> str:  # fmt: skip
-    """The comparison as a Markdown page."""
+    """The comparison as a Markdown page. drawn: there are curves beside it."""
     every = [*(e for e, _ in ranked), *teachers]
     metric = (distance_of(every[0]) if every else None) or str(about["evaluation"]["metric"])
     classes = any(e.value("class accuracy") is not None for e in every)
     head = ["rank", "recipe", "method", "calls", f"{plain(metric)} ±", "spread over seeds", "from the best"]
     head += ["accuracy", "diversity"] if classes else []
-    head += ["updates", "training s", "CPU s", "network calls", "peak MiB", "s / 1000"]
+    curved = any(e.training.get("settled_cpu_seconds") is not None for e, _ in ranked)
+    head += ["updates", "training s", "CPU s", *[SETTLED] * curved, "network calls", "peak MiB", "s / 1000"]
     lines = [f"# {plain(title)}", "", _facts(about), "", _cells(head), _cells(["---"] * len(head))]
     for number, (e, apart) in enumerate(ranked, 1):
         t, entry = e.training, e.metrics[metric]
@@ -124,6 +139,8 @@ def markdown(
         cells += [_apart(apart)]
         cells += [*by_class(e)] if classes else []
         cells += [f"{t['updates']:,}", f"{t['seconds']:.0f}", f"{t['cpu_seconds']:.0f}"]
+        if curved:
+            cells += ["" if t.get("settled_cpu_seconds") is None else f"{t['settled_cpu_seconds']:.0f}"]
         cells += [f"{t['network_calls']:,}", f"{t['peak_memory_mib']:.0f}"]
         lines.append(_cells([*cells, "" if e.seconds is None else f"{e.seconds:.2f}"]))
     for e in teachers:
@@ -132,6 +149,8 @@ def markdown(
         cells += [""] * (len(head) - len(cells) - 1)
         lines.append(_cells([*cells, "" if e.seconds is None else f"{e.seconds:.2f}"]))
     lines += ["", NOTE]
+    if drawn:
+        lines += ["", f"![{plain(metric)} over processor seconds]({CURVES})"]
     if failed:
         lines += ["", "## Failed", ""]
         lines += [f"- {code(f['recipe'])}, seed {f['seed']}: {plain(f['message'].splitlines()[0])}" for f in failed]
@@ -192,7 +211,7 @@ def write(
     folder: Path, title: str, about: Mapping[str, Any], ranked: Sequence[tuple[Evaluation, Estimate | None]],
     teachers: Sequence[Evaluation], failed: Sequence[Mapping[str, Any]], runs: Sequence[Mapping[str, Any]],
 ) -> None:  # fmt: skip
-    """results.json, report.md and report.html in `folder`."""
+    """results.json, report.md, report.html and, where runs have curves, curves.png in `folder`."""
     content = {
         **about,
         "rows": [
@@ -205,8 +224,13 @@ def write(
     }
     with atomic_path(folder / "results.json") as temporary:
         temporary.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n")
+    lines: dict[str, list[Any]] = {}
+    for r in runs:
+        lines.setdefault(r["recipe"], []).append(r.get("curve") or ())
+    metric = str(distance_of(ranked[0][0])) if ranked else ""
+    drawn = curve.save(lines, metric, folder / CURVES)
     with atomic_path(folder / "report.md") as temporary:
-        temporary.write_text(markdown(title, about, ranked, teachers, failed))
+        temporary.write_text(markdown(title, about, ranked, teachers, failed, drawn))
     if ranked:
         page(folder, title, about, ranked, teachers, failed)
 

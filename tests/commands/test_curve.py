@@ -1,0 +1,100 @@
+"""The curve of a comparison: points where they are due, none of their cost charged, a picture and a column."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from tiny_compare import train
+
+from fewstep.commands.compare import ranking
+from fewstep.commands.compare.budget import Budget
+from fewstep.commands.compare.curve import Curve, marks, read, save, settled
+
+
+def test_marks_are_even_and_leave_the_end_to_the_result():
+    assert marks(100, 5) == {20, 40, 60, 80}
+    assert marks(3, 10) == {1, 2}
+    assert marks(7, 2) == {4}
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        ([9.0, 2.05, 1.97, 2.0], 2.0),
+        ([9.0, 2.05, 1.5, 2.0], None),  # it moved by more than 5 % until its end
+        ([2.0, 9.0, 2.0, 2.0], 3.0),  # what was near before it left does not count
+        ([2.0], None),
+        ([-2.0, -2.01, -2.0], 1.0),
+    ],
+)
+def test_settled_is_the_first_moment_after_which_nothing_leaves(values: list[float], expected: float | None):
+    points = [{"cpu_seconds": k + 1.0, "value": v} for k, v in enumerate(values)]
+    assert settled(points) == expected
+    assert settled([]) is None
+
+
+def test_measuring_is_not_charged(tmp_path: Path):
+    def run(measure: bool) -> Any:
+        def watch(account: Any) -> None:
+            if measure:
+                with account.aside():
+                    account.trainer.roles.student(*probe(account))
+
+        return train("toy/kd", 30, "method.teacher_steps=1", budget=Budget("calls", 41 * 18), watch=watch)
+
+    def probe(account: Any) -> tuple[Any, ...]:
+        batch = account.trainer.loop.batch(account.trainer.recipe.stages()[-1], (0, 0), 0)
+        x = batch.draws.normal(2)
+        return x, batch.draws.uniform(), batch.cond
+
+    plain, measured = run(False), run(True)
+    assert measured._calls.total > plain._calls.total  # they were taken
+    assert measured.spent.calls == plain.spent.calls
+    assert measured.trainer.progress.done == plain.trainer.progress.done
+
+
+def test_points_of_what_is_trained_again_are_dropped(tmp_path: Path):
+    path = tmp_path / "curve.jsonl"
+    numbers = iter((3.0, 2.0, 1.5))
+    curve = Curve(path, {5, 10}, lambda: next(numbers))
+
+    class Account:
+        spent = SimpleNamespace(seconds=2.0, cpu_seconds=1.0, calls=7)
+        trainer = SimpleNamespace(progress=SimpleNamespace(done=0))
+
+        def aside(self) -> Any:
+            from contextlib import nullcontext
+
+            return nullcontext()
+
+    account: Any = Account()
+    for done in range(1, 11):
+        account.trainer.progress.done = done
+        curve.add(account)
+    assert [(p["updates"], p["value"], p["network_calls"]) for p in read(path)] == [(5, 3.0, 7), (10, 2.0, 7)]
+    with path.open("a") as f:
+        f.write('{"updates": 11, "val')  # what a kill leaves
+    curve.cut(7)
+    curve.add(account)
+    assert [(p["updates"], p["value"]) for p in read(path)] == [(5, 3.0), (10, 1.5)]
+
+
+def test_a_picture_of_what_there_is(tmp_path: Path):
+    run = [{"cpu_seconds": s, "value": v} for s, v in ((1.0, 9.0), (2.0, 3.0))]
+    assert not save({"a": [()], "b": []}, "FD", tmp_path / "none.png")
+    assert not (tmp_path / "none.png").exists()
+    assert save({"a": [run, run], "b": [()]}, "FD", tmp_path / "some.png")
+    assert (tmp_path / "some.png").stat().st_size > 5000
+    # An energy distance can be below zero.
+    assert save({"a": [[*run, {"cpu_seconds": 3.0, "value": -0.1}]]}, "energy", tmp_path / "signed.png")
+
+
+def test_a_mean_over_seeds_needs_every_seed():
+    ended = [{"cpu_seconds": s, "value": v} for s, v in ((1.0, 2.0), (2.0, 2.0))]
+    moving = [{"cpu_seconds": s, "value": v} for s, v in ((1.0, 9.0), (2.0, 2.0))]
+    assert ranking.mean_settled([{"curve": ended}, {"curve": [{**p, "cpu_seconds": 3.0} for p in ended]}]) == 2.0
+    assert ranking.mean_settled([{"curve": ended}, {"curve": moving}]) is None
+    assert ranking.mean_settled([{}, {}]) is None
