@@ -19,6 +19,7 @@ from fewstep.train.state import (
     is_sound,
     load_checkpoint,
     no_best,
+    read_guard,
     read_origins,
     read_state,
     save_checkpoint,
@@ -72,12 +73,34 @@ def go_back(loop: Loop, checkpoint: Path, run: Path) -> None:
                 set_aside(late)
         sweep(checkpoint.parent)
     session.accelerator.wait_for_everyone()
+    stand_at(loop, checkpoint, run)
+
+
+def stand_at(loop: Loop, checkpoint: Path, run: Path) -> None:
+    """Load an earlier checkpoint of the stage into a loop that trains."""
+    session = loop.session
     for optimizer in loop.optim.values():
         optimizer.zero()  # a step that was refused on its way leaves gradients, which the next would add to
     loop.optim.clear()
     # Where the stage has yet to begin, the checkpoint has none of its buffers.
     session.roles = session.roles.with_state(None)
     load(loop, checkpoint, run)
+
+
+def end_at_best(loop: Loop, run: Path, score: float | None, stage: int) -> int | None:
+    """At the end of a training that went back: stand at the best checkpoint where the end is no better; its step, or None.
+
+    score: of the end, less being better; None where it has none.
+    """
+    found = best_of(run / "checkpoints", stage)
+    mark = found and read_guard(found)
+    if found is None or not mark or (score is not None and score <= mark["score"]):
+        return None
+    end = loop.progress
+    stand_at(loop, found, run)
+    now, best = loop.progress, loop.progress.done
+    now.stage, now.step, now.done, now.skipped = end.stage, end.step, end.done, end.skipped
+    return best
 
 
 def go_on_from(loop: Loop, checkpoint: Path) -> list[str]:

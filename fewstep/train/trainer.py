@@ -227,6 +227,13 @@ class Trainer:
             finished = p.done == self.total_steps
             alarms = self._record(number) if p.done % train.log_every == 0 or finished else []
             best = self._call_hooks(finished)
+            if finished and not alarms and self.run is not None and self.guard.acts:
+                to = resume.end_at_best(self.loop, self.run, self.guard.mark(p.done, number).get("score"), number)
+                if to is not None:
+                    line = (
+                        f"step {p.done}: no better than step {to}, the best checkpoint; it ends with that one's weights"
+                    )
+                    self._say(line, {"done": p.done, "ends_with": to})
             self._stop = self.session.any(self._stop)
             if alarms and self.guard.mode == "restore":
                 return self._go_back(alarms[0], number)

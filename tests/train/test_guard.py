@@ -178,3 +178,26 @@ def test_settings_are_checked():
         short("train.guard=retreat")
     with pytest.raises(RecipeError, match="readings_every must be at least 1"):
         short("train.readings_every=0")
+
+
+def test_a_run_that_went_back_ends_at_its_best(tmp_path: Path):
+    """After the return a smaller drift goes on: too little for an alarm, enough that the end is worse."""
+    run = tmp_path / "run"
+    trainer = start(run, "train.guard=restore", bias=lambda share: DARKER if share == 1 else 0.006)
+    trainer.fit()
+    (act,) = [r["guard"] for r in records(run) if "guard" in r]
+    (end,) = [r for r in records(run) if "ends_with" in r]
+    assert trainer.progress.done == end["done"] == 120
+    assert end["ends_with"] <= ONSET
+    best = best_of(run / "checkpoints")
+    assert best.name == f"step-{end['ends_with']:08d}"
+    last = checkpoints(run / "checkpoints")[-1]
+    assert last.name == "step-00000120"
+    held, ended = contents(best), contents(last)
+    same_weights = same(*({k: v for k, v in c.items() if k != "progress"} for c in (held, ended)))
+    assert same_weights == []
+    assert "ends with that one's weights" in trainer.lines[-1]
+    assert act["to"] <= ONSET
+    # Who opens the run finds it finished.
+    again = start(run, "train.guard=restore")
+    assert again.progress.done == again.total_steps
