@@ -88,7 +88,7 @@ def stand_at(loop: Loop, checkpoint: Path, run: Path) -> None:
 
 
 def end_at_best(loop: Loop, run: Path, score: float | None, stage: int) -> int | None:
-    """At the end of a training that went back: stand at the best checkpoint where the end is no better; its step, or None.
+    """At the end of a training that went back: the best checkpoint, where the end is no better; its step, or None.
 
     score: of the end, less being better; None where it has none.
     """
