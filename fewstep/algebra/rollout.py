@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -25,6 +25,10 @@ class Rollout:
     x: Tensor
     x_in: Tensor
     t: Tensor
+
+
+Path = Literal["renoise", "map"]
+"""Between two steps: fresh noise on x0 (DMD2), or the noise that the step itself predicts (DDIM; Euler in a flow)."""
 
 
 @config
@@ -75,6 +79,7 @@ def rollout(
     *,
     exit: int | None = None,
     grad: bool = True,
+    path: Path = "renoise",
     **call: Any,
 ) -> Rollout:
     """Backward simulation (DMD2, arXiv 2405.14867, sec. 4.5).
@@ -89,6 +94,7 @@ def rollout(
         steps: levels u, decreasing, or a law of them, whose last step is the one to stop at.
         exit: index of the step to stop at; None draws it from the shared stream.
         grad: False runs the last call without a graph too.
+        path: how the student gets from step to step.
         call: further arguments of every call of the student.
 
     >>> exact = fewstep.load("toy/dmd2").data.open().mixture
@@ -105,14 +111,17 @@ def rollout(
         times = [t.expand(len(draws)) for t in times_of(steps, process).to(draws.device)]
         most, last = len(steps), exit_step(draws, len(steps)) if exit is None else exit
     # All noise is drawn up front, so that the numbers of later draws do not depend on the exit step.
-    noise = [draws.normal(*shape) for _ in range(most)]
+    noise = [draws.normal(*shape) for _ in range(most if path == "renoise" else 1)]
     t = times[0]
     x = process.prior(noise[0], t)
     for i in range(last):
+        s = times[i + 1]
         with torch.no_grad():
-            x0 = ask(student, x, t, clean(process, t), cond, **call).x0
-        t = times[i + 1]
-        x = renoise(process, x0, noise[i + 1], t)
+            if path == "map":
+                x = ask(student, x, t, s, cond, **call).at(s)
+            else:
+                x = renoise(process, ask(student, x, t, clean(process, t), cond, **call).x0, noise[i + 1], s)
+        t = s
     with nullcontext() if grad else torch.no_grad():
         out = ask(student, x, t, clean(process, t), cond, **call).x0
     return Rollout(out, x, t)
