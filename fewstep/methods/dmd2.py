@@ -53,7 +53,9 @@ class DMD2:
         if self.first_step is not None and self.first_step.weight:
             self.first_step.check(self.steps)
             if self.simulate is not None:
-                raise ValueError("first_step: needs the levels of steps; simulate draws others, so one of the two is null")
+                raise ValueError(
+                    "first_step and simulate: the first needs fixed levels of steps; one of the two must be null"
+                )
 
     def needs(self) -> Needs:
         roles = {"teacher", "student", "critic"} | ({"discriminator"} if self.gan else set())
