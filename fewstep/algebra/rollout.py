@@ -33,24 +33,39 @@ Path = Literal["renoise", "map"]
 
 @config
 class RandomSteps:
-    """Backward simulation at levels drawn anew each time, as rCM trains its score difference (arXiv 2510.08431).
+    """Backward simulation at levels drawn anew each time: rCM's for its score difference (arXiv 2510.08431), and CDM's.
 
-    From the prior the student takes 1 to `most` steps, a number for the whole update; each level is the lesser of a
-    fresh draw and the one before it, row by row.
+    From the prior the student takes `least` to `most` steps, a number for the whole update, at levels drawn row by row.
     """
 
     most: Count = 4
-    """Largest number of steps of an update."""
+    """Largest number of steps of an update (CDM: 28)."""
+    least: Count = 1
+    """Smallest number of steps of an update."""
+    order: Literal["lesser", "sorted"] = "lesser"
+    """lesser: each level is the lesser of a fresh draw and the one before it, and the last step is the one to train (rCM).
+    sorted: fresh draws in order, and any step, drawn for the update, is the one to train (CDM)."""
     times: TimesPart = Uniform(low=0.0, high=1.0, shift=5.0)
-    """Law that every level after the first is drawn from."""
+    """Law that every level after the first is drawn from (CDM's code: U(0.25, 0.95) or U(0.02, 0.98), shift 1)."""
+
+    def __post_init__(self) -> None:
+        if self.least > self.most:
+            raise ValueError(f"least must be at most {self.most}, which is `most`, not {self.least}")
 
     def draw(self, draws: Draws, process: Process) -> list[Tensor]:
-        """Times (b,) of the steps, decreasing."""
-        times = [process.grid(torch.ones(len(draws), dtype=torch.float64, device=draws.device))]
+        """Times (b,) of the steps up to the one to train, decreasing."""
+        first = process.grid(torch.ones(len(draws), dtype=torch.float64, device=draws.device))
         # As many draws whatever the number of steps is, so that later ones do not depend on it.
-        for _ in range(self.most - 1):
-            times.append(torch.minimum(times[-1], self.times.sample(draws, process)))
-        return times[: exit_step(draws, self.most) + 1]
+        fresh = [self.times.sample(draws, process) for _ in range(self.most - 1)]
+        count = self.least + exit_step(draws, self.most - self.least + 1)
+        if self.order == "sorted":
+            stop = draws.shared_integer(count)
+            inner = torch.stack(fresh[: count - 1]).sort(0, descending=True).values if count > 1 else []
+            return [first, *inner][: stop + 1]
+        times = [first]
+        for t in fresh[: count - 1]:
+            times.append(torch.minimum(times[-1], t))
+        return times
 
 
 def exit_step(draws: Draws, count: int) -> int:

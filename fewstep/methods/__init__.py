@@ -17,6 +17,7 @@ from fewstep.methods import (
     icd as icd,
     imagine_flash as imagine_flash,
     imm as imm,
+    isg as isg,
     kd as kd,
     ladd as ladd,
     mdt as mdt,

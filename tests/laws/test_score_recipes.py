@@ -26,8 +26,8 @@ from fewstep.train.trainer import Trainer
 
 NAMES = [
     "class-ratio", "decoupled-dmd", "diff-instruct", "disback", "dmd", "dmd2", "dmd2-4step", "dp-dmd", "emd",
-    "f-distill", "gdd", "gdd-i", "inverse-matching", "joint", "ladd", "multi-student", "pg-sb", "phased-dmd", "rcm",
-    "sid", "sida", "sim", "swiftbrush", "uni-instruct",
+    "f-distill", "gdd", "gdd-i", "ida", "inverse-matching", "isg", "joint", "ladd", "multi-student", "pg-sb",
+    "phased-dmd", "rcm", "sid", "sida", "sim", "swiftbrush", "uni-instruct",
 ]  # fmt: skip
 
 

@@ -90,7 +90,7 @@ def test_the_target_is_the_velocity_to_the_teachers_state() -> None:
     assert not any(roles.teacher.graphs)
     # Twice the guidance asks twice: the label's part of the teacher's answer is doubled, null being label 0.
     labels = {"cond": torch.tensor([1, 2, 3, 4]), "null_cond": torch.zeros(4, dtype=torch.long)}
-    one, two = (float(part.loss(roles, batch_of(4, **labels), 1.0, w)) for w in (1.0, 2.0))
+    one, two = (float(part.loss(roles, batch_of(4, **labels), 1.0, w).detach()) for w in (1.0, 2.0))
     assert abs(one - two) > 1e-3
 
 
@@ -165,7 +165,7 @@ def test_a_path_without_fresh_noise_goes_on_with_the_noise_that_was_predicted() 
     [
         ({"steps": (1.0,)}, "no second one to match"),
         ({"steps": (0.8, 0.4), "first_step": FirstStep(level=0.9)}, "must lie below the first step 0.8"),
-        ({"simulate": RandomSteps()}, "needs the levels of steps"),
+        ({"simulate": RandomSteps()}, "needs fixed levels of steps"),
     ],
 )
 def test_levels_that_leave_nothing_to_match_are_refused(change: dict[str, Any], message: str) -> None:

@@ -23,6 +23,7 @@ PARTS = [
 NEW = {
     "weight": {"critic": "v", "gan": 0.125},
     "steps": {"critic": 7},
+    "alignment": {"critic": 0.03},
     "discriminator_weight": {"gan": 0.25},
     "loss": {"gan": "hinge"},
     "r1_weight": {"gan": 3.5},
