@@ -43,8 +43,8 @@ class RandomSteps:
     least: Count = 1
     """Smallest number of steps of an update."""
     order: Literal["lesser", "sorted"] = "lesser"
-    """lesser: each level is the lesser of a fresh draw and the one before it, and the last step is the one to train (rCM).
-    sorted: fresh draws in order, and any step, drawn for the update, is the one to train (CDM)."""
+    """lesser: each level is the lesser of a fresh draw and the one before it, and the last step is trained (rCM).
+    sorted: fresh draws in order, and any step, drawn anew, is the one to train (CDM)."""
     times: TimesPart = Uniform(low=0.0, high=1.0, shift=5.0)
     """Law that every level after the first is drawn from (CDM's code: U(0.25, 0.95) or U(0.02, 0.98), shift 1)."""
 

@@ -31,7 +31,7 @@ class ISG:
     cites: ClassVar[tuple[str, ...]] = ("2506.00523",)
 
     steps: tuple[float, ...] = (1.0, 0.75, 0.5, 0.25)
-    """Levels u the student is sampled at, those of the method beside it; a segment lies between two, the last ends clean."""
+    """Levels u the student is sampled at, as those of the method beside it; the last segment ends at clean samples."""
     guidance: Scale = 1.0
     """Guidance scale of the teacher's step, a number or a range to draw from: the official code has U(2, 4) for SD3.5
     Medium, U(1, 8) for FLUX and U(3, 15) for SDXL."""

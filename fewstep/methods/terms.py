@@ -154,8 +154,8 @@ class Critic:
     steps: int = 1
     """Updates per student update."""
     alignment: Annotated[float, Ge(0), Lt(1)] = 0.0
-    """IDA (SenseFlow, arXiv 2506.00523): before its turn the critic goes this share of the way to the student's weights;
-    its code has 0.02 for SD3.5 Medium, 0.03 for SD3.5 Large and FLUX. Both are networks, or both adapters, of one shape."""
+    """IDA (SenseFlow, arXiv 2506.00523): before its turn the critic goes this share of the way to the student's
+    weights; its code has 0.02 for SD3.5 Medium, 0.03 for SD3.5 Large and FLUX. Both are networks, or both adapters, of one shape."""
 
     @property
     def cites(self) -> tuple[str, ...]:
@@ -184,8 +184,8 @@ class Critic:
         critic, student = (own_parameters(roles[name]) for name in ("critic", "student"))
         if [p.shape for p in critic] != [p.shape for p in student]:
             raise UserError(
-                f"critic.alignment: {self.alignment} needs a critic of the student's shape, whole networks or adapters of "
-                "one rank, and theirs differ; let the critic be such a copy, or give 0"
+                f"critic.alignment: {self.alignment} needs a critic of the student's shape, whole networks or adapters "
+                "of one rank, and theirs differ; let the critic be such a copy, or give 0"
             )
         for mine, theirs in zip(critic, student, strict=True):
             mine.lerp_(theirs.to(mine.device), self.alignment)
