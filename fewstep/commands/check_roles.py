@@ -77,6 +77,10 @@ def look(recipe: Recipe, source: Source | None = None) -> Roles:
             found.modules[name] = module
     _copies(recipe, found, source)
     _aligned(recipe, found, source)
+    for number, stage in enumerate(recipe.stages()):
+        key = f"before.{number}.method" if number < len(recipe.before) else "method"
+        for part in stage.method.needs().parts if found.shape else ():
+            attempt(key, partial(part.open, found.shape))
     for key, path in _measured_with(recipe).items():
         if not path.exists():
             found.absent[key] = f"{key} {path}: no such file or folder"

@@ -12,6 +12,7 @@ from fewstep.methods import (
     dmd2 as dmd2,
     emd as emd,
     f_distill as f_distill,
+    fd_loss as fd_loss,
     freeflow as freeflow,
     gdd as gdd,
     icd as icd,

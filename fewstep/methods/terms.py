@@ -154,8 +154,8 @@ class Critic:
     steps: int = 1
     """Updates per student update."""
     alignment: Annotated[float, Ge(0), Lt(1)] = 0.0
-    """IDA (SenseFlow, arXiv 2506.00523): before its turn the critic goes this share of the way to the student's
-    weights; its code has 0.02 for SD3.5 Medium, 0.03 for SD3.5 Large and FLUX. Both are networks, or both adapters, of one shape."""
+    """IDA (SenseFlow, arXiv 2506.00523): before its turn the critic goes this share of the way to the student's weights;
+    the code has 0.02 for SD3.5 Medium, 0.03 for SD3.5 Large and FLUX. Both are networks, or adapters, of one shape."""
 
     @property
     def cites(self) -> tuple[str, ...]:
