@@ -60,8 +60,8 @@ class RandomSteps:
         count = self.least + exit_step(draws, self.most - self.least + 1)
         if self.order == "sorted":
             stop = draws.shared_integer(count)
-            inner = torch.stack(fresh[: count - 1]).sort(0, descending=True).values if count > 1 else []
-            return [first, *inner][: stop + 1]
+            inner = torch.stack([first, *fresh[: count - 1]]).sort(0, descending=True).values
+            return list(inner)[: stop + 1]
         times = [first]
         for t in fresh[: count - 1]:
             times.append(torch.minimum(times[-1], t))
@@ -168,6 +168,6 @@ def chunked_rollout(
     part = (shape[0] // chunks, *shape[1:])
     drawn: list[Tensor] = []
     for _ in range(chunks):
-        past = {"context": torch.cat([x.detach() for x in drawn], 1)} if drawn else {}
+        past: dict[str, Any] = {"context": torch.cat([x.detach() for x in drawn], 1)} if drawn else {}
         drawn.append(rollout(student, draws, part, steps, cond, exit=last, grad=grad, **past).x)
     return torch.cat(drawn, 1)

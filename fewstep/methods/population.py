@@ -129,7 +129,8 @@ class Populations(nn.Module):
         shape = tuple(self.data.shape)
         real = self._rows(self.real, "real", lambda draws: self.data.batch(draws)[0])
         ours = self._rows(self.size, "student", lambda draws: sample(draws, shape, self.data.conditions(draws)))
-        for population, theirs, own in zip(self.of, real, ours, strict=True):
+        every: list[Any] = list(self.of)
+        for population, theirs, own in zip(every, real, ours, strict=True):
             population.set_real(theirs)
             population.start(own)
         self.filled.fill_(True)

@@ -54,7 +54,8 @@ class Representation:
             raise UserError(
                 f"representation {self.of}: is no network of pictures; take pixels, waves-SEED or one that is"
             )
-        found = Features(self.of, Pictured(net.requires_grad_(False).eval()), net.dim)
+        dim: Any = net.dim
+        found = Features(self.of, Pictured(net.requires_grad_(False).eval()), dim)
         try:
             told = found(torch.zeros(2, *shape, requires_grad=True))
         except (InputError, ValueError) as error:
