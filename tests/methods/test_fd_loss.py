@@ -24,8 +24,7 @@ from fewstep.networks.representation import Representation
 from fewstep.networks.roles import Roles
 from fewstep.objectives.frechet import gaussian_frechet, root
 from fewstep.recipe.store import load
-from fewstep.train.log import read_log
-from fewstep.train.trainer import Trainer
+from fewstep.train.trainer import Hooks, Trainer
 
 WAVES = (Representation(of="waves-0"),)
 
@@ -152,27 +151,34 @@ def test_each_loss_is_divided_by_its_own_value_and_weighed() -> None:
         assert float(losses[f"frechet/{name}"].detach()) == pytest.approx(weight * distance / (distance + 0.01), rel=1e-5)
 
 
-def test_training_lowers_the_distance_and_its_checkpoint_goes_on(tmp_path: Path) -> None:
+def test_training_lowers_the_distance_and_a_checkpoint_holds_the_population(tmp_path: Path) -> None:
     cut = ["before=[]", "train.batch=64", "student.width=16", "train.log_every=1", "method.size=256", "method.real=2000"]
     cut += ["train.steps=30", "train.checkpoint_every=15", "optim.student.lr=1e-2", "method.decay=0.5"]
     cut += ["method.representations=[{of: pixels}]"]
     recipe = load("toy/fd-loss", cut)
-    trainer = Trainer(recipe, tmp_path / "run", cpu=True)
-    with torch.no_grad():
-        trainer.roles.student.net.last.bias += 2.0  # far from the ring, so that every representation must see it
-    trainer.fit()
-    told = [r for r in read_log(tmp_path / "run" / "log.jsonl") if "fd/pixels" in r]
-    assert len(told) == 30
+
+    def moved(run: Path | None, hooks: Hooks | None = None) -> Trainer:
+        trainer = Trainer(recipe, run, hooks=hooks, cpu=True)
+        with torch.no_grad():
+            trainer.roles.student.net.last.bias += 2.0  # far from the ring, so that every representation must see it
+        return trainer
+
+    whole = moved(None, Hooks(on_step=lambda t: told.append(dict(t.last_record))))
+    told: list[dict[str, Any]] = []
+    whole.fit()
     assert told[-1]["fd/pixels"] < 0.1 * told[0]["fd/pixels"]
     # The witness sees it too, which nothing made it do.
     assert told[-1]["fd/waves-1"] < 0.6 * told[0]["fd/waves-1"]
-    again = Trainer(recipe, None, cpu=True)
-    again.attach(tmp_path / "run")
+    halted = moved(tmp_path / "run", Hooks(on_step=lambda t: setattr(t, "_stop", t.progress.done == 15)))
+    with pytest.raises(KeyboardInterrupt):
+        halted.fit()
+    again = Trainer(recipe, tmp_path / "run", cpu=True)
     assert again.resume()
-    state, kept = again.roles.state.state_dict(), trainer.roles.state.state_dict()
-    assert all(torch.equal(v, kept[k]) for k, v in state.items())
-    assert bool(again.roles.state.filled)
-    assert not [k for k in state if "net" in k or "weights" in k]
+    again.fit()
+    assert not [k for k in again.roles.state.state_dict() if "features" in k]
+    for role in ("student", "state"):
+        mine, theirs = again.roles[role].state_dict(), whole.roles[role].state_dict()
+        assert all(torch.equal(v, theirs[k]) for k, v in mine.items()), role
 
 
 def test_what_cannot_be_opened_is_named_before_training(tmp_path: Path) -> None:
