@@ -49,6 +49,7 @@ if TYPE_CHECKING:  # for editors; they are resolved on first use, so that `impor
         divergence_weight as divergence_weight,
         expanded_divergence as expanded_divergence,
     )
+    from fewstep.objectives.frechet import gaussian_frechet as gaussian_frechet
     from fewstep.objectives.inverse import inverse_matching as inverse_matching
     from fewstep.objectives.regression import (
         dsm as dsm,
@@ -91,6 +92,7 @@ _NAMES = {
     "objectives.adversarial": "hinge_discriminator hinge_generator logistic_discriminator logistic_generator "
     "r1_exact r1_finite",
     "objectives.divergence": "divergence_weight expanded_divergence",
+    "objectives.frechet": "gaussian_frechet",
     "objectives.inverse": "inverse_matching",
     "objectives.regression": "dsm moment_divergence mse per_sample pseudo_huber_element pseudo_huber_sample x0_weight",
     "objectives.score": "dmd_normalizer score_difference score_weight surrogate_loss",

@@ -40,6 +40,7 @@ def as_pixels(images: Tensor, channels: int | None = None, size: int | None = No
     """Images as fp32 in [0, 255] with the channel count and size asked for.
 
     Three channels are averaged to one and one is repeated to three; nothing is resized here.
+    A gradient goes through: callers that want none say so.
 
     Raises:
         ValueError: another rank, channel count or size, values outside [0, 255], or not finite.
@@ -51,9 +52,9 @@ def as_pixels(images: Tensor, channels: int | None = None, size: int | None = No
     if size is not None and images.shape[2:] != (size, size):
         height, width = images.shape[2:]
         raise ValueError(f"images: expected {size}x{size} pixels, got {height}x{width}; resize them first")
-    pixels = images.detach().float()
+    pixels = images.float()
     if len(pixels):
-        low, high = pixels.aminmax()
+        low, high = pixels.detach().aminmax()
         # aminmax carries NaN through, and a comparison with NaN is false.
         if not (low >= 0 and high <= 255):
             raise ValueError(f"images: expected values in [0, 255], got {float(low):.4g} to {float(high):.4g}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -27,26 +27,45 @@ class Rollout:
     t: Tensor
 
 
+Path = Literal["renoise", "map"]
+"""Between two steps: fresh noise on x0 (DMD2), or the noise that the step itself predicts (DDIM; Euler in a flow)."""
+
+
 @config
 class RandomSteps:
-    """Backward simulation at levels drawn anew each time, as rCM trains its score difference (arXiv 2510.08431).
+    """Backward simulation at levels drawn anew each time: rCM's for its score difference (arXiv 2510.08431), and CDM's.
 
-    From the prior the student takes 1 to `most` steps, a number for the whole update; each level is the lesser of a
-    fresh draw and the one before it, row by row.
+    From the prior the student takes `least` to `most` steps, a number for the whole update, at levels drawn row by row.
     """
 
     most: Count = 4
-    """Largest number of steps of an update."""
+    """Largest number of steps of an update (CDM: 28)."""
+    least: Count = 1
+    """Smallest number of steps of an update."""
+    order: Literal["lesser", "sorted"] = "lesser"
+    """lesser: each level is the lesser of a fresh draw and the one before it, and the last step is trained (rCM).
+    sorted: fresh draws in order, and any step, drawn anew, is the one to train (CDM)."""
     times: TimesPart = Uniform(low=0.0, high=1.0, shift=5.0)
-    """Law that every level after the first is drawn from."""
+    """Law that every level after the first is drawn from (CDM's code: U(0.25, 0.95) or U(0.02, 0.98), shift 1)."""
+
+    def __post_init__(self) -> None:
+        if self.least > self.most:
+            raise ValueError(f"least must be at most {self.most}, which is `most`, not {self.least}")
 
     def draw(self, draws: Draws, process: Process) -> list[Tensor]:
-        """Times (b,) of the steps, decreasing."""
-        times = [process.grid(torch.ones(len(draws), dtype=torch.float64, device=draws.device))]
+        """Times (b,) of the steps up to the one to train, decreasing."""
+        first = process.grid(torch.ones(len(draws), dtype=torch.float64, device=draws.device))
         # As many draws whatever the number of steps is, so that later ones do not depend on it.
-        for _ in range(self.most - 1):
-            times.append(torch.minimum(times[-1], self.times.sample(draws, process)))
-        return times[: exit_step(draws, self.most) + 1]
+        fresh = [self.times.sample(draws, process) for _ in range(self.most - 1)]
+        count = self.least + exit_step(draws, self.most - self.least + 1)
+        if self.order == "sorted":
+            stop = draws.shared_integer(count)
+            inner = torch.stack([first, *fresh[: count - 1]]).sort(0, descending=True).values
+            return list(inner)[: stop + 1]
+        times = [first]
+        for t in fresh[: count - 1]:
+            times.append(torch.minimum(times[-1], t))
+        return times
 
 
 def exit_step(draws: Draws, count: int) -> int:
@@ -75,6 +94,7 @@ def rollout(
     *,
     exit: int | None = None,
     grad: bool = True,
+    path: Path = "renoise",
     **call: Any,
 ) -> Rollout:
     """Backward simulation (DMD2, arXiv 2405.14867, sec. 4.5).
@@ -89,6 +109,7 @@ def rollout(
         steps: levels u, decreasing, or a law of them, whose last step is the one to stop at.
         exit: index of the step to stop at; None draws it from the shared stream.
         grad: False runs the last call without a graph too.
+        path: how the student gets from step to step.
         call: further arguments of every call of the student.
 
     >>> exact = fewstep.load("toy/dmd2").data.open().mixture
@@ -105,14 +126,17 @@ def rollout(
         times = [t.expand(len(draws)) for t in times_of(steps, process).to(draws.device)]
         most, last = len(steps), exit_step(draws, len(steps)) if exit is None else exit
     # All noise is drawn up front, so that the numbers of later draws do not depend on the exit step.
-    noise = [draws.normal(*shape) for _ in range(most)]
+    noise = [draws.normal(*shape) for _ in range(most if path == "renoise" else 1)]
     t = times[0]
     x = process.prior(noise[0], t)
     for i in range(last):
+        s = times[i + 1]
         with torch.no_grad():
-            x0 = ask(student, x, t, clean(process, t), cond, **call).x0
-        t = times[i + 1]
-        x = renoise(process, x0, noise[i + 1], t)
+            if path == "map":
+                x = ask(student, x, t, s, cond, **call).at(s)
+            else:
+                x = renoise(process, ask(student, x, t, clean(process, t), cond, **call).x0, noise[i + 1], s)
+        t = s
     with nullcontext() if grad else torch.no_grad():
         out = ask(student, x, t, clean(process, t), cond, **call).x0
     return Rollout(out, x, t)
@@ -144,6 +168,6 @@ def chunked_rollout(
     part = (shape[0] // chunks, *shape[1:])
     drawn: list[Tensor] = []
     for _ in range(chunks):
-        past = {"context": torch.cat([x.detach() for x in drawn], 1)} if drawn else {}
+        past: dict[str, Any] = {"context": torch.cat([x.detach() for x in drawn], 1)} if drawn else {}
         drawn.append(rollout(student, draws, part, steps, cond, exit=last, grad=grad, **past).x)
     return torch.cat(drawn, 1)

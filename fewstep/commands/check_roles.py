@@ -76,6 +76,11 @@ def look(recipe: Recipe, source: Source | None = None) -> Roles:
         if isinstance(module, nn.Module):
             found.modules[name] = module
     _copies(recipe, found, source)
+    _aligned(recipe, found, source)
+    for number, stage in enumerate(recipe.stages()):
+        key = f"before.{number}.method" if number < len(recipe.before) else "method"
+        for part in stage.method.needs().parts if found.shape else ():
+            attempt(key, partial(part.open, found.shape))
     for key, path in _measured_with(recipe).items():
         if not path.exists():
             found.absent[key] = f"{key} {path}: no such file or folder"
@@ -179,6 +184,22 @@ def _copies(recipe: Recipe, found: Roles, source: Source | None) -> None:
                     f"{where}{'.'.join(map(str, path))}: {target} and {origin} are different networks, so the weights "
                     f"cannot be copied: {wrong}"
                 )
+
+
+def _aligned(recipe: Recipe, found: Roles, source: Source | None) -> None:
+    """A critic that moves towards the student's weights has to have their shape."""
+    for number, stage in enumerate(recipe.stages()):
+        methods = [stage.method, *(share.method for share in getattr(stage.method, "methods", ()))]
+        asked = any(getattr(getattr(m, "critic", None), "alignment", 0) for m in methods)
+        if not asked or not {"critic", "student"} <= set(found.modules):
+            continue
+        if wrong := _differ(recipe, "critic", "student", found.modules):
+            start: tuple[str | int, ...] = ("before", number) if number < len(recipe.before) else ()
+            path = (*start, "method", *(() if len(methods) > 1 else ("critic", "alignment")))
+            where = f"{source.where(path)}: " if source else ""
+            raise RecipeError(
+                f"{where}{'.'.join(map(str, path))}: critic.alignment needs a critic of the student's shape: {wrong}"
+            )
 
 
 def _differ(recipe: Recipe, target: str, origin: str, modules: dict[str, nn.Module]) -> str:

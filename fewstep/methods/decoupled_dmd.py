@@ -66,9 +66,10 @@ class DecoupledDMD:
 
     def turns(self, roles: Roles, step: int) -> Iterator[Turn]:
         yield Turn(("student",), lambda batch: self.student_losses(roles, batch))
-        if self.regularizer != "moments":
-            role = "critic" if self.regularizer == "dm" else "discriminator"
-            yield Turn((role,), lambda batch: self.critic_losses(roles, batch), times=self.critic.steps)
+        if self.regularizer == "dm":
+            yield self.critic.turn(roles, lambda batch: self.critic_losses(roles, batch))
+        if self.regularizer == "gan":
+            yield Turn(("discriminator",), lambda batch: self.critic_losses(roles, batch), times=self.critic.steps)
 
     def sampler(self) -> Sampler:
         return Sampler(kind="renoise", steps=self.steps)

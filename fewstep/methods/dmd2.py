@@ -12,11 +12,13 @@ from torch import Tensor
 from fewstep import objectives as obj
 from fewstep.algebra.batch import Batch
 from fewstep.algebra.guidance import guided
-from fewstep.algebra.rollout import RandomSteps, rollout
+from fewstep.algebra.rollout import Path, RandomSteps, Rollout, rollout
 from fewstep.algebra.sampling import Sampler
 from fewstep.algebra.times import TimesPart, Uniform, check_steps
 from fewstep.config import part
+from fewstep.methods.first_step import FirstStep
 from fewstep.methods.method import Losses, Needs, Turn
+from fewstep.methods.off_trajectory import OffTrajectory
 from fewstep.methods.readings import readings
 from fewstep.methods.terms import Critic, Gan, noised
 from fewstep.networks.roles import Roles
@@ -41,10 +43,22 @@ class DMD2:
     share_rollout: bool = False
     """True: the first critic update of a step trains on the samples of the student's turn: a rollout less."""
     simulate: RandomSteps | None = None
-    """Training samples come from steps at random levels in place of `steps` (rCM, arXiv 2510.08431); null: from steps."""
+    """Training samples come from steps at random levels in place of `steps` (rCM, CDM); null: from steps."""
+    path: Path = "renoise"
+    """Between steps, in training and sampling: renoise as in DMD2, map without fresh noise (DP-DMD and CDM)."""
+    first_step: FirstStep | None = None
+    """DP-DMD: the first step regresses the teacher's state and only the others are matched; null is DMD2."""
+    off_trajectory: OffTrajectory | None = None
+    """CDM: a second sample of each update, from a point off the trajectory, is matched too; null is DMD2."""
 
     def __post_init__(self) -> None:
         check_steps(self.steps)
+        if self.first_step is not None and self.first_step.weight:
+            self.first_step.check(self.steps)
+            if self.simulate is not None:
+                raise ValueError(
+                    "first_step and simulate: the first needs fixed levels of steps; one of the two must be null"
+                )
 
     def needs(self) -> Needs:
         roles = {"teacher", "student", "critic"} | ({"discriminator"} if self.gan else set())
@@ -52,32 +66,58 @@ class DMD2:
 
     def turns(self, roles: Roles, step: int) -> Iterator[Turn]:
         made: list[tuple[Tensor, Any]] | None = [] if self.share_rollout else None
-        yield Turn(("student",), lambda batch: self.student_losses(roles, batch, made))
-        yield self.critic.turn(lambda batch: self.critic_losses(roles, batch, made.pop(0) if made else None), self.gan)
+        yield Turn(("student",), lambda batch: self.student_losses(roles, batch, made, step))
+        yield self.critic.turn(
+            roles, lambda batch: self.critic_losses(roles, batch, made.pop(0) if made else None), self.gan
+        )
 
     def sampler(self) -> Sampler:
-        return Sampler(kind="renoise", steps=self.steps)
+        random = range(self.simulate.least, self.simulate.most + 1) if self.simulate else ()
+        counts = tuple(sorted({len(self.steps), *random})) if random else None
+        return Sampler(kind=self.path, steps=self.steps, counts=counts)
+
+    @property
+    def anchored(self) -> FirstStep | None:
+        """The first step's own loss, where it has a weight."""
+        return self.first_step if self.first_step is not None and self.first_step.weight else None
+
+    def rolled(self, roles: Roles, batch: Batch, grad: bool = True) -> Rollout:
+        """The student's samples, at the step that this update draws of those that are matched."""
+        steps = self.simulate or self.steps
+        stop = self.anchored.exit(batch.draws, len(self.steps)) if self.anchored else None
+        call: dict[str, Any] = {"exit": stop, "grad": grad, "path": self.path}
+        return rollout(roles.student, batch.draws, batch.shape, steps, batch.cond, **call)
 
     def student_losses(
-        self, roles: Roles, batch: Batch, made: list[tuple[Tensor, Any]] | None = None
+        self, roles: Roles, batch: Batch, made: list[tuple[Tensor, Any]] | None = None, step: int = 0
     ) -> Iterator[Losses]:
         """The losses of the student's turn; its samples and their conditions are appended to `made`."""
-        x = rollout(roles.student, batch.draws, batch.shape, self.simulate or self.steps, batch.cond).x
+        rolled = self.rolled(roles, batch)
+        x = rolled.x
         if made is not None:
             made.append((x.detach(), batch.cond))
         log: dict[str, Tensor] = {}
         losses = Losses({"match": obj.surrogate_loss(x, self.gradient(roles, batch, x.detach(), log))}, log)
         if self.gan:
             losses["gan"] = self.gan.generator(roles, batch, x)
+        if self.anchored:
+            losses["first_step"] = self.anchored.loss(roles, batch, self.steps[0], self.guidance)
+        if self.off_trajectory is not None and self.off_trajectory.weight:
+            off = self.off_trajectory
+            x = off.sample(roles, batch, rolled)
+            gradient = self.gradient(roles, batch, x.detach(), floor=off.floor)
+            losses["off_trajectory"] = off.scale(step) * obj.surrogate_loss(x, gradient)
         yield losses
 
-    def gradient(self, roles: Roles, batch: Batch, x: Tensor, log: dict[str, Tensor] | None = None) -> Tensor:
+    def gradient(
+        self, roles: Roles, batch: Batch, x: Tensor, log: dict[str, Tensor] | None = None, floor: float = 1e-6
+    ) -> Tensor:
         """(D_fake - D_real) / <|x - D_real|> at a fresh noise level (DMD eq. 7 and 8); readings go to `log`."""
         x_tau, tau = noised(self.times, roles, batch, x)
         with torch.no_grad():
             real = guided(roles.teacher, x_tau, tau, batch.cond, batch.null_cond, self.guidance)
             fake = roles.critic(x_tau, tau, batch.cond)
-        gradient = obj.score_difference(fake, real) * obj.dmd_normalizer(x, real.x0)
+        gradient = obj.score_difference(fake, real) * obj.dmd_normalizer(x, real.x0, floor)
         if log is not None:
             log.update(readings(x, real, gradient, fake, batch.cond))
         return gradient
@@ -87,6 +127,5 @@ class DMD2:
         if made is not None:
             x, fakes = made[0], replace(batch, cond=made[1])
         else:
-            steps, fakes = self.simulate or self.steps, batch
-            x = rollout(roles.student, batch.draws, batch.shape, steps, batch.cond, grad=False).x
+            x, fakes = self.rolled(roles, batch, grad=False).x, batch
         yield self.critic.losses(roles, batch, x, self.gan, fakes=fakes)

@@ -83,7 +83,7 @@ class FDistill:
 
     def turns(self, roles: Roles, step: int) -> Iterator[Turn]:
         yield Turn(("student",), lambda batch: self.student_losses(roles, batch))
-        yield self.critic.turn(lambda batch: self.critic_losses(roles, batch), self.gan)
+        yield self.critic.turn(roles, lambda batch: self.critic_losses(roles, batch), self.gan)
 
     def sampler(self) -> Sampler:
         return Sampler(kind="renoise", steps=self.steps)

@@ -93,6 +93,7 @@ class Joint:
             inputs=frozenset().union(*(n.inputs for n in every)),
             conditions=frozenset.intersection(*(n.conditions for n in every)),
             frozen=roles - trained,
+            parts=tuple(part for n in every for part in n.parts),
             state=state if states else None,
         )
 

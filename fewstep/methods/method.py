@@ -15,6 +15,12 @@ from fewstep.data.base import Conditions, Data
 from fewstep.networks.roles import Roles
 
 
+class Opened(Protocol):
+    """Something that stands on files, opened for samples of a shape; Absent or UserError names one that cannot be."""
+
+    def open(self, shape: tuple[int, ...]) -> Any: ...
+
+
 @dataclass(frozen=True)
 class Needs:
     """What a method asks of a run; checked before anything is loaded.
@@ -42,6 +48,8 @@ class Needs:
     """What may stand beside a sample of the data; anything by default."""
     frozen: frozenset[str] = frozenset({"teacher"})
     """Those of `roles` that no optimiser ever steps (teacher, target networks)."""
+    parts: tuple[Opened, ...] = ()
+    """What the method reads files for (representations), opened once before anything is trained."""
     state: Callable[[Data], nn.Module] | None = None
     """Makes the method's own buffers (ratio bins, banks) for a data set's shape and classes; they become the
     role `state`, checkpointed with it."""

@@ -64,7 +64,7 @@ class UniInstruct:
         return Needs(roles, data=True, teacher_grad=True)
 
     def turns(self, roles: Roles, step: int) -> Iterator[Turn]:
-        yield self.critic.turn(lambda batch: self.critic_losses(roles, batch), self.gan)
+        yield self.critic.turn(roles, lambda batch: self.critic_losses(roles, batch), self.gan)
         yield Turn(("student",), lambda batch: self.student_losses(roles, batch))
 
     def sampler(self) -> Sampler:

@@ -58,7 +58,7 @@ class VSD:
 
     def turns(self, roles: Roles, step: int) -> Iterator[Turn]:
         yield Turn(("student",), lambda batch: self.student_losses(roles, batch))
-        yield self.critic.turn(lambda batch: self.critic_losses(roles, batch))
+        yield self.critic.turn(roles, lambda batch: self.critic_losses(roles, batch))
 
     def sampler(self) -> Sampler:
         return Sampler(kind="renoise", steps=self.steps)

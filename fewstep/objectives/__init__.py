@@ -12,6 +12,9 @@ from fewstep.objectives.divergence import (
     divergence_weight as divergence_weight,
     expanded_divergence as expanded_divergence,
 )
+from fewstep.objectives.frechet import (
+    gaussian_frechet as gaussian_frechet,
+)
 from fewstep.objectives.inverse import (
     inverse_matching as inverse_matching,
 )

@@ -300,7 +300,8 @@ def table() -> str:
 
 def _cited(method: Any) -> list[str]:
     inner = [i for share in getattr(method, "methods", ()) for i in _cited(share.method)]
-    return [*method.cites, *inner]
+    parts = [i for part in vars(method).values() for i in getattr(part, "cites", ())]
+    return [*method.cites, *parts, *inner]
 
 
 def cite(recipe: str, settings: tuple[str, ...] = ()) -> str:

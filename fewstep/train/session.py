@@ -46,6 +46,8 @@ class Session:
             )
         self._check_attention()
         self.data: Data = recipe.data.open()
+        for opened in dict.fromkeys(part for stage in recipe.stages() for part in stage.method.needs().parts):
+            opened.open(tuple(self.data.shape))
         self.roles: Roles = build_roles(recipe, self.data)
         # A teacher without gradients keeps no activations, so there is nothing to save.
         through_teacher = any(stage.method.needs().teacher_grad for stage in recipe.stages())

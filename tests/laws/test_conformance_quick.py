@@ -41,7 +41,8 @@ LONGER = {
     "tdd": 3,
 }
 """Times STEPS."""
-ELSEWHERE = {"decoupled-dmd", "meanflow-scratch", "disback", "gdd-i", "pg-sb", "sct", "sfd-v", "sida", "tbcm"}
+ELSEWHERE = {"cdm", "decoupled-dmd", "disback", "dp-dmd", "gdd-i", "ida", "isg", "meanflow-scratch", "pg-sb", "sct",
+             "sfd-v", "sida", "tbcm"}  # fmt: skip
 """Guided, so not at the ring (decoupled-dmd-unguided is here); from scratch, for minutes; variants of methods that are
 here, left to the full budget to keep the suite short."""
 NAMES = [n.removeprefix("toy/") for n in shipped() if n.startswith("toy/")]

@@ -25,9 +25,9 @@ from fewstep.train.product import open_product
 from fewstep.train.trainer import Trainer
 
 NAMES = [
-    "class-ratio", "decoupled-dmd", "diff-instruct", "disback", "dmd", "dmd2", "dmd2-4step", "emd", "f-distill", "gdd",
-    "gdd-i", "inverse-matching", "joint", "ladd", "multi-student", "pg-sb", "phased-dmd", "rcm", "sid", "sida", "sim",
-    "swiftbrush", "uni-instruct",
+    "cdm", "class-ratio", "decoupled-dmd", "diff-instruct", "disback", "dmd", "dmd2", "dmd2-4step", "dp-dmd", "emd",
+    "f-distill", "fd-loss", "gdd", "gdd-i", "ida", "inverse-matching", "isg", "joint", "ladd", "multi-student",
+    "pg-sb", "phased-dmd", "rcm", "sid", "sida", "sim", "swiftbrush", "uni-instruct",
 ]  # fmt: skip
 
 
@@ -195,7 +195,7 @@ def recipe_sampler() -> Any:
 def test_needs_say_what_a_method_reads():
     told: dict[str, Needs] = {n: load(f"toy/{n}").method.needs() for n in NAMES}
     assert {n for n in NAMES if told[n].data} == {
-        "sida", "f-distill", "uni-instruct", "gdd", "gdd-i", "ladd", "class-ratio", "joint", "rcm"
+        "fd-loss", "sida", "f-distill", "uni-instruct", "gdd", "gdd-i", "ladd", "class-ratio", "joint", "rcm"
     }  # fmt: skip
     assert {n for n in NAMES if told[n].pairs} == {"dmd"}
     assert {n for n in NAMES if told[n].teacher_grad} == {
