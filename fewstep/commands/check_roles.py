@@ -92,7 +92,8 @@ def _role(recipe: Recipe, name: str, spec: Any, found: Roles) -> nn.Module | Non
     if not found.shape:
         return None
     site = Site(found.shape, found.classes or 0, found.modules, 0)
-    if kind == "lpips":
+    refuse_code(f"roles.{name}" if name in recipe.roles else name, spec)
+    if kind in ("lpips", "clip"):
         spec.check(site)
         return None
     if name == "discriminator":
@@ -106,7 +107,7 @@ def _role(recipe: Recipe, name: str, spec: Any, found: Roles) -> nn.Module | Non
 
 
 def _teacher(spec: Any, data: Any, found: Roles) -> nn.Module:
-    refuse_code(spec)
+    refuse_code("teacher", spec)
     if spec.name != "diffusers":
         return spec.build(Site(found.shape, found.classes or 0, {}, 0))
     net = outlined_teacher(spec, data, found.classes)

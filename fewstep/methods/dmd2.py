@@ -18,6 +18,7 @@ from fewstep.algebra.times import TimesPart, Uniform, check_steps
 from fewstep.config import part
 from fewstep.methods.method import Losses, Needs, Turn
 from fewstep.methods.readings import readings
+from fewstep.methods.reward import Reward, add_reward, need_reward
 from fewstep.methods.terms import Critic, Gan, noised
 from fewstep.networks.roles import Roles
 
@@ -42,13 +43,15 @@ class DMD2:
     """True: the first critic update of a step trains on the samples of the student's turn: a rollout less."""
     simulate: RandomSteps | None = None
     """Training samples come from steps at random levels in place of `steps` (rCM, arXiv 2510.08431); null: from steps."""
+    reward: Reward | None = None
+    """A reward of the samples, maximised beside the method's own losses."""
 
     def __post_init__(self) -> None:
         check_steps(self.steps)
 
     def needs(self) -> Needs:
         roles = {"teacher", "student", "critic"} | ({"discriminator"} if self.gan else set())
-        return Needs(frozenset(roles), data=self.gan is not None)
+        return need_reward(Needs(frozenset(roles), data=self.gan is not None), self.reward)
 
     def turns(self, roles: Roles, step: int) -> Iterator[Turn]:
         made: list[tuple[Tensor, Any]] | None = [] if self.share_rollout else None
@@ -69,7 +72,7 @@ class DMD2:
         losses = Losses({"match": obj.surrogate_loss(x, self.gradient(roles, batch, x.detach(), log))}, log)
         if self.gan:
             losses["gan"] = self.gan.generator(roles, batch, x)
-        yield losses
+        yield add_reward(losses, self.reward, roles, batch, x)
 
     def gradient(self, roles: Roles, batch: Batch, x: Tensor, log: dict[str, Tensor] | None = None) -> Tensor:
         """(D_fake - D_real) / <|x - D_real|> at a fresh noise level (DMD eq. 7 and 8); readings go to `log`."""

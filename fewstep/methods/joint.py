@@ -93,6 +93,7 @@ class Joint:
             inputs=frozenset().union(*(n.inputs for n in every)),
             conditions=frozenset.intersection(*(n.conditions for n in every)),
             frozen=roles - trained,
+            reward=next((n.reward for n in sorted(every, key=lambda n: n.reward != "gradient") if n.reward), ""),
             state=state if states else None,
         )
 
