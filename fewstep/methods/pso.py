@@ -37,7 +37,7 @@ class PSO:
     """Levels u of the student (the released script on SDXL-DMD2: 8). Online each step but the last is one update: that
     one draws nothing, so it gets no gradient, nor does a student of one step."""
     pairs: Literal["online", "offline"] = "online"
-    """online: two samples of the student, compared by the role `reward`; offline: data against the reference's samples."""
+    """online: two samples of the student, compared by the role `reward`; offline: data against the reference's own."""
     reference: str | None = None
     """Role that stands still; left out, the student's base without the adapter that the student is."""
     beta: Positive = 50.0
@@ -55,21 +55,17 @@ class PSO:
         check_steps(self.steps)
         if self.pairs == "online" and len(self.steps) < 2:
             raise ValueError(
-                f"steps {list(self.steps)}: one step draws nothing between its noise and its sample, so PSO's gradient of it "
-                "is exactly zero; give two levels or more, or train a one-step student with method dmd2 and its reward"
+                f"steps {list(self.steps)}: one step draws nothing between its noise and its sample, so PSO's gradient "
+                "of it is exactly zero; give two levels or more, or train a one-step student by dmd2 with a reward"
             )
         if self.pairs == "online" and self.loss != "pso":
             raise ValueError(f"loss {self.loss}: is for pairs offline")
 
     def needs(self) -> Needs:
-        roles = {
-            "student",
-            *([self.reference] if self.reference else []),
-            *(["reward"] if self.pairs == "online" else []),
-        }
-        still = frozenset({"teacher", *([self.reference] if self.reference else [])})
-        asked: Any = "value" if self.pairs == "online" else ""
-        return Needs(frozenset(roles), data=self.pairs == "offline", frozen=still, reward=asked)
+        still = frozenset({self.reference} if self.reference else ())
+        if self.pairs == "offline":
+            return Needs(still | {"student"}, data=True, frozen=still | {"teacher"})
+        return Needs(still | {"student", "reward"}, frozen=still | {"teacher"}, reward="value")
 
     def turns(self, roles: Roles, step: int) -> Iterator[Turn]:
         if self.pairs == "offline":

@@ -17,6 +17,7 @@ ALIKE = 0.85
 """Spread of samples over the most there was, below which they become alike."""
 IN_A_ROW = 2
 """Readings that are judged together, by the one that is better."""
+REMEDY = "lower method.reward.weight (of pso: optim.student.lr, method.clip), or stop there (train.guard=stop)"
 KEYS = ("samples/reward", "samples/distance", "samples/spread")
 
 
@@ -65,8 +66,8 @@ class Rise:
         """The reading that is nearest to its line or farthest beyond it, the line, and all three in words."""
         apart, alike = self.apart(), self.alike()
         text = (
-            f"reward is {self.gain():+.2f} of its deviations from where samples were nearest to the reference; since then "
-            f"their distance is {apart:+.3f} and their spread {alike:.2f} of its best"
+            f"reward is {self.gain():+.2f} of its deviations from where samples were nearest to the reference; since "
+            f"then their distance is {apart:+.3f} and their spread {alike:.2f} of its best"
         )
         far = apart / APART > (1 - alike) / (1 - ALIKE)
         return (apart, APART, text) if far else (alike, ALIKE, text)

@@ -11,9 +11,9 @@ records of log.jsonl. Two kinds of readings are judged:
 A student that is only on its way is no alarm: one is raised where two readings of samples in a row are beyond their line
 *and* two in a row have been nearer to the reference before. One that never was near it is a warning.
 
-Critic lag is a slope, that of fresh samples on the critic's answers, and not the critic's loss against its best: the least
-loss there is moves with the student (it grows as samples spread), whereas the slope of a critic at its optimum is 1 for
-every student. Methods without a critic, and a Phased DMD phase that ends above clean samples, have none.
+Critic lag is a slope, that of fresh samples on the critic's answers, and not the critic's loss against its best: the
+least loss there is moves with the student, whereas the slope of a critic at its optimum is 1 for every student. Methods
+without a critic, and a Phased DMD phase that ends above clean samples, have none.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any, Literal
 
-from fewstep.train.hacking import Rise
+from fewstep.train.hacking import REMEDY, Rise
 
 Record = Mapping[str, Any]
 
@@ -90,8 +90,7 @@ def series(records: Sequence[Record], key: str) -> list[float]:
 
 def _windows(values: Sequence[float]) -> list[float]:
     """Means of five consecutive, nearly equal parts."""
-    n = len(values)
-    edges = [round(i * n / 5) for i in range(6)]
+    edges = [round(i * len(values) / 5) for i in range(6)]
     return [sum(values[a:b]) / (b - a) for a, b in pairwise(edges)]
 
 
@@ -361,10 +360,9 @@ def _of_reward(rise: Rise) -> Verdict | None:
     if not rise.known:
         return None
     value, line, text = rise.worst()
-    if not rise.hacked():
-        return Verdict("reward", "fine", value, line, text)
-    knob = "lower method.reward.weight (of pso: optim.student.lr, method.clip), or stop there (train.guard=stop)"
-    return Verdict("reward hacking", "alarm", value, line, text, knob)
+    if rise.hacked():
+        return Verdict("reward hacking", "alarm", value, line, text, REMEDY)
+    return Verdict("reward", "fine", value, line, text)
 
 
 def verdicts(records: Sequence[Record]) -> list[Verdict]:

@@ -25,9 +25,9 @@ from fewstep.train.product import open_product
 from fewstep.train.trainer import Trainer
 
 NAMES = [
-    "class-ratio", "decoupled-dmd", "diff-instruct", "disback", "dmd", "dmd2", "dmd2-4step", "emd", "f-distill", "gdd",
-    "gdd-i", "inverse-matching", "joint", "ladd", "multi-student", "pg-sb", "phased-dmd", "rcm", "sid", "sida", "sim",
-    "swiftbrush", "uni-instruct",
+    "class-ratio", "decoupled-dmd", "diff-instruct", "disback", "dmd", "dmd2", "dmd2-4step", "dmd2-ink", "emd",
+    "f-distill", "gdd", "gdd-i", "inverse-matching", "joint", "ladd", "multi-student", "pg-sb", "phased-dmd", "rcm",
+    "sid", "sida", "sim", "swiftbrush", "uni-instruct",
 ]  # fmt: skip
 
 
