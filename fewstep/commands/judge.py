@@ -111,13 +111,17 @@ class Judge:
 
 
 def reward_of(product: Product) -> tuple[str, nn.Module] | None:
-    """The reward of a run's recipe, on the CPU; None without one, and for latents, whose pictures it has not seen."""
+    """The reward of a run's recipe, on the CPU; None without one, and for one of latents, of which pictures are none."""
     recipe = product.recipe
-    if recipe is None or "reward" not in recipe.roles or product.vae is not None:
+    if recipe is None or "reward" not in recipe.roles:
         return None
     code.require(recipe)
     spec = recipe.spec("reward")
-    return spec.name, spec.build(Site(product.shape, product.classes, {}, 0))
+    if product.vae is not None:
+        if spec.name != "decoded":
+            return None
+        spec = spec.of
+    return spec.name, spec.build(Site(product.picture_shape(), product.classes, {}, 0))
 
 
 @contextmanager

@@ -14,11 +14,11 @@ from fewstep.algebra.batch import Batch
 from fewstep.algebra.guidance import guided
 from fewstep.algebra.rollout import RandomSteps, rollout
 from fewstep.algebra.sampling import Sampler
-from fewstep.algebra.times import TimesPart, Uniform, check_steps
+from fewstep.algebra.times import Fading, TimesPart, Uniform, check_steps
 from fewstep.config import part
 from fewstep.methods.method import Losses, Needs, Turn
 from fewstep.methods.readings import readings
-from fewstep.methods.reward import Reward, add_reward, need_reward
+from fewstep.methods.reward import Reward, add_reward, need_reward, reward_turns
 from fewstep.methods.terms import Critic, Gan, noised
 from fewstep.networks.roles import Roles
 
@@ -43,6 +43,9 @@ class DMD2:
     """True: the first critic update of a step trains on the samples of the student's turn: a rollout less."""
     simulate: RandomSteps | None = None
     """Training samples come from steps at random levels in place of `steps` (rCM, arXiv 2510.08431); null: from steps."""
+    lean: Fading | None = None
+    """DMDR's dynamic guidance (arXiv 2511.13649): the real score is the teacher's with the critic's adapter at this
+    scale, {start: .75, over: 10000} there; the critic is a lora of the teacher."""
     reward: Reward | None = None
     """A reward of the samples, maximised beside the method's own losses."""
 
@@ -51,12 +54,13 @@ class DMD2:
 
     def needs(self) -> Needs:
         roles = {"teacher", "student", "critic"} | ({"discriminator"} if self.gan else set())
-        return need_reward(Needs(frozenset(roles), data=self.gan is not None), self.reward)
+        return need_reward(Needs(frozenset(roles), data=self.gan is not None), self.reward, fits=True)
 
     def turns(self, roles: Roles, step: int) -> Iterator[Turn]:
         made: list[tuple[Tensor, Any]] | None = [] if self.share_rollout else None
         yield Turn(("student",), lambda batch: self.student_losses(roles, batch, made))
         yield self.critic.turn(lambda batch: self.critic_losses(roles, batch, made.pop(0) if made else None), self.gan)
+        yield from reward_turns(self.reward, roles, self.simulate or self.steps)
 
     def sampler(self) -> Sampler:
         return Sampler(kind="renoise", steps=self.steps)
@@ -78,7 +82,9 @@ class DMD2:
         """(D_fake - D_real) / <|x - D_real|> at a fresh noise level (DMD eq. 7 and 8); readings go to `log`."""
         x_tau, tau = noised(self.times, roles, batch, x)
         with torch.no_grad():
-            real = guided(roles.teacher, x_tau, tau, batch.cond, batch.null_cond, self.guidance)
+            share = self.lean.at(batch.step) if self.lean else 0.0
+            net, call = (roles.critic, {"adapter_scale": share}) if share else (roles.teacher, {})
+            real = guided(net, x_tau, tau, batch.cond, batch.null_cond, self.guidance, **call)
             fake = roles.critic(x_tau, tau, batch.cond)
         gradient = obj.score_difference(fake, real) * obj.dmd_normalizer(x, real.x0)
         if log is not None:

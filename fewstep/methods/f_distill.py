@@ -18,7 +18,7 @@ from fewstep.algebra.times import TimesPart, Uniform, check_steps
 from fewstep.config import part
 from fewstep.methods.method import Losses, Needs, Turn
 from fewstep.methods.readings import readings
-from fewstep.methods.reward import Reward, add_reward, need_reward
+from fewstep.methods.reward import Reward, add_reward, need_reward, reward_turns
 from fewstep.methods.terms import Critic, Gan, noised, scaled
 from fewstep.networks.roles import Roles
 from fewstep.objectives.divergence import Divergence
@@ -82,13 +82,13 @@ class FDistill:
 
     def needs(self) -> Needs:
         roles = frozenset({"teacher", "student", "critic", "discriminator"})
-        return need_reward(
-            Needs(roles, data=True, state=(lambda data: RatioBins(self.bins)) if self.bins else None), self.reward
-        )
+        needs = Needs(roles, data=True, state=(lambda data: RatioBins(self.bins)) if self.bins else None)
+        return need_reward(needs, self.reward, fits=True)
 
     def turns(self, roles: Roles, step: int) -> Iterator[Turn]:
         yield Turn(("student",), lambda batch: self.student_losses(roles, batch))
         yield self.critic.turn(lambda batch: self.critic_losses(roles, batch), self.gan)
+        yield from reward_turns(self.reward, roles, self.steps)
 
     def sampler(self) -> Sampler:
         return Sampler(kind="renoise", steps=self.steps)

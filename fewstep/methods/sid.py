@@ -17,7 +17,7 @@ from fewstep.algebra.times import LogNormal, SiDTimes, TimesPart, check_steps
 from fewstep.config import part
 from fewstep.methods.method import Losses, Needs, Turn
 from fewstep.methods.readings import readings
-from fewstep.methods.reward import Reward, add_reward, need_reward
+from fewstep.methods.reward import Reward, add_reward, need_reward, reward_turns
 from fewstep.methods.terms import Critic, Gan, noised
 from fewstep.networks.roles import Roles
 
@@ -65,11 +65,12 @@ class SiD:
 
     def needs(self) -> Needs:
         roles = {"teacher", "student", "critic"} | ({"discriminator"} if self.gan else set())
-        return need_reward(Needs(frozenset(roles), data=self.gan is not None, teacher_grad=True), self.reward)
+        return need_reward(Needs(frozenset(roles), data=self.gan is not None, teacher_grad=True), self.reward, fits=True)
 
     def turns(self, roles: Roles, step: int) -> Iterator[Turn]:
         yield self.critic.turn(lambda batch: self.critic_losses(roles, batch), self.gan)
         yield Turn(("student",), lambda batch: self.student_losses(roles, batch))
+        yield from reward_turns(self.reward, roles, self.steps)
 
     def sampler(self) -> Sampler:
         return Sampler(kind="renoise", steps=self.steps)

@@ -18,7 +18,7 @@ from fewstep.algebra.times import TimesPart, Uniform, check_steps
 from fewstep.config import part
 from fewstep.methods.method import Losses, Needs, Turn
 from fewstep.methods.readings import readings
-from fewstep.methods.reward import Reward, add_reward, need_reward
+from fewstep.methods.reward import Reward, add_reward, need_reward, reward_turns
 from fewstep.methods.terms import Critic, noised
 from fewstep.networks.roles import Roles
 from fewstep.objectives.score import ScoreWeight
@@ -57,13 +57,13 @@ class VSD:
             raise ValueError(f"drop_cond must lie in [0, 1], not {self.drop_cond}")
 
     def needs(self) -> Needs:
-        return need_reward(
-            Needs(frozenset({self.real, "student", "critic"}), frozen=frozenset({"teacher", self.real})), self.reward
-        )
+        needs = Needs(frozenset({self.real, "student", "critic"}), frozen=frozenset({"teacher", self.real}))
+        return need_reward(needs, self.reward, fits=True)
 
     def turns(self, roles: Roles, step: int) -> Iterator[Turn]:
         yield Turn(("student",), lambda batch: self.student_losses(roles, batch))
         yield self.critic.turn(lambda batch: self.critic_losses(roles, batch))
+        yield from reward_turns(self.reward, roles, self.steps)
 
     def sampler(self) -> Sampler:
         return Sampler(kind="renoise", steps=self.steps)

@@ -17,6 +17,7 @@ def refuse(recipe: Any) -> None:
     _guidance(recipe)
     _reward(recipe)
     _reference(recipe)
+    _lean(recipe)
 
 
 def _reference(recipe: Any) -> None:
@@ -27,6 +28,20 @@ def _reference(recipe: Any) -> None:
             raise ValueError(
                 f"{key}.reference: the student is no adapter, whose base stands still; name a role, such as a copy that "
                 "`copy: {reference: student}` fills when the stage begins"
+            )
+
+
+def _lean(recipe: Any) -> None:
+    """A method whose real score leans on the critic's adapter has one on the teacher's weights."""
+    critic = recipe.critic
+    for stage in recipe.stages():
+        if getattr(stage.method, "lean", None) and (getattr(critic, "name", ""), getattr(critic, "of", "")) != (
+            "lora",
+            "teacher",
+        ):
+            raise ValueError(
+                "method.lean: takes the teacher with a share of the critic's adapter, so the critic must be one: "
+                "critic: {name: lora, of: teacher}"
             )
 
 

@@ -22,6 +22,7 @@ from fewstep.methods.reward import Reward
 from fewstep.methods.segments import Segments
 from fewstep.methods.vsd import VSD
 from fewstep.recipe.store import load
+from fewstep.train.trainer import Trainer
 
 LEVELS = (0.1, 0.3, 0.5, 0.7, 0.9)
 
@@ -160,3 +161,54 @@ def test_segments_rewards_the_end_of_the_jump():
     t = Flow().grid(method.levels(again.draws)[0])
     noised = (1 - t)[:, None] * again.data() + t[:, None] * again.noise()
     torch.testing.assert_close(seen[0].detach(), (student.mean + student.std * noised / t[:, None]).detach())
+
+
+@pytest.mark.parametrize(
+    ("above", "slope", "intercept"), [(1.0, 0.7528435804, -0.3003631539), (0.5, 0.8801633169, 0.0753481394)]
+)
+def test_the_best_linear_reward_model_has_the_slope_of_the_expected_reward(above: float, slope: float, intercept: float):
+    """Stein: of r = 1[x > c], which has no gradient, the fitted line's slope is d E[r] / d mean."""
+
+    class Line(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = (
+                nn.Parameter(torch.tensor(slope, dtype=F64)),
+                nn.Parameter(torch.tensor(intercept, dtype=F64)),
+            )
+
+        def forward(self, x: Tensor, cond: Any = None) -> Tensor:
+            return self.a * x[:, 0] + self.b
+
+    q = torch.special.ndtri((torch.arange(200_000, dtype=F64) + 0.5) / 200_000)
+    roles = players(reward=Told(lambda x: (x[:, 0] > above).to(F64)), latent_reward=Line())
+    reward = Reward(weight=1.0, by="latent_reward")
+    losses = reward.fit(roles, batch64(1), (0.7 + 0.4 * q).reshape(-1, 1))
+    found = torch.autograd.grad(losses["reward_fit"], list(roles.latent_reward.parameters()))
+    assert [float(g) for g in found] == pytest.approx([0.0, 0.0], abs=2e-5)
+    # What the student follows is the line.
+    x = torch.zeros(3, 1, dtype=F64, requires_grad=True)
+    term = reward.losses(roles, batch64(3), x)
+    assert float(torch.autograd.grad(term["reward_loss"], x)[0][0]) == pytest.approx(-slope / 3)
+    assert set(term.log) == {"reward_predicted"}
+
+
+def test_the_reward_model_has_a_turn_of_its_own_and_the_reward_needs_no_gradient():
+    told = DMD2(gan=None, reward=Reward(weight=1.0, by="latent_reward", model_steps=3))
+    assert told.needs().reward == "value"
+    assert told.needs().trained == {"student", "critic", "latent_reward"}
+    roles = players(reward=Told(lambda x: (x[:, 0] > 0).to(F64)), latent_reward=Told(linear))
+    turn = list(told.turns(roles, 0))[-1]
+    assert (turn.updates, turn.times) == (("latent_reward",), 3)
+    (losses,) = turn.losses(batch64(8))
+    assert set(losses) == {"reward_fit"}
+    losses.total().backward()
+    assert roles.student.mean.grad is None
+    assert roles.reward.scale.grad is None
+    assert roles.latent_reward.scale.grad is not None
+    with pytest.raises(RecipeError, match=r"this method trains none; dmd2, sid, f_distill, uni_instruct, vsd do"):
+        load("toy/emd", ["method.reward={weight: 1.0, by: latent_reward}"])
+    recipe = load("toy/dollar", ["train.steps=2", "train.batch=8", "before=[]", "copy={}", "evaluate=null"])
+    trainer = Trainer(recipe, None, cpu=True)
+    trainer.fit()
+    assert {"reward", "reward_predicted", "reward_fit", "reward_loss"} <= set(trainer.last_record)
