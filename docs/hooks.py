@@ -34,6 +34,7 @@ PAGES = {
     "CHANGELOG.md": "changelog.md",
     "docs/fitting.md": "fitting.md",
     "docs/assisting.md": "assisting.md",
+    "docs/rewards.md": "rewards.md",
 }
 """The page that holds a file of the repository."""
 PICTURES = ("assets/digits-dmd2.png",)

@@ -14,7 +14,8 @@ from fewstep.algebra.draws import Draws
 class Batch:
     """One micro-batch: b samples that know their global index through `draws`.
 
-    x0 (b, *shape) in [-1, 1] or None; cond and null_cond of one structure (a tensor or a mapping) or None.
+    x0 (b, *shape) in [-1, 1] or None; cond and null_cond of one structure (a tensor or a mapping) or None; step, the
+    number of steps of the stage that were done before.
 
     >>> batch = fewstep.Batch(fewstep.Draws(fewstep.fold("batch"), torch.arange(4)), shape=(2,))
     >>> len(batch), batch.noise().shape
@@ -26,6 +27,7 @@ class Batch:
     x0: Tensor | None = None
     cond: Any = None
     null_cond: Any = None
+    step: int = 0
 
     def __len__(self) -> int:
         return len(self.draws)

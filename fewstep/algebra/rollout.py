@@ -19,12 +19,23 @@ from fewstep.config import Count, config
 
 
 @dataclass(frozen=True)
+class Passage:
+    """A re-noising step of a rollout: from `x_in` (b, *d) at time `t` (b,) to `x_out` at time `s` (b,)."""
+
+    x_in: Tensor
+    t: Tensor
+    s: Tensor
+    x_out: Tensor
+
+
+@dataclass(frozen=True)
 class Rollout:
-    """What a student produced: `x` (b, *d) from its input `x_in` at time `t` (b,)."""
+    """What a student produced: `x` (b, *d) from its input `x_in` at time `t` (b,), and the way there if it was asked."""
 
     x: Tensor
     x_in: Tensor
     t: Tensor
+    way: tuple[Passage, ...] = ()
 
 
 Path = Literal["renoise", "map"]
@@ -73,16 +84,19 @@ def exit_step(draws: Draws, count: int) -> int:
     return draws.shared_integer(count) if count > 1 else 0
 
 
-def renoise(process: Process, x0: Tensor, eps: Tensor, s: Tensor) -> Tensor:
-    """alpha_s x0 + sigma_s eps with fresh noise: a student's way from one step to the next.
+def renoise_std(process: Process, s: Tensor) -> Tensor:
+    """Standard deviation (b,) of the noise that `renoise` adds at times s (b,): sigma_s.
 
     In EDM an answer stands at sigma_min, not at 0, so the noise added has variance s^2 - sigma_min^2
     (arXiv 2303.01469, alg. 1); diffusers' scheduler does the same, and exports must agree with it.
     """
     sigma = process.sigma(s)
-    if isinstance(process, EDM):
-        sigma = torch.sqrt((sigma**2 - process.sigma_min**2).clamp_min(0))
-    return bc(process.alpha(s), x0) * x0 + bc(sigma, x0) * eps
+    return torch.sqrt((sigma**2 - process.sigma_min**2).clamp_min(0)) if isinstance(process, EDM) else sigma
+
+
+def renoise(process: Process, x0: Tensor, eps: Tensor, s: Tensor) -> Tensor:
+    """alpha_s x0 + sigma_s eps with fresh noise, see `renoise_std`: a student's way from one step to the next."""
+    return bc(process.alpha(s), x0) * x0 + bc(renoise_std(process, s), x0) * eps
 
 
 def rollout(
@@ -95,6 +109,7 @@ def rollout(
     exit: int | None = None,
     grad: bool = True,
     path: Path = "renoise",
+    record: bool = False,
     **call: Any,
 ) -> Rollout:
     """Backward simulation (DMD2, arXiv 2405.14867, sec. 4.5).
@@ -110,6 +125,7 @@ def rollout(
         exit: index of the step to stop at; None draws it from the shared stream.
         grad: False runs the last call without a graph too.
         path: how the student gets from step to step.
+        record: keep every re-noising step on the way.
         call: further arguments of every call of the student.
 
     >>> exact = fewstep.load("toy/dmd2").data.open().mixture
@@ -129,17 +145,19 @@ def rollout(
     noise = [draws.normal(*shape) for _ in range(most if path == "renoise" else 1)]
     t = times[0]
     x = process.prior(noise[0], t)
+    way: list[Passage] = []
     for i in range(last):
         s = times[i + 1]
         with torch.no_grad():
             if path == "map":
-                x = ask(student, x, t, s, cond, **call).at(s)
+                moved = ask(student, x, t, s, cond, **call).at(s)
             else:
-                x = renoise(process, ask(student, x, t, clean(process, t), cond, **call).x0, noise[i + 1], s)
-        t = s
+                moved = renoise(process, ask(student, x, t, clean(process, t), cond, **call).x0, noise[i + 1], s)
+        way += [Passage(x, t, s, moved)] if record else []
+        x, t = moved, s
     with nullcontext() if grad else torch.no_grad():
         out = ask(student, x, t, clean(process, t), cond, **call).x0
-    return Rollout(out, x, t)
+    return Rollout(out, x, t, tuple(way))
 
 
 def chunked_rollout(

@@ -7,6 +7,7 @@ on sigma / alpha are placed by matching the angle atan2(sigma, alpha), so they m
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise
 from typing import Annotated, Protocol
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from fewstep.algebra.draws import Draws
 from fewstep.algebra.process import DiscreteVP, Process
-from fewstep.config import Bounded, OneOf, Positive, part
+from fewstep.config import Bounded, OneOf, Positive, config, part
 
 
 class TimeDist(Protocol):
@@ -244,6 +245,79 @@ class Beta:
         p = draws.uniform()
         u = p ** (1 / self.a) if self.b == 1 else 1 - (1 - p) ** (1 / self.b)
         return _place(u, process, span)
+
+
+@config
+class Fading:
+    """A factor that falls from `start` to 0 over so many student updates of a stage, by half a cosine (DMDR)."""
+
+    start: Positive = 0.75
+    """Its value at the first update."""
+    over: int = 10_000
+    """Student updates after which it is 0 (arXiv 2511.13649: 10,000)."""
+
+    def __post_init__(self) -> None:
+        if self.over < 1:
+            raise ValueError(f"over must be at least 1, not {self.over}")
+
+    def at(self, step: int) -> float:
+        """Its value after `step` updates."""
+        return self.start * (1 + math.cos(math.pi * min(step / self.over, 1.0))) / 2
+
+
+@part("times", "fading_beta")
+class FadingBeta:
+    """DMDR's re-noise curriculum: u ~ Beta(a, b) whose parameters go from `start` to (1, 1), noisy levels first."""
+
+    start: tuple[Positive, Positive] = (4.0, 1.5)
+    """(a, b) at the first update (arXiv 2511.13649)."""
+    over: int = 10_000
+    """Student updates after which u is uniform."""
+
+    def __post_init__(self) -> None:
+        if self.over < 1:
+            raise ValueError(f"over must be at least 1, not {self.over}")
+
+    def staged(self, step: int) -> GeneralBeta:
+        """The law after so many updates of the stage."""
+        share = Fading(start=1.0, over=self.over).at(step)
+        return GeneralBeta(*(1 + share * (v - 1) for v in self.start))
+
+    def sample(self, draws: Draws, process: Process, span: tuple[float, float] = (0.0, 1.0)) -> Tensor:
+        """Of a law that changes there is none to sample; ValueError. `staged` has it."""
+        raise ValueError("times: fading_beta changes with the step and is for a re-noising level (method.times) alone")
+
+
+@dataclass(frozen=True)
+class GeneralBeta:
+    """u ~ Beta(a, b) by its inverse distribution function on a grid, one uniform number each."""
+
+    a: float
+    b: float
+
+    def sample(self, draws: Draws, process: Process, span: tuple[float, float] = (0.0, 1.0)) -> Tensor:
+        u, below = _beta_table(self.a, self.b)
+        u, below = u.to(draws.device), below.to(draws.device)
+        p = draws.uniform()
+        k = torch.searchsorted(below, p).clamp(1, len(below) - 1)
+        share = (p - below[k - 1]) / (below[k] - below[k - 1]).clamp_min(1e-300)
+        return _place(u[k - 1] + share * (u[k] - u[k - 1]), process, span)
+
+
+@lru_cache(maxsize=8)
+def _beta_table(a: float, b: float) -> tuple[Tensor, Tensor]:
+    """(u, probability below it), float64 (n,)."""
+    # Dense at both ends, where a density is steep.
+    u = torch.sin(torch.linspace(0, math.pi / 2, 4097, dtype=torch.float64)) ** 2
+    middle = (u[1:] + u[:-1]) / 2
+    mass = middle ** (a - 1) * (1 - middle) ** (b - 1) * (u[1:] - u[:-1])
+    below = torch.cat((torch.zeros(1, dtype=torch.float64), torch.cumsum(mass, 0)))
+    return u, below / below[-1]
+
+
+def law_at(times: TimeDist, step: int) -> TimeDist:
+    """The distribution of noise levels after so many updates of a stage: most do not change."""
+    return times.staged(step) if isinstance(times, FadingBeta) else times
 
 
 @part("times", "levels")

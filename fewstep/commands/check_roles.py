@@ -9,8 +9,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
+from fewstep.algebra.draws import Draws, fold
 from fewstep.config import Absent, RecipeError, Source, UserError
 from fewstep.data.latents import vae_files
 from fewstep.export.forecast import bare_student, outlined_teacher, refuse_code
@@ -20,8 +22,10 @@ from fewstep.networks.denoiser import Rescheduled
 from fewstep.networks.folder import read_folder
 from fewstep.networks.outline import UNetOutline, whole
 from fewstep.networks.parts import Site
+from fewstep.networks.rewards import check_reward
 from fewstep.networks.routed import Routed, innermost, source_of
 from fewstep.recipe.schema import Recipe
+from fewstep.train.build import TRIED
 
 SHAPING = (
     "down_block_types",
@@ -81,6 +85,8 @@ def look(recipe: Recipe, source: Source | None = None) -> Roles:
         key = f"before.{number}.method" if number < len(recipe.before) else "method"
         for part in stage.method.needs().parts if found.shape else ():
             attempt(key, partial(part.open, found.shape))
+    if "reward" in found.modules:
+        attempt("roles.reward", partial(_reward, recipe, found))
     for key, path in _measured_with(recipe).items():
         if not path.exists():
             found.absent[key] = f"{key} {path}: no such file or folder"
@@ -97,7 +103,8 @@ def _role(recipe: Recipe, name: str, spec: Any, found: Roles) -> nn.Module | Non
     if not found.shape:
         return None
     site = Site(found.shape, found.classes or 0, found.modules, 0)
-    if kind == "lpips":
+    refuse_code(f"roles.{name}" if name in recipe.roles else name, spec)
+    if kind in ("lpips", "clip"):
         spec.check(site)
         return None
     if name == "discriminator":
@@ -110,8 +117,20 @@ def _role(recipe: Recipe, name: str, spec: Any, found: Roles) -> nn.Module | Non
     return bare_student(spec, site)
 
 
+def _reward(recipe: Recipe, found: Roles) -> None:
+    """Try the reward on noise as a run does; captions are not at hand."""
+    asked = {stage.method.needs().reward for stage in recipe.stages()} - {""}
+    if asked and recipe.data.conditions != "text":
+        noise = Draws(fold("reward"), torch.arange(TRIED))
+        cond = torch.arange(TRIED) % found.classes if found.classes else None
+        try:
+            check_reward(found.modules["reward"], noise.normal(*found.shape), cond, gradient="gradient" in asked)
+        except UserError as error:
+            raise UserError(str(error).removeprefix("roles.reward: ")) from None
+
+
 def _teacher(spec: Any, data: Any, found: Roles) -> nn.Module:
-    refuse_code(spec)
+    refuse_code("teacher", spec)
     if spec.name != "diffusers":
         return spec.build(Site(found.shape, found.classes or 0, {}, 0))
     net = outlined_teacher(spec, data, found.classes)

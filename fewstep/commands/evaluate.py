@@ -17,7 +17,7 @@ from torch import Tensor
 from fewstep.algebra.guidance import guided_teacher
 from fewstep.commands.against import pipeline_shape, source_of
 from fewstep.commands.assisting import parse_assist, with_assist
-from fewstep.commands.judge import Judge, captions_of, check_fit, open_judge, preset_of, refusals
+from fewstep.commands.judge import Judge, captions_of, check_fit, open_judge, preset_of, refusals, reward_of
 from fewstep.commands.measure import teacher_product
 from fewstep.commands.options import parse_steps
 from fewstep.commands.processes import world
@@ -68,6 +68,8 @@ def run(request: Request) -> list[Evaluation]:
         extractor_path=weights_of(request, spec),
         omit=request.omit or (),
     )
+    if product is not None:
+        judge = replace(judge, reward=reward_of(product))
     with refusals():
         if request.images is not None:
             found = [of_folder(judge, request)]

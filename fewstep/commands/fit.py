@@ -77,7 +77,7 @@ def run(request: FitRequest) -> Path:
         (aside / "README.md").write_text(fit_card(product, fitted, str(request.out)))
         if teacher.recipe is not None:
             (aside / "recipe.yaml").write_text(dump(teacher.recipe))
-            code.remember(request.out, teacher.recipe.teacher)
+            code.remember(request.out, teacher.recipe)
     most = max(calls)
     say(f"{request.out}: draw from it with `fewstep sample {request.out} --steps {most}`; its README.md has the loop")
     return request.out

@@ -60,6 +60,8 @@ PANELS = (
         (verdicts.SHRINK, verdicts.SATURATE),
     ),
     Panel("grid of samples over the reference's", {"peak": "samples/grid"}, (verdicts.GRID,)),
+    Panel("reward of samples above the reference's, in its deviations", {"reward": "samples/reward"}),
+    Panel("distance of samples from the reference", {"energy distance": "samples/distance"}),
 )
 
 

@@ -8,8 +8,12 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor, nn
+
+from fewstep.algebra.condition import rows
 from fewstep.commands.against import fitted, source_of
-from fewstep.commands.sources import Model
+from fewstep.commands.sources import BATCH, Model
 from fewstep.config import UserError
 from fewstep.eval.errors import InputError
 from fewstep.eval.features.base import FeatureExtractor
@@ -21,8 +25,10 @@ from fewstep.eval.protocol.evaluation import Evaluation
 from fewstep.eval.protocol.preset import Preset, load_preset, require_files
 from fewstep.eval.protocol.prompts import prompts_of
 from fewstep.eval.protocol.reference import Reference, Source, preset_reference
-from fewstep.eval.protocol.runner import Job, Samples, shard_size
+from fewstep.eval.protocol.runner import Job, Samples, make_samples, shard_size
 from fewstep.files import expanded
+from fewstep.networks import code
+from fewstep.networks.parts import Site
 from fewstep.pictures import PictureError
 from fewstep.recipe.schema import Evaluate, default_metric
 from fewstep.train.product import Product
@@ -30,7 +36,7 @@ from fewstep.train.product import Product
 
 @dataclass(frozen=True, kw_only=True)
 class Judge:
-    """Everything that samples are measured with; `omit` are metrics to leave out, and why."""
+    """Everything that samples are measured with; `omit` are metrics to leave out, and why; `reward` a run's own."""
 
     preset: Preset
     extractor: FeatureExtractor
@@ -39,6 +45,8 @@ class Judge:
     clip: ClipScorer | None = None
     retrieval: Retrieval | None = None
     omit: Mapping[str, str] = field(default_factory=dict)
+    reward: tuple[str, nn.Module] | None = None
+    """What the run calls it, and the network."""
 
     @property
     def clip_images(self) -> FeatureExtractor | None:
@@ -57,13 +65,18 @@ class Judge:
             batch_size=batch,
             quantiser=preset.quantiser,
             chain=preset.steps,
-            keep_images=self.retrieval is not None,
+            keep_images=self.retrieval is not None or self.reward is not None,
             clip_chain=preset.clip_steps,
         )
 
+    def features(self, x: Tensor) -> Tensor:
+        """Features (n, k) on the CPU of samples (n, *d) in [-1, 1], as they are measured."""
+        job = replace(self.job(len(x)), number=len(x), keep_images=False)
+        return make_samples(job, lambda indices: x[indices], self.extractor).features
+
     def evaluate(self, model: Model, samples: Samples | list[Samples], **more: Any) -> Evaluation:
         """The model's samples, one set per repetition, as numbers; `more` are fields of the Evaluation."""
-        return evaluate(
+        found = evaluate(
             model.name,
             self.preset,
             self.extractor,
@@ -79,6 +92,36 @@ class Judge:
             calls=model.calls,
             **more,
         )
+        first = samples if isinstance(samples, Samples) else samples[0]
+        found.metrics |= self._reward(first, model.conditions)
+        return found
+
+    @torch.no_grad()
+    def _reward(self, samples: Samples, cond: Any) -> dict[str, dict[str, Any]]:
+        """The mean reward of the samples, as pictures of 8 bits where they are measured as such; empty without one."""
+        if self.reward is None:
+            return {}
+        name, reward = self.reward
+        x = torch.cat(list(samples.images()))
+        if self.preset.quantiser is not None:
+            x = x.float() / 127.5 - 1
+        parts = [slice(i, i + BATCH) for i in range(0, len(x), BATCH)]
+        value = torch.cat([reward(x[part], rows(cond, part)).double() for part in parts])
+        return {f"reward ({name})": {"value": float(value.mean()), "standard_error": float(value.std() / len(x) ** 0.5)}}
+
+
+def reward_of(product: Product) -> tuple[str, nn.Module] | None:
+    """The reward of a run's recipe, on the CPU; None without one, and for one of latents, of which pictures are none."""
+    recipe = product.recipe
+    if recipe is None or "reward" not in recipe.roles:
+        return None
+    code.require(recipe)
+    spec = recipe.spec("reward")
+    if product.vae is not None:
+        if spec.name != "decoded":
+            return None
+        spec = spec.of
+    return spec.name, spec.build(Site(product.picture_shape(), product.classes, {}, 0))
 
 
 @contextmanager
@@ -151,7 +194,8 @@ def judge_of(product: Product, spec: Evaluate) -> Judge:
     captions = None if spec.retrieval is None else captions_of(product, spec.retrieval)
     path = None if spec.extractor_path is None else expanded(spec.extractor_path)
     data = source_of(recipe, spec.against, shape)
-    return open_judge(preset, files, data=data, retrieval=captions, extractor_path=path)
+    judge = open_judge(preset, files, data=data, retrieval=captions, extractor_path=path)
+    return replace(judge, reward=reward_of(product))
 
 
 def check_fit(preset: Preset, shape: Sequence[int], classes: int | None, what: str = "") -> None:

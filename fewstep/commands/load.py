@@ -20,7 +20,7 @@ def load(name: str | Path, settings: Sequence[str] | Mapping[str, Any] = (), /, 
         keys: values by the recipe's own keys, train={"steps": 3}; they come last.
 
     A mapping changes key by key what stands there; with a `name` of its own it is a new part, and an empty one leaves
-    nothing there but defaults. A teacher's own code that
+    nothing there but defaults. Code that
     a setting names (wrapper, factory) may run from then on: naming it is asking for it.
 
     Raises:
@@ -43,6 +43,6 @@ def load(name: str | Path, settings: Sequence[str] | Mapping[str, Any] = (), /, 
     typed = () if isinstance(settings, Mapping) else tuple(settings)
     recipe = store.load(str(name), typed, dotted, keys)
     given = [*dotted, *keys, *(s.partition("=")[0] for s in typed)]
-    if any(key == "teacher" or key in code.named(recipe.teacher) for key in given):
-        code.allow(recipe.teacher)
+    if any(name == key or name.startswith(f"{key}.") for name in code.named(recipe) for key in given):
+        code.allow(recipe)
     return recipe

@@ -73,7 +73,7 @@ def _advice(
     # Where each of them makes another run of it, it begins anew.
     setting, less = (accepted or found)[0]
     again = ["fewstep", "run", name, *settings, *_each(setting, recipe), "--out", str(_free(run))]
-    again += [*code.words(recipe.teacher), *(["--from", str(begin)] if begin is not None and accepted else [])]
+    again += [*code.words(recipe), *(["--from", str(begin)] if begin is not None and accepted else [])]
     return f"{setting} saves most, {now / MIB:.0f} -> {less / MIB:.0f} MiB by `fewstep plan`: {shlex.join(again)}"
 
 

@@ -342,7 +342,7 @@ def report(name: str, settings: Sequence[str] = (), processes: int = 1, measure:
         raise UserError("plan: --measure takes its steps in one process; leave --processes out")
     recipe = load(name, settings)
     console = Console()
-    if not all(map(code.is_allowed, code.named(recipe.teacher).values())):
+    if not all(map(code.is_allowed, code.named(recipe).values())):
         _report_known(console, name, recipe, measure)
         return None
     found = plan(recipe, processes)
@@ -385,7 +385,7 @@ def _report_known(console: Any, name: str, recipe: Recipe, measure: bool) -> Non
     roles, missing = without_code(recipe)
     if roles:
         console.print(_table(f"{name}: memory in MiB, without activations", roles, None))
-    named = ", ".join(f"{key} {value}" for key, value in code.named(recipe.teacher).items())
+    named = ", ".join(f"{key} {value}" for key, value in code.named(recipe).items())
     lines = [f"plan runs no code that a recipe names ({named})", f"not planned: {', '.join(missing)}, the worst moment"]
     lines += ["not measured: --measure would run it"] if measure else []
     lines += ["`fewstep run` runs it, and says what to change where memory runs out"]

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from fewstep.algebra.draws import fold
 from fewstep.export.forecast import bare_model
+from fewstep.networks import code
 from fewstep.networks.adapters import Adapted, own_parameters
 from fewstep.networks.folder import read_folder
 from fewstep.networks.parts import Site
@@ -59,6 +60,8 @@ def without_code(recipe: Recipe) -> tuple[dict[str, RoleMemory], list[str]]:
     trained = set().union(*(s.method.needs().trained for s in recipe.stages()))
     for name in recipe.role_names():
         spec: Any = recipe.spec(name)
+        if name != "teacher" and code.named_by(name, spec):
+            continue
         if name == "teacher":
             if spec.name == "diffusers":
                 model = bare_model(read_folder(spec.path))

@@ -83,7 +83,7 @@ def run_recipe(
             for line in trainer.changed if continued else ():
                 say(f"note: {line}")
             _say_export(trainer)
-        more = ["--out", str(run), "--resume", *code.words(recipe.teacher)]
+        more = ["--out", str(run), "--resume", *code.words(recipe)]
         again = shlex.join(["fewstep", "run", name, *settings, *more])
         try:
             with explained(name, settings, recipe, run, trainer.accelerator.num_processes, start):
@@ -194,6 +194,8 @@ def _train(trainer: Trainer, run: Path, main: bool, judge: Judge | None) -> None
         trainer.hooks = Hooks(guarded("picture", on_sample), guarded("evaluation", on_eval))
         trainer.fit()
         return
+    if judge is not None and trainer.guard.readings is not None and getattr(recipe.data, "vae", None) is None:
+        trainer.guard.readings.features = judge.features
     total, done = trainer.total_steps, trainer.progress.done
     watch = Watch(total, done)
     with TrainingBar(console, total, done) as bar:

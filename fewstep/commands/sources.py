@@ -34,7 +34,8 @@ class Model:
     """Something to evaluate: `generate(repetition)` gives the seam of `fewstep.eval.protocol.runner`.
 
     `digest()` identifies weights and settings; `calls` are network calls per image; `labels` are the classes asked for
-    where the preset leaves them to the model; `lacks` are metrics that it cannot have, and why.
+    where the preset leaves them to the model; `conditions` those of all samples, by a run's own product; `lacks` are
+    metrics that it cannot have, and why.
     """
 
     name: str
@@ -44,6 +45,7 @@ class Model:
     digest: Callable[[], str]
     generate: Callable[[int], Generate]
     labels: Tensor | None = None
+    conditions: Any = None
     lacks: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -76,6 +78,7 @@ def of_product(preset: Preset, product: Product, group: str, name: str | None = 
         content = json.dumps(told)
         return hashlib.sha256(content.encode()).hexdigest()
 
+    asked = torch.tensor(labels_of(preset, list(range(preset.number)))) if own is None and product.classes else own
     classes = own if isinstance(own, Tensor) else None
     reason = "these samples are of no classes"
     free = preset.conditions.kind == "data" and classes is None
@@ -87,6 +90,7 @@ def of_product(preset: Preset, product: Product, group: str, name: str | None = 
         digest=digest,
         generate=generate,
         labels=classes,
+        conditions=asked,
         lacks=dict.fromkeys(CLASS_METRICS, reason) if free else {},
     )
 

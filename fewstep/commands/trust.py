@@ -17,11 +17,11 @@ def allow_own_code(name: str, settings: Sequence[str], recipe: Recipe) -> None:
     on the command line. Other code stays refused without --trust-code.
     """
     home = find(name).resolve().parent
-    for key, value in code.named(recipe.teacher).items():
+    for key, value in code.named(recipe).items():
         path = code.file_of(value)
-        typed = any(s.startswith((f"{key}=", "teacher=")) for s in settings)
+        typed = any(key == named or key.startswith(f"{named}.") for named in (s.partition("=")[0] for s in settings))
         own = path is not None and path.is_relative_to(home)
         if typed or own or code.is_allowed(value):
-            code.allow(recipe.teacher)
+            code.allow(recipe)
             where = f"{path}, sha256 {code.digest(value)}" if path else "in no file that can be found"
             say(f"{key}: runs {value} ({where})")

@@ -77,7 +77,7 @@ def outlined(recipe: Recipe) -> Product:
     teacher: Any = recipe.teacher
     roles: dict[str, nn.Module] = {}
     if teacher is not None and teacher.name == "diffusers":
-        refuse_code(teacher)
+        refuse_code("teacher", teacher)
         net = outlined_teacher(teacher, recipe.data)
         wrapper: Any = net.net
         shape = (wrapper.channels(), *_size(recipe.data, wrapper))
@@ -126,11 +126,11 @@ def _spec(spec: Any) -> Any:
     return replace(spec, max_frequency=None) if spec.name == "copy" else spec
 
 
-def refuse_code(teacher: Any) -> None:
-    """Absent for code that nobody has allowed: asking about a recipe runs none."""
-    for key, name in code.named(teacher).items():
+def refuse_code(key: str, spec: Any) -> None:
+    """Absent for code of the role under `key` that nobody has allowed: asking about a recipe runs none."""
+    for where, name in code.named_by(key, spec).items():
         if not code.is_allowed(name):
-            raise Absent(f"{key}: {name} is code, which is run by `fewstep run` alone")
+            raise Absent(f"{where}: {name} is code, which is run by `fewstep run` alone")
 
 
 def outlined_teacher(spec: Any, data: Any = None, classes: int | None = None) -> Denoiser:

@@ -25,6 +25,7 @@ from fewstep.methods import (
     meanflow as meanflow,
     phased_dmd as phased_dmd,
     progressive as progressive,
+    pso as pso,
     reflow as reflow,
     scfm as scfm,
     scm as scm,

@@ -16,6 +16,7 @@ from fewstep.algebra.times import TimesPart, Uniform, check_steps
 from fewstep.config import part
 from fewstep.methods.method import Losses, Needs, Turn
 from fewstep.methods.readings import spread
+from fewstep.methods.reward import Reward, add_reward, need_reward
 from fewstep.methods.terms import accuracy, noised
 from fewstep.networks.roles import Roles
 
@@ -36,6 +37,8 @@ class ClassRatio:
     """Classifier updates per student update."""
     train_trunk: bool = True
     """The classifier is the critic's encoder with heads, trained together from the teacher's weights."""
+    reward: Reward | None = None
+    """A reward of the samples, maximised beside the method's own losses."""
 
     def __post_init__(self) -> None:
         check_steps(self.steps)
@@ -44,7 +47,7 @@ class ClassRatio:
 
     def needs(self) -> Needs:
         trunk = {"critic"} if self.train_trunk else set()
-        return Needs(frozenset({"student", "discriminator"} | trunk), data=True)
+        return need_reward(Needs(frozenset({"student", "discriminator"} | trunk), data=True), self.reward)
 
     def turns(self, roles: Roles, step: int) -> Iterator[Turn]:
         updates = ("critic", "discriminator") if self.train_trunk else ("discriminator",)
@@ -61,7 +64,8 @@ class ClassRatio:
         x = rollout(roles.student, batch.draws, batch.shape, self.steps, batch.cond).x
         logits = self.logits(roles, batch, x)
         loss = F.softplus(-logits).mean() if self.divergence == "js" else -logits.mean()
-        yield Losses({"ratio": loss}, {"health/diversity": spread(x, batch.cond)})
+        losses = Losses({"ratio": loss}, {"health/diversity": spread(x, batch.cond)})
+        yield add_reward(losses, self.reward, roles, batch, x)
 
     def classifier_losses(self, roles: Roles, batch: Batch) -> Iterator[Losses]:
         x = rollout(roles.student, batch.draws, batch.shape, self.steps, batch.cond, grad=False).x

@@ -19,6 +19,7 @@ from fewstep.algebra.times import Uniform, check_steps, shift
 from fewstep.config import part
 from fewstep.methods.method import Losses, Needs, Turn
 from fewstep.methods.readings import readings
+from fewstep.methods.reward import Reward, add_reward, need_reward
 from fewstep.methods.terms import Critic, Gan
 from fewstep.networks.roles import Roles
 
@@ -51,6 +52,8 @@ class DecoupledDMD:
     """Discriminator of the regulariser `gan`; it needs data and a trunk."""
     critic: Critic = Critic(steps=5)
     """Of the regulariser `dm`; with `gan`, its steps are the discriminator's."""
+    reward: Reward | None = None
+    """A reward of the samples, maximised beside the method's own losses."""
 
     def __post_init__(self) -> None:
         check_steps(self.steps)
@@ -62,7 +65,7 @@ class DecoupledDMD:
 
     def needs(self) -> Needs:
         extra = {"dm": {"critic"}, "moments": set(), "gan": {"discriminator"}}[self.regularizer]
-        return Needs(frozenset({"teacher", "student"} | extra), data=self.regularizer == "gan")
+        return need_reward(Needs(frozenset({"teacher", "student"} | extra), data=self.regularizer == "gan"), self.reward)
 
     def turns(self, roles: Roles, step: int) -> Iterator[Turn]:
         yield Turn(("student",), lambda batch: self.student_losses(roles, batch))
@@ -83,7 +86,7 @@ class DecoupledDMD:
             losses["moments"] = self.moments_weight * obj.moment_divergence(x, *self.moments)
         if self.regularizer == "gan":
             losses["gan"] = self.gan.generator(roles, batch, x)
-        yield losses
+        yield add_reward(losses, self.reward, roles, batch, x)
 
     def below(self, batch: Batch, level: float) -> Tensor:
         """Levels u (b,) of `times`, squeezed under the unshifted `level` before the shift."""

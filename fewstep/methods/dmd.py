@@ -18,6 +18,7 @@ from fewstep.config import part
 from fewstep.methods.method import Losses, Needs, Turn
 from fewstep.methods.pairs import Pairs
 from fewstep.methods.readings import readings
+from fewstep.methods.reward import Reward, add_reward, need_reward
 from fewstep.methods.terms import Critic, apart, noised, perceptual
 from fewstep.networks.roles import Roles
 
@@ -46,6 +47,8 @@ class DMD:
     """Solver steps of a pair (paper: Heun, 18 for CIFAR-10, 256 for ImageNet)."""
     pair_solver: Solver = "heun"
     """Solver of the pairs; heun takes two teacher calls a step, the others one."""
+    reward: Reward | None = None
+    """A reward of the samples, maximised beside the method's own losses."""
 
     def __post_init__(self) -> None:
         if not 0 < self.level <= 1:
@@ -59,10 +62,12 @@ class DMD:
     def needs(self) -> Needs:
         roles = frozenset({"teacher", "student", "critic"})
         if not self.regression_weight:
-            return Needs(roles)
+            return need_reward(Needs(roles), self.reward)
         frozen = frozenset({"teacher", "perceptual"})
         roles |= perceptual(self.distance)
-        return Needs(roles, pairs=True, frozen=frozen, state=lambda data: Pairs(self.pairs, data))
+        return need_reward(
+            Needs(roles, pairs=True, frozen=frozen, state=lambda data: Pairs(self.pairs, data)), self.reward
+        )
 
     def turns(self, roles: Roles, step: int) -> Iterator[Turn]:
         if self.regression_weight:
@@ -85,7 +90,7 @@ class DMD:
         )
         if self.regression_weight:
             losses["regress"] = self.regression_weight * self.regression(roles, batch)
-        yield losses
+        yield add_reward(losses, self.reward, roles, batch, x)
 
     def regression(self, roles: Roles, batch: Batch) -> Any:
         """Distance of the student's answer to a pair's noise from the pair's sample, a scalar."""

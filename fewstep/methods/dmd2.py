@@ -14,12 +14,13 @@ from fewstep.algebra.batch import Batch
 from fewstep.algebra.guidance import guided
 from fewstep.algebra.rollout import Path, RandomSteps, Rollout, rollout
 from fewstep.algebra.sampling import Sampler
-from fewstep.algebra.times import TimesPart, Uniform, check_steps
+from fewstep.algebra.times import Fading, TimesPart, Uniform, check_steps
 from fewstep.config import part
 from fewstep.methods.first_step import FirstStep
 from fewstep.methods.method import Losses, Needs, Turn
 from fewstep.methods.off_trajectory import OffTrajectory
 from fewstep.methods.readings import readings
+from fewstep.methods.reward import Reward, add_reward, need_reward, reward_turns
 from fewstep.methods.terms import Critic, Gan, noised
 from fewstep.networks.roles import Roles
 
@@ -50,6 +51,11 @@ class DMD2:
     """DP-DMD: the first step regresses the teacher's state and only the others are matched; null is DMD2."""
     off_trajectory: OffTrajectory | None = None
     """CDM: a second sample of each update, from a point off the trajectory, is matched too; null is DMD2."""
+    lean: Fading | None = None
+    """DMDR's dynamic guidance (arXiv 2511.13649): the real score is the teacher's with the critic's adapter at this
+    scale, {start: .75, over: 10000} there; the critic is a lora of the teacher."""
+    reward: Reward | None = None
+    """A reward of the samples, maximised beside the method's own losses."""
 
     def __post_init__(self) -> None:
         check_steps(self.steps)
@@ -62,7 +68,7 @@ class DMD2:
 
     def needs(self) -> Needs:
         roles = {"teacher", "student", "critic"} | ({"discriminator"} if self.gan else set())
-        return Needs(frozenset(roles), data=self.gan is not None)
+        return need_reward(Needs(frozenset(roles), data=self.gan is not None), self.reward, fits=True)
 
     def turns(self, roles: Roles, step: int) -> Iterator[Turn]:
         made: list[tuple[Tensor, Any]] | None = [] if self.share_rollout else None
@@ -70,6 +76,7 @@ class DMD2:
         yield self.critic.turn(
             roles, lambda batch: self.critic_losses(roles, batch, made.pop(0) if made else None), self.gan
         )
+        yield from reward_turns(self.reward, roles, self.simulate or self.steps, self.path)
 
     def sampler(self) -> Sampler:
         random = range(self.simulate.least, self.simulate.most + 1) if self.simulate else ()
@@ -104,10 +111,10 @@ class DMD2:
             losses["first_step"] = self.anchored.loss(roles, batch, self.steps[0], self.guidance)
         if self.off_trajectory is not None and self.off_trajectory.weight:
             off = self.off_trajectory
-            x = off.sample(roles, batch, rolled)
-            gradient = self.gradient(roles, batch, x.detach(), floor=off.floor)
-            losses["off_trajectory"] = off.scale(step) * obj.surrogate_loss(x, gradient)
-        yield losses
+            strayed = off.sample(roles, batch, rolled)
+            gradient = self.gradient(roles, batch, strayed.detach(), floor=off.floor)
+            losses["off_trajectory"] = off.scale(step) * obj.surrogate_loss(strayed, gradient)
+        yield add_reward(losses, self.reward, roles, batch, x)
 
     def gradient(
         self, roles: Roles, batch: Batch, x: Tensor, log: dict[str, Tensor] | None = None, floor: float = 1e-6
@@ -115,7 +122,9 @@ class DMD2:
         """(D_fake - D_real) / <|x - D_real|> at a fresh noise level (DMD eq. 7 and 8); readings go to `log`."""
         x_tau, tau = noised(self.times, roles, batch, x)
         with torch.no_grad():
-            real = guided(roles.teacher, x_tau, tau, batch.cond, batch.null_cond, self.guidance)
+            share = self.lean.at(batch.step) if self.lean else 0.0
+            net, call = (roles.critic, {"adapter_scale": share}) if share else (roles.teacher, {})
+            real = guided(net, x_tau, tau, batch.cond, batch.null_cond, self.guidance, **call)
             fake = roles.critic(x_tau, tau, batch.cond)
         gradient = obj.score_difference(fake, real) * obj.dmd_normalizer(x, real.x0, floor)
         if log is not None:

@@ -20,6 +20,7 @@ from fewstep.algebra.times import TimesPart, Uniform
 from fewstep.config import part
 from fewstep.methods.method import Losses, Needs, Turn
 from fewstep.methods.readings import readings
+from fewstep.methods.reward import Reward, add_reward, need_reward
 from fewstep.methods.terms import Critic, scaled
 from fewstep.networks.roles import Roles
 from fewstep.objectives.score import ScoreWeight
@@ -63,6 +64,8 @@ class EMD:
     """The teacher's guidance scale; 1 is none."""
     critic: Critic = Critic()
     """The network whose score stands for the student's; it denoises the student's samples."""
+    reward: Reward | None = None
+    """A reward of the samples, maximised beside the method's own losses."""
 
     def __post_init__(self) -> None:
         if not 0 < self.level <= 1:
@@ -73,7 +76,7 @@ class EMD:
             raise ValueError(f"need 0 < step_eps < 1 and 0 <= step_z < 1, not {self.step_eps}, {self.step_z}")
 
     def needs(self) -> Needs:
-        return Needs(frozenset({"teacher", "student", "critic"}))
+        return need_reward(Needs(frozenset({"teacher", "student", "critic"})), self.reward)
 
     def turns(self, roles: Roles, step: int) -> Iterator[Turn]:
         yield Turn(("student",), lambda batch: self.student_losses(roles, batch))
@@ -100,7 +103,8 @@ class EMD:
         weight = obj.score_weight(self.weight, process, tau, x.detach(), chain.real.x0)
         gradient = gap * weight
         own, real, fake = chain.start
-        yield Losses({"match": obj.surrogate_loss(x, gradient)}, readings(own, real, gradient, fake, batch.cond))
+        losses = Losses({"match": obj.surrogate_loss(x, gradient)}, readings(own, real, gradient, fake, batch.cond))
+        yield add_reward(losses, self.reward, roles, batch, x)
 
     def chain(self, roles: Roles, batch: Batch, z: Tensor, eps: Tensor, tau: Tensor) -> Chain:
         """K joint updates of (eps, z) from the student's own sample."""

@@ -18,6 +18,7 @@ from fewstep.algebra.times import TimesPart, Uniform, check_steps
 from fewstep.config import part
 from fewstep.methods.method import Losses, Needs, Turn
 from fewstep.methods.readings import readings
+from fewstep.methods.reward import Reward, add_reward, need_reward, reward_turns
 from fewstep.methods.terms import Critic, Gan, noised, scaled
 from fewstep.networks.roles import Roles
 from fewstep.objectives.divergence import Divergence
@@ -69,6 +70,8 @@ class FDistill:
     """Moving average of the bins: 0 uses the current batch, ImageNet-64 has 0.5."""
     normalize: bool = True
     """Divide h by its mean over the batch, so that the divergence does not change the step size."""
+    reward: Reward | None = None
+    """A reward of the samples, maximised beside the method's own losses."""
 
     def __post_init__(self) -> None:
         check_steps(self.steps)
@@ -79,11 +82,13 @@ class FDistill:
 
     def needs(self) -> Needs:
         roles = frozenset({"teacher", "student", "critic", "discriminator"})
-        return Needs(roles, data=True, state=(lambda data: RatioBins(self.bins)) if self.bins else None)
+        needs = Needs(roles, data=True, state=(lambda data: RatioBins(self.bins)) if self.bins else None)
+        return need_reward(needs, self.reward, fits=True)
 
     def turns(self, roles: Roles, step: int) -> Iterator[Turn]:
         yield Turn(("student",), lambda batch: self.student_losses(roles, batch))
         yield self.critic.turn(roles, lambda batch: self.critic_losses(roles, batch), self.gan)
+        yield from reward_turns(self.reward, roles, self.steps)
 
     def sampler(self) -> Sampler:
         return Sampler(kind="renoise", steps=self.steps)
@@ -93,7 +98,7 @@ class FDistill:
         gradient, log = self.gradient(roles, batch, x.detach())
         losses = Losses({"match": obj.surrogate_loss(x, gradient)}, log)
         losses["gan"] = self.gan.generator(roles, batch, x)
-        yield losses
+        yield add_reward(losses, self.reward, roles, batch, x)
 
     @torch.no_grad()
     def gradient(self, roles: Roles, batch: Batch, x: Tensor) -> tuple[Tensor, dict[str, Tensor]]:

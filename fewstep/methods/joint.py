@@ -94,6 +94,7 @@ class Joint:
             conditions=frozenset.intersection(*(n.conditions for n in every)),
             frozen=roles - trained,
             parts=tuple(part for n in every for part in n.parts),
+            reward=next((n.reward for n in sorted(every, key=lambda n: n.reward != "gradient") if n.reward), ""),
             state=state if states else None,
         )
 

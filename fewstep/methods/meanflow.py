@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -110,7 +111,7 @@ class MeanFlow:
     def velocity(self, roles: Roles, batch: Batch, cond: Any, x: Tensor, t: Tensor, pair: Tensor) -> Tensor:
         """The instantaneous velocity that the target follows, guided."""
         if self.source == "teacher":
-            seen = Batch(batch.draws, batch.shape, batch.x0, cond, batch.null_cond)
+            seen = replace(batch, cond=cond)
             return Teacher(roles.teacher, seen, self.guidance)(x, t).velocity()
         if (self.guidance, self.kappa) == (1.0, 0.0) or cond is None or batch.null_cond is None:
             return pair

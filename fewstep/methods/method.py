@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Annotated, Any, ClassVar, Protocol, get_args
+from typing import Annotated, Any, ClassVar, Literal, Protocol, get_args
 
 from torch import Tensor, nn
 
@@ -47,9 +47,11 @@ class Needs:
     conditions: frozenset[Conditions] = frozenset(get_args(Conditions))
     """What may stand beside a sample of the data; anything by default."""
     frozen: frozenset[str] = frozenset({"teacher"})
-    """Those of `roles` that no optimiser ever steps (teacher, target networks)."""
+    """Those of `roles` that no optimiser ever steps (teacher, target networks); a reward is none either."""
     parts: tuple[Opened, ...] = ()
     """What the method reads files for (representations), opened once before anything is trained."""
+    reward: Literal["", "value", "gradient"] = ""
+    """What is asked of the role `reward`: its value alone, or its gradient with respect to the samples too."""
     state: Callable[[Data], nn.Module] | None = None
     """Makes the method's own buffers (ratio bins, banks) for a data set's shape and classes; they become the
     role `state`, checkpointed with it."""
@@ -83,7 +85,7 @@ class Needs:
 
     @property
     def trained(self) -> frozenset[str]:
-        return self.roles - self.frozen
+        return self.roles - self.frozen - {"reward"}
 
 
 class Losses(dict[str, Tensor]):

@@ -19,6 +19,7 @@ from fewstep.algebra.times import TimesPart, Uniform, check_steps
 from fewstep.config import part
 from fewstep.methods.method import Losses, Needs, Turn
 from fewstep.methods.readings import readings
+from fewstep.methods.reward import Reward, add_reward, need_reward
 from fewstep.methods.terms import Critic, scaled
 from fewstep.networks.roles import Roles
 
@@ -55,6 +56,8 @@ class PhasedDMD:
     away from s. 5 updates per student update (paper)."""
     clamp: float = 10.0
     """Largest 1 / sigma_{t|s}^2 in the critic's weight (paper: 10)."""
+    reward: Reward | None = None
+    """A reward of the samples, maximised beside the method's own losses."""
 
     def __post_init__(self) -> None:
         check_steps(self.steps)
@@ -69,7 +72,7 @@ class PhasedDMD:
             raise ValueError(f"clamp must be positive, not {self.clamp}")
 
     def needs(self) -> Needs:
-        return Needs(frozenset({"teacher", "student", "critic"}))
+        return need_reward(Needs(frozenset({"teacher", "student", "critic"})), self.reward)
 
     def turns(self, roles: Roles, step: int) -> Iterator[Turn]:
         yield Turn(("student",), lambda batch: self.student_losses(roles, batch))
@@ -110,7 +113,8 @@ class PhasedDMD:
     def student_losses(self, roles: Roles, batch: Batch) -> Iterator[Losses]:
         x_s, x0 = self.path(roles, batch)
         gradient, log = self.gradient(roles, batch, x_s.detach(), x0.detach())
-        yield Losses({"match": obj.surrogate_loss(x_s if self.loss_on == "x_s" else x0, gradient)}, log)
+        losses = Losses({"match": obj.surrogate_loss(x_s if self.loss_on == "x_s" else x0, gradient)}, log)
+        yield add_reward(losses, self.reward, roles, batch, x0)
 
     @torch.no_grad()
     def gradient(self, roles: Roles, batch: Batch, x_s: Tensor, x0: Tensor) -> tuple[Tensor, dict[str, Tensor]]:

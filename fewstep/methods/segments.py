@@ -15,6 +15,7 @@ from fewstep.algebra.noising import add_noise
 from fewstep.algebra.sampling import Sampler
 from fewstep.config import Count, Decay, part
 from fewstep.methods.method import Losses, Needs, Turn
+from fewstep.methods.reward import Reward, add_reward, need_reward
 from fewstep.methods.terms import Gan
 from fewstep.networks.roles import Roles
 from fewstep.objectives.legs import Scale, Teacher, between, check_scale, drawn, student_leg
@@ -48,6 +49,8 @@ class Segments:
     """c of the pseudo-Huber distances, in units of the data (which lies in [-1, 1]); mse and l1 have none."""
     gan: Gan | None = None
     """Adversarial loss on the jump's end carried to x0 (late stages of TSCD; PCM with weight .1); left out: none."""
+    reward: Reward | None = None
+    """A reward of the samples, maximised beside the method's own losses."""
 
     def __post_init__(self) -> None:
         check_scale(self.guidance)
@@ -61,7 +64,7 @@ class Segments:
     def needs(self) -> Needs:
         roles = {"teacher", "student"} | ({"target"} if self.target_decay is not None else set())
         roles |= {"critic", "discriminator"} if self.gan else set()
-        return Needs(frozenset(roles), data=True, frozen=frozenset({"teacher", "target"}))
+        return need_reward(Needs(frozenset(roles), data=True, frozen=frozenset({"teacher", "target"})), self.reward)
 
     def turns(self, roles: Roles, step: int) -> Iterator[Turn]:
         yield Turn(("student",), lambda batch: self.losses(roles, batch))
@@ -88,8 +91,11 @@ class Segments:
         target = two_leg(teacher.step, student_leg(frozen, batch.cond), x, t, u, s)
         here = student_leg(roles.student, batch.cond)(x, t, s)
         losses = Losses({"consistency": distance(here, target, self.distance, self.c)})
-        if self.gan:
-            losses["gan"] = self.gan.generator(roles, batch, self.sample(roles, batch, x, t))
+        if self.gan or self.reward:
+            clean = self.sample(roles, batch, x, t)
+            if self.gan:
+                losses["gan"] = self.gan.generator(roles, batch, clean)
+            losses = add_reward(losses, self.reward, roles, batch, clean)
         yield losses
 
     def sample(self, roles: Roles, batch: Batch, x: Tensor, t: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ from fewstep.algebra.times import LogNormal, SiDTimes, TimesPart, check_steps
 from fewstep.config import part
 from fewstep.methods.method import Losses, Needs, Turn
 from fewstep.methods.readings import readings
+from fewstep.methods.reward import Reward, add_reward, need_reward, reward_turns
 from fewstep.methods.terms import Critic, Gan, noised
 from fewstep.networks.roles import Roles
 
@@ -52,6 +53,8 @@ class SiD:
     adversary_at: Literal["score", "fresh"] = "score"
     """Where the student meets it. score: at the score term's own noised sample, divided by the batch's mean of
     <|x - D_real|> (released code); fresh: at a level and noise of its own, undivided."""
+    reward: Reward | None = None
+    """A reward of the samples, maximised beside the method's own losses."""
 
     def __post_init__(self) -> None:
         check_steps(self.steps)
@@ -62,11 +65,12 @@ class SiD:
 
     def needs(self) -> Needs:
         roles = {"teacher", "student", "critic"} | ({"discriminator"} if self.gan else set())
-        return Needs(frozenset(roles), data=self.gan is not None, teacher_grad=True)
+        return need_reward(Needs(frozenset(roles), data=self.gan is not None, teacher_grad=True), self.reward, fits=True)
 
     def turns(self, roles: Roles, step: int) -> Iterator[Turn]:
         yield self.critic.turn(roles, lambda batch: self.critic_losses(roles, batch), self.gan)
         yield Turn(("student",), lambda batch: self.student_losses(roles, batch))
+        yield from reward_turns(self.reward, roles, self.steps)
 
     def sampler(self) -> Sampler:
         return Sampler(kind="renoise", steps=self.steps)
@@ -99,7 +103,7 @@ class SiD:
             losses["gan"] = self.gan.beside(roles, batch, x_tau, tau, scale)
         elif self.gan:
             losses["gan"] = self.gan.generator(roles, batch, x)
-        return losses
+        return add_reward(losses, self.reward, roles, batch, x)
 
     def critic_losses(self, roles: Roles, batch: Batch) -> Iterator[Losses]:
         x = rollout(roles.student, batch.draws, batch.shape, self.steps, batch.cond, grad=False).x

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -126,7 +127,7 @@ class STD:
         slot, x, knot, cond = self.start(bank, batch, process)  # type: ignore[arg-type]
         t, u, s = (process.grid(k.double() / self.knots) for k in (knot, knot - 1, self.destination(batch.draws, knot)))
         scale = drawn(self.guidance, batch.draws)
-        seen = Batch(batch.draws, batch.shape, batch.x0, cond, batch.null_cond)
+        seen = replace(batch, cond=cond)
         own = student_leg(roles.student, cond)
         with torch.no_grad():
             x_u = Teacher(roles.teacher, seen, scale).step(x, t, u)

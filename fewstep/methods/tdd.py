@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
@@ -100,7 +101,7 @@ class TDD:
         t, u, s = (process.grid(level(i)) for i in self.indices(batch.draws))
         x, _ = add_noise(process, batch.data(), batch.noise(), t)
         cond = dropped(batch, self.drop_cond)
-        seen = Batch(batch.draws, batch.shape, batch.x0, cond, batch.null_cond)
+        seen = replace(batch, cond=cond)
         scale = self.guidance if batch.cond is not None else 1.0
         own = student_leg(student, cond)
         target = two_leg(Teacher(roles.teacher, seen, scale).step, own, x, t, u, s)

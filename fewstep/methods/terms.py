@@ -16,7 +16,7 @@ from fewstep.algebra.guidance import guided
 from fewstep.algebra.jump import ask, clean
 from fewstep.algebra.noising import add_noise
 from fewstep.algebra.process import bc
-from fewstep.algebra.times import TimesPart, Uniform
+from fewstep.algebra.times import TimesPart, Uniform, law_at
 from fewstep.config import UserError, config
 from fewstep.methods.method import Losses, Turn
 from fewstep.networks.adapters import own_parameters
@@ -29,7 +29,7 @@ from fewstep.objectives.trajectory import distance
 def noised(times: Any, roles: Roles, batch: Batch, x: Tensor, **where: Any) -> tuple[Tensor, Tensor]:
     """(x_tau, tau): x at a fresh level of `times` with fresh noise; `where` goes to times.sample."""
     process: Any = roles.student.process
-    tau = times.sample(batch.draws, process, **where)
+    tau = law_at(times, batch.step).sample(batch.draws, process, **where)
     return add_noise(process, x, batch.noise(), tau)[0], tau
 
 

@@ -17,6 +17,7 @@ from fewstep.algebra.times import LogNormal, SiDTimes, TimesPart, check_steps
 from fewstep.config import part
 from fewstep.methods.method import Losses, Needs, Turn
 from fewstep.methods.readings import readings
+from fewstep.methods.reward import Reward, add_reward, need_reward, reward_turns
 from fewstep.methods.terms import Critic, Gan, noised
 from fewstep.networks.roles import Roles
 from fewstep.objectives.divergence import Expanded
@@ -53,6 +54,8 @@ class UniInstruct:
     ImageNet-64; at the critic's levels and noise."""
     adversary_at: Literal["score", "fresh"] = "score"
     """As SiD's: at the score term's own noised sample and divided by its omega = <|x - D_real|>, or a fresh look."""
+    reward: Reward | None = None
+    """A reward of the samples, maximised beside the method's own losses."""
 
     def __post_init__(self) -> None:
         check_steps(self.steps)
@@ -61,11 +64,12 @@ class UniInstruct:
 
     def needs(self) -> Needs:
         roles = frozenset({"teacher", "student", "critic", "discriminator"})
-        return Needs(roles, data=True, teacher_grad=True)
+        return need_reward(Needs(roles, data=True, teacher_grad=True), self.reward, fits=True)
 
     def turns(self, roles: Roles, step: int) -> Iterator[Turn]:
         yield self.critic.turn(roles, lambda batch: self.critic_losses(roles, batch), self.gan)
         yield Turn(("student",), lambda batch: self.student_losses(roles, batch))
+        yield from reward_turns(self.reward, roles, self.steps)
 
     def sampler(self) -> Sampler:
         return Sampler(kind="renoise", steps=self.steps)
@@ -93,7 +97,7 @@ class UniInstruct:
             losses["gan"] = self.gan.beside(roles, batch, x_tau, tau, scale)
         else:
             losses["gan"] = self.gan.generator(roles, batch, x)
-        return losses
+        return add_reward(losses, self.reward, roles, batch, x)
 
     def critic_losses(self, roles: Roles, batch: Batch) -> Iterator[Losses]:
         x = rollout(roles.student, batch.draws, batch.shape, self.steps, batch.cond, grad=False).x

@@ -18,6 +18,7 @@ from fewstep.algebra.times import TimesPart, Uniform, check_steps
 from fewstep.config import part
 from fewstep.methods.method import Losses, Needs, Turn
 from fewstep.methods.readings import readings
+from fewstep.methods.reward import Reward, add_reward, need_reward, reward_turns
 from fewstep.methods.terms import Critic, noised
 from fewstep.networks.roles import Roles
 from fewstep.objectives.score import ScoreWeight
@@ -45,6 +46,8 @@ class VSD:
     """Probability that the critic trains without its condition, which guiding it needs (SwiftBrush: 0.1)."""
     real: str = "teacher"
     """Role that plays the teacher; DisBack names a checkpoint of the teacher's degradation."""
+    reward: Reward | None = None
+    """A reward of the samples, maximised beside the method's own losses."""
 
     def __post_init__(self) -> None:
         check_steps(self.steps)
@@ -54,11 +57,13 @@ class VSD:
             raise ValueError(f"drop_cond must lie in [0, 1], not {self.drop_cond}")
 
     def needs(self) -> Needs:
-        return Needs(frozenset({self.real, "student", "critic"}), frozen=frozenset({"teacher", self.real}))
+        needs = Needs(frozenset({self.real, "student", "critic"}), frozen=frozenset({"teacher", self.real}))
+        return need_reward(needs, self.reward, fits=True)
 
     def turns(self, roles: Roles, step: int) -> Iterator[Turn]:
         yield Turn(("student",), lambda batch: self.student_losses(roles, batch))
         yield self.critic.turn(roles, lambda batch: self.critic_losses(roles, batch))
+        yield from reward_turns(self.reward, roles, self.steps)
 
     def sampler(self) -> Sampler:
         return Sampler(kind="renoise", steps=self.steps)
@@ -66,7 +71,7 @@ class VSD:
     def student_losses(self, roles: Roles, batch: Batch) -> Iterator[Losses]:
         x = rollout(roles.student, batch.draws, batch.shape, self.steps, batch.cond).x
         gradient, log = self.gradient(roles, batch, x.detach())
-        yield Losses({"match": obj.surrogate_loss(x, gradient)}, log)
+        yield add_reward(Losses({"match": obj.surrogate_loss(x, gradient)}, log), self.reward, roles, batch, x)
 
     def gradient(self, roles: Roles, batch: Batch, x: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """w(tau) (D_fake - D_real) at a fresh noise level, and readings."""

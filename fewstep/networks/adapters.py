@@ -136,20 +136,24 @@ def twin(module: nn.Module) -> nn.Module:
 
 
 @contextmanager
-def active(layers: Sequence[Any], adapter: str | None) -> Iterator[None]:
-    """Run the calls inside with one adapter (None: the bare base) and put the former choice back.
+def active(layers: Sequence[Any], adapter: str | None, factor: float = 1.0) -> Iterator[None]:
+    """Run the calls inside with one adapter (None: the bare base), its update times a factor, and put all back after.
 
     Sets peft's fields directly: its set_adapter would also flip requires_grad of the other adapter, and
     gradients of a graph built before would then be dropped without an error.
     """
-    before = [(m._active_adapter, m._disable_adapters) for m in layers]
-    for m in layers:
+    before = [(m._active_adapter, m._disable_adapters, m.scaling.get(adapter)) for m in layers]
+    for m, (_, _, scale) in zip(layers, before, strict=True):
         m._active_adapter, m._disable_adapters = [adapter] if adapter else [], adapter is None
+        if adapter is not None and factor != 1.0 and scale is not None:
+            m.scaling[adapter] = scale * factor
     try:
         yield
     finally:
-        for m, (names, disabled) in zip(layers, before, strict=True):
+        for m, (names, disabled, scale) in zip(layers, before, strict=True):
             m._active_adapter, m._disable_adapters = names, disabled
+            if scale is not None:
+                m.scaling[adapter] = scale
 
 
 class Adapted(nn.Module):
@@ -242,8 +246,9 @@ class Adapted(nn.Module):
     def takes_s(self) -> bool:
         return goes_to(self.inputs)
 
-    def forward(self, x: Tensor, t: Tensor, cond: Any = None, **call: Any) -> Prediction:
-        with active(self.layers, self.adapter):
+    def forward(self, x: Tensor, t: Tensor, cond: Any = None, *, adapter_scale: float = 1.0, **call: Any) -> Prediction:
+        """adapter_scale: factor on the adapter's update in this call; 0 is the base."""
+        with active(self.layers, self.adapter, adapter_scale):
             return self.base(x, t, cond, **call)
 
     def combine(self, own: Prediction, null: Prediction, scale: float | Tensor) -> Prediction:
@@ -302,9 +307,13 @@ def checkpoint_function(net: nn.Module) -> Callable[..., Any]:
         chosen = layers[0]._active_adapter if layers else []
         disabled = layers[0]._disable_adapters if layers else True
         name = None if disabled or not chosen else chosen[0]
+        scales = [m.scaling.get(name) for m in layers]
 
         def again(*inner: Any) -> Any:
             with active(layers, name):
+                for m, scale in zip(layers, scales, strict=True):  # a call's own factor on the adapter
+                    if scale is not None:
+                        m.scaling[name] = scale
                 return block(*inner)
 
         # The recompute runs outside every mode: without its contexts it would save what other attention saves.

@@ -15,6 +15,45 @@ def refuse(recipe: Any) -> None:
     _compiled(recipe)
     _rings(recipe)
     _guidance(recipe)
+    _reward(recipe)
+    _reference(recipe)
+    _lean(recipe)
+
+
+def _reference(recipe: Any) -> None:
+    """A method that compares the student with one that stands still has one."""
+    for i, stage in enumerate(recipe.stages()):
+        key = f"before.{i}.method" if i < len(recipe.before) else "method"
+        if getattr(stage.method, "reference", "") is None and getattr(recipe.student, "name", None) != "lora":
+            raise ValueError(
+                f"{key}.reference: the student is no adapter, whose base stands still; name a role, such as a copy that "
+                "`copy: {reference: student}` fills when the stage begins"
+            )
+
+
+def _lean(recipe: Any) -> None:
+    """A method whose real score leans on the critic's adapter has one on the teacher's weights."""
+    critic = recipe.critic
+    for stage in recipe.stages():
+        if getattr(stage.method, "lean", None) and (getattr(critic, "name", ""), getattr(critic, "of", "")) != (
+            "lora",
+            "teacher",
+        ):
+            raise ValueError(
+                "method.lean: takes the teacher with a share of the critic's adapter, so the critic must be one: "
+                "critic: {name: lora, of: teacher}"
+            )
+
+
+def _reward(recipe: Any) -> None:
+    """A reward whose gradient is followed has one, where its spec tells."""
+    spec = recipe.roles.get("reward")
+    for stage in recipe.stages() if spec is not None else ():
+        if stage.method.needs().reward == "gradient" and not getattr(spec, "differentiable", True):
+            raise ValueError(
+                f"roles.reward: {spec.name} has no gradient with these settings, and method {stage.method.name} follows "
+                "it; take a reward that has one, or method pso, which only compares rewards"
+            )
 
 
 def _sources(recipe: Any) -> None:

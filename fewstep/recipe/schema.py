@@ -12,6 +12,8 @@ from pydantic import Field
 import fewstep.data
 import fewstep.methods
 import fewstep.networks.perceptual
+import fewstep.networks.reward_model
+import fewstep.networks.rewards
 import fewstep.networks.routed
 import fewstep.networks.specs
 import fewstep.networks.teachers  # noqa: F401  registers networks and teachers

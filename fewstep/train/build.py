@@ -5,12 +5,13 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from fewstep.algebra.draws import fold
+from fewstep.algebra.draws import Draws, fold
 from fewstep.config import RecipeError
 from fewstep.data.base import Data, conditions_of
 from fewstep.networks import code
 from fewstep.networks.adapters import Adapted, own_parameters
 from fewstep.networks.parts import Site
+from fewstep.networks.rewards import check_reward
 from fewstep.networks.roles import Roles
 from fewstep.recipe.schema import Recipe
 
@@ -21,7 +22,7 @@ def build_roles(recipe: Recipe, data: Data) -> Roles:
     A bf16 weight of .1 does not change by less than 2e-4: at usual rates most updates would be rounded away.
     UserError for code that the recipe names and nobody has allowed to run.
     """
-    code.require(recipe.teacher)
+    code.require(recipe)
     recipe.check_conditions(conditions_of(data))
     modules: dict[str, nn.Module] = {}
     for name in recipe.role_names():
@@ -35,10 +36,23 @@ def build_roles(recipe: Recipe, data: Data) -> Roles:
                 f"{name}.process: {process} differs from the student's, {processes['student']}; use the same"
             )
     recipe.check_process(processes["student"])  # type: ignore[arg-type]
+    asked = {stage.method.needs().reward for stage in recipe.stages()} - {""}
+    if asked:
+        try_reward(modules["reward"], data, gradient="gradient" in asked)
     for name in set().union(trained_roles(recipe), *(s.method.needs().trained for s in recipe.stages())):
         if name in modules:
             _make_fp32(modules[name])
     return Roles(**modules)
+
+
+TRIED = 3
+"""Samples of noise that a reward is tried on; not 1, for which a mean over the batch would have the right shape."""
+
+
+def try_reward(reward: nn.Module, data: Data, *, gradient: bool) -> None:
+    """`check_reward` on noise of the data's shape and the data's conditions."""
+    draws = Draws(fold("reward"), torch.arange(TRIED))
+    check_reward(reward, draws.normal(*data.shape), data.conditions(draws), gradient=gradient)
 
 
 def _make_fp32(module: nn.Module) -> None:

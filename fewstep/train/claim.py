@@ -82,7 +82,7 @@ def claim(recipe: Recipe, run: Path) -> None:
         keep_recipe(recipe, run)
     if read_mark(run) is None:
         write_mark(run, KIND)
-    code.remember(run, recipe.teacher)  # so that it opens without --trust-code on this machine
+    code.remember(run, recipe)  # so that it opens without --trust-code on this machine
 
 
 def keep_recipe(recipe: Recipe, run: Path) -> None:

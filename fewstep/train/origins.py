@@ -26,7 +26,7 @@ def _parts(recipe: Recipe) -> dict[str, tuple[str, Files]]:
     found = {name: (_shown(part), part.files) for name, part in named.items() if hasattr(part, "files")}
     if vae := getattr(data, "vae", None):
         found["vae"] = (vae, partial(vae_files, vae))
-    for key, value in code.named(recipe.teacher).items():
+    for key, value in code.named(recipe).items():
         if file := code.file_of(value):
             found[key] = (value, lambda file=file: [file])
     return found
@@ -79,7 +79,7 @@ def check_resumed(recipe: Recipe, then: Mapping[str, str], now: Mapping[str, str
     found = changes(recipe, then, now)
     for name, line in found.items():
         # Other data trains on; a VAE only shows; code may have changed in a comment.
-        if name not in ("data", "vae") and not name.startswith("teacher."):
+        if name not in ("data", "vae") and name not in code.named(recipe):
             raise UserError(
                 f"{run}: cannot be resumed: {line}; put the old files back, or go on from its weights on purpose: "
                 f"--from {run} and another --out"

@@ -194,7 +194,7 @@ def open_product(path: Path) -> Product:
 
 def _open_run(path: Path) -> Product:
     recipe = load_run(path)
-    code.allow_made_here(path, recipe.teacher)
+    code.allow_made_here(path, recipe)
     found = checkpoints(path / "checkpoints")
     if not found:
         raise UserError(f"{path}: has no checkpoint yet; train it with `fewstep run` first")
@@ -244,7 +244,7 @@ def _open_fit(path: Path) -> Product:
     fitted = read_fit(path)
     if fitted.of == "recipe":
         recipe = load_run(path)
-        code.allow_made_here(path, recipe.teacher)
+        code.allow_made_here(path, recipe)
         product = teacher_of(recipe, path.name)
     else:
         product = open_product(resolve(fitted.source))

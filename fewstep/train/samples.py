@@ -10,7 +10,7 @@ within some hundred updates (byliutao/CDM#6, Tongyi-MAI/Z-Image#56), become alik
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -22,6 +22,7 @@ from fewstep.algebra.draws import Draws, fold
 from fewstep.algebra.guidance import guided_teacher
 from fewstep.algebra.sampling import Sampler, many_step, sample, seeded
 from fewstep.data.base import conditions_of
+from fewstep.eval.metrics.energy import energy_distance
 from fewstep.methods.readings import spread
 from fewstep.recipe.schema import Stage
 from fewstep.train.session import Session
@@ -32,6 +33,8 @@ ALIKE = 4
 """Samples of each condition."""
 TEACHER_STEPS = 8
 """Heun steps of the teacher's samples."""
+JUDGED = 256
+"""Samples of a reading where a reward is trained on, or as many as a quarter of NUMBERS holds: fewer tell no hacking."""
 REAL = 256
 """Samples of the data where they are the reference."""
 NUMBERS = 1 << 24
@@ -87,6 +90,8 @@ def compared(own: Figures, reference: Figures) -> dict[str, float]:
 
     samples/mean is that of the channel that is farthest off, in standard deviations of the reference, less what so few
     samples may be off by chance: CHANCE standard errors (of 32 points of the ring half a deviation, of pictures little).
+    samples/reward, where there is a reward, is its mean above the reference's, in standard deviations of the reference's;
+    samples/distance the squared energy distance over the mean distance of two of the reference, unbiased: 0 for one law.
     """
     shift = own["mean"] - reference["mean"]
     chance = CHANCE * (own["noise"] + reference["noise"]).sqrt()
@@ -95,6 +100,12 @@ def compared(own: Figures, reference: Figures) -> dict[str, float]:
     for name in ("contrast", "saturation", "spread"):
         if name in own and name in reference and float(reference[name]) > 0:
             out[f"samples/{name}"] = float(own[name] / reference[name])
+    if "reward" in own and "reward" in reference:
+        theirs, points = reference["reward"], reference["points"]
+        out["samples/reward"] = float((own["reward"].mean() - theirs.mean()) / theirs.std().clamp_min(1e-12))
+        apart = float(torch.pdist(points.double()).mean().clamp_min(1e-12))
+        finite = torch.isfinite(own["points"]).all()
+        out["samples/distance"] = energy_distance(own["points"], points) / apart if finite else math.nan
     if "grid" in own and "grid" in reference:
         # A dip of the reference, which other samples fill, makes no peak.
         out["samples/grid"] = float((own["grid"] - reference["grid"].clamp_min(0)).max().exp())
@@ -134,6 +145,11 @@ class SampleReadings:
         data = session.data
         self.room = max(ALIKE, NUMBERS // math.prod(data.shape))
         self.count = min(MOST, session.recipe.train.batch, self.room)
+        self.reward: Any = session.roles.get("reward")
+        if self.reward is not None:
+            self.count = max(ALIKE, min(JUDGED, self.room // 4))
+        self.features: Callable[[Tensor], Tensor] | None = None
+        """In which the distance is taken, of samples (n, *d) -> (n, k); None: in the values of the samples."""
         self.patch = patch_of(session.roles.student, data.shape)
         groups = 1 if conditions_of(data) == "none" else max(1, self.count // ALIKE)
         self.group = torch.arange(self.count, device=session.device) % groups
@@ -158,7 +174,23 @@ class SampleReadings:
         if self._reference is None:
             self._reference = self._reference_of()
         x = self._draw(self.session.roles.student, stage.method.sampler())
-        return compared(figures(x, self.group, self.patch), self._reference)
+        return compared(self._figures(x, self.group, self._conditions()), self._reference)
+
+    def _figures(self, x: Tensor, group: Tensor, cond: Any) -> Figures:
+        out = figures(x, group, self.patch)
+        if self.reward is None:
+            return out
+        if not torch.isfinite(x).all():
+            return out | {"reward": torch.full((len(x),), torch.nan, dtype=torch.float64), "points": x.flatten(1)}
+        with torch.no_grad():
+            value = self.reward(x, cond)
+            points = x.flatten(1) if self.features is None else self.features(x).to(x.device)
+        return out | {"reward": value.double(), "points": points}
+
+    def _conditions(self) -> Any:
+        """Those of all samples."""
+        key = fold(self.session.recipe.train.seed, "samples", "conditions")
+        return self.session.data.conditions(Draws(key, self.group))
 
     def _reference_of(self) -> Figures:
         session, recipe = self.session, self.session.recipe
@@ -166,11 +198,11 @@ class SampleReadings:
             scale = recipe.evaluate.guidance if recipe.evaluate else 1.0
             teacher: Any = session.roles.teacher
             net = guided_teacher(teacher, scale, session.data.null)
-            return figures(self._draw(net, many_step(TEACHER_STEPS)), self.group, self.patch)
+            return self._figures(self._draw(net, many_step(TEACHER_STEPS)), self.group, self._conditions())
         index = torch.arange(max(self.count, min(REAL, self.room)), device=session.device)
         x, cond = session.data.batch(Draws(fold(recipe.train.seed, "samples", "data"), index))
         plain = isinstance(cond, Tensor) and cond.ndim == 1 and not cond.is_floating_point()
-        out = figures(x, cond if plain and isinstance(cond, Tensor) else torch.zeros_like(index), self.patch)
+        out = self._figures(x, cond if plain and isinstance(cond, Tensor) else torch.zeros_like(index), cond)
         if cond is not None and not plain:
             del out["spread"]  # one picture a caption says nothing of the spread within one
         return out
@@ -183,7 +215,7 @@ class SampleReadings:
         share = math.ceil(self.count / world)
         first = session.accelerator.process_index * share
         index = torch.arange(first, first + share, device=session.device) % self.count
-        cond = session.data.conditions(Draws(fold(train.seed, "samples", "conditions"), self.group[index]))
+        cond = rows(self._conditions(), index)
         part, out = max(1, train.batch // world // train.accumulate), []
         with in_evaluation(net), session.accelerator.autocast():
             for i in range(0, share, part):

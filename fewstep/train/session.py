@@ -113,7 +113,7 @@ class Session:
         needs = stage.method.needs()
         source = Draws(fold(key, "data"), index)
         x0, cond = self.data.batch(source) if needs.data else (None, self.data.conditions(source))
-        return Batch(Draws(key, index), self.data.shape, x0, cond, self.data.null(cond))
+        return Batch(Draws(key, index), self.data.shape, x0, cond, self.data.null(cond), place[1])
 
     def average_gradients(self, parameters: list[nn.Parameter]) -> None:
         """Average gradients over processes in one flat buffer.

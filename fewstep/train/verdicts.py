@@ -11,10 +11,9 @@ records of log.jsonl. Two kinds of readings are judged:
 A student that is only on its way is no alarm: one is raised where two readings of samples in a row are beyond their line
 *and* two in a row have been nearer to the reference before. One that never was near it is a warning.
 
-Critic lag is read as a slope, that of fresh student samples on the critic's answers, and not as the critic's denoising
-loss against its running best: the least loss there is moves with the student (it grows as samples spread and falls as
-they collapse), so that a best of the past says nothing of today's critic, whereas the slope of a critic at its optimum
-is 1 for every student. Methods without a critic, and a Phased DMD phase that ends above clean samples, have none.
+Critic lag is a slope, that of fresh samples on the critic's answers, and not the critic's loss against its best: the
+least loss there is moves with the student, whereas the slope of a critic at its optimum is 1 for every student. Methods
+without a critic, and a Phased DMD phase that ends above clean samples, have none.
 """
 
 from __future__ import annotations
@@ -25,6 +24,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any, Literal
+
+from fewstep.train.hacking import REMEDY, Rise
 
 Record = Mapping[str, Any]
 
@@ -89,8 +90,7 @@ def series(records: Sequence[Record], key: str) -> list[float]:
 
 def _windows(values: Sequence[float]) -> list[float]:
     """Means of five consecutive, nearly equal parts."""
-    n = len(values)
-    edges = [round(i * n / 5) for i in range(6)]
+    edges = [round(i * len(values) / 5) for i in range(6)]
     return [sum(values[a:b]) / (b - a) for a, b in pairwise(edges)]
 
 
@@ -291,10 +291,9 @@ class Course:
     """Refused updates and readings of samples of one stage, folded record by record: all that the guard looks at."""
 
     def __init__(self, records: Iterable[Record] = ()) -> None:
-        self.tracks = {key: _Track() for key in SAMPLES}
+        self.tracks, self.rise = {key: _Track() for key in SAMPLES}, Rise()
         self.first: tuple[float, float] | None = None
-        self.last = (0.0, 0.0)
-        self.rows = 0
+        self.last, self.rows = (0.0, 0.0), 0
         for record in records:
             self.add(record)
 
@@ -303,6 +302,7 @@ class Course:
         if isinstance(record.get("skips"), int | float) and "done" in record:
             self.last = (float(record["done"]), float(record["skips"]))
             self.first, self.rows = self.first or self.last, self.rows + 1
+        self.rise.add(record)
         for key, track in self.tracks.items():
             if isinstance(record.get(key), int | float):
                 track.add(float(record[key]), SAMPLES[key])
@@ -310,7 +310,7 @@ class Course:
     def verdicts(self) -> list[Verdict]:
         """What is said of it now."""
         found = [_of_samples(key, track) for key, track in self.tracks.items()]
-        return [v for v in [*found, self._skipped()] if v is not None]
+        return [v for v in [*found, _of_reward(self.rise), self._skipped()] if v is not None]
 
     def alarms(self) -> list[Verdict]:
         return [v for v in self.verdicts() if v.level == "alarm"]
@@ -355,6 +355,16 @@ def _of_samples(key: str, track: _Track) -> Verdict | None:
     return Verdict(beyond[0], "warn", value, line, f"{told}, and never were nearer", beyond[1])
 
 
+def _of_reward(rise: Rise) -> Verdict | None:
+    """Whether a reward is earned at the samples' cost; None without readings of one."""
+    if not rise.known:
+        return None
+    value, line, text = rise.worst()
+    if rise.hacked():
+        return Verdict("reward hacking", "alarm", value, line, text, REMEDY)
+    return Verdict("reward", "fine", value, line, text)
+
+
 def verdicts(records: Sequence[Record]) -> list[Verdict]:
     """Findings about the last stage of a log; empty when it is too short to say anything."""
     last = last_stage(records)
@@ -372,8 +382,8 @@ def alarms(records: Sequence[Record]) -> dict[str, int]:
     readings at no more than LOOKS evenly spaced moments.
     """
     first: dict[str, int] = {}
-    stride = max(1, len(records) // LOOKS)
-    course, moments = Course(), {*range(FEWEST, len(records) + 1, stride), len(records)}
+    course = Course()
+    moments = {*range(FEWEST, len(records) + 1, max(1, len(records) // LOOKS)), len(records)}
     for n, record in enumerate(records, 1):
         course.add(record)
         found = course.alarms()

@@ -246,3 +246,25 @@ def test_draws_are_alike_by_numpy_and_torch(
     monkeypatch.setattr(rd, "_bits_numpy", rd._bits_torch)
     for a, b in zip(fast, [drawn(seed) for seed in range(3)], strict=True):
         assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+def test_dmdrs_curriculum_begins_noisy_and_ends_uniform() -> None:
+    law = td.FadingBeta(start=(4.0, 1.5), over=100)
+    for step, a, b in ((0, 4.0, 1.5), (50, 2.5, 1.25), (100, 1.0, 1.0), (700, 1.0, 1.0)):
+        u = td.law_at(law, step).sample(draws(), Flow())
+        assert ks(u, stats.beta(a, b).cdf) > 1e-3, step
+        p = draws().uniform()
+        torch.testing.assert_close(u, torch.from_numpy(stats.beta(a, b).ppf(p.numpy())), atol=2e-5, rtol=0)
+    with pytest.raises(ValueError, match="fading_beta changes with the step"):
+        law.sample(draws(), Flow())
+    plain = td.Uniform()
+    assert td.law_at(plain, 9) is plain
+
+
+def test_a_fading_factor_is_half_a_cosine() -> None:
+    fading = td.Fading(start=0.75, over=10)
+    assert [fading.at(k) for k in (0, 5, 10, 30)] == pytest.approx([0.75, 0.375, 0.0, 0.0])
+    assert fading.at(2) == pytest.approx(0.75 * 0.5 * (1 + math.cos(math.pi * 0.2)))
+    for make in (lambda: td.Fading(over=0), lambda: td.FadingBeta(over=0)):
+        with pytest.raises(ValueError, match="over must be at least 1"):
+            make()

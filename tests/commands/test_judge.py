@@ -1,13 +1,22 @@
-"""Which errors of a measurement are the user's to mend, and which keep their traceback."""
+"""Which errors of a measurement are the user's to mend, which keep their traceback; a run's own reward."""
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import Any
+
 import pytest
+import torch
 
 from fewstep.commands import judge
+from fewstep.commands.measure import measure
 from fewstep.config import UserError
 from fewstep.eval.errors import InputError
+from fewstep.eval.features.house import house_digits
 from fewstep.eval.protocol.preset import load_preset
+from fewstep.recipe.store import load
+from fewstep.train.build import build_roles
+from fewstep.train.product import product_of
 
 
 @pytest.mark.parametrize("error", [InputError, FileNotFoundError, PermissionError, ModuleNotFoundError])
@@ -35,3 +44,33 @@ def test_a_preset_that_is_not_there_and_one_that_is_no_yaml_are_the_users(tmp_pa
     for name, why in (("nothing", "not one of"), (str(tmp_path / "bad.yaml"), "not YAML")):
         with pytest.raises((FileNotFoundError, InputError), match=why):
             load_preset(name)
+
+
+@pytest.mark.parametrize("name", ["ink", "house-classifier"])
+def test_the_reward_stands_beside_the_other_numbers(name: str):
+    recipe = load("digits-dmd2-ink", ["roles.reward={name: " + name + "}"])
+    data: Any = recipe.data.open()
+    roles = build_roles(recipe, data)
+    product = product_of(recipe, roles.student.eval(), data, "student")
+    assert recipe.evaluate is not None
+    own = judge.judge_of(product, replace(recipe.evaluate, samples=40))
+    row, x = measure(product, own)
+    assert [k.partition(" (")[0] for k in row.metrics] == ["FD", "class accuracy", "within-class diversity", "reward"]
+    told = row.metrics[f"reward ({name})"]
+    grey = ((x + 1) / 2).clamp(0, 1)
+    if name == "ink":
+        value = grey.flatten(1).mean(1)
+    else:
+        logits = house_digits().logits(255 * grey)
+        value = logits.log_softmax(1)[torch.arange(40), torch.arange(40) % 10]
+    assert told["value"] == pytest.approx(float(value.mean()), rel=5e-3)
+    assert told["standard_error"] == pytest.approx(float(value.std()) / 40**0.5, rel=2e-2)
+    torch.testing.assert_close(own.features(x), house_digits()((255 * grey).round()))
+
+
+def test_a_run_without_a_reward_has_none_and_latents_have_none():
+    recipe = load("digits-dmd2")
+    product: Any = replace(product_of(recipe, torch.nn.Identity(), recipe.data.open(), "student"), title="x")
+    assert judge.reward_of(product) is None
+    assert judge.reward_of(replace(product, recipe=load("digits-dmd2-ink"), vae="somewhere")) is None
+    assert judge.reward_of(replace(product, recipe=None)) is None

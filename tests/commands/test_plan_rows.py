@@ -55,6 +55,6 @@ def test_the_command_says_what_it_did_not_plan(mine: Path, measure: list[str], c
 
 def test_code_that_was_allowed_in_python_is_planned(mine: Path):
     recipe = load("digits-dmd2", [f"teacher.wrapper='{mine}:Mine'"])
-    code.allow(recipe.teacher)
+    code.allow(recipe)
     with pytest.raises(SystemExit, match="this code was run"):
         plan(recipe)

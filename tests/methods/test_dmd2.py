@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -13,10 +14,12 @@ from torch import Tensor
 
 from fewstep.algebra.noising import add_noise
 from fewstep.algebra.process import Flow
-from fewstep.algebra.times import Levels
+from fewstep.algebra.times import Fading, FadingBeta, Levels
+from fewstep.config import RecipeError
 from fewstep.methods.dmd2 import DMD2
 from fewstep.methods.terms import Critic, Gan
 from fewstep.networks.roles import Roles
+from fewstep.recipe.store import load
 
 FLOW = Flow()
 
@@ -114,3 +117,44 @@ def test_the_critics_turn_denoises_and_judges_with_its_weight():
     fake, real = roles.discriminator(seen(x), t), roles.discriminator(seen(again.data()), t)
     wanted = 0.7 * float(F.softplus(fake).mean() + F.softplus(-real).mean())
     assert float(losses["discriminator"].detach()) == pytest.approx(wanted, rel=1e-12)
+
+
+class Leaning(Listening):
+    """A critic whose adapter adds its scale to the answer."""
+
+    def forward(self, x: Tensor, t: Tensor, cond: Any = None, *, adapter_scale: float = 1.0, **call: Any) -> Any:
+        found = super().forward(x, t, cond, **call)
+        return replace(found, x0=found.x0 + adapter_scale)
+
+
+@pytest.mark.parametrize(("step", "share"), [(0, 0.75), (5, 0.375), (10, 0.0), (99, 0.0)])
+def test_the_real_score_leans_on_the_critics_adapter_until_it_is_the_teachers(step: int, share: float):
+    roles, x = cast(), torch.linspace(-2, 3, 6, dtype=F64).reshape(3, 2)
+    roles = Roles(teacher=Listening(FLOW, 0.4, 0.6), student=roles.student, critic=Leaning(FLOW, 0.4, 0.6))
+    method = DMD2(gan=None, lean=Fading(start=0.75, over=10), times=Levels(at=(0.5,)))
+    batch = replace(batch_of(3), step=step)
+    found = method.gradient(roles, batch, x)
+    again = batch_of(3)
+    method.times.sample(again.draws, FLOW)  # type: ignore[attr-defined]
+    x_tau = 0.5 * x + 0.5 * again.noise()
+    real = 0.4 * x_tau + 0.6 + share
+    wanted = (0.4 * x_tau + 0.6 + 1 - real) / (x - real).abs().mean(1, keepdim=True)
+    torch.testing.assert_close(found, wanted.detach(), rtol=1e-12, atol=0)
+    assert len(roles.teacher.conds) == (share == 0)
+
+
+def test_the_curriculum_follows_the_steps_of_the_stage():
+    roles, x = cast(), torch.zeros(400, 2, dtype=F64)
+    method = DMD2(gan=None, times=FadingBeta(start=(8.0, 1.0), over=10))
+    for step, mean in ((0, 8 / 9), (10, 0.5)):
+        roles.teacher.times.clear()
+        method.gradient(roles, replace(batch_of(400), step=step), x)
+        assert float(roles.teacher.times[0].mean()) == pytest.approx(mean, abs=0.03)
+
+
+def test_leaning_needs_an_adapter_of_the_teacher():
+    with pytest.raises(
+        RecipeError, match=r"method\.lean: .* so the critic must be one: critic: \{name: lora, of: teacher\}"
+    ):
+        load("digits-dmd2", ["method.lean={over: 100}"])
+    load("digits-dmd2", ["method.lean={over: 100}", "critic={name: lora, of: teacher}"])

@@ -178,3 +178,35 @@ def test_a_parameter_in_two_roles_is_refused() -> None:
     one = attach(base, "one", 1)
     with pytest.raises(ValueError, match="own the same parameter"):
         Roles(student=one, critic=one)
+
+
+@pytest.mark.parametrize("factor", [0.0, 0.4, 2.0])
+@pytest.mark.parametrize("checkpointed", [False, True])
+def test_a_calls_factor_scales_the_update_in_that_call_alone(factor: float, checkpointed: bool) -> None:
+    """Against an adapter whose B is multiplied; the recompute of a checkpoint has the factor of its forward."""
+    g = torch.Generator().manual_seed(3)
+    x, t = torch.randn(B, C, H, W, generator=g, dtype=F64), col(900.0, 500.0)
+    base = unet()
+    one = attach(base, "one", 1)
+    other = attach(copy.deepcopy(base), "one", 1)
+    with torch.no_grad():
+        for name, p in other.own.items():
+            if "lora_B" in name:
+                p.mul_(factor)
+    if checkpointed:
+        assert enable_checkpointing(base) == 1
+        base.train()
+    scaled = one(x, t, adapter_scale=factor).x0
+    torch.testing.assert_close(scaled, other(x, t).x0, rtol=1e-9, atol=1e-12)
+    if factor == 0:
+        assert torch.equal(scaled, base(x, t).x0)
+    # A second call with the whole update, and one without any, are in the same graph.
+    both = (scaled * one(x, t).x0 * base(x, t).x0).mean()
+    found = gradients(both, one)
+    whole = attach(copy.deepcopy(unet()), "one", 1)
+    plain = (other(x, t).x0.detach() * whole(x, t).x0 * base(x, t).x0.detach()).mean()
+    through = (other(x, t).x0 * whole(x, t).x0.detach() * base(x, t).x0.detach()).mean()
+    for name, a, b, c in zip(one.own, found, gradients(plain, whole), gradients(through, other), strict=True):
+        chain = factor if "lora_B" in name else 1.0
+        torch.testing.assert_close(a, b + chain * c, rtol=1e-7, atol=1e-10)
+    assert all(v == ALPHA / RANK for layer in one.layers for v in layer.scaling.values())

@@ -117,28 +117,28 @@ def test_the_code_beside_a_recipe_is_shown_and_run_and_the_run_opens_again(
 def test_a_run_whose_code_has_changed_is_not_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     recipe = load(str(own(tmp_path)))
     run = tmp_path / "run"
-    code.remember(run, recipe.teacher)
-    code.allow_made_here(run, recipe.teacher)
-    code.require(recipe.teacher)
+    code.remember(run, recipe)
+    code.allow_made_here(run, recipe)
+    code.require(recipe)
     monkeypatch.setattr(code, "_allowed", set())
     (tmp_path / "evil.py").write_text(EVIL + "\n# and more")
-    code.allow_made_here(run, recipe.teacher)
+    code.allow_made_here(run, recipe)
     with pytest.raises(UserError, match="is code that would be run"):
-        code.require(recipe.teacher)
+        code.require(recipe)
 
 
 def test_code_that_changes_after_it_was_allowed_is_refused(tmp_path: Path):
     recipe = load(str(own(tmp_path)))
-    code.allow(recipe.teacher)
-    code.require(recipe.teacher)
+    code.allow(recipe)
+    code.require(recipe)
     (tmp_path / "evil.py").write_text(EVIL + "\n")
     with pytest.raises(UserError, match="is code that would be run"):
-        code.require(recipe.teacher)
+        code.require(recipe)
 
 
 def test_what_stands_on_the_command_line_was_asked_for(foreign: Path):
     recipe = load(str(foreign))
-    ((key, value),) = code.named(recipe.teacher).items()
+    ((key, value),) = code.named(recipe).items()
     allow_own_code(str(foreign), [], recipe)
     assert not code.is_allowed(value)
     allow_own_code(str(foreign), [f"{key}={value}"], recipe)

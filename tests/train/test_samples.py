@@ -204,3 +204,37 @@ def test_each_collapse_is_named_while_it_is_on_its_way(name: str, change: Callab
     assert name in found
     assert 10 < found[name] <= 20
     assert min(found.values()) > 10
+
+
+def test_a_reward_is_read_in_deviations_of_the_reference_and_beside_it_the_distance():
+    x, y = pictures(3).float(), pictures(4).float()
+    own, reference = (figures(v, GROUP, None) for v in (x, y))
+    assert not {"samples/reward", "samples/distance"} & set(compared(own, reference))
+    own |= {"reward": torch.linspace(0, 2, COUNT), "points": x.flatten(1)}
+    reference |= {"reward": torch.linspace(0, 1, COUNT), "points": y.flatten(1)}
+    found = compared(own, reference)
+    assert found["samples/reward"] == pytest.approx(0.5 / float(torch.linspace(0, 1, COUNT).std()))
+    assert abs(found["samples/distance"]) < 0.02
+    far = compared(own | {"points": x.flatten(1) + 1}, reference)["samples/distance"]
+    apart = float(torch.cdist(x.flatten(1) + 1, y.flatten(1)).mean() / torch.pdist(y.flatten(1)).mean())
+    own_apart = float(torch.pdist(x.flatten(1)).mean() / torch.pdist(y.flatten(1)).mean())
+    assert far == pytest.approx(2 * apart - own_apart - 1, rel=1e-4)
+    nothing = compared(own | {"points": torch.full((COUNT, 3), math.nan)}, reference)
+    assert math.isnan(nothing["samples/distance"])
+
+
+def test_a_run_with_a_reward_draws_more_samples_and_logs_it_beside_spread_and_distance():
+    from fewstep.recipe.store import load
+
+    cut = ["before=[]", "copy={}", "evaluate=null", "train.steps=2", "train.batch=8", "train.readings_every=1"]
+    trainer = Trainer(load("toy/dmd2-ink", [*cut, "method.reward.after=0", "student.width=16"]), None, cpu=True)
+    readings = trainer.guard.readings
+    assert readings is not None
+    assert readings.count == 256
+    seen: list[Tensor] = []
+    readings.features = lambda x: seen.append(x) or x[:, :1]  # type: ignore[func-returns-value]
+    trainer.fit()
+    assert {len(x) for x in seen} == {256}
+    told = trainer.last_record
+    assert {"reward", "reward_loss", "samples/reward", "samples/distance", "samples/spread"} <= set(told)
+    assert told["reward_loss"] == pytest.approx(-0.5 * told["reward"])

@@ -77,7 +77,7 @@ def compare(
         raise UserError("compare: name a recipe too; a fit trains nothing that a budget could be for")
     for name, recipe in loaded.items():
         allow_own_code(name, settings, recipe)
-        code.require(recipe.teacher)
+        code.require(recipe)
     evaluation = common(loaded, samples)
     check_judges(loaded, evaluation)
     names = folders(dict.fromkeys([*loaded, *fits]))
@@ -116,7 +116,7 @@ def compare(
     again += ["--samples", str(samples)] if samples is not None else []
     again += ["--curve", str(points)] if points else []
     again += [part for s in settings for part in ("--set", s)]
-    again += next((w for recipe in loaded.values() if (w := code.words(recipe.teacher))), [])
+    again += next((w for recipe in loaded.values() if (w := code.words(recipe))), [])
     with claimed(out, resume, {**content, "evaluation": asdict(evaluation)}):
         for task in tasks:
             if task.kept() is not None:

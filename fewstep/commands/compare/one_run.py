@@ -72,7 +72,7 @@ class Task:
     def load(self) -> Recipe:
         seed = () if self.seed is None else (f"train.seed={self.seed}",)
         recipe = load(self.recipe, [*self.settings, *seed, *NEVER])
-        code.allow(recipe.teacher)  # `compare` has asked before it made tasks
+        code.allow(recipe)  # `compare` has asked before it made tasks
         return replace(recipe, evaluate=self.evaluation)
 
     @property
