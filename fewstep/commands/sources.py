@@ -77,6 +77,8 @@ def of_product(preset: Preset, product: Product, group: str, name: str | None = 
         return hashlib.sha256(content.encode()).hexdigest()
 
     classes = own if isinstance(own, Tensor) else None
+    if product.paired is not None:
+        classes = product.paired(preset.number).labels
     reason = "these samples are of no classes"
     free = preset.conditions.kind == "data" and classes is None
     return Model(
