@@ -83,10 +83,10 @@ class Brownian(_Bridge):
 
 @part("process", "i2sb")
 class I2SB(_Bridge):
-    """I2SB's bridge (arXiv 2302.05872): with s^2 the integral of beta from 0 to t and sb^2 that from t to 1,
-    w0 = sb^2 / (s^2 + sb^2), w1 = s^2 / (s^2 + sb^2), variance s^2 sb^2 / (s^2 + sb^2).
+    """I2SB's bridge, a Brownian one of uneven clock (arXiv 2302.05872).
 
-    sqrt(beta) rises linearly up to t = 1/2 and falls back; a constant beta is the Brownian bridge with eps = beta. The
+    With s^2 the integral of beta from 0 to t and sb^2 that from t to 1: w0 = sb^2 / (s^2 + sb^2), w1 = s^2 / (s^2 + sb^2),
+    variance s^2 sb^2 / (s^2 + sb^2). sqrt(beta) rises linearly up to t = 1/2 and falls back; a constant beta is the Brownian bridge with eps = beta. The
     defaults are those of the released tables of 1000 steps (1e-4 to .3 / 1000), as remembered: compare them with the
     configuration of a network that you bring.
     """
