@@ -104,7 +104,8 @@ class _Data:
 
 def _opened(spec: Any) -> Any:
     if hasattr(spec, "image_outline"):
-        return _Data(*spec.outline(), spec.image_outline())
+        shape, classes = spec.outline()
+        return _Data(shape, classes, spec.image_outline())
     if getattr(spec, "encoder", None) is None:
         return spec.open()
     return _Data(spec.shape, 0) if hasattr(spec, "shape") else replace(spec, encoder=None).open()

@@ -167,7 +167,7 @@ def stock_of(product: Product) -> tuple[Folder, Any, Stock]:
 
 def pipeline_name(source: Folder, wrapper: Any) -> str:
     """The stock pipeline of a student: its teacher's, or the one that hands on a picture."""
-    return str(wrapper.pipeline if wrapper.image else source.index["_class_name"])
+    return str(wrapper.pipeline if wrapper.image_channels else source.index["_class_name"])
 
 
 _DEFAULTS: dict[str, dict[str, Any]] = {
@@ -201,7 +201,7 @@ def settings_of(product: Product, source: Folder, wrapper: Any) -> dict[str, Any
 def call_of(product: Product, source: Folder, wrapper: Any, stock: Stock) -> dict[str, Any]:
     """What the pipeline is called with for an example."""
     what = {"class_labels": [product.example]} if "label" in wrapper.needs else {"prompt": "a red fox in the snow"}
-    if wrapper.image and not product_has_text(product):
+    if wrapper.image_channels and not product_has_text(product):
         what = {}
     return what | stock.call | settings_of(product, source, wrapper)
 
@@ -260,9 +260,9 @@ def _rounded(net: Denoiser, dtype: torch.dtype) -> Denoiser:
 
 def usage_of(product: Product, name: str, wrapper: Any, call: Mapping[str, Any]) -> Callable[[str], str]:
     """The lines that run an export, given its folder."""
-    if not wrapper.image:
+    if not wrapper.image_channels:
         return partial(usage, name, call)
-    size = tuple(image_of(product) or (wrapper.image, *wrapper.sample_size()))
+    size = tuple(image_of(product) or (wrapper.image_channels, *wrapper.sample_size()))
     return partial(picture_usage, call, size, int(wrapper.config.encoder_hid_dim))
 
 
@@ -274,8 +274,8 @@ def image_of(product: Product) -> tuple[int, ...] | None:
 
 def _save(source: Folder, wrapper: Any, scheduler: Any, dtype: torch.dtype, to: Path) -> None:
     """The source's folder with another network and scheduler. Text encoders are copied, not loaded."""
-    index = dict(source.index) | ({"_class_name": wrapper.pipeline} if wrapper.image else {})
-    model = whole_model(wrapper)
+    index = dict(source.index) | ({"_class_name": wrapper.pipeline} if wrapper.image_channels else {})
+    model: Any = whole_model(wrapper)
     for name, entry in index.items():
         if part_of(entry) and name not in (source.component, "scheduler"):
             shutil.copytree(source.root / name, to / name)
@@ -283,7 +283,7 @@ def _save(source: Folder, wrapper: Any, scheduler: Any, dtype: torch.dtype, to: 
     model.save_pretrained(to / source.component, safe_serialization=True)
     scheduler.save_pretrained(to / "scheduler")
     index["scheduler"] = ["diffusers", type(scheduler).__name__]
-    if wrapper.image:
+    if wrapper.image_channels:
         shutil.rmtree(to / NOISING, ignore_errors=True)
         save_noising(to, index)
     (to / "model_index.json").write_text(json.dumps(index, indent=2))

@@ -22,7 +22,7 @@ NOISING = "image_noising_scheduler"
 def whole_model(wrapper: Any) -> nn.Module:
     """A copy of the wrapped model whose first layer takes x and the picture as one input."""
     model: Any = copy.deepcopy(wrapper.model)
-    if wrapper.image:
+    if wrapper.image_channels:
         model.conv_in = joined(model.conv_in, wrapper.picture)
         model.register_to_config(in_channels=model.conv_in.in_channels)
     return model
@@ -37,17 +37,17 @@ def no_noise() -> Any:
 
 def check_picture(wrapper: Any, stock: Stock) -> None:
     """ExportRefused where no stock pipeline hands this network its picture as it was trained with it."""
-    if not wrapper.image:
+    if not wrapper.image_channels:
         return
     if wrapper.pipeline != "IFSuperResolutionPipeline":
         raise ExportRefused(
             f"no stock pipeline joins a picture to the input of a {type(wrapper.model).__name__}; train the network as "
             f"`unet-text`, whose students IFSuperResolutionPipeline runs; {INSTEAD}"
         )
-    if wrapper.image != wrapper.channels():
+    if wrapper.image_channels != wrapper.channels():
         raise ExportRefused(
             f"IFSuperResolutionPipeline takes pictures of as many channels as samples have, {wrapper.channels()}, and "
-            f"this student was trained with {wrapper.image}; {INSTEAD}"
+            f"this student was trained with {wrapper.image_channels}; {INSTEAD}"
         )
     if stock.name == "EulerDiscreteScheduler":
         raise ExportRefused(

@@ -55,8 +55,8 @@ def save_text_teacher(product: Product, folder: Path) -> None:
         timestep_spacing="trailing",
     )
     absent: Any = dict.fromkeys(("tokenizer", "text_encoder", "safety_checker", "feature_extractor", "watermarker"))
-    more = {"image_noising_scheduler": no_noise()} if net.net.image else {}
-    pipe: Any = (IFSuperResolutionPipeline if net.net.image else IFPipeline)(
+    more = {"image_noising_scheduler": no_noise()} if net.net.image_channels else {}
+    pipe: Any = (IFSuperResolutionPipeline if net.net.image_channels else IFPipeline)(
         **absent,
         **more,
         unet=whole_model(net.net).cpu().eval(),

@@ -49,6 +49,13 @@ class Bridged(nn.Module):
     def takes_s(self) -> bool:
         return goes_to(self.inputs)
 
+    def add_image(self, channels: int) -> None:
+        """Show the network its source too, without effect yet. Raises ValueError where it sees it."""
+        if self.sees:
+            raise ValueError("it sees its source already")
+        self.denoiser.add_image(channels)  # type: ignore[operator]
+        self.sees = True
+
     def add_inputs(self, names: tuple[str, ...]) -> None:
         self.denoiser.add_inputs(names)  # type: ignore[operator]
 

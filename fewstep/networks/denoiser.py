@@ -74,9 +74,9 @@ class Denoiser(nn.Module):
         return tuple(getattr(self.net, "extras", ()))
 
     @property
-    def image(self) -> int:
+    def image_channels(self) -> int:
         """Channels of the picture that conditions it, cond["image"]; 0 for none."""
-        return int(getattr(self.net, "image", 0))
+        return int(getattr(self.net, "image_channels", 0))
 
     @property
     def takes_s(self) -> bool:
@@ -177,8 +177,8 @@ class Rescheduled(nn.Module):
         self.denoiser.add_inputs(names)  # type: ignore[operator]
 
     @property
-    def image(self) -> int:
-        return int(getattr(self.denoiser, "image", 0))
+    def image_channels(self) -> int:
+        return int(getattr(self.denoiser, "image_channels", 0))
 
     def add_image(self, channels: int) -> None:
         self.denoiser.add_image(channels)  # type: ignore[operator]

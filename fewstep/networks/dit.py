@@ -76,7 +76,7 @@ class DiT(nn.Module):
             raise ValueError(f"heads {heads} must divide width {width}")
         self.shape, self.patch = shape, patch
         self.embed = nn.Linear(c * patch * patch, width)
-        self.image = image
+        self.image_channels = image
         self.picture = nn.Linear(image * patch * patch, width, bias=False) if image else None
         self.position = nn.Parameter(0.02 * torch.randn(1, (h // patch) * (w // patch), width))
         self.time = Fourier(width)
@@ -89,10 +89,10 @@ class DiT(nn.Module):
 
     def add_image(self, channels: int) -> None:
         """Take cond["image"] of so many channels, without effect yet. Raises ValueError where it takes one."""
-        if self.image:
-            raise ValueError(f"this DiT takes a picture of {self.image} channels already")
+        if self.image_channels:
+            raise ValueError(f"this DiT takes a picture of {self.image_channels} channels already")
         weight = self.embed.weight
-        self.image, columns = channels, channels * self.patch**2
+        self.image_channels, columns = channels, channels * self.patch**2
         self.picture = nn.Linear(columns, weight.shape[0], bias=False, device=weight.device, dtype=weight.dtype)
         nn.init.zeros_(self.picture.weight)
 
@@ -116,14 +116,16 @@ class DiT(nn.Module):
         unknown = set(taps) - {f"block{i}" for i in range(len(self.blocks))}
         if unknown:
             raise ValueError(f"taps {sorted(unknown)} are unknown; allowed: block0..block{len(self.blocks) - 1}")
-        given = checked(cond, ("image",) if self.image else (), ("label",), "DiT")
+        given = checked(cond, ("image",) if self.image_channels else (), ("label",), "DiT")
         embedding = self.time(time) + self.extras.embed(extras)
         if self.label is not None and "label" in given:
             embedding = embedding + self.label(given["label"])
         embedding = F.silu(embedding)
         tokens = self.embed(self._tokens(x))
         if self.picture is not None:
-            tokens = tokens + self.picture(self._tokens(image_at(given["image"], x, self.image, "DiT").to(x.dtype)))
+            tokens = tokens + self.picture(
+                self._tokens(image_at(given["image"], x, self.image_channels, "DiT").to(x.dtype))
+            )
         tokens = tokens + self.position
         features: dict[str, Tensor] = {}
         for i, block in enumerate(self.blocks):

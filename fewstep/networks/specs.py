@@ -12,7 +12,7 @@ from fewstep.algebra.process import EDM, DiscreteVP, Flow, ProcessPart
 from fewstep.config import Count, RecipeError, config, part
 from fewstep.files import expanded
 from fewstep.networks.adapters import Adapted, fresh_name, plain_copy
-from fewstep.networks.denoiser import Denoiser
+from fewstep.networks.denoiser import Denoiser, Rescheduled
 from fewstep.networks.dit import DiT
 from fewstep.networks.extras import Input
 from fewstep.networks.heads import Discriminator, LogVar
@@ -66,8 +66,9 @@ class Copy:
                 twin.add_image(self.image)  # type: ignore[operator]
             except (AttributeError, ValueError) as error:
                 raise RecipeError(f"copy.image: the {self.of} cannot take a picture: {error}") from None
-        if denoiser is not None and "image" not in self.ignore and (self.image or site.image is not None):
-            check_image(site, int(getattr(twin, "image", 0)), "copy.image")
+        asked = self.image or site.image is not None
+        if isinstance(twin, Denoiser | Rescheduled) and "image" not in self.ignore and asked:
+            check_image(site, int(getattr(twin, "image_channels", 0)), "copy.image")
         if self.inputs:
             try:
                 seeded(site, lambda: twin.add_inputs(self.inputs))  # type: ignore[operator]

@@ -88,8 +88,8 @@ class DiffusersTeacher:
                 f"{own}) must mean the same"
             )
         shown = None if "image" in (*self.ignore, *self.see) else site.image
-        if shown is not None and net.image != shown[0]:
-            takes = f"takes a picture of {net.image} channels" if net.image else "takes no picture"
+        if shown is not None and net.image_channels != shown[0]:
+            takes = f"takes a picture of {net.image_channels} channels" if net.image_channels else "takes no picture"
             raise UserError(
                 f"teacher {self.path}: {takes}, and the data's conditions hold one of {list(shown)}; with "
                 "ignore: [image] it is not shown"

@@ -37,6 +37,6 @@ class UNet2D(UNet):
 
     def example(self, b: int, generator: torch.Generator | None = None) -> Any:
         labels = torch.randint(self.classes, (b,), generator=generator) if self.classes else None
-        if not self.image:
+        if not self.image_channels:
             return labels
         return ({} if labels is None else {"label": labels}) | self.example_image(b, generator)

@@ -244,7 +244,7 @@ def _open_folder(path: Path) -> Product:
     net = load_denoiser(str(path), classes=note.classes, size=note.size)
     read_folder(str(path)).require_agreement()
     wrapper: Any = net.net
-    if wrapper.image:
+    if wrapper.image_channels:
         raise UserError(
             f"{path}: makes samples from a picture; draw from it with diffusers' {wrapper.pipeline}, as its card shows, "
             "or open the run that it was exported from"

@@ -71,7 +71,7 @@ def test_a_teacher_is_opened_again_as_it_was_written(teacher: Path):
     assert index["_class_name"] == "IFSuperResolutionPipeline"
     assert (config["in_channels"], config["out_channels"]) == (2, 1)
     net: Any = load_denoiser(teacher)
-    assert (net.image, net.net.channels()) == (1, 1)
+    assert (net.image_channels, net.net.channels()) == (1, 1)
 
 
 @pytest.mark.parametrize("steps", [[1.0], [1.0, 0.75, 0.5, 0.25]], ids=["ddim", "lcm"])
@@ -88,16 +88,16 @@ def test_the_stock_pipeline_draws_what_the_sampler_draws(teacher: Path, tmp_path
 
 def test_what_no_stock_pipeline_does_is_refused():
     class Other:
-        image, pipeline, model = 1, "ConsistencyModelPipeline", torch.nn.Identity()
+        image_channels, pipeline, model = 1, "ConsistencyModelPipeline", torch.nn.Identity()
 
     class Wide:
-        image, pipeline, model = 3, "IFSuperResolutionPipeline", torch.nn.Identity()
+        image_channels, pipeline, model = 3, "IFSuperResolutionPipeline", torch.nn.Identity()
 
         def channels(self) -> int:
             return 1
 
     class Fits(Wide):
-        image = 1
+        image_channels = 1
 
     ddim, euler = Stock("DDIMScheduler", {}, {}, None), Stock("EulerDiscreteScheduler", {}, {}, None)  # type: ignore[arg-type]
     with pytest.raises(ExportRefused, match="no stock pipeline joins a picture to the input of a Identity; train"):

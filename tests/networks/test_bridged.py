@@ -101,7 +101,8 @@ def test_a_recipes_bridge_and_its_copy_answer_alike():
     site = Site((1, 4, 6), 0, {}, 0, (1, 4, 6))
     net: Any = spec.build(site)
     net.denoiser.net.last.weight.data.normal_()
-    twin: Any = Copy(ignore=("image",)).build(Site((1, 4, 6), 0, {"teacher": net}, 0, (1, 4, 6)))
+    twin: Any = Copy(image=1).build(Site((1, 4, 6), 0, {"teacher": net}, 0, (1, 4, 6)))
+    assert (net.sees, twin.sees) == (False, True)
     y, t = torch.randn(3, 1, 4, 6), torch.tensor([0.2, 0.9, 1.0])
     cond = {"image": torch.randn(3, 1, 4, 6)}
     assert torch.equal(net(y, t, cond).x0, twin(y, t, cond).x0)

@@ -51,7 +51,7 @@ def test_a_copy_with_a_picture_is_the_teacher_bit_for_bit(name):
     x, t = inputs(teacher)
     text = {"text": torch.randn(3, 5, 4)} if name == "unet-text" else {}
     assert torch.equal(teacher(x, t, text or None).x0, copy(x, t, text | {"image": image()}).x0)
-    assert (copy.image, teacher.image) == (IMAGE[0], 0)
+    assert (copy.image_channels, teacher.image_channels) == (IMAGE[0], 0)
     copy.net.picture.weight.data.normal_(0, 0.3)
     assert not torch.equal(teacher(x, t, text or None).x0, copy(x, t, text | {"image": image()}).x0)
     with pytest.raises(RecipeError, match=r"copy.image: the teacher cannot take a picture: .* takes a picture of 3"):

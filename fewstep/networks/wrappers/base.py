@@ -95,14 +95,14 @@ class Wrapper(nn.Module):
         return []
 
     @property
-    def image(self) -> int:
+    def image_channels(self) -> int:
         """Channels of cond["image"], a picture that conditions; 0: it takes none."""
         return 0 if self.picture is None else int(self.picture.in_channels)
 
     @property
     def wanted(self) -> tuple[str, ...]:
         """Keys that a condition must have, with that of a picture."""
-        return (*self.needs, "image") if self.image else self.needs
+        return (*self.needs, "image") if self.image_channels else self.needs
 
     def first(self) -> Any:
         """The first convolution, beside which a picture enters; ValueError for a model whose pictures do not so."""
@@ -111,7 +111,9 @@ class Wrapper(nn.Module):
     def add_image(self, channels: int) -> None:
         """Take cond["image"] of so many channels, without effect yet. Raises ValueError where it cannot or does."""
         if self.picture is not None:
-            raise ValueError(f"this {type(self.model).__name__} takes a picture of {self.image} channels already")
+            raise ValueError(
+                f"this {type(self.model).__name__} takes a picture of {self.image_channels} channels already"
+            )
         self.picture = beside(self.first(), channels)
 
     def call(self, x: Tensor, time: Tensor, cond: Mapping[str, Tensor]) -> Tensor:
@@ -238,8 +240,8 @@ class Wrapper(nn.Module):
             if isinstance(further, Tensor):
                 # diffusers has no argument for inputs of ours: they join where it adds its own conditions.
                 handles += [m.register_forward_hook(lambda _m, _a, out: out + further) for m in self.embedders()]
-            if self.image:
-                shown = self.picture(image_at(given["image"], x, self.image, who).to(dtype))
+            if self.image_channels:
+                shown = self.picture(image_at(given["image"], x, self.image_channels, who).to(dtype))
                 handles.append(self.first().register_forward_hook(lambda _m, _a, out: out + shown))
             return self.call(x.to(dtype), time, moved(given, dtype=dtype)), features
         except _Stop:

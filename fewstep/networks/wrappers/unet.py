@@ -31,7 +31,7 @@ class UNet(Wrapper):
 
     def example_image(self, b: int, generator: torch.Generator | None = None) -> dict[str, Tensor]:
         """A random picture of x's size."""
-        return {"image": noise(generator, b, self.image, *self.sample_size())} if self.image else {}
+        return {"image": noise(generator, b, self.image_channels, *self.sample_size())} if self.image_channels else {}
 
     @property
     def width(self) -> int:

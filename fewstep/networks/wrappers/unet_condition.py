@@ -49,7 +49,7 @@ class UNetCondition(UNet):
 
     def _without_text(self) -> None:
         """A network of pixels that takes a picture may go without words: one token of zeros stands for them."""
-        if self.image and self.config.addition_embed_type == "text":
+        if self.image_channels and self.config.addition_embed_type == "text":
             self.pipeline = "IFSuperResolutionPipeline"  # type: ignore[misc]
             self.needs, self.takes = (), ("text",)  # type: ignore[misc, assignment]
 
@@ -84,7 +84,7 @@ class UNetCondition(UNet):
 
     def arguments(self, cond: Mapping[str, Tensor], size: tuple[int, ...]) -> dict[str, Any]:
         out: dict[str, Any] = {"prompt_embeds": self.words(cond, len(next(iter(cond.values()))))}
-        if self.image:
+        if self.image_channels:
             out["image"] = cond["image"]
         if self.added:
             out["pooled_prompt_embeds"] = cond["pooled"]
