@@ -18,12 +18,12 @@ from fewstep.eval.errors import InputError
 from fewstep.eval.features.base import FeatureExtractor
 from fewstep.eval.features.clip import ClipRecipe, ClipScorer, clip_images
 from fewstep.eval.features.retrieval import Retrieval
-from fewstep.eval.metrics import measures
+from fewstep.eval.metrics import measures, paired
 from fewstep.eval.metrics.energy import energy_distance
 from fewstep.eval.metrics.estimate import Estimate
 from fewstep.eval.metrics.frechet import frechet_distance
 from fewstep.eval.protocol.evaluation import Evaluation, environment
-from fewstep.eval.protocol.preset import ClipScore, Preset, labels_of
+from fewstep.eval.protocol.preset import PAIRED, ClipScore, Preset, labels_of
 from fewstep.eval.protocol.reference import Reference
 from fewstep.eval.protocol.runner import Samples
 
@@ -43,6 +43,7 @@ class Inputs:
     clip: ClipScorer | None
     prompts: Sequence[str] | None
     retrieval: Retrieval | None
+    paired: paired.Paired | None
 
 
 def evaluate(
@@ -57,6 +58,7 @@ def evaluate(
     clip: ClipScorer | None = None,
     prompts: Sequence[str] | None = None,
     retrieval: Retrieval | None = None,
+    pairs: paired.Paired | None = None,
     **more: Any,
 ) -> Evaluation:
     """All metrics of `preset` for generated `samples` (one per repetition).
@@ -67,6 +69,7 @@ def evaluate(
         omit: metrics to leave out, with the reason that is reported.
         clip, prompts: for the metric clip-score, beside `samples` with CLIP's features.
         retrieval: for the metric retrieval, beside `samples` with their images.
+        pairs: for the metrics psnr, consistency, sharpness and spread, beside `samples` with their images.
         more: further fields of the Evaluation, such as seconds and calls.
 
     A metric that lacks what it needs (a classifier, classes, enough samples) is left out, and `omitted` says why; one of
@@ -99,6 +102,7 @@ def evaluate(
         clip=clip,
         prompts=prompts,
         retrieval=retrieval,
+        paired=pairs,
     )
     found: Entries = {}
     for metric in wanted:
@@ -218,6 +222,38 @@ def _retrieval(i: Inputs) -> Entries:
     return {f"caption found among {min(100, count)}": estimate.as_dict()}
 
 
+def _drawn(i: Inputs, metric: str) -> tuple[paired.Paired, list[Tensor]]:
+    """What the samples were made from, and the sets of samples in [-1, 1]."""
+    if i.paired is None:
+        raise InputError(f"{metric}: needs the pictures that samples were made from; they are a run's on data degraded")
+    return i.paired, [torch.cat(list(run.images())).float() / 127.5 - 1 for run in i.runs]
+
+
+def _psnr(i: Inputs) -> Entries:
+    pairs, sets = _drawn(i, "psnr")
+    entries = {"PSNR of a sample (dB)": paired.psnr(sets[0], pairs.truth).as_dict()}
+    if len(sets) > 1:
+        mean = torch.stack(sets).mean(0)
+        entries[f"PSNR of the mean of {len(sets)} (dB)"] = paired.psnr(mean, pairs.truth).as_dict()
+    return entries
+
+
+def _consistency(i: Inputs) -> Entries:
+    pairs, sets = _drawn(i, "consistency")
+    return {"consistency |A(x) - c|": paired.consistency(sets[0], pairs).as_dict()}
+
+
+def _sharpness(i: Inputs) -> Entries:
+    pairs, sets = _drawn(i, "sharpness")
+    real = paired.sharpness(pairs.truth).value
+    return {f"sharpness (data {real:.3f})": paired.sharpness(sets[0]).as_dict()}
+
+
+def _spread(i: Inputs) -> Entries:
+    _, sets = _drawn(i, "spread")
+    return {f"spread of {len(sets)}": paired.spread(sets).as_dict()}
+
+
 METRICS: dict[str, Callable[[Inputs], Entries]] = {
     "fd": _fd,
     "kid": _kid,
@@ -230,8 +266,12 @@ METRICS: dict[str, Callable[[Inputs], Entries]] = {
     "energy": _energy,
     "clip-score": _clip_score,
     "retrieval": _retrieval,
+    "psnr": _psnr,
+    "consistency": _consistency,
+    "sharpness": _sharpness,
+    "spread": _spread,
 }
-NEEDS_MORE = ("clip-score", "retrieval")
+NEEDS_MORE = ("clip-score", "retrieval", *PAIRED)
 """Metrics of what the caller hands over beside the samples; to do without them is for `omit` to say."""
 NEEDS_FEATURES = ("kid", "cmmd", "prdc3", "prdc5", "energy")
 

@@ -179,6 +179,8 @@ def _steps(chain: Iterable[ResizeStep]) -> list[Step]:
     return [Step(step.op, step.size) for step in chain]
 
 
+PAIRED = ("psnr", "consistency", "sharpness", "spread")
+"""Metrics of samples that were each made from a picture."""
 METRICS = (
     "fd",
     "kid",
@@ -191,6 +193,7 @@ METRICS = (
     "energy",
     "clip-score",
     "retrieval",
+    *PAIRED,
 )
 
 

@@ -21,6 +21,8 @@ KEYS: dict[str, str] = {
     "aspect": "(b, 1) height / width (PixArt-alpha at 1024)",
     "label": "(b,) int64 class number",
     "guidance": "(b,) guidance scale that the network takes as an input (Flux-dev, SANA-Sprint)",
+    "image": "(b, c, h, w) picture that conditions, in [-1, 1]: low resolution, edges, mask, the source of a bridge",
+    "easy": "(b, c, h, w) a picture of the same sample that tells more, for networks that `see: {image: easy}`",
 }
 """Keys of a condition and what their tensors are."""
 
@@ -42,6 +44,24 @@ def checked(cond: Any, needs: Iterable[str], takes: Iterable[str], who: str) -> 
     if unknown:
         raise ValueError(f"{who}: does not take cond[{unknown[0]!r}]; it takes {', '.join(needs + takes) or 'none'}")
     return given
+
+
+def seen(cond: Any, ignore: Iterable[str] = (), see: Mapping[str, str] | None = None) -> Any:
+    """What one network is shown of a condition: key k is cond[see[k]], the keys `ignore` are left out.
+
+    "easy" is shown under the key that sees it and under no other. A label tensor and None stay as they are. Raises
+    ValueError for a key of `see` whose picture the condition lacks.
+    """
+    if cond is None or isinstance(cond, Tensor):
+        return cond
+    out = {k: v for k, v in cond.items() if k != "easy" and k not in ignore}
+    for key, source in (see or {}).items():
+        if source not in cond:
+            raise ValueError(
+                f"see: the condition lacks cond[{source!r}] to be shown as {key!r}; it has {', '.join(cond)}"
+            )
+        out[key] = cond[source]
+    return out or None
 
 
 def rows(cond: Any, part: slice | Tensor) -> Any:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -9,8 +11,12 @@ from fewstep.algebra.process import Process, bc
 
 
 def angle_of(process: Process, t: Tensor) -> Tensor:
-    """atan2(sigma, alpha) in [0, pi/2]: the noise level that different processes share."""
-    return torch.atan2(process.sigma(t), process.alpha(t))
+    """atan2(sigma, alpha) in [0, pi/2]: the noise level that different processes share.
+
+    pi/2, the limit, where both are 0 at the source of a bridge.
+    """
+    alpha, sigma = process.alpha(t), process.sigma(t)
+    return torch.where((alpha == 0) & (sigma == 0), math.pi / 2, torch.atan2(sigma, alpha)).to(t.dtype)
 
 
 def transition(process: Process, s: Tensor | None, t: Tensor) -> tuple[Tensor, Tensor]:

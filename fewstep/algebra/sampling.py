@@ -10,6 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from fewstep.algebra.bridge import is_source
 from fewstep.algebra.draws import Draws, fold
 from fewstep.algebra.jump import Solver, ask, calls, clean, solver_step, times_of
 from fewstep.algebra.noising import transition
@@ -32,9 +33,10 @@ class Sampler:
     3
     """
 
-    kind: Literal["renoise", "ode", "gamma", "map"] = "renoise"
+    kind: Literal["renoise", "ode", "gamma", "map", "ancestral"] = "renoise"
     """renoise: a fresh re-noising of x0 between steps (CM, DMD2, LCM); ode: the solver below; gamma: TCD;
-    map: the student's own jumps from level to level (flow maps, segments, DDIM students)."""
+    map: the student's own jumps from level to level (flow maps, segments, DDIM students); ancestral: a draw from
+    q(x_s | x_t, x0), as DDPM, Euler ancestral and I2SB take their steps."""
     steps: tuple[float, ...] = (1.0,)
     """Levels u in (0, 1], decreasing. The last call's x0 is the sample."""
     solver: Solver = "ddim"
@@ -124,6 +126,11 @@ def sample(
     if sampler.kind == "ode" and not sampler.history:
         for i, (t, s) in enumerate(pairwise(times)):
             here = net if seen is None else told(net, i, seen)
+            if is_source(process, t):
+                if fresh is None:
+                    raise ValueError("an ode sampler leaves the source of a bridge by noise: it needs `fresh` noise")
+                x = renoise(process, here(x, t.expand(b), cond).x0, fresh(i), s.expand(b))
+                continue
             x = solver_step(here, x, t.expand(b), s.expand(b), cond, sampler.solver)
         last_answer = net(x, times[-1].expand(b), cond)
         if seen is not None:
@@ -132,6 +139,11 @@ def sample(
     kind = "map" if sampler.kind == "ode" else sampler.kind
     if len(sampler.steps) > 1 and fresh is None and kind != "map":
         raise ValueError(f"a {kind} sampler of {len(sampler.steps)} steps needs `fresh` noise")
+    if kind == "map" and len(times) > 1 and is_source(process, times[:1]):
+        raise ValueError(
+            "a bridge is its source at level 1, where nothing says in which direction to go: start kind map below 1, or "
+            "leave by noise with kind renoise or ancestral"
+        )
     before: Tensor | None = None
     for i, t in enumerate(times):
         t, scale = t.expand(b), sampler.guidance_at(sampler.steps[i])
@@ -158,6 +170,8 @@ def sample(
         assert fresh is not None
         if kind == "renoise":
             x = renoise(process, prediction.x0, fresh(i), s)
+        elif kind == "ancestral":
+            x = ancestral_step(prediction, s, fresh(i))
         else:
             x = gamma_step(prediction, s, sampler.eta, fresh(i))
     return prediction.x0
@@ -187,7 +201,7 @@ def clipped(prediction: Prediction, quantile: float) -> Prediction:
 
 def _aim(sampler: Sampler, process: Process, s: Tensor, last: bool) -> Tensor:
     """Where the call's answer is used: the next level, TCD's way point, or the clean end."""
-    if sampler.kind == "renoise" or last:
+    if sampler.kind in ("renoise", "ancestral") or last:
         return clean(process, s)
     return way_point(process, s, sampler.eta) if sampler.kind == "gamma" else s
 
@@ -217,6 +231,21 @@ def gamma_step(prediction: Prediction, s: Tensor, eta: float, noise: Tensor) -> 
     x = torch.where(there, prediction.at(waypoint), prediction.x0)
     alpha, sigma = transition(process, waypoint, s)
     return bc(alpha, x) * x + bc(sigma, x) * noise
+
+
+def ancestral_step(prediction: Prediction, s: Tensor, noise: Tensor) -> Tensor:
+    """A draw from q(x_s | x_t, x0) at times s (b,) below t: DDPM's step (arXiv 2006.11239, eq. 7), I2SB's in y.
+
+    With S = sigma / alpha it is DDIM to S_s^2 / S_t, then noise up to S_s; Euler ancestral's sigma_down is that place.
+    """
+    p, t, x0 = prediction.process, prediction.t, prediction.x0
+    alpha_t, alpha_s, sigma_s = p.alpha(t), p.alpha(s), p.sigma(s)
+    variance = p.sigma(t) ** 2
+    safe = torch.where(variance == 0, torch.ones_like(variance), variance)  # a bridge's source, where x is 0
+    kept = sigma_s**2 * alpha_t / (alpha_s * safe)
+    share = kept * alpha_t / alpha_s
+    mean = bc(alpha_s * (1 - share), x0) * x0 + bc(kept, x0) * prediction.x
+    return mean + bc(sigma_s * torch.sqrt((1 - share).clamp_min(0)), x0) * noise
 
 
 def seeded(seed: int, index: Tensor, shape: tuple[int, ...]) -> tuple[Tensor, Fresh]:

@@ -40,10 +40,11 @@ SHAPING = (
 
 @dataclass
 class Roles:
-    """shape, classes: of the data, where it is here. modules: by role. absent: by key, why something is not known."""
+    """shape, classes, image: of the data, where it is here. modules: by role. absent: why a key is not known."""
 
     shape: tuple[int, ...] = ()
     classes: int | None = None
+    image: tuple[int, ...] | None = None
     modules: dict[str, nn.Module] = field(default_factory=dict)
     absent: dict[str, str] = field(default_factory=dict)
 
@@ -67,6 +68,7 @@ def look(recipe: Recipe, source: Source | None = None) -> Roles:
     told = attempt("data", data.outline, data.name)
     if told is not None:
         found.shape, found.classes = told
+        found.image = data.image_outline() if hasattr(data, "image_outline") else None
         if data.conditions is None:
             attempt("data", lambda: recipe.check_conditions("classes" if found.classes else "none"))
     if encoder := getattr(data, "encoder", None):
@@ -102,7 +104,7 @@ def _role(recipe: Recipe, name: str, spec: Any, found: Roles) -> nn.Module | Non
         return None  # why that one is not known is said
     if not found.shape:
         return None
-    site = Site(found.shape, found.classes or 0, found.modules, 0)
+    site = Site(found.shape, found.classes or 0, found.modules, 0, found.image)
     refuse_code(f"roles.{name}" if name in recipe.roles else name, spec)
     if kind in ("lpips", "clip"):
         spec.check(site)
@@ -132,11 +134,11 @@ def _reward(recipe: Recipe, found: Roles) -> None:
 def _teacher(spec: Any, data: Any, found: Roles) -> nn.Module:
     refuse_code("teacher", spec)
     if spec.name != "diffusers":
-        return spec.build(Site(found.shape, found.classes or 0, {}, 0))
+        return spec.build(Site(found.shape, found.classes or 0, {}, 0, found.image))
     net = outlined_teacher(spec, data, found.classes)
     wrapper: Any = net.net
     if found.shape:
-        spec.check(net, Site(found.shape, found.classes or 0, {}, 0))
+        spec.check(net, Site(found.shape, found.classes or 0, {}, 0, found.image))
     else:
         found.shape = (wrapper.channels(), *wrapper.sample_size())
     read_folder(spec.path).require_agreement()

@@ -17,7 +17,7 @@ from torch import Tensor
 from fewstep.algebra.guidance import guided_teacher
 from fewstep.commands.against import pipeline_shape, source_of
 from fewstep.commands.assisting import parse_assist, with_assist
-from fewstep.commands.judge import Judge, captions_of, check_fit, open_judge, preset_of, refusals, reward_of
+from fewstep.commands.judge import Judge, captions_of, check_fit, open_judge, paired_of, preset_of, refusals, reward_of
 from fewstep.commands.measure import teacher_product
 from fewstep.commands.options import parse_steps
 from fewstep.commands.processes import world
@@ -65,6 +65,7 @@ def run(request: Request) -> list[Evaluation]:
         files,
         data=source_of(recipe, "data" if spec is None else spec.against, shape),
         retrieval=None if captions is None or product is None else captions_of(product, captions),
+        paired=paired_of(preset, product, request.omit or ()),
         extractor_path=weights_of(request, spec),
         omit=request.omit or (),
     )

@@ -10,6 +10,8 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
+import torch.nn.functional as F
+
 from fewstep.algebra.guidance import guided_teacher
 from fewstep.commands.export import show_export
 from fewstep.commands.fitted_row import calls_of, fitted_teacher, wish_for
@@ -140,6 +142,10 @@ def _measure(trainer: Trainer, student: Product, run: Path, judge: Judge, best: 
     report = {"rows": [r.as_json() for r in rows], **told, **{k: v for k, v in more.items() if v is not None}}
     with atomic_path(run / "report" / "results.json") as aside:
         aside.write_text(json.dumps(report, indent=1))
+    if student.paired is not None:
+        pairs = student.paired(len(panels[-1][1]))
+        given = F.interpolate(pairs.given, pairs.truth.shape[-2:], mode="nearest")
+        panels = [("given", given), *panels, ("truth", pairs.truth)]
     save_side_by_side(panels, run / "report" / "side-by-side.png")
     if success is not None:
         say_success(success)

@@ -20,9 +20,10 @@ from fewstep.eval.features.base import FeatureExtractor
 from fewstep.eval.features.clip import ClipScorer, tokenise
 from fewstep.eval.features.extractors import build_extractor
 from fewstep.eval.features.retrieval import Retrieval
+from fewstep.eval.metrics.paired import Paired
 from fewstep.eval.protocol.evaluate import evaluate, preset_clip, prompts_digest
 from fewstep.eval.protocol.evaluation import Evaluation
-from fewstep.eval.protocol.preset import Preset, load_preset, require_files
+from fewstep.eval.protocol.preset import PAIRED, Preset, load_preset, require_files
 from fewstep.eval.protocol.prompts import prompts_of
 from fewstep.eval.protocol.reference import Reference, Source, preset_reference
 from fewstep.eval.protocol.runner import Job, Samples, make_samples, shard_size
@@ -44,6 +45,7 @@ class Judge:
     prompts: Sequence[str] | None = None
     clip: ClipScorer | None = None
     retrieval: Retrieval | None = None
+    paired: Paired | None = None
     omit: Mapping[str, str] = field(default_factory=dict)
     reward: tuple[str, nn.Module] | None = None
     """What the run calls it, and the network."""
@@ -65,7 +67,7 @@ class Judge:
             batch_size=batch,
             quantiser=preset.quantiser,
             chain=preset.steps,
-            keep_images=self.retrieval is not None or self.reward is not None,
+            keep_images=any(part is not None for part in (self.retrieval, self.reward, self.paired)),
             clip_chain=preset.clip_steps,
         )
 
@@ -87,6 +89,7 @@ class Judge:
             clip=self.clip,
             prompts=self.prompts,
             retrieval=self.retrieval,
+            pairs=self.paired,
             group=model.group,
             steps=model.steps,
             calls=model.calls,
@@ -157,6 +160,7 @@ def open_judge(
     *,
     data: Source | None = None,
     retrieval: Retrieval | None = None,
+    paired: Paired | None = None,
     extractor_path: Path | None = None,
     omit: Sequence[str] = (),
 ) -> Judge:
@@ -173,6 +177,7 @@ def open_judge(
         prompts=prompts,
         clip=clip,
         retrieval=retrieval,
+        paired=paired,
         omit=dict.fromkeys(omit, "left out by --omit"),
     )
 
@@ -194,8 +199,26 @@ def judge_of(product: Product, spec: Evaluate) -> Judge:
     captions = None if spec.retrieval is None else captions_of(product, spec.retrieval)
     path = None if spec.extractor_path is None else expanded(spec.extractor_path)
     data = source_of(recipe, spec.against, shape)
-    judge = open_judge(preset, files, data=data, retrieval=captions, extractor_path=path)
+    pairs = paired_of(preset, product)
+    judge = open_judge(preset, files, data=data, retrieval=captions, paired=pairs, extractor_path=path)
     return replace(judge, reward=reward_of(product))
+
+
+def paired_of(preset: Preset, product: Product | None, omit: Sequence[str] = ()) -> Paired | None:
+    """What a preset's samples are compared with, row by row; None where it asks for no such metric.
+
+    Raises:
+        UserError: it does, and the samples are not made from pictures that are at hand.
+    """
+    asked = [m for m in preset.metrics if m in PAIRED and m not in omit]
+    if not asked:
+        return None
+    if product is None or product.paired is None:
+        raise UserError(
+            f"preset {preset.name} measures {', '.join(asked)}, against the pictures that samples were made from; only a "
+            "run on data: {name: degraded} has them. Give another preset"
+        )
+    return product.paired(preset.number)
 
 
 def check_fit(preset: Preset, shape: Sequence[int], classes: int | None, what: str = "") -> None:

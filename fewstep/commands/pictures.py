@@ -70,6 +70,19 @@ def save_grid(x: Tensor, path: Path, per_row: int = 10) -> None:
     save_picture(_image(x, per_row, max(1, CELL // x.shape[-1])), path)
 
 
+def beside(product: Any, x: Tensor) -> Tensor:
+    """Samples of a product (n, c, h, w), each between what it was made from and the truth, (3n, c, h, w).
+
+    Samples that are made from no picture stay as they are.
+    """
+    if product.paired is None or x.ndim != 4:
+        return x
+    pairs = product.paired(len(x))
+    given = F.interpolate(pairs.given, x.shape[-2:], mode="nearest")
+    given = given[:, : x.shape[1]] if given.shape[1] >= x.shape[1] else given[:, :1].expand(-1, x.shape[1], -1, -1)
+    return torch.stack((given, x, pairs.truth), 1).flatten(0, 1)
+
+
 def save_side_by_side(sets: Sequence[tuple[str, Tensor]], path: Path, per_row: int = 10) -> None:
     """Several sets of samples from the same noise, one titled panel each."""
     if sets[0][1].ndim == 2:

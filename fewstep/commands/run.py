@@ -15,7 +15,7 @@ from fewstep.commands.finish import finish, guarded
 from fewstep.commands.judge import Judge, judge_of
 from fewstep.commands.measure import measure
 from fewstep.commands.memory import explained
-from fewstep.commands.pictures import save_grid
+from fewstep.commands.pictures import beside, save_grid
 from fewstep.commands.progress import TrainingBar, Watch, alarmed, readings
 from fewstep.commands.report import GRID, console, say
 from fewstep.commands.trust import allow_own_code
@@ -175,7 +175,8 @@ def _train(trainer: Trainer, run: Path, main: bool, judge: Judge | None) -> None
         count, per_row = (GRID, 10) if product.vae is None else (LATENTS, 4)
         x = product.draw(count, seed=0, batch=batch)
         if main:
-            save_grid(x, run / "samples" / f"step-{t.progress.done:06d}.png", per_row)
+            sheet = beside(product, x)
+            save_grid(sheet, run / "samples" / f"step-{t.progress.done:06d}.png", per_row if sheet is x else 12)
 
     def on_eval(t: Trainer) -> float | None:
         if judge is None:

@@ -10,7 +10,7 @@ import torch
 from fewstep.commands.assisting import parse_assist, with_assist
 from fewstep.commands.options import check_sheet, parse_classes
 from fewstep.commands.path import draw_path
-from fewstep.commands.pictures import require_finite, save_grid
+from fewstep.commands.pictures import beside, require_finite, save_grid
 from fewstep.commands.report import console, opened
 from fewstep.config import UserError
 from fewstep.train.fitted import is_fit
@@ -56,7 +56,9 @@ def draw(
         product.fitted.check_guidance(guidance, "--guidance")
     check_sheet(count, product.picture_shape())
     labels, per_row = None, 10
-    if product.classes:
+    if product.paired is not None and classes is not None:
+        raise UserError("--classes: these samples are made from the data's pictures; leave it out")
+    if product.classes and product.paired is None:
         wanted = parse_classes(classes or f"0-{product.classes - 1}", product.classes)
         labels = torch.tensor([wanted[i % len(wanted)] for i in range(count)])
         per_row = min(len(wanted), 10)
@@ -70,7 +72,8 @@ def draw(
         product = with_assist(product, parse_assist(assist))
     x = product.draw(count, seed, labels)
     require_finite(x, str(path))
-    save_grid(x, out, min(per_row, count))
+    sheet = beside(product, x)
+    save_grid(sheet, out, min(per_row, count) if sheet is x else min(12, 3 * count))
     taken = len(product.sampler.steps)
     helped = "" if product.assist is None else f" with {product.assist.part.name}, {product.network_calls():g} calls each"
     console.print(f"{count} sample{'s' * (count > 1)} in {taken} step{'s' * (taken > 1)}{helped}: {out}", soft_wrap=True)

@@ -80,6 +80,8 @@ def of_product(preset: Preset, product: Product, group: str, name: str | None = 
 
     asked = torch.tensor(labels_of(preset, list(range(preset.number)))) if own is None and product.classes else own
     classes = own if isinstance(own, Tensor) else None
+    if product.paired is not None:
+        classes = product.paired(preset.number).labels
     reason = "these samples are of no classes"
     free = preset.conditions.kind == "data" and classes is None
     return Model(

@@ -3,5 +3,5 @@
 from fewstep.data import images as images, toy as toy
 
 from fewstep.data import text as text  # isort: skip  pictures and latents choose among its encoders
-from fewstep.data import decoded as decoded, latents as latents, pictures as pictures
+from fewstep.data import decoded as decoded, degraded as degraded, latents as latents, pictures as pictures
 from fewstep.data.base import Data as Data

@@ -36,15 +36,22 @@ class Data(Protocol):
         ...
 
 
-Conditions = Literal["none", "classes", "text"]
-"""What stands beside a sample."""
+Conditions = Literal["none", "classes", "text", "image"]
+"""What stands beside a sample; "image" is a picture, alone or with classes or text."""
 
 
 def conditions_of(data: Any) -> Conditions:
     """Those of an opened data set."""
+    if image_shape(data) is not None:
+        return "image"
     if getattr(data, "text", None) is not None:
         return "text"
     return "classes" if data.classes else "none"
+
+
+def image_shape(data: Any) -> tuple[int, ...] | None:
+    """(c', h', w') of the picture in the conditions of an opened data set; None where they have none."""
+    return getattr(data, "image_shape", None)
 
 
 class DataSpec(Protocol):

@@ -38,6 +38,14 @@ class InMemory(ClassConditions):
         cond = None if self.labels is None else self.labels[k].to(draws.device)
         return self.images[k].to(draws.device), cond
 
+    def pictures(self, k: Tensor) -> Tensor:
+        """Images by number, int64 (b,) -> float32 (b, c, h, w)."""
+        return self.images[k]
+
+    def condition(self, k: Tensor) -> Any:
+        """The classes of images by number; None without."""
+        return None if self.labels is None else self.labels[k]
+
     def all(self) -> tuple[Tensor, Tensor | None]:
         return self.images, self.labels
 

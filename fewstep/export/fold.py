@@ -30,6 +30,11 @@ def fold(net: nn.Module, sampler: Sampler) -> tuple[Denoiser, Sampler]:
     inner = net.denoiser if isinstance(net, Rescheduled) else net
     if not (isinstance(inner, Denoiser) and isinstance(inner.net, UNet2D)):
         raise ExportRefused(f"no stock diffusers pipeline runs a {type(getattr(inner, 'net', inner)).__name__} student")
+    if inner.net.image_channels:
+        raise ExportRefused(
+            "ConsistencyModelPipeline hands no picture to a UNet2DModel; train the network as `unet-text`, whose "
+            f"students IFSuperResolutionPipeline runs; {INSTEAD}"
+        )
     unet: Any = inner.net.model.eval()
     if unet.device.type != "meta":  # `forecast` asks with shapes alone
         unet.cpu()

@@ -6,10 +6,9 @@ at the trained levels; the reloaded folder is run and compared before anything i
 
 from __future__ import annotations
 
-import copy
 import json
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -25,6 +24,7 @@ from fewstep.export.base import ExportRefused, Parts, Stock
 from fewstep.export.card import Card, front_of, student_card, usage
 from fewstep.export.fold import constant_inputs, moving
 from fewstep.export.levels import TOLERANCE, check_export, levels_of, levels_of_scheduler
+from fewstep.export.picture import IF_PIPELINES, NOISING, check_picture, picture_usage, save_noising, whole_model
 from fewstep.export.routes import INSTEAD, check_history, plain_kind, unet_stock
 from fewstep.export.stock import fresh_noise, open_stock, run_stock, without_variance
 from fewstep.networks.adapters import Adapted, on_cpu, plain_copy
@@ -158,31 +158,37 @@ def stock_of(product: Product) -> tuple[Folder, Any, Stock]:
     if not wrapper.pipeline:
         raise ExportRefused(f"no stock pipeline is known for {type(wrapper.model).__name__}; {INSTEAD}")
     stock = latent_stock(net, product.sampler)
-    if source.index["_class_name"] == "IFPipeline":
+    check_picture(wrapper, stock)
+    if pipeline_name(source, wrapper) in IF_PIPELINES:
         without_variance(stock.scheduler)
     check_export(net.process, product.sampler.steps, stock)
     return source, wrapper, stock
+
+
+def pipeline_name(source: Folder, wrapper: Any) -> str:
+    """The stock pipeline of a student: its teacher's, or the one that hands on a picture."""
+    return str(wrapper.pipeline if wrapper.image_channels else source.index["_class_name"])
 
 
 _DEFAULTS: dict[str, dict[str, Any]] = {
     "SanaPipeline": {"complex_human_instruction": None},
     "PixArtAlphaPipeline": {"clean_caption": False},
     "PixArtSigmaPipeline": {"clean_caption": False},
-    "IFPipeline": {"clean_caption": False},
+    **{name: {"clean_caption": False} for name in IF_PIPELINES},
 }
 """What pipelines do to a prompt unless told not to, and their `encode_prompt`, which embeds for training, does not."""
 
 
 def settings_of(product: Product, source: Folder, wrapper: Any) -> dict[str, Any]:
     """How the student's pipeline is called beside prompt and levels: as its teacher's embeddings and sizes were."""
-    example = checked(wrapper.example(1), wrapper.needs, wrapper.takes, wrapper.pipeline)
+    example = checked(wrapper.example(1), wrapper.wanted, wrapper.takes, wrapper.pipeline)
     embedded = wrapper.arguments(example, wrapper.sample_size()).get("guidance_scale")
     known = embedded if wrapper.guidance is None else wrapper.guidance
     settings = dict(wrapper.plain) if embedded is None else {"guidance_scale": float(known)}
-    name = str(source.index["_class_name"])
+    name = pipeline_name(source, wrapper)
     size = tuple(product.shape[1:])
     settings |= _DEFAULTS.get(name, {}) | wrapper.of_size(size)
-    known_size = source.latents is not None or name == "IFPipeline"
+    known_size = source.latents is not None or name in IF_PIPELINES
     if "label" not in wrapper.needs and known_size and size != tuple(wrapper.sample_size()):
         scale = source.latents.pixels if source.latents else 1
         settings |= {"height": size[-2] * scale, "width": size[-1] * scale}
@@ -195,7 +201,14 @@ def settings_of(product: Product, source: Folder, wrapper: Any) -> dict[str, Any
 def call_of(product: Product, source: Folder, wrapper: Any, stock: Stock) -> dict[str, Any]:
     """What the pipeline is called with for an example."""
     what = {"class_labels": [product.example]} if "label" in wrapper.needs else {"prompt": "a red fox in the snow"}
+    if wrapper.image_channels and not product_has_text(product):
+        what = {}
     return what | stock.call | settings_of(product, source, wrapper)
+
+
+def product_has_text(product: Product) -> bool:
+    """Whether the data that a product was trained on have captions or prompts."""
+    return getattr(getattr(product.recipe, "data", None), "encoder", None) is not None
 
 
 def latent_parts(
@@ -210,7 +223,7 @@ def latent_parts(
     if dtype != "fp32":
         product = replace(product, net=_rounded(student_of(product), DTYPES[dtype]))
     source, wrapper, stock = stock_of(product)
-    name, written = str(source.index["_class_name"]), stock.sampler
+    name, written = pipeline_name(source, wrapper), stock.sampler
     known = settings_of(product, source, wrapper) | dict(settings or {})
     front = front_of(source, "num_frames" in wrapper.of_size(tuple(product.shape[1:])), "text" in wrapper.needs)
     note = Note(
@@ -226,9 +239,9 @@ def latent_parts(
 
     return Parts(
         scheduler=stock.name,
-        save=partial(_save, source, wrapper.model, stock.scheduler, DTYPES[dtype]),
+        save=partial(_save, source, wrapper, stock.scheduler, DTYPES[dtype]),
         pairs=pairs,
-        usage=partial(usage, name, call_of(product, source, wrapper, stock) | known),
+        usage=usage_of(product, name, wrapper, call_of(product, source, wrapper, stock) | known),
         card=partial(card, product, name) if card else partial(student_card, product, name, front=front),
         note=(NAME, note.text()),
     )
@@ -245,16 +258,34 @@ def _rounded(net: Denoiser, dtype: torch.dtype) -> Denoiser:
     return net
 
 
-def _save(source: Folder, model: Any, scheduler: Any, dtype: torch.dtype, to: Path) -> None:
+def usage_of(product: Product, name: str, wrapper: Any, call: Mapping[str, Any]) -> Callable[[str], str]:
+    """The lines that run an export, given its folder."""
+    if not wrapper.image_channels:
+        return partial(usage, name, call)
+    size = tuple(image_of(product) or (wrapper.image_channels, *wrapper.sample_size()))
+    return partial(picture_usage, call, size, int(wrapper.config.encoder_hid_dim))
+
+
+def image_of(product: Product) -> tuple[int, ...] | None:
+    """(c', h', w') of the pictures that a product is made from, by its data; None where they do not say."""
+    data: Any = getattr(product.recipe, "data", None)
+    return data.image_outline() if hasattr(data, "image_outline") else None
+
+
+def _save(source: Folder, wrapper: Any, scheduler: Any, dtype: torch.dtype, to: Path) -> None:
     """The source's folder with another network and scheduler. Text encoders are copied, not loaded."""
-    index = dict(source.index)
+    index = dict(source.index) | ({"_class_name": wrapper.pipeline} if wrapper.image_channels else {})
+    model: Any = whole_model(wrapper)
     for name, entry in index.items():
         if part_of(entry) and name not in (source.component, "scheduler"):
             shutil.copytree(source.root / name, to / name)
-    model = model if dtype is torch.float32 else copy.deepcopy(model).to(dtype)
+    model = model.to(dtype)
     model.save_pretrained(to / source.component, safe_serialization=True)
     scheduler.save_pretrained(to / "scheduler")
     index["scheduler"] = ["diffusers", type(scheduler).__name__]
+    if wrapper.image_channels:
+        shutil.rmtree(to / NOISING, ignore_errors=True)
+        save_noising(to, index)
     (to / "model_index.json").write_text(json.dumps(index, indent=2))
 
 

@@ -61,6 +61,10 @@ def plain_kind(sampler: Sampler, process: Process) -> str:
         first = process.grid(torch.tensor(sampler.steps[0], dtype=torch.float64))
         if float(process.alpha(first)) > 0:
             raise ExportRefused(f"no stock scheduler keeps the start noise (noise correction) above alpha = 0; {INSTEAD}")
+    if sampler.kind == "ancestral":
+        if len(sampler.steps) > 1:
+            raise ExportRefused(f"ancestral steps are not exported; set the sampler's kind to renoise or map; {INSTEAD}")
+        return "renoise"
     if sampler.kind == "gamma" and sampler.eta in (0.0, 1.0):
         return "renoise" if sampler.eta else "map"
     if sampler.kind == "gamma" and isinstance(process, Flow) and len(sampler.steps) > 1:

@@ -39,7 +39,7 @@ def run_stock(pipe: Any, net: Wrapper, start: Tensor, cond: Any, levels: Mapping
     sigmas.
     """
     size = tuple(start.shape[2:])
-    given = checked(cond, net.needs, net.takes, type(net.model).__name__)
+    given = checked(cond, net.wanted, net.takes, type(net.model).__name__)
     call = {**net.plain, **net.arguments(given, size), **net.of_size(size), **levels}
     with torch.random.fork_rng(devices=[]):
         if "label" in net.needs:
@@ -87,6 +87,8 @@ def fresh_noise(net: Wrapper, start: Tensor, seed: int = 0) -> Any:
     """The noise that `run_stock` adds after step i, in order: a function for fewstep's sampler."""
     generator = torch.Generator().manual_seed(seed)
     shape, size = net.stepped(start).shape, tuple(start.shape[2:])
+    if net.image_channels:  # IFSuperResolutionPipeline draws noise for the picture first, whatever its level
+        torch.randn(len(start), net.image_channels, *size, generator=generator)
     return lambda _: net.unstepped(torch.randn(shape, generator=generator), size)
 
 

@@ -44,6 +44,11 @@ def teacher_parts(product: Product) -> Parts:
 def _check(net: Any) -> None:
     if not (isinstance(net, Denoiser) and isinstance(net.net, UNet2D)):
         raise ExportRefused(f"no stock diffusers pipeline runs a {type(getattr(net, 'net', net)).__name__} teacher")
+    if net.net.image_channels:
+        raise ExportRefused(
+            "no stock pipeline hands a picture to a UNet2DModel; train the teacher as `unet-text`, which is written as "
+            "an IFSuperResolutionPipeline"
+        )
     if not isinstance(net.process, EDM) or net.prediction != "cm":
         raise ExportRefused(
             f"a teacher of prediction {net.prediction!r} on {type(net.process).__name__} is not written; "

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import shutil
 from pathlib import Path
@@ -12,6 +11,7 @@ from torch import nn
 
 from fewstep.algebra.process import DiscreteVP
 from fewstep.config import UserError
+from fewstep.export.picture import IF_PIPELINES, no_noise, whole_model
 from fewstep.export.stock import without_variance
 from fewstep.files import expanded, read_json
 from fewstep.networks.adapters import plain_copy
@@ -24,11 +24,11 @@ IF_TOKENS = 77
 
 
 def is_text_teacher(net: nn.Module) -> bool:
-    """True for a text-conditional UNet of pixels that predicts v on a DDPM table, as `unet-text` builds it."""
+    """True for a UNet of pixels with text or a picture that predicts v on a DDPM table, as `unet-text` builds it."""
     return (
         isinstance(net, Denoiser)
         and isinstance(net.net, UNetCondition)
-        and net.net.pipeline == "IFPipeline"
+        and net.net.pipeline in IF_PIPELINES
         and isinstance(net.process, DiscreteVP)
         and (net.prediction, net.time_input) == ("v", "index")
     )
@@ -40,7 +40,7 @@ def save_text_teacher(product: Product, folder: Path) -> None:
     The recipe's `sentence` encoder goes along where its conditions are those that the pipeline makes of a prompt
     (77 tokens, `keys: [text]`); otherwise the folder takes `prompt_embeds`.
     """
-    from diffusers import DDIMScheduler, IFPipeline
+    from diffusers import DDIMScheduler, IFPipeline, IFSuperResolutionPipeline
 
     assert product.recipe is not None
     net: Any = plain_copy(product.net)
@@ -55,9 +55,11 @@ def save_text_teacher(product: Product, folder: Path) -> None:
         timestep_spacing="trailing",
     )
     absent: Any = dict.fromkeys(("tokenizer", "text_encoder", "safety_checker", "feature_extractor", "watermarker"))
-    pipe: Any = IFPipeline(
+    more = {"image_noising_scheduler": no_noise()} if net.net.image_channels else {}
+    pipe: Any = (IFSuperResolutionPipeline if net.net.image_channels else IFPipeline)(
         **absent,
-        unet=copy.deepcopy(net.net.model).cpu().eval(),
+        **more,
+        unet=whole_model(net.net).cpu().eval(),
         scheduler=without_variance(scheduler),
         requires_safety_checker=False,
     )

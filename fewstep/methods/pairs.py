@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from fewstep.algebra.condition import rows
 from fewstep.algebra.draws import Draws, fold
 from fewstep.algebra.guidance import guided
 from fewstep.algebra.sampling import Sampler, sample
@@ -22,8 +23,8 @@ Source = Callable[["Pairs", nn.Module, Sampler, float, Callable[[], None]], None
 class Pairs(nn.Module):
     """A bank of `count` pairs (noise, teacher's sample, condition). Only samples and conditions take memory.
 
-    The noise of pair k is a pure function of k. Conditions are one tensor or None. `source`, where it is set, is asked
-    before the teacher is.
+    The noise of pair k is a pure function of k. Conditions are one tensor, a mapping or None. `source`, where it is set,
+    is asked before the teacher is.
     """
 
     x0: Tensor
@@ -38,10 +39,19 @@ class Pairs(nn.Module):
         self.register_buffer("x0", torch.zeros(count, *self.shape))
         self.register_buffer("filled", torch.zeros((), dtype=torch.long))
         cond = data.conditions(self._draws(torch.arange(count)))
-        if cond is not None and not isinstance(cond, Tensor):
-            raise ValueError("a bank of pairs needs conditions of one tensor, such as classes")
-        self.register_buffer("cond", cond)
-        self.register_buffer("null", data.null(cond))
+        self.keys: tuple[str, ...] = tuple(cond) if isinstance(cond, Mapping) else ()
+        for name, value in (("cond", cond), ("null", data.null(cond))):
+            held = value if isinstance(value, Mapping) else {}
+            self.register_buffer(name, None if self.keys else value)
+            for key in self.keys:
+                self.register_buffer(f"{name}_{key}", held.get(key))
+
+    def conditions(self, name: str = "cond") -> Any:
+        """Those of all pairs, or with "null" their null conditions; None without."""
+        if not self.keys:
+            return getattr(self, name)
+        held = {key: getattr(self, f"{name}_{key}") for key in self.keys}
+        return None if any(value is None for value in held.values()) else held
 
     @staticmethod
     def _draws(index: Tensor) -> Draws:
@@ -74,12 +84,12 @@ class Pairs(nn.Module):
         teacher = Teacher()
         for first in range(int(self.filled), len(self.x0), batch):
             index = torch.arange(first, min(first + batch, len(self.x0)), device=self.x0.device)
-            cond = None if self.cond is None else self.cond[index]
-            teacher.null = None if self.null is None else self.null[index]
+            cond = rows(self.conditions(), index)
+            teacher.null = rows(self.conditions("null"), index)
             self.x0[index] = sample(sampler, teacher, self.noise(index), cond).to(self.x0.dtype)
             self.filled.fill_(int(index[-1]) + 1)
 
     def draw(self, draws: Draws) -> tuple[Tensor, Tensor, Any]:
         """(noise, sample, condition) of random pairs for the rows of a batch."""
         index = draws.integers(len(self.x0))
-        return self.noise(index), self.x0[index], None if self.cond is None else self.cond[index]
+        return self.noise(index), self.x0[index], rows(self.conditions(), index)

@@ -8,6 +8,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from fewstep.algebra.condition import seen
 from fewstep.algebra.noising import angle_of
 from fewstep.algebra.prediction import PAIRS, Prediction, from_raw, from_x0
 from fewstep.algebra.process import EDM, Process, bc
@@ -36,6 +37,8 @@ class Denoiser(nn.Module):
         prediction: what net returns, a `kind` of `fewstep.from_raw`.
         time_input: what net takes as its time: t, 1000t, index (of a table), angle, log_sigma/4 or 250log_sigma.
 
+    `ignore` are keys of conditions that it is not shown, `see` maps a key to the one whose picture stands there for it.
+
     >>> class Net(torch.nn.Module):
     ...     def forward(self, x, time, cond=None, taps=(), stop=False):
     ...         return -x, {}
@@ -55,6 +58,8 @@ class Denoiser(nn.Module):
         self.prediction = prediction
         self.time_input = time_input
         self.stops_early = True
+        self.ignore: tuple[str, ...] = ()
+        self.see: dict[str, str] = {}
 
     def _inputs(self, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         if self.prediction in ("edm", "cm"):
@@ -69,9 +74,20 @@ class Denoiser(nn.Module):
         return tuple(getattr(self.net, "extras", ()))
 
     @property
+    def image_channels(self) -> int:
+        """Channels of the picture that conditions it, cond["image"]; 0 for none."""
+        return int(getattr(self.net, "image_channels", 0))
+
+    @property
     def takes_s(self) -> bool:
         """True: the answer at (x, t) depends on the destination s, as a flow map's must."""
         return goes_to(self.inputs)
+
+    def add_image(self, channels: int) -> None:
+        """Give the network input channels of a picture that have no effect yet. Raises ValueError where it cannot."""
+        if not hasattr(self.net, "add_image"):
+            raise ValueError(f"a {type(self.net).__name__} takes no picture as further channels")
+        self.net.add_image(channels)  # type: ignore[operator]
 
     def add_inputs(self, names: tuple[str, ...]) -> None:
         """Give the network further inputs that have no effect yet. Raises ValueError where it cannot have any."""
@@ -109,7 +125,8 @@ class Denoiser(nn.Module):
         """
         scaled, time = self._inputs(x, t)
         extras = self._extras(t, {"s": s, "w": w, "mirror": mirror})
-        raw, features = self.net(scaled, time, cond, taps=taps, **extras, **call)
+        shown = seen(cond, self.ignore, self.see)
+        raw, features = self.net(scaled, time, shown, taps=taps, **extras, **call)
         return from_raw(self.process, self.prediction, x, t, raw, features)
 
     def combine(self, own: Prediction, null: Prediction, scale: float | Tensor) -> Prediction:
@@ -124,7 +141,8 @@ class Denoiser(nn.Module):
         """Only the tapped activations; the network stops after the last of them."""
         scaled, time = self._inputs(x, t)
         extras = self._extras(t, {"s": None, "w": None, "mirror": None})
-        return self.net(scaled, time, cond, taps=taps, stop=self.stops_early, **extras)[1]
+        shown = seen(cond, self.ignore, self.see)
+        return self.net(scaled, time, shown, taps=taps, stop=self.stops_early, **extras)[1]
 
 
 class Rescheduled(nn.Module):
@@ -157,6 +175,13 @@ class Rescheduled(nn.Module):
 
     def add_inputs(self, names: tuple[str, ...]) -> None:
         self.denoiser.add_inputs(names)  # type: ignore[operator]
+
+    @property
+    def image_channels(self) -> int:
+        return int(getattr(self.denoiser, "image_channels", 0))
+
+    def add_image(self, channels: int) -> None:
+        self.denoiser.add_image(channels)  # type: ignore[operator]
 
     def _time(self, t: Tensor) -> Tensor:
         base: Process = self.denoiser.process  # type: ignore[assignment]

@@ -75,6 +75,11 @@ def load_denoiser(
     if net.pipeline:
         folder.require_pipeline(net.pipeline)
     sides = [getattr(getattr(model, "config", None), f"{k}_channels", None) for k in ("in", "out")]
+    if latents and net.image_channels:
+        raise UserError(
+            f"teacher {path}: takes {net.image_channels} channels of a picture beside {net.channels()} latent "
+            "channels, for inpainting or super-resolution of latents; only networks of pixels are trained with one"
+        )
     if folder.component == "unet" and sides[0] != sides[1]:
         raise UserError(
             f"teacher {path}: has {sides[1]} output channels for {sides[0]} input channels; "

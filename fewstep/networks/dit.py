@@ -9,7 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fewstep.algebra.condition import checked
 from fewstep.networks.extras import Extras, Fourier
+from fewstep.networks.picture import image_at
 
 
 def _modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
@@ -51,6 +53,7 @@ class DiT(nn.Module):
         width, depth, heads: of the transformer; heads must divide width.
         classes: 0 for none; index `classes` is the null class.
         inputs: scalar inputs beside the time, see fewstep.networks.extras.
+        image: channels of a picture that conditions, cond["image"]; 0 for none.
     Taps: "block0" .. "block{depth-1}", tokens (b, n, width).
     """
 
@@ -63,6 +66,7 @@ class DiT(nn.Module):
         heads: int = 4,
         classes: int = 0,
         inputs: tuple[str, ...] = (),
+        image: int = 0,
     ) -> None:
         super().__init__()
         c, h, w = shape
@@ -72,6 +76,8 @@ class DiT(nn.Module):
             raise ValueError(f"heads {heads} must divide width {width}")
         self.shape, self.patch = shape, patch
         self.embed = nn.Linear(c * patch * patch, width)
+        self.image_channels = image
+        self.picture = nn.Linear(image * patch * patch, width, bias=False) if image else None
         self.position = nn.Parameter(0.02 * torch.randn(1, (h // patch) * (w // patch), width))
         self.time = Fourier(width)
         self.label = nn.Embedding(classes + 1, width) if classes else None
@@ -80,6 +86,20 @@ class DiT(nn.Module):
         self.last = nn.Linear(width, c * patch * patch)
         nn.init.zeros_(self.last.weight)
         nn.init.zeros_(self.last.bias)
+
+    def add_image(self, channels: int) -> None:
+        """Take cond["image"] of so many channels, without effect yet. Raises ValueError where it takes one."""
+        if self.image_channels:
+            raise ValueError(f"this DiT takes a picture of {self.image_channels} channels already")
+        weight = self.embed.weight
+        self.image_channels, columns = channels, channels * self.patch**2
+        self.picture = nn.Linear(columns, weight.shape[0], bias=False, device=weight.device, dtype=weight.dtype)
+        nn.init.zeros_(self.picture.weight)
+
+    def _tokens(self, x: Tensor) -> Tensor:
+        """x (b, c, h, w) -> (b, patches, c p p)."""
+        (_, h, w), p = self.shape, self.patch
+        return x.reshape(len(x), -1, h // p, p, w // p, p).permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
 
     def forward(
         self,
@@ -91,17 +111,22 @@ class DiT(nn.Module):
         stop: bool = False,
         extras: Mapping[str, Tensor] | None = None,
     ) -> tuple[Tensor | None, dict[str, Tensor]]:
-        """x (b, c, h, w), time (b,) an angle in [0, pi/2], cond int (b,) or None."""
+        """x (b, c, h, w), time (b,) an angle in [0, pi/2], cond int (b,), a mapping of label and image, or None."""
         (c, h, w), p = self.shape, self.patch
         unknown = set(taps) - {f"block{i}" for i in range(len(self.blocks))}
         if unknown:
             raise ValueError(f"taps {sorted(unknown)} are unknown; allowed: block0..block{len(self.blocks) - 1}")
-        tokens = x.reshape(-1, c, h // p, p, w // p, p).permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
+        given = checked(cond, ("image",) if self.image_channels else (), ("label",), "DiT")
         embedding = self.time(time) + self.extras.embed(extras)
-        if self.label is not None and cond is not None:
-            embedding = embedding + self.label(cond)
+        if self.label is not None and "label" in given:
+            embedding = embedding + self.label(given["label"])
         embedding = F.silu(embedding)
-        tokens = self.embed(tokens) + self.position
+        tokens = self.embed(self._tokens(x))
+        if self.picture is not None:
+            tokens = tokens + self.picture(
+                self._tokens(image_at(given["image"], x, self.image_channels, "DiT").to(x.dtype))
+            )
+        tokens = tokens + self.position
         features: dict[str, Tensor] = {}
         for i, block in enumerate(self.blocks):
             tokens = block(tokens, embedding)

@@ -16,17 +16,35 @@ from fewstep.config import OneOf, RecipeError
 
 @dataclass(frozen=True)
 class Site:
-    """Where a role is built: the data's shape and classes, the roles built so far, the seed of its weights."""
+    """Where a role is built: the data's shape and classes, the roles built so far, the seed of its weights.
+
+    image: (c', h', w') of the picture in the data's conditions, None for none.
+    """
 
     shape: tuple[int, ...]
     classes: int
     roles: Mapping[str, nn.Module]
     seed: int
+    image: tuple[int, ...] | None = None
 
     def role(self, name: str, asked_by: str) -> nn.Module:
         if name not in self.roles:
             raise RecipeError(f"{asked_by}: refers to role {name!r}, which this recipe does not have")
         return self.roles[name]
+
+
+def check_image(site: Site, channels: int, key: str) -> None:
+    """RecipeError unless a network that takes a picture of so many channels (0 none) is for the data's conditions."""
+    if site.image is None:
+        if channels:
+            raise RecipeError(
+                f"{key}: {channels}, and the data's conditions hold no picture; train on data: {{name: degraded, ...}}"
+            )
+    elif channels != site.image[0]:
+        shown = "takes no picture" if not channels else f"takes a picture of {channels} channels"
+        raise RecipeError(
+            f"{key}: {shown}, and the data's conditions hold one of {list(site.image)}; give image: {site.image[0]}"
+        )
 
 
 def seeded(site: Site, build: Any) -> nn.Module:

@@ -2,24 +2,27 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
+from pydantic import Field
 from torch import nn
 
 from fewstep.algebra.process import EDM, DiscreteVP, Flow, ProcessPart
 from fewstep.config import Count, RecipeError, config, part
 from fewstep.files import expanded
 from fewstep.networks.adapters import Adapted, fresh_name, plain_copy
-from fewstep.networks.denoiser import Denoiser
+from fewstep.networks.denoiser import Denoiser, Rescheduled
 from fewstep.networks.dit import DiT
 from fewstep.networks.extras import Input
 from fewstep.networks.heads import Discriminator, LogVar
 from fewstep.networks.lora_file import read_lora
 from fewstep.networks.mlp import MLP
-from fewstep.networks.parts import Site, check_prediction, check_weights, seeded
+from fewstep.networks.parts import Site, check_image, check_prediction, check_weights, seeded
 from fewstep.networks.slow_time import slow_time
 from fewstep.networks.wrappers.base import Wrapper
+
+Channels = Annotated[int, Field(ge=0, le=1024)]
 
 
 def example_condition(net: Any) -> Any:
@@ -40,6 +43,10 @@ class Copy:
     inputs: tuple[Input, ...] = ()
     """Further inputs that the copy takes, without effect at first: s (destination time) or length (of the jump), w
     (guidance), mirror."""
+    image: Channels = 0
+    """Input channels for the picture in the data's conditions, without effect at first; 0 keeps those of the role."""
+    ignore: tuple[str, ...] = ()
+    """Keys of conditions that the copy is not shown; of the role that it copies it does not inherit them."""
     max_frequency: float | None = None
     """Cut time features of a diffusers network that turn faster than this, in radians per unit of its own time input
     (1 to 1e-4): they make d/dt explode in sCM, MeanFlow and whatever else takes a tangent (sCM, sec. 4.1)."""
@@ -51,6 +58,17 @@ class Copy:
                 f"copy.of: the {self.of} is analytic and has no weights to copy; name a network (mlp, dit, unet2d)"
             )
         twin = plain_copy(source)
+        denoiser = innermost_denoiser(twin)
+        if denoiser is not None:
+            denoiser.ignore, denoiser.see = self.ignore, {}
+        if self.image:
+            try:
+                twin.add_image(self.image)  # type: ignore[operator]
+            except (AttributeError, ValueError) as error:
+                raise RecipeError(f"copy.image: the {self.of} cannot take a picture: {error}") from None
+        asked = self.image or site.image is not None
+        if isinstance(twin, Denoiser | Rescheduled) and "image" not in self.ignore and asked:
+            check_image(site, int(getattr(twin, "image_channels", 0)), "copy.image")
         if self.inputs:
             try:
                 seeded(site, lambda: twin.add_inputs(self.inputs))  # type: ignore[operator]
@@ -64,6 +82,13 @@ class Copy:
             except ValueError as error:
                 raise RecipeError(f"copy.max_frequency {self.max_frequency}: the {self.of}: {error}") from None
         return twin.eval()
+
+
+def innermost_denoiser(module: Any) -> Denoiser | None:
+    """The denoiser around a role's network, inside re-expressions; None for roles of other kinds."""
+    while module is not None and not isinstance(module, Denoiser):
+        module = getattr(module, "denoiser", None)
+    return module
 
 
 @part("network", "lora")
@@ -147,6 +172,9 @@ class DiTSpec:
     """Scalar inputs beside the time: s (destination time) or length (of the jump), w (embedded guidance), mirror
     (TwinFlow)."""
 
+    image: Channels = 0
+    """Channels of the picture in the data's conditions, which joins x; 0 for none."""
+
     def __post_init__(self) -> None:
         check_prediction(self.prediction, self.process)
         check_weights(12 * self.width**2 * self.depth, f"width {self.width} and depth {self.depth}")
@@ -158,9 +186,10 @@ class DiTSpec:
             raise RecipeError(f"network dit is for images; the data has shape {list(site.shape)}")
         if any(n % self.patch for n in site.shape[1:]):
             raise RecipeError(f"dit.patch {self.patch}: does not divide height and width of the data, {list(site.shape)}")
+        check_image(site, self.image, "dit.image")
         shape = (site.shape[0], site.shape[1], site.shape[2])
         sizes = (self.patch, self.width, self.depth, self.heads)
-        net = seeded(site, lambda: DiT(shape, *sizes, site.classes, self.inputs))
+        net = seeded(site, lambda: DiT(shape, *sizes, site.classes, self.inputs, self.image))
         return Denoiser(net, self.process, self.prediction, "angle")
 
 
@@ -168,8 +197,9 @@ def _check_channels(channels: tuple[int, ...], layers: int) -> None:
     check_weights(36 * layers * sum(c * c for c in channels), f"channels {list(channels)} and layers {layers}")
 
 
-def _pixels(site: Site, name: str, levels: int) -> dict[str, Any]:
+def _pixels(site: Site, name: str, levels: int, image: int) -> dict[str, Any]:
     """Size and channels of a diffusers UNet for the site's images. RecipeError for sizes that it cannot take."""
+    check_image(site, image, f"{name}.image")
     if len(site.shape) != 3:
         raise RecipeError(f"network {name} is for images; the data has shape {list(site.shape)}")
     channels, height, width = site.shape
@@ -181,7 +211,7 @@ def _pixels(site: Site, name: str, levels: int) -> dict[str, Any]:
             f"multiples of {step}, not {height} x {width}; give fewer levels, or pictures of another size"
         )
     size = height if height == width else (height, width)
-    return {"sample_size": size, "in_channels": channels, "out_channels": channels}
+    return {"sample_size": size, "in_channels": channels + image, "out_channels": channels}
 
 
 @part("network", "unet2d")
@@ -203,6 +233,8 @@ class UNet2DSpec:
     """Channels of an attention head."""
     sigma_data: float = 0.5
     """Standard deviation of the data in [-1, 1], for the scalings before and behind the network (EDM, table 1)."""
+    image: Channels = 0
+    """Channels of the picture in the data's conditions, which joins x; 0 for none."""
 
     def __post_init__(self) -> None:
         if not self.channels or any(c % self.groups for c in self.channels):
@@ -222,7 +254,7 @@ class UNet2DSpec:
         """The arguments of UNet2DModel."""
         inner = "Attn" if self.attention else ""
         deeper = len(self.channels) - 1
-        return _pixels(site, "unet2d", len(self.channels)) | {
+        return _pixels(site, "unet2d", len(self.channels), self.image) | {
             "block_out_channels": self.channels,
             "layers_per_block": self.layers,
             "down_block_types": ("DownBlock2D", *[f"{inner}DownBlock2D"] * deeper),
@@ -259,6 +291,8 @@ class UNetTextSpec:
     """Groups of the group norms; they must divide every entry of channels."""
     heads: Count = 4
     """Of the attention and of the pooling; must divide the last of `channels` and `text`."""
+    image: Channels = 0
+    """Channels of the picture in the data's conditions, which joins x; 0 for none. With one it may go without text."""
     process: ClassVar[DiscreteVP] = DiscreteVP()
 
     def __post_init__(self) -> None:
@@ -273,7 +307,7 @@ class UNetTextSpec:
 
         from fewstep.networks.wrappers.unet_condition import UNetCondition
 
-        pixels = _pixels(site, "unet-text", len(self.channels))
+        pixels = _pixels(site, "unet-text", len(self.channels), self.image)
         finer = len(self.channels) - 1
         model = seeded(
             site,
@@ -295,6 +329,14 @@ class UNetTextSpec:
             ),
         )
         return Denoiser(UNetCondition(model), self.process, "v", "index")
+
+
+def example_of(site: Site, trunk: nn.Module) -> Any:
+    """A condition of one row as the site's data have it, or as a wrapped diffusers model takes it."""
+    labels = torch.zeros(1, dtype=torch.long) if site.classes else None
+    if site.image is None:
+        return example_condition(trunk) if labels is None else labels
+    return {"image": torch.zeros(1, *site.image)} | ({} if labels is None else {"label": labels})
 
 
 @part("network", "logvar")
@@ -329,7 +371,7 @@ class DiscriminatorSpec:
         example = (
             torch.zeros(1, *site.shape),
             process.grid(torch.tensor([0.5], dtype=torch.float64)),
-            torch.zeros(1, dtype=torch.long) if site.classes else example_condition(trunk),
+            example_of(site, trunk),
         )
         try:
             return seeded(site, lambda: Discriminator(trunk, self.taps, example, self.width))

@@ -8,13 +8,15 @@ from typing import Any, Literal
 from pydantic import Field
 from torch import nn
 
+import fewstep.networks.specs  # noqa: F401  registers the networks that are chosen among
+from fewstep.algebra.condition import KEYS
 from fewstep.algebra.process import EDM, Flow, ProcessPart
 from fewstep.config import Count, UserError, part
 from fewstep.networks.adapters import frozen
 from fewstep.networks.analytic import Length, ring
 from fewstep.networks.denoiser import Denoiser, Rescheduled, TimeInput
 from fewstep.networks.folder import resolve
-from fewstep.networks.parts import Site, check_prediction
+from fewstep.networks.parts import NetworkPart, Site, check_prediction
 
 
 @part("teacher", "diffusers")
@@ -33,8 +35,17 @@ class DiffusersTeacher:
     """Guidance scale that the network takes as an input (Flux-dev 3.5); not a guided call."""
     wrapper: str | None = None
     """A wrapper of your own, module:Class or file.py:Class, whose code is run; chosen by the class when left out."""
+    ignore: tuple[str, ...] = ()
+    """Keys of conditions that it is not shown: [image] is a teacher that does not know the control (JDM)."""
+    see: dict[str, str] = Field(default_factory=dict)
+    """Keys that it is shown another one's picture for: {image: easy} is data.easy's (scale distillation)."""
     dtype: Literal["fp32", "bf16", "fp16"] = "fp32"
     """Of the frozen weights; copies and adapters that are trained are kept in fp32."""
+
+    def __post_init__(self) -> None:
+        unknown = [k for k in (*self.ignore, *self.see, *self.see.values()) if k not in KEYS]
+        if unknown:
+            raise ValueError(f"ignore, see: {unknown[0]!r} is no key of a condition; those are {', '.join(KEYS)}")
 
     def files(self) -> list[Path]:
         """The network's config and weights, and its noise schedule."""
@@ -61,6 +72,7 @@ class DiffusersTeacher:
         )
         read_folder(self.path).require_agreement()
         self.check(teacher, site)
+        teacher.ignore, teacher.see = self.ignore, self.see
         return frozen(teacher if self.process is None else Rescheduled(teacher, self.process))
 
     def check(self, teacher: nn.Module, site: Site) -> None:
@@ -74,6 +86,13 @@ class DiffusersTeacher:
             raise UserError(
                 f"teacher {self.path}: has {own} classes, the data {site.classes}; their numbers (and the null class "
                 f"{own}) must mean the same"
+            )
+        shown = None if "image" in (*self.ignore, *self.see) else site.image
+        if shown is not None and net.image_channels != shown[0]:
+            takes = f"takes a picture of {net.image_channels} channels" if net.image_channels else "takes no picture"
+            raise UserError(
+                f"teacher {self.path}: {takes}, and the data's conditions hold one of {list(shown)}; with "
+                "ignore: [image] it is not shown"
             )
         if wrong := net.refuses_size(site.shape[1:]):
             raise UserError(f"teacher {self.path}: {wrong}, and the data has {site.shape[1]} x {site.shape[2]}")
@@ -108,6 +127,17 @@ class ModuleTeacher:
             raise UserError(f"teacher.factory {self.factory!r}: returned a {type(model).__name__}, not a torch module")
         net = Generic(model, self.arguments, self.taps, classes=site.classes if "label" in self.arguments else 0)
         return frozen(Denoiser(net, self.process, self.prediction, self.time_input))
+
+
+@part("teacher", "network")
+class NetworkTeacher:
+    """A network of ours that a stage before fills: `before: [{method: {name: denoise}}]`, `copy: {teacher: student}`."""
+
+    of: NetworkPart
+    """The network, of the student's kind and sizes."""
+
+    def build(self, site: Site) -> nn.Module:
+        return frozen(self.of.build(site))
 
 
 @part("teacher", "ring")

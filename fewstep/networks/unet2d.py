@@ -36,4 +36,7 @@ class UNet2D(UNet):
         return f"it halves sides, so they must be multiples of {step}" if any(n % step for n in size) else ""
 
     def example(self, b: int, generator: torch.Generator | None = None) -> Any:
-        return torch.randint(self.classes, (b,), generator=generator) if self.classes else None
+        labels = torch.randint(self.classes, (b,), generator=generator) if self.classes else None
+        if not self.image_channels:
+            return labels
+        return ({} if labels is None else {"label": labels}) | self.example_image(b, generator)

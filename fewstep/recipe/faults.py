@@ -91,7 +91,9 @@ def _rings(recipe: Any) -> None:
 
 
 def _guidance(recipe: Any) -> None:
-    if recipe.data.conditions != "none":
+    data = recipe.data
+    # A picture is never taken away: guidance is of what stands beside it.
+    if (("none" if not data.keep else data.of.conditions) if data.name == "degraded" else data.conditions) != "none":
         return
     stages = [(f"before.{i}.method", s.method) for i, s in enumerate(recipe.before)]
     for key, method in (*stages, ("method", recipe.method)):

@@ -11,12 +11,14 @@ from pydantic import Field
 
 import fewstep.data
 import fewstep.methods
+import fewstep.networks.bridged
 import fewstep.networks.perceptual
 import fewstep.networks.reward_model
 import fewstep.networks.rewards
 import fewstep.networks.routed
 import fewstep.networks.specs
 import fewstep.networks.teachers  # noqa: F401  registers networks and teachers
+from fewstep.algebra.bridge import Bridge
 from fewstep.algebra.process import Process
 from fewstep.algebra.sampling import Sampler
 from fewstep.config import RecipeError, Source, _close, config
@@ -96,6 +98,8 @@ FEATURES = ("effnet-lite0", "inception", "dinov2", "clip", "house")
 
 def default_metric(data: Any) -> str | None:
     """The metric of data for which none was chosen; None where somebody has to choose."""
+    if data.name == "degraded":
+        return "paired-house-digits" if data.of.name == "digits" else default_metric(data.of)
     if data.name == "digits":
         return "fd-house-digits"
     return "fd" if getattr(data, "grey", True) is False or data.name == "latents" else None
@@ -286,6 +290,13 @@ class Recipe:
         It names the key that sets the process, and with `source` the file and line where that stands.
         """
         for stage in self.stages():
+            sampler = stage.method.sampler()
+            noiseless = sampler.kind in ("map", "gamma") and len(sampler.steps) > 1 and sampler.steps[0] == 1
+            if noiseless and isinstance(process, Bridge):
+                raise RecipeError(
+                    f"method: its steps {list(sampler.steps)} begin at 1, where a bridge is its source, and a sampler of "
+                    f"kind {sampler.kind} has no direction to go; begin below 1, such as at 0.9, or re-noise"
+                )
             if wrong := stage.method.needs().refuses_process(process):
                 _, key = declared_process(self.student, "student", self._specs())
                 where = f"{source.where(tuple(key.split('.')))}: " if source else ""

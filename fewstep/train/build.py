@@ -7,7 +7,7 @@ from torch import nn
 
 from fewstep.algebra.draws import Draws, fold
 from fewstep.config import RecipeError
-from fewstep.data.base import Data, conditions_of
+from fewstep.data.base import Data, conditions_of, image_shape
 from fewstep.networks import code
 from fewstep.networks.adapters import Adapted, own_parameters
 from fewstep.networks.parts import Site
@@ -27,7 +27,7 @@ def build_roles(recipe: Recipe, data: Data) -> Roles:
     modules: dict[str, nn.Module] = {}
     for name in recipe.role_names():
         seed = fold(recipe.train.seed, "weights", name) % 2**63
-        modules[name] = recipe.spec(name).build(Site(data.shape, data.classes, modules, seed))
+        modules[name] = recipe.spec(name).build(Site(data.shape, data.classes, modules, seed, image_shape(data)))
     processes = {name: m.process for name, m in modules.items() if hasattr(m, "process")}
     for name, process in processes.items():
         # Methods noise once and show the result to every role, at times of the student's process.

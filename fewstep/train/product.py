@@ -15,6 +15,8 @@ from fewstep.algebra.condition import moved, nulled, rows
 from fewstep.algebra.guidance import Guided
 from fewstep.algebra.sampling import Sampler, knot_levels, many_step, sample, seeded
 from fewstep.config import UserError
+from fewstep.data.base import image_shape
+from fewstep.eval.metrics.paired import Paired
 from fewstep.networks import code
 from fewstep.networks.assisted import Assist
 from fewstep.networks.folder import resolve
@@ -73,6 +75,8 @@ class Product:
     done: int = 0
     prompted: Callable[[int], Any] | None = None
     """The conditions of the first so many samples, for data whose conditions are not classes."""
+    paired: Callable[[int], Paired] | None = None
+    """What the first so many samples are compared with, for data that degrades pictures."""
     vae: str | None = None
     """Folder of the VAE that turns latents into pictures."""
     example: int = 0
@@ -213,14 +217,23 @@ def product_of(recipe: Recipe, net: nn.Module, data: Any, title: str, done: int 
     """The product of a recipe around a trained net."""
     sampler = recipe.sampler()
     trained = sampler.counts or (None if sampler.kind == "ode" else (len(sampler.steps),))
-    prompted = None
+    prompted = pairs = None
     if getattr(data, "text", None) is not None:
 
         def prompted(count: int) -> Any:
             return data.condition(torch.arange(count) % len(data.text))
 
+    elif hasattr(data, "examples"):
+
+        def prompted(count: int) -> Any:
+            return data.examples(torch.arange(count)).cond
+
+        def pairs(count: int) -> Paired:
+            e = data.examples(torch.arange(count))
+            return Paired(truth=e.truth, given=e.cond["image"], operator=data.operator, labels=e.labels)
+
     vae = getattr(recipe.data, "vae", None)
-    return Product(net, sampler, data.shape, data.classes, title, trained, recipe, done, prompted, vae)
+    return Product(net, sampler, data.shape, data.classes, title, trained, recipe, done, prompted, pairs, vae)
 
 
 def _open_folder(path: Path) -> Product:
@@ -231,6 +244,11 @@ def _open_folder(path: Path) -> Product:
     net = load_denoiser(str(path), classes=note.classes, size=note.size)
     read_folder(str(path)).require_agreement()
     wrapper: Any = net.net
+    if wrapper.image_channels:
+        raise UserError(
+            f"{path}: makes samples from a picture; draw from it with diffusers' {wrapper.pipeline}, as its card shows, "
+            "or open the run that it was exported from"
+        )
     if "text" in wrapper.needs:
         raise UserError(f"{path}: takes text; draw from it with diffusers' {wrapper.pipeline}, as its card shows")
     shape = (wrapper.channels(), *(note.size or wrapper.sample_size()))
@@ -277,7 +295,7 @@ def null_of(product: Product) -> Callable[[Any], Any]:
     network: Any = getattr(product.net, "net", None)
     embedded = getattr(getattr(network, "config", None), "num_class_embeds", None)
     data: Any = None if product.recipe is None else product.recipe.data.open()
-    text = product.prompted is not None
+    text = product.prompted is not None and (image_shape(data) is None or "text" in product.prompted(1))
     known = text or (product.classes and not (embedded is not None and embedded <= product.classes))
     if not known:
         raise UserError(f"{product.title}: has no null class, so there is no guidance of it; leave --guidance at 1")

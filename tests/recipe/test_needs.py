@@ -76,7 +76,7 @@ def test_missing_inputs_are_refused_with_file_and_key(method: str, tmp_path: Pat
 
 
 def test_which_methods_choose_among_conditions():
-    every = {"none", "classes", "text"}
+    every = {"none", "classes", "text", "image"}
     needs = {name: set(method.needs().conditions) for name, method in plain_methods().items()}
     assert {name: kinds for name, kinds in needs.items() if kinds != every} == {
         "self_e": {"classes", "text"},

@@ -6,7 +6,7 @@ import hashlib
 import json
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import chain, pairwise
@@ -317,8 +317,9 @@ def bank_key(teacher: nn.Module, pairs: Pairs, sampler: Sampler, guidance: float
     process: Any = teacher.process
     content = [state_sha256(teacher), repr(process), plain(sampler), guidance, list(pairs.x0.shape)]
     digest = hashlib.sha256(json.dumps(content).encode())
-    if pairs.cond is not None:
-        digest.update(pairs.cond.cpu().numpy().tobytes())
+    cond = pairs.conditions()
+    for value in () if cond is None else cond.values() if isinstance(cond, Mapping) else (cond,):
+        digest.update(value.cpu().numpy().tobytes())
     return digest.hexdigest()[:32]
 
 

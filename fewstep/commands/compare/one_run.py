@@ -299,7 +299,7 @@ def score_fit(task: Task) -> None:
     rows = []
     for n in fitted.counts:
         orphaned()
-        rows.append(score(replace(product.with_steps(n), prompted=like.prompted), judge))
+        rows.append(score(replace(product.with_steps(n), prompted=like.prompted, paired=like.paired), judge))
     keep_arrays(task.folder, rows)
     write_json(
         task.result,

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from fewstep.algebra.condition import checked, moved
 from fewstep.networks.extras import Extras
+from fewstep.networks.picture import beside, image_at
 
 WRAPPERS: dict[str, type[Wrapper]] = {}
 """Wrappers by the `_class_name` of a model's config.json."""
@@ -69,6 +70,7 @@ class Wrapper(nn.Module):
         self.classes = classes
         self.guidance = guidance
         self.pixels = pixels
+        self.picture: Any = None
         if self.width:
             self.extras = Extras(self.width)
 
@@ -91,6 +93,28 @@ class Wrapper(nn.Module):
     def embedders(self) -> list[nn.Module]:
         """Modules whose outputs (b, width) condition the network; further inputs are added to each."""
         return []
+
+    @property
+    def image_channels(self) -> int:
+        """Channels of cond["image"], a picture that conditions; 0: it takes none."""
+        return 0 if self.picture is None else int(self.picture.in_channels)
+
+    @property
+    def wanted(self) -> tuple[str, ...]:
+        """Keys that a condition must have, with that of a picture."""
+        return (*self.needs, "image") if self.image_channels else self.needs
+
+    def first(self) -> Any:
+        """The first convolution, beside which a picture enters; ValueError for a model whose pictures do not so."""
+        raise ValueError(f"a {type(self.model).__name__} takes no picture as further channels")
+
+    def add_image(self, channels: int) -> None:
+        """Take cond["image"] of so many channels, without effect yet. Raises ValueError where it cannot or does."""
+        if self.picture is not None:
+            raise ValueError(
+                f"this {type(self.model).__name__} takes a picture of {self.image_channels} channels already"
+            )
+        self.picture = beside(self.first(), channels)
 
     def call(self, x: Tensor, time: Tensor, cond: Mapping[str, Tensor]) -> Tensor:
         """One forward pass: x (b, c, h, w), time (b,) as the model takes it -> raw of x's shape."""
@@ -196,7 +220,8 @@ class Wrapper(nn.Module):
         extras: Mapping[str, Tensor] | None = None,
     ) -> tuple[Tensor | None, dict[str, Tensor]]:
         """x (b, c, h, w), time (b,) as the model was trained, cond see fewstep.algebra.condition -> (raw, features)."""
-        given = checked(cond, self.needs, self.takes, type(self.model).__name__)
+        who = type(self.model).__name__
+        given = checked(cond, self.wanted, self.takes, who)
         features: dict[str, Tensor] = {}
         handles = []
 
@@ -215,6 +240,9 @@ class Wrapper(nn.Module):
             if isinstance(further, Tensor):
                 # diffusers has no argument for inputs of ours: they join where it adds its own conditions.
                 handles += [m.register_forward_hook(lambda _m, _a, out: out + further) for m in self.embedders()]
+            if self.image_channels:
+                shown = self.picture(image_at(given["image"], x, self.image_channels, who).to(dtype))
+                handles.append(self.first().register_forward_hook(lambda _m, _a, out: out + shown))
             return self.call(x.to(dtype), time, moved(given, dtype=dtype)), features
         except _Stop:
             return None, features

@@ -41,13 +41,31 @@ class UNetCondition(UNet):
             self.needs = ("text", "pooled")  # type: ignore[misc]
         if c.addition_embed_type == "text":
             self.pipeline = "IFPipeline"  # type: ignore[misc]
+            self._without_text()
+
+    def add_image(self, channels: int) -> None:
+        super().add_image(channels)
+        self._without_text()
+
+    def _without_text(self) -> None:
+        """A network of pixels that takes a picture may go without words: one token of zeros stands for them."""
+        if self.image_channels and self.config.addition_embed_type == "text":
+            self.pipeline = "IFSuperResolutionPipeline"  # type: ignore[misc]
+            self.needs, self.takes = (), ("text",)  # type: ignore[misc, assignment]
+
+    def words(self, cond: Mapping[str, Tensor], b: int) -> Tensor:
+        """cond["text"], or one token of zeros (b, 1, d) where it may be without."""
+        if "text" in cond:
+            return cond["text"]
+        weight = self.model.conv_in.weight
+        return torch.zeros(b, 1, self.config.encoder_hid_dim, device=weight.device, dtype=weight.dtype)
 
     def call(self, x: Tensor, time: Tensor, cond: Mapping[str, Tensor]) -> Tensor:
         added = None
         if self.added:
             ids = cond["time_ids"] if "time_ids" in cond else self.default_ids(x)
             added = {"text_embeds": cond["pooled"], "time_ids": ids}
-        return self.model(x, time, cond["text"], added_cond_kwargs=added, return_dict=False)[0]
+        return self.model(x, time, self.words(cond, len(x)), added_cond_kwargs=added, return_dict=False)[0]
 
     def default_ids(self, x: Tensor) -> Tensor:
         """Sizes of an uncropped image (b, 6): what the pipeline fills in when nothing is said."""
@@ -57,14 +75,17 @@ class UNetCondition(UNet):
     def example(self, b: int, generator: torch.Generator | None = None) -> dict[str, Tensor]:
         c = self.config
         wide = c.encoder_hid_dim or c.cross_attention_dim
-        cond = {"text": noise(generator, b, 7, wide if isinstance(wide, int) else wide[0])}
+        cond = {"text": noise(generator, b, 7, wide if isinstance(wide, int) else wide[0])} if self.needs else {}
+        cond |= self.example_image(b, generator)
         if self.added:
             pooled = c.projection_class_embeddings_input_dim - 6 * c.addition_time_embed_dim
             cond["pooled"] = noise(generator, b, pooled)
         return cond
 
     def arguments(self, cond: Mapping[str, Tensor], size: tuple[int, ...]) -> dict[str, Any]:
-        out: dict[str, Any] = {"prompt_embeds": cond["text"]}
+        out: dict[str, Any] = {"prompt_embeds": self.words(cond, len(next(iter(cond.values()))))}
+        if self.image_channels:
+            out["image"] = cond["image"]
         if self.added:
             out["pooled_prompt_embeds"] = cond["pooled"]
             if "time_ids" in cond:

@@ -1,0 +1,93 @@
+"""Degraded data: pictures beside what is left of them, the same rows however a batch is split."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from fewstep.algebra.draws import Draws, fold
+from fewstep.algebra.operators import Box, Grey, Pool
+from fewstep.config import UserError
+from fewstep.data.base import conditions_of, image_shape
+from fewstep.data.degraded import Degraded
+from fewstep.data.images import Digits
+from fewstep.data.toy import Ring
+
+HELD = 0.2226
+"""400 of the 1,797 digits."""
+
+
+def draws(first: int = 0, last: int = 6) -> Draws:
+    return Draws(fold("degraded"), torch.arange(first, last))
+
+
+def opened(**changes):
+    given = {"of": Digits(held_out=HELD), "by": Pool(factor=2), "noise": 0.2} | changes
+    return Degraded(**given).open()
+
+
+def test_a_condition_is_the_operator_of_its_own_sample():
+    data = opened(noise=0.0)
+    x0, cond = data.batch(draws())
+    assert torch.equal(cond["image"], Pool(factor=2)(x0))
+    assert set(cond) == {"image", "label"}
+    assert (image_shape(data), conditions_of(data), data.classes) == ((1, 4, 4), "image", 10)
+    assert Degraded(of=Digits(), by=Pool(factor=4)).image_outline() == (1, 2, 2)
+
+
+def test_noise_and_conditions_belong_to_rows_not_to_batches():
+    data = opened()
+    whole, part = data.conditions(draws()), data.conditions(draws(2, 5))
+    for key in whole:
+        assert torch.equal(whole[key][2:5], part[key])
+    clean = Pool(factor=2)(data.batch(draws())[0])
+    noise = whole["image"] - clean
+    assert 0.1 < float(noise.std()) < 0.3
+
+
+def test_the_null_condition_keeps_the_picture():
+    data = opened()
+    cond = data.conditions(draws())
+    null = data.null(cond)
+    assert torch.equal(null["image"], cond["image"])
+    assert null["label"].tolist() == [10] * 6
+    alone = opened(keep=False)
+    assert alone.classes == 0
+    assert set(alone.conditions(draws())) == {"image"}
+    assert alone.null(alone.conditions(draws())) is None
+
+
+def test_an_easy_picture_stands_beside_the_other():
+    cond = opened(by=Pool(factor=4), easy=Pool(factor=2), noise=0.0).conditions(draws())
+    assert (cond["image"].shape, cond["easy"].shape) == ((6, 1, 2, 2), (6, 1, 4, 4))
+    assert torch.allclose(Pool(factor=2)(cond["easy"]), cond["image"])
+
+
+def test_evaluation_has_the_held_out_pictures_in_order_and_training_has_none_of_them():
+    data = opened()
+    examples = data.examples(torch.arange(402))
+    held = data.inner.held
+    assert len(held) == 400
+    assert torch.equal(examples.truth[:400], data.inner.images[held])
+    assert torch.equal(examples.truth[400:], examples.truth[:2])
+    assert torch.equal(examples.labels[:400], data.inner.labels[held])
+    again = data.examples(torch.arange(5, 9))
+    assert torch.equal(again.cond["image"], examples.cond["image"][5:9])
+    seen = {x.numpy().tobytes() for x in data.batch(draws(0, 3000))[0]}
+    twice = {x.numpy().tobytes() for x in data.inner.images[data.inner.rows]}
+    assert not {x.numpy().tobytes() for x in examples.truth} & seen - twice
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        (Degraded(of=Digits(), by=Pool(factor=3)), "data.by: pool.factor: 3 does not divide"),
+        (Degraded(of=Digits(), by=Box(size=8)), "data.by: box.size: 8 leaves nothing"),
+        (Degraded(of=Digits(), by=Pool(), easy=Grey()), "data.by: grey: is for pictures of 3 channels"),
+        (Degraded(of=Ring(), by=Pool()), r"data.by: pool: is for pictures \(c, h, w\); these samples are \[2\]"),
+    ],
+)
+def test_data_that_the_operator_does_not_take_are_refused_before_they_are_drawn(spec, message):
+    for look in (spec.outline, spec.open):
+        with pytest.raises(UserError, match=message):
+            look()

@@ -1,0 +1,109 @@
+"""Students made from a picture as IFSuperResolutionPipeline: the folder draws what fewstep's own sampler draws."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from fewstep.export.base import ExportRefused, Stock, write_checked
+from fewstep.export.choose import parts_of
+from fewstep.export.picture import check_picture
+from fewstep.networks.diffusers import load_denoiser
+from fewstep.recipe.store import load
+from fewstep.train.build import build_roles
+from fewstep.train.product import open_product, product_of
+
+DATA = {"name": "degraded", "of": {"name": "digits"}, "by": {"name": "pool", "factor": 2}, "keep": False}
+
+
+def recipe(folder: Path, **parts: Any) -> Any:
+    told = {"about": "x", "data": DATA, "optim": {"default": {"lr": 1e-3}}, **parts}
+    file = folder / "recipe.yaml"
+    file.write_text(yaml.safe_dump(told))
+    return load(str(file))
+
+
+def lively(net: Any, scale: float = 0.15) -> Any:
+    generator = torch.Generator().manual_seed(3)
+    for p in net.parameters():
+        p.data = scale * torch.randn(p.shape, generator=generator)
+    return net.eval()
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A teacher of random weights as a run writes it."""
+    folder = tmp_path_factory.mktemp("teacher")
+    student = {"name": "unet-text", "text": 4, "channels": [8, 8], "groups": 4, "image": 1}
+    told = recipe(folder, student=student, method={"name": "denoise", "drop_cond": 0.0})
+    data = told.data.open()
+    net = lively(build_roles(told, data).student)
+    done = write_checked(parts_of(product_of(told, net, data, "teacher")), folder / "export")
+    assert done.parity < 1e-6
+    return folder / "export"
+
+
+def student_of(teacher: Path, folder: Path, steps: list[float], **more: Any) -> Any:
+    told = recipe(
+        folder,
+        teacher={"name": "diffusers", "path": str(teacher)},
+        student={"name": "copy", "of": "teacher"},
+        critic={"name": "copy", "of": "teacher"},
+        method={"name": "dmd2", "gan": None, "steps": steps, **more},
+    )
+    data = told.data.open()
+    net: Any = build_roles(told, data).student
+    with torch.no_grad():
+        for p in net.parameters():
+            p.add_(0.02)
+    return product_of(told, net, data, "student")
+
+
+def test_a_teacher_is_opened_again_as_it_was_written(teacher: Path):
+    import json
+
+    index = json.loads((teacher / "model_index.json").read_text())
+    config = json.loads((teacher / "unet" / "config.json").read_text())
+    assert index["_class_name"] == "IFSuperResolutionPipeline"
+    assert (config["in_channels"], config["out_channels"]) == (2, 1)
+    net: Any = load_denoiser(teacher)
+    assert (net.image_channels, net.net.channels()) == (1, 1)
+
+
+@pytest.mark.parametrize("steps", [[1.0], [1.0, 0.75, 0.5, 0.25]], ids=["ddim", "lcm"])
+def test_the_stock_pipeline_draws_what_the_sampler_draws(teacher: Path, tmp_path: Path, steps: list[float]):
+    done = write_checked(parts_of(student_of(teacher, tmp_path, steps)), tmp_path / "export")
+    assert done.parity < 1e-6
+    code = done.usage.replace('"sample.png"', repr(str(tmp_path / "sample.png")))
+    assert "IFSuperResolutionPipeline" in code
+    exec(code, {})
+    assert (tmp_path / "sample.png").is_file()
+    with pytest.raises(Exception, match="makes samples from a picture"):
+        open_product(tmp_path / "export")
+
+
+def test_what_no_stock_pipeline_does_is_refused():
+    class Other:
+        image_channels, pipeline, model = 1, "ConsistencyModelPipeline", torch.nn.Identity()
+
+    class Wide:
+        image_channels, pipeline, model = 3, "IFSuperResolutionPipeline", torch.nn.Identity()
+
+        def channels(self) -> int:
+            return 1
+
+    class Fits(Wide):
+        image_channels = 1
+
+    ddim, euler = Stock("DDIMScheduler", {}, {}, None), Stock("EulerDiscreteScheduler", {}, {}, None)  # type: ignore[arg-type]
+    with pytest.raises(ExportRefused, match="no stock pipeline joins a picture to the input of a Identity; train"):
+        check_picture(Other(), ddim)
+    with pytest.raises(ExportRefused, match="as many channels as samples have, 1, and this student was trained with 3"):
+        check_picture(Wide(), ddim)
+    with pytest.raises(ExportRefused, match="EulerDiscreteScheduler scales the picture"):
+        check_picture(Fits(), euler)
+    check_picture(Fits(), ddim)
