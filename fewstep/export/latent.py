@@ -199,11 +199,17 @@ def call_of(product: Product, source: Folder, wrapper: Any, stock: Stock) -> dic
 
 
 def latent_parts(
-    product: Product, dtype: str = "fp32", card: Card | None = None, settings: Mapping[str, Any] | None = None
+    product: Product,
+    dtype: str = "fp32",
+    card: Card | None = None,
+    settings: Mapping[str, Any] | None = None,
+    *,
+    variant: bool = False,
 ) -> Parts:
     """The student in its teacher's pipeline, its weights written in a dtype of DTYPES; errors as `choose.parts_of`.
 
-    card: another than a student's. settings: of the pipeline's call, in place of its own.
+    card: another than a student's. settings: of the pipeline's call, in place of its own. variant: files of weights are
+    named after the dtype.
 
     Latents are compared, for random conditions and noise, relative to their root mean square where that is above 1.
     """
@@ -221,14 +227,16 @@ def latent_parts(
         settings=known,
     )
 
+    named = {"variant": dtype} if variant else {}
+
     def pairs(folder: Path) -> Iterator[tuple[Tensor, Tensor]]:
-        yield _both(product, wrapper, folder, stock.call)
+        yield _both(product, wrapper, folder, stock.call, **named)
 
     return Parts(
         scheduler=stock.name,
-        save=partial(_save, source, wrapper.model, stock.scheduler, DTYPES[dtype]),
+        save=partial(_save, source, wrapper.model, stock.scheduler, DTYPES[dtype], **named),
         pairs=pairs,
-        usage=partial(usage, name, call_of(product, source, wrapper, stock) | known),
+        usage=partial(usage, name, call_of(product, source, wrapper, stock) | known, **named),
         card=partial(card, product, name) if card else partial(student_card, product, name, front=front),
         note=(NAME, note.text()),
     )
@@ -245,14 +253,16 @@ def _rounded(net: Denoiser, dtype: torch.dtype) -> Denoiser:
     return net
 
 
-def _save(source: Folder, model: Any, scheduler: Any, dtype: torch.dtype, to: Path) -> None:
+def _save(
+    source: Folder, model: Any, scheduler: Any, dtype: torch.dtype, to: Path, *, variant: str | None = None
+) -> None:
     """The source's folder with another network and scheduler. Text encoders are copied, not loaded."""
     index = dict(source.index)
     for name, entry in index.items():
         if part_of(entry) and name not in (source.component, "scheduler"):
             shutil.copytree(source.root / name, to / name)
     model = model if dtype is torch.float32 else copy.deepcopy(model).to(dtype)
-    model.save_pretrained(to / source.component, safe_serialization=True)
+    model.save_pretrained(to / source.component, safe_serialization=True, variant=variant)
     scheduler.save_pretrained(to / "scheduler")
     index["scheduler"] = ["diffusers", type(scheduler).__name__]
     (to / "model_index.json").write_text(json.dumps(index, indent=2))
@@ -260,11 +270,11 @@ def _save(source: Folder, model: Any, scheduler: Any, dtype: torch.dtype, to: Pa
 
 @torch.no_grad()
 def _both(
-    product: Product, wrapper: Wrapper, folder: Path, call: dict[str, Any], count: int = 3
+    product: Product, wrapper: Wrapper, folder: Path, call: dict[str, Any], count: int = 3, **opened: str
 ) -> tuple[Tensor, Tensor]:
     """(fewstep's, the folder's pipeline's) latents (count, c, h, w) from the same noise and conditions."""
     generator = torch.Generator().manual_seed(0)
     start = torch.randn(count, *product.shape, generator=generator)
     cond = wrapper.example(count, generator)
-    theirs = run_stock(open_stock(folder), wrapper, start, cond, call)
+    theirs = run_stock(open_stock(folder, **opened), wrapper, start, cond, call)
     return sample(product.sampler, on_cpu(product.net), start, cond, fresh_noise(wrapper, start)), theirs

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -191,7 +192,9 @@ class Adapted(nn.Module):
 
         names = _matching(net, self.targets)
         frozen = {p: p.requires_grad for p in net.parameters()}
-        spec = LoraConfig(r=self.rank, lora_alpha=self.alpha, target_modules=names, init_lora_weights=True)  # type: ignore[arg-type]
+        # One pattern: of a list peft compares every layer with every name, which takes long for a large network.
+        pattern = "|".join(map(re.escape, names))
+        spec = LoraConfig(r=self.rank, lora_alpha=self.alpha, target_modules=pattern, init_lora_weights=True)  # type: ignore[arg-type]
         with warnings.catch_warnings():  # several sets on one base are what is wanted here
             warnings.filterwarnings("ignore", message="Already found a `peft_config`")
             inject_adapter_in_model(spec, net, adapter_name=adapter)
