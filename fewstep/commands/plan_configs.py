@@ -170,9 +170,10 @@ def _row(wrapper: Any, recipe: Recipe, sizes: Sizes) -> dict[str, Tensor] | None
     tokens, wide = sizes.text or (_tokens(wrapper, recipe), width)
     if wide != width:
         raise UserError(f"--text {tokens}x{wide}: the text of this teacher is {width} wide")
-    longer = {"text": torch.zeros(1, tokens, width)}
-    longer |= {"mask": torch.ones(1, tokens)} if "mask" in example else {}
-    return {**example, **longer}
+    longer = {"text": torch.zeros(1, tokens, width), "mask": torch.ones(1, tokens)}
+    # A mask that the model is not handed cuts the text (Z-Image), by values; without one it is whole.
+    cuts = "mask" not in getattr(wrapper, "names", ("mask",))
+    return {k: longer.get(k, v) for k, v in example.items() if k != "mask" or not cuts}
 
 
 def _tokens(wrapper: Any, recipe: Recipe) -> int:

@@ -18,7 +18,7 @@ from fewstep.export.card import drawing, front_of, plain
 from fewstep.export.comfy import WORKFLOW, workflow
 from fewstep.export.latent import call_of, settings_of, stock_of, wrapped
 from fewstep.files import digest_of
-from fewstep.networks.adapters import Adapted, network_of, plain_copy
+from fewstep.networks.adapters import Adapted, network_of, plain_copy, unhalved
 from fewstep.networks.folder import Folder
 from fewstep.networks.lora_file import NAME, component, diffusers_model, lora_tensors, save_lora
 from fewstep.networks.lora_formats import merged_by_comfyui
@@ -143,6 +143,7 @@ def _pairs(net: Adapted, layout: str, folder: Path) -> Iterator[tuple[Tensor, Te
     """(merged here, fused by `_WHO`) of every weight, over the largest of its layer."""
     ours: Any = diffusers_model(network_of(plain_copy(net)))[1]
     theirs: Any = diffusers_model(network_of(plain_copy(net.base)))[1]
+    unhalved(theirs)
     if layout == "comfyui":
         from safetensors.torch import load_file
 
