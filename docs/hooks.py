@@ -241,6 +241,16 @@ def memory_table() -> str:
     return "\n".join(lines)
 
 
+def configs_table() -> str:
+    """`fewstep plan --weights none` of the shipped configs, as docs/plans.py found it."""
+    lines = ["| configs | x | frozen weights in bf16 | estimate | of 24 GiB |", "|---|---|---|---|---|"]
+    for row in json.loads((ROOT / "docs" / "plans.json").read_text())["configs"]:
+        fits = "fits" if row["gib"] <= 0.9 * 24 else "does not fit"
+        sizes = f"{row['weights_gib']:.1f} GiB | {row['gib']:.1f} GiB"
+        lines.append(f"| `assets:configs/{row['configs']}` | {row['shape']} | {sizes} | {fits} |")
+    return "\n".join(lines)
+
+
 def scripts_table() -> str:
     """The scripts beside the recipes, by their first line."""
     rows = []
@@ -255,6 +265,7 @@ TABLES = {
     "demo": demo_table,
     "schedules": schedules_table,
     "memory": memory_table,
+    "configs": configs_table,
     "scripts": scripts_table,
 }
 

@@ -25,11 +25,36 @@ def export(
         str, typer.Option("--format", help="Layout of the adapter's file: diffusers, kohya or comfyui.")
     ] = "diffusers",
     dtype: Annotated[str, typer.Option(help="Of a pipeline student's weights: fp32, bf16 or fp16.")] = "fp32",
+    variant: Annotated[
+        bool, typer.Option("--variant", help="Name files after --dtype: from_pretrained(..., variant='fp16').")
+    ] = False,
 ) -> None:
     """Write a folder that plain diffusers opens, checked against fewstep's own sampler."""
     from fewstep.commands.export import export_run
 
-    export_run(run, out, force, lora, layout, dtype, steps)
+    export_run(run, out, force, lora, layout, dtype, steps, variant)
+
+
+@app.command(
+    rich_help_panel="Ship", epilog="Example: `fewstep extract runs/mine --rank 64 --out runs/mine/lora --measure`"
+)
+@may_run_code
+def extract(
+    run: Annotated[Path, typer.Argument(help="A run directory whose student was trained whole.")],
+    rank: Annotated[int, typer.Option(help="Of the LoRA set.")] = 64,
+    out: Annotated[Path | None, typer.Option(help="Folder to write; left out: only what it would keep is told.")] = None,
+    layout: Annotated[
+        str, typer.Option("--format", help="Layout of the file: diffusers, kohya or comfyui.")
+    ] = "diffusers",
+    measure: Annotated[bool, typer.Option("--measure", help="Also measure both by the run's own metric.")] = False,
+) -> None:
+    """Write a whole student as a LoRA set on its teacher: the nearest of a rank, layer by layer, and what that loses."""
+    from fewstep.commands.extract import extract as job
+    from fewstep.export.choose import check_options
+
+    check_options(True, "fp32", layout, False)
+    for line in job(run, rank, out, layout, measure=measure):
+        typer.echo(line)
 
 
 @app.command(

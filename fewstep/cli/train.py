@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
@@ -9,6 +10,13 @@ import typer
 
 from fewstep.cli.app import Force, RecipeName, Settings, app, by_fields, may_run_code, recipe_names
 from fewstep.commands.fit_request import FitRequest
+
+
+class Weights(StrEnum):
+    """What `fewstep plan` builds the networks from."""
+
+    read = "read"
+    none = "none"
 
 
 @app.command(rich_help_panel="Train", epilog="Example: `fewstep run digits-dmd2 train.steps=100 --out runs/short`")
@@ -53,12 +61,15 @@ def new(
     prompts: Annotated[
         Path | None, typer.Option(help="Text file, one prompt a line, for a run without pictures.")
     ] = None,
+    memory: Annotated[
+        str | None, typer.Option(help="Of one device, such as 24G: settings are chosen whose plan fits.")
+    ] = None,
     force: Force = False,
 ) -> None:
     """Write recipes for your own pictures or pipeline, with a comment on every line that says where it comes from."""
     from fewstep.commands.new import Wish, new as job
 
-    for line in job(Wish(out, steps, data, teacher, method, lora, prompts, force)):
+    for line in job(Wish(out, steps, data, teacher, method, lora, prompts, force, memory)):
         typer.echo(line)
 
 
@@ -78,21 +89,40 @@ def fit(request: FitRequest) -> None:
     job(request)
 
 
-@app.command(rich_help_panel="Train", epilog="Example: `fewstep plan digits-dmd2 train.batch=512`")
+@app.command(
+    rich_help_panel="Train",
+    epilog="Examples:\n\n"
+    "`fewstep plan digits-dmd2 train.batch=512`\n\n"
+    "`fewstep plan paper/dmd2-sdxl-4step-lora --weights none --shape 4x128x128 --text 77x2048`",
+)
 def plan(
     recipe: RecipeName,
     settings: Settings = None,
     processes: Annotated[int, typer.Option(min=1, help="Processes of the launch.")] = 1,
     measure: Annotated[bool, typer.Option("--measure", help="Also take two real steps and compare.")] = False,
+    weights: Annotated[
+        Weights, typer.Option(help="none: from configs alone; without weights, latents or texts on disk.")
+    ] = Weights.read,
+    shape: Annotated[str | None, typer.Option(help="Of x, with --weights none [default: the family's].")] = None,
+    text: Annotated[str | None, typer.Option(help="Tokens x width, with --weights none [default: the family's].")] = None,
 ) -> None:
     """Estimate the memory of a run before it is launched, and which switches lower it.
+
+    With `--weights none` a teacher's folder needs its configs only, and one that is not here may have the name of a
+    repository whose configs ship with fewstep (`assets:configs/NAME`).
 
     Exit code 0; 2 for a mistake; 3 where the recipe names code, which is never run here: then what needs none of it is
     estimated, and the rest is named.
     """
-    from fewstep.commands.plan import report
+    from fewstep.commands.plan_configs import sizes_of
+    from fewstep.commands.plan_report import report
+    from fewstep.config import UserError
 
-    if report(recipe, settings or [], processes, measure) is None:
+    sizes = sizes_of(shape, text)
+    if weights is Weights.read and (shape or text):
+        raise UserError(f"{'--shape' if shape else '--text'}: is for --weights none; else the data say it")
+    bare = sizes if weights is Weights.none else None
+    if report(recipe, settings or [], processes, measure, bare) is None:
         raise typer.Exit(3)
 
 

@@ -7,10 +7,8 @@ from pathlib import Path
 from fewstep.commands.report import card_results, console, opened, read_results
 from fewstep.config import UserError
 from fewstep.export.base import Exported, ExportRefused
-from fewstep.export.choose import export
+from fewstep.export.choose import check_options, export
 from fewstep.export.levels import check_product
-from fewstep.networks.diffusers import DTYPES
-from fewstep.networks.lora_formats import FORMATS
 from fewstep.train.product import Product
 
 
@@ -29,14 +27,13 @@ def export_run(
     layout: str = "diffusers",
     dtype: str = "fp32",
     steps: int | None = None,
+    variant: bool = False,
 ) -> Exported:
-    """`fewstep export`; with `lora` the adapter alone, in a layout of `lora_formats.FORMATS`; steps: of a fit."""
-    if layout != "diffusers" and not lora:
-        raise UserError("--format: is the layout of an adapter's file; add --lora")
-    if layout not in FORMATS:
-        raise UserError(f"--format {layout!r}: is not one of {', '.join(FORMATS)}")
-    if dtype not in DTYPES or (lora and dtype != "fp32"):
-        raise UserError(f"--dtype {dtype!r}: is not one of {', '.join(DTYPES)}; an adapter's file is float32")
+    """`fewstep export`; with `lora` the adapter alone, in a layout of `lora_formats.FORMATS`; steps: of a fit.
+
+    dtype, variant: see `fewstep.export.choose.parts_of`.
+    """
+    check_options(lora, dtype, layout, variant)
     product = opened(run)
     if product.fitted is None and product.recipe is None:
         raise UserError(f"{run}: is a diffusers folder already; export takes a run directory")
@@ -49,7 +46,7 @@ def export_run(
     if folder.exists() and any(folder.iterdir()) and not force and out is not None:
         raise UserError(f"{folder}: exists; overwrite it with --force")
     try:
-        return _export_lora(product, folder, layout) if lora else _export(product, run, folder, dtype)
+        return _export_lora(product, folder, layout) if lora else _export(product, run, folder, dtype, variant)
     except ExportRefused as refusal:
         raise UserError(f"{run}: not exported: {refusal}") from None
 
@@ -63,12 +60,12 @@ def _export_lora(product: Product, folder: Path, layout: str) -> Exported:
     return done
 
 
-def _export(product: Product, run: Path, folder: Path, dtype: str) -> Exported:
+def _export(product: Product, run: Path, folder: Path, dtype: str, variant: bool) -> Exported:
     rows: list[tuple[str, str]] = []
     results = run / "report" / "results.json"
     if results.is_file():
         rows = card_results(read_results(results))
     check_product(product)
-    done = export(product, folder, results=rows, dtype=dtype)
+    done = export(product, folder, results=rows, dtype=dtype, variant=variant)
     show_export(done)
     return done

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from fewstep.commands import new_pipeline, new_pixels
 from fewstep.commands.new_lines import Lines, rendered
+from fewstep.commands.new_memory import Fit, fitted
 from fewstep.commands.write_recipe import write_recipes
 from fewstep.config import UserError
 
@@ -27,6 +28,8 @@ class Wish:
     lora: bool = False
     prompts: Path | None = None
     force: bool = False
+    memory: str | None = None
+    """Of one device, such as 24G: the recipe's plan fits into it."""
 
 
 def new(wish: Wish) -> Iterator[str]:
@@ -55,7 +58,7 @@ def _beside(out: Path, word: str) -> Path:
 def _from_scratch(wish: Wish) -> tuple[dict[Path, Lines], list[str]]:
     """A teacher of the pictures, and its student."""
     assert wish.data is not None
-    for option, given in (("--lora", wish.lora), ("--prompts", wish.prompts)):
+    for option, given in (("--lora", wish.lora), ("--prompts", wish.prompts), ("--memory", wish.memory)):
         if given:
             raise UserError(f"{option} is for a pipeline; add --teacher FOLDER, or leave it out")
     found = new_pixels.look(wish.data)
@@ -76,8 +79,7 @@ def _distilled(wish: Wish) -> tuple[dict[Path, Lines], list[str]]:
         return _of_pixels(wish, family)
     told = [f"fewstep check-teacher {wish.teacher}", f"fewstep plan {wish.out}", f"fewstep run {wish.out}"]
     if wish.data is None:
-        lines = new_pipeline.student(family, wish.method, wish.steps, lora=wish.lora, prompts=wish.prompts, latents=None)
-        return {wish.out: lines}, told
+        return {wish.out: _student(wish, family, wish.prompts, None)}, told
     if wish.prompts is not None:
         raise UserError("--prompts and --data: the captions of the data are its prompts; leave one of the two out")
     files: dict[Path, Lines] = {}
@@ -86,15 +88,25 @@ def _distilled(wish: Wish) -> tuple[dict[Path, Lines], list[str]]:
         first, latents = _beside(wish.out, "pictures"), wish.out.with_name(f"{wish.out.stem}-latents")
         files[first] = new_pipeline.pictures(family, wish.data, wish.out)
         told.insert(1, f"fewstep cache-latents {first} --vae {wish.teacher} --out {latents}")
-    lines = new_pipeline.student(family, wish.method, wish.steps, lora=wish.lora, prompts=None, latents=latents)
-    return {**files, wish.out: lines}, told
+    return {**files, wish.out: _student(wish, family, None, latents)}, told
+
+
+def _student(wish: Wish, family: new_pipeline.Family, prompts: Path | None, latents: Path | None) -> Lines:
+    """The recipe of a wish, by the memory of a device where one is given."""
+
+    def lines(fit: Fit) -> Lines:
+        return new_pipeline.student(family, wish.method, wish.steps, fit=fit, prompts=prompts, latents=latents)
+
+    if wish.memory is None:
+        return lines(Fit(wish.lora))
+    return fitted(wish.memory, wish.lora, family.wrapper.model, lines)
 
 
 def _of_pixels(wish: Wish, family: new_pipeline.Family) -> tuple[dict[Path, Lines], list[str]]:
     """A student of a pipeline without latents and without text."""
     if wish.data is None:
         raise UserError(f"--teacher {wish.teacher}: works on pixels; add --data FOLDER with pictures of its kind")
-    for option, given in (("--lora", wish.lora), ("--prompts", wish.prompts)):
+    for option, given in (("--lora", wish.lora), ("--prompts", wish.prompts), ("--memory", wish.memory)):
         if given:
             raise UserError(f"{option} is for a pipeline of text or latents, which {wish.teacher} is not; leave it out")
     found = new_pixels.look(wish.data, as_they_are=True)

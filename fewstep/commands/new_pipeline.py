@@ -7,8 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from fewstep.algebra.process import DiscreteVP, ShiftedFlow
 from fewstep.commands.new_lines import Lines, evaluation, levels, one_of, quoted
+from fewstep.commands.new_memory import BATCH, Fit
 from fewstep.config import UserError
 from fewstep.data.text import read_prompts
 from fewstep.export.forecast import outlined_teacher
@@ -24,7 +27,9 @@ UNET_LAYERS = (
 """Layers of a UNet that DMD2's LoRA adapts (tianweiy/DMD2 @ 8d8fa55, sd_unified_model.py)."""
 BLOCK_LAYERS = (
     "to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out", "proj_mlp",
-    "ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2",
+    "to_qkv_mlp_proj", "to_out", "ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2", "ff.linear_in",
+    "ff.linear_out", "ff_context.linear_in", "ff_context.linear_out", "ffn.net.0.proj", "ffn.net.2", "img_mlp.net.0.proj",
+    "img_mlp.net.2", "txt_mlp.net.0.proj", "txt_mlp.net.2", "feed_forward.w1", "feed_forward.w2", "feed_forward.w3",
 )  # fmt: skip
 """Linear layers of attention and feed-forward parts in diffusers' transformers; depthwise convolutions do not merge."""
 
@@ -99,7 +104,7 @@ class Family:
 
     def layers(self) -> tuple[str, str, str]:
         """(layers of an adapter, its rank and scale's source, the layers' source)."""
-        names = [name for name, _ in self.wrapper.model.named_modules()]
+        names = [name for name, m in self.wrapper.model.named_modules() if isinstance(m, nn.Linear)]
         if "mid" in self.wrapper.blocks():
             return UNET_LAYERS, f"{_SDXL}, its LoRA run", "and its layers"
         found = [layer for layer in BLOCK_LAYERS if any(name.endswith(f".{layer}") for name in names)]
@@ -137,10 +142,11 @@ def look(folder: str) -> Family:
     return Family(folder, net.net.pipeline, net, found.latents, zeros)  # type: ignore[union-attr]
 
 
-def student(family: Family, method: str, steps: int, *, lora: bool, prompts: Path | None, latents: Path | None) -> Lines:
+def student(family: Family, method: str, steps: int, *, fit: Fit, prompts: Path | None, latents: Path | None) -> Lines:
     """The recipe of the student.
 
     Args:
+        fit: LoRA sets or whole networks, and how much of a device they take.
         prompts: a file of prompts, for a run without pictures.
         latents: a folder of `fewstep cache-latents`, for a run with a discriminator.
     """
@@ -153,20 +159,26 @@ def student(family: Family, method: str, steps: int, *, lora: bool, prompts: Pat
     network = "copy, of: teacher"
     role = ("starts as the teacher", "starts as the teacher, and tracks the student")
     rates = known.rates
-    if lora:
+    if fit.lora:
         targets, source, which = family.layers()
         network = f"lora, of: teacher, rank: 64, alpha: 8.0, targets: {targets}"
-        role = (f"--lora: rank and scale: {source}; {which}", "a second set on the same weights, as in emoji-dmd2-lora")
+        asked = fit.source or "--lora"
+        role = (f"{asked}: rank and scale: {source}; {which}", "a second set on the same weights, as in emoji-dmd2-lora")
         rates = ("5e-5", "5e-5", source if table else f"{source}; the critic's ours")
     betas = "[0.0, 0.999]" if flow else "[0.9, 0.999]"
     gan = latents is not None
     guided = f", guidance: {_embedded(family)[0]}" if family.embeds_guidance else ""
     told = f"--teacher: {family.pipeline}" + (f"; {_embedded(family)[1]}" if guided else "")
     taps, why = family.taps()
+    dtype = "" if fit.dtype == "fp32" else f", dtype: {fit.dtype}"
+    told += f"; its weights in {fit.dtype}: {fit.source}" if dtype else ""
+    away: Lines = [("  offload: true", f"idle roles are in main memory: {fit.source}")] if fit.offload else []
+    freely = "`fewstep plan` tells what fits, lower it then"
+    micro = f"{fit.micro} sample{'s' * (fit.micro > 1)} at a time"
     return [
         (f"about: {quoted(f'DMD2 of {Path(family.folder).name} in {one}')}", "written by `fewstep new`"),
         *(_latents(family, latents) if latents else _prompts(family, prompts)),
-        (f"teacher: {{name: diffusers, path: {quoted(family.folder)}{guided}}}", told),
+        (f"teacher: {{name: diffusers, path: {quoted(family.folder)}{guided}{dtype}}}", told),
         (f"student: {{name: {network}}}", role[0]),
         (f"critic: {{name: {network}}}", role[1]),
         *([(f"discriminator: {{trunk: critic, taps: {taps}}}", why)] if gan else []),
@@ -185,13 +197,14 @@ def student(family: Family, method: str, steps: int, *, lora: bool, prompts: Pat
         (f"  student: {{lr: {rates[0]}, betas: {betas}, weight_decay: 0.01, warmup: 2}}", rates[2]),
         ("train:", "length, batch and precision"),
         ("  steps: 3000", "of the order of DMD2's 3,800 for SDXL"),
-        ("  batch: 32", "what one device does in a sitting; DMD2 has 128 for SDXL, 2,048 for SD1.5, on 64"),
-        ("  accumulate: 32", "one sample at a time; `fewstep plan` tells what fits, lower it then"),
+        (f"  batch: {BATCH}", "what one device does in a sitting; DMD2 has 128 for SDXL, 2,048 for SD1.5, on 64"),
+        (f"  accumulate: {BATCH // fit.micro}", f"{micro}; {fit.source or freely}"),
         ("  clip: 10.0", "DMD2: max_grad_norm"),
         ("  precision: bf16", "DMD2's"),
         ("  product: student", "DMD2 keeps no average"),
         ("  ema: []", "DMD2 keeps no average"),
         ("  checkpointing: true", "activations are computed again in the backward pass, for memory"),
+        *away,
         *evaluation(),
     ]  # fmt: skip
 

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import math
-import subprocess
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -16,9 +15,11 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from fewstep.algebra.batch import Batch
-from fewstep.commands.plan_rows import RoleMemory, buffers_of, moments, without_code
+from fewstep.algebra.draws import Draws
+from fewstep.commands.plan_configs import Sizes, bare_session
+from fewstep.commands.plan_passes import Passes
+from fewstep.commands.plan_rows import RoleMemory, buffers_of, moments
 from fewstep.config import UserError
-from fewstep.networks import code
 from fewstep.networks.adapters import Adapted, enable_checkpointing, own_parameters
 from fewstep.networks.roles import Roles
 from fewstep.recipe.schema import Recipe, Stage
@@ -34,7 +35,9 @@ TINY = (1, 2, 4)
 
 
 ROW = 3
-"""Turns in a row of the same roles that are traced; the first may share a rollout, ten critic updates are alike."""
+"""Turns in a row of the same roles that are traced; the first may share a rollout, ten critic updates are alike.
+
+From configs it is one: what a rollout shares are a few latents."""
 
 
 @dataclass
@@ -69,8 +72,10 @@ class Plan:
     """That the product will not export to a stock pipeline and why, "" for one that will."""
 
 
-def plan(recipe: Recipe, processes: int = 1, *, ways: bool = True) -> Plan:
+def plan(recipe: Recipe, processes: int = 1, *, ways: bool = True, sizes: Sizes | None = None) -> Plan:
     """Estimate the peak of tensors alive in training, in bytes, for one of `processes` processes.
+
+    sizes: plan from configs alone, with these in place of what only weights, latents and texts would tell.
 
     Weights, gradients, moments and averages are counted; activations and temporaries come from tracing every turn
     at the recipe's own micro-batch with fake tensors. Workspaces of libraries and the allocator's fragments come on
@@ -82,10 +87,12 @@ def plan(recipe: Recipe, processes: int = 1, *, ways: bool = True) -> Plan:
             f"train.batch {train.batch} must be divisible by processes x train.accumulate = {processes} x "
             f"{train.accumulate}"
         )
-    tracer = _Tracer(recipe, processes)
+    tracer = _Tracer(recipe, processes, sizes)
     first = tracer.total(recipe)
     found = []
     for setting, other in _alternatives(recipe, processes) if ways else ():
+        if sizes is not None and setting.startswith(("train.precision", "train.accumulate")):
+            continue  # each is a trace of its own, which takes long at a real size
         less = tracer.total(other).total
         if less < 0.98 * first.total:
             found.append((setting, less))
@@ -114,15 +121,6 @@ def measured(recipe: Recipe, *, cpu: bool = False) -> int:
     return worst
 
 
-def _measured_apart(name: str, settings: Sequence[str]) -> int:
-    """`measured` in a process of its own, which has not traced anything before."""
-    command = [sys.executable, "-m", "fewstep.commands.plan", name, *settings]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise UserError(f"plan: the measured step failed: {done.stderr.strip().splitlines()[-1]}")
-    return int(done.stdout.splitlines()[-1])
-
-
 def _alternatives(recipe: Recipe, processes: int) -> Iterator[tuple[str, Recipe]]:
     train = recipe.train
 
@@ -148,8 +146,8 @@ def _alternatives(recipe: Recipe, processes: int) -> Iterator[tuple[str, Recipe]
         yield "train.parallel=fsdp", changed(parallel="fsdp")
 
 
-def _plain_session(recipe: Recipe) -> Session:
-    """Its roles, on the CPU as one process; what the switches change is traced or counted."""
+def _plain(recipe: Recipe) -> Recipe:
+    """With its switches off, for one process; what they change is traced or counted."""
     off: dict[str, Any] = {
         "offload": False,
         "compile": (),
@@ -158,26 +156,34 @@ def _plain_session(recipe: Recipe) -> Session:
         "trackers": (),
     }
     train = replace(recipe.train, batch=1, accumulate=1, parallel="ddp", attention="auto", **off)
-    return Session(replace(recipe, train=train), cpu=True)
+    return replace(recipe, train=train)
 
 
 class _Tracer:
     """Builds the roles once, makes them fake, and traces a recipe's turns on them."""
 
-    def __init__(self, recipe: Recipe, processes: int) -> None:
+    def __init__(self, recipe: Recipe, processes: int, sizes: Sizes | None = None) -> None:
         from fewstep.export.forecast import warning
 
-        session = self.session = _plain_session(recipe)
-        self.export = warning(partial(product_of, recipe, session.product, session.data, "student"))
-        self.processes = processes
+        self.processes, self.bare, self.export = processes, sizes is not None, ""
         self.mode = fake_mode()
+        self._known: dict[tuple[Any, ...], Turns] = {}
+        self.passes = Passes()
+        if sizes is not None:
+            bare = _plain(replace(recipe, train=replace(recipe.train, ema=())))
+            session = self.session = bare_session(bare, sizes, self.mode)
+        else:
+            session = self.session = Session(_plain(recipe), cpu=True)
+            self.export = warning(partial(product_of, recipe, session.product, session.data, "student"))
         self.roles = dict(session.roles)
         averages = [bytes_of(own_parameters(e.module)) for e in session.ema]
-        self.ema = sum(averages) // max(len(averages), 1)
+        student = bytes_of(own_parameters(self.roles["student"]))
+        self.ema = student if sizes is not None else sum(averages) // max(len(averages), 1)
         session.ema = []
         self.reason = ""
         try:
-            make_fake(self.roles.values(), self.mode)
+            if sizes is None:
+                make_fake(self.roles.values(), self.mode)
             self.fake = True
         except Exception as error:
             self.fake, self.reason = False, str(error)
@@ -200,8 +206,10 @@ class _Tracer:
             roles[name] = row
         totals: list[int] = [0]
         activations: dict[tuple[str, ...], int] = {}
-        for stage in recipe.stages():
-            turns = self.trace(stage, recipe, micro)
+        for number, stage in enumerate(recipe.stages()):
+            # Neither offloading nor moments nor averages change what a turn needs beside them.
+            key = (number, micro, train.precision, train.checkpointing)
+            turns = self._known[key] = self._known.get(key) or self.trace(stage, recipe, micro)
             for updates, peak in turns.peak.items():
                 full = sum(bytes_of(own_parameters(self.roles[r])) for r in updates)
                 kept = sum(roles[r].gradients for r in updates)
@@ -226,9 +234,15 @@ class _Tracer:
         with _checkpointed([m for n, m in self.roles.items() if n != "teacher"], saved):
             if self.fake:
                 try:
-                    return self._trace(stage, micro, bf16, self.mode)
+                    with self.passes.of(self.roles.values()):
+                        return self._trace(stage, micro, bf16, self.mode)
                 except Exception as error:
-                    line = str(error).splitlines()[0][:60]
+                    line = (str(error).splitlines() or [type(error).__name__])[0][:60]
+                    if self.bare:
+                        raise UserError(
+                            f"plan: from configs alone method {stage.method.name} cannot be traced, it looks at values: "
+                            f"{line}; leave --weights out"
+                        ) from error
                     self.fake, self.reason = False, f"traced by computing a step, for it looks at values: {line}"
                     self._rebuild(recipe)
             if micro > max(TINY):
@@ -239,7 +253,7 @@ class _Tracer:
             return self._trace(stage, micro, bf16, nullcontext())
 
     def _rebuild(self, recipe: Recipe) -> None:
-        self.session = _plain_session(replace(recipe, train=replace(recipe.train, ema=())))
+        self.session = Session(_plain(replace(recipe, train=replace(recipe.train, ema=()))), cpu=True)
         self.roles = dict(self.session.roles)
         if recipe.train.checkpointing:
             for name, module in self.roles.items():
@@ -259,12 +273,13 @@ class _Tracer:
         last: tuple[str, ...] = ()
         for number, turn in enumerate(stage.method.turns(roles, 0)):
             row, last = (row + 1 if turn.updates == last else 1), turn.updates
-            if row > ROW:
+            if row > (1 if self.bare else ROW):
                 continue
             roles.train_only(*turn.updates)
             called: set[str] = set()
             hooks = [m.register_forward_pre_hook(_noting(called, n, roles)) for n, m in roles.items()]
             live = Live(known)
+            self.passes.turn(live)
             try:
                 with mode, live, cast:
                     batch = turn.batch(0)
@@ -277,6 +292,7 @@ class _Tracer:
                     for losses in turn.losses(batch):
                         losses.total().backward()
             finally:
+                self.passes.turn(None)
                 for hook in hooks:
                     hook.remove()
                 for t in known:
@@ -287,9 +303,13 @@ class _Tracer:
 
 
 def _copied(batch: Batch) -> Batch:
-    """The batch with tensors of its own, made and counted by the modes that are entered."""
+    """The batch with tensors of its own, made and counted by the modes that are entered.
+
+    Its numbers too: those of a fake index are drawn by torch, of a real one by numpy, which looks at values.
+    """
     x0, cond, null = (tree_map_only(Tensor, Tensor.clone, v) for v in (batch.x0, batch.cond, batch.null_cond))
-    return replace(batch, x0=x0, cond=cond, null_cond=null)
+    draws = Draws(batch.draws.key, batch.draws.index.clone())
+    return replace(batch, draws=draws, x0=x0, cond=cond, null_cond=null)
 
 
 def _extrapolated(tiny: Sequence[Turns], micro: int) -> Turns:
@@ -329,68 +349,6 @@ def _checkpointed(modules: Sequence[nn.Module], wanted: bool) -> Iterator[None]:
 
 def _sharded(module: nn.Module) -> bool:
     return hasattr(module, "process") and not isinstance(module, Adapted)
-
-
-def report(name: str, settings: Sequence[str] = (), processes: int = 1, measure: bool = False) -> Plan | None:
-    """`fewstep plan`: print the estimate of a recipe; with `measure` also what two real steps took.
-
-    None, with what can be told without it, for a recipe that names code: that is not run here.
-    """
-    from rich.console import Console
-
-    if measure and processes > 1:
-        raise UserError("plan: --measure takes its steps in one process; leave --processes out")
-    recipe = load(name, settings)
-    console = Console()
-    if not all(map(code.is_allowed, code.named(recipe).values())):
-        _report_known(console, name, recipe, measure)
-        return None
-    found = plan(recipe, processes)
-    each = f", each of {processes} processes" if processes > 1 else ""
-    title = f"{name}: memory in MiB at {found.micro_batch} samples a micro-batch{each}"
-    peaks = {updates[0]: 0 for updates in found.activations}
-    for updates, peak in found.activations.items():
-        peaks[updates[0]] = max(peaks[updates[0]], peak)
-    console.print(_table(title, found.roles, peaks))
-    console.print(f"worst moment: {found.total / MIB:.1f} MiB of tensors; the libraries' workspaces come on top")
-    if found.note:
-        console.print(found.note, highlight=False)
-    if found.export:
-        console.print(f"note: this run {found.export}", soft_wrap=True, highlight=False, markup=False)
-    for setting, less in found.ways:
-        console.print(f"  {setting:28s} {less / MIB:.1f} MiB ({100 * (less / found.total - 1):+.0f} %)", highlight=False)
-    if measure:
-        took = _measured_apart(name, settings)
-        off = 100 * (found.total / took - 1)
-        console.print(f"measured here: {took / MIB:.1f} MiB; the estimate is {off:+.1f} % off", highlight=False)
-    return found
-
-
-def _table(title: str, roles: Mapping[str, RoleMemory], activations: Mapping[str, int] | None) -> Any:
-    from rich.table import Table
-
-    out = Table(title=title)
-    last = ("activations",) if activations is not None else ()
-    for column in ("", "weights", "gradients", "optimiser", "averages", *last):
-        out.add_column(column, justify="left" if not column else "right")
-    for role, r in roles.items():
-        numbers = [r.weights, r.gradients, r.optimizer, r.ema]
-        numbers += [activations.get(role, 0)] if activations is not None else []
-        out.add_row(role, *(f"{v / MIB:.1f}" if v else "" for v in numbers))
-    return out
-
-
-def _report_known(console: Any, name: str, recipe: Recipe, measure: bool) -> None:
-    """The rows that need none of the code which a recipe names, and what was not planned for it."""
-    roles, missing = without_code(recipe)
-    if roles:
-        console.print(_table(f"{name}: memory in MiB, without activations", roles, None))
-    named = ", ".join(f"{key} {value}" for key, value in code.named(recipe).items())
-    lines = [f"plan runs no code that a recipe names ({named})", f"not planned: {', '.join(missing)}, the worst moment"]
-    lines += ["not measured: --measure would run it"] if measure else []
-    lines += ["`fewstep run` runs it, and says what to change where memory runs out"]
-    for line in lines:
-        console.print(line, soft_wrap=True, highlight=False, markup=False)
 
 
 if __name__ == "__main__":

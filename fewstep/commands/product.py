@@ -184,7 +184,15 @@ class Product(opened.Product):
             reason = problem["msg"].removeprefix("Value error, ")
             raise UserError(f"{name}: {reason}, not {given[name]!r}" if name else reason) from None
 
-    def export(self, folder: str | Path, *, lora: bool = False) -> Exported:
+    def export(
+        self,
+        folder: str | Path,
+        *,
+        lora: bool = False,
+        dtype: str = "fp32",
+        format: str = "diffusers",
+        variant: bool = False,
+    ) -> Exported:
         """Write a folder that plain diffusers opens, or nothing at all; an `Exported`, whose `usage` are the lines.
 
         It is compared with this sampler before it is in place (`parity`).
@@ -192,10 +200,13 @@ class Product(opened.Product):
         Args:
             folder: must not exist, be empty or hold an earlier export.
             lora: the adapter alone, as `load_lora_weights` reads it.
+            dtype: of the weights of a student of a text or latent pipeline: fp32, bf16 or fp16.
+            format: of an adapter's file: diffusers, kohya or comfyui.
+            variant: name the weights' files after the dtype, for `from_pretrained(..., variant="fp16")`.
 
         Raises:
-            UserError: no stock pipeline takes this product's steps, it was opened from a diffusers folder, or the folder
-                holds something else.
+            UserError: an argument that is none of these, no stock pipeline takes this product's steps, it was opened from
+                a diffusers folder, or the folder holds something else.
 
         >>> done = fewstep.open_product("runs/digits").export("exported")
         >>> done.parity < 1e-4
@@ -204,17 +215,18 @@ class Product(opened.Product):
         from diffusers import ConsistencyModelPipeline
         """
         from fewstep.export.base import ExportRefused
-        from fewstep.export.choose import export
+        from fewstep.export.choose import check_options, export
         from fewstep.export.levels import check_product
         from fewstep.export.lora import export_lora
 
+        check_options(lora, dtype, format, variant, python=True)
         if self.recipe is None:
             raise UserError(f"{self.title}: is a diffusers folder and no run; it needs no export")
         try:
             if lora:
-                return export_lora(self, Path(folder))
+                return export_lora(self, Path(folder), format)
             check_product(self)
-            return export(self, Path(folder))
+            return export(self, Path(folder), dtype=dtype, variant=variant)
         except ExportRefused as refusal:
             raise UserError(f"{self.title}: not exported: {refusal}") from None
 

@@ -162,9 +162,11 @@ def fenced(text: str, least: int = 3) -> str:
     return "`" * max(least, 1 + max((len(run) for run in re.findall("`+", text)), default=0))
 
 
-def usage(pipeline: str, call: Mapping[str, Any], folder: str) -> str:
+def usage(pipeline: str, call: Mapping[str, Any], folder: str, variant: str = "") -> str:
     """Three lines of plain diffusers code; of a video they save the first frame."""
-    return f'from diffusers import {pipeline}\npipe = {pipeline}.from_pretrained("{folder}")\n{drawing(call)}'
+    named = f', variant="{variant}"' if variant else ""
+    load = f'pipe = {pipeline}.from_pretrained("{folder}"{named})'
+    return f"from diffusers import {pipeline}\n{load}\n{drawing(call)}"
 
 
 def drawing(call: Mapping[str, Any]) -> str:

@@ -20,7 +20,7 @@ from fewstep.networks.adapters import Adapted, lora_layers
 from fewstep.networks.denoiser import Denoiser, Rescheduled
 from fewstep.networks.diffusers import real_classes, wrapper_of
 from fewstep.networks.folder import Folder, read_folder
-from fewstep.networks.outline import outline
+from fewstep.networks.outline import outline, shapes
 from fewstep.networks.parts import Site
 from fewstep.networks.routed import Routed
 from fewstep.networks.scheduler import read_scheduler
@@ -138,14 +138,17 @@ def refuse_code(key: str, spec: Any) -> None:
             raise Absent(f"{where}: {name} is code, which is run by `fewstep run` alone")
 
 
-def outlined_teacher(spec: Any, data: Any = None, classes: int | None = None) -> Denoiser:
-    """`load_denoiser` up to the weights, for a teacher's spec; x has the size of `data` where its spec tells one."""
+def outlined_teacher(spec: Any, data: Any = None, classes: int | None = None, model: Any = None) -> Denoiser:
+    """`load_denoiser` up to the weights, for a teacher's spec; x has the size of `data` where its spec tells one.
+
+    model: the network in place of one without weights.
+    """
     folder = read_folder(spec.path)
     schedule = dict(folder.scheduler) | ({"prediction_type": spec.prediction} if spec.prediction else {})
     read_scheduler(schedule, str(folder.scheduler_file), tokens=256)
     # A wrapper of the user's own may look at any part of the model.
     known = folder.kind == "UNet2DModel" and spec.wrapper is None
-    model: Any = (outline(folder.config) if known else None) or bare_model(folder)
+    model = model or (outline(folder.config) if known else None) or bare_model(folder)
     rows = int(getattr(model.config, "num_class_embeds", 0) or 0)
     classes = rows if classes is None else real_classes(rows, spec.classes or classes, spec.path)
     pixels = folder.latents.pixels if folder.latents else 1
@@ -157,12 +160,11 @@ def outlined_teacher(spec: Any, data: Any = None, classes: int | None = None) ->
 def bare_model(folder: Folder) -> Any:
     """The network of a folder as its config says, on torch's meta device."""
     import diffusers
-    from accelerate import init_empty_weights
 
     cls: Any = getattr(diffusers, folder.kind, None)
     if cls is None:
         raise UserError(f"{folder.root / folder.component / 'config.json'}: no class {folder.kind!r}")
-    with init_empty_weights():
+    with shapes():
         return cls.from_config(dict(folder.config))
 
 

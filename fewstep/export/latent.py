@@ -212,11 +212,17 @@ def product_has_text(product: Product) -> bool:
 
 
 def latent_parts(
-    product: Product, dtype: str = "fp32", card: Card | None = None, settings: Mapping[str, Any] | None = None
+    product: Product,
+    dtype: str = "fp32",
+    card: Card | None = None,
+    settings: Mapping[str, Any] | None = None,
+    *,
+    variant: bool = False,
 ) -> Parts:
     """The student in its teacher's pipeline, its weights written in a dtype of DTYPES; errors as `choose.parts_of`.
 
-    card: another than a student's. settings: of the pipeline's call, in place of its own.
+    card: another than a student's. settings: of the pipeline's call, in place of its own. variant: files of weights are
+    named after the dtype.
 
     Latents are compared, for random conditions and noise, relative to their root mean square where that is above 1.
     """
@@ -234,14 +240,16 @@ def latent_parts(
         settings=known,
     )
 
+    named = {"variant": dtype} if variant else {}
+
     def pairs(folder: Path) -> Iterator[tuple[Tensor, Tensor]]:
-        yield _both(product, wrapper, folder, stock.call)
+        yield _both(product, wrapper, folder, stock.call, **named)
 
     return Parts(
         scheduler=stock.name,
-        save=partial(_save, source, wrapper, stock.scheduler, DTYPES[dtype]),
+        save=partial(_save, source, wrapper, stock.scheduler, DTYPES[dtype], **named),
         pairs=pairs,
-        usage=usage_of(product, name, wrapper, call_of(product, source, wrapper, stock) | known),
+        usage=usage_of(product, name, wrapper, call_of(product, source, wrapper, stock) | known, **named),
         card=partial(card, product, name) if card else partial(student_card, product, name, front=front),
         note=(NAME, note.text()),
     )
@@ -258,12 +266,12 @@ def _rounded(net: Denoiser, dtype: torch.dtype) -> Denoiser:
     return net
 
 
-def usage_of(product: Product, name: str, wrapper: Any, call: Mapping[str, Any]) -> Callable[[str], str]:
+def usage_of(product: Product, name: str, wrapper: Any, call: Mapping[str, Any], **named: str) -> Callable[[str], str]:
     """The lines that run an export, given its folder."""
     if not wrapper.image_channels:
-        return partial(usage, name, call)
+        return partial(usage, name, call, **named)
     size = tuple(image_of(product) or (wrapper.image_channels, *wrapper.sample_size()))
-    return partial(picture_usage, call, size, int(wrapper.config.encoder_hid_dim))
+    return partial(picture_usage, call, size, int(wrapper.config.encoder_hid_dim), **named)
 
 
 def image_of(product: Product) -> tuple[int, ...] | None:
@@ -272,7 +280,9 @@ def image_of(product: Product) -> tuple[int, ...] | None:
     return data.image_outline() if hasattr(data, "image_outline") else None
 
 
-def _save(source: Folder, wrapper: Any, scheduler: Any, dtype: torch.dtype, to: Path) -> None:
+def _save(
+    source: Folder, wrapper: Any, scheduler: Any, dtype: torch.dtype, to: Path, *, variant: str | None = None
+) -> None:
     """The source's folder with another network and scheduler. Text encoders are copied, not loaded."""
     index = dict(source.index) | ({"_class_name": wrapper.pipeline} if wrapper.image_channels else {})
     model: Any = whole_model(wrapper)
@@ -280,7 +290,7 @@ def _save(source: Folder, wrapper: Any, scheduler: Any, dtype: torch.dtype, to: 
         if part_of(entry) and name not in (source.component, "scheduler"):
             shutil.copytree(source.root / name, to / name)
     model = model.to(dtype)
-    model.save_pretrained(to / source.component, safe_serialization=True)
+    model.save_pretrained(to / source.component, safe_serialization=True, variant=variant)
     scheduler.save_pretrained(to / "scheduler")
     index["scheduler"] = ["diffusers", type(scheduler).__name__]
     if wrapper.image_channels:
@@ -291,11 +301,11 @@ def _save(source: Folder, wrapper: Any, scheduler: Any, dtype: torch.dtype, to: 
 
 @torch.no_grad()
 def _both(
-    product: Product, wrapper: Wrapper, folder: Path, call: dict[str, Any], count: int = 3
+    product: Product, wrapper: Wrapper, folder: Path, call: dict[str, Any], count: int = 3, **opened: str
 ) -> tuple[Tensor, Tensor]:
     """(fewstep's, the folder's pipeline's) latents (count, c, h, w) from the same noise and conditions."""
     generator = torch.Generator().manual_seed(0)
     start = torch.randn(count, *product.shape, generator=generator)
     cond = wrapper.example(count, generator)
-    theirs = run_stock(open_stock(folder), wrapper, start, cond, call)
+    theirs = run_stock(open_stock(folder, **opened), wrapper, start, cond, call)
     return sample(product.sampler, on_cpu(product.net), start, cond, fresh_noise(wrapper, start)), theirs

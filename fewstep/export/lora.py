@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,9 +14,12 @@ from torch import Tensor
 
 from fewstep.config import UserError
 from fewstep.export.base import Exported, ExportRefused, Parts, Rows, Stock, write_checked
-from fewstep.export.card import drawing
-from fewstep.export.latent import call_of, stock_of, wrapped
-from fewstep.networks.adapters import Adapted, network_of, plain_copy
+from fewstep.export.card import drawing, front_of, plain
+from fewstep.export.comfy import WORKFLOW, workflow
+from fewstep.export.latent import call_of, settings_of, stock_of, wrapped
+from fewstep.files import digest_of
+from fewstep.networks.adapters import Adapted, network_of, plain_copy, unhalved
+from fewstep.networks.folder import Folder
 from fewstep.networks.lora_file import NAME, component, diffusers_model, lora_tensors, save_lora
 from fewstep.networks.lora_formats import merged_by_comfyui
 from fewstep.train.product import Product
@@ -44,31 +48,66 @@ def lora_parts(product: Product, layout: str = "diffusers") -> Parts:
         raise ExportRefused(
             f"diffusers loads no LoRA file into a {type(model).__name__}; export fused weights, without --lora"
         )
-    stock, usage = _stock(product, net)
+    found, usage = _stock(product, net)
+    stock = found[2] if found else None
+    graph, why = _graph(product, found) if layout == "comfyui" else (None, "")
 
     def save(folder: Path) -> None:
         save_lora(net, folder / NAME, layout)
         if stock is not None:
             stock.scheduler.save_pretrained(folder / "scheduler")
+        if graph is not None:
+            (folder / WORKFLOW).write_text(json.dumps(graph, indent=1) + "\n")
 
     # On the grid of the scheduler beside it: a flow's shift is in the levels of the call.
     written = product.sampler if stock is None else stock.sampler
     note: dict[str, Any] = {"kind": written.kind, "steps": list(written.steps)}
     if stock is not None:
         note["call"] = stock.call
+    with suppress(UserError, AttributeError):  # a teacher without files, or files that are gone by now
+        note["base"] = digest_of(product.recipe.teacher.files())  # type: ignore[union-attr]
     return Parts(
         scheduler="" if stock is None else stock.name,
         save=save,
         pairs=partial(_pairs, net, layout),
         usage=usage,
-        card=partial(_card, product, net),
+        card=partial(_card, product, net, front=_front(found), comfy=why),
         note=("fewstep.json", json.dumps(note)),
         differs=f"weights into which {_WHO[layout]} fuses {NAME} differ from those merged here",
     )
 
 
-def _stock(product: Product, net: Adapted) -> tuple[Stock | None, Callable[[str], str]]:
-    """(the scheduler for the adapter's steps or None, lines of code that load both)."""
+Found = tuple[Folder, Any, Stock]
+"""The teacher's folder, its wrapper, and the scheduler that takes the adapter's steps."""
+
+
+def _graph(product: Product, found: Found | None) -> tuple[dict[str, Any] | None, str]:
+    """(the graph of ComfyUI's API, the card's line about it)."""
+    if found is None:
+        return None, "There is no workflow for ComfyUI: the steps have no stock scheduler."
+    source, wrapper, _ = found
+    net: Any = product.net
+    high, wide = (n * wrapper.pixels for n in product.shape[-2:])
+    scale = settings_of(product, source, wrapper).get("guidance_scale")
+    try:
+        made = workflow(str(source.index["_class_name"]), net.process, product.sampler, (high, wide), NAME, scale)
+    except ExportRefused as refusal:
+        return None, f"There is no workflow for ComfyUI: {refusal}."
+    told = f"`{WORKFLOW}` is a graph for ComfyUI's API at the trained levels: copy `{NAME}` to its models/loras "
+    return made, f"{told}and put in the names of your base model's files. ComfyUI itself was not run."
+
+
+def _front(found: Found | None) -> dict[str, str]:
+    """What the hub reads above the card: the base that it adapts, its licence and task."""
+    if found is None:
+        return {}
+    source, wrapper, _ = found
+    front = front_of(source, "num_frames" in wrapper.of_size(wrapper.sample_size()), "text" in wrapper.needs)
+    return front | ({"base_model_relation": "adapter"} if "base_model" in front else {})
+
+
+def _stock(product: Product, net: Adapted) -> tuple[Found | None, Callable[[str], str]]:
+    """(what the adapter is loaded into and the scheduler for its steps or None, lines of code that load both)."""
     if not wrapped(net):
         return None, _load
     try:
@@ -77,17 +116,18 @@ def _stock(product: Product, net: Adapted) -> tuple[Stock | None, Callable[[str]
         reason = str(error).splitlines()[0]
         return None, lambda folder: f"{_load(folder)}  # no scheduler: {reason}"
     name, call = source.index["_class_name"], call_of(product, source, wrapper, stock)
+    base = _front((source, wrapper, stock)).get("base_model", str(source.root))
 
     def usage(folder: str) -> str:
         return (
             f"from diffusers import {name}, {stock.name}\n"
-            f'pipe = {name}.from_pretrained("{source.root}")\n'
+            f'pipe = {name}.from_pretrained("{base}")\n'
             f"{_load(folder)}\n"
             f'pipe.scheduler = {stock.name}.from_pretrained("{folder}", subfolder="scheduler")\n'
             f"{drawing(call)}"
         )
 
-    return stock, usage
+    return (source, wrapper, stock), usage
 
 
 def _load(folder: str) -> str:
@@ -103,6 +143,7 @@ def _pairs(net: Adapted, layout: str, folder: Path) -> Iterator[tuple[Tensor, Te
     """(merged here, fused by `_WHO`) of every weight, over the largest of its layer."""
     ours: Any = diffusers_model(network_of(plain_copy(net)))[1]
     theirs: Any = diffusers_model(network_of(plain_copy(net.base)))[1]
+    unhalved(theirs)
     if layout == "comfyui":
         from safetensors.torch import load_file
 
@@ -127,16 +168,20 @@ def _pairs(net: Adapted, layout: str, folder: Path) -> Iterator[tuple[Tensor, Te
             yield value.cpu().double() / scale, fused[key].cpu().double() / scale
 
 
-def _card(product: Product, net: Adapted, usage: str, parity: float, _: Rows) -> str:
+def _card(
+    product: Product, net: Adapted, usage: str, parity: float, _: Rows, *, front: dict[str, str], comfy: str
+) -> str:
     recipe: Any = product.recipe
     levels = ", ".join(f"{u:.6g}" for u in product.sampler.steps)
+    above = "".join(f"{key}: {json.dumps(value)}\n" for key, value in front.items())
     count = sum(v.numel() for v in lora_tensors(net)[0].values())
     return (
-        "---\nlibrary_name: diffusers\ntags: [fewstep, lora, few-step]\n---\n"
-        f"# {product.title}\n\n{recipe.about}. A LoRA set made by fewstep with the method `{recipe.method.name}`.\n\n"
+        f"---\nlibrary_name: diffusers\ntags: [fewstep, lora, few-step]\n{above}---\n"
+        f"# {plain(product.title)}\n\n{plain(recipe.about)}. "
+        f"A LoRA set made by fewstep with the method `{recipe.method.name}`.\n\n"
         "| | |\n|---|---|\n"
         f"| rank, alpha | {net.rank}, {net.alpha:g} |\n| parameters | {count} |\n"
         f"| trained at levels u, first to last | {levels} |\n| steps trained | {product.done} |\n"
         f"| fused by diffusers against merged here, largest relative difference of a weight | {parity:.1e} |\n\n"
-        f"```python\n{usage}\n```\n"
+        f"```python\n{usage}\n```\n" + (f"\n{comfy}\n" if comfy else "")
     )

@@ -56,13 +56,14 @@ def check_picture(wrapper: Any, stock: Stock) -> None:
         )
 
 
-def picture_usage(call: Mapping[str, Any], image: tuple[int, ...], text: int, folder: str) -> str:
+def picture_usage(call: Mapping[str, Any], image: tuple[int, ...], text: int, folder: str, variant: str = "") -> str:
     """Lines of plain diffusers code that make a sample of a picture (c, h, w); text: width of words it does without."""
     given = f"prompt_embeds=torch.zeros(1, 1, {text}), " if "prompt" not in call else ""
     shape = ", ".join(map(str, image))
+    named = f', variant="{variant}"' if variant else ""
     return (
         "import torch\nfrom diffusers import IFSuperResolutionPipeline\n"
-        f'pipe = IFSuperResolutionPipeline.from_pretrained("{folder}")\n'
+        f'pipe = IFSuperResolutionPipeline.from_pretrained("{folder}"{named})\n'
         f"image = torch.zeros(1, {shape})  # yours, in [-1, 1]\n"
         f'pipe({given}image=image, {as_code(call)}).images[0].save("sample.png")'
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -93,20 +94,33 @@ def _layer_of(key: str, layers: Mapping[str, nn.Module]) -> str | None:
 
 
 def plain_copy(module: nn.Module) -> nn.Module:
-    """An independent copy without adapters. Of an adapter: the base with its LoRA set merged into the weights."""
+    """An independent copy without adapters. Of an adapter: the base with its LoRA set merged into the weights.
+
+    What is merged is float32 whatever the base is kept in, for half precision would round most of the set away.
+    """
     adapter = module.adapter if isinstance(module, Adapted) else None
     source = module.base if isinstance(module, Adapted) else module
     memo: dict[int, Any] = {}
     for layer in lora_layers(source):
         bare = copy.deepcopy(layer.base_layer, memo)
         if adapter is not None and adapter in layer.lora_A:
+            unhalved(bare)
             with torch.no_grad():
                 bare.weight += layer.get_delta_weight(adapter).to(bare.weight.dtype)
         memo[id(layer)] = bare  # deepcopy puts what the memo holds in the place of the layer
     out = copy.deepcopy(source, memo)
+    if adapter is not None:
+        unhalved(out)
     for m in out.modules():
         m.__dict__.pop("peft_config", None)
     return out
+
+
+def unhalved(module: nn.Module) -> None:
+    """Put what a module holds in half precision into float32, in place."""
+    for t in (*module.parameters(), *module.buffers()):
+        if t.dtype in (torch.bfloat16, torch.float16):
+            t.data = t.data.float()
 
 
 def apart(module: nn.Module) -> nn.Module:
@@ -195,7 +209,9 @@ class Adapted(nn.Module):
 
         names = _matching(net, self.targets)
         frozen = {p: p.requires_grad for p in net.parameters()}
-        spec = LoraConfig(r=self.rank, lora_alpha=self.alpha, target_modules=names, init_lora_weights=True)  # type: ignore[arg-type]
+        # One pattern: of a list peft compares every layer with every name, which takes long for a large network.
+        pattern = "|".join(map(re.escape, names))
+        spec = LoraConfig(r=self.rank, lora_alpha=self.alpha, target_modules=pattern, init_lora_weights=True)  # type: ignore[arg-type]
         with warnings.catch_warnings():  # several sets on one base are what is wanted here
             warnings.filterwarnings("ignore", message="Already found a `peft_config`")
             inject_adapter_in_model(spec, net, adapter_name=adapter)

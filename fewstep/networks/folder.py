@@ -17,7 +17,8 @@ from torch import nn
 
 from fewstep.config import Absent, UserError
 from fewstep.files import expanded, read_json
-from fewstep.networks.weights import load_part, refuse_pickles, refuse_variants, shell
+from fewstep.networks import single_file
+from fewstep.networks.weights import load_part, refuse_pickles, refuse_variants
 
 _SCALING = {"AutoencoderKL": 0.18215, "AutoencoderDC": 1.0}
 """What diffusers itself takes where a VAE's config says nothing."""
@@ -245,12 +246,7 @@ def read_folder(path: str, dtype: torch.dtype = torch.float32) -> Folder:
     """Read the configs of a pipeline folder. UserError for what is missing or contradictory."""
     root = resolve(path)
     if root.is_file():
-        to = root.with_suffix("")
-        code = f"from diffusers import StableDiffusionPipeline as P; P.from_single_file({str(root)!r})"
-        raise UserError(
-            f"teacher {path}: is a single file, not a pipeline folder; write it as one with the pipeline class of its "
-            f"family (here Stable Diffusion 1 and 2), then give {to}:\n  {shell(f'{code}.save_pretrained({str(to)!r})')}"
-        )
+        raise UserError(single_file.refusal(root, path))
     if not root.is_dir():
         digits = "; train one with `fewstep run digits-teacher`" if "digits" in path else ""
         hint = hub_hint(path) or digits or "; give the path of a diffusers pipeline folder"

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from fewstep.config import UserError
 from fewstep.files import parse_json, read_json, regular
+from fewstep.networks import base_mark
 from fewstep.networks.adapters import Adapted, network_of
 from fewstep.networks.lora_formats import LAYOUTS, plain_layout, written_as
 from fewstep.networks.weights import PICKLES, not_finite, rename
@@ -55,7 +56,7 @@ def lora_tensors(adapted: Adapted) -> tuple[dict[str, Tensor], dict[str, str]]:
     modules = sorted({k.removeprefix(f"{part}.").split(".lora_")[0] for k in tensors})
     facts = {"r": adapted.rank, "lora_alpha": adapted.alpha, "target_modules": modules, "bias": "none"}
     header = json.dumps({f"{part}.{k}": v for k, v in facts.items()}, sort_keys=True)
-    return tensors, {"format": "pt", "lora_adapter_metadata": header}
+    return tensors, {"format": "pt", "lora_adapter_metadata": header, base_mark.KEY: base_mark.written(model)}
 
 
 def save_lora(adapted: Adapted, path: Path, layout: str = "diffusers") -> Path:
@@ -65,7 +66,7 @@ def save_lora(adapted: Adapted, path: Path, layout: str = "diffusers") -> Path:
     tensors, header = lora_tensors(adapted)
     part = component(diffusers_model(network_of(adapted.base))[1])
     if layout != "diffusers":  # which goes by the header; others say their alpha beside every layer
-        header = {"format": "pt"}
+        header = {k: v for k, v in header.items() if k != "lora_adapter_metadata"}
     save_file(written_as(layout, tensors, adapted.alpha, part), path, metadata=header)
     return path
 
@@ -73,7 +74,7 @@ def save_lora(adapted: Adapted, path: Path, layout: str = "diffusers") -> Path:
 def read_lora(adapted: Adapted, path: Path) -> None:
     """Start an adapter from a LoRA file of diffusers' scripts, peft or kohya.
 
-    Raises UserError naming file, layer and remedy when it does not fit.
+    Raises UserError naming file, layer and remedy when it does not fit, and for one that was made on another base.
     """
     path = _file_of(path)
     said = str(path)
@@ -83,6 +84,11 @@ def read_lora(adapted: Adapted, path: Path) -> None:
     wanted, _ = lora_tensors(adapted)
     prefix, model = diffusers_model(network_of(adapted.base))
     part = component(model)
+    if other := base_mark.differs(model, header.get(base_mark.KEY)):
+        raise UserError(
+            f"{said}: is a LoRA of another base: {other}; name its own base as teacher.path, or leave lora.file "
+            "out to start anew"
+        )
     for key in ("use_dora", "use_rslora"):
         if header.get(f"{part}.{key}"):
             raise UserError(
@@ -132,12 +138,14 @@ def _opened(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     try:
         with safe_open(regular(path), framework="pt") as f:
             found = {k: f.get_tensor(k) for k in f.keys()}  # noqa: SIM118  not a dict
-            told = (f.metadata() or {}).get("lora_adapter_metadata", "{}")
+            facts = f.metadata() or {}
     except (SafetensorError, OSError, ValueError) as error:
         raise UserError(f"{path}: cannot be read as a LoRA file: {error}") from None
-    header = parse_json(told, f"{path}: lora_adapter_metadata")
+    header = parse_json(facts.get("lora_adapter_metadata", "{}"), f"{path}: lora_adapter_metadata")
     if not isinstance(header, dict):
         raise UserError(f"{path}: cannot be read as a LoRA file: lora_adapter_metadata is no JSON object")
+    if base_mark.KEY in facts:
+        header[base_mark.KEY] = parse_json(facts[base_mark.KEY], f"{path}: {base_mark.KEY}")
     beside = path.with_name("adapter_config.json")
     if path.name == PEFT_NAME and beside.is_file():
         own = read_json(beside)

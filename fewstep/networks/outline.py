@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
 
@@ -107,10 +108,26 @@ def _count(value: Any) -> bool:
     return type(value) is int and value > 0
 
 
+@contextmanager
+def shapes() -> Iterator[None]:
+    """Modules that are made within it have tensors of torch's meta device, and nothing is drawn for their weights.
+
+    Drawing on that device makes torch import its whole compiler, and drawing elsewhere takes SDXL's time and memory.
+    """
+    inits = {name: f for name, f in vars(nn.init).items() if name.endswith("_") and not name.startswith("_")}
+    for name in inits:
+        setattr(nn.init, name, lambda tensor, *_, **__: tensor)
+    try:
+        with torch.device("meta"):
+            yield
+    finally:
+        for name, f in inits.items():
+            setattr(nn.init, name, f)
+
+
 def whole(outline: UNetOutline) -> nn.Module:
     """The UNet2DModel of an outline with all its layers, on torch's meta device."""
-    from accelerate import init_empty_weights
     from diffusers import UNet2DModel
 
-    with init_empty_weights():
+    with shapes():
         return UNet2DModel.from_config({k: v for k, v in vars(outline.config).items() if k in DEFAULTS})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import re
 import shlex
 from collections.abc import Iterable, Sequence
@@ -13,7 +14,7 @@ import torch
 from torch import nn
 
 from fewstep.config import UserError
-from fewstep.files import regular
+from fewstep.files import read_json, regular
 
 
 class NotFinite(UserError):
@@ -102,6 +103,25 @@ def refuse_variants(sub: Path, said: str, library: str, kind: str) -> None:
         )
 
 
+_PACKAGES = {"bitsandbytes": "bitsandbytes", "torchao": "torchao", "gguf": "gguf", "quanto": "optimum.quanto"}
+"""What a method of quantisation is imported as."""
+
+
+def refuse_quantised(sub: Path, said: str) -> None:
+    """UserError for the weights of a part that were saved quantised, from which nothing is trained or merged here."""
+    told = read_json(sub / "config.json").get("quantization_config") if (sub / "config.json").is_file() else None
+    if not isinstance(told, dict):
+        return
+    method = str(told.get("quant_method", "another program"))
+    package = _PACKAGES.get(method, "")
+    absent = package and importlib.util.find_spec(package.partition(".")[0]) is None
+    without = ", which is not installed" if absent else ""
+    raise UserError(
+        f"{said}: the weights in {sub.name}/ are quantised by {method}{without}, and nothing is trained from such; give "
+        "the folder of plain weights that they were made of: `dtype: bf16` beside its path takes half the memory"
+    )
+
+
 def check_whole(sub: Path, said: str) -> list[Path]:
     """The safetensors files of a folder, in order. UserError naming one that is truncated or damaged."""
     from safetensors import SafetensorError, safe_open
@@ -129,6 +149,7 @@ def load_part(sub: Path, said: str, kind: str, dtype: torch.dtype = torch.float3
     """
     import diffusers
 
+    refuse_quantised(sub, said)
     refuse_pickles(sub, said, "diffusers", kind)
     weights = check_whole(sub, said)
     if not weights:
@@ -159,6 +180,7 @@ def load_text_model(sub: Path, said: str, cls: Any, unused: tuple[str, ...] = ()
         cls: its class, or an Auto class.
         unused: first letters of weights that may be missing, as the caller does not use what they compute.
     """
+    refuse_quantised(sub, said)
     refuse_pickles(sub, said, "transformers", cls.__name__)
     refuse_variants(sub, said, "transformers", cls.__name__)
     files = check_whole(sub, said)

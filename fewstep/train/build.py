@@ -16,16 +16,20 @@ from fewstep.networks.roles import Roles
 from fewstep.recipe.schema import Recipe
 
 
-def build_roles(recipe: Recipe, data: Data) -> Roles:
+def build_roles(recipe: Recipe, data: Data, teacher: nn.Module | None = None) -> Roles:
     """Every role of the recipe on the CPU, weights seeded by (seed, role); what is trained is in float32.
+
+    teacher: in place of the one that the recipe's would load.
 
     A bf16 weight of .1 does not change by less than 2e-4: at usual rates most updates would be rounded away.
     UserError for code that the recipe names and nobody has allowed to run.
     """
     code.require(recipe)
     recipe.check_conditions(conditions_of(data))
-    modules: dict[str, nn.Module] = {}
+    modules: dict[str, nn.Module] = {} if teacher is None else {"teacher": teacher}
     for name in recipe.role_names():
+        if name in modules:
+            continue
         seed = fold(recipe.train.seed, "weights", name) % 2**63
         modules[name] = recipe.spec(name).build(Site(data.shape, data.classes, modules, seed, image_shape(data)))
     processes = {name: m.process for name, m in modules.items() if hasattr(m, "process")}

@@ -38,6 +38,11 @@ class Live(TorchDispatchMode):
         self.course.append(self.now)
         return out
 
+    def reached(self, more: int) -> None:
+        """Count as if `more` bytes beyond those alive had been alive for a moment."""
+        self.peak = max(self.peak, self.now + more)
+        self.course.append(self.now + more)
+
     def _seen(self, t: Tensor) -> None:
         storage = t.untyped_storage()
         key = storage._cdata
@@ -66,12 +71,21 @@ def allocated(step: Callable[[], object]) -> int:
 
 
 def make_fake(modules: Iterable[nn.Module], mode: Any) -> None:
-    """Replace all parameters and buffers by fake ones of `mode`, in place; a tensor that is shared stays shared."""
+    """Replace all parameters and buffers by fake ones of `mode`, in place; a tensor that is shared stays shared.
+
+    Those on the meta device become fake ones of the CPU.
+    """
     memo: dict[int, Any] = {}
+
+    def made_of(t: Tensor) -> Any:
+        if not t.is_meta:
+            return mode.from_tensor(t.detach())
+        with mode:
+            return torch.empty(t.shape, dtype=t.dtype, device="cpu")
 
     def fake(t: Tensor) -> Any:
         if id(t) not in memo:
-            made: Any = mode.from_tensor(t.detach())
+            made: Any = made_of(t)
             memo[id(t)] = (nn.Parameter(made, t.requires_grad) if isinstance(t, nn.Parameter) else made, t)
         return memo[id(t)][0]
 

@@ -15,7 +15,8 @@ from tiny_teacher import make_teacher, student_settings
 from tiny_text import text_pipeline
 
 from fewstep.commands import plan as plan_module
-from fewstep.commands.plan import plan, report
+from fewstep.commands.plan import plan
+from fewstep.commands.plan_report import report
 from fewstep.config import UserError
 from fewstep.recipe.store import load
 from fewstep.train.live import Live

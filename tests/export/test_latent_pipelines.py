@@ -330,6 +330,10 @@ def test_half_precision_is_what_was_rounded_and_nothing_else(folders: dict[str, 
     assert (
         'pipeline_tag: "text-to-image"\nbase_model: "org/model"\nlicense: "other"\nlicense_name: "some-licence"' in front
     )
+    named = export(product, tmp_path / "named", dtype="bf16", variant=True)
+    assert names(tmp_path / "named" / "transformer") == ["config.json", "diffusion_pytorch_model.bf16.safetensors"]
+    assert '("' + str(tmp_path / "named") + '", variant="bf16")' in named.usage
+    assert named.parity <= PARITY
     product.net.net.model.proj_out.bias.data.fill_(1e6)  # type: ignore[union-attr]
     with pytest.raises(ExportRefused, match=r"torch.float16 cannot hold .*proj_out.bias"):
         export(product, tmp_path / "no", dtype="fp16")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,9 @@ from tiny_pipelines import FAMILIES, make_pipeline
 
 from fewstep.algebra.sampling import Sampler
 from fewstep.config import UserError
+from fewstep.export.comfy import WORKFLOW
 from fewstep.export.lora import export_lora
-from fewstep.networks.adapters import Adapted, frozen, network_of, own_state
+from fewstep.networks.adapters import Adapted, frozen, network_of, own_state, plain_copy
 from fewstep.networks.diffusers import load_denoiser
 from fewstep.networks.lora_file import NAME, component, diffusers_model, read_lora
 from fewstep.networks.lora_formats import merged_by_comfyui
@@ -76,6 +78,38 @@ def test_what_comfyui_would_leave_out_or_scale_otherwise_is_told(product: Produc
     gap = merged_by_comfyui(found, weights, part)[f"{key}.weight"] - weights[f"{key}.weight"]
     sides = (found[f"transformer.{key}.lora_{s}.weight"] for s in "BA")
     torch.testing.assert_close(gap, torch.linalg.multi_dot(tuple(sides)), rtol=0, atol=1e-6)
+
+
+def test_a_card_says_whose_adapter_it_is_and_comfyui_gets_its_graph(product: Product, tmp_path: Path):
+    done = export_lora(product, tmp_path / "out", "comfyui")
+    graph = json.loads((tmp_path / "out" / WORKFLOW).read_text())
+    flow = any(node["class_type"] == "UNETLoader" for node in graph.values())
+    levels = [float(v) for v in graph["10"]["inputs"]["sigmas"].split(",")]
+    assert (levels[0] == 1.0) == flow
+    assert len(levels) == 3
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert 'pipeline_tag: "text-to-image"' in card.split("---")[1]
+    assert "ComfyUI itself was not run" in card
+    assert "base" in json.loads((tmp_path / "out" / "fewstep.json").read_text())
+    assert not (tmp_path / "plain" / WORKFLOW).exists()
+    assert done.parity < 1e-5
+
+
+def test_an_adapter_of_another_base_is_refused_by_name(product: Product, tmp_path: Path):
+    """In every layout, before a shape is looked at; the base's dtype does not matter."""
+    student: Any = product.net
+    for layout in ("diffusers", "comfyui"):
+        export_lora(product, tmp_path / layout, layout)
+        base = plain_copy(student.base).bfloat16()
+        read_lora(Adapted(base, "again", rank=4, alpha=1.0, targets=student.targets), tmp_path / layout / NAME)
+        with torch.no_grad():
+            for p in base.parameters():
+                p += 0.5
+        other = Adapted(base, "other", rank=4, alpha=1.0, targets=student.targets)
+        with pytest.raises(
+            UserError, match=f"{layout}/{NAME}: is a LoRA of another base: .*; name its own base as teacher"
+        ):
+            read_lora(other, tmp_path / layout / NAME)
 
 
 def test_only_adapters_have_layouts(product: Product, tmp_path: Path):

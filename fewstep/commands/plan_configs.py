@@ -1,0 +1,185 @@
+"""A recipe's roles and data from configs alone: networks of fake tensors, and conditions that have sizes and no text."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from fewstep.algebra.draws import Draws
+from fewstep.config import Absent, UserError
+from fewstep.export.forecast import bare_model, outlined_teacher, refuse_code
+from fewstep.files import expanded, read_json
+from fewstep.networks.adapters import frozen
+from fewstep.networks.denoiser import Rescheduled
+from fewstep.networks.diffusers import DTYPES
+from fewstep.networks.folder import read_folder, resolve
+from fewstep.networks.outline import shapes
+from fewstep.networks.parts import Site
+from fewstep.networks.roles import Roles
+from fewstep.recipe.schema import Recipe
+from fewstep.train.build import build_roles
+from fewstep.train.live import make_fake
+from fewstep.train.session import Session
+
+CLIP_TOKENS = 77
+"""Of CLIP's text, which pipelines without `max_sequence_length` have, and SD3 before its T5's."""
+MOST_TOKENS = 512
+TOKENS = {"StableDiffusion3Pipeline": 256, "PixArtSigmaPipeline": 300, "PixArtAlphaPipeline": 120, "SanaPipeline": 300}
+"""`max_sequence_length` of the pipelines of transformers where it is another than MOST_TOKENS."""
+SHIPPED = "configs"
+"""The folder of shipped configs: `assets:configs/NAME`."""
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What only files would tell: the shape of x, the tokens and width of a text; None: as the family has it."""
+
+    shape: tuple[int, ...] | None = None
+    text: tuple[int, int] | None = None
+
+
+def sizes_of(shape: str | None, text: str | None) -> Sizes:
+    """Of `--shape 4x128x128` and `--text 77x2048`. UserError for what are no such numbers."""
+    x, words = _numbers("--shape", shape, (3, 4)), _numbers("--text", text, (2,))
+    return Sizes(x, None if words is None else (words[0], words[1]))
+
+
+def _numbers(option: str, given: str | None, lengths: tuple[int, ...]) -> tuple[int, ...] | None:
+    if given is None:
+        return None
+    if not re.fullmatch(r"[1-9]\d{0,5}(x[1-9]\d{0,5})*", given) or given.count("x") + 1 not in lengths:
+        example = "channels x height x width, 4x128x128" if 3 in lengths else "tokens x width, 77x2048"
+        raise UserError(f"{option} {given}: expected {example}")
+    return tuple(map(int, given.split("x")))
+
+
+def shipped() -> dict[str, Path]:
+    """Folders of the shipped configs by the hub's id that they are of."""
+    root = resolve(f"assets:{SHIPPED}")
+    return {read_json(file)["id"]: file.parent for file in sorted(root.glob("*/about.json"))}
+
+
+def located(path: str) -> str:
+    """A teacher's folder: itself where it is there, or the shipped configs of the hub's repository of that name."""
+    if path.startswith("assets:") or expanded(path).exists():
+        return path
+    known = shipped()
+    name = next((folder.name for key, folder in known.items() if Path(path).name == Path(key).name), None)
+    if name is None:
+        raise Absent(
+            f"teacher {path}: no such folder, and no shipped configs of that name; those are of {', '.join(known)}"
+        )
+    return f"assets:{SHIPPED}/{name}"
+
+
+class ShapedData:
+    """Rows of a shape, zeros all of them, with one condition for each: what a trace looks at of a data set.
+
+    Args:
+        row: a condition of one row, of text; None for classes and for none.
+    """
+
+    def __init__(self, shape: tuple[int, ...], classes: int, row: Mapping[str, Tensor] | None) -> None:
+        self.shape, self.classes, self.text = shape, classes, row
+
+    def batch(self, draws: Draws) -> tuple[Tensor, Any]:
+        return torch.zeros(len(draws.index), *self.shape), self.conditions(draws)
+
+    def conditions(self, draws: Draws) -> Any:
+        b = len(draws.index)
+        if self.text is None:
+            return torch.zeros(b, dtype=torch.long) if self.classes else None
+        return {key: torch.cat([value] * b) for key, value in self.text.items()}
+
+    def null(self, cond: Any) -> Any:
+        return {k: v.clone() for k, v in cond.items()} if isinstance(cond, dict) else cond
+
+    def all(self) -> tuple[Tensor, Tensor | None]:
+        raise UserError("data: a plan from configs has no rows")
+
+
+def bare_session(recipe: Recipe, sizes: Sizes, mode: Any) -> Session:
+    """The roles and data of a recipe, none of its weights, latents or texts read.
+
+    Args:
+        recipe: without averages and its switches off, as `plan` has it.
+        mode: of the fake tensors.
+
+    Raises UserError for a shape or a text that the teacher does not take, and for code that the recipe names.
+    """
+    spec: Any = recipe.teacher
+    role: nn.Module | None = None
+    # On the meta device first, for peft moves what it makes, which fake tensors refuse.
+    with shapes():
+        if spec is not None and spec.name == "diffusers":
+            refuse_code(spec)
+            spec = replace(spec, path=located(spec.path))
+            known = sizes.shape or getattr(recipe.data, "shape", None)
+            teacher = outlined_teacher(spec, SimpleNamespace(shape=known or ()), model=_model(spec))
+            wrapper: Any = teacher.net
+            shape, classes = tuple(known or (wrapper.channels(), *wrapper.sample_size())), int(wrapper.classes)
+            spec.check(teacher, Site(shape, classes, {}, 0))
+            role = frozen(teacher if spec.process is None else Rescheduled(teacher, spec.process))
+    if role is None:
+        known, classes = recipe.data.outline()
+        shape = sizes.shape or known
+    data = ShapedData(shape, classes, None if role is None else _row(wrapper, recipe, sizes))
+
+    with shapes():
+        roles = build_roles(recipe, data, role)
+    make_fake(roles.values(), mode)
+    return BareSession(recipe, data, Roles(**dict(roles)))
+
+
+class BareSession(Session):
+    """A session of roles that are there already and go to no device, for tracing turns."""
+
+    def __init__(self, recipe: Recipe, data: ShapedData, roles: Roles) -> None:
+        self.recipe, self.data, self.roles = recipe, data, roles
+        self.accelerator = Accelerator(cpu=True)
+        self.ema, self.sharded, self.offload = [], False, None
+
+
+def _model(spec: Any) -> nn.Module:
+    """The network of a teacher's folder in its dtype; what diffusers keeps in float32 is kept so."""
+    model: nn.Module = bare_model(read_folder(spec.path))
+    kept, dtype = tuple(getattr(model, "_keep_in_fp32_modules", None) or ()), DTYPES[spec.dtype]
+    for name, module in model.named_modules():
+        for key, p in module._parameters.items():
+            if p is not None and p.is_floating_point() and not any(k in f"{name}.{key}" for k in kept):
+                module._parameters[key] = nn.Parameter(p.detach().to(dtype))
+    return model.eval()
+
+
+def _row(wrapper: Any, recipe: Recipe, sizes: Sizes) -> dict[str, Tensor] | None:
+    """A condition of one row as the wrapper takes it, its text as long as the family's pipeline pads it."""
+    example = wrapper.example(1)
+    if not isinstance(example, dict) or "text" not in example:
+        if sizes.text:
+            raise UserError(f"--text: {wrapper.pipeline or 'this teacher'} takes no text; leave it out")
+        return None
+    width = example["text"].shape[-1]
+    tokens, wide = sizes.text or (_tokens(wrapper, recipe), width)
+    if wide != width:
+        raise UserError(f"--text {tokens}x{wide}: the text of this teacher is {width} wide")
+    longer = {"text": torch.zeros(1, tokens, width), "mask": torch.ones(1, tokens)}
+    # A mask that the model is not handed cuts the text (Z-Image), by values; without one it is whole.
+    cuts = "mask" not in getattr(wrapper, "names", ("mask",))
+    return {k: longer.get(k, v) for k, v in example.items() if k != "mask" or not cuts}
+
+
+def _tokens(wrapper: Any, recipe: Recipe) -> int:
+    """The recipe's encoder's length, or what the pipeline pads or cuts a prompt to by itself."""
+    clip = CLIP_TOKENS if wrapper.pipeline == "StableDiffusion3Pipeline" else 0
+    asked = getattr(getattr(recipe.data, "encoder", None), "length", None)
+    if asked is None:
+        asked = TOKENS.get(wrapper.pipeline, CLIP_TOKENS if wrapper.component == "unet" else MOST_TOKENS)
+    return int(asked) + clip
