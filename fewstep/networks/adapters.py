@@ -93,13 +93,13 @@ def _layer_of(key: str, layers: Mapping[str, nn.Module]) -> str | None:
 
 
 def plain_copy(module: nn.Module) -> nn.Module:
-    """An independent copy without adapters. Of an adapter: the base with its LoRA set merged into the weights."""
-    adapter = module.adapter if isinstance(module, Adapted) else None
+    """An independent copy without adapters. Of an adapter: the base with all that its calls use merged in."""
+    adapters = module.names if isinstance(module, Adapted) else ()
     source = module.base if isinstance(module, Adapted) else module
     memo: dict[int, Any] = {}
     for layer in lora_layers(source):
         bare = copy.deepcopy(layer.base_layer, memo)
-        if adapter is not None and adapter in layer.lora_A:
+        for adapter in (name for name in adapters if name in layer.lora_A):
             with torch.no_grad():
                 bare.weight += layer.get_delta_weight(adapter).to(bare.weight.dtype)
         memo[id(layer)] = bare  # deepcopy puts what the memo holds in the place of the layer
@@ -114,12 +114,8 @@ def apart(module: nn.Module) -> nn.Module:
     if not isinstance(module, Adapted):
         return plain_copy(module)
     other = Adapted(copy.deepcopy(module.base), None)
-    other.adapter, other.rank, other.alpha, other.targets = (
-        module.adapter,
-        module.rank,
-        module.alpha,
-        module.targets,
-    )
+    for name in ("adapter", "rank", "alpha", "targets", "beside"):
+        setattr(other, name, getattr(module, name))
     return other.train(module.training)
 
 
@@ -136,15 +132,15 @@ def twin(module: nn.Module) -> nn.Module:
 
 
 @contextmanager
-def active(layers: Sequence[Any], adapter: str | None) -> Iterator[None]:
-    """Run the calls inside with one adapter (None: the bare base) and put the former choice back.
+def active(layers: Sequence[Any], *adapters: str) -> Iterator[None]:
+    """Run the calls inside with these adapters (none: the bare base) and put the former choice back.
 
     Sets peft's fields directly: its set_adapter would also flip requires_grad of the other adapter, and
     gradients of a graph built before would then be dropped without an error.
     """
     before = [(m._active_adapter, m._disable_adapters) for m in layers]
     for m in layers:
-        m._active_adapter, m._disable_adapters = [adapter] if adapter else [], adapter is None
+        m._active_adapter, m._disable_adapters = list(adapters), not adapters
     try:
         yield
     finally:
@@ -163,6 +159,7 @@ class Adapted(nn.Module):
         adapter: a new name; None is the bare base with all adapters off.
         rank, alpha: of LoRA (arXiv 2106.09685); alpha is the rank when left out.
         targets: suffixes of the layers to adapt; None takes every Linear and Conv2d.
+        beside: names of other adapters on the base that a call uses as well; they belong to roles of their own.
 
     Raises ValueError for targets that match nothing and for a base without one network inside.
     """
@@ -175,6 +172,7 @@ class Adapted(nn.Module):
         rank: int = 16,
         alpha: float | None = None,
         targets: Sequence[str] | None = None,
+        beside: Sequence[str] = (),
     ) -> None:
         super().__init__()
         if isinstance(base, Adapted):
@@ -182,6 +180,7 @@ class Adapted(nn.Module):
         self._base = (base,)
         self.adapter = adapter
         self.rank, self.alpha, self.targets = rank, float(alpha if alpha is not None else rank), targets
+        self.beside = tuple(beside)
         self.own = nn.ParameterDict()
         if adapter is not None:
             self._inject(network_of(base), adapter)
@@ -214,7 +213,8 @@ class Adapted(nn.Module):
         """Another LoRA set with the same values on the same base."""
         name = None if self.adapter is None else fresh_name(self.base)
         with torch.random.fork_rng(devices=[]):
-            other = Adapted(self.base, name, rank=self.rank, alpha=self.alpha, targets=self.targets)
+            sizes: dict[str, Any] = {"rank": self.rank, "alpha": self.alpha, "targets": self.targets}
+            other = Adapted(self.base, name, **sizes, beside=self.beside)
         with torch.no_grad():
             for key, p in self.own.items():
                 other.own[key].data = p.detach().clone()
@@ -225,6 +225,11 @@ class Adapted(nn.Module):
     @property
     def base(self) -> nn.Module:
         return self._base[0]
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The adapters that a call uses, its own first."""
+        return (*(() if self.adapter is None else (self.adapter,)), *self.beside)
 
     @property
     def layers(self) -> Sequence[Any]:
@@ -243,7 +248,7 @@ class Adapted(nn.Module):
         return goes_to(self.inputs)
 
     def forward(self, x: Tensor, t: Tensor, cond: Any = None, **call: Any) -> Prediction:
-        with active(self.layers, self.adapter):
+        with active(self.layers, *self.names):
             return self.base(x, t, cond, **call)
 
     def combine(self, own: Prediction, null: Prediction, scale: float | Tensor) -> Prediction:
@@ -251,7 +256,7 @@ class Adapted(nn.Module):
         return combined(self.base, own, null, scale)
 
     def features(self, x: Tensor, t: Tensor, cond: Any, taps: Sequence[str]) -> Mapping[str, Tensor]:
-        with active(self.layers, self.adapter):
+        with active(self.layers, *self.names):
             return self.base.features(x, t, cond, taps)  # type: ignore[operator]
 
 
@@ -299,12 +304,11 @@ def checkpoint_function(net: nn.Module) -> Callable[..., Any]:
 
     def run(block: Callable[..., Any], *args: Any) -> Any:
         layers = _layers(net)
-        chosen = layers[0]._active_adapter if layers else []
         disabled = layers[0]._disable_adapters if layers else True
-        name = None if disabled or not chosen else chosen[0]
+        chosen = [] if disabled else list(layers[0]._active_adapter)
 
         def again(*inner: Any) -> Any:
-            with active(layers, name):
+            with active(layers, *chosen):
                 return block(*inner)
 
         # The recompute runs outside every mode: without its contexts it would save what other attention saves.

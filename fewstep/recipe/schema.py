@@ -11,7 +11,9 @@ from pydantic import Field
 
 import fewstep.data
 import fewstep.methods
+import fewstep.networks.get
 import fewstep.networks.perceptual
+import fewstep.networks.pruned
 import fewstep.networks.routed
 import fewstep.networks.specs
 import fewstep.networks.teachers  # noqa: F401  registers networks and teachers
@@ -25,6 +27,7 @@ from fewstep.methods.terms import Gan
 from fewstep.networks.assisted import AssistPart
 from fewstep.networks.declared import declared_inputs, declared_process
 from fewstep.networks.parts import NetworkPart, TeacherPart
+from fewstep.networks.routed import innermost
 from fewstep.networks.specs import DiscriminatorSpec
 from fewstep.recipe.expected import Expected
 from fewstep.recipe.faults import refuse
@@ -127,7 +130,8 @@ class Evaluate:
     """Measure also the frozen teacher under a sampler fitted, without training, for the student's number of calls, of
     two at least (`fewstep fit`). Left out: where fitting takes under 5 % of the training's network calls."""
     assist: AssistPart | None = None
-    """A teacher's help at sampling; the student is measured with it as well: distillation_pp, diversity, adaptive."""
+    """Help at sampling, with which the student is measured as well: distillation_pp, diversity, adaptive by its teacher,
+    nasa by a negative prompt."""
     retrieval: str | None = None
     """Folder of a model by `fewstep train-retrieval`: also the share of captions found among 100."""
 
@@ -194,7 +198,8 @@ class Recipe:
     discriminator: DiscriminatorSpec | None = None
     """Heads on a network's features, for methods with a GAN."""
     roles: dict[str, NetworkPart] = Field(default_factory=dict)
-    """Further roles by name, built after the student (target networks, experts, a reverse student)."""
+    """Further roles by name, built after the student (target networks, experts, a reverse student) but for the one that
+    it copies."""
     method: MethodPart
     """How the student is trained; the keys are the paper's hyper-parameters."""
     before: tuple[Stage, ...] = ()
@@ -301,7 +306,9 @@ class Recipe:
 
     def role_names(self) -> list[str]:
         """Roles in building order; what a role copies comes before it."""
-        fixed = ("teacher", "student", *self.roles, "critic", "discriminator")
+        inner = innermost(self.student)
+        first = [r for r in self.roles if r in (getattr(inner, "of", None), *getattr(inner, "beside", ()))]
+        fixed = ("teacher", *first, "student", *(r for r in self.roles if r not in first), "critic", "discriminator")
         return [r for r in fixed if r in self.roles or getattr(self, r, None) is not None]
 
     def overwrites_teacher(self) -> bool:
