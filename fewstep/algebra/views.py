@@ -15,8 +15,6 @@ from fewstep.config import Count, OneOf, part
 class View(Protocol):
     """A differentiable function of samples."""
 
-    @property
-    def name(self) -> str: ...
     def see(self, x: Tensor, draws: Draws) -> Tensor:
         """What is seen of x (b, *d), (b, *e). ValueError for samples that have no such view."""
         ...

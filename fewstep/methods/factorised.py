@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from typing import Annotated, Any, ClassVar, Literal
 
 import torch
@@ -16,7 +17,7 @@ from fewstep.algebra.guidance import guided
 from fewstep.algebra.rollout import unrolled
 from fewstep.algebra.sampling import Sampler
 from fewstep.algebra.times import TimesPart, Uniform, check_steps
-from fewstep.algebra.views import ViewPart, Whole
+from fewstep.algebra.views import View, ViewPart, Whole
 from fewstep.config import config, part
 from fewstep.methods.method import Losses, Needs, Turn
 from fewstep.methods.terms import Critic, noised
@@ -66,7 +67,7 @@ class Factorised:
         check_steps(self.steps)
         if not self.experts:
             raise ValueError("experts is empty; name at least one, such as [{role: teacher}]")
-        views = {}
+        views: dict[str, View] = {}
         for e in self._tracked():
             if views.setdefault(e.critic, e.view) != e.view:
                 raise ValueError(f"experts: the critic {e.critic!r} would track two views; give each its own")
@@ -81,7 +82,7 @@ class Factorised:
     def turns(self, roles: Roles, step: int) -> Iterator[Turn]:
         yield Turn(("student",), lambda batch: self.student_losses(roles, batch))
         for e in {e.critic: e for e in self._tracked()}.values():
-            yield Turn((e.critic,), lambda batch, e=e: self.critic_losses(roles, batch, e), times=self.critic.steps)
+            yield Turn((e.critic,), partial(self.critic_losses, roles, expert=e), times=self.critic.steps)
 
     def draw(self, roles: Roles, batch: Batch) -> Tensor:
         """Samples (b, *d) with the gradient of every step."""
