@@ -19,6 +19,7 @@ import fewstep.networks.specs
 import fewstep.networks.teachers  # noqa: F401  registers networks and teachers
 from fewstep.algebra.process import Process
 from fewstep.algebra.sampling import Sampler
+from fewstep.algebra.views import ViewPart
 from fewstep.config import RecipeError, Source, _close, config
 from fewstep.data.base import Conditions, DataPart
 from fewstep.eval.protocol.preset import preset_names
@@ -132,6 +133,9 @@ class Evaluate:
     assist: AssistPart | None = None
     """Help at sampling, with which the student is measured as well: distillation_pp, diversity, adaptive by its teacher,
     nasa by a negative prompt."""
+    views: tuple[ViewPart, ...] = ()
+    """Samples are measured through these, one after the other: [{name: mirror}, {name: negative}] of a student of both. They
+    hold for every row, the teacher's too."""
     retrieval: str | None = None
     """Folder of a model by `fewstep train-retrieval`: also the share of captions found among 100."""
 
