@@ -134,8 +134,8 @@ class Evaluate:
     """Help at sampling, with which the student is measured as well: distillation_pp, diversity, adaptive by its teacher,
     nasa by a negative prompt."""
     views: tuple[ViewPart, ...] = ()
-    """Samples are measured through these, one after the other: [{name: mirror}, {name: negative}] of a student of both. They
-    hold for every row, the teacher's too."""
+    """Samples are measured through these, one after the other: [{name: mirror}, {name: negative}] of a student of both.
+    They hold for every row, the teacher's too."""
     retrieval: str | None = None
     """Folder of a model by `fewstep train-retrieval`: also the share of captions found among 100."""
 
