@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, Literal
 
 import torch
@@ -158,6 +159,35 @@ def rollout(
     with nullcontext() if grad else torch.no_grad():
         out = ask(student, x, t, clean(process, t), cond, **call).x0
     return Rollout(out, x, t, tuple(way))
+
+
+def unrolled(
+    student: Callable[..., Prediction],
+    draws: Draws,
+    shape: tuple[int, ...],
+    steps: tuple[float, ...],
+    cond: Any = None,
+    *,
+    bins: bool = False,
+) -> Tensor:
+    """Samples x0 (b, *shape) by the student's own jumps from level to level, with the gradient of every step.
+
+    Args:
+        steps: levels u, decreasing.
+        bins: every level but the first is drawn anew, row by row, from the bin between it and the next one, the last
+            from below it to 0 (K-bin sampling, EVE, arXiv 2403.09334, sec. 4.2).
+    """
+    process: Process = student.process  # type: ignore[attr-defined]
+    noise = draws.normal(*shape)
+    levels = [torch.full((len(draws),), u, dtype=torch.float64, device=draws.device) for u in steps]
+    if bins:
+        low = (*steps[1:], 0.0)
+        levels = [levels[0], *(u - (u - end) * draws.uniform() for u, end in zip(levels[1:], low[1:], strict=True))]
+    times = [process.grid(u) for u in levels]
+    x = process.prior(noise, times[0])
+    for t, s in pairwise(times):
+        x = ask(student, x, t, s, cond).at(s)
+    return ask(student, x, times[-1], clean(process, times[-1]), cond).x0
 
 
 def chunked_rollout(

@@ -66,7 +66,7 @@ class Call:
             for p in weights:
                 p.requires_grad_(self.trained)
         layers = lora_layers(self.module)
-        with active(layers, self.adapter):
+        with active(layers, *([self.adapter] if self.adapter else [])):
             if self.moving:
                 self._jvp()
                 return

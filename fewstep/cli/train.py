@@ -89,6 +89,20 @@ def fit(request: FitRequest) -> None:
     job(request)
 
 
+@app.command(rich_help_panel="Train", epilog="Example: `fewstep probe mine.yaml --remove 8`")
+def probe(
+    network: Annotated[str, typer.Argument(help="A recipe, for its teacher, or a run directory, for what it trained.")],
+    samples: Annotated[int, typer.Option(help="Samples of the data that are looked at, each at one noise level.")] = 256,
+    remove: Annotated[int | None, typer.Option(help="Take this many blocks away, at the least loss.")] = None,
+    accept: Annotated[float, typer.Option(help="Without --remove: the most that a run of blocks may lose.")] = 0.05,
+    seed: Annotated[int, typer.Option(help="Of samples and noise.")] = 0,
+) -> None:
+    """Propose runs of blocks that one block could do (PPCL), for a student `pruned`; nothing is trained."""
+    from fewstep.commands.probe import probe as job, show
+
+    show(network, job(network, samples=samples, remove=remove, accept=accept, seed=seed))
+
+
 @app.command(
     rich_help_panel="Train",
     epilog="Examples:\n\n"

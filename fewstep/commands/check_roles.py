@@ -18,6 +18,7 @@ from fewstep.data.latents import vae_files
 from fewstep.export.forecast import bare_student, outlined_teacher, refuse_code
 from fewstep.files import expanded
 from fewstep.networks.adapters import network_of, own_state
+from fewstep.networks.blocks import intervals_of
 from fewstep.networks.denoiser import Rescheduled
 from fewstep.networks.folder import read_folder
 from fewstep.networks.outline import UNetOutline, whole
@@ -225,6 +226,8 @@ def _aligned(recipe: Recipe, found: Roles, source: Source | None) -> None:
 
 def _differ(recipe: Recipe, target: str, origin: str, modules: dict[str, nn.Module]) -> str:
     """What of two roles' weights differs, "" where nothing is known to."""
+    if intervals_of(modules[target]) and not intervals_of(modules[origin]):
+        return ""  # the weights of the blocks that are left
     specs = [recipe.spec(role) for role in (target, origin)]
     adapters = [getattr(spec, "name", None) == "lora" for spec in specs]
     if any(adapters):

@@ -165,7 +165,7 @@ class _Block(torch.autograd.Function):
         ctx.call, ctx.count = call, count
         ctx.save_for_backward(*tensors)
         layers = call.layers
-        ctx.adapter = None if not layers or layers[0]._disable_adapters else next(iter(layers[0]._active_adapter), None)
+        ctx.adapters = () if not layers or layers[0]._disable_adapters else tuple(layers[0]._active_adapter)
         ctx.cast = torch.is_autocast_enabled("cpu")
         with _autocast(ctx.cast):
             out = call.block(*call.args(tensors[:count]))
@@ -177,7 +177,7 @@ class _Block(torch.autograd.Function):
     def backward(ctx: Any, *grads: Any) -> Any:
         call, live, tensors = ctx.call, ctx.call.passes.live, ctx.saved_tensors
         needed = ctx.needs_input_grad[1:]
-        with torch.enable_grad(), _autocast(ctx.cast), active(call.layers, ctx.adapter):
+        with torch.enable_grad(), _autocast(ctx.cast), active(call.layers, *ctx.adapters):
             inputs = [t.detach().requires_grad_(n) for t, n in zip(tensors[: ctx.count], needed, strict=False)]
             key = (key_of(call.block, call.layers, call.args(inputs), True), tuple(g is None for g in grads))
             if key in call.passes.backward:

@@ -19,8 +19,8 @@ from fewstep.commands.report import opened, say
 from fewstep.commands.sources import called, load_pipeline
 from fewstep.config import UserError
 from fewstep.data.text import embed
-from fewstep.networks.nasa import negative_away
-from fewstep.networks.wrappers import Wrapper
+from fewstep.networks.nasa import negative_away, steerable
+from fewstep.train.assisted import attended
 from fewstep.train.build import build_roles
 from fewstep.train.note import read_note
 
@@ -121,18 +121,7 @@ def of_run(
 def steered(product: Any, data: Any, away: Away) -> Iterator[None]:
     """The product's cross-attention with a negative prompt inside. UserError for a network that has none to steer."""
     words, weight = away
-    net: Any = product.net
-    while not isinstance(net, Wrapper) and net is not None:  # an adapter's base is none of its modules
-        net = next((getattr(net, k) for k in ("base", "denoiser", "net") if hasattr(net, k)), None)
-    model = getattr(net, "model", None)
-    if not hasattr(model, "set_attn_processor"):
-        raise UserError("--negative: the student's network has no attention processors that take a negative prompt")
-    told = embed(data.encoder, [words], negative=data.negative, zeros=data.zeros, cache=data.text_cache)
-    row = told.take(torch.zeros(1, dtype=torch.long, device=product.device()))
-    text = row["text"][:, row["mask"][0] > 0] if "mask" in row else row["text"]
-    # What cross-attention gets is projected first in some classes.
-    project = getattr(model, "caption_projection", None) or getattr(model, "encoder_hid_proj", None)
-    with torch.no_grad(), negative_away(model, text if project is None else project(text), weight):
+    with negative_away(steerable(product.net), attended(product, data, words), weight):
         yield
 
 

@@ -14,6 +14,7 @@ import yaml
 from torch import Tensor
 
 from fewstep.algebra.condition import moved, rows
+from fewstep.algebra.draws import Draws, fold
 from fewstep.config import UserError, plain
 from fewstep.eval.features.base import state_sha256
 from fewstep.eval.protocol.pipelines import count_calls, pipeline_generate
@@ -54,6 +55,7 @@ def of_product(preset: Preset, product: Product, group: str, name: str | None = 
     steps = len(product.sampler.steps)
     own = product.labels(preset.number) if preset.conditions.kind == "data" else None
     decode = product.decoder()
+    views = product.recipe.evaluate.views if product.recipe is not None and product.recipe.evaluate is not None else ()
 
     def generate(repetition: int) -> Generate:
         first = repetition * preset.number
@@ -67,12 +69,15 @@ def of_product(preset: Preset, product: Product, group: str, name: str | None = 
                 labels = moved(rows(own, torch.tensor(indices)), device)
             elif product.classes:
                 labels = torch.tensor(labels_of(preset, indices), device=device)
-            return decode(product.images(index, labels, preset.first_seed))
+            seen = decode(product.images(index, labels, preset.first_seed))
+            for view in views:
+                seen = view.see(seen, Draws(fold("measured through"), index))
+            return seen
 
         return images
 
     def digest() -> str:
-        told = [state_sha256(product.net), plain(product.sampler), product.vae]
+        told = [state_sha256(product.net), plain(product.sampler), product.vae, *map(plain, views)]
         if (help_ := product.assist) is not None:
             told += [plain(help_.part), state_sha256(help_.teacher), str(help_.threshold)]
         content = json.dumps(told)

@@ -271,10 +271,11 @@ class Text:
     Args:
         shards: rows of all prompts.
         empty: one row (1, ...) for each key that guidance takes away.
+        prompts: the words of the rows.
     """
 
-    def __init__(self, shards: Shards, empty: Mapping[str, Tensor]) -> None:
-        self.shards, self.empty = shards, dict(empty)
+    def __init__(self, shards: Shards, empty: Mapping[str, Tensor], prompts: Sequence[str]) -> None:
+        self.shards, self.empty, self.prompts = shards, dict(empty), tuple(prompts)
 
     def __len__(self) -> int:
         return len(self.shards) - 1
@@ -334,7 +335,7 @@ def embed(
     empty = {k: v for k, v in last.items() if k in ("text", "mask", "pooled")}
     if zeros is None:
         zeros = not negative and bool(getattr(encoder, "zeros_for_empty", bool)())
-    return Text(shards, empty | (zeros_like(last) if zeros else {}))
+    return Text(shards, empty | (zeros_like(last) if zeros else {}), prompts)
 
 
 def _digest(texts: Sequence[str]) -> str:

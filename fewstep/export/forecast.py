@@ -128,6 +128,8 @@ def _spec(spec: Any) -> Any:
         return Copy(of=spec.of)
     if spec.name in ("experts", "by_class"):
         return replace(spec, of=_spec(spec.of))
+    if spec.name == "pruned":
+        return replace(spec, run=None)
     return replace(spec, max_frequency=None) if spec.name == "copy" else spec
 
 

@@ -43,6 +43,8 @@ def lora_parts(product: Product, layout: str = "diffusers") -> Parts:
     net = product.net
     if not isinstance(net, Adapted):
         raise ExportRefused("--lora needs a student that is an adapter, `student: {name: lora}`")
+    if net.beside:
+        raise ExportRefused("the student's calls use adapters of other roles too, and a file holds one; leave out --lora")
     _, model = diffusers_model(network_of(net.base))
     if not hasattr(model, "load_lora_adapter"):
         raise ExportRefused(

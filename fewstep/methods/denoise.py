@@ -15,6 +15,7 @@ from fewstep.algebra.guidance import guided
 from fewstep.algebra.noising import add_noise
 from fewstep.algebra.sampling import Sampler, many_step
 from fewstep.algebra.times import LogNormal, TimesPart
+from fewstep.algebra.views import ViewPart, Whole
 from fewstep.config import Count, part
 from fewstep.methods.method import Losses, Needs, Turn
 from fewstep.methods.terms import dropped
@@ -46,8 +47,14 @@ class Denoise:
     trajectory_steps: Count = 8
     """DDIM steps of a trajectory; every state of it is trained on in one update, the teacher's answer being both its
     step and the target."""
+    of: str = "teacher"
+    """Role that plays the teacher."""
+    role: str = "student"
+    """Role that is trained; another than the student where a later stage learns from it."""
     drop_cond: float = 0.1
     """Probability of training a sample without its condition, which guidance needs (arXiv 2207.12598)."""
+    view: ViewPart = Whole()
+    """What of the data is learned: `negative` makes an adapter that draws with inverted contrast."""
     sample_steps: int = 18
     """Steps of the Heun sampler that shows its progress."""
 
@@ -55,22 +62,25 @@ class Denoise:
         check_scale(self.guidance)
         if not 0 <= self.drop_cond <= 1:
             raise ValueError(f"drop_cond must lie in [0, 1], not {self.drop_cond}")
+        if self.role in ("teacher", self.of):
+            raise ValueError(f"role {self.role}: cannot be trained where it is the teacher")
         if self.sample_steps < 1:
             raise ValueError(f"sample_steps must be at least 1, not {self.sample_steps}")
         if self.target == "data" and (self.guidance != 1.0 or self.embed_guidance or self.source != "data"):
             raise ValueError("guidance, embed_guidance and source are of target teacher; data has neither")
 
     def needs(self) -> Needs:
-        roles = {"student", "teacher"} if self.target == "teacher" else {"student"}
+        roles = {self.role, self.of} if self.target == "teacher" else {self.role}
         inputs = frozenset({"w"} if self.embed_guidance else ())
-        return Needs(frozenset(roles), data=self.source == "data", inputs=inputs)
+        frozen = frozenset({"teacher", self.of})
+        return Needs(frozenset(roles), data=self.source == "data", inputs=inputs, frozen=frozen)
 
     def turns(self, roles: Roles, step: int) -> Iterator[Turn]:
         losses = self.losses if self.source == "data" else self.trajectory_losses
-        yield Turn(("student",), lambda batch: losses(roles, batch))
+        yield Turn((self.role,), lambda batch: losses(roles, batch))
 
     def losses(self, roles: Roles, batch: Batch) -> Iterator[Losses]:
-        student, x0 = roles.student, batch.data()
+        student, x0 = roles[self.role], self.view.see(batch.data(), batch.draws)
         process: Any = student.process
         t, eps = self.times.sample(batch.draws, process), batch.noise()
         cond = dropped(batch, self.drop_cond)
@@ -82,7 +92,7 @@ class Denoise:
 
     def trajectory_losses(self, roles: Roles, batch: Batch) -> Iterator[Losses]:
         """The regression at each state of the teacher's own way from the prior, each with its share of the mean."""
-        process: Any = roles.student.process
+        process: Any = roles[self.role].process
         cond, scale = dropped(batch, self.drop_cond), drawn(self.guidance, batch.draws)
         n = self.trajectory_steps
         u = torch.linspace(1, 0, n + 1, dtype=torch.float64, device=batch.draws.device)
@@ -99,9 +109,10 @@ class Denoise:
         """The weighted x0 error of the student in one call against the guided teacher at (x, t), and that answer."""
         call = {"w": t * 0 + scale} if self.embed_guidance else {}
         with torch.no_grad():
-            target = guided(roles.teacher, x, t, cond, batch.null_cond, scale)
-        weight = x0_weight(self.weight, roles.student.process, t)
-        return mse(roles.student(x, t, cond, **call).x0, target.x0, weight), target
+            target = guided(roles[self.of], x, t, cond, batch.null_cond, scale)
+        student: Any = roles[self.role]
+        weight = x0_weight(self.weight, student.process, t)
+        return mse(student(x, t, cond, **call).x0, target.x0, weight), target
 
     def sampler(self) -> Sampler:
         made = many_step(self.sample_steps)

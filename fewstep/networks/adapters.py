@@ -8,6 +8,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from types import MappingProxyType
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -94,22 +95,22 @@ def _layer_of(key: str, layers: Mapping[str, nn.Module]) -> str | None:
 
 
 def plain_copy(module: nn.Module) -> nn.Module:
-    """An independent copy without adapters. Of an adapter: the base with its LoRA set merged into the weights.
+    """An independent copy without adapters. Of an adapter: the base with all that its calls use merged in.
 
     What is merged is float32 whatever the base is kept in, for half precision would round most of the set away.
     """
-    adapter = module.adapter if isinstance(module, Adapted) else None
+    adapters = module.names if isinstance(module, Adapted) else ()
     source = module.base if isinstance(module, Adapted) else module
     memo: dict[int, Any] = {}
     for layer in lora_layers(source):
         bare = copy.deepcopy(layer.base_layer, memo)
-        if adapter is not None and adapter in layer.lora_A:
+        for adapter in (name for name in adapters if name in layer.lora_A):
             unhalved(bare)
             with torch.no_grad():
                 bare.weight += layer.get_delta_weight(adapter).to(bare.weight.dtype)
         memo[id(layer)] = bare  # deepcopy puts what the memo holds in the place of the layer
     out = copy.deepcopy(source, memo)
-    if adapter is not None:
+    if adapters:
         unhalved(out)
     for m in out.modules():
         m.__dict__.pop("peft_config", None)
@@ -128,12 +129,8 @@ def apart(module: nn.Module) -> nn.Module:
     if not isinstance(module, Adapted):
         return plain_copy(module)
     other = Adapted(copy.deepcopy(module.base), None)
-    other.adapter, other.rank, other.alpha, other.targets = (
-        module.adapter,
-        module.rank,
-        module.alpha,
-        module.targets,
-    )
+    for name in ("adapter", "rank", "alpha", "targets", "beside"):
+        setattr(other, name, getattr(module, name))
     return other.train(module.training)
 
 
@@ -150,24 +147,25 @@ def twin(module: nn.Module) -> nn.Module:
 
 
 @contextmanager
-def active(layers: Sequence[Any], adapter: str | None, factor: float = 1.0) -> Iterator[None]:
-    """Run the calls inside with one adapter (None: the bare base), its update times a factor, and put all back after.
+def active(layers: Sequence[Any], *adapters: str, factors: Mapping[str, float] = MappingProxyType({})) -> Iterator[None]:
+    """Run the calls inside with these adapters (none: the bare base) and put the former choice back.
+
+    factors: on the updates of some of them.
 
     Sets peft's fields directly: its set_adapter would also flip requires_grad of the other adapter, and
     gradients of a graph built before would then be dropped without an error.
     """
-    before = [(m._active_adapter, m._disable_adapters, m.scaling.get(adapter)) for m in layers]
-    for m, (_, _, scale) in zip(layers, before, strict=True):
-        m._active_adapter, m._disable_adapters = [adapter] if adapter else [], adapter is None
-        if adapter is not None and factor != 1.0 and scale is not None:
-            m.scaling[adapter] = scale * factor
+    scaled = [{a: m.scaling[a] for a in adapters if a in m.scaling} for m in layers]
+    before = [(m._active_adapter, m._disable_adapters) for m in layers]
+    for m, scales in zip(layers, scaled, strict=True):
+        m._active_adapter, m._disable_adapters = list(adapters), not adapters
+        m.scaling.update({a: s * factors[a] for a, s in scales.items() if a in factors})
     try:
         yield
     finally:
-        for m, (names, disabled, scale) in zip(layers, before, strict=True):
+        for m, (names, disabled), scales in zip(layers, before, scaled, strict=True):
             m._active_adapter, m._disable_adapters = names, disabled
-            if scale is not None:
-                m.scaling[adapter] = scale
+            m.scaling.update(scales)
 
 
 class Adapted(nn.Module):
@@ -181,6 +179,7 @@ class Adapted(nn.Module):
         adapter: a new name; None is the bare base with all adapters off.
         rank, alpha: of LoRA (arXiv 2106.09685); alpha is the rank when left out.
         targets: suffixes of the layers to adapt; None takes every Linear and Conv2d.
+        beside: names of other adapters on the base that a call uses as well; they belong to roles of their own.
 
     Raises ValueError for targets that match nothing and for a base without one network inside.
     """
@@ -193,6 +192,7 @@ class Adapted(nn.Module):
         rank: int = 16,
         alpha: float | None = None,
         targets: Sequence[str] | None = None,
+        beside: Sequence[str] = (),
     ) -> None:
         super().__init__()
         if isinstance(base, Adapted):
@@ -200,6 +200,7 @@ class Adapted(nn.Module):
         self._base = (base,)
         self.adapter = adapter
         self.rank, self.alpha, self.targets = rank, float(alpha if alpha is not None else rank), targets
+        self.beside = tuple(beside)
         self.own = nn.ParameterDict()
         if adapter is not None:
             self._inject(network_of(base), adapter)
@@ -234,7 +235,8 @@ class Adapted(nn.Module):
         """Another LoRA set with the same values on the same base."""
         name = None if self.adapter is None else fresh_name(self.base)
         with torch.random.fork_rng(devices=[]):
-            other = Adapted(self.base, name, rank=self.rank, alpha=self.alpha, targets=self.targets)
+            sizes: dict[str, Any] = {"rank": self.rank, "alpha": self.alpha, "targets": self.targets}
+            other = Adapted(self.base, name, **sizes, beside=self.beside)
         with torch.no_grad():
             for key, p in self.own.items():
                 other.own[key].data = p.detach().clone()
@@ -245,6 +247,11 @@ class Adapted(nn.Module):
     @property
     def base(self) -> nn.Module:
         return self._base[0]
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The adapters that a call uses, its own first."""
+        return (*(() if self.adapter is None else (self.adapter,)), *self.beside)
 
     @property
     def layers(self) -> Sequence[Any]:
@@ -264,7 +271,8 @@ class Adapted(nn.Module):
 
     def forward(self, x: Tensor, t: Tensor, cond: Any = None, *, adapter_scale: float = 1.0, **call: Any) -> Prediction:
         """adapter_scale: factor on the adapter's update in this call; 0 is the base."""
-        with active(self.layers, self.adapter, adapter_scale):
+        factors = {} if self.adapter is None or adapter_scale == 1.0 else {self.adapter: adapter_scale}
+        with active(self.layers, *self.names, factors=factors):
             return self.base(x, t, cond, **call)
 
     def combine(self, own: Prediction, null: Prediction, scale: float | Tensor) -> Prediction:
@@ -272,7 +280,7 @@ class Adapted(nn.Module):
         return combined(self.base, own, null, scale)
 
     def features(self, x: Tensor, t: Tensor, cond: Any, taps: Sequence[str]) -> Mapping[str, Tensor]:
-        with active(self.layers, self.adapter):
+        with active(self.layers, *self.names):
             return self.base.features(x, t, cond, taps)  # type: ignore[operator]
 
 
@@ -320,16 +328,14 @@ def checkpoint_function(net: nn.Module) -> Callable[..., Any]:
 
     def run(block: Callable[..., Any], *args: Any) -> Any:
         layers = _layers(net)
-        chosen = layers[0]._active_adapter if layers else []
         disabled = layers[0]._disable_adapters if layers else True
-        name = None if disabled or not chosen else chosen[0]
-        scales = [m.scaling.get(name) for m in layers]
+        chosen = [] if disabled else list(layers[0]._active_adapter)
+        scales = [{a: m.scaling[a] for a in chosen if a in m.scaling} for m in layers]
 
         def again(*inner: Any) -> Any:
-            with active(layers, name):
-                for m, scale in zip(layers, scales, strict=True):  # a call's own factor on the adapter
-                    if scale is not None:
-                        m.scaling[name] = scale
+            with active(layers, *chosen):
+                for m, own in zip(layers, scales, strict=True):  # a call's own factor on an adapter
+                    m.scaling.update(own)
                 return block(*inner)
 
         # The recompute runs outside every mode: without its contexts it would save what other attention saves.

@@ -1,10 +1,10 @@
-"""Ways in which a teacher helps a student at sampling, as parts: what each draws, and its network calls."""
+"""Ways to help a student at sampling, by its teacher or a negative prompt, as parts: what each draws, its calls."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Annotated, Any, Literal, Protocol
+from typing import Annotated, Any, ClassVar, Literal, Protocol
 
 import torch
 from pydantic import Field
@@ -16,6 +16,7 @@ from fewstep.algebra.jump import Solver, calls
 from fewstep.algebra.prediction import Prediction
 from fewstep.algebra.sampling import Fresh, Sampler, many_step, sample
 from fewstep.config import Count, OneOf, part
+from fewstep.networks.nasa import negative_away, steerable
 from fewstep.networks.scores import Score
 
 Net = Callable[..., Prediction]
@@ -27,7 +28,7 @@ class Case:
     """A batch to draw: start noise (b, *d), conditions, and further noise by what it is for.
 
     teacher: its guidance is inside. score: of samples (b, *d) with their conditions, (b,). threshold: the least score
-    that is kept.
+    that is kept. negative: (1, tokens, width), a negative prompt as the student's cross-attention takes it.
     """
 
     sampler: Sampler
@@ -39,6 +40,7 @@ class Case:
     other: Callable[[str, int], Tensor]
     score: Callable[[Tensor, Any], Tensor] | None = None
     threshold: float = field(default=float("-inf"))
+    negative: Tensor | None = None
 
 
 class Assist(Protocol):
@@ -147,3 +149,22 @@ class Adaptive:
 
     def network_calls(self, sampler: Sampler) -> float:
         return sampler.network_calls() + self.k / 100 * calls(self.steps, self.solver) * _per_call(self.guidance)
+
+
+@part("assist", "nasa")
+class Nasa:
+    """NASA (SNOOPI, arXiv 2412.02687): the student's cross-attention moves away from a negative prompt; no teacher."""
+
+    negative: str
+    """The prompt to move away from."""
+    weight: Annotated[float, Field(ge=0, le=2)] = 0.1
+    """a of Z+ - a Z-: .1 for SD1.5, .2 for SD2.1, .5 for PixArt-alpha in the paper; 0 is the student."""
+    guidance: ClassVar[float] = 1.0
+
+    def draw(self, case: Case) -> Tensor:
+        assert case.negative is not None
+        with negative_away(steerable(case.student), case.negative, self.weight):
+            return sample(case.sampler, case.student, case.noise, case.cond, case.fresh)
+
+    def network_calls(self, sampler: Sampler) -> float:
+        return sampler.network_calls()

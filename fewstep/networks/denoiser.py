@@ -79,6 +79,11 @@ class Denoiser(nn.Module):
         return int(getattr(self.net, "image_channels", 0))
 
     @property
+    def iterates(self) -> tuple[str, ...]:
+        """Taps whose features are answers too, in the order in which the network comes by them; of an iterative one."""
+        return tuple(getattr(self.net, "iterates", ()))
+
+    @property
     def takes_s(self) -> bool:
         """True: the answer at (x, t) depends on the destination s, as a flow map's must."""
         return goes_to(self.inputs)

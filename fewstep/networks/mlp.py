@@ -5,9 +5,23 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fewstep.networks.extras import Extras, Fourier
+
+
+class Residual(nn.Module):
+    """h + down(act(up(h) + shift(embedding))); `down` starts at zero."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.up, self.shift, self.down = (nn.Linear(width, width) for _ in range(3))
+        nn.init.zeros_(self.down.weight)
+        nn.init.zeros_(self.down.bias)
+
+    def forward(self, h: Tensor, embedding: Tensor) -> Tensor:
+        return h + self.down(F.silu(self.up(h) + self.shift(embedding)))
 
 
 class MLP(nn.Module):
@@ -19,6 +33,7 @@ class MLP(nn.Module):
         classes: number of classes, 0 for none; class index `classes` is the null class.
         inputs: scalar inputs beside the time, see fewstep.networks.extras.
         frequencies: sines and cosines of 2 k angle, k = 1..frequencies, by which the time and each input enter.
+        residual: the layers after the first are residual blocks, a list `blocks` that pruning can shorten.
     Tap: "mid", the activation of the middle layer, (b, width).
     """
 
@@ -30,13 +45,16 @@ class MLP(nn.Module):
         classes: int = 0,
         inputs: tuple[str, ...] = (),
         frequencies: int = 16,
+        residual: bool = False,
     ) -> None:
         super().__init__()
         self.first = nn.Linear(dim, width)
         self.time = Fourier(width, frequencies)
         self.label = nn.Embedding(classes + 1, width) if classes else None
-        self.layers = nn.ModuleList(nn.Linear(width, width) for _ in range(depth - 1))
-        self.shift = nn.ModuleList(nn.Linear(width, width) for _ in range(depth - 1))
+        plain = 0 if residual else depth - 1
+        self.layers = nn.ModuleList(nn.Linear(width, width) for _ in range(plain))
+        self.shift = nn.ModuleList(nn.Linear(width, width) for _ in range(plain))
+        self.blocks = nn.ModuleList(Residual(width) for _ in range(depth - 1 - plain))
         self.last = nn.Linear(width, dim)
         self.act = nn.SiLU()
         self.extras = Extras(width, inputs, frequencies)
@@ -64,6 +82,12 @@ class MLP(nn.Module):
         for i, (layer, shift) in enumerate(zip(self.layers, self.shift, strict=True)):
             h = self.act(layer(h) + shift(embedding))
             if i == len(self.layers) // 2 and "mid" in taps:
+                features["mid"] = h
+                if stop:
+                    return None, features
+        for i, block in enumerate(self.blocks):
+            h = block(h, embedding)
+            if i == len(self.blocks) // 2 and "mid" in taps:
                 features["mid"] = h
                 if stop:
                     return None, features

@@ -6,9 +6,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from fewstep.config import UserError
+from fewstep.networks.wrappers.base import Wrapper
 
 
 class NegativeAway:
@@ -40,6 +42,25 @@ class NegativeAway:
         other = self.inner(attn, hidden_states, negative)
         bias = attn.to_out[0].bias
         return out - self.weight * (other if bias is None else other - bias)
+
+
+def steerable(net: Any) -> Any:
+    """The diffusers model in a denoiser whose attention takes a negative prompt. UserError where there is none."""
+    while not isinstance(net, Wrapper) and net is not None:  # an adapter's base is none of its modules
+        net = next((getattr(net, k) for k in ("base", "denoiser", "net") if hasattr(net, k)), None)
+    model = getattr(net, "model", None)
+    if not hasattr(model, "set_attn_processor"):
+        raise UserError("a negative prompt (NASA): the student's network has no attention processors that take one")
+    return model
+
+
+def as_attended(model: Any, cond: dict[str, Tensor]) -> Tensor:
+    """Of one embedded prompt {text (1, n, width), mask (1, n) or none} what cross-attention gets, (1, tokens, width)."""
+    text = cond["text"][:, cond["mask"][0] > 0] if "mask" in cond else cond["text"]
+    # It is projected first in some classes.
+    project = getattr(model, "caption_projection", None) or getattr(model, "encoder_hid_proj", None)
+    with torch.no_grad():
+        return text if project is None else project(text)
 
 
 @contextmanager

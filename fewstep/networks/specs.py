@@ -105,6 +105,8 @@ class Lora:
     """Suffixes of the layers to adapt; every Linear and Conv2d when left out."""
     file: str | None = None
     """A LoRA file to start from, of diffusers' scripts, peft or kohya; rank and targets must be the file's."""
+    beside: tuple[str, ...] = ()
+    """Roles, adapters of the same role, whose LoRA sets a call uses as well; they are trained in their own right."""
 
     def build(self, site: Site) -> nn.Module:
         base = site.role(self.of, "lora.of")
@@ -112,7 +114,7 @@ class Lora:
             raise RecipeError(f"lora.of: the {self.of} is an adapter itself; name the role with the weights")
         if not list(base.parameters()):
             raise RecipeError(f"lora.of: the {self.of} is analytic and has no weights to adapt")
-        sizes = {"rank": self.rank, "alpha": self.alpha, "targets": self.targets}
+        sizes = {"rank": self.rank, "alpha": self.alpha, "targets": self.targets, "beside": self._others(base, site)}
         try:
             adapted: Any = seeded(site, lambda: Adapted(base, fresh_name(base), **sizes))  # type: ignore[arg-type]
         except ValueError as error:
@@ -120,6 +122,13 @@ class Lora:
         if self.file is not None:
             read_lora(adapted, expanded(self.file))
         return adapted
+
+    def _others(self, base: nn.Module, site: Site) -> tuple[str, ...]:
+        others: list[Any] = [site.role(name, "lora.beside") for name in self.beside]
+        for name, other in zip(self.beside, others, strict=True):
+            if not isinstance(other, Adapted) or other.base is not base:
+                raise RecipeError(f"lora.beside: {name} is no adapter of the {self.of}")
+        return tuple(n for other in others for n in other.names)
 
 
 @part("network", "mlp")
@@ -139,6 +148,8 @@ class MLPSpec:
     (TwinFlow)."""
     frequencies: Count = 16
     """Fourier features 2 k angle of the time; 3 or 4 for methods that differentiate in it (sCM, sec. 4.1)."""
+    residual: bool = False
+    """The layers after the first are residual blocks, which can be pruned."""
 
     def __post_init__(self) -> None:
         check_weights(self.width**2 * self.depth, f"width {self.width} and depth {self.depth}")
@@ -147,7 +158,7 @@ class MLPSpec:
     def build(self, site: Site) -> nn.Module:
         if len(site.shape) != 1:
             raise RecipeError(f"network mlp is for vectors; the data has shape {list(site.shape)}")
-        sizes = (self.width, self.depth, site.classes, self.inputs, self.frequencies)
+        sizes = (self.width, self.depth, site.classes, self.inputs, self.frequencies, self.residual)
         net = seeded(site, lambda: MLP(site.shape[0], *sizes))
         return Denoiser(net, self.process, self.prediction, "angle")
 

@@ -54,14 +54,15 @@ def surrogate_loss(x: Tensor, gradient: Tensor) -> Tensor:
     return 0.5 * ((x - (x - gradient.detach()).detach()) ** 2).mean()
 
 
-ScoreWeight = Literal["dmd", "kl", "sigma2", "one"]
+ScoreWeight = Literal["dmd", "kl", "sigma2", "eps", "one"]
 
 
 def score_weight(kind: ScoreWeight, process: Process, t: Tensor, x: Tensor, real: Tensor) -> Tensor:
     """Weight (b, 1, ...) of D_fake - D_real for a student sample x noised to t (b,).
 
     dmd: 1 / <|x - D_real|> (DMD, eq. 8). kl: alpha^2/sigma^2, which makes it d KL(q_t || p_t) / dx (Diff-Instruct,
-    arXiv 2305.18455). sigma2: alpha sigma, SwiftBrush's sigma^2 (eps_T - eps_F) (arXiv 2312.05239). one: 1.
+    arXiv 2305.18455). sigma2: alpha sigma, SwiftBrush's sigma^2 (eps_T - eps_F) (arXiv 2312.05239). eps:
+    alpha/sigma, eps_T - eps_F. one: 1.
 
     >>> x, real, t = torch.tensor([[1.0]]), torch.tensor([[0.5]]), torch.tensor([0.25])
     >>> fewstep.score_weight("dmd", fewstep.Flow(), t, x, real), fewstep.score_weight("kl", fewstep.Flow(), t, x, real)
@@ -74,6 +75,8 @@ def score_weight(kind: ScoreWeight, process: Process, t: Tensor, x: Tensor, real
         return alpha**2 / sigma**2
     if kind == "sigma2":
         return alpha * sigma
+    if kind == "eps":
+        return alpha / sigma
     if kind == "one":
         return torch.ones_like(alpha)
     raise ValueError(f"weight {kind!r} is not one of {', '.join(get_args(ScoreWeight))}")

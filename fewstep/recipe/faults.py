@@ -63,7 +63,11 @@ def _sources(recipe: Any) -> None:
         key, spec = f"roles.{role}" if role in recipe.roles else role, recipe.spec(role)
         while getattr(spec, "name", None) in ("experts", "by_class"):
             key, spec = f"{key}.of", spec.of
-        if getattr(spec, "name", None) not in ("copy", "lora") or spec.of in names[:number]:
+        for other in getattr(spec, "beside", ()):
+            if other not in names[:number]:
+                told = ", ".join(names[:number]) or "none"
+                raise ValueError(f"{key}.beside: role {other!r} is not built before {role}; those before it: {told}")
+        if getattr(spec, "name", None) not in ("copy", "lora", "pruned") or spec.of in names[:number]:
             continue
         why = "is built after it" if spec.of in names else "is not in this recipe"
         if spec.of == role:

@@ -12,7 +12,9 @@ from pydantic import Field
 import fewstep.data
 import fewstep.methods
 import fewstep.networks.bridged
+import fewstep.networks.get
 import fewstep.networks.perceptual
+import fewstep.networks.pruned
 import fewstep.networks.reward_model
 import fewstep.networks.rewards
 import fewstep.networks.routed
@@ -21,6 +23,7 @@ import fewstep.networks.teachers  # noqa: F401  registers networks and teachers
 from fewstep.algebra.bridge import Bridge
 from fewstep.algebra.process import Process
 from fewstep.algebra.sampling import Sampler
+from fewstep.algebra.views import ViewPart
 from fewstep.config import RecipeError, Source, _close, config
 from fewstep.data.base import Conditions, DataPart
 from fewstep.eval.protocol.preset import preset_names
@@ -29,6 +32,7 @@ from fewstep.methods.terms import Gan
 from fewstep.networks.assisted import AssistPart
 from fewstep.networks.declared import declared_inputs, declared_process
 from fewstep.networks.parts import NetworkPart, TeacherPart
+from fewstep.networks.routed import innermost
 from fewstep.networks.specs import DiscriminatorSpec
 from fewstep.recipe.expected import Expected
 from fewstep.recipe.faults import refuse
@@ -133,7 +137,11 @@ class Evaluate:
     """Measure also the frozen teacher under a sampler fitted, without training, for the student's number of calls, of
     two at least (`fewstep fit`). Left out: where fitting takes under 5 % of the training's network calls."""
     assist: AssistPart | None = None
-    """A teacher's help at sampling; the student is measured with it as well: distillation_pp, diversity, adaptive."""
+    """Help at sampling, with which the student is measured as well: distillation_pp, diversity, adaptive by its teacher,
+    nasa by a negative prompt."""
+    views: tuple[ViewPart, ...] = ()
+    """Samples are measured through these, one after the other: [{name: mirror}, {name: negative}] of a student of both.
+    They hold for every row, the teacher's too."""
     retrieval: str | None = None
     """Folder of a model by `fewstep train-retrieval`: also the share of captions found among 100."""
 
@@ -200,7 +208,8 @@ class Recipe:
     discriminator: DiscriminatorSpec | None = None
     """Heads on a network's features, for methods with a GAN."""
     roles: dict[str, NetworkPart] = Field(default_factory=dict)
-    """Further roles by name, built after the student (target networks, experts, a reverse student)."""
+    """Further roles by name, built after the student (target networks, experts, a reverse student) but for the one that
+    it copies."""
     method: MethodPart
     """How the student is trained; the keys are the paper's hyper-parameters."""
     before: tuple[Stage, ...] = ()
@@ -314,7 +323,9 @@ class Recipe:
 
     def role_names(self) -> list[str]:
         """Roles in building order; what a role copies comes before it."""
-        fixed = ("teacher", "student", *self.roles, "critic", "discriminator")
+        inner = innermost(self.student)
+        first = [r for r in self.roles if r in (getattr(inner, "of", None), *getattr(inner, "beside", ()))]
+        fixed = ("teacher", *first, "student", *(r for r in self.roles if r not in first), "critic", "discriminator")
         return [r for r in fixed if r in self.roles or getattr(self, r, None) is not None]
 
     def overwrites_teacher(self) -> bool:

@@ -1,8 +1,8 @@
-"""A product whose teacher helps it at sampling: the part, the teacher, and the threshold of its calibration."""
+"""A product that is helped at sampling: the part, the teacher, the threshold of its calibration, a negative prompt."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,7 +15,10 @@ from fewstep.algebra.draws import Draws, fold
 from fewstep.algebra.guidance import guided_teacher
 from fewstep.algebra.sampling import Sampler, sample, seeded
 from fewstep.config import UserError
-from fewstep.networks.assisted import Adaptive, Assist, Case, Diversity
+from fewstep.data.text import embed
+from fewstep.networks.assisted import Adaptive, Assist, Case, Diversity, Nasa
+from fewstep.networks.nasa import as_attended, steerable
+from fewstep.networks.scores import Judge
 from fewstep.train.product import Product
 
 BATCH = 256
@@ -27,14 +30,16 @@ class Assisted:
 
     part: Assist
     teacher: nn.Module
-    score: Callable[[Tensor, Any], Tensor] | None = None
+    score: Judge | None = None
     threshold: float = float("-inf")
+    negative: Tensor | None = None
 
     def images(
         self, net: nn.Module, sampler: Sampler, shape: tuple[int, ...], index: Tensor, cond: Any, seed: int
     ) -> Tensor:
         """Samples (b, *shape) of global indices (b,): the same for any split into batches."""
         noise, fresh = seeded(seed, index, shape)
+        judge = self.score
         return self.part.draw(
             Case(
                 sampler=sampler,
@@ -44,8 +49,9 @@ class Assisted:
                 cond=cond,
                 fresh=fresh,
                 other=lambda name, i: Draws(fold(seed, "assist", name, i), index).normal(*shape),
-                score=self.score,
+                score=None if judge is None else lambda x, cond: judge(x, cond, index),
                 threshold=self.threshold,
+                negative=self.negative,
             )
         )
 
@@ -69,10 +75,32 @@ def assisted(product: Product, part: Assist, teacher: nn.Module, null: Callable[
         raise UserError(f"assist.steps {part.steps}: the student takes {n} in all, and one at least must be left to it")
     helped = Assisted(part=part, teacher=guided_teacher(teacher, part.guidance, null))
     if isinstance(part, Adaptive):
-        judge, decode = part.score.open(product.picture_shape()), product.decoder()
-        helped = replace(helped, score=lambda x, cond: judge(decode(x), cond))
+        judge, decode = part.score.open(product.picture_shape(), captions_of(product)), product.decoder()
+        helped = replace(helped, score=lambda x, cond, index: judge(decode(x), cond, index))
         helped = replace(helped, threshold=percentile(scores_of(product, part.calibration, helped), part.k))
+    if isinstance(part, Nasa):
+        steerable(product.net)
+        recipe: Any = product.recipe
+        helped = replace(helped, negative=attended(product, recipe.data, part.negative))
     return replace(product, assist=helped, title=f"{product.title} + {part.name}")
+
+
+def captions_of(product: Product) -> Sequence[str] | None:
+    """The captions that the data gives its samples in turn; None where it has none."""
+    data = None if product.recipe is None or product.prompted is None else product.recipe.data.open()
+    return None if data is None else data.text.prompts  # type: ignore[attr-defined]
+
+
+def attended(product: Product, data: Any, words: str) -> Tensor:
+    """A prompt (1, tokens, width) as the student's cross-attention gets it; `data` knows the encoder.
+
+    Raises:
+        UserError: data without a text encoder, or a network whose attention takes no second prompt.
+    """
+    if getattr(data, "encoder", None) is None:
+        raise UserError(f"{product.title}: was not trained on text (its data has no encoder), so it takes no prompt")
+    told = embed(data.encoder, [words], negative=data.negative, zeros=data.zeros, cache=data.text_cache)
+    return as_attended(steerable(product.net), told.take(torch.zeros(1, dtype=torch.long, device=product.device())))
 
 
 @torch.no_grad()
@@ -83,5 +111,5 @@ def scores_of(product: Product, count: int, helped: Assisted) -> Tensor:
     for part in torch.arange(count, device=device).split(BATCH):
         cond = moved(rows(labels, part.cpu()), device)
         noise, fresh = seeded(fold("calibration of", helped.part.name), part, product.shape)
-        out.append(helped.score(sample(product.sampler, product.net, noise, cond, fresh), cond))
+        out.append(helped.score(sample(product.sampler, product.net, noise, cond, fresh), cond, part))
     return torch.cat(out)

@@ -12,6 +12,7 @@ from fewstep.algebra.condition import rows as cond_rows
 from fewstep.config import UserError
 from fewstep.methods.method import Turn
 from fewstep.networks.adapters import load_own_state, own_state
+from fewstep.networks.blocks import fill, intervals_of
 from fewstep.networks.roles import Roles
 from fewstep.objectives.trajectory import probe
 from fewstep.recipe.schema import Stage
@@ -51,7 +52,10 @@ class Loop:
         roles = self.session.roles
         for target, source in stage.copy.items():
             try:
-                load_own_state(roles[target], own_state(roles[source]))
+                if intervals_of(roles[target]) and not intervals_of(roles[source]):
+                    fill(roles[target], roles[source])
+                else:
+                    load_own_state(roles[target], own_state(roles[source]))
             except RuntimeError:
                 raise UserError(
                     f"copy: {target} and {source} are different networks; their weights cannot be copied"

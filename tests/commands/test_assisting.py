@@ -26,7 +26,7 @@ def test_a_name_with_keys_or_a_mapping_is_a_part():
         k=30.0, mode="regenerate", score=ClassScore()
     )
     for text, words in (
-        ("divers", "'divers' is not one of distillation_pp, diversity, adaptive"),
+        ("divers", "'divers' is not one of distillation_pp, diversity, adaptive, nasa"),
         ("diversity:substeps", "expected key=value after the name"),
         ("{name: [", "cannot be read"),
         ("{k: 3}", "None is not one of"),

@@ -21,7 +21,9 @@ from fewstep.commands.sample_text import draw_prompts, of_export, of_pipeline, o
 from fewstep.config import UserError
 from fewstep.export.choose import export
 from fewstep.export.lora import export_lora
+from fewstep.networks.assisted import Nasa
 from fewstep.recipe.store import load
+from fewstep.train.assisted import assisted
 from fewstep.train.build import build_roles
 from fewstep.train.product import open_product
 from fewstep.train.trainer import Trainer
@@ -145,6 +147,14 @@ def test_a_negative_prompt_steers_the_student_alone(root: Path, tmp_path: Path):
     for (_, a), (_, b) in zip(rows, plain, strict=False):
         assert torch.equal(a, b)
     assert float((rows[2][1] - rows[1][1]).abs().max()) > 1e-4
+    product = open_product(root / "run")
+    recipe: Any = product.recipe
+    index = torch.arange(2)
+    cond = recipe.data.encoder.open()(PROMPTS)
+    part = Nasa(negative="a blue square", weight=0.4)
+    helped = assisted(product, part, product.net, lambda c: c)
+    torch.testing.assert_close(product.decoder()(helped.images(index, cond, 5)), rows[2][1], rtol=0, atol=1e-4)
+    assert helped.network_calls() == 2
     none = of_run(root / "run", PROMPTS, None, False, 5, 0, None, ("a blue square", 0.0))
     assert torch.equal(none[0][1], none[1][1])
     for told, words in (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -74,3 +75,23 @@ def test_a_pipeline_gets_these_arguments_and_those_of_the_command_line(tmp_path:
 
     assert calls() == {"timesteps": [899], "guidance_scale": 1.0}
     assert calls("guidance_scale=2.0") == {"timesteps": [899], "guidance_scale": 2.0}
+
+
+def test_samples_are_measured_through_a_recipes_views():
+    import torch
+
+    from fewstep.algebra.views import Mirror, Negative
+    from fewstep.commands.sources import of_product
+    from fewstep.eval.protocol.preset import load_preset
+    from fewstep.recipe.store import load
+    from fewstep.train.product import open_product
+
+    product = replace(open_product(Path(__file__).parents[2] / "assets" / "digits-teacher"), sampler=Sampler())
+    seen = load("digits-kd", ["evaluate={metric: fd-house-digits, views: [{name: mirror}, {name: negative}]}"])
+    assert seen.evaluate is not None
+    assert seen.evaluate.views == (Mirror(), Negative())
+    preset = load_preset("fd-house-digits")
+    plain, viewed = (of_product(preset, replace(product, recipe=r), "x") for r in (None, seen))
+    indices = [0, 5, 7]
+    torch.testing.assert_close(viewed.generate(0)(indices), -plain.generate(0)(indices).flip(-1))
+    assert viewed.digest() != plain.digest()

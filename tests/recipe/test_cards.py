@@ -97,6 +97,9 @@ def test_code_is_shown_with_the_line_of_the_function():
 ALIASES = {
     "vsd": "swiftbrush diff-instruct pg-sb",
     "track": "disback",
+    "contiguous": "ppcl",
+    "factorised": "eve",
+    "kd": "get",
     "sid": "sim inverse-matching sida",
     "consistency": "cd ct ict ect lcm",
     "ctm": "traflow",

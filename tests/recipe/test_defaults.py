@@ -44,8 +44,8 @@ def test_every_method_with_a_critic_of_its_own_has_the_part_and_no_flat_key():
     critics = {name for name, field in PARTS if field == "critic"}
     gans = {name for name, field in PARTS if field == "gan"}
     assert critics == {
-        "decoupled_dmd", "dmd", "dmd2", "emd", "f_distill", "freeflow", "phased_dmd", "sid", "track", "uni_instruct",
-        "vsd",
+        "decoupled_dmd", "dmd", "dmd2", "emd", "f_distill", "factorised", "freeflow", "phased_dmd", "sid", "track",
+        "uni_instruct", "vsd",
     }  # fmt: skip
     assert gans == {
         "ctm", "decoupled_dmd", "dmd2", "f_distill", "gdd", "imagine_flash", "ladd", "segments", "sid", "uni_instruct",
