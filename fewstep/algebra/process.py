@@ -331,22 +331,42 @@ class DiscreteVP(_VariancePreserving):
     tensor([14.6146])
     """
 
-    schedule: Literal["linear", "scaled_linear"] = "linear"
-    """What runs linearly from start to end: beta itself (DDPM), or its root (Stable Diffusion)."""
+    schedule: Literal["linear", "scaled_linear", "squaredcos_cap_v2"] = "linear"
+    """What runs linearly from start to end: beta itself (DDPM), or its root (Stable Diffusion). squaredcos_cap_v2: a
+    cosine, which has no start and end."""
     beta_start: Proper = 1e-4
     """beta of the first index (DDPM 1e-4; Stable Diffusion .00085)."""
     beta_end: Proper = 0.02
     """beta of the last index (DDPM .02; Stable Diffusion .012)."""
     steps: Count = 1000
     """Length of the table."""
+    zero_snr: bool = False
+    """The last index is pure noise (zero terminal SNR, arXiv 2305.08891): v-prediction fine-tunes of SDXL."""
+    snr_shift: Positive = 1.0
+    """What alpha^2 / sigma^2 of the table is divided by (CogVideoX 3)."""
+    betas: tuple[float, ...] | None = None
+    """The table itself, of `steps` values, in place of a schedule."""
+
+    def __post_init__(self) -> None:
+        if self.betas is None:
+            return
+        if len(self.betas) != self.steps or not all(0 < b <= 1 for b in self.betas):
+            raise ValueError(f"betas: needs a number above 0 and up to 1 for each of the {self.steps} steps")
+        if bool((self.table.diff() <= 0).any()):
+            raise ValueError("betas: pure noise is reached before the last index")
+
+    @property
+    def table(self) -> Tensor:
+        """log(sigma / alpha) of every index, float64 (steps,)."""
+        more = (self.zero_snr, self.snr_shift, self.betas)
+        return log_ratio_table(self.schedule, self.beta_start, self.beta_end, self.steps, *more)
 
     @property
     def t_max(self) -> float:  # type: ignore[override]
         return float(self.steps)
 
     def _table(self, t: Tensor) -> Tensor:
-        table = log_ratio_table(self.schedule, self.beta_start, self.beta_end, self.steps)
-        return table.to(t.device, t.dtype)
+        return self.table.to(t.device, t.dtype)
 
     def _segment(self, t: Tensor) -> tuple[Tensor, Tensor]:
         """log(sigma/alpha) and its slope in t, for t >= 1."""
@@ -382,7 +402,6 @@ class DiscreteVP(_VariancePreserving):
 
     def clean_first_betas(self) -> list[float]:
         """The table's betas with index 0 made clean and its share moved into index 1; later levels are as before."""
-        table = log_ratio_table(self.schedule, self.beta_start, self.beta_end, self.steps)
-        alpha_bar = torch.sigmoid(-2 * table)
+        alpha_bar = torch.sigmoid(-2 * self.table)
         alpha_bar[0] = 1.0
         return [0.0, *(1 - alpha_bar[1:] / alpha_bar[:-1]).tolist()]

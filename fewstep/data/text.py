@@ -60,7 +60,7 @@ def _text_parts(path: str) -> tuple[Path, dict[str, Any]]:
     """A pipeline folder and its index, all text encoders and tokenizers there. UserError naming one that is not."""
     root = _folder(path, "model_index.json")
     index = read_json(root / "model_index.json")
-    for name in ("text_encoder", *(k for k in index if k.startswith(("text_encoder", "tokenizer")))):
+    for name in ("text_encoder", *_of_text(index)):
         entry = index.get(name)
         if _there(entry):
             _folder(path, name)
@@ -70,6 +70,14 @@ def _text_parts(path: str) -> tuple[Path, dict[str, Any]]:
                 "prompts; name one that has it, such as the original pipeline"
             )
     return root, index
+
+
+def _of_text(index: Mapping[str, Any]) -> list[str]:
+    """The entries of an index that are text encoders and tokenizers; Krea 2's list of layers is neither."""
+    named = [k for k in index if k.startswith(("text_encoder", "tokenizer"))]
+    return [
+        k for k in named if not isinstance(index[k], list) or (len(index[k]) == 2 and not isinstance(index[k][0], int))
+    ]
 
 
 @part("encoder", "pipeline")
@@ -112,7 +120,7 @@ class PipelineEncoder:
             )
         unused = ("unet", "transformer", "vae", "safety_checker", "feature_extractor", "image_encoder")
         given: dict[str, Any] = {k: None for k in unused if k in told}
-        for name in [k for k in told if k.startswith(("text_encoder", "tokenizer"))]:
+        for name in _of_text(told):
             if not _there(told[name]):
                 given[name] = None
             elif name.startswith("text_encoder"):

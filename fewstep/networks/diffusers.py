@@ -76,10 +76,10 @@ def load_denoiser(
         folder.require_pipeline(net.pipeline)
     sides = [getattr(getattr(model, "config", None), f"{k}_channels", None) for k in ("in", "out")]
     if folder.component == "unet" and sides[0] != sides[1]:
-        raise UserError(
-            f"teacher {path}: has {sides[1]} output channels for {sides[0]} input channels; "
-            "networks that also predict a variance are not supported"
-        )
+        what = "networks that also predict a variance are not supported"
+        if sides[0] > sides[1]:
+            what = "the others are a mask, a picture or the like beside x (inpainting, editing), which is not supported"
+        raise UserError(f"teacher {path}: has {sides[1]} output channels for {sides[0]} input channels; {what}")
     if latents and latents.channels != net.channels():
         raise UserError(
             f"teacher {path}: the VAE has {latents.channels} latent channels, the network takes {net.channels()}"

@@ -364,7 +364,7 @@ AMBIGUOUS = [
     ({"prediction_type": None}, "prediction_type is missing; add one of 'epsilon', 'v_prediction', 'sample' as trained"),
     ({"use_flow_sigmas": True}, "prediction_type 'epsilon' with use_flow_sigmas True is ambiguous"),
     ({"prediction_type": "flow_prediction"}, "prediction_type 'flow_prediction' with use_flow_sigmas False is ambiguous"),
-    ({"rescale_betas_zero_snr": True}, "rescale_betas_zero_snr is set, which is not supported"),
+    ({"rescale_betas_zero_snr": True}, "rescale_betas_zero_snr with prediction_type 'epsilon': at the "),
     ({"_class_name": "FlowMatchEulerDiscreteScheduler", "invert_sigmas": True}, "invert_sigmas is set"),
     ({"_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps": 500}, "num_train_timesteps 500 of a flow"),
 ]  # fmt: skip

@@ -288,7 +288,7 @@ def test_scheduler_configs_that_cannot_be_read_are_refused() -> None:
     read_scheduler(good, "x")
     for change, match in (
         ({"prediction_type": "flow"}, "prediction_type"),
-        ({"beta_schedule": "squaredcos_cap_v2"}, "beta_schedule"),
+        ({"beta_schedule": "sigmoid"}, "beta_schedule"),
         ({"rescale_betas_zero_snr": True}, "rescale_betas_zero_snr"),
         ({"_class_name": "KarrasVeScheduler"}, "KarrasVeScheduler"),
     ):

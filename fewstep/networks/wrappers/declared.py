@@ -96,6 +96,9 @@ class Declared(Wrapper):
     def sample_size(self) -> tuple[int, ...]:
         return self.made_for
 
+    def small_size(self) -> tuple[int, ...]:
+        return (*(min(n, 3) for n in self.made_for[:-2]), min(self.made_for[-2], 16), min(self.made_for[-1], 24))
+
     def channels(self) -> int:
         return int(self.config.in_channels) // (4 if self.packed else 1)
 

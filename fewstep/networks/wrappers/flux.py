@@ -51,6 +51,9 @@ class Flux(Wrapper):
     def sample_size(self) -> tuple[int, ...]:
         return 128, 128  # the config has none; FluxPipeline's default is 1024 x 1024 pixels
 
+    def small_size(self) -> tuple[int, ...]:
+        return 16, 24
+
     def channels(self) -> int:
         return int(self.config.in_channels) // 4
 

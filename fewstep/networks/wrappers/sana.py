@@ -14,12 +14,19 @@ from fewstep.networks.wrappers.pixart import masked, masked_arguments
 
 @wraps("SanaTransformer2DModel")
 class Sana(Wrapper):
-    """Wraps a SanaTransformer2DModel; taps "block0".. (tokens)."""
+    """Wraps a SanaTransformer2DModel; taps "block0".. (tokens). One that takes a guidance scale is SANA-Sprint's."""
 
     needs = ("text",)
     takes = ("mask", "guidance")
     pipeline = "SanaPipeline"
     levels = "sigmas"
+
+    def __init__(self, model: nn.Module, classes: int = 0, **options: Any) -> None:
+        super().__init__(model, 0, **options)
+        self.factor = self.config.timestep_scale
+        if self.takes_scale:  # SANA-Sprint, whose scheduler wants to be told that there is no middle step
+            self.pipeline, self.levels, self.factor = "SanaSprintPipeline", "", 1.0  # type: ignore[misc]
+            self.plain = {**self.plain, "intermediate_timesteps": None}  # type: ignore[misc]
 
     @property
     def width(self) -> int:
@@ -37,7 +44,7 @@ class Sana(Wrapper):
         raw = self.model(
             x,
             encoder_hidden_states=cond["text"],
-            timestep=time * self.config.timestep_scale,
+            timestep=time * self.factor,
             guidance=None if scale is None else scale * self.config.guidance_embeds_scale,
             encoder_attention_mask=cond.get("mask"),
             return_dict=False,
@@ -52,4 +59,7 @@ class Sana(Wrapper):
         return cond | ({"guidance": torch.full((b,), 4.5)} if self.config.guidance_embeds else {})
 
     def arguments(self, cond: Mapping[str, Tensor], size: tuple[int, ...]) -> dict[str, Any]:
-        return masked_arguments(cond)
+        out = masked_arguments(cond)
+        if self.takes_scale:
+            out["guidance_scale"] = float(cond["guidance"][0] if "guidance" in cond else self.guidance)  # type: ignore[arg-type]
+        return out
