@@ -235,7 +235,7 @@ def null_of(wrapper: Any, cond: Any) -> Any:
     if cond is None:
         return None
     other = wrapper.example(1, torch.Generator().manual_seed(7))
-    return nulled(cond, {k: v for k, v in other.items() if k in ("text", "pooled", "mask")})
+    return nulled(cond, {k: v for k, v in other.items() if k in ("text", "mask", "text2", "mask2", "pooled")})
 
 
 @torch.no_grad()

@@ -293,10 +293,11 @@ class Text:
         With a mask they are as long as what guidance puts in their place, or longer.
         """
         rows = self.shards.take(k)
-        least = self.empty["text"].shape[1] if {"text", "mask"} <= {*self.empty} else 0
-        for key in ("text", "mask"):
-            if least and rows[key].shape[1] < least:
-                rows[key] = longer(rows[key].transpose(0, 1), least).transpose(0, 1)
+        for tokens, mask in (("text", "mask"), ("text2", "mask2")):
+            least = self.empty[tokens].shape[1] if {tokens, mask} <= {*self.empty} else 0
+            for key in (tokens, mask):
+                if least and rows[key].shape[1] < least:
+                    rows[key] = longer(rows[key].transpose(0, 1), least).transpose(0, 1)
         return moved(rows, k.device, torch.float32)
 
     def null(self, cond: Any) -> Any:
@@ -339,7 +340,7 @@ def embed(
         del encode
     shards.check()
     last = moved(shards.take(torch.tensor([len(prompts)])), None, torch.float32)
-    empty = {k: v for k, v in last.items() if k in ("text", "mask", "pooled")}
+    empty = {k: v for k, v in last.items() if k in ("text", "mask", "text2", "mask2", "pooled")}
     if zeros is None:
         zeros = not negative and bool(getattr(encoder, "zeros_for_empty", bool)())
     return Text(shards, empty | (zeros_like(last) if zeros else {}))

@@ -14,6 +14,7 @@ from fewstep.config import UserError
 from fewstep.networks import unet2d as _unet2d  # noqa: F401  registers UNet2DModel
 from fewstep.networks.denoiser import Denoiser
 from fewstep.networks.folder import Folder, check_network_config, read_folder, resolve as resolve
+from fewstep.networks.refused import why
 from fewstep.networks.scheduler import DDPM_FAMILY as DDPM_FAMILY, PREDICTIONS, read_scheduler as read_scheduler
 from fewstep.networks.wrappers import WRAPPERS, Wrapper
 
@@ -111,8 +112,8 @@ def wrapper_of(folder: Folder, name: str | None = None) -> type[Wrapper]:
     if folder.kind not in WRAPPERS:
         known = ", ".join(sorted(WRAPPERS))
         raise UserError(
-            f"{folder.root / folder.component / 'config.json'}: class {folder.kind!r} is not supported; supported: "
-            f"{known}. Give a wrapper of your own with `wrapper: file.py:Class`"
+            f"{folder.root / folder.component / 'config.json'}: class {folder.kind!r} is not supported: "
+            f"{why(folder.kind)}; supported: {known}. Give a wrapper of your own with `wrapper: file.py:Class`"
         )
     return WRAPPERS[folder.kind]
 

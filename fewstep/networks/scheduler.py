@@ -10,6 +10,7 @@ from fewstep.algebra.process import EDM, DiscreteVP, Flow, Process, ShiftedFlow
 from fewstep.config import UserError
 from fewstep.networks.denoiser import TimeInput
 from fewstep.networks.folder import number
+from fewstep.networks.refused import SCHEDULERS
 
 DDPM_FAMILY = (
     "DDPMScheduler",
@@ -89,7 +90,8 @@ def read_scheduler(
         return _flow(config, where, number(config, "shift", 1.0, where), tokens, mu)
     if name not in DDPM_FAMILY:
         known = ("CMStochasticIterativeScheduler", *EDM_FAMILY, "SCMScheduler", *FLOW_FAMILY, *DDPM_FAMILY)
-        raise UserError(f"{where}: scheduler {name!r} is not supported; known: {', '.join(known)}")
+        remedy = f": {SCHEDULERS[str(name)]}" if name in SCHEDULERS else ""
+        raise UserError(f"{where}: scheduler {name!r} is not supported{remedy}; known: {', '.join(known)}")
     kind = config.get("prediction_type")
     if kind is None:
         raise UserError(f"{where}: prediction_type is missing; add one of {', '.join(map(repr, PREDICTIONS))} as trained")

@@ -150,7 +150,8 @@ TEACHERS: list[tuple[Callable[[Path], None], str]] = [
     (missing_scheduler, "teacher T: scheduler/scheduler_config.json is missing; a diffusers pipeline has it"),
     (
         unsupported_class,
-        "T/unet/config.json: class 'Kandinsky3UNet' is not supported; supported: ChromaTransformer2DModel, DiT",
+        "T/unet/config.json: class 'Kandinsky3UNet' is not supported: takes a mask of its text in every layer; no entry "
+        "has been written; supported: ",
     ),
     (
         no_prediction,

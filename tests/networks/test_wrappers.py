@@ -28,7 +28,7 @@ from fewstep.networks.analytic import Mixture, gaussian
 from fewstep.networks.denoiser import Denoiser, Rescheduled
 from fewstep.networks.diffusers import load_denoiser, read_scheduler
 from fewstep.networks.unet2d import UNet2D
-from fewstep.networks.wrappers.pixart import PixArt
+from fewstep.networks.wrappers import PixArt
 
 B, C, H, W = 2, 3, 8, 16
 
