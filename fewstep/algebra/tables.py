@@ -51,3 +51,11 @@ def log_ratio_table(
         alpha = (alpha - alpha[-1]) * alpha[0] / (alpha[0] - alpha[-1])
         table = 0.5 * torch.log(1 - alpha**2) - torch.log(alpha)
     return table.clamp_max(MOST)
+
+
+def check_betas(betas: tuple[float, ...], steps: int) -> None:
+    """ValueError, beginning with "betas:", for a table that is no noise schedule of so many steps."""
+    if len(betas) != steps or not all(0 < b <= 1 for b in betas):
+        raise ValueError(f"betas: needs a number above 0 and up to 1 for each of the {steps} steps")
+    if bool((log_ratio_table("", 0.0, 0.0, steps, betas=betas).diff() <= 0).any()):
+        raise ValueError("betas: pure noise is reached before the last index")
