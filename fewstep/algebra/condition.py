@@ -15,6 +15,8 @@ from torch import Tensor
 KEYS: dict[str, str] = {
     "text": "(b, n, d) token embeddings of the text encoder",
     "mask": "(b, n) 1 for a token, 0 for padding",
+    "text2": "(b, n2, d2) token embeddings of a second text encoder with a mask of its own (HunyuanImage, HunyuanDiT)",
+    "mask2": "(b, n2) its mask",
     "pooled": "(b, d) pooled text embedding (SDXL, SD3, Flux)",
     "time_ids": "(b, 6) original height, width, crop top, left, target height, width in pixels (SDXL)",
     "resolution": "(b, 2) height, width in pixels (PixArt-alpha at 1024)",
@@ -26,7 +28,8 @@ KEYS: dict[str, str] = {
 }
 """Keys of a condition and what their tensors are."""
 
-_PADDED = ("text", "mask")
+_MASKS = {"text": "mask", "mask": "mask", "text2": "mask2", "mask2": "mask2"}
+"""The mask that says how many of a key's tokens are padding."""
 
 
 def checked(cond: Any, needs: Iterable[str], takes: Iterable[str], who: str) -> Mapping[str, Tensor]:
@@ -81,14 +84,13 @@ def joined(a: Any, b: Any) -> Any:
         return torch.cat((a, b))
     if isinstance(a, Tensor) or isinstance(b, Tensor) or set(a) != set(b):
         raise ValueError(f"conditions with {_shown(a)} and with {_shown(b)} do not go into one batch")
-    length = max((c[k].shape[1] for c in (a, b) for k in _PADDED if k in c and "mask" in c), default=0)
     out = {}
     for key, value in a.items():
         pair = [value, b[key]]
-        if key in _PADDED and "mask" in a:
-            pair = [_padded(v, length) for v in pair]
+        if _MASKS.get(key) in a:
+            pair = [_padded(v, max(v.shape[1] for v in pair)) for v in pair]
         if pair[0].shape[1:] != pair[1].shape[1:]:
-            hint = "; give both a mask, or the same number of tokens" if key in _PADDED else ""
+            hint = "; give both a mask, or the same number of tokens" if key in _MASKS else ""
             raise ValueError(f"cond[{key!r}]: rows of {list(value.shape[1:])} and {list(b[key].shape[1:])} differ{hint}")
         out[key] = torch.cat(pair)
     return out
@@ -146,7 +148,7 @@ def nulled(cond: Any, empty: Any) -> Any:
         if row is None:
             out[key] = value
             continue
-        if key in _PADDED and "mask" in cond:
+        if _MASKS.get(key) in cond:
             row = _padded(row[:, : value.shape[1]], value.shape[1])
         if row.shape[1:] != value.shape[1:]:
             raise ValueError(f"null condition {key!r}: a row of {list(row.shape[1:])} for {list(value.shape[1:])}")
@@ -156,4 +158,4 @@ def nulled(cond: Any, empty: Any) -> Any:
 
 def zeros_like(cond: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """A null row of zeros for text and pooled, as SDXL's `force_zeros_for_empty_prompt` has it; the mask is kept."""
-    return {k: torch.zeros_like(v[:1]) for k, v in cond.items() if k in ("text", "pooled")}
+    return {k: torch.zeros_like(v[:1]) for k, v in cond.items() if k in ("text", "text2", "pooled")}

@@ -12,7 +12,7 @@ from typing import Annotated, Literal, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from fewstep.algebra.tables import log_ratio_table
+from fewstep.algebra.tables import check_betas, log_ratio_table
 from fewstep.config import Bounded, Count, NotNegative, OneOf, Positive, Proper, part
 
 
@@ -331,39 +331,51 @@ class DiscreteVP(_VariancePreserving):
     tensor([14.6146])
     """
 
-    schedule: Literal["linear", "scaled_linear"] = "linear"
-    """What runs linearly from start to end: beta itself (DDPM), or its root (Stable Diffusion)."""
+    schedule: Literal["linear", "scaled_linear", "squaredcos_cap_v2"] = "linear"
+    """What runs linearly from start to end: beta itself (DDPM), or its root (Stable Diffusion); or a cosine without."""
     beta_start: Proper = 1e-4
     """beta of the first index (DDPM 1e-4; Stable Diffusion .00085)."""
     beta_end: Proper = 0.02
     """beta of the last index (DDPM .02; Stable Diffusion .012)."""
     steps: Count = 1000
     """Length of the table."""
+    zero_snr: bool = False
+    """The last index is pure noise (zero terminal SNR, arXiv 2305.08891): v-prediction fine-tunes of SDXL."""
+    snr_shift: Positive = 1.0
+    """What alpha^2 / sigma^2 of the table is divided by (CogVideoX 3)."""
+    betas: tuple[float, ...] | None = None
+    """The table itself, of `steps` values, in place of a schedule."""
+
+    def __post_init__(self) -> None:
+        if self.betas is not None:
+            check_betas(self.betas, self.steps)
+
+    @property
+    def table(self) -> Tensor:
+        """log(sigma / alpha) of every index, float64 (steps,)."""
+        more = (self.zero_snr, self.snr_shift, self.betas)
+        return log_ratio_table(self.schedule, self.beta_start, self.beta_end, self.steps, *more)
 
     @property
     def t_max(self) -> float:  # type: ignore[override]
         return float(self.steps)
 
-    def _table(self, t: Tensor) -> Tensor:
-        table = log_ratio_table(self.schedule, self.beta_start, self.beta_end, self.steps)
-        return table.to(t.device, t.dtype)
-
     def _segment(self, t: Tensor) -> tuple[Tensor, Tensor]:
         """log(sigma/alpha) and its slope in t, for t >= 1."""
-        table = self._table(t)
+        table = self.table.to(t)
         k = (t - 1).floor().clamp(0, self.steps - 2).long()
         slope = table[k + 1] - table[k]
         return table[k] + slope * (t - 1 - k), slope
 
     def angle(self, t: Tensor) -> Tensor:
         log_ratio, _ = self._segment(t)
-        first = self._table(t)[0].exp()
+        first = self.table.to(t)[0].exp()
         return torch.atan(torch.where(t < 1, first * t.clamp_min(0), log_ratio.exp()))
 
     def dangle(self, t: Tensor) -> Tensor:
         _, slope = self._segment(t)
         angle = self.angle(t)
-        first = self._table(t)[0].exp()
+        first = self.table.to(t)[0].exp()
         return torch.where(t < 1, first * torch.cos(angle) ** 2, slope * torch.sin(angle) * torch.cos(angle))
 
     def grid(self, u: Tensor) -> Tensor:
@@ -373,7 +385,7 @@ class DiscreteVP(_VariancePreserving):
         return t / self.steps
 
     def t_of_angle(self, angle: Tensor) -> Tensor:
-        table = self._table(angle)
+        table = self.table.to(angle)
         ratio = torch.tan(angle.clamp(0, math.atan(math.exp(float(table[-1])))))
         log_ratio = torch.log(ratio.clamp_min(1e-30)).contiguous()
         k = (torch.searchsorted(table, log_ratio) - 1).clamp(0, self.steps - 2)
@@ -382,7 +394,5 @@ class DiscreteVP(_VariancePreserving):
 
     def clean_first_betas(self) -> list[float]:
         """The table's betas with index 0 made clean and its share moved into index 1; later levels are as before."""
-        table = log_ratio_table(self.schedule, self.beta_start, self.beta_end, self.steps)
-        alpha_bar = torch.sigmoid(-2 * table)
-        alpha_bar[0] = 1.0
-        return [0.0, *(1 - alpha_bar[1:] / alpha_bar[:-1]).tolist()]
+        bar = torch.sigmoid(-2 * self.table)
+        return [0.0, float(1 - bar[1]), *(1 - bar[2:] / bar[1:-1]).tolist()]

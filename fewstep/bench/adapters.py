@@ -32,7 +32,7 @@ from fewstep.networks import adapters
 from fewstep.networks.adapters import Adapted, enable_checkpointing, frozen, plain_copy
 from fewstep.networks.denoiser import Denoiser
 from fewstep.networks.roles import Roles
-from fewstep.networks.wrappers.pixart import PixArt
+from fewstep.networks.wrappers import PixArt
 from fewstep.networks.wrappers.unet_condition import UNetCondition
 from fewstep.recipe.schema import AdamW
 from fewstep.train.live import Live, bytes_of

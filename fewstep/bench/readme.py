@@ -10,6 +10,7 @@ from fewstep.commands.compare.ranking import by_class
 from fewstep.commands.report import read_results, with_error
 from fewstep.eval.protocol.evaluation import Evaluation, distance_of
 from fewstep.files import read_json
+from fewstep.networks.refused import table as refused
 from fewstep.recipe.cards import table
 from fewstep.recipe.source import find, read, shipped
 
@@ -79,6 +80,7 @@ def tables() -> dict[str, dict[str, str]]:
         "README.md": {"demo": demo_table(), "recipe": recipe_text("digits-dmd2")},
         "recipes/README.md": {"recipes": recipes_table()},
         "fewstep/methods/README.md": {"methods": table()},
+        "fewstep/networks/README.md": {"refused": refused()},
         "assets/README.md": {path.stem: comparison_table(path) for path in sorted(compared)},
     }
 

@@ -70,6 +70,24 @@ def check_teacher(
 
 
 @app.command(
+    "check-student",
+    rich_help_panel="Measure",
+    epilog="Example: `fewstep check-student runs/sd3-dmd2/export`",
+)
+def check_student(
+    path: Annotated[str, typer.Argument(help="A folder by `fewstep export`.")],
+) -> None:
+    """Compare the noise levels at which the installed diffusers calls a student with those that it was trained at.
+
+    Its pipeline draws once as its card says, without the network's weights. Exit code 0 when the levels agree; 1, with
+    the remedy, when they do not.
+    """
+    from fewstep.commands.check_student import main as check
+
+    raise typer.Exit(check(path))
+
+
+@app.command(
     "train-retrieval",
     rich_help_panel="Measure",
     epilog="Example: `fewstep train-retrieval runs/emoji --encoder runs/emoji/encoder --out runs/emoji-retrieval`",

@@ -16,13 +16,15 @@ from fewstep.algebra.prediction import Prediction, from_raw
 from fewstep.algebra.process import DiscreteVP, Flow, bc
 from fewstep.algebra.rollout import renoise
 from fewstep.commands.denoising import denoising
-from fewstep.commands.schedulers import first_order, scheduler_of
+from fewstep.commands.hushed import hushed
+from fewstep.commands.own_grid import OFFERED, grid_said
+from fewstep.commands.schedulers import first_order, scheduler_of, times_set
 from fewstep.config import UserError
 from fewstep.export.stock import difference, fresh_noise, open_stock, run_stock
 from fewstep.networks.denoiser import Denoiser
 from fewstep.networks.diffusers import load_denoiser
 from fewstep.networks.folder import Folder, read_folder
-from fewstep.networks.scheduler import DDPM_FAMILY
+from fewstep.networks.scheduler import DDPM_FAMILY, read_scheduler
 from fewstep.networks.weights import NotFinite
 from fewstep.objectives.trajectory import probe
 
@@ -68,7 +70,7 @@ class Report:
                 f"{self.path} can be distilled by methods without tangents; sCM, MeanFlow and their kin need "
                 "`tangent: central` here."
             )
-        elsewhere = any(f.name == "own grid" and " by its " in f.said for f in self.findings)
+        elsewhere = any(f.name == "own grid" and OFFERED in f.said for f in self.findings)
         grid = " Its own scheduler samples on another grid than a student's." if elsewhere else ""
         return f"{self.path} can be distilled: every convention was read from its own files and holds.{grid}"
 
@@ -79,6 +81,7 @@ class Report:
         return "\n".join([*lines, "", self.verdict()])
 
 
+@hushed()
 def check_teacher(path: str, **options: Any) -> Report:
     """Open a pipeline folder and try every convention on it; `options` go to `load_denoiser`.
 
@@ -94,7 +97,11 @@ def check_teacher(path: str, **options: Any) -> Report:
         return report
     folder.require_agreement()
     wrapper: Any = net.net
-    size = options.get("size") or wrapper.sample_size()
+    size = options.get("size") or wrapper.small_size()
+    if size != (options.get("size") or wrapper.sample_size()):
+        told = {k: v for k, v in {"prediction_type": options.get("prediction")}.items() if v}
+        tokens = wrapper.tokens(size)
+        net.process = read_scheduler({**folder.scheduler, **told}, str(folder.scheduler_file), tokens, wrapper.mu)[0]
     generator = torch.Generator().manual_seed(0)
     shape = (wrapper.channels(), *size)
     cond = wrapper.example(B, generator)
@@ -124,13 +131,18 @@ def _read(case: Case) -> Iterator[Finding]:
     net, folder = case.net, case.folder
     process = f"{type(net.process).__name__}({_fields(net.process)})"
     yield Finding("network", f"{folder.kind}, x of {list(case.x.shape[1:])}, prediction {net.prediction}")
-    yield Finding("noise schedule", f"{process} of {folder.scheduler.get('_class_name')}, time {net.time_input}")
+    sized = ", its shift that of this size of x" if folder.scheduler.get("use_dynamic_shifting") else ""
+    yield Finding("noise schedule", f"{process} of {folder.scheduler.get('_class_name')}, time {net.time_input}{sized}")
     lat = folder.latents
     yield Finding("latents", lat.said() if lat else "pixels, no VAE")
 
 
 def _fields(process: Any) -> str:
     told = {k: v for k, v in vars(process).items() if k != "name"}
+    if isinstance(process, DiscreteVP):
+        plain = {"zero_snr": False, "snr_shift": 1.0, "betas": None}
+        told = {k: v for k, v in told.items() if k not in plain or v != plain[k]}
+        told |= {"betas": f"{process.steps} of its own"} if process.betas else {}
     return ", ".join(f"{k}={v:g}" if isinstance(v, float) else f"{k}={v}" for k, v in told.items())
 
 
@@ -182,8 +194,8 @@ def _times(case: Case) -> Iterator[Finding]:
         bar = scheduler.alphas_cumprod[stamps.long()].double()
         levels, t = (1 - bar).sqrt(), stamps + 1
     else:
-        levels = scheduler.sigmas[: len(stamps)].double()
-        t = levels
+        levels = t = times_set(scheduler, p)
+        stamps = t if case.net.time_input == "t" else stamps
     seen: list[Tensor] = []
     call = case.wrapper.call
 
@@ -209,30 +221,10 @@ def _times(case: Case) -> Iterator[Finding]:
     yield Finding("time scaling", said, error < 1e-5 and apart < 1e-5)
 
 
-GRIDS = ("shift_terminal", "use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "stochastic_sampling")
-"""Keys of a flow's scheduler that say where it samples, and nothing of the network."""
-
-
 def _grid(case: Case) -> Iterator[Finding]:
-    """Where the folder's own scheduler asks a flow network in 4 steps, against 1 - i / 4 under the shift that is read."""
-    config, process = case.folder.scheduler, case.net.process
-    if not isinstance(process, Flow) or config.get("_class_name") != "FlowMatchEulerDiscreteScheduler":
-        return
-    size = tuple(case.x.shape[2:])
-    even = torch.linspace(1, 0.25, 4, dtype=torch.float64)
-    scheduler = scheduler_of(case.folder, case.wrapper, size, 4)
-    if case.wrapper.even:  # whose pipeline hands these on
-        mu = case.wrapper.mu(config, case.wrapper.tokens(size), steps=4) if config.get("use_dynamic_shifting") else None
-        scheduler.set_timesteps(sigmas=even.tolist(), mu=mu)
-    levels = scheduler.sigmas[:4].double()
-    gap = float((levels - process.grid(even)).abs().max())
-    keys = [key for key in GRIDS if config.get(key)]
-    shown = ", ".join(f"{level:.4g}" for level in levels.tolist())
-    why = f", by its {', '.join(keys)}" if keys else ""
-    said = f"its own 4 steps stand at {shown}{why}"
-    if gap > 1e-3 or keys:
-        said += f"; a student's even ones up to {gap:.2g} apart: draw the teacher's many steps by the pipeline itself"
-    yield Finding("own grid", said, fatal=False)
+    """Where the folder's own pipeline asks the network in 4 steps, against a student's 1 - i / 4."""
+    said, ok = grid_said(case.folder, case.net, tuple(case.x.shape[2:]))
+    yield Finding("own grid", said, ok, fatal=False)
 
 
 def null_of(wrapper: Any, cond: Any) -> Any:
@@ -243,7 +235,7 @@ def null_of(wrapper: Any, cond: Any) -> Any:
     if cond is None:
         return None
     other = wrapper.example(1, torch.Generator().manual_seed(7))
-    return nulled(cond, {k: v for k, v in other.items() if k in ("text", "pooled", "mask")})
+    return nulled(cond, {k: v for k, v in other.items() if k in ("text", "mask", "text2", "mask2", "pooled")})
 
 
 @torch.no_grad()
@@ -294,8 +286,8 @@ def _samples(case: Case) -> Iterator[Finding]:
 def _both(case: Case, steps: int) -> tuple[Tensor, Tensor, str]:
     """(fewstep's samples, the folder's own, by whom) from the same noise, at the pipeline's own levels."""
     p, folder, wrapper = case.net.process, case.folder, case.wrapper
-    scheduler, stamps = first_order(case.folder, case.net, tuple(case.x.shape[2:]), steps)
-    t = stamps + 1 if isinstance(p, DiscreteVP) else scheduler.sigmas[: len(stamps)].double()
+    scheduler, _ = first_order(case.folder, case.net, tuple(case.x.shape[2:]), steps)
+    t = times_set(scheduler, p)
     stock = bool(wrapper.pipeline) and (folder.root / "model_index.json").is_file()
     # UNets' pipelines take a flow from a solver with use_flow_sigmas, and not from the scheduler that stands in for it.
     solver = isinstance(p, Flow) and folder.scheduler.get("_class_name") in DDPM_FAMILY
@@ -310,13 +302,14 @@ def _both(case: Case, steps: int) -> tuple[Tensor, Tensor, str]:
         theirs = _loop(case, scheduler)
         who = f"{type(scheduler).__name__} around the bare model"
     fresh = fresh_noise(wrapper, case.x)
+    noisy = case.net.prediction == "cm" or type(scheduler).__name__ == "SCMScheduler"
     x = p.prior(case.x, t[0].expand(B))
     for now, after in pairwise([*t, None]):
         q = case.net(x, now.expand(B), case.cond)  # type: ignore[union-attr]
         if after is None:
             return q.x0, theirs, who
         s = after.expand(B)
-        x = renoise(p, q.x0, fresh(0), s) if case.net.prediction == "cm" else q.at(s)
+        x = renoise(p, q.x0, fresh(0), s) if noisy else q.at(s)
     raise AssertionError
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fewstep.algebra.sampling import many_step
 from fewstep.commands.judge import Judge
+from fewstep.commands.own_grid import teacher_levels
 from fewstep.commands.sources import BATCH, of_product
 from fewstep.config import UserError
 from fewstep.eval.errors import InputError
@@ -20,9 +21,16 @@ from fewstep.train.product import Product
 
 
 def teacher_product(product: Product, teacher: Any, steps: int) -> Product:
-    """The teacher of a run under a Heun sampler, with the run's shape and classes."""
-    title = f"teacher, {steps} step{'s' * (steps > 1)}"
-    return replace(product, net=teacher, sampler=many_step(steps), title=title, trained=None)
+    """The teacher of a run under a Heun sampler, with the run's shape and classes, on the grid that its recipe asks for.
+
+    UserError where that is the teacher's own and it has none of so many steps.
+    """
+    title, sampler = f"teacher, {steps} step{'s' * (steps > 1)}", many_step(steps)
+    asked: Any = product.recipe.evaluate if product.recipe is not None else None
+    if asked is not None and asked.teacher_grid == "own":
+        levels = teacher_levels(product.recipe, teacher, tuple(product.shape[1:]), steps)
+        title, sampler = f"{title} of its own grid", replace(sampler, steps=levels)
+    return replace(product, net=teacher, sampler=sampler, title=title, trained=None)
 
 
 def measure(product: Product, judge: Judge, *, batch: int = BATCH) -> tuple[Evaluation, Tensor]:

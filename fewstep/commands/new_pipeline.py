@@ -92,7 +92,7 @@ class Family:
 
     @property
     def embeds_guidance(self) -> bool:
-        return "guidance" in self.wrapper.takes and bool(self.wrapper.config.guidance_embeds)
+        return "guidance" in self.wrapper.takes and self.wrapper.takes_scale
 
     def taps(self) -> tuple[str, str]:
         """(taps of a discriminator, where they come from)."""

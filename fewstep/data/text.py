@@ -60,7 +60,7 @@ def _text_parts(path: str) -> tuple[Path, dict[str, Any]]:
     """A pipeline folder and its index, all text encoders and tokenizers there. UserError naming one that is not."""
     root = _folder(path, "model_index.json")
     index = read_json(root / "model_index.json")
-    for name in ("text_encoder", *(k for k in index if k.startswith(("text_encoder", "tokenizer")))):
+    for name in ("text_encoder", *_of_text(index)):
         entry = index.get(name)
         if _there(entry):
             _folder(path, name)
@@ -70,6 +70,14 @@ def _text_parts(path: str) -> tuple[Path, dict[str, Any]]:
                 "prompts; name one that has it, such as the original pipeline"
             )
     return root, index
+
+
+def _of_text(index: Mapping[str, Any]) -> list[str]:
+    """The entries of an index that are text encoders and tokenizers; Krea 2's list of layers is neither."""
+    named = [k for k in index if k.startswith(("text_encoder", "tokenizer"))]
+    return [
+        k for k in named if not isinstance(index[k], list) or (len(index[k]) == 2 and not isinstance(index[k][0], int))
+    ]
 
 
 @part("encoder", "pipeline")
@@ -112,7 +120,7 @@ class PipelineEncoder:
             )
         unused = ("unet", "transformer", "vae", "safety_checker", "feature_extractor", "image_encoder")
         given: dict[str, Any] = {k: None for k in unused if k in told}
-        for name in [k for k in told if k.startswith(("text_encoder", "tokenizer"))]:
+        for name in _of_text(told):
             if not _there(told[name]):
                 given[name] = None
             elif name.startswith("text_encoder"):
@@ -286,10 +294,11 @@ class Text:
         With a mask they are as long as what guidance puts in their place, or longer.
         """
         rows = self.shards.take(k)
-        least = self.empty["text"].shape[1] if {"text", "mask"} <= {*self.empty} else 0
-        for key in ("text", "mask"):
-            if least and rows[key].shape[1] < least:
-                rows[key] = longer(rows[key].transpose(0, 1), least).transpose(0, 1)
+        for tokens, mask in (("text", "mask"), ("text2", "mask2")):
+            least = self.empty[tokens].shape[1] if {tokens, mask} <= {*self.empty} else 0
+            for key in (tokens, mask):
+                if least and rows[key].shape[1] < least:
+                    rows[key] = longer(rows[key].transpose(0, 1), least).transpose(0, 1)
         return moved(rows, k.device, torch.float32)
 
     def null(self, cond: Any) -> Any:
@@ -332,7 +341,7 @@ def embed(
         del encode
     shards.check()
     last = moved(shards.take(torch.tensor([len(prompts)])), None, torch.float32)
-    empty = {k: v for k, v in last.items() if k in ("text", "mask", "pooled")}
+    empty = {k: v for k, v in last.items() if k in ("text", "mask", "text2", "mask2", "pooled")}
     if zeros is None:
         zeros = not negative and bool(getattr(encoder, "zeros_for_empty", bool)())
     return Text(shards, empty | (zeros_like(last) if zeros else {}), prompts)

@@ -53,11 +53,17 @@ A {calls}-call generator made by [fewstep](https://github.com/fewstep/fewstep) w
 
 
 def student_card(
-    product: Product, pipeline: str, usage: str, parity: float, results: Rows, front: Mapping[str, str] | None = None
+    product: Product,
+    pipeline: str,
+    usage: str,
+    parity: float,
+    results: Rows,
+    front: Mapping[str, str] | None = None,
+    told: Rows = (),
 ) -> str:
     """The card of a student; `pipeline` is what its stock class is called, `results` are rows as measured.
 
-    front: further keys of what the hub reads above the text.
+    front: further keys of what the hub reads above the text. told: rows above the measured ones.
     """
     assert product.recipe is not None
     recipe = dump(replace(product.recipe, expected=None))
@@ -77,7 +83,7 @@ def student_card(
         pipeline=pipeline,
         usage=usage,
         parity=parity,
-        rows=_table(results),
+        rows=_table([*told, *results]),
         recipe=recipe.strip(),
         fence=fenced(recipe),
     )

@@ -148,7 +148,7 @@ def fitted_parts(product: Product) -> Parts:
     wrapper: Any = getattr(bare.net, "net", None)
     if getattr(wrapper, "levels", None) == "" and len(product.sampler.steps) > 1:
         raise ExportRefused(f"{wrapper.pipeline} takes no levels of its own; {loop}")
-    if scale != 1 and getattr(wrapper.config, "guidance_embeds", False):
+    if scale != 1 and wrapper.takes_scale:
         raise ExportRefused(f"{wrapper.pipeline} takes its scale as an input and does not guide beside it; {loop}")
     return latent_parts(bare, card=fitted_card, settings={} if scale == 1 else {"guidance_scale": scale})
 

@@ -25,7 +25,7 @@ from fewstep.export.card import Card, front_of, student_card, usage
 from fewstep.export.fold import constant_inputs, moving
 from fewstep.export.levels import TOLERANCE, check_export, levels_of, levels_of_scheduler
 from fewstep.export.picture import IF_PIPELINES, NOISING, check_picture, picture_usage, save_noising, whole_model
-from fewstep.export.routes import INSTEAD, check_history, plain_kind, unet_stock
+from fewstep.export.routes import INSTEAD, check_history, plain_kind, scm_stock, unet_stock
 from fewstep.export.stock import fresh_noise, open_stock, run_stock, without_variance
 from fewstep.networks.adapters import Adapted, on_cpu, plain_copy
 from fewstep.networks.denoiser import Denoiser
@@ -56,6 +56,8 @@ def latent_stock(net: Denoiser, sampler: Sampler) -> Stock:
     check_history(process, sampler)
     if isinstance(process, Flow) and net.prediction in ("velocity", "psi") and net.time_input == "1000t":
         return _flow(process, wrapper, sampler, renoise=kind == "renoise" and n > 1)
+    if isinstance(process, Flow) and wrapper.pipeline == "SanaSprintPipeline":
+        return scm_stock(process, sampler, kind)
     if not isinstance(process, DiscreteVP):
         raise ExportRefused(
             f"{wrapper.pipeline or type(wrapper.model).__name__} has no scheduler for a student of "
@@ -69,7 +71,7 @@ def latent_stock(net: Denoiser, sampler: Sampler) -> Stock:
         # With the whole table as its training schedule n even steps are its own, and the config carries them.
         config = config | {"original_inference_steps": process.steps}
     even = Stock(stock.name, config, counted | eta, _written(sampler), levels=counted)
-    if levels_of_scheduler(even.scheduler, process, **counted).differ(levels_of(process, sampler.steps)) < TOLERANCE:
+    if levels_of_scheduler(even.scheduler, **counted).differ(levels_of(process, sampler.steps)) < TOLERANCE:
         return even
     if wrapper.levels != "timesteps":
         raise ExportRefused(
@@ -211,6 +213,16 @@ def product_has_text(product: Product) -> bool:
     return getattr(getattr(product.recipe, "data", None), "encoder", None) is not None
 
 
+def _guided(product: Product, wrapper: Any) -> list[tuple[str, str]]:
+    """The guidance in a student's weights, as its recipe counts it and as its teacher's pipeline does: for its card."""
+    scale = getattr(product.recipe.method, "guidance", None) if product.recipe is not None else None
+    if not isinstance(scale, int | float) or scale == 1 or "label" in wrapper.needs:
+        return []
+    theirs = scale - wrapper.scale_of_pipeline(0.0)  # which counts from 1 or from 0
+    key = next(iter(wrapper.plain))
+    return [("guidance in its weights", f"{scale:g} where 1 is none; of the teacher's pipeline {key}={theirs:g}")]
+
+
 def latent_parts(
     product: Product,
     dtype: str = "fp32",
@@ -229,6 +241,7 @@ def latent_parts(
     if dtype != "fp32":
         product = replace(product, net=_rounded(student_of(product), DTYPES[dtype]))
     source, wrapper, stock = stock_of(product)
+    levels = levels_of(product.net.process, product.sampler.steps).shares()
     name, written = pipeline_name(source, wrapper), stock.sampler
     known = settings_of(product, source, wrapper) | dict(settings or {})
     front = front_of(source, "num_frames" in wrapper.of_size(tuple(product.shape[1:])), "text" in wrapper.needs)
@@ -236,6 +249,7 @@ def latent_parts(
         classes=wrapper.classes,
         size=tuple(product.shape[1:]),
         sampler=written,
+        levels=levels,
         call=stock.call,
         settings=known,
     )
@@ -250,7 +264,7 @@ def latent_parts(
         save=partial(_save, source, wrapper, stock.scheduler, DTYPES[dtype], **named),
         pairs=pairs,
         usage=usage_of(product, name, wrapper, call_of(product, source, wrapper, stock) | known, **named),
-        card=partial(card, product, name) if card else partial(student_card, product, name, front=front),
+        card=partial(card or partial(student_card, front=front, told=_guided(product, wrapper)), product, name),
         note=(NAME, note.text()),
     )
 

@@ -17,6 +17,7 @@ from torch import Tensor
 from fewstep.algebra.process import EDM, Process
 from fewstep.config import UserError
 from fewstep.export.base import Stock
+from fewstep.networks.scheduler import EDM_FAMILY
 
 TOLERANCE = 1e-6
 """Largest difference of alpha and sigma; relative where sigma is above 1."""
@@ -39,8 +40,16 @@ class Levels:
 
     def shown(self) -> str:
         """sigma / alpha, the level whatever the process."""
+        return ", ".join(self.each())
+
+    def each(self) -> list[str]:
+        """sigma / alpha of every level in words."""
         ratios = (self.sigma / self.alpha).tolist()
-        return ", ".join("pure noise" if math.isinf(r) else f"{r:.8g}" for r in ratios)
+        return ["pure noise" if math.isinf(r) else f"{r:.8g}" for r in ratios]
+
+    def shares(self) -> tuple[float, ...]:
+        """sigma / (alpha + sigma): the level in (0, 1] whatever the process, as an export's note has it."""
+        return tuple((self.sigma / (self.alpha + self.sigma)).tolist())
 
 
 def levels_of(process: Process, steps: Sequence[float]) -> Levels:
@@ -49,15 +58,20 @@ def levels_of(process: Process, steps: Sequence[float]) -> Levels:
     return Levels(process.alpha(t), process.sigma(t))
 
 
-def levels_of_scheduler(scheduler: Any, process: Process, **arguments: Any) -> Levels:
+def levels_of_scheduler(scheduler: Any, **arguments: Any) -> Levels:
     """Levels that a diffusers scheduler visits for the arguments of `set_timesteps`."""
     scheduler.set_timesteps(**arguments)
+    return levels_set(scheduler)
+
+
+def levels_set(scheduler: Any) -> Levels:
+    """Levels that a diffusers scheduler visits as it stands, after its `set_timesteps`."""
     stamps = scheduler.timesteps
     name = type(scheduler).__name__
     if name == "SCMScheduler":
         t = stamps[:-1].double()
         return Levels(torch.cos(t), torch.sin(t))
-    if isinstance(process, EDM):
+    if name in ("CMStochasticIterativeScheduler", *EDM_FAMILY):
         sigma = scheduler.sigmas[: len(stamps)].double()
         return Levels(torch.ones_like(sigma), sigma)
     if name.startswith("FlowMatch"):
@@ -131,4 +145,4 @@ def check_export(process: Process, steps: Sequence[float], stock: Stock) -> None
 
 def check_scheduler(process: Process, steps: Sequence[float], stock: Stock) -> None:
     """`check_export` of the scheduler itself, as its class in diffusers has it."""
-    agree(None, levels_of(process, steps), levels_of_scheduler(stock.scheduler, process, **stock.visits))
+    agree(None, levels_of(process, steps), levels_of_scheduler(stock.scheduler, **stock.visits))

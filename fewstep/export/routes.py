@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from fewstep.algebra.fitted import multistep
+from fewstep.algebra.noising import angle_of
 from fewstep.algebra.process import EDM, DiscreteVP, Flow, Process, Trig
 from fewstep.algebra.sampling import Sampler
 from fewstep.export.base import ExportRefused, Stock
@@ -115,9 +116,7 @@ def unet_stock(net: Denoiser, sampler: Sampler) -> Stock:
     if isinstance(process, Flow) and prediction in ("velocity", "psi") and time_input == "1000t":
         return _flow(process, sampler, kind)
     if isinstance(process, Trig) and prediction in ("trig", "v") and time_input in ("t", "angle"):
-        if one or kind == "renoise":
-            return _scm(process, sampler)
-        raise ExportRefused(f"SCMScheduler re-noises between steps, this student takes {kind} steps; {INSTEAD}")
+        return scm_stock(process, sampler, kind)
     raise ExportRefused(
         f"no stock scheduler reads prediction {prediction!r} with time input {time_input!r} on "
         f"{type(process).__name__}; train from a teacher in diffusers format, whose parametrisation a student "
@@ -161,6 +160,8 @@ _NAMES = {"eps": "epsilon", "v": "v_prediction", "x0": "sample"}
 
 
 def _ddpm(process: DiscreteVP, prediction: str, sampler: Sampler, kind: str) -> Stock:
+    if process.snr_shift != 1.0:
+        raise ExportRefused(f"only CogVideoX's schedulers read its shift of the table, and none is written; {INSTEAD}")
     index = [u * process.steps - 1 for u in sampler.steps]
     if any(abs(i - round(i)) > 1e-6 for i in index):
         raise ExportRefused(
@@ -174,6 +175,8 @@ def _ddpm(process: DiscreteVP, prediction: str, sampler: Sampler, kind: str) -> 
         "beta_start": process.beta_start,
         "beta_end": process.beta_end,
         "prediction_type": _NAMES[prediction],
+        **({"trained_betas": list(process.betas)} if process.betas else {}),
+        **({"rescale_betas_zero_snr": True} if process.zero_snr else {}),
         # Not used by the spacings and lists below; pipelines complain at length about any other value.
         "steps_offset": 1,
     }
@@ -184,6 +187,11 @@ def _ddpm(process: DiscreteVP, prediction: str, sampler: Sampler, kind: str) -> 
             f"steps {list(sampler.steps)} do not begin at the prior, and stock schedulers that go on "
             f"deterministically scale their noise for it; begin at 1.0; {INSTEAD}"
         )
+    if process.zero_snr and from_prior and (sampler.history or (kind == "map" and not _stands(process, sampler.steps))):
+        raise ExportRefused(
+            "stock solvers put an alpha of 2^-12 in place of this table's pure noise, and DDIMScheduler, which does not, "
+            f"takes even steps of a divisor of {process.steps}; train at 1 - i / n; {INSTEAD}"
+        )
     if sampler.history:
         # Of this solver's last step, to sigma 0, the order is one whatever lower_order_final says.
         midpoint = {"algorithm_type": "dpmsolver++", "solver_order": 2, "solver_type": "midpoint"}
@@ -192,7 +200,7 @@ def _ddpm(process: DiscreteVP, prediction: str, sampler: Sampler, kind: str) -> 
         return Stock("DPMSolverMultistepScheduler", multi, explicit, again)
     if from_prior and (n == 1 or kind == "map"):
         sampler = Sampler(kind="map", steps=sampler.steps)
-        if _even(sampler.steps) and process.steps % n == 0:
+        if _stands(process, sampler.steps):
             ddim = table | {"clip_sample": False, "timestep_spacing": "trailing"}
             return Stock("DDIMScheduler", ddim, {"num_inference_steps": n}, sampler)
         # Its init_noise_sigma is sqrt(sigma^2 + 1) in this spacing, the variance preserving prior.
@@ -208,7 +216,13 @@ def _ddpm(process: DiscreteVP, prediction: str, sampler: Sampler, kind: str) -> 
         )
     # TCDScheduler ends at index 0 of its table, not at x0; these betas make the two one.
     tcd = table | {"trained_betas": process.clean_first_betas(), "clip_sample": False}
+    tcd.pop("rescale_betas_zero_snr", None)  # these betas have it in them
     return Stock("TCDScheduler", tcd, explicit, Sampler(kind="gamma", steps=sampler.steps, eta=sampler.eta))
+
+
+def _stands(process: DiscreteVP, steps: Sequence[float]) -> bool:
+    """True where DDIMScheduler's trailing spacing is the levels."""
+    return _even(steps) and process.steps % len(steps) == 0
 
 
 def _flow(process: Flow, sampler: Sampler, kind: str) -> Stock:
@@ -226,16 +240,22 @@ def _flow(process: Flow, sampler: Sampler, kind: str) -> Stock:
     return Stock(name, config, {"num_inference_steps": n}, again)
 
 
-def _scm(process: Trig, sampler: Sampler) -> Stock:
-    times = process.grid(torch.tensor(sampler.steps, dtype=torch.float64)).tolist()
-    n = len(times)
+def scm_stock(process: Trig | Flow, sampler: Sampler, kind: str) -> Stock:
+    """SCMScheduler at the angles of a process's levels; ExportRefused for steps that are no re-noising."""
+    n = len(sampler.steps)
+    if n > 1 and kind != "renoise":
+        raise ExportRefused(f"SCMScheduler re-noises between steps, this student takes {kind} steps; {INSTEAD}")
+    flow = isinstance(process, Flow)
+    times = process.grid(torch.tensor(sampler.steps, dtype=torch.float64))
+    angles = angle_of(process, times) if flow else times
     call = {
         "num_inference_steps": n,
-        "timesteps": [*times, 0.0],
+        "timesteps": [*angles.tolist(), 0.0],
         "max_timesteps": None,
         "intermediate_timesteps": None,
     }
-    return Stock("SCMScheduler", {"sigma_data": 1.0}, call, Sampler(kind="renoise", steps=sampler.steps))
+    # Of SANA-Sprint's pipeline, whose state is so much of the network's.
+    return Stock("SCMScheduler", {"sigma_data": 0.5 if flow else 1.0}, call, Sampler(kind="renoise", steps=sampler.steps))
 
 
 def pipeline_of(name: str, classes: int) -> str:

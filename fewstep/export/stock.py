@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fewstep.algebra.condition import checked
 from fewstep.files import read_json
+from fewstep.networks.folder import part_of
 from fewstep.networks.wrappers import Wrapper
 
 _LEFT_OUT = ("text_encoder", "tokenizer", "safety_checker", "feature_extractor", "image_encoder")
@@ -21,7 +22,7 @@ def open_stock(root: Path, **components: Any) -> Any:
     from diffusers import DiffusionPipeline
 
     index = read_json(root / "model_index.json")
-    absent = [k for k, v in index.items() if k.startswith(_LEFT_OUT) or v == [None, None]]
+    absent = [k for k, v in index.items() if v == [None, None] or (part_of(v) and k.startswith(_LEFT_OUT))]
     none: dict[str, Any] = {k: None for k in absent if k not in components}
     if "safety_checker" in none:
         none["requires_safety_checker"] = False

@@ -14,7 +14,7 @@ from fewstep.algebra.sampling import sample
 from fewstep.export.base import Parts
 from fewstep.export.card import Card, student_card, usage
 from fewstep.export.fold import fold
-from fewstep.export.levels import check_export, check_scheduler
+from fewstep.export.levels import check_export, check_scheduler, levels_of
 from fewstep.export.routes import pipeline_of, unet_stock
 from fewstep.networks.adapters import on_cpu
 from fewstep.train.note import NAME, Note
@@ -40,8 +40,8 @@ def unet_parts(product: Product, card: Card = student_card) -> Parts:
     def pairs(folder: Path) -> Iterator[tuple[Tensor, Tensor]]:
         yield both(product, folder, stock.call)
 
-    drawn = stock.sampler
-    note = Note(classes=product.classes, sampler=drawn, call=stock.call)
+    levels = levels_of(plain.process, sampler.steps).shares()
+    note = Note(classes=product.classes, sampler=stock.sampler, levels=levels, call=stock.call)
     example = {"class_labels": [product.example]} if product.classes else {}
     return Parts(
         scheduler=stock.name,

@@ -14,6 +14,7 @@ from fewstep.config import UserError
 from fewstep.networks import unet2d as _unet2d  # noqa: F401  registers UNet2DModel
 from fewstep.networks.denoiser import Denoiser
 from fewstep.networks.folder import Folder, check_network_config, read_folder, resolve as resolve
+from fewstep.networks.refused import why
 from fewstep.networks.scheduler import DDPM_FAMILY as DDPM_FAMILY, PREDICTIONS, read_scheduler as read_scheduler
 from fewstep.networks.wrappers import WRAPPERS, Wrapper
 
@@ -81,10 +82,10 @@ def load_denoiser(
             "channels, for inpainting or super-resolution of latents; only networks of pixels are trained with one"
         )
     if folder.component == "unet" and sides[0] != sides[1]:
-        raise UserError(
-            f"teacher {path}: has {sides[1]} output channels for {sides[0]} input channels; "
-            "networks that also predict a variance are not supported"
-        )
+        what = "networks that also predict a variance are not supported"
+        if sides[0] > sides[1]:
+            what = "the others are a mask, a picture or the like beside x (inpainting, editing), which is not supported"
+        raise UserError(f"teacher {path}: has {sides[1]} output channels for {sides[0]} input channels; {what}")
     if latents and latents.channels != net.channels():
         raise UserError(
             f"teacher {path}: the VAE has {latents.channels} latent channels, the network takes {net.channels()}"
@@ -116,8 +117,8 @@ def wrapper_of(folder: Folder, name: str | None = None) -> type[Wrapper]:
     if folder.kind not in WRAPPERS:
         known = ", ".join(sorted(WRAPPERS))
         raise UserError(
-            f"{folder.root / folder.component / 'config.json'}: class {folder.kind!r} is not supported; supported: "
-            f"{known}. Give a wrapper of your own with `wrapper: file.py:Class`"
+            f"{folder.root / folder.component / 'config.json'}: class {folder.kind!r} is not supported: "
+            f"{why(folder.kind)}; supported: {known}. Give a wrapper of your own with `wrapper: file.py:Class`"
         )
     return WRAPPERS[folder.kind]
 

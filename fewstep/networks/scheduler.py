@@ -10,6 +10,7 @@ from fewstep.algebra.process import EDM, DiscreteVP, Flow, Process, ShiftedFlow
 from fewstep.config import UserError
 from fewstep.networks.denoiser import TimeInput
 from fewstep.networks.folder import number
+from fewstep.networks.refused import SCHEDULERS
 
 DDPM_FAMILY = (
     "DDPMScheduler",
@@ -25,7 +26,23 @@ DDPM_FAMILY = (
     "UniPCMultistepScheduler",
     "LCMScheduler",
     "TCDScheduler",
+    "CogVideoXDDIMScheduler",
+    "CogVideoXDPMScheduler",
 )
+SHIFTED = ("CogVideoXDDIMScheduler", "CogVideoXDPMScheduler")
+"""Of these, the ones that read snr_shift_scale."""
+RESCALED = (
+    "DDPMScheduler",
+    "DDIMScheduler",
+    "EulerDiscreteScheduler",
+    "EulerAncestralDiscreteScheduler",
+    "DPMSolverMultistepScheduler",
+    "UniPCMultistepScheduler",
+    "LCMScheduler",
+    "TCDScheduler",
+    *SHIFTED,
+)
+"""Of these, the ones that read rescale_betas_zero_snr."""
 FLOW_FAMILY = (
     "FlowMatchEulerDiscreteScheduler",
     "FlowMatchHeunDiscreteScheduler",
@@ -41,11 +58,14 @@ FLOW_SOLVERS = (
 """Of the DDPM family, those that also step along a flow."""
 LEVELS = 65_536
 """Of the longest table of noise levels that is made; diffusers' own have 1000."""
+SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")
 PREDICTIONS = {"epsilon": "eps", "v_prediction": "v", "sample": "x0"}
 BETAS = {
     "LCMScheduler": ("scaled_linear", 0.00085, 0.012),
     "TCDScheduler": ("scaled_linear", 0.00085, 0.012),
     "HeunDiscreteScheduler": ("linear", 0.00085, 0.012),
+    "CogVideoXDDIMScheduler": ("scaled_linear", 0.00085, 0.012),
+    "CogVideoXDPMScheduler": ("scaled_linear", 0.00085, 0.012),
 }
 """(beta_schedule, beta_start, beta_end) of the classes whose defaults are not DDPM's, by diffusers 0.42.1."""
 _DDPM = ("linear", 1e-4, 0.02)
@@ -64,11 +84,14 @@ def read_scheduler(
         raise UserError(f"{where}: num_train_timesteps is {config['num_train_timesteps']}; at most {LEVELS} are read")
     if name == "CMStochasticIterativeScheduler" or name in EDM_FAMILY:
         return _edm(config, where, str(name))
+    if name == "SCMScheduler":
+        return _scm(config, where)
     if name in FLOW_FAMILY:
         return _flow(config, where, number(config, "shift", 1.0, where), tokens, mu)
     if name not in DDPM_FAMILY:
-        known = ("CMStochasticIterativeScheduler", *EDM_FAMILY, *FLOW_FAMILY, *DDPM_FAMILY)
-        raise UserError(f"{where}: scheduler {name!r} is not supported; known: {', '.join(known)}")
+        known = ("CMStochasticIterativeScheduler", *EDM_FAMILY, "SCMScheduler", *FLOW_FAMILY, *DDPM_FAMILY)
+        remedy = f": {SCHEDULERS[str(name)]}" if name in SCHEDULERS else ""
+        raise UserError(f"{where}: scheduler {name!r} is not supported{remedy}; known: {', '.join(known)}")
     kind = config.get("prediction_type")
     if kind is None:
         raise UserError(f"{where}: prediction_type is missing; add one of {', '.join(map(repr, PREDICTIONS))} as trained")
@@ -92,22 +115,41 @@ def read_scheduler(
             f"{where}: timestep_type is {config['timestep_type']!r}, under which the network is called with "
             "ln(sigma) / 4 in place of an index, which is not supported; only 'discrete'"
         )
-    betas = BETAS.get(str(name), _DDPM)
+    return _table(config, where, str(name), PREDICTIONS[kind]), PREDICTIONS[kind], "index"
+
+
+def _table(config: Mapping[str, Any], where: str, name: str, prediction: str) -> DiscreteVP:
+    betas = BETAS.get(name, _DDPM)
     schedule = config.get("beta_schedule", betas[0])
-    if schedule not in ("linear", "scaled_linear"):
-        raise UserError(f"{where}: beta_schedule {schedule!r} is not one of 'linear', 'scaled_linear'")
-    if config.get("rescale_betas_zero_snr"):
-        raise UserError(f"{where}: rescale_betas_zero_snr is set, which is not supported")
-    process = DiscreteVP(
-        schedule=schedule,
-        beta_start=_beta(config, "beta_start", betas[1], where),
-        beta_end=_beta(config, "beta_end", betas[2], where),
-        steps=int(number(config, "num_train_timesteps", 1000, where, whole=True)),
-    )
-    # An export for TCDScheduler carries the same table with a clean first index; anything else is unknown here.
-    if config.get("trained_betas") and config["trained_betas"] != process.clean_first_betas():
-        raise UserError(f"{where}: trained_betas is set, which is not supported")
-    return process, PREDICTIONS[kind], "index"
+    if schedule not in SCHEDULES:
+        raise UserError(f"{where}: beta_schedule {schedule!r} is not one of {', '.join(map(repr, SCHEDULES))}")
+    zero = bool(config.get("rescale_betas_zero_snr"))
+    if zero and name not in RESCALED:
+        raise UserError(
+            f"{where}: rescale_betas_zero_snr is set, which {name} does not read; name the scheduler that the network "
+            f"was trained with, one of {', '.join(RESCALED)}"
+        )
+    if zero and prediction == "eps":
+        raise UserError(
+            f"{where}: rescale_betas_zero_snr with prediction_type 'epsilon': at the last index, which is pure noise, "
+            "the network's answer tells nothing of the picture; such a network is trained with 'v_prediction' or 'sample'"
+        )
+    shift = number(config, "snr_shift_scale", 3.0, where) if name in SHIFTED else 1.0
+    first = _beta(config, "beta_start", betas[1], where)
+    last = _beta(config, "beta_end", betas[2], where)
+    steps = int(number(config, "num_train_timesteps", 1000, where, whole=True))
+    process = DiscreteVP(schedule=schedule, beta_start=first, beta_end=last, steps=steps, zero_snr=zero, snr_shift=shift)
+    trained = config.get("trained_betas")
+    # An export for TCDScheduler carries the same table with a clean first index.
+    if trained is None or trained == process.clean_first_betas():
+        return process
+    if not isinstance(trained, list) or not all(isinstance(b, int | float) and not isinstance(b, bool) for b in trained):
+        raise UserError(f"{where}: trained_betas is {str(trained)[:60]}; it must be a list of a number for each step")
+    try:
+        return DiscreteVP(steps=steps, zero_snr=zero, snr_shift=shift, betas=tuple(map(float, trained)))
+    except ValueError as error:
+        said = next((line for line in str(error).splitlines() if "betas:" in line), str(error))
+        raise UserError(f"{where}: trained_betas make no process: {said.partition('betas:')[2].strip()}") from None
 
 
 def _beta(config: Mapping[str, Any], key: str, default: float, where: str) -> float:
@@ -129,6 +171,14 @@ def _edm(config: Mapping[str, Any], where: str, name: str) -> tuple[Process, str
     if config.get("prediction_type", "epsilon") != "epsilon":
         raise UserError(f"{where}: {name} with prediction_type {config['prediction_type']!r}; only 'epsilon'")
     return process, "edm", "log_sigma/4"
+
+
+def _scm(config: Mapping[str, Any], where: str) -> tuple[Process, str, TimeInput]:
+    """SANA-Sprint's network is a flow's still: its pipeline goes from TrigFlow to t = sin / (cos + sin) and back."""
+    kind = config.get("prediction_type", "trigflow")
+    if kind != "trigflow":
+        raise UserError(f"{where}: SCMScheduler with prediction_type {kind!r}; only 'trigflow'")
+    return Flow(), "velocity", "t"
 
 
 def _flow(

@@ -120,12 +120,13 @@ class ModuleTeacher:
 
     def build(self, site: Site) -> nn.Module:
         from fewstep.networks.diffusers import import_name
-        from fewstep.networks.wrappers import Generic
+        from fewstep.networks.wrappers import Declared
 
         model = import_name(self.factory, "teacher.factory")()
         if not isinstance(model, nn.Module):
             raise UserError(f"teacher.factory {self.factory!r}: returned a {type(model).__name__}, not a torch module")
-        net = Generic(model, self.arguments, self.taps, classes=site.classes if "label" in self.arguments else 0)
+        classes = site.classes if "label" in self.arguments else 0
+        net = Declared.by_names(model, self.arguments, self.taps, classes=classes)
         return frozen(Denoiser(net, self.process, self.prediction, self.time_input))
 
 

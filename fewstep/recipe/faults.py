@@ -18,6 +18,7 @@ def refuse(recipe: Any) -> None:
     _reward(recipe)
     _reference(recipe)
     _lean(recipe)
+    _grid(recipe)
 
 
 def _reference(recipe: Any) -> None:
@@ -92,6 +93,12 @@ def _rings(recipe: Any) -> None:
         ours, theirs = getattr(data, key), getattr(teacher, key)
         if ours != theirs:
             raise ValueError(f"teacher.{key}: {theirs} is not the data's, {ours}; a ring's teacher answers for one ring")
+
+
+def _grid(recipe: Any) -> None:
+    own = recipe.evaluate is not None and recipe.evaluate.teacher_grid == "own"
+    if own and getattr(recipe.teacher, "name", None) != "diffusers":
+        raise ValueError("evaluate.teacher_grid: own is the grid of a diffusers folder; this recipe's teacher is none")
 
 
 def _guidance(recipe: Any) -> None:

@@ -131,6 +131,9 @@ class Evaluate:
     """In place of the preset's first seed."""
     teacher_steps: tuple[int, ...] = (1, 8, 16, 32)
     """Heun steps at which the teacher is measured."""
+    teacher_grid: Literal["even", "own"] = "even"
+    """Where these stand: even in u, as a student's, or own: where the teacher's own pipeline calls its network (Karras's
+    levels, shift_terminal and the like), of a diffusers folder."""
     guidance: float = 1.0
     """Guidance scale at which the teacher is measured; 1 is none."""
     fitted: bool | None = None

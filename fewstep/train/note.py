@@ -61,6 +61,9 @@ class Note:
     size: tuple[int, ...] | None = None
     """Height and width of x; of a video frames before them."""
     sampler: Sampler | None = None
+    """On the grid that the written scheduler's config describes."""
+    levels: tuple[float, ...] | None = None
+    """sigma / (alpha + sigma) of the trained steps, first to last, whatever scheduler was written."""
     call: Mapping[str, Any] = field(default_factory=dict)
     """Arguments of the pipeline's call that set the levels."""
     settings: Mapping[str, Any] = field(default_factory=dict)
@@ -76,6 +79,7 @@ class Note:
                 "steps": list(s.steps),
                 "eta": s.eta,
                 **({"history": list(s.history)} if s.history else {}),
+                **({"levels": list(self.levels)} if self.levels else {}),
                 "call": dict(self.call),
                 "settings": dict(self.settings),
             }
@@ -113,7 +117,11 @@ def read_note(folder: Path) -> Note:
     sampler = _sampler(told, file, again)
     if wrong := _disagrees(call, sampler.steps, folder):
         raise UserError(f"{file}: {wrong}; {again}")
-    return Note(classes=classes, size=shape, sampler=sampler, call=call, settings=settings)
+    levels = told.get("levels")
+    if levels is not None and (not _levels(levels) or len(levels) != len(sampler.steps)):
+        raise UserError(f"{file}: levels is {json.dumps(levels)[:60]}, not a number for each of the steps; {again}")
+    trained = tuple(levels) if levels else None
+    return Note(classes=classes, size=shape, sampler=sampler, levels=trained, call=call, settings=settings)
 
 
 def _disagrees(call: Mapping[str, Any], steps: tuple[float, ...], folder: Path) -> str:

@@ -15,6 +15,7 @@ from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler, LCMSchedul
 from snippets import check_call, run_snippet
 from tiny_pipelines import FAMILIES, make_pipeline
 from tiny_runs import names
+from tiny_students import make_product
 from tiny_text import text_pipeline
 from torch import Tensor
 
@@ -29,25 +30,11 @@ from fewstep.export.levels import Levels, agree, check_product, levels_of, level
 from fewstep.export.stock import difference
 from fewstep.networks.adapters import Adapted, frozen
 from fewstep.networks.denoiser import Denoiser, Rescheduled
-from fewstep.networks.diffusers import load_denoiser
 from fewstep.recipe.store import load
 from fewstep.train.product import Product, open_product
 
 FOUR = (1.0, 0.75, 0.5, 0.25)
 UNEVEN = (1.0, 0.7, 0.312)
-
-
-def make_product(folder: Path, name: str, sampler: Sampler, *settings: str) -> Product:
-    """A student that is not its teacher, under a recipe that names the teacher's folder."""
-    family = FAMILIES[name]
-    net = load_denoiser(str(folder), size=family.shape[1:], guidance=2.5 if name == "flux" else None)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(9)
-        for p in net.parameters():
-            p.data.add_(0.03 * torch.randn_like(p))
-    recipe = load("digits-dmd2", [f"teacher.path={folder}", f"method.steps={list(sampler.steps)}", *settings])
-    wrapper: Any = net.net
-    return Product(net, sampler, family.shape, int(wrapper.classes), "student", (len(sampler.steps),), recipe, 7)
 
 
 @pytest.fixture(scope="module")
@@ -263,7 +250,7 @@ def test_a_wrong_schedule_or_a_parity_violation_leaves_nothing(
 def test_lint_compares_three_lists_to_one_in_a_million():
     p = DiscreteVP()
     same = levels_of(p, FOUR)
-    agree(same, same, levels_of_scheduler(DDIMScheduler(timestep_spacing="trailing"), p, num_inference_steps=4))
+    agree(same, same, levels_of_scheduler(DDIMScheduler(timestep_spacing="trailing"), num_inference_steps=4))
     agree(None, same)
     # One table index at pure noise: sigma differs by 4e-7 only, alpha gives it away.
     near = levels_of(p, (0.999, 0.75, 0.5, 0.25))
@@ -281,13 +268,13 @@ def test_lint_compares_three_lists_to_one_in_a_million():
     with pytest.raises(UserError, match="by inf"):
         agree(same, Levels(same.alpha * float("nan"), same.sigma))
     flow = ShiftedFlow(shift=3.0)
-    moved = levels_of_scheduler(FlowMatchEulerDiscreteScheduler(shift=3.0), flow, sigmas=list(FOUR))
+    moved = levels_of_scheduler(FlowMatchEulerDiscreteScheduler(shift=3.0), sigmas=list(FOUR))
     agree(None, levels_of(flow, FOUR), moved)
     with pytest.raises(UserError, match=r"sigma / alpha, first to last:"):
         agree(None, levels_of(Flow(), FOUR), moved)
     # LCM's usual grid of 50 floors its indices: 4 steps are 999, 759, 499, 259.
     lcm = LCMScheduler(beta_schedule="linear", beta_start=1e-4, beta_end=0.02)
-    floored = levels_of_scheduler(lcm, p, num_inference_steps=4)
+    floored = levels_of_scheduler(lcm, num_inference_steps=4)
     agree(None, levels_of(p, (1.0, 0.76, 0.5, 0.26)), floored)
     with pytest.raises(UserError, match="stand at different noise levels"):
         agree(None, same, floored)

@@ -18,7 +18,7 @@ PROCESS = EDM(sigma_min=0.01, sigma_max=50.0, rho=5.0)
 @pytest.mark.parametrize("steps", [(1.0,), (0.8,), (1.0, 0.75, 0.5, 0.25), (0.9, 0.45), (1.0, 0.61, 0.3), (0.7, 0.021)])
 def test_a_consistency_scheduler_is_known_without_it(steps: tuple[float, ...], monkeypatch: pytest.MonkeyPatch):
     stock = unet_stock(Denoiser(MLP(2), PROCESS, "cm", "250log_sigma"), Sampler(steps=steps))
-    theirs = levels.levels_of_scheduler(stock.scheduler, PROCESS, **stock.visits)
+    theirs = levels.levels_of_scheduler(stock.scheduler, **stock.visits)
     ours = levels._karras_rows(stock.config, **stock.visits)
     assert ours.differ(theirs) < levels.TOLERANCE
     assert ours.differ(levels.levels_of(PROCESS, steps)) < levels.TOLERANCE

@@ -91,3 +91,27 @@ def test_a_network_says_what_it_lacks():
     with pytest.raises(ValueError, match="it has nothing"):
         checked(None, ("text",), (), "Net")
     assert list(checked(torch.tensor([1]), ("label",), (), "Net")) == ["label"]
+
+
+def test_two_texts_are_padded_each_by_its_own_mask():
+    def texts(b: int, n: int, m: int) -> dict[str, torch.Tensor]:
+        return {
+            "text": torch.randn(b, n, 4), "mask": torch.ones(b, n),
+            "text2": torch.randn(b, m, 3), "mask2": torch.ones(b, m),
+        }  # fmt: skip
+
+    a, b = texts(2, 5, 2), texts(3, 4, 6)
+    both = joined(a, b)
+    assert {k: tuple(v.shape[:2]) for k, v in both.items()} == {
+        "text": (5, 5),
+        "mask": (5, 5),
+        "text2": (5, 6),
+        "mask2": (5, 6),
+    }
+    assert both["mask"].sum(1).tolist() == [5, 5, 4, 4, 4]
+    assert both["mask2"].sum(1).tolist() == [2, 2, 6, 6, 6]
+    assert torch.equal(both["text2"][:2, :2], a["text2"])
+    assert not both["text2"][:2, 2:].any()
+    null = nulled(a, {k: v[:1] for k, v in texts(1, 3, 1).items()})
+    assert null["mask"].sum(1).tolist() == [3, 3]
+    assert null["mask2"].sum(1).tolist() == [1, 1]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import torch
 from fewstep.algebra.process import DiscreteVP, Flow
 from fewstep.config import UserError
 from fewstep.networks.folder import Folder, read_folder
-from fewstep.networks.scheduler import DDPM_FAMILY, EDM_FAMILY, FLOW_SOLVERS, read_scheduler
+from fewstep.networks.scheduler import DDPM_FAMILY, EDM_FAMILY, FLOW_SOLVERS, RESCALED, SHIFTED, read_scheduler
 
 
 @pytest.mark.parametrize("name", DDPM_FAMILY)
@@ -27,7 +28,61 @@ def test_what_a_config_leaves_out_is_its_classes_own_default(name: str):
     # One key alone that is left out, beside two that are given.
     told = {"_class_name": name, "prediction_type": "epsilon", "beta_start": 0.002, "beta_end": 0.01}
     default = inspect.signature(getattr(diffusers, name)).parameters["beta_schedule"].default
-    assert read_scheduler(told, "s.json")[0] == DiscreteVP(schedule=default, beta_start=0.002, beta_end=0.01)
+    shift = 3.0 if name in SHIFTED else 1.0
+    assert read_scheduler(told, "s.json")[0] == DiscreteVP(
+        schedule=default, beta_start=0.002, beta_end=0.01, snr_shift=shift
+    )
+
+
+TABLES: list[tuple[str, dict[str, Any]]] = [
+    *((name, {"rescale_betas_zero_snr": True}) for name in RESCALED),
+    ("DDIMScheduler", {"beta_schedule": "squaredcos_cap_v2"}),
+    ("DDIMScheduler", {"beta_schedule": "squaredcos_cap_v2", "rescale_betas_zero_snr": True}),
+    ("DDIMScheduler", {"trained_betas": torch.linspace(0.01, 0.3, 60).tolist(), "num_train_timesteps": 60}),
+    ("CogVideoXDDIMScheduler", {"snr_shift_scale": 1.5, "rescale_betas_zero_snr": True}),
+]
+
+
+@pytest.mark.parametrize(("name", "told"), TABLES)
+def test_every_table_is_that_of_the_class(name: str, told: dict[str, Any]):
+    """alpha and sigma at every index; solvers put alpha = 2^-12 where zero terminal SNR has 0."""
+    kind = {"prediction_type": "v_prediction"}
+    process = read_scheduler({"_class_name": name, **kind, **told}, "s.json")[0]
+    theirs = getattr(diffusers, name)(**kind, **told).alphas_cumprod.double()
+    index = torch.arange(len(theirs))
+    t = index.double() + 1
+    torch.testing.assert_close(process.alpha(t), theirs.sqrt(), rtol=2e-4, atol=3e-4)
+    # Their tables are products of a thousand numbers in float32.
+    torch.testing.assert_close(process.alpha(t) ** 2, theirs, rtol=2e-5, atol=1e-6)
+    torch.testing.assert_close(process.sigma(t) ** 2, 1 - theirs, rtol=2e-5, atol=1e-6)
+    zero = bool(told.get("rescale_betas_zero_snr"))
+    assert (float(process.alpha(t)[-1]) < 2e-7) == zero
+    for dtype in (torch.float32, torch.float64):
+        times = torch.tensor([0.4, 1.0, 17.5, len(theirs) - 1.0, len(theirs) - 0.5, len(theirs)], dtype=dtype)
+        angle = torch.atan2(process.sigma(times), process.alpha(times))
+        assert bool(torch.isfinite(process.dalpha(times)).all() & torch.isfinite(process.dsigma(times)).all())
+        torch.testing.assert_close(process.t_of_angle(angle), times, rtol=1e-3, atol=0.02)
+    assert float(process.t_of_angle(torch.tensor(math.pi / 2))) == pytest.approx(len(theirs), abs=1e-3)
+
+
+def test_tables_that_make_no_teacher_are_refused():
+    def said(**told: Any) -> str:
+        with pytest.raises(UserError) as caught:
+            read_scheduler({"_class_name": "DDIMScheduler", "prediction_type": "epsilon"} | told, "s.json")
+        return str(caught.value)
+
+    assert "s.json: rescale_betas_zero_snr with prediction_type 'epsilon'" in said(rescale_betas_zero_snr=True)
+    reads = [n for n in DDPM_FAMILY if "rescale_betas_zero_snr" in inspect.signature(getattr(diffusers, n)).parameters]
+    assert sorted(reads) == sorted(RESCALED)
+    told = {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True}
+    assert "which PNDMScheduler does not read" in said(_class_name="PNDMScheduler", **told)
+    assert "trained_betas is 7; it must be a list" in said(trained_betas=7)
+    assert "needs a number above 0 and up to 1 for each of the 1000 steps" in said(trained_betas=[0.1, 0.2])
+    assert "pure noise is reached before the last" in said(trained_betas=[0.5, 1.0, 0.5], num_train_timesteps=3)
+    assert "beta_schedule 'sigmoid' is not one of 'linear', 'scaled_linear', 'squaredcos_cap_v2'" in said(
+        beta_schedule="sigmoid"
+    )
+    assert "SCMScheduler with prediction_type 'epsilon'; only 'trigflow'" in said(_class_name="SCMScheduler")
 
 
 @pytest.mark.parametrize("name", [*EDM_FAMILY, "CMStochasticIterativeScheduler"])

@@ -34,9 +34,9 @@ from fewstep.networks.roles import Roles
 from fewstep.networks.scheduler import read_scheduler
 from fewstep.networks.specs import example_condition
 from fewstep.networks.teachers import DiffusersTeacher, ModuleTeacher
-from fewstep.networks.wrappers import Generic
+from fewstep.networks.wrappers import Declared
 from fewstep.networks.wrappers.base import Wrapper
-from fewstep.networks.wrappers.flux import pack, unpack
+from fewstep.networks.wrappers.packing import pack, unpack
 
 SD = DiscreteVP(schedule="scaled_linear", beta_start=0.00085, beta_end=0.012)
 FLUX_SHIFT = math.exp(0.5 + (1.15 - 0.5) * (12 - 256) / (4096 - 256))
@@ -301,7 +301,8 @@ def test_a_network_by_the_names_of_its_arguments(folders: dict[str, Path]):
         "text": "encoder_hidden_states",
         "pooled": "pooled_projections",
     }
-    net = Generic(stock.net.model, names, {"last": "transformer_blocks.1"}, pick=1)
+    net = Declared.by_names(stock.net.model, names, {"last": "transformer_blocks.1"})
+    net.pick = 1  # of two streams of tokens
     x, time, cond = torch.randn(2, 6, 8, 12), torch.tensor([300.0, 700.0]), stock.net.example(2)
     with torch.no_grad():
         raw, features = net(x, time, cond, taps=("last",))
@@ -309,9 +310,9 @@ def test_a_network_by_the_names_of_its_arguments(folders: dict[str, Path]):
     assert torch.equal(raw, wanted)
     assert torch.equal(features["last"], theirs["block1"])
     with pytest.raises(ValueError, match="names: 'texts' is not one of x, time, text"):
-        Generic(stock.net.model, {"texts": "a"})
+        Declared.by_names(stock.net.model, {"texts": "a"})
     with pytest.raises(ValueError, match="taps: mid: SD3Transformer2DModel has no sub-module 'middle'"):
-        Generic(stock.net.model, names, {"mid": "middle"})
+        Declared.by_names(stock.net.model, names, {"mid": "middle"})
 
 
 def config_of(scheduler: Any) -> dict[str, Any]:
@@ -364,7 +365,7 @@ AMBIGUOUS = [
     ({"prediction_type": None}, "prediction_type is missing; add one of 'epsilon', 'v_prediction', 'sample' as trained"),
     ({"use_flow_sigmas": True}, "prediction_type 'epsilon' with use_flow_sigmas True is ambiguous"),
     ({"prediction_type": "flow_prediction"}, "prediction_type 'flow_prediction' with use_flow_sigmas False is ambiguous"),
-    ({"rescale_betas_zero_snr": True}, "rescale_betas_zero_snr is set, which is not supported"),
+    ({"rescale_betas_zero_snr": True}, "rescale_betas_zero_snr with prediction_type 'epsilon': at the "),
     ({"_class_name": "FlowMatchEulerDiscreteScheduler", "invert_sigmas": True}, "invert_sigmas is set"),
     ({"_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps": 500}, "num_train_timesteps 500 of a flow"),
 ]  # fmt: skip
@@ -393,7 +394,8 @@ def test_an_unknown_class_names_those_that_are_known(folders: dict[str, Path], t
     with pytest.raises(UserError) as caught:
         check_teacher(str(folder))
     assert str(caught.value) == (
-        f"{folder}/transformer/config.json: class 'LuminaNextDiT2DModel' is not supported; supported: "
+        f"{folder}/transformer/config.json: class 'LuminaNextDiT2DModel' is not supported: no entry has been written for "
+        "it; supported: "
         "ChromaTransformer2DModel, DiTTransformer2DModel, Flux2Transformer2DModel, FluxTransformer2DModel, "
         "PixArtTransformer2DModel, QwenImageTransformer2DModel, SD3Transformer2DModel, SanaTransformer2DModel, "
         "UNet2DConditionModel, UNet2DModel, WanTransformer3DModel, ZImageTransformer2DModel. Give a wrapper of your "

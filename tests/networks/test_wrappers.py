@@ -28,7 +28,7 @@ from fewstep.networks.analytic import Mixture, gaussian
 from fewstep.networks.denoiser import Denoiser, Rescheduled
 from fewstep.networks.diffusers import load_denoiser, read_scheduler
 from fewstep.networks.unet2d import UNet2D
-from fewstep.networks.wrappers.pixart import PixArt
+from fewstep.networks.wrappers import PixArt
 
 B, C, H, W = 2, 3, 8, 16
 
@@ -288,7 +288,7 @@ def test_scheduler_configs_that_cannot_be_read_are_refused() -> None:
     read_scheduler(good, "x")
     for change, match in (
         ({"prediction_type": "flow"}, "prediction_type"),
-        ({"beta_schedule": "squaredcos_cap_v2"}, "beta_schedule"),
+        ({"beta_schedule": "sigmoid"}, "beta_schedule"),
         ({"rescale_betas_zero_snr": True}, "rescale_betas_zero_snr"),
         ({"_class_name": "KarrasVeScheduler"}, "KarrasVeScheduler"),
     ):

@@ -143,7 +143,7 @@ def common(loaded: Mapping[str, Recipe], samples: int | None) -> Evaluate:
             raise UserError(
                 f"{first_name} is measured by {first.metric} and {name} by {other.metric}: they cannot stand in one table"
             )
-        alike = (("samples", samples), ("seed", None), ("guidance", None), ("retrieval", None))
+        alike = (("samples", samples), ("seed", None), ("guidance", None), ("teacher_grid", None), ("retrieval", None))
         for key, option in (*alike, ("against", None), ("features", None), ("extractor_path", None)):
             if getattr(other, key) != getattr(first, key) and option is None:
                 hint = "give one number to all with --samples" if key == "samples" else f"use --set evaluate.{key}=VALUE"

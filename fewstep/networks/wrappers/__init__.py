@@ -1,4 +1,4 @@
-"""diffusers classes as fewstep networks, one short file each; importing this registers them."""
+"""diffusers classes as fewstep networks, a table of entries and the few that are none; importing this registers them."""
 
 from fewstep.networks.wrappers.base import WRAPPERS as WRAPPERS, Wrapper as Wrapper, wraps as wraps
 from fewstep.networks.wrappers.declared import Declared as Declared
@@ -10,9 +10,5 @@ from fewstep.networks.wrappers.families import (
     Wan as Wan,
     ZImage as ZImage,
 )
-from fewstep.networks.wrappers.flux import Flux as Flux
-from fewstep.networks.wrappers.generic import Generic as Generic
-from fewstep.networks.wrappers.pixart import PixArt as PixArt
-from fewstep.networks.wrappers.sana import Sana as Sana
-from fewstep.networks.wrappers.sd3 import SD3 as SD3
+from fewstep.networks.wrappers.older import SD3 as SD3, Flux as Flux, PixArt as PixArt, Sana as Sana
 from fewstep.networks.wrappers.unet_condition import UNetCondition as UNetCondition

@@ -133,6 +133,10 @@ class Wrapper(nn.Module):
         size = self.config.sample_size
         return (size, size) if isinstance(size, int) else tuple(size)
 
+    def small_size(self) -> tuple[int, ...]:
+        """A size of x on which conventions are tried: its own, or of a model that takes any a smaller, unequal one."""
+        return self.sample_size()
+
     def channels(self) -> int:
         """Channels of x."""
         return int(self.config.in_channels)
@@ -250,12 +254,17 @@ class Wrapper(nn.Module):
             for handle in handles:
                 handle.remove()
 
+    @property
+    def takes_scale(self) -> bool:
+        """Whether the model takes a guidance scale as an input."""
+        return bool(getattr(self.config, "guidance_embeds", False))
+
     def scale_of(self, cond: Mapping[str, Tensor], x: Tensor) -> Tensor | None:
         """The embedded guidance scale (b,) for a model that takes one, else None.
 
         Raises ValueError when the model takes one and neither the condition nor the wrapper has it.
         """
-        if not self.config.guidance_embeds:
+        if not self.takes_scale:
             if "guidance" in cond:
                 raise ValueError(f"{type(self.model).__name__}: was not built to take cond['guidance']")
             return None

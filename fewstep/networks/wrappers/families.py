@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from fewstep.algebra.process import bc
 from fewstep.networks.folder import patches_of
 from fewstep.networks.wrappers.base import wraps
-from fewstep.networks.wrappers.declared import Declared, places
-from fewstep.networks.wrappers.flux import pack, unpack
+from fewstep.networks.wrappers.declared import Declared
+from fewstep.networks.wrappers.packing import pack, places, unpack
 
 
 @wraps("ZImageTransformer2DModel")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
@@ -32,9 +33,10 @@ class UNetCondition(UNet):
                     f"UNet2DConditionModel: {key} {getattr(c, key)!r} is not supported; allowed: "
                     + ", ".join(map(repr, allowed))
                 )
-        if c.num_class_embeds or c.time_cond_proj_dim:
-            told = "num_class_embeds" if c.num_class_embeds else "time_cond_proj_dim"
-            raise UserError(f"UNet2DConditionModel: {told} is set, which is not supported for a teacher")
+        if c.num_class_embeds:
+            raise UserError("UNet2DConditionModel: num_class_embeds is set, which is not supported for a teacher")
+        if self.takes_scale:
+            self.takes = (*self.takes, "guidance")  # type: ignore[misc]
         self.added = c.addition_embed_type == "text_time"
         self.pipeline = "StableDiffusionXLPipeline" if self.added else "StableDiffusionPipeline"  # type: ignore[misc]
         if self.added:
@@ -65,7 +67,15 @@ class UNetCondition(UNet):
         if self.added:
             ids = cond["time_ids"] if "time_ids" in cond else self.default_ids(x)
             added = {"text_embeds": cond["pooled"], "time_ids": ids}
-        return self.model(x, time, self.words(cond, len(x)), added_cond_kwargs=added, return_dict=False)[0]
+        scale = self.scale_of(cond, x)
+        scale = None if scale is None else waves(scale - 1, self.config.time_cond_proj_dim).to(x.dtype)
+        more = {"timestep_cond": scale, "added_cond_kwargs": added}
+        return self.model(x, time, self.words(cond, len(x)), **more, return_dict=False)[0]
+
+    @property
+    def takes_scale(self) -> bool:
+        """True of a latent consistency model (arXiv 2310.04378), whose guidance is an input."""
+        return self.config.time_cond_proj_dim is not None
 
     def default_ids(self, x: Tensor) -> Tensor:
         """Sizes of an uncropped image (b, 6): what the pipeline fills in when nothing is said."""
@@ -80,12 +90,14 @@ class UNetCondition(UNet):
         if self.added:
             pooled = c.projection_class_embeddings_input_dim - 6 * c.addition_time_embed_dim
             cond["pooled"] = noise(generator, b, pooled)
-        return cond
+        return cond | ({"guidance": torch.full((b,), 7.5)} if self.takes_scale else {})
 
     def arguments(self, cond: Mapping[str, Tensor], size: tuple[int, ...]) -> dict[str, Any]:
         out: dict[str, Any] = {"prompt_embeds": self.words(cond, len(next(iter(cond.values()))))}
         if self.image_channels:
             out["image"] = cond["image"]
+        if self.takes_scale:
+            out["guidance_scale"] = float(cond["guidance"][0] if "guidance" in cond else self.guidance)  # type: ignore[arg-type]
         if self.added:
             out["pooled_prompt_embeds"] = cond["pooled"]
             if "time_ids" in cond:
@@ -96,3 +108,10 @@ class UNetCondition(UNet):
                     "target_size": (high, wide),
                 }
         return out
+
+
+def waves(w: Tensor, width: int) -> Tensor:
+    """Sines and cosines (b, width) of 1000 w (b,) at frequencies from 1 to 1e-4: how LCM hands a scale to its UNet."""
+    half = width // 2
+    angles = 1000 * w[:, None] * torch.exp(torch.arange(half, device=w.device) * (-math.log(10_000) / (half - 1)))
+    return nn.functional.pad(torch.cat((angles.sin(), angles.cos()), 1), (0, width % 2))
