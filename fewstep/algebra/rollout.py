@@ -162,6 +162,6 @@ def chunked_rollout(
     part = (shape[0] // chunks, *shape[1:])
     drawn: list[Tensor] = []
     for _ in range(chunks):
-        past = {"context": torch.cat([x.detach() for x in drawn], 1)} if drawn else {}
+        past: dict[str, Any] = {"context": torch.cat([x.detach() for x in drawn], 1)} if drawn else {}
         drawn.append(rollout(student, draws, part, steps, cond, exit=last, grad=grad, **past).x)
     return torch.cat(drawn, 1)

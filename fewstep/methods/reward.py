@@ -70,9 +70,7 @@ def need_reward(needs: Needs, reward: Reward | None, *, fits: bool = False) -> N
     if reward.by == "reward":
         return replace(needs, roles=needs.roles | {"reward"}, reward="gradient")
     if not fits:
-        raise ValueError(
-            "reward.by latent_reward: this method trains none; dmd2, sid, f_distill, uni_instruct, vsd do"
-        )
+        raise ValueError("reward.by latent_reward: this method trains none; dmd2, sid, f_distill, uni_instruct, vsd do")
     return replace(needs, roles=needs.roles | {"reward", "latent_reward"}, reward="value")
 
 
