@@ -61,7 +61,7 @@ PANELS = (
     ),
     Panel("grid of samples over the reference's", {"peak": "samples/grid"}, (verdicts.GRID,)),
     Panel("reward of samples above the reference's, in its deviations", {"reward": "samples/reward"}),
-    Panel("distance of samples from the reference", {"energy distance": "samples/distance"}),
+    Panel("FD of samples over the reference's variance", {"FD": "samples/fd"}),
 )
 
 

@@ -33,8 +33,10 @@ class Decoded(Opinion):
 
 @part("network", "decoded")
 class DecodedSpec:
-    """The reward role of latents: another reward, of the pictures that a VAE makes; it has no gradient, so `by:
-    latent_reward` or method pso goes with it (DOLLAR, arXiv 2412.15689)."""
+    """The reward role of latents: another reward, of the pictures that a VAE makes, without a gradient.
+
+    `by: latent_reward` or method pso goes with it (DOLLAR, arXiv 2412.15689).
+    """
 
     of: NetworkPart
     """The reward of the pictures."""

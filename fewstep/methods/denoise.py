@@ -29,7 +29,7 @@ from fewstep.objectives.regression import Weight, x0_weight
 class Denoise:
     """Denoising score matching of the student (arXiv 2206.00364, eq. 2), with condition dropout."""
 
-    cites: ClassVar[tuple[str, ...]] = ("2206.00364", "2312.06899")
+    cites: ClassVar[tuple[str, ...]] = ("2206.00364",)
 
     times: TimesPart = LogNormal()
     """Noise levels; EDM trains on ln sigma ~ N(-1.2, 1.2^2) (table 1)."""

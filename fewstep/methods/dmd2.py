@@ -123,7 +123,8 @@ class DMD2:
         x_tau, tau = noised(self.times, roles, batch, x)
         with torch.no_grad():
             share = self.lean.at(batch.step) if self.lean else 0.0
-            net, call = (roles.critic, {"adapter_scale": share}) if share else (roles.teacher, {})
+            net = roles.critic if share else roles.teacher
+            call: dict[str, Any] = {"adapter_scale": share} if share else {}
             real = guided(net, x_tau, tau, batch.cond, batch.null_cond, self.guidance, **call)
             fake = roles.critic(x_tau, tau, batch.cond)
         gradient = obj.score_difference(fake, real) * obj.dmd_normalizer(x, real.x0, floor)

@@ -90,6 +90,10 @@ class Likeness(Opinion):
         texts: (1 or classes, d) unit embeddings, one for all samples or one for each class.
     """
 
+    texts: Tensor
+    mean: Tensor
+    std: Tensor
+
     def __init__(self, net: nn.Module, side: int, texts: Tensor) -> None:
         super().__init__(net)
         self.side = side
@@ -103,7 +107,7 @@ class Likeness(Opinion):
         size = (self.side, self.side)
         pixels = F.interpolate(pixels, size=size, mode="bicubic", antialias=True, align_corners=False)
         seen = self.net.encode_image((pixels.expand(-1, 3, -1, -1) - self.mean) / self.std)
-        texts: Any = self.texts
+        texts = self.texts
         if len(texts) > 1:
             texts = texts[cond if isinstance(cond, Tensor) else cond["label"]]
         return (F.normalize(full(seen), dim=1) * texts).sum(1)
@@ -183,7 +187,7 @@ class ClipSpec:
             raise UserError(f"clip: {error}") from None
         side: Any = net.visual.image_size
         with torch.no_grad():
-            texts = F.normalize(net.encode_text(tokens).float(), dim=1)  # type: ignore[operator]
+            texts = F.normalize(net.encode_text(tokens).float(), dim=1)
         return Likeness(net, side[0] if isinstance(side, tuple) else side, texts)
 
 

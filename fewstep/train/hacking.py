@@ -11,14 +11,17 @@ from typing import Any
 GAIN = 0.25
 """Rise of the reward since samples were nearest to the reference, in standard deviations of the reference's rewards,
 above which it is what pulls them away."""
-APART = 0.02
-"""Distance of samples from the reference beyond the least there was (`samples/distance`), above which they have left."""
+APART = 1.1
+"""`samples/fd` over the least there was, above which samples have left the reference. Most of the reading is the bias of
+so few samples: on the digits the line is crossed where FD has risen by a sixth (docs/rewards.md)."""
+CHANCE = 5e-4
+"""Added to that line, in units of the reading: where there is next to no bias (vectors), little is nothing yet."""
 ALIKE = 0.85
 """Spread of samples over the most there was, below which they become alike."""
 IN_A_ROW = 2
 """Readings that are judged together, by the one that is better."""
 REMEDY = "lower method.reward.weight (of pso: optim.student.lr, method.clip), or stop there (train.guard=stop)"
-KEYS = ("samples/reward", "samples/distance", "samples/spread")
+KEYS = ("samples/reward", "samples/fd", "samples/spread")
 
 
 @dataclass
@@ -27,7 +30,7 @@ class Rise:
 
     recent: dict[str, deque[float]] = field(default_factory=lambda: {k: deque(maxlen=IN_A_ROW) for k in KEYS})
     nearest: float = math.inf
-    """Least distance that readings in a row have not exceeded."""
+    """Least Frechet distance that readings in a row have not exceeded."""
     widest: float = 0.0
     """Largest spread that readings in a row have not fallen below."""
     start: float = math.inf
@@ -39,12 +42,12 @@ class Rise:
             return
         for key in KEYS:
             self.recent[key].append(float(record[key]))
-        reward, distance, spread = (self.recent[key] for key in KEYS)
+        reward, fd, spread = (self.recent[key] for key in KEYS)
         if len(reward) < IN_A_ROW:
             return
         self.widest = max(self.widest, min(spread))
-        if max(distance) < self.nearest:
-            self.nearest, self.start = max(distance), min(reward)
+        if max(fd) < self.nearest:
+            self.nearest, self.start = max(fd), min(reward)
 
     @property
     def known(self) -> bool:
@@ -55,8 +58,8 @@ class Rise:
         return min(self.recent["samples/reward"]) - self.start
 
     def apart(self) -> float:
-        """How much farther than that they are."""
-        return min(self.recent["samples/distance"]) - self.nearest
+        """Their Frechet distance over the least there was, without CHANCE."""
+        return max(0.0, min(self.recent["samples/fd"]) - CHANCE) / max(self.nearest, 1e-12)
 
     def alike(self) -> float:
         """Their spread over the most there was."""
@@ -67,9 +70,9 @@ class Rise:
         apart, alike = self.apart(), self.alike()
         text = (
             f"reward is {self.gain():+.2f} of its deviations from where samples were nearest to the reference; since "
-            f"then their distance is {apart:+.3f} and their spread {alike:.2f} of its best"
+            f"then their FD is {apart:.2f} times its least and their spread {alike:.2f} of its best"
         )
-        far = apart / APART > (1 - alike) / (1 - ALIKE)
+        far = (apart - 1) / (APART - 1) > (1 - alike) / (1 - ALIKE)
         return (apart, APART, text) if far else (alike, ALIKE, text)
 
     def hacked(self) -> bool:

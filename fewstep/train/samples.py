@@ -22,7 +22,6 @@ from fewstep.algebra.draws import Draws, fold
 from fewstep.algebra.guidance import guided_teacher
 from fewstep.algebra.sampling import Sampler, many_step, sample, seeded
 from fewstep.data.base import conditions_of
-from fewstep.eval.metrics.energy import energy_distance
 from fewstep.methods.readings import spread
 from fewstep.recipe.schema import Stage
 from fewstep.train.session import Session
@@ -91,7 +90,7 @@ def compared(own: Figures, reference: Figures) -> dict[str, float]:
     samples/mean is that of the channel that is farthest off, in standard deviations of the reference, less what so few
     samples may be off by chance: CHANCE standard errors (of 32 points of the ring half a deviation, of pictures little).
     samples/reward, where there is a reward, is its mean above the reference's, in standard deviations of the reference's;
-    samples/distance the squared energy distance over the mean distance of two of the reference, unbiased: 0 for one law.
+    samples/fd the Frechet distance over the variance of the reference, see `relative_frechet`.
     """
     shift = own["mean"] - reference["mean"]
     chance = CHANCE * (own["noise"] + reference["noise"]).sqrt()
@@ -103,13 +102,27 @@ def compared(own: Figures, reference: Figures) -> dict[str, float]:
     if "reward" in own and "reward" in reference:
         theirs, points = reference["reward"], reference["points"]
         out["samples/reward"] = float((own["reward"].mean() - theirs.mean()) / theirs.std().clamp_min(1e-12))
-        apart = float(torch.pdist(points.double()).mean().clamp_min(1e-12))
-        finite = torch.isfinite(own["points"]).all()
-        out["samples/distance"] = energy_distance(own["points"], points) / apart if finite else math.nan
+        out["samples/fd"] = relative_frechet(own["points"], points)
     if "grid" in own and "grid" in reference:
         # A dip of the reference, which other samples fill, makes no peak.
         out["samples/grid"] = float((own["grid"] - reference["grid"].clamp_min(0)).max().exp())
     return out
+
+
+def relative_frechet(x: Tensor, y: Tensor) -> float:
+    """Frechet distance of points x and y, both (n, k), over the sum of y's variances; NaN for values that are no numbers.
+
+    Of n samples it has a large bias, the same for every reading from the same noise. The trace of the covariances' root
+    is the nuclear norm of the centred points' products, so that k may be any number.
+    """
+    if not torch.isfinite(x).all():
+        return math.nan
+    x, y = x.double(), y.double()
+    shift, a, b = x.mean(0) - y.mean(0), x - x.mean(0), y - y.mean(0)
+    cross = torch.linalg.svdvals(a @ b.T).sum()
+    size = (a**2).sum() / (len(x) - 1) + (b**2).sum() / (len(y) - 1)
+    apart = (shift**2).sum() + size - 2 * cross / math.sqrt((len(x) - 1) * (len(y) - 1))
+    return float(apart / ((b**2).sum() / (len(y) - 1)).clamp_min(1e-12))
 
 
 def patch_of(net: nn.Module, shape: tuple[int, ...]) -> int | None:
@@ -173,7 +186,9 @@ class SampleReadings:
             self.session.offload.begin((), {})
         if self._reference is None:
             self._reference = self._reference_of()
-        x = self._draw(self.session.roles.student, stage.method.sampler())
+        # Of a reward the product is judged: the student itself swings from step to step by as much as a reward moves it.
+        net: Any = self.session.roles.student if self.reward is None else self.session.product
+        x = self._draw(net, stage.method.sampler())
         return compared(self._figures(x, self.group, self._conditions()), self._reference)
 
     def _figures(self, x: Tensor, group: Tensor, cond: Any) -> Figures:

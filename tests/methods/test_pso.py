@@ -239,7 +239,7 @@ def test_the_toy_recipe_runs_its_stages_and_starts_from_its_student():
     trainer = Trainer(load("toy/pso", [*cut, *small]), None, cpu=True)
     trainer.fit()
     told = trainer.last_record
-    assert {"prefer", "reward", "clipped", "samples/reward", "samples/distance"} <= set(told)
+    assert {"prefer", "reward", "clipped", "samples/reward", "samples/fd"} <= set(told)
     still = dict(trainer.roles.reference.named_parameters())
     moved = [not torch.equal(p, still[n]) for n, p in trainer.roles.student.named_parameters()]
     assert any(moved)

@@ -208,7 +208,9 @@ def test_the_reward_model_has_a_turn_of_its_own_and_the_reward_needs_no_gradient
     assert roles.latent_reward.scale.grad is not None
     with pytest.raises(RecipeError, match=r"this method trains none; dmd2, sid, f_distill, uni_instruct, vsd do"):
         load("toy/emd", ["method.reward={weight: 1.0, by: latent_reward}"])
-    recipe = load("toy/dollar", ["train.steps=2", "train.batch=8", "before=[]", "copy={}", "evaluate=null"])
+    recipe = load(
+        "toy/dollar", ["train.steps=2", "train.batch=8", "before=[]", "copy={}", "evaluate=null", "method.reward.after=0"]
+    )
     trainer = Trainer(recipe, None, cpu=True)
     trainer.fit()
     assert {"reward", "reward_predicted", "reward_fit", "reward_loss"} <= set(trainer.last_record)

@@ -9,18 +9,18 @@ import pytest
 
 from fewstep.commands.health import report
 from fewstep.commands.progress import alarmed
-from fewstep.train.hacking import ALIKE, APART, GAIN, Rise
+from fewstep.train.hacking import ALIKE, APART, CHANCE, GAIN, Rise
 from fewstep.train.verdicts import Course, alarms, verdicts
 
 
 def records(rows: Iterable[tuple[float, float, float]]) -> list[dict[str, Any]]:
-    """Log records of (reward, distance, spread), every 20 updates."""
-    keys = ("samples/reward", "samples/distance", "samples/spread")
+    """Log records of (reward, fd, spread), every 20 updates."""
+    keys = ("samples/reward", "samples/fd", "samples/spread")
     return [{"done": 20 * i, "stage": 0, **dict(zip(keys, row, strict=True))} for i, row in enumerate(rows)]
 
 
 COLD = [(-0.4, 0.5, 0.3), (0.1, 0.2, 0.7), (0.0, 0.02, 0.96), (0.05, 0.02, 0.97)]
-AWAY = [*COLD, (0.6, 0.03, 0.96), (0.9, 0.02 + 2 * APART, 0.95), (1.4, 0.02 + 3 * APART, 0.94)]
+AWAY = [*COLD, (0.6, 0.021, 0.96), (0.9, 0.02 * (2 * APART - 1), 0.95), (1.4, 0.02 * (3 * APART - 2), 0.94)]
 ALIKE_ROWS = [*COLD, (0.5, 0.02, 0.9), (0.8, 0.021, ALIKE - 0.05), (0.9, 0.02, ALIKE - 0.08)]
 
 
@@ -56,10 +56,10 @@ def test_the_gain_counts_from_where_samples_were_nearest():
         rise.add(record)
     assert rise.start == 0.0
     assert rise.gain() == pytest.approx(0.9)
-    assert rise.apart() == pytest.approx(2 * APART)
+    assert rise.apart() == pytest.approx(2 * APART - 1 - CHANCE / 0.02)
     assert rise.alike() == pytest.approx(0.95 / 0.96)
     value, line, text = rise.worst()
-    assert (value, line) == (pytest.approx(2 * APART), APART)
+    assert (value, line) == (pytest.approx(rise.apart()), APART)
     assert f"{0.9:+.2f} of its deviations" in text
     assert GAIN < 0.9
 

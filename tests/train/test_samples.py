@@ -13,7 +13,17 @@ from helpers_core import F64
 from tiny_runs import tiny
 from torch import Tensor, nn
 
-from fewstep.train.samples import SampleReadings, compared, figures, in_evaluation, patch_of, peaks
+from fewstep.eval.metrics.frechet import frechet_distance
+from fewstep.eval.metrics.statistics import FeatureStatistics
+from fewstep.train.samples import (
+    SampleReadings,
+    compared,
+    figures,
+    in_evaluation,
+    patch_of,
+    peaks,
+    relative_frechet,
+)
 from fewstep.train.session import Session
 from fewstep.train.trainer import Trainer
 from fewstep.train.verdicts import Course
@@ -206,21 +216,28 @@ def test_each_collapse_is_named_while_it_is_on_its_way(name: str, change: Callab
     assert min(found.values()) > 10
 
 
-def test_a_reward_is_read_in_deviations_of_the_reference_and_beside_it_the_distance():
+def test_a_reward_is_read_in_deviations_of_the_reference_and_beside_it_the_frechet_distance():
     x, y = pictures(3).float(), pictures(4).float()
     own, reference = (figures(v, GROUP, None) for v in (x, y))
-    assert not {"samples/reward", "samples/distance"} & set(compared(own, reference))
-    own |= {"reward": torch.linspace(0, 2, COUNT), "points": x.flatten(1)}
-    reference |= {"reward": torch.linspace(0, 1, COUNT), "points": y.flatten(1)}
+    assert not {"samples/reward", "samples/fd"} & set(compared(own, reference))
+    own |= {"reward": torch.linspace(0, 2, COUNT), "points": x.flatten(1)[:, :5]}
+    reference |= {"reward": torch.linspace(0, 1, COUNT), "points": y.flatten(1)[:, :5]}
     found = compared(own, reference)
     assert found["samples/reward"] == pytest.approx(0.5 / float(torch.linspace(0, 1, COUNT).std()))
-    assert abs(found["samples/distance"]) < 0.02
-    far = compared(own | {"points": x.flatten(1) + 1}, reference)["samples/distance"]
-    apart = float(torch.cdist(x.flatten(1) + 1, y.flatten(1)).mean() / torch.pdist(y.flatten(1)).mean())
-    own_apart = float(torch.pdist(x.flatten(1)).mean() / torch.pdist(y.flatten(1)).mean())
-    assert far == pytest.approx(2 * apart - own_apart - 1, rel=1e-4)
-    nothing = compared(own | {"points": torch.full((COUNT, 3), math.nan)}, reference)
-    assert math.isnan(nothing["samples/distance"])
+    sizes = [FeatureStatistics(5, {}) for _ in range(2)]
+    for size, side in zip(sizes, (own, reference), strict=True):
+        size.update(side["points"])
+    wanted = frechet_distance(own["points"], sizes[1]).value / float(reference["points"].var(0).sum())
+    assert found["samples/fd"] == pytest.approx(wanted, rel=1e-4)
+    nothing = compared(own | {"points": torch.full((COUNT, 5), math.nan)}, reference)
+    assert math.isnan(nothing["samples/fd"])
+
+
+def test_the_frechet_distance_takes_more_features_than_samples():
+    x = torch.randn(20, 300, dtype=F64, generator=torch.Generator().manual_seed(1))
+    assert relative_frechet(x, x) == pytest.approx(0, abs=1e-9)
+    assert relative_frechet(x + 0.5, x) == pytest.approx(0.25 * 300 / float(x.var(0).sum()))
+    assert relative_frechet(2 * x, x) == pytest.approx(float((x.mean(0) ** 2).sum()) / float(x.var(0).sum()) + 1)
 
 
 def test_a_run_with_a_reward_draws_more_samples_and_logs_it_beside_spread_and_distance():
@@ -236,5 +253,5 @@ def test_a_run_with_a_reward_draws_more_samples_and_logs_it_beside_spread_and_di
     trainer.fit()
     assert {len(x) for x in seen} == {256}
     told = trainer.last_record
-    assert {"reward", "reward_loss", "samples/reward", "samples/distance", "samples/spread"} <= set(told)
+    assert {"reward", "reward_loss", "samples/reward", "samples/fd", "samples/spread"} <= set(told)
     assert told["reward_loss"] == pytest.approx(-0.5 * told["reward"])
