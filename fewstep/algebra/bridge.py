@@ -85,10 +85,10 @@ class Brownian(_Bridge):
 class I2SB(_Bridge):
     """I2SB's bridge, a Brownian one of uneven clock (arXiv 2302.05872).
 
-    With s^2 the integral of beta from 0 to t and sb^2 that from t to 1: w0 = sb^2 / (s^2 + sb^2), w1 = s^2 / (s^2 + sb^2),
-    variance s^2 sb^2 / (s^2 + sb^2). sqrt(beta) rises linearly up to t = 1/2 and falls back; a constant beta is the Brownian bridge with eps = beta. The
-    defaults are those of the released tables of 1000 steps (1e-4 to .3 / 1000), as remembered: compare them with the
-    configuration of a network that you bring.
+    With s^2 the integral of beta from 0 to t, sb^2 that from t to 1, S their sum: w0 = sb^2 / S, w1 = s^2 / S, variance
+    s^2 sb^2 / S. sqrt(beta) rises linearly up to t = 1/2 and falls back; a constant beta is the Brownian bridge with
+    eps = beta. The defaults are those of the released tables of 1000 steps (1e-4 to .3 / 1000), as remembered: compare
+    them with the configuration of a network that you bring.
     """
 
     beta_start: Positive = 0.1

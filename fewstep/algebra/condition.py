@@ -55,7 +55,7 @@ def seen(cond: Any, ignore: Iterable[str] = (), see: Mapping[str, str] | None = 
     "easy" is shown under the key that sees it and under no other. A label tensor and None stay as they are. Raises
     ValueError for a key of `see` whose picture the condition lacks.
     """
-    if cond is None or isinstance(cond, Tensor):
+    if not isinstance(cond, Mapping):
         return cond
     out = {k: v for k, v in cond.items() if k != "easy" and k not in ignore}
     for key, source in (see or {}).items():
