@@ -75,7 +75,7 @@ def load_denoiser(
     net = cls(model, real_classes(rows, classes, path), guidance=guidance, pixels=pixels)
     if net.pipeline:
         folder.require_pipeline(net.pipeline)
-    sides = [getattr(getattr(model, "config", None), f"{k}_channels", None) for k in ("in", "out")]
+    sides: list[Any] = [getattr(getattr(model, "config", None), f"{k}_channels", None) for k in ("in", "out")]
     if folder.component == "unet" and sides[0] != sides[1]:
         what = "networks that also predict a variance are not supported"
         if sides[0] > sides[1]:

@@ -18,7 +18,6 @@ NETWORKS: Mapping[str, str] = {
     "HiDreamImageTransformer2DModel": "takes hidden states of Llama's layers, in which the batch is axis 1",
     "Kandinsky5Transformer3DModel": "x has its channels last, and rotary positions are of its pipeline's making",
     "CogVideoXTransformer3DModel": "x has frames before channels, and rotary positions are of its pipeline's making",
-    "SanaVideoTransformer3DModel": "no entry has been tried; it would be SANA's in five dimensions",
     "PRXTransformer2DModel": "no entry has been tried; its pipeline takes no noise levels",
     "BriaTransformer2DModel": "its pipeline makes levels of its own, .07 from those that it is given",
     "StableCascadeUNet": "is one of three networks that draw after each other",
