@@ -69,13 +69,10 @@ def why(kind: str) -> str:
 
 def table() -> str:
     """The README's: classes and settings that are refused. A class of neither list has no entry yet."""
-    from fewstep.networks.diffusers import WRAPPERS
-
     lines = ["| refused | why |", "|---|---|"]
     by_reason: dict[str, list[str]] = {}
     for kind, reason in NETWORKS.items():
-        if kind not in WRAPPERS:
-            by_reason.setdefault(reason, []).append(f"`{kind}`")
+        by_reason.setdefault(reason, []).append(f"`{kind}`")
     lines += [f"| {', '.join(kinds)} | {reason} |" for reason, kinds in by_reason.items()]
     lines += [f"| `{name}` | {reason} |" for name, reason in SCHEDULERS.items()]
     lines += [f"| {said} | {reason} |" for said, reason in SETTINGS.items()]
