@@ -24,7 +24,7 @@ from fewstep.train.note import Note, read_note
 
 CLOSE = 2e-6
 """Largest difference of sigma / (alpha + sigma): float32 schedulers hold flows' levels to 6e-8, tables to 1e-6."""
-_SIZES = ("height", "width", "num_frames")
+_SIZES = ("height", "width", "num_frames", "frames")
 
 
 @dataclass(frozen=True)

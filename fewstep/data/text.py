@@ -172,6 +172,12 @@ _OUTPUTS: dict[str, tuple[str, ...]] = {
     "Flux2Pipeline": ("text", ""),
     "Flux2KleinPipeline": ("text", ""),
     "WanPipeline": ("text", ""),
+    "Lumina2Pipeline": ("text", "mask", "", ""),
+    "AuraFlowPipeline": ("text", "", "", ""),
+    "OvisImagePipeline": ("text", "", "", ""),
+    "Krea2Pipeline": ("text", "mask"),
+    "HunyuanVideoPipeline": ("text", "pooled", "mask"),
+    "SanaVideoPipeline": ("text", "mask", "", ""),
 }
 """What encode_prompt returns, by condition key; "" is not used."""
 

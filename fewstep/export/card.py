@@ -177,7 +177,7 @@ def usage(pipeline: str, call: Mapping[str, Any], folder: str, variant: str = ""
 
 def drawing(call: Mapping[str, Any]) -> str:
     """The line that draws a picture from `pipe` and saves it."""
-    video = "num_frames" in call
+    video = bool({"num_frames", "frames"} & {*call})
     more, drawn = (', output_type="pil"', "frames[0][0]") if video else ("", "images[0]")
     return f'pipe({as_code(call)}{more}).{drawn}.save("sample.png")'
 

@@ -174,6 +174,7 @@ def pipeline_name(source: Folder, wrapper: Any) -> str:
 
 _DEFAULTS: dict[str, dict[str, Any]] = {
     "SanaPipeline": {"complex_human_instruction": None},
+    "SanaVideoPipeline": {"complex_human_instruction": None, "use_resolution_binning": False},
     "PixArtAlphaPipeline": {"clean_caption": False},
     "PixArtSigmaPipeline": {"clean_caption": False},
     **{name: {"clean_caption": False} for name in IF_PIPELINES},
@@ -241,10 +242,11 @@ def latent_parts(
     if dtype != "fp32":
         product = replace(product, net=_rounded(student_of(product), DTYPES[dtype]))
     source, wrapper, stock = stock_of(product)
-    levels = levels_of(product.net.process, product.sampler.steps).shares()
+    process: Any = product.net.process
+    levels = levels_of(process, product.sampler.steps).shares()
     name, written = pipeline_name(source, wrapper), stock.sampler
     known = settings_of(product, source, wrapper) | dict(settings or {})
-    front = front_of(source, "num_frames" in wrapper.of_size(tuple(product.shape[1:])), "text" in wrapper.needs)
+    front = front_of(source, len(product.shape) == 4, "text" in wrapper.needs)
     note = Note(
         classes=wrapper.classes,
         size=tuple(product.shape[1:]),

@@ -75,7 +75,7 @@ def load_denoiser(
     net = cls(model, real_classes(rows, classes, path), guidance=guidance, pixels=pixels)
     if net.pipeline:
         folder.require_pipeline(net.pipeline)
-    sides = [getattr(getattr(model, "config", None), f"{k}_channels", None) for k in ("in", "out")]
+    sides: list[Any] = [getattr(getattr(model, "config", None), f"{k}_channels", None) for k in ("in", "out")]
     if latents and net.image_channels:
         raise UserError(
             f"teacher {path}: takes {net.image_channels} channels of a picture beside {net.channels()} latent "

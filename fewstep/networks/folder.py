@@ -26,6 +26,9 @@ _SCALING = {"AutoencoderKL": 0.18215, "AutoencoderDC": 1.0}
 _WHITENED = ("AutoencoderKLQwenImage", "AutoencoderKLWan")
 """VAEs whose codes are scaled by a mean and a deviation of each channel, and by nothing else."""
 
+_VIDEOS = ("AutoencoderKLHunyuanVideo",)
+"""VAEs of videos whose codes are scaled by one factor."""
+
 _PICTURES = ("AutoencoderKLQwenImage",)
 """VAEs of videos whose networks work on pictures: the one frame of a code is left out of x."""
 
@@ -302,7 +305,7 @@ def read_latents(path: Path) -> Latents | None:
     # diffusers writes null for a VAE without a shift.
     given = {k: v for k, v in config.items() if v is not None}
     shift = number(given, "shift_factor", 0.0, str(path), positive=False)
-    return Latents(scale, shift, 2 ** (len(widths) - 1), channels, mean, std)
+    return Latents(scale, shift, 2 ** (len(widths) - 1), channels, mean, std, frames=kind in _VIDEOS)
 
 
 def _statistics(config: Mapping[str, Any], key: str, where: str) -> tuple[float, ...] | None:

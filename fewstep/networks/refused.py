@@ -18,7 +18,6 @@ NETWORKS: Mapping[str, str] = {
     "HiDreamImageTransformer2DModel": "takes hidden states of Llama's layers, in which the batch is axis 1",
     "Kandinsky5Transformer3DModel": "x has its channels last, and rotary positions are of its pipeline's making",
     "CogVideoXTransformer3DModel": "x has frames before channels, and rotary positions are of its pipeline's making",
-    "SanaVideoTransformer3DModel": "no entry has been tried; it would be SANA's in five dimensions",
     "PRXTransformer2DModel": "no entry has been tried; its pipeline takes no noise levels",
     "BriaTransformer2DModel": "its pipeline makes levels of its own, .07 from those that it is given",
     "StableCascadeUNet": "is one of three networks that draw after each other",
@@ -70,13 +69,10 @@ def why(kind: str) -> str:
 
 def table() -> str:
     """The README's: classes and settings that are refused. A class of neither list has no entry yet."""
-    from fewstep.networks.diffusers import WRAPPERS
-
     lines = ["| refused | why |", "|---|---|"]
     by_reason: dict[str, list[str]] = {}
     for kind, reason in NETWORKS.items():
-        if kind not in WRAPPERS:
-            by_reason.setdefault(reason, []).append(f"`{kind}`")
+        by_reason.setdefault(reason, []).append(f"`{kind}`")
     lines += [f"| {', '.join(kinds)} | {reason} |" for reason, kinds in by_reason.items()]
     lines += [f"| `{name}` | {reason} |" for name, reason in SCHEDULERS.items()]
     lines += [f"| {said} | {reason} |" for said, reason in SETTINGS.items()]

@@ -44,11 +44,13 @@ SETTINGS: Mapping[str, Callable[[Any], bool]] = {
     "guidance_scale": _number,
     "true_cfg_scale": _number,
     "num_frames": _count,
+    "frames": _count,
     "height": _count,
     "width": _count,
     "max_sequence_length": _count,
     "complex_human_instruction": lambda v: v is None,
     "clean_caption": lambda v: isinstance(v, bool),
+    "use_resolution_binning": lambda v: isinstance(v, bool),
 }
 """The arguments that exports write, and whether a value may be one's."""
 

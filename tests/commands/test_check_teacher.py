@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import re
 import shutil
+import warnings
 from pathlib import Path
 from typing import Any
 
 import diffusers
 import pytest
+from calling import called
 from tiny_pipelines import SD_BETAS, make_pipeline, text_parts, unet_condition
 from tiny_teacher import edit_json, make_teacher
 
@@ -165,6 +167,19 @@ def test_a_scheduler_of_two_classes_is_refused_by_check_and_run(base: Path, tmp_
         with pytest.raises(UserError) as caught:
             refuse()
         assert str(caught.value) == said
+
+
+def test_nothing_stands_around_the_verdict(
+    base: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    """diffusers has remarks about this folder's steps_offset, and about schedulers that are made up here."""
+    monkeypatch.setattr(diffusers.utils.logging, "_tqdm_active", False)  # the command line has bars off before the import
+    with warnings.catch_warnings(record=True) as remarks:
+        warnings.simplefilter("always")
+        code, out, err = called(capfd, "check-teacher", base)
+    assert (code, err, [str(r.message) for r in remarks]) == (0, "", [])
+    assert out.startswith("ok    network")
+    assert out.splitlines()[-1].startswith(f"{base} can be distilled")
 
 
 def test_the_verdict_names_what_is_wrong():

@@ -396,10 +396,12 @@ def test_an_unknown_class_names_those_that_are_known(folders: dict[str, Path], t
     assert str(caught.value) == (
         f"{folder}/transformer/config.json: class 'LuminaNextDiT2DModel' is not supported: no entry has been written for "
         "it; supported: "
-        "ChromaTransformer2DModel, DiTTransformer2DModel, Flux2Transformer2DModel, FluxTransformer2DModel, "
+        "AuraFlowTransformer2DModel, ChromaTransformer2DModel, DiTTransformer2DModel, Flux2Transformer2DModel, "
+        "FluxTransformer2DModel, HunyuanVideoTransformer3DModel, Krea2Transformer2DModel, Lumina2Transformer2DModel, "
+        "OvisImageTransformer2DModel, "
         "PixArtTransformer2DModel, QwenImageTransformer2DModel, SD3Transformer2DModel, SanaTransformer2DModel, "
-        "UNet2DConditionModel, UNet2DModel, WanTransformer3DModel, ZImageTransformer2DModel. Give a wrapper of your "
-        "own with `wrapper: file.py:Class`"
+        "SanaVideoTransformer3DModel, UNet2DConditionModel, UNet2DModel, WanTransformer3DModel, "
+        "ZImageTransformer2DModel. Give a wrapper of your own with `wrapper: file.py:Class`"
     )
 
 

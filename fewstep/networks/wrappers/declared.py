@@ -32,7 +32,7 @@ class Declared(Wrapper):
 
     levels = "sigmas"
     even = True
-    needs = ("text",)
+    needs: ClassVar[tuple[str, ...]] = ("text",)
     x_name: ClassVar[str] = "hidden_states"
     """The model's argument for x."""
     time_name: ClassVar[str] = "timestep"

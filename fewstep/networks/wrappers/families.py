@@ -1,4 +1,4 @@
-"""Families of 2025 and later as entries of `Declared`: Z-Image, Qwen-Image, Chroma, FLUX.2, Wan 2.1."""
+"""Families of 2024 and later as entries of `Declared`, pictures and videos; `older.py` has those before."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from fewstep.algebra.process import bc
 from fewstep.networks.folder import patches_of
 from fewstep.networks.wrappers.base import wraps
-from fewstep.networks.wrappers.declared import Declared
+from fewstep.networks.wrappers.declared import EXAMPLE_TOKENS, Declared
 from fewstep.networks.wrappers.packing import pack, places, unpack
 
 
@@ -157,6 +157,104 @@ class Wan(Declared):
     stacks = {"block": "blocks"}
     embedder = "condition_embedder.time_embedder"
     made_for = (21, 60, 104)
+
+    def tokens(self, size: tuple[int, ...]) -> int:
+        return size[0] * super().tokens(size)
+
+    def of_size(self, size: tuple[int, ...]) -> dict[str, Any]:
+        return {"num_frames": 4 * (size[0] - 1) + 1}
+
+
+@wraps("Lumina2Transformer2DModel")
+class Lumina2(Declared):
+    """Lumina-Image 2.0 (arXiv 2503.21758). Its pipeline keeps rows of the guided answer at the conditional one's norm."""
+
+    pipeline = "Lumina2Pipeline"
+    clock, sign = "1-t", -1.0
+    needs = ("text", "mask")
+    widths = {"text": "cap_feat_dim", "mask": ""}
+    stacks = {"block": "layers"}
+    embedder = "time_caption_embed.timestep_embedder"
+
+    def more(self, x: Tensor, cond: Mapping[str, Tensor]) -> dict[str, Any]:
+        return {"encoder_attention_mask": cond["mask"].bool()}
+
+    def arguments(self, cond: Mapping[str, Tensor], size: tuple[int, ...]) -> dict[str, Any]:
+        return {"prompt_embeds": cond["text"], "prompt_attention_mask": cond["mask"].bool()}
+
+    def combine(self, cond: Tensor, null: Tensor, scale: float | Tensor) -> Tensor:
+        w = bc(scale, cond) if isinstance(scale, Tensor) else scale
+        mixed = null + w * (cond - null)
+        return mixed * (cond.norm(dim=-1, keepdim=True) / mixed.norm(dim=-1, keepdim=True))
+
+
+@wraps("AuraFlowTransformer2DModel")
+class AuraFlow(Declared):
+    """AuraFlow (fal/AuraFlow-v0.3): its pipeline sets padding's embeddings to 0 and hands the network no mask."""
+
+    pipeline, even, pick = "AuraFlowPipeline", False, 1
+    clock = "t"
+    stacks = {"block": "joint_transformer_blocks", "single": "single_transformer_blocks"}
+    embedder = "time_step_proj"
+
+    def arguments(self, cond: Mapping[str, Tensor], size: tuple[int, ...]) -> dict[str, Any]:
+        return {"prompt_embeds": cond["text"], "prompt_attention_mask": cond["text"].new_ones(cond["text"].shape[:2])}
+
+
+@wraps("OvisImageTransformer2DModel")
+class OvisImage(Declared):
+    """Ovis-Image: Flux's layout, with places for the text as well."""
+
+    pipeline, clock, packed, pick = "OvisImagePipeline", "t", True, 1
+    stacks = {"block": "transformer_blocks", "single": "single_transformer_blocks"}
+    embedder = "timestep_embedder"
+
+    def more(self, x: Tensor, cond: Mapping[str, Tensor]) -> dict[str, Any]:
+        count = torch.arange(cond["text"].shape[1], device=x.device, dtype=x.dtype)
+        return {"img_ids": places(x), "txt_ids": torch.stack((0 * count, count, count), 1)}
+
+
+@wraps("Krea2Transformer2DModel")
+class Krea2(Declared):
+    """Krea 2: text (b, n, layers, d), guidance counted from 0 as Z-Image's. Turbo's constant shift is not read."""
+
+    pipeline, clock, packed = "Krea2Pipeline", "t", True
+    needs = ("text", "mask")
+    embedder = "time_embed"
+    plain = {"guidance_scale": 0.0}
+
+    def more(self, x: Tensor, cond: Mapping[str, Tensor]) -> dict[str, Any]:
+        text = x.new_zeros(cond["text"].shape[1], 3)
+        return {"position_ids": torch.cat((text, places(x))), "encoder_attention_mask": cond["mask"].bool()}
+
+    def example(self, b: int, generator: torch.Generator | None = None) -> dict[str, Tensor]:
+        c, n = self.config, EXAMPLE_TOKENS
+        text = torch.randn(b, n, c.num_text_layers, c.text_hidden_dim, generator=generator)
+        return {"text": text, "mask": (torch.arange(n) < n - torch.arange(b)[:, None] % 3).float()}
+
+    def arguments(self, cond: Mapping[str, Tensor], size: tuple[int, ...]) -> dict[str, Any]:
+        return {"prompt_embeds": cond["text"], "prompt_embeds_mask": cond["mask"].bool()}
+
+    def scale_of_pipeline(self, scale: float) -> float:
+        return 1 + scale
+
+
+@wraps("HunyuanVideoTransformer3DModel")
+class HunyuanVideo(Declared):
+    """HunyuanVideo, text to video (arXiv 2412.03603): the guidance scale, times 1000, is an input of its network."""
+
+    pipeline = "HunyuanVideoPipeline"
+    needs, takes = ("text", "pooled", "mask"), ("guidance",)
+    names = {"text": "encoder_hidden_states", "pooled": "pooled_projections", "mask": "encoder_attention_mask"}
+    asks = {"text": "prompt_embeds", "pooled": "pooled_prompt_embeds", "mask": "prompt_attention_mask"}
+    widths = {"text": "text_embed_dim", "pooled": "pooled_projection_dim", "mask": ""}
+    stacks = {"block": "transformer_blocks", "single": "single_transformer_blocks"}
+    embedder = "time_text_embed.timestep_embedder"
+    made_for, patch, embedded = (33, 90, 160), 0, 6.0
+
+    def more(self, x: Tensor, cond: Mapping[str, Tensor]) -> dict[str, Any]:
+        scale = self.scale_of(cond, x)
+        return {"guidance": None if scale is None else scale * 1000}
 
     def tokens(self, size: tuple[int, ...]) -> int:
         return size[0] * super().tokens(size)

@@ -1,9 +1,9 @@
-"""Families of 2023 to 2025 as entries of `Declared`: PixArt, Stable Diffusion 3, Flux, SANA."""
+"""Stable Diffusion 3, Flux, PixArt, SANA and SANA-Video as entries of `Declared`."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
@@ -48,7 +48,8 @@ class Masked(Declared):
     even, variance = False, True
     names = {"text": "encoder_hidden_states", "mask": "encoder_attention_mask"}
     asks = {"text": "prompt_embeds", "mask": "prompt_attention_mask"}
-    made_for, patch = (), 0
+    made_for: ClassVar[tuple[int, ...]] = ()
+    patch = 0
 
     def arguments(self, cond: Mapping[str, Tensor], size: tuple[int, ...]) -> dict[str, Any]:
         whole = {"mask": cond["text"].new_ones(cond["text"].shape[:2]), **cond}
@@ -101,3 +102,20 @@ class Sana(Masked):
     def more(self, x: Tensor, cond: Mapping[str, Tensor]) -> dict[str, Any]:
         scale = self.scale_of(cond, x)
         return {"guidance": None if scale is None else scale * self.config.guidance_embeds_scale}
+
+
+@wraps("SanaVideoTransformer3DModel")
+class SanaVideo(Masked):
+    """SANA-Video, text to video (arXiv 2509.24695). x (b, c, f, h, w) of Wan's VAE, four frames to one of x."""
+
+    pipeline = "SanaVideoPipeline"
+    takes = ("mask",)
+    widths = {"text": "caption_channels", "mask": ""}
+    embedder = "time_embed.emb"
+    made_for, patch = (21, 60, 104), 2
+
+    def tokens(self, size: tuple[int, ...]) -> int:
+        return size[0] * super().tokens(size)
+
+    def of_size(self, size: tuple[int, ...]) -> dict[str, Any]:
+        return {"frames": 4 * (size[0] - 1) + 1}

@@ -19,7 +19,7 @@ class UNetCondition(UNet):
     """Wraps a UNet2DConditionModel; taps "mid", "down0".., "up0".. (activations (b, c, h, w))."""
 
     needs: ClassVar[tuple[str, ...]] = ("text",)
-    takes = ("pooled", "time_ids")
+    takes: ClassVar[tuple[str, ...]] = ("pooled", "time_ids")
 
     def __init__(self, model: nn.Module, classes: int = 0, **options: Any) -> None:
         super().__init__(model, 0, **options)

@@ -70,6 +70,11 @@ def test_the_whole_way(folders: dict[str, Path], tmp_path: Path, monkeypatch: py
     assert any(not torch.equal(a, b) for a, b in zip(before, trainer.roles.student.parameters(), strict=True))
     done = export_run(run, tmp_path / "out", force=False)
     assert done.parity <= PARITY
+    scale = recipe.method.guidance  # type: ignore[attr-defined]
+    if scale != 1:
+        theirs = next(iter(family.guided.items()))
+        row = f"| guidance in its weights | {scale:g} where 1 is none; of the teacher's pipeline {theirs[0]}="
+        assert row + f"{scale - 3 + theirs[1]:g} |" in (tmp_path / "out" / "README.md").read_text()
     assert json.loads((tmp_path / "out" / "model_index.json").read_text())["_class_name"] == family.pipeline
     run_snippet(done.usage, tmp_path / "reader")
     if name == "wan":  # parts of which diffusers keeps in float32
@@ -108,19 +113,34 @@ def packed(x: Tensor) -> Tensor:
     return diffusers.FluxPipeline._pack_latents(x, *x.shape)
 
 
+QWEN = ("qwen_image", "krea2")
+"""Families of its VAE."""
+VIDEO = ("wan", "sana_video", "hunyuan_video")
+WHITENED = ("wan", "sana_video", *QWEN)
+SCALED = ("flux2", "hunyuan_video")
+"""Families whose network takes the guidance scale."""
+PACKED = (*QWEN, "chroma", "ovis_image")
+"""Families whose pipelines take tokens of 2 x 2 cells."""
+
+
 def asked(name: str, cond: dict[str, Tensor], front: str = "") -> dict[str, Any]:
     """A condition as the pipeline's documentation has it."""
     text, mask = cond["text"], cond.get("mask")
     if name == "z_image":
         return {f"{front}prompt_embeds": [t[m.bool()] for t, m in zip(text, mask, strict=True)]}  # type: ignore[arg-type]
-    key = {"qwen_image": f"{front}prompt_embeds_mask", "chroma": f"{front}prompt_attention_mask"}.get(name)
-    return {f"{front}prompt_embeds": text} | ({key: mask} if key else {})
+    key = f"{front}prompt_{'embeds' if name in QWEN else 'attention'}_mask"
+    if name in ("lumina2", "krea2"):
+        mask = cond["mask"].bool()
+    if name == "auraflow":  # which multiplies padding's embeddings by it, and they are made already
+        mask = torch.ones(text.shape[:2])
+    pooled = {f"{front}pooled_prompt_embeds": cond["pooled"]} if "pooled" in cond else {}
+    return {f"{front}prompt_embeds": text} | pooled | ({} if mask is None else {key: mask})
 
 
 def own_latents(name: str, pipe: Any, x: Tensor, high: int, wide: int) -> Tensor:
     """What a pipeline returns as its latents in x's shape, by its own functions."""
-    if name in ("qwen_image", "chroma"):
-        out = type(pipe)._unpack_latents(x, high, wide, pipe.vae_scale_factor)
+    if name in PACKED:
+        out = pipe._unpack_latents(x, high, wide, *(() if name == "krea2" else (pipe.vae_scale_factor,)))
         return out.squeeze(2) if out.ndim == 5 else out
     if name == "flux2":
         return x.transpose(1, 2).reshape(
@@ -153,17 +173,21 @@ def test_many_steps_are_the_plain_pipelines(folders: dict[str, Path], name: str,
     cond, null = net.net.example(2, generator), net.net.example(2, generator)
     high, wide = (n * net.net.pixels for n in shape[-2:])
     call: dict[str, Any] = {"num_inference_steps": STEPS, "height": high, "width": wide, "output_type": "latent"}
+    call |= {"use_resolution_binning": False} if name == "sana_video" else {}
+    # Their default is the empty text beside which no embedding is taken.
+    call |= {"negative_prompt": None} if name in ("ovis_image", "sana_video") else {}
     call |= asked(name, cond) | (family.guided | asked(name, null, "negative_") if guided else dict(net.net.plain))
-    if name == "flux2":
+    if name in SCALED:
         call["guidance_scale"] = float(cond["guidance"][0])
-    if name == "wan":
-        call["num_frames"] = 4 * (shape[1] - 1) + 1
-        pipe.scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)
+    if name in VIDEO:
+        call["frames" if name == "sana_video" else "num_frames"] = 4 * (shape[1] - 1) + 1
+        shift = {"wan": 3.0, "sana_video": 8.0, "hunyuan_video": 7.0}[name]
+        pipe.scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=shift)
     if name == "qwen_image":  # its grid ends at .02; where a network is asked is no matter of what it is
         pipe.scheduler = diffusers.FlowMatchEulerDiscreteScheduler.from_config(pipe.scheduler.config, shift_terminal=None)
-    call["latents"] = packed(x) if name in ("qwen_image", "chroma") else x.clone()
+    call["latents"] = packed(x) if name in PACKED else x.clone()
     out = pipe(**call)
-    theirs = own_latents(name, pipe, out.frames if name == "wan" else out.images, high, wide)
+    theirs = own_latents(name, pipe, out.frames if name in VIDEO else out.images, high, wide)
     teacher = Guided(net, 3.0, lambda _: null) if guided else net
     levels = pipe.scheduler.sigmas[:STEPS].double()
     shift = getattr(net.process, "shift", 1.0)
@@ -184,27 +208,27 @@ def test_latents_and_pictures_are_the_pipelines(folders: dict[str, Path], name: 
     call = {"num_inference_steps": 1, "height": high, "width": wide, "output_type": "pt", "latents": net.to_pipeline(x)}
     call |= dict(net.plain) | net.arguments(net.example(1), family.shape[1:]) | net.of_size(tuple(x.shape[2:]))
     out = pipe(**call)
-    theirs = out.frames.transpose(1, 2) if name == "wan" else out.images
+    theirs = out.frames.transpose(1, 2) if name in VIDEO else out.images
     ours = (decoder(str(folders[name]))(x) / 2 + 0.5).clamp(0, 1)
-    if name == "wan":
+    if name in VIDEO:
         ours = ours.unflatten(3, (-1, wide)).transpose(2, 3)
     torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)
     picture = torch.rand(2, 3, high, wide, generator=torch.Generator().manual_seed(5)) * 2 - 1
     mean, deviation = Encoder(str(folders[name]))(picture)
-    assert mean.shape == deviation.shape == (2, *(net.channels(), *((1,) if name == "wan" else ()), *family.shape[-2:]))
-    seen = picture.unsqueeze(2) if name in ("wan", "qwen_image") else picture
+    assert mean.shape == deviation.shape == (2, *(net.channels(), *((1,) if name in VIDEO else ()), *family.shape[-2:]))
+    seen = picture.unsqueeze(2) if name in (*VIDEO, *QWEN) else picture
     codes = pipe.vae.encode(seen).latent_dist
     if name.startswith("flux2"):
         own = torch.cat([pipe._encode_vae_image(row[None], None) for row in picture])
         spread = pipe._patchify_latents(codes.std) / (pipe.vae.bn.running_var + 1e-4).sqrt().view(1, -1, 1, 1)
-    elif name in ("wan", "qwen_image"):
+    elif name in WHITENED:
         at = (1, -1, 1, 1, 1)
         own = (codes.mean - torch.tensor(pipe.vae.config.latents_mean).view(at)) / torch.tensor(
             pipe.vae.config.latents_std
         ).view(at)
         spread = codes.std / torch.tensor(pipe.vae.config.latents_std).view(at)
     else:
-        own = (codes.mean - pipe.vae.config.shift_factor) * pipe.vae.config.scaling_factor
+        own = (codes.mean - (pipe.vae.config.get("shift_factor") or 0.0)) * pipe.vae.config.scaling_factor
         spread = codes.std * pipe.vae.config.scaling_factor
     torch.testing.assert_close(mean, own.reshape(mean.shape), rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(deviation, spread.reshape(mean.shape), rtol=1e-5, atol=1e-5)
@@ -226,14 +250,19 @@ def test_prompts_are_embedded_as_the_pipeline_embeds_them(folders: dict[str, Pat
     text = embed(encoder, PROMPTS, negative=long, cache=str(tmp_path), batch=2)
     ours = text.take(torch.arange(3))
     pipe = diffusers.DiffusionPipeline.from_pretrained(folders[name], vae=None, transformer=None)
+    fixed = ("chroma", "lumina2", "krea2", "sana_video", "hunyuan_video")  # padded to one length, whatever the others are
     for i, prompt in enumerate((*PROMPTS, long)):
         told = {"prompt": [prompt], "device": "cpu", "max_sequence_length": 512}
-        if name in ("z_image", "chroma", "wan"):
+        if name in ("lumina2", "auraflow", "ovis_image", "hunyuan_video"):
+            told["max_sequence_length"] = 256
+        if name == "sana_video":
+            told["max_sequence_length"] = 300
+        if name in ("z_image", "chroma", "wan", "lumina2", "auraflow", "ovis_image", "sana_video"):
             told["do_classifier_free_guidance"] = False
         out = pipe.encode_prompt(**told)
         want = out[0][0]
         row = {k: v[i] for k, v in ours.items()} if i < 3 else {k: v[0] for k, v in text.null(ours).items()}
-        kept = row["text"][row["mask"].bool()] if "mask" in row and name != "chroma" else row["text"]
+        kept = row["text"][row["mask"].bool()] if "mask" in row and name not in fixed else row["text"]
         torch.testing.assert_close(kept, want, rtol=0, atol=1e-5)
 
 
