@@ -78,9 +78,11 @@ def test_the_populations_gradient_is_the_batchs_share_divided_by_the_share(decay
     past = normal(40, 3, 6) * 0.7
     held.start(past)
     features = normal(10, 3, 7).requires_grad_()
+    if decay is None:  # the batch takes the place of the ten oldest, which are no longer the first rows
+        held.add(past[:7] + 1)
+        every = torch.cat((past[:7] + 1, past[17:], features))
     value = held.distance(features)
-    if decay is None:  # the batch takes the place of the ten oldest
-        every = torch.cat((past[10:], features))
+    if decay is None:
         mean, second, share = every.mean(0), every.T @ every / 40, 0.25
     else:
         share = 1 - decay
