@@ -256,7 +256,7 @@ def latent_parts(
         settings=known,
     )
 
-    named = {"variant": dtype} if variant else {}
+    named: dict[str, Any] = {"variant": dtype} if variant else {}
 
     def pairs(folder: Path) -> Iterator[tuple[Tensor, Tensor]]:
         yield _both(product, wrapper, folder, stock.call, **named)

@@ -181,7 +181,7 @@ class ClipSpec:
     def build(self, site: Site) -> nn.Module:
         self.check(site)
         try:
-            net, _ = load_clip(self.architecture, self.files()[0])
+            net: Any = load_clip(self.architecture, self.files()[0])[0]
             tokens = tokenise(ClipRecipe(self.architecture), self.prompts)
         except (InputError, FileNotFoundError, ModuleNotFoundError) as error:
             raise UserError(f"clip: {error}") from None

@@ -12,6 +12,7 @@ from pydantic import Field
 import fewstep.data
 import fewstep.methods
 import fewstep.networks.bridged
+import fewstep.networks.control
 import fewstep.networks.get
 import fewstep.networks.perceptual
 import fewstep.networks.pruned

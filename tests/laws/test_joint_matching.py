@@ -19,7 +19,6 @@ from fewstep.algebra.batch import Batch
 from fewstep.algebra.prediction import from_x0
 from fewstep.algebra.process import Flow
 from fewstep.algebra.times import Levels
-from fewstep.methods.reward import Reward
 from fewstep.methods.vsd import VSD
 from fewstep.networks.control import Control
 from fewstep.networks.roles import Roles
@@ -67,14 +66,14 @@ def gradient(p: tuple[float, float, float], weight: float, levels: tuple[float, 
     found = []
     for level in levels:
         student = Student(*p)
-        roles = Roles(
-            teacher=Gaussian(MEAN, 0.0, STD**2), student=student, critic=critic, reward=Control(lambda x: x, TAU)
-        )
-        method = VSD(times=Levels(at=(level,)), weight="kl", guide_critic=False, reward=Reward(weight=weight))
+        roles = Roles(teacher=Gaussian(MEAN, 0.0, STD**2), student=student, critic=critic)
+        method = VSD(times=Levels(at=(level,)), weight="kl", guide_critic=False)
         c = MEAN + math.sqrt(SEEN) * CORNERS[:, :1]
         batch = Batch(Scripted([CORNERS[:, 1:2], CORNERS[:, 2:]]), (1,), None, {"image": c})
         for losses in method.student_losses(roles, batch):
             losses.total().backward()
+        x = student(CORNERS[:, 1:2], torch.ones(8, dtype=F64), batch.cond).x0
+        (-weight * Control(lambda v: v, TAU)(x, batch.cond).mean()).backward()
         found.append(student.p.grad)
     return torch.stack(found).mean(0)
 

@@ -73,6 +73,7 @@ def test_a_shipped_recipe_is_measured_by_what_fits_its_data(name: str):
         "digits": "fd-house-digits",
         "fashion-mnist": "fd-house-fashion-mnist",
         "captions": "fd-effnet-lite0",
+        "degraded": "paired-house-digits",
     }
     metric = None if recipe.evaluate is None else recipe.evaluate.metric
     assert metric == fitting.get(recipe.data.name)  # type: ignore[attr-defined]

@@ -53,7 +53,7 @@ class UNetCondition(UNet):
         """A network of pixels that takes a picture may go without words: one token of zeros stands for them."""
         if self.image_channels and self.config.addition_embed_type == "text":
             self.pipeline = "IFSuperResolutionPipeline"  # type: ignore[misc]
-            self.needs, self.takes = (), ("text",)  # type: ignore[misc, assignment]
+            self.needs, self.takes = (), ("text",)  # type: ignore[misc]
 
     def words(self, cond: Mapping[str, Tensor], b: int) -> Tensor:
         """cond["text"], or one token of zeros (b, 1, d) where it may be without."""
