@@ -21,6 +21,11 @@ MEASURED = {
     "within-class diversity": "diversity",
     "energy": "energy",
     "caption found": "retrieval",
+    "psnr of a sample": "psnr",
+    "psnr of the mean": "psnr",
+    "consistency": "consistency",
+    "sharpness": "sharpness",
+    "spread": "spread",
 }
 """What may be asked for, the start of a name in a table in small letters, and the metric of a preset that measures it."""
 _FORM = re.compile(r"\s*([a-z][a-z -]*?)\s*(<=|>=)\s*(\S+)\s*")
