@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -133,10 +134,20 @@ def bare_session(recipe: Recipe, sizes: Sizes, mode: Any) -> Session:
         shape = sizes.shape or known
     data = ShapedData(shape, classes, None if role is None else _row(wrapper, recipe, sizes))
 
-    with shapes():
+    with nullcontext() if role is None else shapes():  # what has no folder is small, and may look at values
         roles = build_roles(recipe, data, role)
     make_fake(roles.values(), mode)
+    _make_fake_beside(roles, mode)
     return BareSession(recipe, data, Roles(**dict(roles)))
+
+
+def _make_fake_beside(roles: Roles, mode: Any) -> None:
+    """Tables that models keep as plain tensors (Qwen-Image's positions) are on the CPU, like their buffers."""
+    for module in {id(m): m for role in roles.values() for m in role.modules()}.values():
+        for key, value in list(vars(module).items()):
+            if isinstance(value, Tensor) and value.is_meta:
+                with mode:
+                    setattr(module, key, torch.empty(value.shape, dtype=value.dtype, device="cpu"))
 
 
 class BareSession(Session):

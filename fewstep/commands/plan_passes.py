@@ -59,7 +59,7 @@ class Passes:
         for model in models:
             layers = lora_layers(model)
             lists = [m for m in model.modules() if isinstance(m, nn.ModuleList)]
-            blocks = [b for some in lists for b in some if sum(1 for _ in b.modules()) >= LEAST]
+            blocks = [b for some in lists for b in some if b is not None and sum(1 for _ in b.modules()) >= LEAST]
             for block in {id(b): b for b in (model, *blocks)}.values():
                 if "forward" not in vars(block):
                     block.forward = self._remembering(block, block.forward, layers)
@@ -81,17 +81,25 @@ class Passes:
         transformed = torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
         return self.live is None or transformed or any(m._forward_hooks for m in inside)
 
-    def once(self, key: Any, call: Callable[[], Any]) -> Any:
-        """What a pass without gradients answers; traced the first time that its key is seen."""
+    def once(self, key: Any, inputs: Any, call: Callable[[], Any]) -> Any:
+        """What a pass without gradients answers; traced the first time that its key is seen.
+
+        An output that is an input, or another output (the skips of a UNet), is so again.
+        """
         live = self.live
         assert live is not None
+        given = [v for v in tree_flatten(inputs)[0] if isinstance(v, Tensor)]
         if key in self.forward:
-            out, most = self.forward[key]
+            (leaves, structure), most = self.forward[key]
             live.reached(most)
-            return tree_map_only(_Shape, _Shape.made, out)
+            known = list(given)
+            for leaf in leaves:
+                known.append(known[leaf] if isinstance(leaf, int) else leaf.made() if isinstance(leaf, _Shape) else leaf)
+            return tree_unflatten(known[len(given) :], structure)
         now, seen = live.now, len(live.course)
         out = call()
-        self.forward[key] = _shapes(out), max(live.course[seen:], default=now) - now
+        leaves, structure = tree_flatten(out)
+        self.forward[key] = (_told(given, leaves), structure), max(live.course[seen:], default=now) - now
         return out
 
     def _remembering(self, block: nn.Module, forward: Any, layers: Sequence[Any]) -> Any:
@@ -100,7 +108,8 @@ class Passes:
         def run(*args: Any, **kwargs: Any) -> Any:
             if torch.is_grad_enabled() or self.plain(inside):
                 return forward(*args, **kwargs)
-            return self.once(key_of(block, layers, (args, kwargs)), lambda: forward(*args, **kwargs))
+            given = (args, kwargs)
+            return self.once(key_of(block, layers, given), given, lambda: forward(*args, **kwargs))
 
         return run
 
@@ -122,6 +131,20 @@ class Passes:
             return call.shaped(out)
 
         return run
+
+
+def _told(given: Sequence[Tensor], leaves: Sequence[Any]) -> list[Any]:
+    """Outputs as shapes, or the number of the input or earlier output whose memory they are."""
+    at: dict[tuple[Any, ...], int] = {}
+    out: list[Any] = []
+    for i, leaf in enumerate((*given, *leaves)):
+        what: Any = leaf
+        if isinstance(leaf, Tensor):
+            name = (leaf.untyped_storage()._cdata, leaf.shape, leaf.dtype)
+            what = at[name] if name in at else _Shape(leaf.shape, leaf.dtype)
+            at.setdefault(name, i)
+        out.append(what)
+    return out[len(given) :]
 
 
 def key_of(block: nn.Module, layers: Sequence[Any], inputs: Any, grad: bool = False) -> Any:

@@ -37,7 +37,6 @@ CASES = [
     ("sdxl", "lora", "dtype: bf16", True, "bf16", False),
     ("sd3", "copy", "dtype: fp32", False, "fp32", True),
     ("flux", "lora", "guidance: 3.5, dtype: bf16", True, "fp32", False),
-    ("qwen_image", "lora", "dtype: bf16", True, "bf16", False),
     ("wan", "copy", "dtype: bf16", False, "bf16", False),
 ]
 
@@ -125,8 +124,6 @@ def test_what_configs_do_not_tell_is_refused(tmp_path: Path, monkeypatch: pytest
         plan(recipe, ways=False, sizes=Sizes(text=(7, 13)))
     with pytest.raises(UserError, match=r"takes 4 channels, but the data has shape \[5, 8, 12\]"):
         plan(recipe, ways=False, sizes=Sizes(shape=(5, 8, 12)))
-    with pytest.raises(UserError, match="progressive cannot be traced, it looks at values"):
-        plan(load("toy/progressive", ["train.batch=64"]), ways=False, sizes=Sizes(shape=None))
     with pytest.raises(UserError, match="leave --weights none out"):
         report("toy/dmd2", measure=True, sizes=Sizes())
 

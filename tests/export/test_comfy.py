@@ -37,7 +37,7 @@ def test_a_graph_is_whole(pipeline: str):
 
 
 def test_levels_are_sigma_over_alpha_and_t_of_a_flow():
-    process = DiscreteVP()
+    process = DiscreteVP(schedule="scaled_linear", beta_start=0.00085, beta_end=0.012)
     sigmas = torch.tensor(sigmas_of(process, RENOISE)[:-1], dtype=torch.float64)
     table = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64).square()
     bar = torch.cumprod(1 - table, 0)[[999, 749, 499, 249]]
