@@ -12,13 +12,8 @@ from fewstep.algebra.batch import Batch
 from fewstep.algebra.sampling import Sampler
 from fewstep.config import REGISTRY, OneOf
 from fewstep.data.base import Conditions, Data
+from fewstep.networks.parts import Opened
 from fewstep.networks.roles import Roles
-
-
-class Opened(Protocol):
-    """Something that stands on files, opened for samples of a shape; Absent or UserError names one that cannot be."""
-
-    def open(self, shape: tuple[int, ...]) -> Any: ...
 
 
 @dataclass(frozen=True)

@@ -33,6 +33,12 @@ class Site:
         return self.roles[name]
 
 
+class Opened(Protocol):
+    """Something that stands on files, opened for samples of a shape; Absent or UserError names one that cannot be."""
+
+    def open(self, shape: tuple[int, ...]) -> Any: ...
+
+
 def check_image(site: Site, channels: int, key: str) -> None:
     """RecipeError unless a network that takes a picture of so many channels (0 none) is for the data's conditions."""
     if site.image is None:

@@ -150,6 +150,8 @@ class Product:
         """One class for all, or one for each sample, as int64 (count,); conditions of other kinds as they are."""
         if isinstance(labels, Mapping) and self.prompted is not None:
             return labels
+        if self.paired is not None:
+            raise UserError(f"labels: {self.title} makes samples from the data's pictures; leave them out")
         if not self.classes:
             raise UserError(f"labels: {self.title} is of no classes; leave them out")
         try:

@@ -79,8 +79,10 @@ def test_every_repetition_has_the_same_conditions(product: Any):
     values = {name.partition(" (")[0]: entry["value"] for name, entry in row.metrics.items()}
     assert values["spread of 8"] == pytest.approx(0, abs=1e-6)
     assert row.value("consistency") == pytest.approx(0, abs=0.005)
+    with pytest.raises(UserError, match="makes samples from the data's pictures; leave them out"):
+        product.draw(2, labels=3)
     sheet = beside(product, x)
-    assert torch.equal(sheet[::3], x)
+    assert torch.equal(sheet[1::3], x)
     assert torch.equal(sheet[2::3], product.paired(12).truth)
     assert sheet.shape == (36, 1, 8, 8)
 

@@ -13,7 +13,7 @@ from fewstep.config import RecipeError, UserError
 from fewstep.networks.diffusers import load_denoiser
 from fewstep.networks.parts import Site
 from fewstep.networks.picture import joined, parted
-from fewstep.networks.specs import Copy, DiscriminatorSpec, DiTSpec, UNet2DSpec, UNetTextSpec
+from fewstep.networks.specs import Copy, DiscriminatorSpec, DiTSpec, Lora, UNet2DSpec, UNetTextSpec
 from fewstep.networks.teachers import DiffusersTeacher
 
 SHAPE, IMAGE = (2, 8, 12), (3, 4, 6)
@@ -151,6 +151,8 @@ def test_a_teacher_ignores_the_picture_and_its_copy_does_not():
     x, t = torch.randn(2, 1, 8, 8), torch.tensor([1.0, 2.0], dtype=torch.float64)
     assert torch.equal(teacher(x, t, cond).x0, teacher(x, t, cond["label"]).x0)
     assert torch.equal(copy(x, t, cond).x0, teacher(x, t, cond).x0)
+    with pytest.raises(RecipeError, match=r"lora.of: the teacher is not shown image as the data have it"):
+        Lora().build(Site((1, 8, 8), 10, {"teacher": teacher}, 0, (1, 4, 4)))
     with pytest.raises(ValueError, match="ignore, see: 'picture' is no key of a condition"):
         DiffusersTeacher(path="x", ignore=("picture",))
 
