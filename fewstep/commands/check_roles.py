@@ -123,9 +123,11 @@ def _role(recipe: Recipe, name: str, spec: Any, found: Roles) -> nn.Module | Non
 def _reward(recipe: Recipe, found: Roles) -> None:
     """Try the reward on noise as a run does; captions are not at hand."""
     asked = {stage.method.needs().reward for stage in recipe.stages()} - {""}
-    if asked and recipe.data.conditions != "text":
+    if asked and recipe.data.conditions != "text" and getattr(recipe.data, "encoder", None) is None:
         noise = Draws(fold("reward"), torch.arange(TRIED))
-        cond = torch.arange(TRIED) % found.classes if found.classes else None
+        cond: Any = torch.arange(TRIED) % found.classes if found.classes else None
+        if found.image is not None:
+            cond = ({} if cond is None else {"label": cond}) | {"image": noise.normal(*found.image)}
         try:
             check_reward(found.modules["reward"], noise.normal(*found.shape), cond, gradient="gradient" in asked)
         except UserError as error:
