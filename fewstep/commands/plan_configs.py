@@ -121,7 +121,7 @@ def bare_session(recipe: Recipe, sizes: Sizes, mode: Any) -> Session:
     # On the meta device first, for peft moves what it makes, which fake tensors refuse.
     with shapes():
         if spec is not None and spec.name == "diffusers":
-            refuse_code(spec)
+            refuse_code("teacher", spec)
             spec = replace(spec, path=located(spec.path))
             known = sizes.shape or getattr(recipe.data, "shape", None)
             teacher = outlined_teacher(spec, SimpleNamespace(shape=known or ()), model=_model(spec))
