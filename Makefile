@@ -2,7 +2,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test long lint types links docs conformance bench constraints clean
+.PHONY: demo test long lint types links docs conformance bench gpu constraints clean
 
 demo: $(VENV)/.installed  ## the main job: distil the digits teacher to one step, measure it, export it
 	$(BIN)/fewstep run digits-dmd2 --resume
@@ -29,6 +29,9 @@ bench: $(VENV)/.tested  ## overhead of trainer and methods: ratios taken in one 
 	$(BIN)/python -m fewstep.bench.trainer
 	$(BIN)/python -m fewstep.bench.methods --against digits-cd
 	$(BIN)/python -m fewstep.bench.readings
+
+gpu:  ## on a machine with a GPU and its packages: at most nine minutes, OUT/gpu.csv and gpu.md; ARGS=--rehearse on a CPU
+	$(PYTHON) -m fewstep.bench.gpu --out $(or $(OUT),gpu) $(ARGS)
 
 constraints: $(VENV)/.tested  ## the versions in this environment as constraints.txt; after a green `make test` alone
 	$(BIN)/python -m fewstep.bench.versions tested --out constraints.txt

@@ -47,7 +47,8 @@ def one(recipe: str, settings: Sequence[str], steps: int = 5) -> dict[str, float
     return {"peak": peak, "seconds": min(seconds_of(step) for _ in range(steps))}
 
 
-def _apart(recipe: str, settings: Sequence[str]) -> dict[str, float] | str:
+def apart(recipe: str, settings: Sequence[str]) -> dict[str, float] | str:
+    """`one` in a process of its own; the reason as a line where it failed."""
     command = [sys.executable, "-m", "fewstep.bench.switches", "--one", recipe, *settings]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
@@ -63,13 +64,13 @@ def main(argv: Sequence[str]) -> None:
             raise SystemExit(f"{error}") from None
         return
     recipe, settings = (argv[0], argv[1:]) if argv else ("digits-dmd2", ["train.batch=256"])
-    base = _apart(recipe, settings)
+    base = apart(recipe, settings)
     if isinstance(base, str):
         raise SystemExit(base)
     print(f"{recipe} {' '.join(settings)}, {place()}: {base['peak']:.1f} MiB, {base['seconds']:.2f} s a step\n")
     print("| setting | peak | step |\n|---|---|---|", flush=True)
     for switch in SWITCHES:
-        base, found = _apart(recipe, settings), _apart(recipe, [*settings, *switch])
+        base, found = apart(recipe, settings), apart(recipe, [*settings, *switch])
         shown = " ".join(f"`{s}`" for s in switch) or "(again)"
         if isinstance(found, str) or isinstance(base, str):
             print(f"| {shown} | {found if isinstance(found, str) else base} | |", flush=True)
