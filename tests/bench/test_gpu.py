@@ -27,8 +27,10 @@ def test_a_part_that_fails_and_one_that_takes_too_long_have_rows(tmp_path: Path)
 
 
 def test_rows_of_a_part_are_read_from_its_last_line(tmp_path: Path):
-    code = """print('a warning'); print('[{"part": "sdxl", "what": "a step", "value": "1.5", "unit": "s", "estimate": ""}]')"""
-    assert run("sdxl", python(code), 30, tmp_path)[0] == Row("sdxl", "a step", "1.5", "s")
+    row = '[{"part": "sdxl", "what": "a step", "value": "1.5", "unit": "s", "estimate": ""}]'
+    assert run("sdxl", python(f"print('a warning'); print({row!r})"), 30, tmp_path)[0] == Row(
+        "sdxl", "a step", "1.5", "s"
+    )
 
 
 def test_the_last_part_has_what_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
