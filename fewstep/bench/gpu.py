@@ -2,10 +2,11 @@
 
 python -m fewstep.bench.gpu [--minutes 9] [--out gpu] [--data FOLDER] [--rehearse]
 
-The tests marked gpu, the table of the attention kernels, memory and time of a DMD2 step on an SDXL of random weights
-under the settings of 24 GB beside the estimate, what bf16 and compilation change, and in what is left of the time a
-student of Fashion-MNIST (`--data`: its four files). Every part is a process of its own with a limit; one that fails
-or ends at its limit has a row that says so, and the others go on. `--rehearse` does the same on a CPU at toy sizes.
+The tests marked gpu, the table of the attention kernels, memory and time of a DMD2 step on an SDXL of random
+weights under the settings of 24 GB beside the estimate, what bf16 and compilation change, and in what is left of
+the time a student of Fashion-MNIST (`--data`: its four files). Each part is a process of its own with a limit;
+one that fails or ends at its limit has a row that says so, and the others go on. `--rehearse` does the same on a
+CPU at toy sizes.
 """
 
 from __future__ import annotations
