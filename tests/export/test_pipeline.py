@@ -169,7 +169,11 @@ def test_what_lies_in_the_folder(exports: Any):
     told = json.loads((root / "four" / "model_index.json").read_text())
     assert told["_class_name"] == "ConsistencyModelPipeline"
     assert told["unet"] == ["diffusers", "UNet2DModel"]
-    assert json.loads((root / "four" / "fewstep.json").read_text()) == {
+    note = json.loads((root / "four" / "fewstep.json").read_text())
+    # EDM's grid (arXiv 2206.00364, eq. 5) as sigma / (1 + sigma).
+    sigma = [(u * 80 ** (1 / 7) + (1 - u) * 0.002 ** (1 / 7)) ** 7 for u in (1.0, 0.75, 0.5, 0.25)]
+    assert note.pop("levels") == pytest.approx([s / (1 + s) for s in sigma], rel=1e-9)
+    assert note == {
         "kind": "renoise",
         "steps": [1.0, 0.75, 0.5, 0.25],
         "eta": 0.3,
