@@ -43,8 +43,9 @@ LONGER = {
 """Times STEPS."""
 ELSEWHERE = {"cdm", "decoupled-dmd", "disback", "dmd2-ink", "dollar", "dp-dmd", "factorised", "gdd-i", "ida", "isg",
              "meanflow-scratch", "pg-sb", "ppcl", "pso", "sct", "sfd-v", "sida", "tbcm"}  # fmt: skip
-"""Guided or after a reward, so not at the ring (decoupled-dmd-unguided is here); from scratch, for minutes; variants of methods that are
-here, left to the full budget to keep the suite short; ppcl and factorised, which tests/methods train."""
+"""Guided or after a reward, so not at the ring (decoupled-dmd-unguided is here); from scratch, for minutes; variants of
+methods that are here, left to the full budget to keep the suite short; ppcl and factorised, which tests/methods
+train."""
 NAMES = [n.removeprefix("toy/") for n in shipped() if n.startswith("toy/")]
 FAR = {"ayf", "boot", "class-ratio", "ctm", "freeflow", "gdd", "icd", "imagine-flash", "imm", "ladd", "lcm",
        "meanflow", "pcm", "shortcut", "std", "tdd", "traflow", "tscd", "twinflow"}  # fmt: skip
