@@ -31,7 +31,11 @@ def run(*arguments: object) -> None:
     assert not caught.value.code, arguments
 
 
-@pytest.mark.parametrize(("classes", "method"), [(3, "dmd2"), (0, "consistency")], ids=["class folders", "flat folder"])
+@pytest.mark.parametrize(
+    ("classes", "method"),
+    [pytest.param(3, "dmd2", marks=pytest.mark.long), (0, "consistency")],
+    ids=["class folders", "flat folder"],
+)
 def test_own_photos_to_a_measured_and_exported_student(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, classes: int, method: str, capfd: pytest.CaptureFixture[str]
 ):
