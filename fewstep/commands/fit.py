@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from fewstep.algebra.bridge import Bridge
 from fewstep.algebra.fitted import nodes
 from fewstep.commands.evaluate import preset_for, spec_of
 from fewstep.commands.fit_request import FitRequest
@@ -142,8 +143,13 @@ def _of_recipe(recipe: Recipe, name: str) -> Teacher:
 
 
 def check_calls(request: FitRequest, calls: Sequence[int], product: Product) -> None:
-    """UserError for numbers of calls that cannot be fitted on so many points."""
+    """UserError for a process that no sampler is fitted on, and for calls that cannot be fitted on so many points."""
     process: Any = product.net.process
+    if isinstance(process, Bridge):
+        raise UserError(
+            f"{request.source}: its process, {process.name}, is a bridge: at level 1 it is its source alone, where a "
+            "step of DDIM is 0/0, so no sampler is fitted to it"
+        )
     try:
         nodes(process, request.points)
     except ValueError as error:
