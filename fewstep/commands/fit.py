@@ -13,7 +13,7 @@ from fewstep.commands.evaluate import preset_for, spec_of
 from fewstep.commands.fit_request import FitRequest
 from fewstep.commands.fit_table import measured, show
 from fewstep.commands.fitting import Wish, fit
-from fewstep.commands.judge import Judge, check_fit, judge_of, open_judge, refusals
+from fewstep.commands.judge import Judge, check_fit, judge_of, open_judge, paired_of, refusals
 from fewstep.commands.options import parse_steps
 from fewstep.commands.report import opened, say
 from fewstep.commands.request import Request
@@ -177,7 +177,8 @@ def judge_for(request: FitRequest, product: Product) -> Judge | None:
         check_fit(preset, shape, product.classes, request.source)
         with refusals():
             files = require_files(preset)
-        judge = open_judge(preset, files)
+        preset, pairs = paired_of(preset, product, request.samples)
+        judge = open_judge(preset, files, paired=pairs)
     if not {"fd", "kid", "cmmd", "energy"} & set(judge.preset.metrics):
         raise UserError(f"--preset: {judge.preset.name} measures no distance, which is what the table compares")
     return judge
