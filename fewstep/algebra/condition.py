@@ -49,6 +49,11 @@ def checked(cond: Any, needs: Iterable[str], takes: Iterable[str], who: str) -> 
     return given
 
 
+def label_of(cond: Any) -> Tensor | None:
+    """The class numbers (b,) of a condition in either form; None where it has none."""
+    return cond.get("label") if isinstance(cond, Mapping) else cond
+
+
 def seen(cond: Any, ignore: Iterable[str] = (), see: Mapping[str, str] | None = None) -> Any:
     """What one network is shown of a condition: key k is cond[see[k]], the keys `ignore` are left out.
 

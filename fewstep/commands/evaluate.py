@@ -58,6 +58,8 @@ def run(request: Request) -> list[Evaluation]:
     with refusals():
         files = require_files(preset, weights_of(request, spec), request.clip_path, request.omit or ())
         check_source(preset, request, product, steps, teacher)
+    asked = request.samples if spec is None else spec.samples
+    preset, pairs = paired_of(preset, product, asked, request.omit or ())
     captions = spec.retrieval if spec is not None and product is not None else None
     recipe = None if product is None else product.recipe
     judge = open_judge(
@@ -65,7 +67,7 @@ def run(request: Request) -> list[Evaluation]:
         files,
         data=source_of(recipe, "data" if spec is None else spec.against, shape),
         retrieval=None if captions is None or product is None else captions_of(product, captions),
-        paired=paired_of(preset, product, request.omit or ()),
+        paired=pairs,
         extractor_path=weights_of(request, spec),
         omit=request.omit or (),
     )

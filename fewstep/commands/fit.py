@@ -7,12 +7,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from fewstep.algebra.bridge import Bridge
 from fewstep.algebra.fitted import nodes
 from fewstep.commands.evaluate import preset_for, spec_of
 from fewstep.commands.fit_request import FitRequest
 from fewstep.commands.fit_table import measured, show
 from fewstep.commands.fitting import Wish, fit
-from fewstep.commands.judge import Judge, check_fit, judge_of, open_judge, refusals
+from fewstep.commands.judge import Judge, check_fit, judge_of, open_judge, paired_of, refusals
 from fewstep.commands.options import parse_steps
 from fewstep.commands.report import opened, say
 from fewstep.commands.request import Request
@@ -142,8 +143,13 @@ def _of_recipe(recipe: Recipe, name: str) -> Teacher:
 
 
 def check_calls(request: FitRequest, calls: Sequence[int], product: Product) -> None:
-    """UserError for numbers of calls that cannot be fitted on so many points."""
+    """UserError for a process that no sampler is fitted on, and for calls that cannot be fitted on so many points."""
     process: Any = product.net.process
+    if isinstance(process, Bridge):
+        raise UserError(
+            f"{request.source}: its process, {process.name}, is a bridge: at level 1 it is its source alone, where a "
+            "step of DDIM is 0/0, so no sampler is fitted to it"
+        )
     try:
         nodes(process, request.points)
     except ValueError as error:
@@ -171,7 +177,8 @@ def judge_for(request: FitRequest, product: Product) -> Judge | None:
         check_fit(preset, shape, product.classes, request.source)
         with refusals():
             files = require_files(preset)
-        judge = open_judge(preset, files)
+        preset, pairs = paired_of(preset, product, request.samples)
+        judge = open_judge(preset, files, paired=pairs)
     if not {"fd", "kid", "cmmd", "energy"} & set(judge.preset.metrics):
         raise UserError(f"--preset: {judge.preset.name} measures no distance, which is what the table compares")
     return judge

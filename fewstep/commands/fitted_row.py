@@ -6,7 +6,9 @@ from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
+from fewstep.algebra.bridge import Bridge
 from fewstep.commands.fitting import Fit, Wish, expected_calls, fit
+from fewstep.networks.declared import declared_process
 from fewstep.recipe.schema import Evaluate, Recipe
 from fewstep.train.product import Product
 
@@ -28,10 +30,13 @@ def calls_of(recipe: Recipe) -> int:
 def wish_for(spec: Evaluate, teacher: Any, counts: Iterable[int], spent: float) -> Wish | None:
     """What is fitted for students of these numbers of calls by a training of `spent` network calls; None for nothing.
 
-    teacher: its spec. One call leaves nothing to fit; an analytic teacher is fitted only where that is asked for.
+    teacher: its spec. One call leaves nothing to fit, a bridge no step of DDIM from its source; an analytic teacher is
+    fitted only where that is asked for.
     """
     calls = tuple(sorted({n for n in counts if 2 <= n <= POINTS}))
     if teacher is None or not calls or spec.fitted is False:
+        return None
+    if isinstance(declared_process(teacher, "teacher", {})[0], Bridge):
         return None
     wish = Wish(calls=calls, points=POINTS, noises=NOISES)
     if spec.fitted:

@@ -124,7 +124,7 @@ def reward_of(product: Product) -> tuple[str, nn.Module] | None:
         if spec.name != "decoded":
             return None
         spec = spec.of
-    return spec.name, spec.build(Site(product.picture_shape(), product.classes, {}, 0))
+    return spec.name, spec.build(Site(product.picture_shape(), product.classes, {}, 0, product.image))
 
 
 @contextmanager
@@ -150,7 +150,7 @@ def preset_of(spec: Evaluate, shape: Sequence[int] | None = None) -> Preset:
     with refusals():
         preset = load_preset(spec.metric)
     metrics = preset.metrics if spec.retrieval is None else [*preset.metrics, "retrieval"]
-    preset = replace(preset, number=spec.samples, first_seed=spec.seed, metrics=metrics)
+    preset = replace(preset, number=spec.number, first_seed=spec.seed, metrics=metrics)
     return fitted(preset, spec, shape) if preset.reference.kind == "against" else preset
 
 
@@ -199,26 +199,42 @@ def judge_of(product: Product, spec: Evaluate) -> Judge:
     captions = None if spec.retrieval is None else captions_of(product, spec.retrieval)
     path = None if spec.extractor_path is None else expanded(spec.extractor_path)
     data = source_of(recipe, spec.against, shape)
-    pairs = paired_of(preset, product)
+    preset, pairs = paired_of(preset, product, spec.samples)
     judge = open_judge(preset, files, data=data, retrieval=captions, paired=pairs, extractor_path=path)
     return replace(judge, reward=reward_of(product))
 
 
-def paired_of(preset: Preset, product: Product | None, omit: Sequence[str] = ()) -> Paired | None:
-    """What a preset's samples are compared with, row by row; None where it asks for no such metric.
+def paired_of(
+    preset: Preset, product: Product | None, samples: int | None = None, omit: Sequence[str] = ()
+) -> tuple[Preset, Paired | None]:
+    """(the preset, what its samples are compared with row by row); None where it asks for no such metric.
+
+    samples: how many were asked for. Left out, the preset has no more than there are held-out pictures: those that come
+    a second time tell nothing of the error over pictures.
 
     Raises:
-        UserError: it does, and the samples are not made from pictures that are at hand.
+        UserError: the samples are not made from pictures that are at hand and held out, or from too few.
     """
     asked = [m for m in preset.metrics if m in PAIRED and m not in omit]
     if not asked:
-        return None
+        return preset, None
     if product is None or product.paired is None:
         raise UserError(
             f"preset {preset.name} measures {', '.join(asked)}, against the pictures that samples were made from; only a "
             "run on data: {name: degraded} has them. Give another preset"
         )
-    return product.paired(preset.number)
+    if not product.held:
+        raise UserError(
+            f"preset {preset.name} measures {', '.join(asked)}, against pictures that were never trained on, and these "
+            "data hold none out; train with data.of.held_out=0.2, or give another preset"
+        )
+    if samples is not None and samples > product.held:
+        raise UserError(
+            f"samples {samples}: there are {product.held} held-out pictures; more samples of each come by repetitions of "
+            f"the preset, and {preset.name} has {preset.repetitions}"
+        )
+    preset = replace(preset, number=min(preset.number, product.held))
+    return preset, product.paired(preset.number)
 
 
 def check_fit(preset: Preset, shape: Sequence[int], classes: int | None, what: str = "") -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -83,6 +84,11 @@ class DegradedData:
         self.inner, self.spec, self.image_shape = inner, spec, image
         self.shape = tuple(inner.shape)
         self.classes = inner.classes if spec.keep else 0
+
+    @property
+    def held(self) -> Sequence[int] | Tensor:
+        """Numbers of the pictures that are held out."""
+        return getattr(self.inner, "held", ())
 
     @property
     def operator(self) -> Operator:

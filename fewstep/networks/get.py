@@ -11,11 +11,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from fewstep.algebra.condition import label_of
 from fewstep.algebra.process import Flow
 from fewstep.config import Count, RecipeError, part
 from fewstep.networks.denoiser import Denoiser
 from fewstep.networks.extras import Extras
-from fewstep.networks.parts import Site, check_weights, seeded
+from fewstep.networks.parts import Site, check_image, check_weights, seeded
 
 
 def grid_positions(height: int, width: int, channels: int) -> Tensor:
@@ -117,9 +118,10 @@ class GET(nn.Module):
         for block in self.reading:
             tokens = block(tokens)
         u = self.inject(tokens)
-        if self.label is None or cond is None:
+        label = label_of(cond)
+        if self.label is None or label is None:
             return u
-        return u + self.label(cond)[:, None].repeat(1, 1, self.depth)
+        return u + self.label(label)[:, None].repeat(1, 1, self.depth)
 
     def step(self, z: Tensor, u: Tensor) -> Tensor:
         """f: z (b, n, width) once through the stack."""
@@ -137,7 +139,7 @@ class GET(nn.Module):
         stop: bool = False,
         extras: Mapping[str, Tensor] | None = None,
     ) -> tuple[Tensor | None, dict[str, Tensor]]:
-        """x (b, c, h, w) noise, cond int (b,) or None; `time` is not looked at."""
+        """x (b, c, h, w) noise, cond int (b,), a mapping with such a label, or None; `time` is not looked at."""
         allowed = {"residual", *self.iterates}
         if unknown := set(taps) - allowed:
             raise ValueError(f"taps {sorted(unknown)} are unknown; allowed: residual, iterate0..{self.iterations - 1}")
@@ -199,6 +201,7 @@ class GETSpec:
             raise RecipeError(f"network get is for images; the data has shape {list(site.shape)}")
         if any(n % self.patch for n in site.shape[1:]):
             raise RecipeError(f"get.patch {self.patch}: does not divide height and width of the data, {list(site.shape)}")
+        check_image(site, 0, "get", able=False)
         names = ("patch", "width", "heads", "injection", "depth", "ratio", "iterations", "start", "checkpointing")
         sizes: dict[str, Any] = {name: getattr(self, name) for name in names}
         shape = (site.shape[0], site.shape[1], site.shape[2])

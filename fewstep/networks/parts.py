@@ -39,8 +39,11 @@ class Opened(Protocol):
     def open(self, shape: tuple[int, ...]) -> Any: ...
 
 
-def check_image(site: Site, channels: int, key: str) -> None:
-    """RecipeError unless a network that takes a picture of so many channels (0 none) is for the data's conditions."""
+def check_image(site: Site, channels: int, key: str, *, able: bool = True) -> None:
+    """RecipeError unless a network that takes a picture of so many channels (0 none) is for the data's conditions.
+
+    able: whether its kind has a key `image`.
+    """
     if site.image is None:
         if channels:
             raise RecipeError(
@@ -48,9 +51,8 @@ def check_image(site: Site, channels: int, key: str) -> None:
             )
     elif channels != site.image[0]:
         shown = "takes no picture" if not channels else f"takes a picture of {channels} channels"
-        raise RecipeError(
-            f"{key}: {shown}, and the data's conditions hold one of {list(site.image)}; give image: {site.image[0]}"
-        )
+        remedy = f"give image: {site.image[0]}" if able else "take dit, unet2d or unet-text, or other data"
+        raise RecipeError(f"{key}: {shown}, and the data's conditions hold one of {list(site.image)}; {remedy}")
 
 
 def seeded(site: Site, build: Any) -> nn.Module:

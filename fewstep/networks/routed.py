@@ -9,17 +9,12 @@ import torch
 from torch import Tensor, nn
 
 import fewstep.networks.specs  # noqa: F401  experts are made of these
+from fewstep.algebra.condition import label_of, rows as part_of
 from fewstep.algebra.prediction import Prediction
 from fewstep.algebra.process import Process
 from fewstep.config import Count, RecipeError, part
 from fewstep.networks.adapters import twin
 from fewstep.networks.parts import NetworkPart, Site
-
-
-def _rows(cond: Any, rows: Tensor) -> Any:
-    if cond is None or isinstance(cond, Tensor):
-        return None if cond is None else cond[rows]
-    return {key: value[rows] for key, value in cond.items()}
 
 
 class Routed(nn.Module):
@@ -48,7 +43,7 @@ class Routed(nn.Module):
         shares = self._shares(t, cond)
         if len(shares) == 1:
             return shares[0][0](x, t, cond, **call)
-        parts = [net(x[rows], t[rows], _rows(cond, rows), **call) for net, rows in shares]
+        parts = [net(x[rows], t[rows], part_of(cond, rows), **call) for net, rows in shares]
         back = torch.cat([rows for _, rows in shares]).argsort()
         features = {k: torch.cat([p.features[k] for p in parts])[back] for k in parts[0].features}
         x0, eps = (torch.cat([getattr(p, name) for p in parts])[back] for name in ("x0", "eps"))
@@ -57,7 +52,7 @@ class Routed(nn.Module):
     def features(self, x: Tensor, t: Tensor, cond: Any, taps: Sequence[str]) -> Mapping[str, Tensor]:
         """The tapped activations of each row's member; the members must agree on their shapes."""
         shares = self._shares(t, cond)
-        parts = [net.features(x[rows], t[rows], _rows(cond, rows), taps) for net, rows in shares]  # type: ignore[operator]
+        parts = [net.features(x[rows], t[rows], part_of(cond, rows), taps) for net, rows in shares]  # type: ignore[operator]
         back = torch.cat([rows for _, rows in shares]).argsort()
         return {tap: torch.cat([p[tap] for p in parts])[back] for tap in taps}
 
@@ -80,7 +75,10 @@ class ByClass:
         self.classes, self.members = classes, members
 
     def __call__(self, t: Tensor, cond: Any) -> Tensor:
-        return (cond.clamp_max(self.classes - 1) * self.members).div(self.classes, rounding_mode="floor")
+        label = label_of(cond)
+        if label is None:
+            raise ValueError("by_class: routes by class, and the condition has no label")
+        return (label.clamp_max(self.classes - 1) * self.members).div(self.classes, rounding_mode="floor")
 
 
 def _members(of: Any, count: int, site: Site) -> list[nn.Module]:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from fewstep.algebra.condition import label_of
 from fewstep.config import UserError, part
 from fewstep.eval.features.clip import ClipRecipe, clip_images, tokenise
 from fewstep.eval.features.extractors import build_extractor
@@ -48,10 +49,11 @@ class ClassScore:
 
         @torch.no_grad()
         def score(pictures: Tensor, cond: Any, index: Tensor) -> Tensor:
-            if not isinstance(cond, Tensor):
+            label = label_of(cond)
+            if label is None:
                 raise UserError("score class: judges samples of classes; these have none")
             logits = network.from_features(network(to_pixels(pictures.float().cpu())))
-            told = torch.log_softmax(logits.double(), 1).gather(1, cond.cpu()[:, None])[:, 0]
+            told = torch.log_softmax(logits.double(), 1).gather(1, label.cpu()[:, None])[:, 0]
             return told.to(pictures.device)
 
         return score
@@ -94,12 +96,11 @@ class ClipTextScore:
         def score(pictures: Tensor, cond: Any, index: Tensor) -> Tensor:
             which = index.cpu() % len(text)
             if self.labels:
-                if not isinstance(cond, Tensor) or int(cond.max()) >= len(self.labels):
-                    told = (
-                        "these have no classes" if not isinstance(cond, Tensor) else f"there is class {int(cond.max())}"
-                    )
+                label = label_of(cond)
+                if label is None or int(label.max()) >= len(self.labels):
+                    told = "these have no classes" if label is None else f"there is class {int(label.max())}"
                     raise UserError(f"score.labels: are {len(self.labels)} captions of classes, and {told}")
-                which = cond.cpu()
+                which = label.cpu()
             rows = images(resize_tensor(to_pixels(pictures.float().cpu()), images.input_size, "bicubic"))
             return functional.cosine_similarity(rows.double(), text[which], dim=1).to(pictures.device)
 

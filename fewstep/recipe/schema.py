@@ -94,6 +94,8 @@ class Stage:
             raise ValueError(f"steps must be at least 1, not {self.steps}")
 
 
+SAMPLES = 1797
+"""Of a measurement for which no number was given: as many as scikit-learn has digits."""
 MOST_SAMPLES = 10_000_000
 """Of one measurement; published ones have 50,000."""
 MOST_STEPS = 10_000
@@ -126,8 +128,9 @@ class Evaluate:
     """Of metric fd: effnet-lite0, inception, dinov2, clip or clip:ARCHITECTURE, house."""
     extractor_path: str | None = None
     """Weights of these features, where they do not come with a package."""
-    samples: int = 1797
-    """In place of the preset's number."""
+    samples: int | None = None
+    """In place of the preset's number. Left out: 1797, or as many as there are held-out pictures where a metric compares
+    with these (paired-house-digits); more than these are refused."""
     seed: int = 1000
     """In place of the preset's first seed."""
     teacher_steps: tuple[int, ...] = (1, 8, 16, 32)
@@ -161,14 +164,19 @@ class Evaluate:
             known = preset_names()
             hint = _close(self.metric, known) or f"; shipped are {', '.join(known)}"
             raise ValueError(f"metric {self.metric!r} is no preset and no YAML file{hint}")
-        if self.samples < 2:
+        if self.number < 2:
             raise ValueError(f"samples must be at least 2, not {self.samples}")
-        if self.samples > MOST_SAMPLES:
+        if self.number > MOST_SAMPLES:
             raise ValueError(f"samples must be at most {MOST_SAMPLES}, not {self.samples}")
         if any(n < 1 for n in self.teacher_steps):
             raise ValueError(f"teacher_steps must be at least 1, not {list(self.teacher_steps)}")
         if any(n > MOST_STEPS for n in self.teacher_steps):
             raise ValueError(f"teacher_steps must be at most {MOST_STEPS}, not {list(self.teacher_steps)}")
+
+    @property
+    def number(self) -> int:
+        """How many are measured, where no metric compares with held-out pictures."""
+        return SAMPLES if self.samples is None else self.samples
 
 
 @config
@@ -302,6 +310,8 @@ class Recipe:
 
         It names the key that sets the process, and with `source` the file and line where that stands.
         """
+        if self.evaluate is not None and self.evaluate.fitted and isinstance(process, Bridge):
+            raise RecipeError("evaluate.fitted: no sampler is fitted to a bridge's teacher; leave it out")
         for stage in self.stages():
             sampler = stage.method.sampler()
             noiseless = sampler.kind in ("map", "gamma") and len(sampler.steps) > 1 and sampler.steps[0] == 1

@@ -88,7 +88,8 @@ def assisted(product: Product, part: Assist, teacher: nn.Module, null: Callable[
 def captions_of(product: Product) -> Sequence[str] | None:
     """The captions that the data gives its samples in turn; None where it has none."""
     data = None if product.recipe is None or product.prompted is None else product.recipe.data.open()
-    return None if data is None else data.text.prompts  # type: ignore[attr-defined]
+    text: Any = getattr(data, "text", None)
+    return None if text is None else text.prompts
 
 
 def attended(product: Product, data: Any, words: str) -> Tensor:

@@ -77,6 +77,10 @@ class Product:
     """The conditions of the first so many samples, for data whose conditions are not classes."""
     paired: Callable[[int], Paired] | None = None
     """What the first so many samples are compared with, for data that degrades pictures."""
+    held: int = 0
+    """How many pictures these data hold out; further samples are made from the first ones again."""
+    image: tuple[int, ...] | None = None
+    """(c', h', w') of the picture in its conditions."""
     vae: str | None = None
     """Folder of the VAE that turns latents into pictures."""
     example: int = 0
@@ -220,12 +224,14 @@ def product_of(recipe: Recipe, net: nn.Module, data: Any, title: str, done: int 
     sampler = recipe.sampler()
     trained = sampler.counts or (None if sampler.kind == "ode" else (len(sampler.steps),))
     prompted = pairs = None
+    held = 0
     if getattr(data, "text", None) is not None:
 
         def prompted(count: int) -> Any:
             return data.condition(torch.arange(count) % len(data.text))
 
     elif hasattr(data, "examples"):
+        held = len(data.held)
 
         def prompted(count: int) -> Any:
             return data.examples(torch.arange(count)).cond
@@ -235,7 +241,21 @@ def product_of(recipe: Recipe, net: nn.Module, data: Any, title: str, done: int 
             return Paired(truth=e.truth, given=e.cond["image"], operator=data.operator, labels=e.labels)
 
     vae = getattr(recipe.data, "vae", None)
-    return Product(net, sampler, data.shape, data.classes, title, trained, recipe, done, prompted, pairs, vae)
+    return Product(
+        net=net,
+        sampler=sampler,
+        shape=data.shape,
+        classes=data.classes,
+        title=title,
+        trained=trained,
+        recipe=recipe,
+        done=done,
+        prompted=prompted,
+        paired=pairs,
+        held=held,
+        image=image_shape(data),
+        vae=vae,
+    )
 
 
 def _open_folder(path: Path) -> Product:

@@ -180,6 +180,9 @@ def test_what_cannot_be_fitted_is_refused_with_the_remedy(
     assert re.search(r"is a student that was trained for the levels 1 and .* add --teacher", refused(student))
     assert "has no teacher" in refused("digits-teacher")
     assert "its teacher is analytic and has no folder" in refused("toy/dmd2")
+    told = "digits-deblur-ibmd: its process, bridge, is a bridge: at level 1 it is its source alone, where a step of DDIM"
+    assert refused("digits-deblur-ibmd").startswith(told)
+    assert "only a run on data: {name: degraded} has them" in refused(teacher, "--preset", "paired-house-digits")
     assert refused("digits-tescher").startswith("digits-tescher: no such folder, run directory or recipe")
     assert "neither a run directory" in refused(tmp_path)
     text = make_pipeline(tmp_path / "sd15", "sd15")

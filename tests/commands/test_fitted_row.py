@@ -66,6 +66,10 @@ def test_it_is_fitted_unasked_where_it_is_cheap(monkeypatch: pytest.MonkeyPatch)
     ring = load("toy/dmd2").teacher
     assert wish_for(spec, ring, [4], 1e9) is None
     assert wish_for(replace(spec, fitted=True), ring, [4], 1) == wish
+    # The grid begins at 1, where a bridge is its source and DDIM 0/0.
+    bridge = load("digits-deblur-ibmd").teacher
+    assert wish_for(spec, bridge, [4], 1e9) is None
+    assert wish_for(replace(spec, fitted=True), bridge, [4], 1e9) is None
     # Student, critic and discriminator are trained, at three passes a sample each.
     assert calls_of(recipe) == 3 * 3 * recipe.train.batch * recipe.train.steps
     assert wish_for(spec, teacher, [4], calls_of(recipe)) == wish

@@ -68,6 +68,17 @@ def test_the_reward_stands_beside_the_other_numbers(name: str):
     torch.testing.assert_close(own.features(x), house_digits()((255 * grey).round()))
 
 
+def test_a_reward_of_the_picture_in_the_condition_is_measured_too():
+    recipe = load("digits-jdm")
+    data: Any = recipe.data.open()
+    product = product_of(recipe, build_roles(recipe, data).student.eval(), data, "student")
+    assert recipe.evaluate is not None
+    row, x = measure(product, judge.judge_of(product, replace(recipe.evaluate, samples=20)))
+    kept = recipe.data.by(((x.clamp(-1, 1) + 1) * 127.5).round() / 127.5 - 1) - product.paired(20).given
+    reward = -kept.square().flatten(1).mean(1) / (2 * 0.3**2)
+    assert row.metrics["reward (control)"]["value"] == pytest.approx(float(reward.mean()), rel=1e-4)
+
+
 def test_a_run_without_a_reward_has_none_and_latents_have_none():
     recipe = load("digits-dmd2")
     product: Any = replace(product_of(recipe, torch.nn.Identity(), recipe.data.open(), "student"), title="x")

@@ -93,6 +93,15 @@ def test_one_iteration_is_a_plain_transformer_of_the_same_weights():
     assert float((out[0] - net(x, torch.ones(4), cond.flip(0))[0][0]).abs().max()) > 1e-4  # type: ignore[index]
 
 
+def test_a_condition_by_keys_is_its_label():
+    net = build()
+    x, label = torch.randn(4, *SHAPE, generator=torch.Generator().manual_seed(1)), torch.tensor([0, 1, 2, 3])
+    want = net(x, torch.ones(4), label)[0]
+    assert torch.equal(net(x, torch.ones(4), {"label": label})[0], want)  # type: ignore[arg-type]
+    bare = net(x, torch.ones(4))[0]
+    assert torch.equal(net(x, torch.ones(4), {"text": x})[0], bare)  # type: ignore[arg-type]
+
+
 def test_a_start_of_noise_is_one_draw_and_the_same_for_every_split():
     net = build(start="noise", iterations=3)
     x = torch.randn(4, *SHAPE, generator=torch.Generator().manual_seed(1))
@@ -180,5 +189,8 @@ def test_settings_that_make_no_sense_are_refused():
         GETSpec().build(Site((2,), 0, {}, 0))
     with pytest.raises(RecipeError, match=r"get\.patch 3: does not divide"):
         GETSpec(patch=3).build(Site((1, 8, 8), 0, {}, 0))
+    told = r"get: takes no picture, .* conditions hold one of \[1, 4, 4\]; take dit, unet2d or unet-text, or other data"
+    with pytest.raises(RecipeError, match=told):
+        GETSpec().build(Site((1, 8, 8), 0, {}, 0, (1, 4, 4)))
     with pytest.raises(ValueError, match=r"taps \['mid'\] are unknown; allowed: residual, iterate0\.\.5"):
         build()(torch.zeros(1, *SHAPE), torch.ones(1), taps=("mid",))

@@ -67,10 +67,22 @@ def test_classes_have_captions_of_their_own(weights: Path):
     scores = judge(grey, torch.tensor([1, 0]), torch.tensor([7, 8]))
     pixels = torch.full((2, 3, 32, 32), round(0.6 * 255) / 255)
     torch.testing.assert_close(scores, by_hand(weights, pixels, ["one", "nought"]), rtol=0, atol=1e-5)
+    beside = {"label": torch.tensor([1, 0]), "image": grey}
+    assert torch.equal(judge(grey, beside, torch.tensor([7, 8])), scores)
     with pytest.raises(UserError, match=r"score\.labels: are 2 captions of classes, and there is class 2"):
         judge(grey, torch.tensor([2, 0]), torch.tensor([0, 1]))
-    with pytest.raises(UserError, match="these have no classes"):
-        judge(grey, None, torch.tensor([0, 1]))
+    for none in (None, {"image": grey}):
+        with pytest.raises(UserError, match="these have no classes"):
+            judge(grey, none, torch.tensor([0, 1]))
+
+
+def test_the_class_may_stand_beside_a_picture():
+    judge = ClassScore().open((1, 8, 8), None)
+    x = torch.randn(3, 1, 8, 8, generator=torch.Generator().manual_seed(0)).clamp(-1, 1)
+    label, index = torch.tensor([3, 0, 9]), torch.arange(3)
+    assert torch.equal(judge(x, {"label": label, "image": x}, index), judge(x, label, index))
+    with pytest.raises(UserError, match="score class: judges samples of classes; these have none"):
+        judge(x, {"image": x}, index)
 
 
 def test_what_cannot_be_judged_is_refused(weights: Path, tmp_path: Path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,8 +13,10 @@ from fewstep.algebra.sampling import Sampler, many_step
 from fewstep.config import UserError
 from fewstep.networks.assisted import Adaptive, DistillationPP, Diversity, Nasa
 from fewstep.networks.scores import ClassScore
+from fewstep.recipe.store import load
 from fewstep.train.assisted import assisted, scores_of
-from fewstep.train.product import Product, open_product
+from fewstep.train.build import build_roles
+from fewstep.train.product import Product, open_product, product_of
 
 TEACHER = Path(__file__).parents[2] / "assets" / "digits-teacher"
 
@@ -49,6 +52,19 @@ def test_the_threshold_is_a_percentile_of_calibration_samples(student: Product):
     assert scores.shape == (40,)
     assert int((scores < helped.assist.threshold).sum()) == 10
     assert float(scores.max()) <= 0  # log of a probability
+
+
+def test_classes_beside_a_picture_are_judged_too():
+    """Conditions that are no classes alone have no captions for that."""
+    recipe = load("digits-jdm")
+    data: Any = recipe.data.open()
+    roles = build_roles(recipe, data)
+    made = replace(product_of(recipe, roles.student.eval(), data, "student"), sampler=Sampler(steps=(1.0,)))
+    part = Adaptive(score=ClassScore(), k=25.0, calibration=8, steps=1)
+    helped = assisted(made, part, roles.teacher, data.null)
+    assert helped.assist is not None
+    assert float(helped.assist.threshold) < 0
+    assert helped.draw(4, seed=1).shape == (4, 1, 8, 8)
 
 
 def test_what_cannot_be_helped_is_refused(student: Product):

@@ -79,7 +79,7 @@ def compare(
         allow_own_code(name, settings, recipe)
         code.require(recipe)
     evaluation = common(loaded, samples)
-    check_judges(loaded, evaluation)
+    evaluation = replace(evaluation, samples=check_judges(loaded, evaluation))
     names = folders(dict.fromkeys([*loaded, *fits]))
     content = {"budget": str(amount), "settings": list(settings), "steps": list(steps)}
     tasks = [
@@ -143,12 +143,13 @@ def common(loaded: Mapping[str, Recipe], samples: int | None) -> Evaluate:
             raise UserError(
                 f"{first_name} is measured by {first.metric} and {name} by {other.metric}: they cannot stand in one table"
             )
-        alike = (("samples", samples), ("seed", None), ("guidance", None), ("teacher_grid", None), ("retrieval", None))
+        alike = (("number", samples), ("seed", None), ("guidance", None), ("teacher_grid", None), ("retrieval", None))
         for key, option in (*alike, ("against", None), ("features", None), ("extractor_path", None)):
             if getattr(other, key) != getattr(first, key) and option is None:
-                hint = "give one number to all with --samples" if key == "samples" else f"use --set evaluate.{key}=VALUE"
+                hint = "give one number to all with --samples" if key == "number" else f"use --set evaluate.{key}=VALUE"
+                told = "samples" if key == "number" else key
                 raise UserError(
-                    f"{first_name} is measured with {key} {getattr(first, key)} and {name} with "
+                    f"{first_name} is measured with {told} {getattr(first, key)} and {name} with "
                     f"{getattr(other, key)}; {hint}"
                 )
     if samples is not None and samples < 2:
@@ -158,9 +159,13 @@ def common(loaded: Mapping[str, Recipe], samples: int | None) -> Evaluate:
     return replace(first, samples=samples or first.samples, teacher_steps=tuple(every), fitted=fitted)
 
 
-def check_judges(loaded: Mapping[str, Recipe], evaluation: Evaluate) -> None:
-    """UserError when a recipe cannot be measured like that, or when two are compared with different data."""
+def check_judges(loaded: Mapping[str, Recipe], evaluation: Evaluate) -> int:
+    """The number of samples that all are measured on.
+
+    UserError when a recipe cannot be measured like that, or when two are compared with different data.
+    """
     seen: dict[str, str] = {}
+    numbers: dict[int, str] = {}
     for name, recipe in loaded.items():
         data: Any = recipe.data.open()
         try:
@@ -170,12 +175,17 @@ def check_judges(loaded: Mapping[str, Recipe], evaluation: Evaluate) -> None:
         if not {"fd", "kid", "cmmd", "energy"} & set(judge.preset.metrics):
             raise UserError(f"{name}: preset {judge.preset.name} measures no distance, so nothing ranks it")
         seen.setdefault(judge.reference.digest, name)
+        numbers.setdefault(judge.preset.number, name)
     if len(seen) > 1:
         first, second, *_ = seen.values()
         raise UserError(
             f"{first} and {second} are measured against different data by {evaluation.metric}: they cannot stand in one "
             "table"
         )
+    if len(numbers) > 1:
+        told = " and ".join(f"{name} on {number}" for number, name in numbers.items())
+        raise UserError(f"samples: {told}, as there are so many held-out pictures; give one number to all with --samples")
+    return next(iter(numbers))
 
 
 def folders(names: Mapping[str, Any]) -> dict[str, str]:
