@@ -159,6 +159,10 @@ def _plain(recipe: Recipe) -> Recipe:
     return replace(recipe, train=train)
 
 
+def _no_filling(*_: Any) -> None:
+    """In place of what fills a method's state at its start (pairs, moments): hours, and no more memory than a step."""
+
+
 class _Tracer:
     """Builds the roles once, makes them fake, and traces a recipe's turns on them."""
 
@@ -265,6 +269,9 @@ class _Tracer:
         session.roles = Roles(**self.roles)
         session.make_state(stage)
         roles = session.roles
+        for part in roles.state.modules() if "state" in roles else ():
+            if hasattr(part, "fill"):
+                part.fill = _no_filling
         cast = torch.autocast("cpu", torch.bfloat16) if bf16 else nullcontext()
         known = [t for m in roles.values() for t in (*m.parameters(), *m.buffers())]
         known += [t for m in roles.values() if isinstance(m, Adapted) for t in m.base.parameters()]

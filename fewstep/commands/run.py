@@ -191,12 +191,13 @@ def _train(trainer: Trainer, run: Path, main: bool, judge: Judge | None) -> None
         # Within a signal handler: print may be in the middle of its own work.
         os.write(2, b"\nstopping at once\n" if again else STOPPING)
 
+    # On every process: what each of them reads is averaged into one record.
+    if judge is not None and trainer.guard.readings is not None and getattr(recipe.data, "vae", None) is None:
+        trainer.guard.readings.features = judge.features
     if not main:
         trainer.hooks = Hooks(guarded("picture", on_sample), guarded("evaluation", on_eval))
         trainer.fit()
         return
-    if judge is not None and trainer.guard.readings is not None and getattr(recipe.data, "vae", None) is None:
-        trainer.guard.readings.features = judge.features
     total, done = trainer.total_steps, trainer.progress.done
     watch = Watch(total, done)
     with TrainingBar(console, total, done) as bar:

@@ -76,7 +76,7 @@ class DMD2:
         yield self.critic.turn(
             roles, lambda batch: self.critic_losses(roles, batch, made.pop(0) if made else None), self.gan
         )
-        yield from reward_turns(self.reward, roles, self.simulate or self.steps, self.path)
+        yield from reward_turns(self.reward, roles, lambda batch: self.rolled(roles, batch, grad=False).x)
 
     def sampler(self) -> Sampler:
         random = range(self.simulate.least, self.simulate.most + 1) if self.simulate else ()

@@ -71,6 +71,8 @@ class Factorised:
         for e in self._tracked():
             if views.setdefault(e.critic, e.view) != e.view:
                 raise ValueError(f"experts: the critic {e.critic!r} would track two views; give each its own")
+        if self.critic.alignment:
+            raise ValueError("critic.alignment: the critics here track views of the samples, not the student; give 0")
 
     def _tracked(self) -> list[Expert]:
         return [e for e in self.experts if e.kind == "vsd"]

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from functools import partial
 from typing import Any, ClassVar, Literal
 
+import torch
 from torch import Tensor
 
 from fewstep.algebra.batch import Batch
@@ -19,6 +20,7 @@ from fewstep.methods.method import Losses, Needs, Turn
 from fewstep.methods.population import Populations
 from fewstep.networks.representation import Representation
 from fewstep.networks.roles import Roles
+from fewstep.objectives.reduce import everywhere
 
 
 @part("method", "fd_loss")
@@ -39,7 +41,7 @@ class FDLoss:
     """Where the distance is taken; the losses are added, each divided by its own value."""
     weights: tuple[NotNegative, ...] = ()
     """One a representation; all 1 when left out."""
-    beside: Representation = Representation(of="pixels")
+    beside: Representation = Representation(of="waves-0")
     """A representation that is not trained on, read as fd/NAME beside the others."""
     population: Literal["average", "queue"] = "average"
     """Where the moments come from: an average of those of past batches, or a queue of past features."""
@@ -58,7 +60,10 @@ class FDLoss:
             raise ValueError(
                 f"weights: {len(self.weights)} for {len(self.representations)} representations; give one each, or none"
             )
-        if self.beside in self.representations:
+        names = [r.of for r in self.representations]
+        if len(set(names)) < len(names):
+            raise ValueError(f"representations: {max(names, key=names.count)} stands there twice; a name is read once")
+        if self.beside.of in names:
             raise ValueError(f"beside: {self.beside.of} is trained on, so it is no witness; name another representation")
 
     def needs(self) -> Needs:
@@ -72,7 +77,11 @@ class FDLoss:
 
     def turns(self, roles: Roles, step: int) -> Iterator[Turn]:
         roles.state.fill(partial(self.samples, roles, grad=False))
-        yield Turn(("student",), lambda batch: self.losses(roles, batch))
+        seen: list[list[Tensor]] = []
+        yield Turn(("student",), lambda batch: self.losses(roles, batch, seen))
+        # Once an update, over its micro-batches and processes, so that it does not count how they are split.
+        for population, told in zip(roles.state.of if seen else (), zip(*seen, strict=True), strict=True):
+            population.add(everywhere(torch.cat(told)))
 
     def sampler(self) -> Sampler:
         return Sampler(kind=self.path, steps=self.steps)
@@ -82,19 +91,21 @@ class FDLoss:
         last = len(self.steps) - 1
         return rollout(roles.student, draws, shape, self.steps, cond, exit=last, grad=grad, path=self.path).x
 
-    def losses(self, roles: Roles, batch: Batch) -> Iterator[Losses]:
-        """FD / (sg FD + 0.01) of every representation; all distances are read as fd/NAME."""
+    def losses(self, roles: Roles, batch: Batch, seen: list[list[Tensor]]) -> Iterator[Losses]:
+        """FD / (sg FD + 0.01) of every representation; all distances are read as fd/NAME.
+
+        The features (b, dim) of this process go to `seen`, a tensor a representation.
+        """
         state = roles.state
         x = self.samples(roles, batch.draws, batch.shape, batch.cond)
         weights, losses = self.weights or (1.0,) * len(self.representations), Losses()
-        seen = []
+        told: list[Tensor] = []
         for i, (features, population) in enumerate(zip(state.features, state.of, strict=True)):
-            told = features(x if i < len(weights) else x.detach())
-            distance = population.distance(told)
+            own = features(x if i < len(weights) else x.detach())
+            distance = population.distance(own, everywhere(own))
             if i < len(weights):
                 losses[f"frechet/{features.name}"] = (weights[i] * distance / (distance.detach() + 0.01)).to(x.dtype)
             losses.log[f"fd/{features.name}"] = distance.detach()
-            seen.append(told.detach())
+            told.append(own.detach())
+        seen.append(told)
         yield losses
-        for population, told in zip(state.of, seen, strict=True):
-            population.add(told)

@@ -58,13 +58,17 @@ class Population(nn.Module):
             for held, fresh in zip((self.mean, self.second), moments(features), strict=True):
                 held.copy_(fresh)
 
-    def distance(self, features: Tensor) -> Tensor:
-        """The Frechet distance, with the batch's features (b, dim) in the population, from the data; a scalar.
+    def distance(self, features: Tensor, batch: Tensor) -> Tensor:
+        """The Frechet distance of the population, with a batch's features in it, from the data; a scalar.
+
+        Args:
+            features: float64 (b, dim), of this process, with the gradient.
+            batch: (processes b, dim), those of all processes; with one process the same.
 
         Its gradient is as if the whole population moved as the batch does: that of the batch's share in it, divided by
         the share. So it does not shrink with the population, which only Adam would make good.
         """
-        mean, second = self.mixed(features)
+        mean, second = self.mixed(batch)
         ours = moments(features)
         mean, second = (m.detach() + (own - own.detach()) for m, own in zip((mean, second), ours, strict=True))
         return gaussian_frechet(mean, second - torch.outer(mean, mean), self.real_mean, self.real_root)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Literal
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fewstep.algebra.batch import Batch
-from fewstep.algebra.rollout import Path, RandomSteps, rollout
+from fewstep.algebra.rollout import rollout
 from fewstep.config import Bounded, Count, NotNegative, config
 from fewstep.methods.method import Losses, Needs, Turn
 from fewstep.networks.roles import Roles
@@ -53,9 +53,11 @@ class Reward:
 
     def fit(self, roles: Roles, batch: Batch, x: Tensor) -> Losses:
         """The squared error of latent_reward at samples x (b, *d), and the mean of the reward itself."""
-        with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
-            value = roles.reward(x, batch.cond)
-        error = roles.latent_reward(x.detach(), batch.cond) - value
+        with torch.autocast(x.device.type, enabled=False):
+            with torch.no_grad():
+                value = roles.reward(x, batch.cond)
+            # As `losses` calls it, whose gradient is what it is for.
+            error = roles.latent_reward(x.detach(), batch.cond) - value
         return Losses({"reward_fit": (error**2).mean()}, {"reward": value.mean()})
 
 
@@ -80,14 +82,20 @@ def add_reward(losses: Losses, reward: Reward | None, roles: Roles, batch: Batch
 
 
 def reward_turns(
-    reward: Reward | None, roles: Roles, steps: tuple[float, ...] | RandomSteps, path: Path = "renoise"
+    reward: Reward | None, roles: Roles, samples: tuple[float, ...] | Callable[[Batch], Tensor]
 ) -> Iterator[Turn]:
-    """The turn in which latent_reward learns from fresh samples of the student at `steps`; none without one."""
+    """The turn in which latent_reward learns from fresh samples of the student; none without one.
+
+    samples: the levels that the student re-noises at, or what makes the samples (b, *d) of a batch, without a gradient.
+    """
     if reward is None or reward.by == "reward":
         return
 
     def losses(batch: Batch) -> Iterator[Losses]:
-        x = rollout(roles.student, batch.draws, batch.shape, steps, batch.cond, grad=False, path=path).x
+        if callable(samples):
+            x = samples(batch)
+        else:
+            x = rollout(roles.student, batch.draws, batch.shape, samples, batch.cond, grad=False).x
         yield reward.fit(roles, batch, x)
 
     yield Turn(("latent_reward",), losses, times=reward.model_steps)

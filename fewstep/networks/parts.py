@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Any, Protocol
 
 import torch
@@ -35,6 +36,13 @@ class Site:
 
 class Opened(Protocol):
     """Something that stands on files, opened for samples of a shape; Absent or UserError names one that cannot be."""
+
+    @property
+    def of(self) -> str:
+        """What it is called in messages."""
+        ...
+
+    def files(self) -> list[Path]: ...
 
     def open(self, shape: tuple[int, ...]) -> Any: ...
 

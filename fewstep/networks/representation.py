@@ -14,6 +14,8 @@ from fewstep.config import Absent, UserError, config
 from fewstep.files import expanded
 
 WAVES = 64
+WIDEST = 4096
+"""Features of a representation: a covariance of so many is 128 MiB, and each update takes its eigenvalues."""
 
 
 @config
@@ -35,12 +37,14 @@ class Representation:
 
         Raises:
             Absent: its weights are not there.
-            UserError: an unknown name, samples that it does not take, or a network that gives no gradient.
+            UserError: an unknown name, more than WIDEST features, samples that it does not take, or a network that gives
+                no gradient.
         """
         from fewstep.eval.errors import InputError
         from fewstep.eval.features.extractors import build_extractor  # feature networks are slow to import
 
         if self.of == "pixels":
+            self._check_width(math.prod(shape), shape)
             return Features(self.of, nn.Flatten(), math.prod(shape))
         if match := re.fullmatch(r"waves-(\d+)", self.of):
             return Features(self.of, Waves(int(match[1]), math.prod(shape)), WAVES)
@@ -55,6 +59,7 @@ class Representation:
                 f"representation {self.of}: is no network of pictures; take pixels, waves-SEED or one that is"
             )
         dim: Any = net.dim
+        self._check_width(dim, shape)
         found = Features(self.of, Pictured(net.requires_grad_(False).eval()), dim)
         try:
             told = found(torch.zeros(2, *shape, requires_grad=True))
@@ -63,6 +68,13 @@ class Representation:
         if not told.requires_grad:
             raise UserError(f"representation {self.of}: gives no gradient, so nothing can be trained on it; take another")
         return found
+
+    def _check_width(self, dim: int, shape: tuple[int, ...]) -> None:
+        if dim > WIDEST:
+            raise UserError(
+                f"representation {self.of}: has {dim:,} features of samples of shape {list(shape)}, and a covariance may "
+                f"be of {WIDEST:,} at most; take waves-SEED, which has {WAVES}, or a feature network"
+            )
 
 
 class Features(nn.Module):
@@ -73,7 +85,9 @@ class Features(nn.Module):
         self.name, self.net, self.dim = name, net, dim
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.net(x.float()).double()
+        # The data's features are taken outside the autocast of a training, the student's within it; they are compared.
+        with torch.autocast(x.device.type, enabled=False):
+            return self.net(x.float()).double()
 
 
 class Pictured(nn.Module):

@@ -26,6 +26,9 @@ def _parts(recipe: Recipe) -> dict[str, tuple[str, Files]]:
     found = {name: (_shown(part), part.files) for name, part in named.items() if hasattr(part, "files")}
     if vae := getattr(data, "vae", None):
         found["vae"] = (vae, partial(vae_files, vae))
+    for opened in dict.fromkeys(part for stage in recipe.stages() for part in stage.method.needs().parts):
+        if opened.files():
+            found[f"representation {opened.of}"] = (", ".join(map(str, opened.files())), opened.files)
     for key, value in code.named(recipe).items():
         if file := code.file_of(value):
             found[key] = (value, lambda file=file: [file])

@@ -175,14 +175,19 @@ def load(loop: Loop, checkpoint: Path, run: Path) -> None:
         raise UserError(
             f"{checkpoint}: has the averages {', '.join(sorted(progress.ema))}, the recipe {', '.join(names)} (train.ema)"
         )
+    modules = session.modules()
     if progress.stage < len(stages) and progress.step > 0:
         stage = stages[progress.stage]
         loop.make_state(stage)
+        modules = session.modules()
+        if "state" in modules:
+            # Before the turns are listed: a method that finds its state empty would fill it there, for hours.
+            load_checkpoint(checkpoint, {"state": modules.pop("state")}, {})
         times = {t.updates: t.times for t in stage.method.turns(session.roles, progress.step)}
         for updates, n in times.items():
             if "+".join(updates) in progress.optim:
                 loop.optimizer(updates, stage, n)
-    load_checkpoint(checkpoint, session.modules(), {k: o.adam for k, o in loop.optim.items()})
+    load_checkpoint(checkpoint, modules, {k: o.adam for k, o in loop.optim.items()})
     loop.progress = progress
     loop.meter.restore(progress.meter)
     for key, counts in progress.optim.items():

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from calling import called
 
-from fewstep.commands.run import GUARDED
+from fewstep.commands.run import GUARDED, _train
+from fewstep.recipe.store import load
 from fewstep.train.verdicts import Course, Verdict
 
 SHORT = (
@@ -74,3 +77,13 @@ def test_a_run_that_its_guard_ends_has_a_code_and_a_sentence(
     assert last.startswith("stopped by train.guard at step 20: darkening; samples are dark.")
     assert last.endswith(f"fewstep eval {out}, fewstep export {out}")
     assert not (out / "report" / "results.json").exists()
+
+
+def test_every_process_takes_the_distance_in_the_metrics_features(tmp_path: Path):
+    """What the processes read is averaged: one of them in raw values would be half of the record."""
+    recipe = load("toy/dmd2", [])
+    readings = SimpleNamespace(features=None)
+    other: Any = SimpleNamespace(recipe=recipe, guard=SimpleNamespace(readings=readings), fit=lambda: None, hooks=None)
+    judge: Any = SimpleNamespace(features=lambda x: x)
+    _train(other, tmp_path, False, judge)
+    assert readings.features is judge.features

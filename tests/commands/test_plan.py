@@ -18,6 +18,8 @@ from fewstep.commands import plan as plan_module
 from fewstep.commands.plan import plan
 from fewstep.commands.plan_report import report
 from fewstep.config import UserError
+from fewstep.methods.pairs import Pairs
+from fewstep.methods.population import Populations
 from fewstep.recipe.store import load
 from fewstep.train.live import Live
 from fewstep.train.trainer import Trainer
@@ -160,3 +162,11 @@ def test_text_recipes_are_traced_and_not_computed(text_folder: Path, tmp_path: P
     found = plan(recipe, ways=False)
     assert found.note == ""
     assert found.total == pytest.approx(measured(recipe), rel=0.15)
+
+
+@pytest.mark.parametrize("name", ["toy/fd-loss", "toy/dmd"])
+def test_what_is_drawn_once_at_the_start_is_not_drawn_for_a_plan(name: str, monkeypatch: pytest.MonkeyPatch):
+    """10,000 samples of the data, or every pair of the teacher's: hours of a real run."""
+    for kind, method in ((Populations, "_rows"), (Pairs, "_solve")):
+        monkeypatch.setattr(kind, method, lambda *_: pytest.fail("drawn"))
+    assert plan(load(name, ["train.batch=8"]), ways=False).activations[("student",)] > 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import fields, replace
 from typing import Any
 
@@ -16,6 +17,7 @@ from fewstep.algebra.process import Flow
 from fewstep.commands.check_recipe import check
 from fewstep.config import REGISTRY, RecipeError, UserError
 from fewstep.methods.dmd2 import DMD2
+from fewstep.methods.factorised import Factorised
 from fewstep.methods.terms import Critic
 from fewstep.methods.track import Track
 from fewstep.methods.turns import Anyone
@@ -23,11 +25,12 @@ from fewstep.networks.adapters import Adapted
 from fewstep.networks.denoiser import Denoiser
 from fewstep.networks.mlp import MLP
 from fewstep.networks.roles import Roles
-from fewstep.recipe.cards import cite
+from fewstep.recipe.cards import card, cite
 from fewstep.recipe.store import load
 from fewstep.train.trainer import Trainer
 
-WITH_CRITIC = [n for n, m in REGISTRY["method"].items() if "critic" in {f.name for f in fields(m)} and n != "track"]
+APART = {"track", "factorised"}  # they have a critic that follows no student, and refuse
+WITH_CRITIC = [n for n, m in REGISTRY["method"].items() if "critic" in {f.name for f in fields(m)} and n not in APART]
 
 
 class Weight(Anyone):
@@ -138,3 +141,10 @@ def test_the_paper_is_cited_where_it_is_used() -> None:
     assert "2506.00523" in cite("toy/ida")
     assert cite("toy/isg").count("2506.00523") == 2
     assert "2506.00523" not in cite("toy/dmd2")
+
+
+def test_the_card_names_the_methods_that_have_it() -> None:
+    told = card("ida").code.partition("(critic.alignment) of ")[2].partition(";")[0].replace(" (regularizer dm)", "")
+    assert re.split(r", | and ", told) == sorted(WITH_CRITIC)
+    with pytest.raises(ValueError, match="the critics here track views"):
+        Factorised(critic=Critic(alignment=0.1))

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from listening import F64
+from processes import two_processes
 from torch import Tensor
 
 from fewstep.algebra.batch import Batch
@@ -17,7 +19,7 @@ from fewstep.commands.check_recipe import check
 from fewstep.config import Absent, UserError
 from fewstep.data.toy import Ring
 from fewstep.methods.fd_loss import FDLoss
-from fewstep.methods.population import Population
+from fewstep.methods.population import Population, Populations
 from fewstep.networks.denoiser import Denoiser
 from fewstep.networks.mlp import MLP
 from fewstep.networks.representation import Representation
@@ -81,7 +83,7 @@ def test_the_populations_gradient_is_the_batchs_share_divided_by_the_share(decay
     if decay is None:  # the batch takes the place of the ten oldest, which are no longer the first rows
         held.add(past[:7] + 1)
         every = torch.cat((past[:7] + 1, past[17:], features))
-    value = held.distance(features)
+    value = held.distance(features, features.detach())
     if decay is None:
         mean, second, share = every.mean(0), every.T @ every / 40, 0.25
     else:
@@ -117,8 +119,88 @@ def cast(method: FDLoss) -> Roles:
     return Roles(student=student).with_state(method.made(Ring().open()))
 
 
-def batch(key: int = 1) -> Batch:
-    return Batch(Draws(fold("fd", key), torch.arange(32)), (2,))
+def batch(key: int = 1, first: int = 0, last: int = 32) -> Batch:
+    return Batch(Draws(fold("fd", key), torch.arange(first, last)), (2,))
+
+
+def updated(population: Any, *batches: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+    """The student's mean gradient over micro-batches of one update, and the populations after it."""
+    method = FDLoss(representations=WAVES, beside=Representation(of="waves-1"), population=population, size=50, real=90)
+    roles = cast(replace(method, decay=0.9))
+    for turn in replace(method, decay=0.9).turns(roles, 0):
+        for micro in batches:
+            (losses,) = turn.losses(micro)
+            (losses.total() / len(batches)).backward()
+    grads = [p.grad.flatten() for p in roles.student.parameters() if p.grad is not None]
+    return torch.cat(grads), {k: v.clone() for k, v in roles.state.state_dict().items()}
+
+
+def half(folder: Path | str) -> None:
+    """What each of two processes runs: an update on its half of the batch."""
+    import torch.distributed as dist
+
+    dist.init_process_group("gloo")
+    first = 16 * dist.get_rank()
+    for population in ("average", "queue"):
+        found = updated(population, batch(1, first, first + 16))
+        torch.save(found, Path(folder) / f"{population}-{dist.get_rank()}.pt")
+    dist.destroy_process_group()
+
+
+def test_two_processes_share_one_population_and_do_what_one_does(tmp_path: Path) -> None:
+    two_processes(half, tmp_path)
+    for population in ("average", "queue"):
+        gradient, state = updated(population, batch())
+        shares = [torch.load(tmp_path / f"{population}-{rank}.pt") for rank in (0, 1)]
+        torch.testing.assert_close((shares[0][0] + shares[1][0]) / 2, gradient, rtol=1e-4, atol=1e-7)
+        for _, own in shares:
+            for name, value in state.items():
+                torch.testing.assert_close(own[name], value, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("population", ["average", "queue"])
+def test_micro_batches_are_one_update_of_the_population(population: Any) -> None:
+    """Not two, after which an average of .9 would be one of .81."""
+    whole = updated(population, batch())[1]
+    parts = updated(population, batch(1, 0, 16), batch(1, 16, 32))[1]
+    for name, value in whole.items():
+        torch.testing.assert_close(parts[name], value, rtol=1e-6, atol=1e-7)
+
+
+def test_samples_that_are_no_numbers_are_a_loss_that_is_none() -> None:
+    """LAPACK raises on a NaN of 40 x 40, not of 2 x 2: the loop refuses the update, the training goes on."""
+    method = FDLoss(representations=WAVES, beside=Representation(of="pixels"), size=50, real=90)
+    roles = cast(method)
+    (turn,) = method.turns(roles, 0)
+    with torch.no_grad():
+        next(iter(roles.student.parameters())).fill_(float("nan"))
+    (losses,) = turn.losses(batch())
+    losses.total().backward()
+    assert not bool(torch.isfinite(losses["frechet/waves-0"].detach()))
+    assert not all(bool(torch.isfinite(p.grad).all()) for p in roles.student.parameters() if p.grad is not None)
+    endless = torch.full((40, 40), torch.inf, dtype=F64)
+    assert bool(gaussian_frechet(endless[0], endless, torch.zeros(40, dtype=F64), torch.eye(40, dtype=F64)).isnan())
+
+
+def test_a_covariance_that_fits_no_memory_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    told = r"representation pixels: has 196,608 features of samples of shape \[3, 256, 256\].*4,096 at most; take waves-"
+    with pytest.raises(UserError, match=told):
+        Representation(of="pixels").open((3, 256, 256))
+    assert Representation(of="pixels").open((4, 32, 32)).dim == 4096
+    assert FDLoss().beside.open((3, 256, 256)).dim == 64
+    monkeypatch.setattr("fewstep.networks.representation.WIDEST", 63)
+    with pytest.raises(UserError, match="representation house-digits: has 64 features"):
+        Representation(of="house-digits").open((1, 8, 8))
+
+
+@pytest.mark.parametrize("name", ["waves-0", "house-digits"])
+def test_features_are_those_of_full_precision_within_autocast(name: str) -> None:
+    """The data's moments are taken outside of it, so that rounding would be a distance from them."""
+    features = Representation(of=name).open((1, 8, 8))
+    x = Draws(fold("autocast"), torch.arange(16)).normal(1, 8, 8)
+    with torch.autocast("cpu", torch.bfloat16):
+        within = features(x)
+    assert torch.equal(within, features(x))
 
 
 @pytest.mark.parametrize("population", ["average", "queue"])
@@ -153,7 +235,9 @@ def test_each_loss_is_divided_by_its_own_value_and_weighed() -> None:
         assert float(losses[f"frechet/{name}"].detach()) == pytest.approx(weight * distance / (distance + 0.01), rel=1e-5)
 
 
-def test_training_lowers_the_distance_and_a_checkpoint_holds_the_population(tmp_path: Path) -> None:
+def test_training_lowers_the_distance_and_a_checkpoint_holds_the_population(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     cut = ["before=[]", "train.batch=64", "student.width=16", "train.log_every=1", "method.size=256", "method.real=2000"]
     cut += ["train.steps=30", "train.checkpoint_every=15", "optim.student.lr=1e-2", "method.decay=0.5"]
     cut += ["method.representations=[{of: pixels}]"]
@@ -175,7 +259,9 @@ def test_training_lowers_the_distance_and_a_checkpoint_holds_the_population(tmp_
     with pytest.raises(KeyboardInterrupt):
         halted.fit()
     again = Trainer(recipe, tmp_path / "run", cpu=True)
-    assert again.resume()
+    with monkeypatch.context() as patch:  # nothing is drawn anew, neither 2,000 samples of the data nor the student's
+        patch.setattr(Populations, "_rows", lambda *_: pytest.fail("filled before the checkpoint was read"))
+        assert again.resume()
     again.fit()
     assert not [k for k in again.roles.state.state_dict() if "features" in k]
     for role in ("student", "state"):
@@ -207,6 +293,7 @@ def test_what_cannot_be_opened_is_named_before_training(tmp_path: Path) -> None:
         ({"representations": ()}, "representations is empty"),
         ({"representations": WAVES, "weights": (1.0, 2.0)}, "weights: 2 for 1 representations"),
         ({"representations": WAVES, "beside": WAVES[0]}, "beside: waves-0 is trained on"),
+        ({"representations": WAVES * 2}, "representations: waves-0 stands there twice"),
     ],
 )
 def test_settings_that_say_nothing_are_refused(settings: dict[str, Any], message: str) -> None:

@@ -17,6 +17,7 @@ from fewstep.algebra.process import Flow
 from fewstep.algebra.times import Levels
 from fewstep.config import REGISTRY, RecipeError
 from fewstep.methods.dmd2 import DMD2
+from fewstep.methods.first_step import FirstStep
 from fewstep.methods.joint import Joint, Share
 from fewstep.methods.reward import Reward
 from fewstep.methods.segments import Segments
@@ -36,6 +37,17 @@ class Told(nn.Module):
 
     def forward(self, x: Tensor, cond: Any = None) -> Tensor:
         return self.scale * self.value(x)
+
+
+class Conditional(nn.Module):
+    """A network of x that is shown a condition too."""
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+
+    def forward(self, x: Tensor, cond: Any = None) -> Tensor:
+        return self.net(x)
 
 
 def linear(x: Tensor) -> Tensor:
@@ -214,3 +226,28 @@ def test_the_reward_model_has_a_turn_of_its_own_and_the_reward_needs_no_gradient
     trainer = Trainer(recipe, None, cpu=True)
     trainer.fit()
     assert {"reward", "reward_predicted", "reward_fit", "reward_loss"} <= set(trainer.last_record)
+
+
+def test_the_reward_model_learns_from_the_samples_that_it_is_asked_about():
+    """Those of dmd2's first step, when that has a loss of its own, are none of them."""
+    method = DMD2(
+        gan=None, steps=(1.0, 0.5), first_step=FirstStep(level=0.6), reward=Reward(weight=1.0, by="latent_reward")
+    )
+    roles = players(reward=Told(linear), latent_reward=Told(linear))
+    seen: list[Tensor] = []
+    roles.reward.register_forward_pre_hook(lambda _m, args: seen.append(args[0]))
+    turn = list(method.turns(roles, 0))[-1]
+    for key in range(6):
+        list(turn.losses(batch64(8, key=key)))
+        assert torch.equal(seen.pop(), method.rolled(roles, batch64(8, key=key), grad=False).x)
+
+
+def test_the_reward_model_is_trained_in_the_precision_in_which_it_is_followed():
+    model = nn.Sequential(nn.Linear(1, 8), nn.Linear(8, 1), nn.Flatten(0))
+    roles = players(reward=Told(lambda x: x[:, 0]), latent_reward=Conditional(model))
+    x = batch64(16).draws.normal(1).float()
+    reward = Reward(weight=1.0, by="latent_reward")
+    plain = reward.fit(roles, batch64(16), x)["reward_fit"]
+    with torch.autocast("cpu", torch.bfloat16):
+        cast = reward.fit(roles, batch64(16), x)["reward_fit"]
+    assert float(plain.detach()) == float(cast.detach()) > 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fewstep.config import Absent, RecipeError, UserError
+from fewstep.config import REGISTRY, Absent, RecipeError, UserError
 from fewstep.eval.features.house import house_digits
 from fewstep.networks import code
 from fewstep.networks.parts import Site
@@ -175,3 +176,12 @@ def test_a_reward_of_ones_own_runs_where_it_was_asked_for_and_is_tried_first(
     code.allow(recipe("Scalar"))
     with pytest.raises(UserError, match=r"roles\.reward: gave shape \[\] for 3 samples"):
         Trainer(recipe("Scalar"), None, cpu=True)
+
+
+def test_the_page_of_rewards_lists_every_one():
+    page = (Path(__file__).resolve().parents[2] / "docs" / "rewards.md").read_text()
+    listed = set(re.findall(r"^\| `([a-z-]+)` \|", page, re.MULTILINE))
+    # A network that says whether it has a gradient is one for the role `reward`.
+    assert (
+        listed >= {name for name, kind in REGISTRY["network"].items() if hasattr(kind, "differentiable")} >= {"control"}
+    )

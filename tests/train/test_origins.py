@@ -324,3 +324,14 @@ def test_resume_is_bit_equal_with_digests(made: Path, tmp_path: Path):
     assert ends[0]["o"] == ends[1]["o"]
     assert same(ends[0], ends[1]) == []
     assert all(torch.isfinite(v).all() for v in ends[0]["student.safetensors"].values())
+
+
+def test_the_networks_of_a_methods_representations_are_among_them(tmp_path: Path):
+    """The moments in a checkpoint are of their features: other weights mean another distance."""
+    file = write(tmp_path / "net.pth", b"one")
+    recipe = load("toy/fd-loss", [f"method.beside={{of: dinov2, path: {file}}}"])
+    then = origins_of(recipe)
+    flip(file, 0)
+    with pytest.raises(UserError, match=r"representation dinov2 .*net\.pth has changed: 1 files, 3 bytes, sha256"):
+        check_resumed(recipe, then, origins_of(recipe), tmp_path)
+    assert "representation waves-0" not in then
