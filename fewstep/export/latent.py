@@ -6,6 +6,7 @@ at the trained levels; the reloaded folder is run and compared before anything i
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
 from collections.abc import Callable, Iterator, Mapping
@@ -301,10 +302,12 @@ def _save(
 ) -> None:
     """The source's folder with another network and scheduler. Text encoders are copied, not loaded."""
     index = dict(source.index) | ({"_class_name": wrapper.pipeline} if wrapper.image_channels else {})
-    model: Any = whole_model(wrapper)
     for name, entry in index.items():
         if part_of(entry) and name not in (source.component, "scheduler"):
             shutil.copytree(source.root / name, to / name)
+    model: Any = whole_model(wrapper)
+    if model is wrapper.model and dtype is not torch.float32:
+        model = copy.deepcopy(model)  # the sampler's own network stays as it is
     model = model.to(dtype)
     model.save_pretrained(to / source.component, safe_serialization=True, variant=variant)
     scheduler.save_pretrained(to / "scheduler")
