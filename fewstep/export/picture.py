@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from fewstep.export.base import ExportRefused, Stock
-from fewstep.export.card import as_code
+from fewstep.export.card import as_code, opening
 from fewstep.export.routes import INSTEAD
 from fewstep.networks.picture import joined
 
@@ -57,14 +57,12 @@ def check_picture(wrapper: Any, stock: Stock) -> None:
         )
 
 
-def picture_usage(call: Mapping[str, Any], image: tuple[int, ...], text: int, folder: str, variant: str = "") -> str:
+def picture_usage(call: Mapping[str, Any], image: tuple[int, ...], text: int, folder: str, **named: str) -> str:
     """Lines of plain diffusers code that make a sample of a picture (c, h, w); text: width of words it does without."""
     given = f"prompt_embeds=torch.zeros(1, 1, {text}), " if "prompt" not in call else ""
     shape = ", ".join(map(str, image))
-    named = f', variant="{variant}"' if variant else ""
     return (
-        "import torch\nfrom diffusers import IFSuperResolutionPipeline\n"
-        f'pipe = IFSuperResolutionPipeline.from_pretrained("{folder}"{named})\n'
+        f"import torch\n{opening('IFSuperResolutionPipeline', folder, **named)}"
         f"image = torch.zeros(1, {shape})  # yours, in [-1, 1]\n"
         f'pipe({given}image=image, {as_code(call)}).images[0].save("sample.png")'
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,9 @@ import yaml
 from fewstep.commands.check_student import check_student
 from fewstep.export.base import ExportRefused, Stock, write_checked
 from fewstep.export.choose import parts_of
+from fewstep.export.lora import export_lora
 from fewstep.export.picture import check_picture, whole_model
+from fewstep.networks.adapters import Adapted, frozen
 from fewstep.networks.diffusers import load_denoiser
 from fewstep.recipe.store import load
 from fewstep.train.build import build_roles
@@ -100,6 +103,18 @@ def test_a_network_is_copied_for_a_picture_alone(teacher: Path):
         image_channels, model = 0, torch.nn.Identity()
 
     assert whole_model(Plain) is Plain.model
+
+
+def test_an_adapter_says_how_it_is_given_its_picture(teacher: Path, tmp_path: Path):
+    product = student_of(teacher, tmp_path, [1.0, 0.5])
+    adapted = Adapted(frozen(load_denoiser(teacher)), "student", rank=2, targets=["to_q", "conv1"])
+    done = export_lora(replace(product, net=adapted), tmp_path / "lora")
+    lines = done.usage.splitlines()
+    assert lines[1] == "from diffusers import IFSuperResolutionPipeline, LCMScheduler"
+    assert lines[3] == f'pipe.load_lora_weights("{tmp_path / "lora"}")'
+    assert "image=image, " in lines[-1]
+    exec(done.usage.replace('"sample.png"', repr(str(tmp_path / "sample.png"))), {})
+    assert (tmp_path / "sample.png").is_file()
 
 
 def test_what_no_stock_pipeline_does_is_refused():
