@@ -131,6 +131,7 @@ def test_shipped_configs_have_the_published_size(name: str):
     root = shipped()[next(key for key, folder in shipped().items() if folder.name == name)]
     about = json.loads((root / "about.json").read_text())
     assert about["source"]
+    assert about["source_of_vae_and_scheduler"]
     assert about["parameters_source"]
     part = "unet" if (root / "unet").is_dir() else "transformer"
     config = json.loads((root / part / "config.json").read_text())
