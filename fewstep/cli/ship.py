@@ -47,13 +47,14 @@ def extract(
         str, typer.Option("--format", help="Layout of the file: diffusers, kohya or comfyui.")
     ] = "diffusers",
     measure: Annotated[bool, typer.Option("--measure", help="Also measure both by the run's own metric.")] = False,
+    force: Force = False,
 ) -> None:
     """Write a whole student as a LoRA set on its teacher: the nearest of a rank, layer by layer, and what that loses."""
     from fewstep.commands.extract import extract as job
     from fewstep.export.choose import check_options
 
     check_options(True, "fp32", layout, False)
-    for line in job(run, rank, out, layout, measure=measure):
+    for line in job(run, rank, out, layout, measure=measure, force=force):
         typer.echo(line)
 
 

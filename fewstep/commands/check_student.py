@@ -15,6 +15,7 @@ from fewstep.commands.hushed import hushed
 from fewstep.config import UserError
 from fewstep.export.card import as_code
 from fewstep.export.levels import Levels, levels_set
+from fewstep.export.picture import whole_model
 from fewstep.export.stock import open_stock, run_stock
 from fewstep.files import read_json
 from fewstep.networks.diffusers import wrapper_of
@@ -156,8 +157,11 @@ def _visits(folder: Folder, note: Note) -> tuple[Levels, int]:
     """(levels that the pipeline's scheduler stood at, calls of the network) of one sample drawn as the note says."""
     cls = wrapper_of(folder)
     latents = folder.latents
-    net = cls(_hollow(folder), note.classes or 0, pixels=latents.pixels if latents else 1)
-    pipe = open_stock(folder.root, **{folder.component: net.model})
+    net: Any = cls(_outlined(folder), note.classes or 0, pixels=latents.pixels if latents else 1)
+    model: Any = whole_model(net)  # of a picture the pipeline counts the channels too
+    _hollow(net.model)
+    _hollow(model)
+    pipe = open_stock(folder.root, **{folder.component: model})
     size = note.size or net.sample_size()
     start = torch.zeros(1, net.channels(), *size)
     calls = 0
@@ -174,7 +178,7 @@ def _visits(folder: Folder, note: Note) -> tuple[Levels, int]:
         calls += 1
         return Answer((net.own(start.clone()),))
 
-    net.model.forward = forward
+    model.forward = forward
     if isinstance(net, UNet2D):
         classes = {"class_labels": [0]} if note.classes else {}
         pipe(batch_size=1, output_type="np", **note.call, **classes)
@@ -185,8 +189,8 @@ def _visits(folder: Folder, note: Note) -> tuple[Levels, int]:
     return levels_set(pipe.scheduler), calls
 
 
-def _hollow(folder: Folder) -> Any:
-    """The network of a folder by its config, all weights left out but one number that says device and dtype."""
+def _outlined(folder: Folder) -> Any:
+    """The network of a folder by its config, on the meta device, where a wrapper still parts and joins its layers."""
     import diffusers
     from accelerate import init_empty_weights
 
@@ -195,11 +199,15 @@ def _hollow(folder: Folder) -> Any:
         raise UserError(f"{folder.root / folder.component / 'config.json'}: diffusers has no class {folder.kind!r}")
     with init_empty_weights():
         model: Any = cls.from_config(dict(folder.config))
+    return model.eval()
+
+
+def _hollow(model: nn.Module) -> None:
+    """Leave out all weights but one number each that says device and dtype."""
     for module in model.modules():
         for name in list(module._parameters):
             if module._parameters[name] is not None:
                 module._parameters[name] = nn.Parameter(torch.zeros(()), requires_grad=False)
-    return model.eval()
 
 
 def main(path: str) -> int:

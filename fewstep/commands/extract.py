@@ -18,31 +18,52 @@ from fewstep.networks.routed import Routed
 
 
 def extract(
-    run: Path, rank: int, out: Path | None = None, layout: str = "diffusers", *, measure: bool = False
+    run: Path,
+    rank: int,
+    out: Path | None = None,
+    layout: str = "diffusers",
+    *,
+    measure: bool = False,
+    force: bool = False,
 ) -> Iterator[str]:
-    """Lines of what was kept and, with `out`, written; with `measure` the distances of the run's own metric.
+    """Lines of what was kept and, with `out`, written; then, with `measure`, the distances of the run's own metric.
 
-    UserError for a run whose student is no whole network of its teacher's kind, ExportRefused where diffusers loads no
-    LoRA file into that network.
+    force: overwrite an export that `out` holds.
+
+    UserError for a run whose student is no whole network of its teacher's kind, for one into which diffusers loads no
+    LoRA file, and for a folder that is not empty.
     """
+    if out is not None and out.exists() and not force and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"{out}: exists; overwrite it with --force")
     product = open_product(run)
     adapted, kept = adapter_of(product, run, rank)
-    yield (
-        f"rank {rank}: keeps {100 * kept.layers:.1f} % of the squared difference of {len(adapted.own) // 2} layers, "
+    keeps = (
+        f"keeps {100 * kept.layers:.1f} % of the squared difference of {len(adapted.own) // 2} layers, "
         f"{100 * kept.whole:.1f} % of that of all weights"
     )
+    yield f"rank {rank}: {keeps}"
     found = replace(product, net=adapted)
-    if measure:
-        one, other = product.evaluate(), found.evaluate()
-        values = f"{one.distance.value:.4g} the student, {other.distance.value:.4g} its LoRA set on the teacher"
-        yield f"{one.preset}, {one.number} samples: {values}"
     if out is not None:
+        row = ("extracted from a student that was trained whole", f"rank {rank} {keeps}")
+        noted = {"extracted": {"rank": rank, "kept_of_layers": kept.layers, "kept_of_all": kept.whole}}
         try:
-            done = export_lora(found, out, layout)
+            done = export_lora(found, out, layout, told=[row], noted=noted)
         except ExportRefused as refusal:
             raise UserError(f"{run}: no file: {refusal}") from None
         yield f"adapter in {done.folder}; load it with"
         yield from (f"    {line}" for line in done.usage.splitlines())
+    if measure:
+        yield _measured(product, found)
+
+
+def _measured(product: Product, found: Product) -> str:
+    """The distances of a student and of its LoRA set, or why there are none."""
+    try:
+        one, other = product.evaluate(), found.evaluate()
+    except UserError as error:
+        return f"not measured: {error}"
+    values = f"{one.distance.value:.4g} the student, {other.distance.value:.4g} its LoRA set on the teacher"
+    return f"{one.preset}, {one.number} samples: {values}"
 
 
 def adapter_of(product: Product, run: Path, rank: int) -> tuple[Adapted, Kept]:

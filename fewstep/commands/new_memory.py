@@ -69,24 +69,35 @@ def fitted(memory: str, lora: bool, net: Any, lines: Callable[[Fit], Lines]) -> 
     """
     room = SHARE * memory_of(memory)
     weights = sum(p.numel() for p in net.parameters())
-    smallest = float("inf")
+    least, how = float("inf"), ""
+
+    def total(way: Fit, micro: int) -> int:
+        return int(_planned(lines(replace(way, micro=micro, source="to be planned"))).total)
+
     for way in (*(() if lora else WHOLE), *SETS):
         if way.least(weights) > room:
-            smallest = min(smallest, way.least(weights))
+            if way.least(weights) < least:
+                kept = "its weights" if way.lora else "weights, gradients and moments"
+                least, how = way.least(weights), f"{way}: {kept} alone take"
             continue
-        found = _planned(lines(replace(way, source="to be planned")))
-        smallest = min(smallest, found.total)
-        if found.total > room:
+        known = {1: total(way, 1)}
+        if known[1] < least:
+            least, how = known[1], f"{way}, one sample at a time, by `fewstep plan` still takes"
+        if known[1] > room:
             continue
-        # What one sample needs beside the weights, gradients too: more than each further one does.
-        more = max(found.activations.values())
-        micro = min(BATCH, power_below(1 + int((room - found.total) // max(more, 1))))
-        size = (found.total + (micro - 1) * more) / GIB
-        said = f"--memory {memory}: {size:.3g} GiB by `fewstep plan --weights none`, an estimate"
+        # The second sample tells what each further one needs; gradients are there once, whatever the samples.
+        known[2] = total(way, 2)
+        micro = min(BATCH, max(2, power_below(1 + int((room - known[1]) // max(known[2] - known[1], 1)))))
+        while micro not in known or known[micro] > room:
+            if micro in known:
+                micro //= 2
+            else:
+                known[micro] = total(way, micro)
+        said = f"--memory {memory}: {known[micro] / GIB:.3g} GiB by `fewstep plan --weights none`, an estimate"
         return lines(replace(way, micro=micro, source=said))
     raise UserError(
-        f"--memory {memory}: {SETS[-1]}, one sample at a time, still takes {smallest / GIB:.3g} GiB by `fewstep plan`, "
-        "and a tenth of the memory is left for libraries; give a larger device, or a teacher with fewer weights"
+        f"--memory {memory}: {how} {least / GIB:.3g} GiB, and a tenth of the memory is left for libraries; give a larger "
+        "device, or a teacher with fewer weights"
     )
 
 

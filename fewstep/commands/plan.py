@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
 from torch.utils._pytree import tree_map_only
 
 from fewstep.algebra.batch import Batch
@@ -48,6 +49,8 @@ class Turns:
     called: dict[tuple[str, ...], set[str]] = field(default_factory=dict)
     courses: list[tuple[tuple[str, ...], list[int]]] = field(default_factory=list)
     """Of every turn: the roles it trains, and the bytes after each of its operations."""
+    note: str = ""
+    """How it was done where not as one trace of fake tensors, and why."""
 
     def add(self, updates: tuple[str, ...], course: list[int]) -> None:
         self.courses.append((updates, course))
@@ -59,7 +62,8 @@ class Plan:
     """The estimate of one process.
 
     activations: by trained roles, beside the gradients. total: at the worst moment. ways: (setting, total with
-    it), the smallest first.
+    it), the smallest first. note: how totals were come by where not by one trace, a line each. configs: what a plan from
+    configs alone is of.
     """
 
     roles: dict[str, RoleMemory]
@@ -68,6 +72,7 @@ class Plan:
     micro_batch: int
     ways: tuple[tuple[str, int], ...] = ()
     note: str = ""
+    configs: str = ""
     export: str = ""
     """That the product will not export to a stock pipeline and why, "" for one that will."""
 
@@ -89,14 +94,20 @@ def plan(recipe: Recipe, processes: int = 1, *, ways: bool = True, sizes: Sizes 
         )
     tracer = _Tracer(recipe, processes, sizes)
     first = tracer.total(recipe)
-    found = []
+    found, notes = [], [first.note]
     for setting, other in _alternatives(recipe, processes) if ways else ():
         if sizes is not None and setting.startswith(("train.precision", "train.accumulate")):
             continue  # each is a trace of its own, which takes long at a real size
-        less = tracer.total(other).total
-        if less < 0.98 * first.total:
-            found.append((setting, less))
-    return replace(first, ways=tuple(sorted(found, key=lambda w: w[1])), export=tracer.export)
+        try:
+            less = tracer.total(other)
+        except UserError as error:
+            notes.append(f"{setting}: not planned, {str(error).removeprefix('plan: ')}")
+            continue
+        if less.total < 0.98 * first.total:
+            found.append((setting, less.total))
+            notes += [f"{setting}: {less.note}"] if less.note != first.note else []
+    note = "\n".join(filter(None, notes))
+    return replace(first, ways=tuple(sorted(found, key=lambda w: w[1])), note=note, export=tracer.export)
 
 
 def measured(recipe: Recipe, *, cpu: bool = False) -> int:
@@ -169,17 +180,18 @@ class _Tracer:
     def __init__(self, recipe: Recipe, processes: int, sizes: Sizes | None = None) -> None:
         from fewstep.export.forecast import warning
 
-        self.processes, self.bare, self.export = processes, sizes is not None, ""
+        self.processes, self.bare, self.export, self.configs = processes, sizes is not None, "", ""
         self.mode = fake_mode()
         self._known: dict[tuple[Any, ...], Turns] = {}
         self.passes = Passes()
         if sizes is not None:
             bare = _plain(replace(recipe, train=replace(recipe.train, ema=())))
-            session = self.session = bare_session(bare, sizes, self.mode)
+            bare_one = bare_session(bare, sizes, self.mode)
+            session, self.configs = bare_one, bare_one.told
         else:
-            session = self.session = Session(_plain(recipe), cpu=True)
+            session = Session(_plain(recipe), cpu=True)
             self.export = warning(partial(product_of, recipe, session.product, session.data, "student"))
-        self.roles = dict(session.roles)
+        self.session, self.roles = session, dict(session.roles)
         averages = [bytes_of(own_parameters(e.module)) for e in session.ema]
         student = bytes_of(own_parameters(self.roles["student"]))
         self.ema = student if sizes is not None else sum(averages) // max(len(averages), 1)
@@ -190,7 +202,7 @@ class _Tracer:
                 make_fake(self.roles.values(), self.mode)
             self.fake = True
         except Exception as error:
-            self.fake, self.reason = False, str(error)
+            self.fake, self.reason = False, _failed(error)
 
     def total(self, recipe: Recipe) -> Plan:
         train, n = recipe.train, self.processes
@@ -209,11 +221,13 @@ class _Tracer:
                 row.ema = len(train.ema) * self.ema // part
             roles[name] = row
         totals: list[int] = [0]
+        notes: list[str] = []
         activations: dict[tuple[str, ...], int] = {}
         for number, stage in enumerate(recipe.stages()):
             # Neither offloading nor moments nor averages change what a turn needs beside them.
             key = (number, micro, train.precision, train.checkpointing)
             turns = self._known[key] = self._known.get(key) or self.trace(stage, recipe, micro)
+            notes.append(turns.note)
             for updates, peak in turns.peak.items():
                 full = sum(bytes_of(own_parameters(self.roles[r])) for r in updates)
                 kept = sum(roles[r].gradients for r in updates)
@@ -223,7 +237,8 @@ class _Tracer:
                 reduce = 2 * kept if n > 1 and train.parallel == "ddp" else 0
                 stays = self._stays(roles, updates, turns.called[updates], train.offload)
                 totals.append(stays + kept + max(beside, reduce))
-        return Plan(roles, activations, max(totals), micro, note=self.reason)
+        note = "\n".join(dict.fromkeys(filter(None, notes)))
+        return Plan(roles, activations, max(totals), micro, note=note, configs=self.configs)
 
     def _stays(self, roles: dict[str, RoleMemory], updates: tuple[str, ...], called: set[str], offload: bool) -> int:
         if not offload:
@@ -235,34 +250,37 @@ class _Tracer:
     def trace(self, stage: Stage, recipe: Recipe, micro: int) -> Turns:
         """Peaks of the turns of a stage at a micro-batch; of tiny ones, extrapolated, where fakes do not do."""
         bf16, saved = recipe.train.precision == "bf16", recipe.train.checkpointing
-        with _checkpointed([m for n, m in self.roles.items() if n != "teacher"], saved):
-            if self.fake:
-                try:
-                    with self.passes.of(self.roles.values()):
-                        return self._trace(stage, micro, bf16, self.mode)
-                except Exception as error:
-                    line = (str(error).splitlines() or [type(error).__name__])[0][:60]
-                    if self.bare:
-                        raise UserError(
-                            f"plan: from configs alone method {stage.method.name} cannot be traced, it looks at values: "
-                            f"{line}; leave --weights out"
-                        ) from error
-                    self.fake, self.reason = False, f"traced by computing a step, for it looks at values: {line}"
-                    self._rebuild(recipe)
+        if self.fake:
+            try:
+                with self._saving(saved), self.passes.of(self.roles.values()):
+                    return self._trace(stage, micro, bf16, self.mode)
+            except Exception as error:
+                self.reason = _failed(error)
+                if self.bare:
+                    raise UserError(
+                        f"plan: from configs alone method {stage.method.name} cannot be traced, {self.reason}; leave "
+                        "--weights out"
+                    ) from error
+                self.fake = False
+                self._rebuild(recipe)
+        with self._saving(saved):
             if micro > max(TINY):
                 try:
-                    return _extrapolated([self._trace(stage, b, bf16, nullcontext()) for b in TINY], micro)
+                    tiny = [self._trace(stage, b, bf16, nullcontext()) for b in TINY]
+                    said = f"extrapolated from {TINY[0]}, {TINY[1]} and {TINY[2]} samples; {self.reason}"
+                    return replace(_extrapolated(tiny, micro), note=said)
                 except (UserError, ValueError, RuntimeError):
                     pass  # a method of groups, or one that does other things at another batch
-            return self._trace(stage, micro, bf16, nullcontext())
+            found = self._trace(stage, micro, bf16, nullcontext())
+        return replace(found, note=f"traced by computing a step; {self.reason}")
+
+    def _saving(self, wanted: bool) -> AbstractContextManager[None]:
+        """The roles that train with checkpointing or without."""
+        return _checkpointed([m for n, m in self.roles.items() if n != "teacher"], wanted)
 
     def _rebuild(self, recipe: Recipe) -> None:
         self.session = Session(_plain(replace(recipe, train=replace(recipe.train, ema=()))), cpu=True)
         self.roles = dict(self.session.roles)
-        if recipe.train.checkpointing:
-            for name, module in self.roles.items():
-                if name != "teacher":
-                    enable_checkpointing(module)
 
     def _trace(self, stage: Stage, micro: int, bf16: bool, mode: Any) -> Turns:
         session, turns = self.session, Turns()
@@ -307,6 +325,13 @@ class _Tracer:
             turns.add(turn.updates, [*live.course, live.peak])
             turns.called.setdefault(turn.updates, set()).update(called)
         return turns
+
+
+def _failed(error: Exception) -> str:
+    """Why a trace of fake tensors failed, in a few words."""
+    line = (str(error).splitlines() or [""])[0][:100]
+    looks = isinstance(error, DataDependentOutputException | DynamicOutputShapeException)
+    return f"the trace failed with {type(error).__name__}: {line}" + (" (it looks at values)" if looks else "")
 
 
 def _copied(batch: Batch) -> Batch:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -33,8 +34,7 @@ from fewstep.train.session import Session
 CLIP_TOKENS = 77
 """Of CLIP's text, which pipelines without `max_sequence_length` have, and SD3 before its T5's."""
 MOST_TOKENS = 512
-TOKENS = {"StableDiffusion3Pipeline": 256, "PixArtSigmaPipeline": 300, "PixArtAlphaPipeline": 120, "SanaPipeline": 300}
-"""`max_sequence_length` of the pipelines of transformers where it is another than MOST_TOKENS."""
+"""Of a transformer without a stock pipeline."""
 SHIPPED = "configs"
 """The folder of shipped configs: `assets:configs/NAME`."""
 
@@ -122,39 +122,79 @@ def bare_session(recipe: Recipe, sizes: Sizes, mode: Any) -> Session:
     with shapes():
         if spec is not None and spec.name == "diffusers":
             refuse_code("teacher", spec)
-            spec = replace(spec, path=located(spec.path))
+            asked, spec = spec.path, replace(spec, path=located(spec.path))
+            name = spec.path if spec.path == asked else f"{spec.path} in place of {asked}"
             known = sizes.shape or getattr(recipe.data, "shape", None)
             teacher = outlined_teacher(spec, SimpleNamespace(shape=known or ()), model=_model(spec))
             wrapper: Any = teacher.net
             shape, classes = tuple(known or (wrapper.channels(), *wrapper.sample_size())), int(wrapper.classes)
             spec.check(teacher, Site(shape, classes, {}, 0))
+            _hand_whole(wrapper)
             role = frozen(teacher if spec.process is None else Rescheduled(teacher, spec.process))
     if role is None:
         known, classes = recipe.data.outline()
         shape = sizes.shape or known
     data = ShapedData(shape, classes, None if role is None else _row(wrapper, recipe, sizes))
+    told = f"configs: {'none' if role is None else name}, x {_sides(shape)}"
+    if data.text is not None:
+        told += f", text {_sides(data.text['text'].shape[1:])}"
 
     with nullcontext() if role is None else shapes():  # what has no folder is small, and may look at values
         roles = build_roles(recipe, data, role)
     make_fake(roles.values(), mode)
     _make_fake_beside(roles, mode)
-    return BareSession(recipe, data, Roles(**dict(roles)))
+    return BareSession(recipe, data, Roles(**dict(roles)), told)
+
+
+def _sides(shape: Sequence[int]) -> str:
+    """As `--shape` and `--text` have them."""
+    return "x".join(map(str, shape))
+
+
+class _Whole:
+    """A mask of ones (b, n) for a module that counts them in Python, which fake tensors do not let it."""
+
+    def __init__(self, shape: tuple[int, ...]) -> None:
+        self.shape = shape
+
+    def sum(self, dim: int) -> _Whole:
+        return self
+
+    def tolist(self) -> list[int]:
+        return [self.shape[1]] * self.shape[0]
+
+
+def _hand_whole(wrapper: Any) -> None:
+    if getattr(wrapper, "counts", ""):
+        module = wrapper.model.get_submodule(wrapper.counts)
+        module.register_forward_pre_hook(lambda _module, args: (args[0], _Whole(tuple(args[1].shape))))
 
 
 def _make_fake_beside(roles: Roles, mode: Any) -> None:
-    """Tables that models keep as plain tensors (Qwen-Image's positions) are on the CPU, like their buffers."""
+    """Tables that models keep as plain tensors (Qwen-Image's positions, Lumina 2's list) are on the CPU, like buffers."""
+
+    def fake(value: Any) -> Any:
+        if isinstance(value, Tensor) and value.is_meta:
+            with mode:
+                return torch.empty(value.shape, dtype=value.dtype, device="cpu")
+        return value
+
     for module in {id(m): m for role in roles.values() for m in role.modules()}.values():
         for key, value in list(vars(module).items()):
             if isinstance(value, Tensor) and value.is_meta:
-                with mode:
-                    setattr(module, key, torch.empty(value.shape, dtype=value.dtype, device="cpu"))
+                setattr(module, key, fake(value))
+            elif isinstance(value, list) and any(isinstance(v, Tensor) and v.is_meta for v in value):
+                setattr(module, key, [fake(v) for v in value])
 
 
 class BareSession(Session):
-    """A session of roles that are there already and go to no device, for tracing turns."""
+    """A session of roles that are there already and go to no device, for tracing turns.
 
-    def __init__(self, recipe: Recipe, data: ShapedData, roles: Roles) -> None:
-        self.recipe, self.data, self.roles = recipe, data, roles
+    told: the configs, shape and text that it is of, in a line.
+    """
+
+    def __init__(self, recipe: Recipe, data: ShapedData, roles: Roles, told: str) -> None:
+        self.recipe, self.data, self.roles, self.told = recipe, data, roles, told
         self.accelerator = Accelerator(cpu=True)
         self.ema, self.sharded, self.offload = [], False, None
 
@@ -181,9 +221,9 @@ def _row(wrapper: Any, recipe: Recipe, sizes: Sizes) -> dict[str, Tensor] | None
     tokens, wide = sizes.text or (_tokens(wrapper, recipe), width)
     if wide != width:
         raise UserError(f"--text {tokens}x{wide}: the text of this teacher is {width} wide")
-    longer = {"text": torch.zeros(1, tokens, width), "mask": torch.ones(1, tokens)}
-    # A mask that the model is not handed cuts the text (Z-Image), by values; without one it is whole.
-    cuts = "mask" not in getattr(wrapper, "names", ("mask",))
+    longer = {"text": torch.zeros(1, tokens, *example["text"].shape[2:]), "mask": torch.ones(1, tokens)}
+    # Cutting looks at values; without a mask the text is whole.
+    cuts = bool(getattr(wrapper, "cuts", False))
     return {k: longer.get(k, v) for k, v in example.items() if k != "mask" or not cuts}
 
 
@@ -192,5 +232,14 @@ def _tokens(wrapper: Any, recipe: Recipe) -> int:
     clip = CLIP_TOKENS if wrapper.pipeline == "StableDiffusion3Pipeline" else 0
     asked = getattr(getattr(recipe.data, "encoder", None), "length", None)
     if asked is None:
-        asked = TOKENS.get(wrapper.pipeline, CLIP_TOKENS if wrapper.component == "unet" else MOST_TOKENS)
+        asked = padded(wrapper.pipeline) or (CLIP_TOKENS if wrapper.component == "unet" else MOST_TOKENS)
     return int(asked) + clip
+
+
+def padded(pipeline: str) -> int | None:
+    """The tokens that a stock pipeline pads or cuts a prompt to by itself; None where its call has no number for it."""
+    import diffusers
+
+    kind = getattr(diffusers, pipeline, None) if pipeline else None
+    known = None if kind is None else inspect.signature(kind.__call__).parameters.get("max_sequence_length")
+    return known.default if known is not None and isinstance(known.default, int) else None

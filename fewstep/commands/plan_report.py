@@ -50,8 +50,9 @@ def report(
     console.print(f"worst moment: {found.total / MIB:.1f} MiB of tensors; the libraries' workspaces come on top")
     if sizes is not None:
         console.print("from configs alone: an estimate, no weights, latents or texts were read", highlight=False)
+        console.print(found.configs, soft_wrap=True, highlight=False, markup=False)
     if found.note:
-        console.print(found.note, highlight=False)
+        console.print(found.note, soft_wrap=True, highlight=False, markup=False)
     if found.export:
         console.print(f"note: this run {found.export}", soft_wrap=True, highlight=False, markup=False)
     for setting, less in found.ways:

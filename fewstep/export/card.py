@@ -83,7 +83,7 @@ def student_card(
         pipeline=pipeline,
         usage=usage,
         parity=parity,
-        rows=_table([*told, *results]),
+        rows=table([*told, *results]),
         recipe=recipe.strip(),
         fence=fenced(recipe),
     )
@@ -124,7 +124,7 @@ def teacher_card(product: Product, usage: str, parity: float, results: Rows) -> 
         about=plain(product.recipe.about),
         done=product.done,
         parity=parity,
-        rows=_table(results),
+        rows=table(results),
         recipe=recipe.strip(),
         fence=fenced(recipe),
     )
@@ -153,7 +153,8 @@ def front_of(source: Folder, video: bool, text: bool) -> dict[str, str]:
     return out
 
 
-def _table(results: Rows) -> str:
+def table(results: Rows) -> str:
+    """Rows of Markdown."""
     return "".join(f"| {plain(name)} | {plain(value)} |\n" for name, value in results)
 
 
@@ -168,11 +169,20 @@ def fenced(text: str, least: int = 3) -> str:
     return "`" * max(least, 1 + max((len(run) for run in re.findall("`+", text)), default=0))
 
 
-def usage(pipeline: str, call: Mapping[str, Any], folder: str, variant: str = "") -> str:
-    """Three lines of plain diffusers code; of a video they save the first frame."""
+def usage(pipeline: str, call: Mapping[str, Any], folder: str, variant: str = "", also: str = "", then: str = "") -> str:
+    """Three lines of plain diffusers code; of a video they save the first frame.
+
+    also: another class to import. then: lines between opening and drawing.
+    """
+    return f"{opening(pipeline, folder, variant, also, then)}{drawing(call)}"
+
+
+def opening(pipeline: str, folder: str, variant: str = "", also: str = "", then: str = "") -> str:
+    """The lines that make `pipe` of a folder, each with its end."""
     named = f', variant="{variant}"' if variant else ""
-    load = f'pipe = {pipeline}.from_pretrained("{folder}"{named})'
-    return f"from diffusers import {pipeline}\n{load}\n{drawing(call)}"
+    classes = f"{pipeline}, {also}" if also else pipeline
+    load = f'from diffusers import {classes}\npipe = {pipeline}.from_pretrained("{folder}"{named})\n'
+    return load + (f"{then}\n" if then else "")
 
 
 def drawing(call: Mapping[str, Any]) -> str:

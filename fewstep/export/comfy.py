@@ -14,6 +14,8 @@ from fewstep.export.base import ExportRefused
 from fewstep.export.routes import plain_kind
 
 WORKFLOW = "workflow.json"
+PURE = 1e5
+"""Sigma over alpha above every level of a table that ends before pure noise (squared cosines: 2e4)."""
 Node = dict[str, Any]
 
 
@@ -47,14 +49,20 @@ FAMILIES: Mapping[str, Nodes] = {
 def sigmas_of(process: Process, sampler: Sampler) -> list[float]:
     """The trained levels as ComfyUI counts them, first to last and 0: sigma over alpha, of a flow its t.
 
-    Raises ExportRefused for a process whose levels it has no number for.
+    Raises ExportRefused for a process whose levels it has no number for, pure noise of a table among them.
     """
     t = process.grid(torch.tensor(sampler.steps, dtype=torch.float64))
     if isinstance(process, Flow):
         return [*t.tolist(), 0.0]
     if not isinstance(process, DiscreteVP):
         raise ExportRefused(f"no ComfyUI workflow is known for levels of {type(process).__name__}")
-    return [*(process.sigma(t) / process.alpha(t)).tolist(), 0.0]
+    ratios = (process.sigma(t) / process.alpha(t)).tolist()
+    if max(ratios) > PURE:
+        raise ExportRefused(
+            "the first level is pure noise (zero terminal SNR), whose sigma over alpha is no number that ComfyUI could "
+            "start at; draw with the diffusers pipeline"
+        )
+    return [*ratios, 0.0]
 
 
 def sampler_of(process: Process, sampler: Sampler) -> str:

@@ -6,6 +6,7 @@ at the trained levels; the reloaded folder is run and compared before anything i
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
 from collections.abc import Callable, Iterator, Mapping
@@ -209,19 +210,27 @@ def call_of(product: Product, source: Folder, wrapper: Any, stock: Stock) -> dic
     return what | stock.call | settings_of(product, source, wrapper)
 
 
+def is_video(product: Product) -> bool:
+    """Samples (c, f, h, w)."""
+    return len(product.shape) == 4
+
+
 def product_has_text(product: Product) -> bool:
     """Whether the data that a product was trained on have captions or prompts."""
     return getattr(getattr(product.recipe, "data", None), "encoder", None) is not None
 
 
-def _guided(product: Product, wrapper: Any) -> list[tuple[str, str]]:
-    """The guidance in a student's weights, as its recipe counts it and as its teacher's pipeline does: for its card."""
+def guided(product: Product, wrapper: Any) -> list[tuple[str, str]]:
+    """The guidance in a student's weights, as its recipe counts it and as its teacher's pipeline does: for its card.
+
+    None where that pipeline's only scale is an input of the network, which is another thing.
+    """
     scale = getattr(product.recipe.method, "guidance", None) if product.recipe is not None else None
-    if not isinstance(scale, int | float) or scale == 1 or "label" in wrapper.needs:
+    if not isinstance(scale, int | float) or scale == 1 or "label" in wrapper.needs or not wrapper.cfg:
         return []
     theirs = scale - wrapper.scale_of_pipeline(0.0)  # which counts from 1 or from 0
-    key = next(iter(wrapper.plain))
-    return [("guidance in its weights", f"{scale:g} where 1 is none; of the teacher's pipeline {key}={theirs:g}")]
+    told = f"{scale:g} where 1 is none; of the teacher's pipeline {wrapper.cfg}={theirs:g}"
+    return [("guidance in its weights", told)]
 
 
 def latent_parts(
@@ -246,7 +255,7 @@ def latent_parts(
     levels = levels_of(process, product.sampler.steps).shares()
     name, written = pipeline_name(source, wrapper), stock.sampler
     known = settings_of(product, source, wrapper) | dict(settings or {})
-    front = front_of(source, len(product.shape) == 4, "text" in wrapper.needs)
+    front = front_of(source, is_video(product), "text" in wrapper.needs)
     note = Note(
         classes=wrapper.classes,
         size=tuple(product.shape[1:]),
@@ -266,7 +275,7 @@ def latent_parts(
         save=partial(_save, source, wrapper, stock.scheduler, DTYPES[dtype], **named),
         pairs=pairs,
         usage=usage_of(product, name, wrapper, call_of(product, source, wrapper, stock) | known, **named),
-        card=partial(card or partial(student_card, front=front, told=_guided(product, wrapper)), product, name),
+        card=partial(card or partial(student_card, front=front, told=guided(product, wrapper)), product, name),
         note=(NAME, note.text()),
     )
 
@@ -283,7 +292,7 @@ def _rounded(net: Denoiser, dtype: torch.dtype) -> Denoiser:
 
 
 def usage_of(product: Product, name: str, wrapper: Any, call: Mapping[str, Any], **named: str) -> Callable[[str], str]:
-    """The lines that run an export, given its folder."""
+    """The lines that run an export, given its folder; named: see `card.usage`."""
     if not wrapper.image_channels:
         return partial(usage, name, call, **named)
     size = tuple(image_of(product) or (wrapper.image_channels, *wrapper.sample_size()))
@@ -301,10 +310,12 @@ def _save(
 ) -> None:
     """The source's folder with another network and scheduler. Text encoders are copied, not loaded."""
     index = dict(source.index) | ({"_class_name": wrapper.pipeline} if wrapper.image_channels else {})
-    model: Any = whole_model(wrapper)
     for name, entry in index.items():
         if part_of(entry) and name not in (source.component, "scheduler"):
             shutil.copytree(source.root / name, to / name)
+    model: Any = whole_model(wrapper)
+    if model is wrapper.model and dtype is not torch.float32:
+        model = copy.deepcopy(model)  # the sampler's own network stays as it is
     model = model.to(dtype)
     model.save_pretrained(to / source.component, safe_serialization=True, variant=variant)
     scheduler.save_pretrained(to / "scheduler")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -14,9 +14,18 @@ from torch import Tensor
 
 from fewstep.config import UserError
 from fewstep.export.base import Exported, ExportRefused, Parts, Rows, Stock, write_checked
-from fewstep.export.card import drawing, front_of, plain
+from fewstep.export.card import front_of, plain, table
 from fewstep.export.comfy import WORKFLOW, workflow
-from fewstep.export.latent import call_of, settings_of, stock_of, wrapped
+from fewstep.export.latent import (
+    call_of,
+    guided,
+    is_video,
+    pipeline_name,
+    settings_of,
+    stock_of,
+    usage_of,
+    wrapped,
+)
 from fewstep.files import digest_of
 from fewstep.networks.adapters import Adapted, network_of, plain_copy, unhalved
 from fewstep.networks.folder import Folder
@@ -25,20 +34,31 @@ from fewstep.networks.lora_formats import merged_by_comfyui
 from fewstep.train.product import Product
 
 
-def export_lora(product: Product, folder: Path, layout: str = "diffusers") -> Exported:
+def export_lora(
+    product: Product,
+    folder: Path,
+    layout: str = "diffusers",
+    *,
+    told: Rows = (),
+    noted: Mapping[str, Any] | None = None,
+) -> Exported:
     """Write the adapter of a run as `pytorch_lora_weights.safetensors` in a new folder, its scheduler beside it.
 
     A few-step adapter under the teacher's own scheduler gives other samples than were trained, so the folder carries
     the scheduler that takes its steps, and the card how both are loaded, or why there is none. Before the command
     succeeds, diffusers loads and fuses the file, and every weight is compared with the merge made here; in ComfyUI's
-    layout by that program's rule. layout: one of `fewstep.networks.lora_formats.FORMATS`. Raises
-    ExportRefused for a student that is no adapter, and for models that diffusers loads no LoRA into; further errors as
-    `write_checked`.
+    layout by that program's rule. layout: one of `fewstep.networks.lora_formats.FORMATS`. told,
+    noted: further rows of the card and entries of fewstep.json.
+
+    Raises ExportRefused for a student that is no adapter, and for models that diffusers loads no LoRA into; further
+    errors as `write_checked`.
     """
-    return write_checked(lora_parts(product, layout), folder)
+    return write_checked(lora_parts(product, layout, told=told, noted=noted), folder)
 
 
-def lora_parts(product: Product, layout: str = "diffusers") -> Parts:
+def lora_parts(
+    product: Product, layout: str = "diffusers", *, told: Rows = (), noted: Mapping[str, Any] | None = None
+) -> Parts:
     """The adapter, compared by its weights, each relative to the largest of its layer; errors as `export_lora`."""
     net = product.net
     if not isinstance(net, Adapted):
@@ -63,7 +83,8 @@ def lora_parts(product: Product, layout: str = "diffusers") -> Parts:
 
     # On the grid of the scheduler beside it: a flow's shift is in the levels of the call.
     written = product.sampler if stock is None else stock.sampler
-    note: dict[str, Any] = {"kind": written.kind, "steps": list(written.steps)}
+    rows = [*_guided(product, found), *told]
+    note: dict[str, Any] = {"kind": written.kind, "steps": list(written.steps), **(noted or {})}
     if stock is not None:
         note["call"] = stock.call
     with suppress(UserError, AttributeError):  # a teacher without files, or files that are gone by now
@@ -73,7 +94,7 @@ def lora_parts(product: Product, layout: str = "diffusers") -> Parts:
         save=save,
         pairs=partial(_pairs, net, layout),
         usage=usage,
-        card=partial(_card, product, net, front=_front(found), comfy=why),
+        card=partial(_card, product, net, front=_front(product, found), told=rows, comfy=why),
         note=("fewstep.json", json.dumps(note)),
         differs=f"weights into which {_WHO[layout]} fuses {NAME} differ from those merged here",
     )
@@ -99,12 +120,12 @@ def _graph(product: Product, found: Found | None) -> tuple[dict[str, Any] | None
     return made, f"{told}and put in the names of your base model's files. ComfyUI itself was not run."
 
 
-def _front(found: Found | None) -> dict[str, str]:
+def _front(product: Product, found: Found | None) -> dict[str, str]:
     """What the hub reads above the card: the base that it adapts, its licence and task."""
     if found is None:
         return {}
     source, wrapper, _ = found
-    front = front_of(source, "num_frames" in wrapper.of_size(wrapper.sample_size()), "text" in wrapper.needs)
+    front = front_of(source, is_video(product), "text" in wrapper.needs)
     return front | ({"base_model_relation": "adapter"} if "base_model" in front else {})
 
 
@@ -117,19 +138,18 @@ def _stock(product: Product, net: Adapted) -> tuple[Found | None, Callable[[str]
     except UserError as error:
         reason = str(error).splitlines()[0]
         return None, lambda folder: f"{_load(folder)}  # no scheduler: {reason}"
-    name, call = source.index["_class_name"], call_of(product, source, wrapper, stock)
-    base = _front((source, wrapper, stock)).get("base_model", str(source.root))
+    name, call = pipeline_name(source, wrapper), call_of(product, source, wrapper, stock)
+    base = _front(product, (source, wrapper, stock)).get("base_model", str(source.root))
 
     def usage(folder: str) -> str:
-        return (
-            f"from diffusers import {name}, {stock.name}\n"
-            f'pipe = {name}.from_pretrained("{base}")\n'
-            f"{_load(folder)}\n"
-            f'pipe.scheduler = {stock.name}.from_pretrained("{folder}", subfolder="scheduler")\n'
-            f"{drawing(call)}"
-        )
+        steps = f'pipe.scheduler = {stock.name}.from_pretrained("{folder}", subfolder="scheduler")'
+        return usage_of(product, name, wrapper, call, also=stock.name, then=f"{_load(folder)}\n{steps}")(base)
 
     return (source, wrapper, stock), usage
+
+
+def _guided(product: Product, found: Found | None) -> Rows:
+    return guided(product, found[1]) if found else []
 
 
 def _load(folder: str) -> str:
@@ -171,7 +191,15 @@ def _pairs(net: Adapted, layout: str, folder: Path) -> Iterator[tuple[Tensor, Te
 
 
 def _card(
-    product: Product, net: Adapted, usage: str, parity: float, _: Rows, *, front: dict[str, str], comfy: str
+    product: Product,
+    net: Adapted,
+    usage: str,
+    parity: float,
+    _: Rows,
+    *,
+    front: dict[str, str],
+    told: Rows,
+    comfy: str,
 ) -> str:
     recipe: Any = product.recipe
     levels = ", ".join(f"{u:.6g}" for u in product.sampler.steps)
@@ -184,6 +212,8 @@ def _card(
         "| | |\n|---|---|\n"
         f"| rank, alpha | {net.rank}, {net.alpha:g} |\n| parameters | {count} |\n"
         f"| trained at levels u, first to last | {levels} |\n| steps trained | {product.done} |\n"
-        f"| fused by diffusers against merged here, largest relative difference of a weight | {parity:.1e} |\n\n"
-        f"```python\n{usage}\n```\n" + (f"\n{comfy}\n" if comfy else "")
+        f"| fused by diffusers against merged here, largest relative difference of a weight | {parity:.1e} |\n"
+        + table(told)
+        + f"\n```python\n{usage}\n```\n"
+        + (f"\n{comfy}\n" if comfy else "")
     )

@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from fewstep.export.base import ExportRefused, Stock
-from fewstep.export.card import as_code
+from fewstep.export.card import as_code, opening
 from fewstep.export.routes import INSTEAD
 from fewstep.networks.picture import joined
 
@@ -20,11 +20,12 @@ NOISING = "image_noising_scheduler"
 
 
 def whole_model(wrapper: Any) -> nn.Module:
-    """A copy of the wrapped model whose first layer takes x and the picture as one input."""
+    """The wrapped model; of one with a picture a copy whose first layer takes x and the picture as one input."""
+    if not wrapper.image_channels:
+        return wrapper.model  # type: ignore[no-any-return]
     model: Any = copy.deepcopy(wrapper.model)
-    if wrapper.image_channels:
-        model.conv_in = joined(model.conv_in, wrapper.picture)
-        model.register_to_config(in_channels=model.conv_in.in_channels)
+    model.conv_in = joined(model.conv_in, wrapper.picture)
+    model.register_to_config(in_channels=model.conv_in.in_channels)
     return model
 
 
@@ -56,14 +57,12 @@ def check_picture(wrapper: Any, stock: Stock) -> None:
         )
 
 
-def picture_usage(call: Mapping[str, Any], image: tuple[int, ...], text: int, folder: str, variant: str = "") -> str:
+def picture_usage(call: Mapping[str, Any], image: tuple[int, ...], text: int, folder: str, **named: str) -> str:
     """Lines of plain diffusers code that make a sample of a picture (c, h, w); text: width of words it does without."""
     given = f"prompt_embeds=torch.zeros(1, 1, {text}), " if "prompt" not in call else ""
     shape = ", ".join(map(str, image))
-    named = f', variant="{variant}"' if variant else ""
     return (
-        "import torch\nfrom diffusers import IFSuperResolutionPipeline\n"
-        f'pipe = IFSuperResolutionPipeline.from_pretrained("{folder}"{named})\n'
+        f"import torch\n{opening('IFSuperResolutionPipeline', folder, **named)}"
         f"image = torch.zeros(1, {shape})  # yours, in [-1, 1]\n"
         f'pipe({given}image=image, {as_code(call)}).images[0].save("sample.png")'
     )

@@ -13,12 +13,19 @@ PIPELINES = {
 }
 """Whole pipelines in one file: the front of a name that tells the class, and its family; the first that fits counts."""
 NETWORKS = {
-    "FluxTransformer2DModel": "double_blocks.",
+    "Flux2Transformer2DModel": "single_stream_modulation.",
+    "ChromaTransformer2DModel": "distilled_guidance_layer.",
+    "HunyuanVideoTransformer3DModel": "txt_in.individual_token_refiner.",
+    "FluxTransformer2DModel": "double_blocks.0.img_attn.norm.",
     "WanTransformer3DModel": "blocks.0.self_attn.",
     "QwenImageTransformer2DModel": "transformer_blocks.0.img_mlp.",
-    "ZImageTransformer2DModel": "cap_embedder.",
+    "ZImageTransformer2DModel": "layers.0.adaLN_modulation.0.",
+    "Lumina2Transformer2DModel": "cap_embedder.0.",
 }
-"""Networks alone in one file, of which the rest of a pipeline is missing."""
+"""Networks alone in one file, of which the rest of a pipeline is missing; the first that fits counts.
+
+Flux's names are in Chroma and HunyuanVideo too, and Lumina 2's in Z-Image, which therefore stand before them; marks as
+diffusers 0.42 tells them apart."""
 
 
 def refusal(file: Path, shown: str) -> str:
@@ -40,13 +47,14 @@ def refusal(file: Path, shown: str) -> str:
                 f"{to}`), put the file's weights into it, then give {to}:\n"
                 f"  {shell(f'{code}.save_pretrained({part!r})')}"
             )
-    kind, family = next(
-        ((kind, family) for kind, (mark, family) in PIPELINES.items() if any(n.startswith(mark) for n in names)),
-        ("StableDiffusionPipeline", "Stable Diffusion 1 and 2"),
-    )
+    unknown = ("PIPELINE", "none that is known here has tensors of these names; put it in for PIPELINE")
+    if file.suffix in PICKLES:
+        unknown = ("StableDiffusionPipeline", "a pickle is not opened; this is that of Stable Diffusion 1 and 2")
+    known = ((k, f"here {family}") for k, (mark, family) in PIPELINES.items() if any(n.startswith(mark) for n in names))
+    kind, family = next(known, unknown)
     code = f"from diffusers import {kind} as P; P.from_single_file({str(file)!r})"
     return (
-        f"{begin}write it as one with the pipeline class of its family (here {family}), then give {to}:\n"
+        f"{begin}write it as one with the pipeline class of its family ({family}), then give {to}:\n"
         f"  {shell(f'{code}.save_pretrained({str(to)!r})')}"
     )
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,7 +15,7 @@ from tiny_pipelines import FAMILIES, make_pipeline
 from fewstep.commands import new_memory
 from fewstep.commands.check_recipe import check
 from fewstep.commands.new import Wish, new
-from fewstep.commands.new_memory import GIB, SETS, SHARE, WHOLE, Fit, memory_of
+from fewstep.commands.new_memory import BATCH, GIB, SETS, SHARE, WHOLE, Fit, memory_of
 from fewstep.commands.new_pipeline import look
 from fewstep.commands.plan import plan
 from fewstep.commands.plan_configs import Sizes
@@ -75,35 +77,44 @@ def test_ways_are_tried_from_whole_networks_to_sets(here: Path, monkeypatch: pyt
     folder = make_pipeline(here / "T", "sd3")
     sizes = {str(way): (6 - i) * GIB for i, way in enumerate((*WHOLE, *SETS))}
 
-    class Plan:
-        activations = {("student",): GIB // 4}
-
-        def __init__(self, total: int) -> None:
-            self.total = total
-
     tried: list[str] = []
+    bent = BATCH
+    """From where the samples take more than the second one said."""
 
-    def planned(lines: Any) -> Plan:
+    def planned(lines: Any) -> Any:
         text = "\n".join(line for line, _ in lines)
+        micro = BATCH // int(re.search(r"accumulate: (\d+)", text)[1])  # type: ignore[index]
         way = Fit("name: lora" in text, "bf16" if "dtype: bf16" in text else "fp32", "offload: true" in text)
-        tried.append(str(way))
-        return Plan(sizes[str(way)])
+        tried.append(f"{way} at {micro}")
+        return SimpleNamespace(total=sizes[str(way)] + (micro - 1) * GIB // 8 + (GIB // 4 if micro > bent else 0))
 
     monkeypatch.setattr(new_memory, "_planned", planned)
     data = written(folder, "6G")  # .9 of it are 5.4: the second way has 5
-    assert tried == [str(WHOLE[0]), str(WHOLE[1])]
+    assert tried == [f"{WHOLE[0]} at 1", *(f"{WHOLE[1]} at {micro}" for micro in (1, 2, 4))]
     assert (data["student"]["name"], data["teacher"]["dtype"]) == ("copy", "bf16")
     assert "offload" not in data["train"]
-    assert data["train"]["accumulate"] == 16  # a quarter each, room for .4
+    assert data["train"]["accumulate"] == 8  # an eighth each, room for .4: three more
     assert written(folder, "5G")["train"]["offload"] is True
-    data = written(folder, "2.5G")
-    assert (data["student"]["name"], data["teacher"]["dtype"], data["train"]["accumulate"]) == ("lora", "bf16", 16)
-    assert "2.25 GiB by `fewstep plan --weights none`, an estimate" in Path("mine.yaml").read_text()
+    data = written(folder, "2.75G")  # 2.475: three more samples
+    assert (data["student"]["name"], data["teacher"]["dtype"], data["train"]["accumulate"]) == ("lora", "bf16", 8)
+    assert "2.38 GiB by `fewstep plan --weights none`, an estimate" in Path("mine.yaml").read_text()
+    bent = 2  # what is written was planned itself, and four samples do not fit
+    data = written(folder, "2.75G")
+    assert data["train"]["accumulate"] == 16
+    assert "2.12 GiB by `fewstep plan --weights none`, an estimate" in Path("mine.yaml").read_text()
+    bent = BATCH
     tried.clear()
     written(folder, "6G", lora=True)
-    assert tried == [str(SETS[0])]
-    with pytest.raises(UserError, match=r"--memory 2G: LoRA sets on one frozen base, teacher in bf16, .* takes 2 GiB by"):
+    assert {way.partition(" at ")[0] for way in tried} == {str(SETS[0])}
+    with pytest.raises(
+        UserError,
+        match=r"--memory 2G: LoRA sets on one frozen base, teacher in bf16, .* by `fewstep plan` still takes 2 GiB",
+    ):
         written(folder, "2G")
+    tried.clear()
+    with pytest.raises(UserError, match=r"teacher in bf16: its weights alone take [\d.e-]+ GiB, and a tenth"):
+        written(folder, "0.001M")
+    assert tried == []
 
 
 def test_memory_is_for_pipelines(here: Path):

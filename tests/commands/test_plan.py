@@ -15,7 +15,7 @@ from tiny_teacher import make_teacher, student_settings
 from tiny_text import text_pipeline
 
 from fewstep.commands import plan as plan_module
-from fewstep.commands.plan import plan
+from fewstep.commands.plan import Turns, _Tracer, plan
 from fewstep.commands.plan_report import report
 from fewstep.config import UserError
 from fewstep.methods.pairs import Pairs
@@ -99,7 +99,40 @@ def test_a_batch_that_cannot_be_split_is_refused(teacher: Path):
 def test_methods_that_look_at_values_are_traced_with_real_tensors():
     recipe = load("toy/progressive", ["train.batch=64"])
     found = plan(recipe, ways=False)
+    assert re.match("extrapolated from 1, 2 and 4 samples; the trace failed with [A-Z][A-Za-z]+: .", found.note)
     assert found.total == pytest.approx(measured(recipe), rel=0.15)
+
+
+def test_a_way_alone_whose_trace_fails_has_a_note_and_the_plan_has_none(monkeypatch: pytest.MonkeyPatch):
+    own = _Tracer._trace
+
+    def trace(self: _Tracer, stage: Any, micro: int, bf16: bool, mode: Any) -> Turns:
+        if micro == 32 and self.fake:
+            raise RuntimeError("no such kernel")
+        return own(self, stage, micro, bf16, mode)
+
+    monkeypatch.setattr(_Tracer, "_trace", trace)
+    found = plan(load("toy/dmd2", ["train.batch=64"]))
+    why = "the trace failed with RuntimeError: no such kernel"
+    assert found.note == f"train.accumulate=2: extrapolated from 1, 2 and 4 samples; {why}"
+
+
+def test_checkpointing_of_one_total_is_off_in_the_next(teacher: Path, monkeypatch: pytest.MonkeyPatch):
+    """The roles are built anew where fakes do not do, in the middle of a trace."""
+    states: list[bool] = []
+
+    def trace(self: _Tracer, *_: Any) -> Turns:
+        if self.fake:
+            raise ValueError("not of fakes")
+        states.append(any(getattr(m, "is_gradient_checkpointing", False) for m in self.roles["student"].modules()))
+        return Turns({("student",): 0}, {("student",): {"student"}}, [(("student",), [0])])
+
+    monkeypatch.setattr(_Tracer, "_trace", trace)
+    recipe = recipe_of(teacher)
+    tracer, stage = _Tracer(recipe, 1), recipe.stages()[0]
+    for saved in (True, False):
+        tracer.trace(stage, replace(recipe, train=replace(recipe.train, checkpointing=saved)), 8)
+    assert states == [True] * 3 + [False] * 3
 
 
 def test_live_counts_storages_once_and_lets_them_go():

@@ -6,21 +6,23 @@ import json
 import shutil
 from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import diffusers
 import pytest
 from tiny_families import TODAY, make_today
 from tiny_new import stand_in_for_text
-from tiny_pipelines import FAMILIES, make_pipeline
+from tiny_pipelines import FAMILIES, make_pipeline, network_of
 
 from fewstep.commands.new_pipeline import look
 from fewstep.commands.plan import plan
-from fewstep.commands.plan_configs import Sizes, located, shipped, sizes_of
+from fewstep.commands.plan_configs import Sizes, _row, located, padded, shipped, sizes_of
 from fewstep.commands.plan_passes import Passes
 from fewstep.commands.plan_report import report
 from fewstep.config import UserError
 from fewstep.networks.outline import shapes
+from fewstep.networks.wrappers import WRAPPERS
 from fewstep.recipe.store import load
 
 RECIPE = """about: text
@@ -38,7 +40,14 @@ CASES = [
     ("sd3", "copy", "dtype: fp32", False, "fp32", True),
     ("flux", "lora", "guidance: 3.5, dtype: bf16", True, "fp32", False),
     ("wan", "copy", "dtype: bf16", False, "bf16", False),
+    ("lumina2", "lora", "dtype: fp32", True, "fp32", False),
+    ("krea2", "lora", "dtype: fp32", False, "fp32", False),
+    ("chroma", "lora", "dtype: fp32", False, "fp32", False),
 ]
+
+
+def shape_of(case: tuple[Any, ...]) -> tuple[int, ...]:
+    return (TODAY if case[0] in TODAY else FAMILIES)[case[0]].shape
 
 
 def made(root: Path, case: tuple[Any, ...], monkeypatch: pytest.MonkeyPatch) -> tuple[Path, Sizes]:
@@ -50,12 +59,12 @@ def made(root: Path, case: tuple[Any, ...], monkeypatch: pytest.MonkeyPatch) -> 
     stand_in_for_text(monkeypatch, wrapper)
     monkeypatch.setenv("FEWSTEP_CACHE", str(root / "cache"))
     (root / "prompts.txt").write_text("a red square\ntwo green dots\nblue\n")
-    shape = list((TODAY if today else FAMILIES)[name].shape)
+    shape = list(shape_of(case))
     kind = "velocity" if today else FAMILIES[name].kind
     flags = {"saved": str(saved).lower(), "away": str(away).lower(), "precision": precision}
     text = RECIPE.format(root=root, shape=shape, more=more, role=role, kind=kind, **flags)
     (root / "mine.yaml").write_text(text)
-    tokens, width = wrapper.example(1)["text"].shape[1:]
+    _, tokens, *_, width = wrapper.example(1)["text"].shape
     return root / "mine.yaml", Sizes(text=(tokens, width))
 
 
@@ -71,8 +80,40 @@ def test_a_plan_from_configs_is_that_with_weights(case: Any, tmp_path: Path, mon
     assert bare.roles == with_weights.roles
     assert bare.total == pytest.approx(with_weights.total, rel=0.01)
     assert bare.activations == pytest.approx(with_weights.activations, rel=0.02)
+    assert bare.configs.startswith(f"configs: {tmp_path / 'whole'}, x {'x'.join(map(str, shape_of(case)))}, text 7x")
     longer = plan(load(str(recipe)), ways=False, sizes=Sizes(text=(4 * sizes.text[0], sizes.text[1])))  # type: ignore[index]
     assert longer.total > bare.total
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "mask"),
+    [("sdxl", (77, 12), False), ("sd3", (256 + 77, 12), False), ("flux", (512, 12), False), ("lumina2", (256, 16), True),
+     ("krea2", (512, 3, 16), True), ("chroma", (512, 16), True), ("z_image", (512, 16), False),
+     ("hunyuan_video", (256, 16), True)],
+)  # fmt: skip
+def test_a_text_is_as_long_as_its_pipeline_makes_it_and_keeps_a_mask_that_cuts_nothing(
+    name: str, text: tuple[int, ...], mask: bool
+):
+    model: Any = network_of(TODAY[name].build() if name in TODAY else FAMILIES[name].build())
+    wrapper = WRAPPERS[type(model).__name__](model)
+    row = _row(wrapper, SimpleNamespace(data=None), Sizes())  # type: ignore[arg-type]
+    assert row is not None
+    assert tuple(row["text"].shape) == (1, *text)
+    assert {k: tuple(v.shape) for k, v in row.items() if k == "mask"} == ({"mask": (1, text[0])} if mask else {})
+    asked = SimpleNamespace(data=SimpleNamespace(encoder=SimpleNamespace(length=20)))
+    short = _row(wrapper, asked, Sizes())  # type: ignore[arg-type]
+    assert short is not None
+    assert short["text"].shape[1] == (97 if name == "sd3" else 20)
+
+
+def test_the_length_of_a_prompt_is_that_of_the_installed_pipeline():
+    """Figures of diffusers 0.42; its call says them, and one that says none has CLIP's."""
+    known = {
+        "HunyuanVideoPipeline": 256, "Lumina2Pipeline": 256, "AuraFlowPipeline": 256, "OvisImagePipeline": 256,
+        "SanaVideoPipeline": 300, "SanaSprintPipeline": 300, "PixArtAlphaPipeline": 120, "FluxPipeline": 512,
+        "StableDiffusionXLPipeline": None, "": None,
+    }  # fmt: skip
+    assert {name: padded(name) for name in known} == known
 
 
 def test_passes_that_are_not_traced_anew_count_as_if_they_were(  # but for a block's casts, which are made twice
@@ -90,6 +131,7 @@ def test_shipped_configs_have_the_published_size(name: str):
     root = shipped()[next(key for key, folder in shipped().items() if folder.name == name)]
     about = json.loads((root / "about.json").read_text())
     assert about["source"]
+    assert about["source_of_vae_and_scheduler"]
     assert about["parameters_source"]
     part = "unet" if (root / "unet").is_dir() else "transformer"
     config = json.loads((root / part / "config.json").read_text())

@@ -10,7 +10,7 @@ import torch
 from fewstep.algebra.process import EDM, DiscreteVP, ShiftedFlow
 from fewstep.algebra.sampling import Sampler
 from fewstep.config import UserError
-from fewstep.export.comfy import FAMILIES, sampler_of, sigmas_of, workflow
+from fewstep.export.comfy import FAMILIES, PURE, sampler_of, sigmas_of, workflow
 
 STEPS = (1.0, 0.75, 0.5, 0.25)
 RENOISE = Sampler(kind="renoise", steps=STEPS)
@@ -54,5 +54,8 @@ def test_samplers_have_its_names_or_none():
         sampler_of(DiscreteVP(), Sampler(kind="gamma", steps=STEPS, eta=0.3))
     with pytest.raises(UserError, match="no ComfyUI workflow is known for PixArtSigmaPipeline; those are of Stable"):
         workflow("PixArtSigmaPipeline", flow, RENOISE, (8, 8), "x")
+    with pytest.raises(UserError, match=r"pure noise \(zero terminal SNR\), whose sigma over alpha is no number"):
+        sigmas_of(DiscreteVP(zero_snr=True), RENOISE)
+    assert max(sigmas_of(DiscreteVP(schedule="squaredcos_cap_v2"), RENOISE)) < PURE
     with pytest.raises(UserError, match="levels of EDM"):
         sigmas_of(EDM(), RENOISE)

@@ -7,13 +7,15 @@ import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler, LCMScheduler
 from snippets import check_call, run_snippet
-from tiny_pipelines import FAMILIES, make_pipeline
+from tiny_families import TODAY
+from tiny_pipelines import FAMILIES, make_pipeline, network_of, unet_condition
 from tiny_runs import names
 from tiny_students import make_product
 from tiny_text import text_pipeline
@@ -26,10 +28,12 @@ from fewstep.config import UserError
 from fewstep.export import base, latent
 from fewstep.export.base import PARITY, ExportRefused, Stock
 from fewstep.export.choose import export
+from fewstep.export.latent import guided
 from fewstep.export.levels import Levels, agree, check_product, levels_of, levels_of_scheduler
 from fewstep.export.stock import difference
 from fewstep.networks.adapters import Adapted, frozen
 from fewstep.networks.denoiser import Denoiser, Rescheduled
+from fewstep.networks.wrappers import WRAPPERS
 from fewstep.recipe.store import load
 from fewstep.train.product import Product, open_product
 
@@ -41,6 +45,33 @@ UNEVEN = (1.0, 0.7, 0.312)
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     root = tmp_path_factory.mktemp("pipelines")
     return {name: make_pipeline(root / name, name) for name in FAMILIES}
+
+
+def models() -> dict[str, Any]:
+    """Networks by the argument that guides in their pipelines, "" for those whose only scale is an input."""
+    sana: Any = network_of(FAMILIES["sana"].build())
+    return {
+        "guidance_scale": [network_of(make()) for make in (FAMILIES["sd3"].build, TODAY["flux2_klein"].build)],
+        "true_cfg_scale": [
+            network_of(make())
+            for make in (FAMILIES["flux"].build, *(TODAY[n].build for n in ("hunyuan_video", "qwen_image")))
+        ],
+        "": [
+            network_of(TODAY["flux2"].build()),
+            unet_condition(time_cond_proj_dim=8),
+            type(sana).from_config(dict(sana.config) | {"guidance_embeds": True}),
+        ],
+    }
+
+
+def test_the_scale_on_a_card_is_the_one_that_mixes_two_answers():
+    """An embedded scale (Flux, HunyuanVideo, FLUX.2 dev, SANA-Sprint, LCM) is an input, and another thing."""
+    product: Any = SimpleNamespace(recipe=SimpleNamespace(method=SimpleNamespace(guidance=3.0)))
+    for key, nets in models().items():
+        for model in nets:
+            told = guided(product, WRAPPERS[type(model).__name__](model))
+            said = f"3 where 1 is none; of the teacher's pipeline {key}=3"
+            assert told == ([("guidance in its weights", said)] if key else [])
 
 
 @pytest.mark.parametrize("name", FAMILIES)

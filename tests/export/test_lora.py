@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,7 +16,7 @@ from tiny_pipelines import FAMILIES, make_pipeline
 from fewstep.algebra.sampling import Sampler
 from fewstep.config import UserError
 from fewstep.export.comfy import WORKFLOW
-from fewstep.export.lora import export_lora
+from fewstep.export.lora import _front, export_lora
 from fewstep.networks.adapters import Adapted, frozen, network_of, own_state, plain_copy
 from fewstep.networks.diffusers import load_denoiser
 from fewstep.networks.lora_file import NAME, component, diffusers_model, read_lora
@@ -37,7 +38,7 @@ def product(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     with torch.no_grad():
         for p in student.own.values():
             p.copy_(0.3 * torch.randn(p.shape, generator=g))
-    recipe = load("digits-dmd2", [f"teacher.path={folder}", "method.steps=[1.0,0.5]"])
+    recipe = load("digits-dmd2", [f"teacher.path={folder}", "method.steps=[1.0,0.5]", "method.guidance=3.0"])
     sampler = Sampler(kind="renoise", steps=(1.0, 0.5))
     return Product(student, sampler, FAMILIES[name].shape, 0, "student", (2,), recipe, 7)
 
@@ -89,10 +90,20 @@ def test_a_card_says_whose_adapter_it_is_and_comfyui_gets_its_graph(product: Pro
     assert len(levels) == 3
     card = (tmp_path / "out" / "README.md").read_text()
     assert 'pipeline_tag: "text-to-image"' in card.split("---")[1]
+    assert "| guidance in its weights | 3 where 1 is none; of the teacher's pipeline guidance_scale=3 |" in card
     assert "ComfyUI itself was not run" in card
     assert "base" in json.loads((tmp_path / "out" / "fewstep.json").read_text())
     assert not (tmp_path / "plain" / WORKFLOW).exists()
     assert done.parity < 1e-5
+
+
+def test_a_video_is_told_by_its_shape(tmp_path: Path):
+    """SANA-Video's pipeline counts `frames`, Wan's `num_frames`."""
+    source: Any = SimpleNamespace(root=tmp_path, index={}, config={})
+    wrapper: Any = SimpleNamespace(needs=("text",))
+    for shape, task in (((16, 2, 4, 8), "text-to-video"), ((16, 4, 8), "text-to-image")):
+        product: Any = SimpleNamespace(shape=shape)
+        assert _front(product, (source, wrapper, None))["pipeline_tag"] == task  # type: ignore[arg-type]
 
 
 def test_an_adapter_of_another_base_is_refused_by_name(product: Product, tmp_path: Path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +10,12 @@ import pytest
 import torch
 import yaml
 
+from fewstep.commands.check_student import check_student
 from fewstep.export.base import ExportRefused, Stock, write_checked
 from fewstep.export.choose import parts_of
-from fewstep.export.picture import check_picture
+from fewstep.export.lora import export_lora
+from fewstep.export.picture import check_picture, whole_model
+from fewstep.networks.adapters import Adapted, frozen
 from fewstep.networks.diffusers import load_denoiser
 from fewstep.recipe.store import load
 from fewstep.train.build import build_roles
@@ -78,12 +82,39 @@ def test_a_teacher_is_opened_again_as_it_was_written(teacher: Path):
 def test_the_stock_pipeline_draws_what_the_sampler_draws(teacher: Path, tmp_path: Path, steps: list[float]):
     done = write_checked(parts_of(student_of(teacher, tmp_path, steps)), tmp_path / "export")
     assert done.parity < 1e-6
+    checked = check_student(str(tmp_path / "export"))
+    assert checked.ok, checked.text()
+    assert checked.calls == len(steps)
     code = done.usage.replace('"sample.png"', repr(str(tmp_path / "sample.png")))
     assert "IFSuperResolutionPipeline" in code
     exec(code, {})
     assert (tmp_path / "sample.png").is_file()
     with pytest.raises(Exception, match="makes samples from a picture"):
         open_product(tmp_path / "export")
+
+
+def test_a_network_is_copied_for_a_picture_alone(teacher: Path):
+    """The copy is one more network in memory."""
+    net: Any = load_denoiser(teacher).net
+    whole: Any = whole_model(net)
+    assert (whole.conv_in.in_channels, net.model.conv_in.in_channels) == (2, 1)
+
+    class Plain:
+        image_channels, model = 0, torch.nn.Identity()
+
+    assert whole_model(Plain) is Plain.model
+
+
+def test_an_adapter_says_how_it_is_given_its_picture(teacher: Path, tmp_path: Path):
+    product = student_of(teacher, tmp_path, [1.0, 0.5])
+    adapted = Adapted(frozen(load_denoiser(teacher)), "student", rank=2, targets=["to_q", "conv1"])
+    done = export_lora(replace(product, net=adapted), tmp_path / "lora")
+    lines = done.usage.splitlines()
+    assert lines[1] == "from diffusers import IFSuperResolutionPipeline, LCMScheduler"
+    assert lines[3] == f'pipe.load_lora_weights("{tmp_path / "lora"}")'
+    assert "image=image, " in lines[-1]
+    exec(done.usage.replace('"sample.png"', repr(str(tmp_path / "sample.png"))), {})
+    assert (tmp_path / "sample.png").is_file()
 
 
 def test_what_no_stock_pipeline_does_is_refused():

@@ -183,7 +183,7 @@ def test_a_single_file_is_named_and_its_command_makes_the_folder(tmp_path: Path,
     told = refusal(read_folder, str(file))
     assert told.startswith(
         f"teacher {file}: is a single file, not a pipeline folder; write it as one with the pipeline class of its family "
-        f"(here Stable Diffusion 1 and 2), then give {tmp_path}/old:\n  python -c "
+        f"(a pickle is not opened; this is that of Stable Diffusion 1 and 2), then give {tmp_path}/old:\n  python -c "
     )
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)

@@ -22,9 +22,31 @@ CASES = {
     "sd3": ("model.diffusion_model.joint_blocks.0.x", "StableDiffusion3Pipeline as P", "(here Stable Diffusion 3)"),
     "sd1": ("model.diffusion_model.input_blocks.0.0.weight", "StableDiffusionPipeline as P", "Stable Diffusion 1 and 2"),
     "flux": (
-        "double_blocks.0.img_attn.qkv.weight",
+        "double_blocks.0.img_attn.norm.key_norm.scale",
         "FluxTransformer2DModel as M",
         "it holds a FluxTransformer2DModel alone",
+    ),
+    "flux2": ("single_stream_modulation.lin.weight", "Flux2Transformer2DModel as M", "a Flux2Transformer2DModel alone"),
+    "chroma": (
+        "distilled_guidance_layer.in_proj.bias double_blocks.0.img_attn.norm.key_norm.scale",
+        "ChromaTransformer2DModel as M",
+        "it holds a ChromaTransformer2DModel alone",
+    ),
+    "hunyuan": (
+        "double_blocks.0.img_attn.norm.key_norm.scale txt_in.individual_token_refiner.blocks.0.adaLN_modulation.1.bias",
+        "HunyuanVideoTransformer3DModel as M",
+        "it holds a HunyuanVideoTransformer3DModel alone",
+    ),
+    "lumina2": ("cap_embedder.0.weight", "Lumina2Transformer2DModel as M", "it holds a Lumina2Transformer2DModel alone"),
+    "z_image": (
+        "cap_embedder.0.weight layers.0.adaLN_modulation.0.weight",
+        "ZImageTransformer2DModel as M",
+        "it holds a ZImageTransformer2DModel alone",
+    ),
+    "unknown": (
+        "double_blocks.0.other.weight",
+        "PIPELINE as P",
+        "(none that is known here has tensors of these names; put it in for PIPELINE)",
     ),
     "wan": ("model.diffusion_model.blocks.0.self_attn.q.weight", "WanTransformer3DModel as M", "hf download ORG/NAME"),
 }
@@ -34,7 +56,7 @@ CASES = {
 def test_a_single_file_is_told_by_its_names_and_its_command_is_of_its_family(name: str, tmp_path: Path):
     key, code, said = CASES[name]
     file = tmp_path / f"{name}.safetensors"
-    save_file({key: torch.zeros(1)}, file)
+    save_file({k: torch.zeros(1) for k in key.split()}, file)
     with pytest.raises(UserError) as caught:
         read_folder(str(file))
     told = str(caught.value)

@@ -61,6 +61,8 @@ class Wrapper(nn.Module):
     """True: without levels of its own the pipeline's call spaces u as 1 - i / n and leaves the shift to the scheduler."""
     plain: ClassVar[Mapping[str, Any]] = {"guidance_scale": 1.0}
     """Arguments with which that pipeline's call does not guide."""
+    cfg: ClassVar[str] = "guidance_scale"
+    """The argument of that pipeline's call that mixes answers with and without the condition; "": it mixes none."""
     pick: ClassVar[int] = 0
     """Which output of a tapped block that returns several is the image's."""
 

@@ -62,6 +62,10 @@ class Declared(Wrapper):
     """The model may answer with a learned variance after the channels of x."""
     flags: ClassVar[Mapping[str, Any]] = {"return_dict": False}
     """Arguments of the model that are always the same."""
+    cuts: ClassVar[bool] = False
+    """The model is handed the tokens that the mask leaves, in place of the mask."""
+    counts: ClassVar[str] = ""
+    """Path of a module that counts the mask's ones in Python: its second argument is the mask."""
     embedded: ClassVar[float] = 0.0
     """Scale that the pipeline is called with where the model takes it as an input."""
 

@@ -22,7 +22,7 @@ class ZImage(Declared):
     pipeline = "ZImagePipeline"
     x_name, time_name = "x", "t"
     clock, sign = "1-t", -1.0
-    takes = ("mask",)
+    takes, cuts = ("mask",), True
     names = {}
     widths = {"text": "cap_feat_dim", "mask": ""}
     stacks = {"block": "layers"}
@@ -63,7 +63,7 @@ class QwenImage(Declared):
     asks = {"text": "prompt_embeds", "mask": "prompt_embeds_mask"}
     widths = {"text": "joint_attention_dim", "mask": ""}
     embedder = "time_text_embed.timestep_embedder"
-    plain = {"true_cfg_scale": 1.0}
+    plain, cfg = {"true_cfg_scale": 1.0}, "true_cfg_scale"
 
     def more(self, x: Tensor, cond: Mapping[str, Tensor]) -> dict[str, Any]:
         return {"img_shapes": [[(1, x.shape[2] // 2, x.shape[3] // 2)]] * len(x), "guidance": self.scale_of(cond, x)}
@@ -102,12 +102,12 @@ class Flux2(Declared):
     takes = ("guidance",)
     stacks = {"block": "transformer_blocks", "single": "single_transformer_blocks"}
     embedder = "time_guidance_embed.timestep_embedder"
-    made_for, patch, embedded = (64, 64), 1, 4.0
+    made_for, patch, embedded, cfg = (64, 64), 1, 4.0, ""
 
     def __init__(self, model: nn.Module, classes: int = 0, **options: Any) -> None:
         super().__init__(model, 0, **options)
         if not self.config.guidance_embeds:
-            self.pipeline = "Flux2KleinPipeline"  # type: ignore[misc]
+            self.pipeline, self.cfg = "Flux2KleinPipeline", "guidance_scale"  # type: ignore[misc]
 
     def mu(self, config: Mapping[str, Any], tokens: int, where: str = "", steps: int | None = None) -> float:
         """Of 50 steps, the pipeline's own number, where none is told: linear in it up to 4300 tokens, then constant."""
@@ -174,7 +174,7 @@ class Lumina2(Declared):
     needs = ("text", "mask")
     widths = {"text": "cap_feat_dim", "mask": ""}
     stacks = {"block": "layers"}
-    embedder = "time_caption_embed.timestep_embedder"
+    embedder, counts = "time_caption_embed.timestep_embedder", "rope_embedder"
 
     def more(self, x: Tensor, cond: Mapping[str, Tensor]) -> dict[str, Any]:
         return {"encoder_attention_mask": cond["mask"].bool()}
@@ -250,7 +250,7 @@ class HunyuanVideo(Declared):
     widths = {"text": "text_embed_dim", "pooled": "pooled_projection_dim", "mask": ""}
     stacks = {"block": "transformer_blocks", "single": "single_transformer_blocks"}
     embedder = "time_text_embed.timestep_embedder"
-    made_for, patch, embedded = (33, 90, 160), 0, 6.0
+    made_for, patch, embedded, cfg = (33, 90, 160), 0, 6.0, "true_cfg_scale"
 
     def more(self, x: Tensor, cond: Mapping[str, Tensor]) -> dict[str, Any]:
         scale = self.scale_of(cond, x)

@@ -35,7 +35,7 @@ class Flux(Declared):
     needs, takes = ("text", "pooled"), ("guidance",)
     names, asks, widths = POOLED, POOLED_ASKS, POOLED_WIDTHS
     stacks = {"block": "transformer_blocks", "single": "single_transformer_blocks"}
-    embedder, embedded = "time_text_embed", 3.5
+    embedder, embedded, cfg = "time_text_embed", 3.5, "true_cfg_scale"
 
     def more(self, x: Tensor, cond: Mapping[str, Tensor]) -> dict[str, Any]:
         text = x.new_zeros(cond["text"].shape[1], 3)
@@ -91,7 +91,7 @@ class Sana(Masked):
     def __init__(self, model: nn.Module, classes: int = 0, **options: Any) -> None:
         if model.config.guidance_embeds:  # type: ignore[union-attr]
             # The scheduler of Sprint's pipeline wants to be told that there is no middle step.
-            self.pipeline, self.levels = "SanaSprintPipeline", ""  # type: ignore[misc]
+            self.pipeline, self.levels, self.cfg = "SanaSprintPipeline", "", ""  # type: ignore[misc]
             self.plain = {**self.plain, "intermediate_timesteps": None}  # type: ignore[misc]
             self.embedder = "time_embed.timestep_embedder"  # type: ignore[misc]
         super().__init__(model, 0, **options)

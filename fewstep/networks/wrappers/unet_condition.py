@@ -36,7 +36,7 @@ class UNetCondition(UNet):
         if c.num_class_embeds:
             raise UserError("UNet2DConditionModel: num_class_embeds is set, which is not supported for a teacher")
         if self.takes_scale:
-            self.takes = (*self.takes, "guidance")  # type: ignore[misc]
+            self.takes, self.cfg = (*self.takes, "guidance"), ""  # type: ignore[misc]
         self.added = c.addition_embed_type == "text_time"
         self.pipeline = "StableDiffusionXLPipeline" if self.added else "StableDiffusionPipeline"  # type: ignore[misc]
         if self.added:
