@@ -22,7 +22,7 @@ from fewstep.networks.denoiser import Denoiser
 from fewstep.networks.mlp import MLP
 from fewstep.networks.roles import Roles
 from fewstep.recipe.store import load
-from fewstep.train.trainer import Trainer
+from fewstep.train.trainer import Hooks, Trainer
 
 STEPS = (1.0, 0.6, 0.3)
 
@@ -236,8 +236,11 @@ def test_the_toy_recipe_runs_its_stages_and_starts_from_its_student():
         "train.sample_every=0",
         "train.readings_every=1",
     ]
-    trainer = Trainer(load("toy/pso", [*cut, *small]), None, cpu=True)
+    rates: list[float] = []
+    hooks = Hooks(on_step=lambda t: rates.append(t.last_record["lr/student"]))
+    trainer = Trainer(load("toy/pso", [*cut, *small]), None, hooks=hooks, cpu=True)
     trainer.fit()
+    assert rates[-2:] == pytest.approx([5e-4, 0.0], abs=1e-12)  # three updates a step: of six, three are left after one
     told = trainer.last_record
     assert {"prefer", "reward", "clipped", "samples/reward", "samples/fd"} <= set(told)
     still = dict(trainer.roles.reference.named_parameters())
