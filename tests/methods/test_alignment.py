@@ -15,6 +15,7 @@ from fewstep.algebra.draws import Draws, fold
 from fewstep.algebra.process import Flow
 from fewstep.commands.check_recipe import check
 from fewstep.config import REGISTRY, RecipeError, UserError
+from fewstep.methods.decoupled_dmd import DecoupledDMD
 from fewstep.methods.dmd2 import DMD2
 from fewstep.methods.terms import Critic
 from fewstep.methods.track import Track
@@ -138,3 +139,11 @@ def test_the_paper_is_cited_where_it_is_used() -> None:
     assert "2506.00523" in cite("toy/ida")
     assert cite("toy/isg").count("2506.00523") == 2
     assert "2506.00523" not in cite("toy/dmd2")
+
+
+@pytest.mark.parametrize("regularizer", ["moments", "gan"])
+def test_it_is_refused_where_no_critic_is_trained(regularizer: str) -> None:
+    aligned = Critic(alignment=0.1)
+    assert DecoupledDMD(critic=aligned).needs().trained == {"student", "critic"}
+    with pytest.raises(ValueError, match=f"critic.alignment: regularizer {regularizer} has no critic"):
+        DecoupledDMD(critic=aligned, regularizer=regularizer)
