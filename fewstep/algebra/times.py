@@ -285,7 +285,7 @@ class FadingBeta:
 
     def sample(self, draws: Draws, process: Process, span: tuple[float, float] = (0.0, 1.0)) -> Tensor:
         """Of a law that changes there is none to sample; ValueError. `staged` has it."""
-        raise ValueError("times: fading_beta changes with the step and is for a re-noising level (method.times) alone")
+        raise ValueError("times: fading_beta changes with the step; it is for levels that are drawn knowing the step")
 
 
 @dataclass(frozen=True)

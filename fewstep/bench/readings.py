@@ -26,7 +26,7 @@ def share(name: str, rounds: int = 5) -> tuple[float, float, float, int]:
         trainer.progress.step += 1
 
     def read() -> None:
-        guard.read(stage, 0, first=True)
+        guard.read(stage, trainer.progress, first=True)
 
     step(), read()
     pairs = in_turn(read, step, rounds)

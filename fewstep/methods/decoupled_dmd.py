@@ -60,6 +60,8 @@ class DecoupledDMD:
         self.gan.alone()
         if self.normalizer == "cfg" and (self.schedule, self.regularizer) != ("coupled", "dm"):
             raise ValueError("normalizer cfg needs one guided denoiser: schedule coupled, regularizer dm")
+        if self.regularizer != "dm" and self.critic.alignment:
+            raise ValueError(f"critic.alignment: regularizer {self.regularizer} has no critic; leave it out, or take dm")
         if self.moments[1] <= 0:
             raise ValueError(f"moments must be a mean and a positive variance, not {list(self.moments)}")
 

@@ -14,7 +14,7 @@ from fewstep.algebra.batch import Batch
 from fewstep.algebra.guidance import guided
 from fewstep.algebra.noising import add_noise
 from fewstep.algebra.sampling import Sampler, many_step
-from fewstep.algebra.times import LogNormal, TimesPart
+from fewstep.algebra.times import LogNormal, TimesPart, law_at
 from fewstep.algebra.views import ViewPart, Whole
 from fewstep.config import Count, part
 from fewstep.methods.method import Losses, Needs, Turn
@@ -68,6 +68,12 @@ class Denoise:
             raise ValueError(f"sample_steps must be at least 1, not {self.sample_steps}")
         if self.target == "data" and (self.guidance != 1.0 or self.embed_guidance or self.source != "data"):
             raise ValueError("guidance, embed_guidance and source are of target teacher; data has neither")
+        for key, default in (("view", Whole()), ("times", LogNormal())):
+            if self.source == "trajectory" and getattr(self, key) != default:
+                raise ValueError(
+                    f"{key}: source trajectory trains at states of the teacher's own trajectories, not on data that "
+                    "`times` noises and `view` shows; leave it out, or take source data"
+                )
 
     def needs(self) -> Needs:
         roles = {self.role, self.of} if self.target == "teacher" else {self.role}
@@ -82,7 +88,7 @@ class Denoise:
     def losses(self, roles: Roles, batch: Batch) -> Iterator[Losses]:
         student, x0 = roles[self.role], self.view.see(batch.data(), batch.draws)
         process: Any = student.process
-        t, eps = self.times.sample(batch.draws, process), batch.noise()
+        t, eps = law_at(self.times, batch.step).sample(batch.draws, process), batch.noise()
         cond = dropped(batch, self.drop_cond)
         if self.target == "data":
             yield Losses({"dsm": dsm(student, x0, t, eps, cond, weight=self.weight)})

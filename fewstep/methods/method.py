@@ -136,7 +136,10 @@ class Method(Protocol):
     def needs(self) -> Needs: ...
 
     def turns(self, roles: Roles, step: int) -> Iterator[Turn]:
-        """The turns of one step, in order. Resumed after each optimiser step, so it may hold things between."""
+        """The turns of one step, in order. Resumed after each optimiser step, so it may hold things between.
+
+        They are also listed with stand-ins for the roles (`fewstep.methods.turns`): networks are called in losses alone.
+        """
         ...
 
     def sampler(self) -> Sampler:

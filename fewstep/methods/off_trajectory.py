@@ -12,7 +12,7 @@ from fewstep.algebra.batch import Batch
 from fewstep.algebra.jump import ask, clean
 from fewstep.algebra.prediction import from_x0
 from fewstep.algebra.rollout import Rollout
-from fewstep.algebra.times import TimesPart, Uniform
+from fewstep.algebra.times import TimesPart, Uniform, law_at
 from fewstep.config import NotNegative, config
 from fewstep.networks.roles import Roles
 
@@ -42,7 +42,7 @@ class OffTrajectory:
         That is the DDIM transfer of its answer to a fresh level s, in any process. The gradient is of the new call alone.
         """
         process: Any = roles.student.process
-        s = self.times.sample(batch.draws, process)
+        s = law_at(self.times, batch.step).sample(batch.draws, process)
         with torch.no_grad():
             x = from_x0(process, made.x_in, made.t, made.x.detach()).at(s)
         return ask(roles.student, x, s, clean(process, s), batch.cond).x0

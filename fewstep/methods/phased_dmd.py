@@ -15,7 +15,7 @@ from fewstep.algebra.jump import times_of
 from fewstep.algebra.noising import add_noise, transition
 from fewstep.algebra.rollout import exit_step
 from fewstep.algebra.sampling import Sampler
-from fewstep.algebra.times import TimesPart, Uniform, check_steps
+from fewstep.algebra.times import TimesPart, Uniform, check_steps, law_at
 from fewstep.config import part
 from fewstep.methods.method import Losses, Needs, Turn
 from fewstep.methods.readings import readings
@@ -107,7 +107,7 @@ class PhasedDMD:
     def level(self, roles: Roles, batch: Batch, times: Any) -> tuple[Tensor, Tensor | None]:
         """(t in (s, 1], s) as process times (b,); s is None at the clean end."""
         process: Any = roles.student.process
-        t = times.sample(batch.draws, process, span=(self.end, 1.0))
+        t = law_at(times, batch.step).sample(batch.draws, process, span=(self.end, 1.0))
         return t, process.grid(torch.full_like(t, self.end)) if self.end else None
 
     def student_losses(self, roles: Roles, batch: Batch) -> Iterator[Losses]:

@@ -19,6 +19,7 @@ from fewstep.algebra.times import check_steps
 from fewstep.config import NotNegative, Positive, Proper, part
 from fewstep.methods.method import Losses, Needs, Turn
 from fewstep.methods.readings import spread
+from fewstep.networks.adapters import Adapted
 from fewstep.networks.roles import Roles
 from fewstep.objectives.preference import log_ratio, offline, offline_hinge, pairwise
 from fewstep.objectives.regression import per_sample
@@ -39,7 +40,7 @@ class PSO:
     pairs: Literal["online", "offline"] = "online"
     """online: two samples of the student, compared by the role `reward`; offline: data against the reference's own."""
     reference: str | None = None
-    """Role that stands still; left out, the student's base without the adapter that the student is."""
+    """Role that stands still; left out, the student's base with the adapters `beside` the one that the student is."""
     beta: Positive = 50.0
     """Sharpness of the preference: 50 online; offline 5 in the DreamBooth script, 200 by default."""
     clip: Proper | None = 0.1
@@ -53,6 +54,8 @@ class PSO:
 
     def __post_init__(self) -> None:
         check_steps(self.steps)
+        if self.reference == "student":
+            raise ValueError("reference: the student is what is trained; name a role that stands still")
         if self.pairs == "online" and len(self.steps) < 2:
             raise ValueError(
                 f"steps {list(self.steps)}: one step draws nothing between its noise and its sample, so PSO's gradient "
@@ -86,8 +89,10 @@ class PSO:
         return Sampler(kind="renoise", steps=self.steps)
 
     def still(self, roles: Roles) -> Any:
-        """The reference."""
-        return roles.student.base if self.reference is None else roles[self.reference]
+        """The reference: without a role the student's base, with the adapters that it calls beside its own."""
+        if self.reference is not None:
+            return roles[self.reference]
+        return Adapted(roles.student.base, None, beside=roles.student.beside)
 
     @torch.no_grad()
     def made(self, roles: Roles, batch: Batch) -> Made:

@@ -12,7 +12,7 @@ from torch import Tensor
 from fewstep.algebra.batch import Batch
 from fewstep.algebra.rollout import rollout
 from fewstep.config import Bounded, Count, NotNegative, config
-from fewstep.methods.method import Losses, Needs, Turn
+from fewstep.methods.method import Losses, Method, Needs, Turn
 from fewstep.networks.roles import Roles
 
 
@@ -74,6 +74,17 @@ def need_reward(needs: Needs, reward: Reward | None, *, fits: bool = False) -> N
     if not fits:
         raise ValueError("reward.by latent_reward: this method trains none; dmd2, sid, f_distill, uni_instruct, vsd do")
     return replace(needs, roles=needs.roles | {"reward", "latent_reward"}, reward="value")
+
+
+def follows_reward(method: Method, step: int) -> bool:
+    """Whether the student follows the role `reward` once `step` updates of the stage are done: in a method within a
+    joint one from where both begin, under a weight of 0 never."""
+    if not method.needs().reward:
+        return False
+    if shares := getattr(method, "methods", ()):
+        return any(step >= share.start and follows_reward(share.method, step) for share in shares)
+    term = getattr(method, "reward", None)
+    return term.weight > 0 and step >= term.after if isinstance(term, Reward) else True
 
 
 def add_reward(losses: Losses, reward: Reward | None, roles: Roles, batch: Batch, x: Tensor) -> Losses:

@@ -210,7 +210,7 @@ class Critic:
         """
         process: Any = roles.student.process
         x, fakes = x.detach(), fakes or batch
-        t, eps = self.times.sample(batch.draws, process), batch.noise()
+        t, eps = law_at(self.times, batch.step).sample(batch.draws, process), batch.noise()
         x_t, _ = add_noise(process, x, eps, t)
         taps = roles.discriminator.taps if gan and gan.shares_noise else ()
         cond = dropped(fakes, drop_cond)

@@ -1,14 +1,15 @@
-"""The turns of a method listed without a network: which roles are stepped together."""
+"""The turns of a method listed without a network: which roles are stepped together, and how often in a step."""
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any
 
 import torch
 from torch import nn
 
 from fewstep.algebra.process import Flow
-from fewstep.methods.method import Method
+from fewstep.methods.method import Method, Turn
 from fewstep.networks.roles import Roles
 
 
@@ -27,7 +28,24 @@ class Anyone(nn.Module):
 
 def turns_of(method: Method) -> list[tuple[str, ...]]:
     """The roles that each turn of a method steps, listed at the first update and late in a run."""
+    return [turn.updates for step in (0, 10**9) for turn in _listed(method, step)]
+
+
+def updates_a_step(method: Method, steps: int) -> dict[tuple[str, ...], int]:
+    """Optimiser steps of each set of roles in one step of a stage of `steps`: all its turns, each as often as it says.
+
+    Where the stage's first and last step differ (turns that begin late), the larger number.
+    """
+    found: dict[tuple[str, ...], int] = {}
+    for step in (0, steps - 1):
+        here: Counter[tuple[str, ...]] = Counter()
+        for turn in _listed(method, step):
+            here[turn.updates] += turn.times
+        found |= {updates: max(count, found.get(updates, 0)) for updates, count in here.items()}
+    return found
+
+
+def _listed(method: Method, step: int) -> list[Turn]:
     needs = method.needs()
     names = {*needs.roles, "student"} | ({"state"} if needs.state else set())
-    roles = Roles(**{name: Anyone() for name in names})
-    return [turn.updates for step in (0, 10**9) for turn in method.turns(roles, step)]
+    return list(method.turns(Roles(**{name: Anyone() for name in names}), step))

@@ -2,11 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import fields, is_dataclass
 from typing import Any
 
+from fewstep.algebra.times import FadingBeta
+
 GUIDANCE = ("guidance", "correction_guidance", "distill_guidance", "sample_guidance")
 """Fields of methods that hold a guidance scale."""
+STAGED = {
+    **dict.fromkeys(
+        ("ClassRatio", "DMD", "DMD2", "Factorised", "FDistill", "PhasedDMD", "SiD", "UniInstruct", "VSD"), "times"
+    ),
+    **dict.fromkeys(("Critic", "Denoise", "Gan", "OffTrajectory"), "times"),
+    "FreeFlow": "correction_times",
+}
+"""Noise levels of this package's parts that are drawn knowing the step, as a law that changes with it must be."""
 
 
 def refuse(recipe: Any) -> None:
@@ -18,14 +29,30 @@ def refuse(recipe: Any) -> None:
     _reward(recipe)
     _reference(recipe)
     _lean(recipe)
+    _fading(recipe)
     _grid(recipe)
+
+
+def _parts(recipe: Any) -> Iterator[tuple[str, Any]]:
+    """(key, part) of every stage's method and of all parts inside it, those of a joint method too."""
+    for i, stage in enumerate(recipe.stages()):
+        yield from _within(f"before.{i}.method" if i < len(recipe.before) else "method", stage.method)
+
+
+def _within(key: str, part: Any) -> Iterator[tuple[str, Any]]:
+    yield key, part
+    for f in fields(part):
+        value = getattr(part, f.name)
+        inner = enumerate(value) if isinstance(value, tuple) else [(None, value)]
+        for i, one in inner:
+            if is_dataclass(one):
+                yield from _within(f"{key}.{f.name}" + ("" if i is None else f".{i}"), one)
 
 
 def _reference(recipe: Any) -> None:
     """A method that compares the student with one that stands still has one."""
-    for i, stage in enumerate(recipe.stages()):
-        key = f"before.{i}.method" if i < len(recipe.before) else "method"
-        if getattr(stage.method, "reference", "") is None and getattr(recipe.student, "name", None) != "lora":
+    for key, part in _parts(recipe):
+        if getattr(part, "reference", "") is None and getattr(recipe.student, "name", None) != "lora":
             raise ValueError(
                 f"{key}.reference: the student is no adapter, whose base stands still; name a role, such as a copy that "
                 "`copy: {reference: student}` fills when the stage begins"
@@ -35,15 +62,25 @@ def _reference(recipe: Any) -> None:
 def _lean(recipe: Any) -> None:
     """A method whose real score leans on the critic's adapter has one on the teacher's weights."""
     critic = recipe.critic
-    for stage in recipe.stages():
-        if getattr(stage.method, "lean", None) and (getattr(critic, "name", ""), getattr(critic, "of", "")) != (
-            "lora",
-            "teacher",
-        ):
+    made = (getattr(critic, "name", ""), getattr(critic, "of", ""))
+    for key, part in _parts(recipe):
+        if getattr(part, "lean", None) and made != ("lora", "teacher"):
             raise ValueError(
-                "method.lean: takes the teacher with a share of the critic's adapter, so the critic must be one: "
+                f"{key}.lean: takes the teacher with a share of the critic's adapter, so the critic must be one: "
                 "critic: {name: lora, of: teacher}"
             )
+
+
+def _fading(recipe: Any) -> None:
+    """A law of noise levels that changes with the step stands where the step is known."""
+    for key, part in _parts(recipe):
+        for f in fields(part) if type(part).__module__.startswith("fewstep.") else ():
+            if isinstance(getattr(part, f.name), FadingBeta) and STAGED.get(type(part).__name__) != f.name:
+                raise ValueError(
+                    f"{key}.{f.name}: fading_beta changes with the step, which these levels are drawn without; it is for "
+                    "re-noising levels (method.times of dmd2 and its like), critic.times, gan.times and denoise; take "
+                    "another law, such as {name: beta}"
+                )
 
 
 def _reward(recipe: Any) -> None:

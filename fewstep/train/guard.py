@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ from fewstep.config import UserError
 from fewstep.recipe.schema import Recipe, Stage
 from fewstep.train.samples import SampleReadings
 from fewstep.train.session import Session
-from fewstep.train.state import checkpoints, is_sound, read_guard
+from fewstep.train.state import Progress, checkpoints, is_sound, read_guard
 from fewstep.train.verdicts import Course, Record, Verdict
 
 KNOB = "student"
@@ -44,12 +44,15 @@ class Guard:
         self._known: set[str] = set()
         self.by = "metric" if train.eval_every and self.recipe.evaluate else "readings"
         self._measured: tuple[int, float | None] = (-1, None)
+        self.ended: tuple[int, dict[str, Any]] = (-1, {})
+        """Step at which the weights are those of a checkpoint from before, and what that one holds of itself."""
 
-    def read(self, stage: Stage, done: int, first: bool = False) -> dict[str, float]:
+    def read(self, stage: Stage, progress: Progress, first: bool = False) -> dict[str, float]:
         """The readings that are due after an update, and before a stage's first one; empty where none is."""
         if self.readings is None or self.readings.source() is None:
             return {}
-        return self.readings.read(stage) if first or self.readings.due(stage, done) else {}
+        due = first or self.readings.due(stage, progress.done)
+        return self.readings.read(stage, progress.step) if due else {}
 
     def add(self, record: Record) -> list[Verdict]:
         """Take the next record of the log; the alarms that no record of the stage has raised before."""
@@ -87,6 +90,8 @@ class Guard:
         """
         if self.mode == "off" and not self.acts:
             return {}
+        if self.ended[0] == done:
+            return {**self.ended[1], "acts": self.acts}
         here = stage == self.stage
         calm = not (here and self.course.alarms())
         score = self.course.drift() if here else None
@@ -94,6 +99,14 @@ class Guard:
             score = self._measured[1] if self._measured[0] == done else None
         good = calm and score is not None and math.isfinite(score)
         return {"stage": stage, "calm": calm, "by": self.by, "score": score if good else None, "acts": self.acts}
+
+    def worse(self, done: int, stage: int, held: Mapping[str, Any]) -> bool:
+        """Whether a state is worse than a checkpoint of this mark; of one that no evaluation was made of nobody knows."""
+        here = self.mark(done, stage)
+        unknown = self.by == "metric" and self._measured[0] != done and here["calm"]
+        if unknown or held["by"] != self.by:
+            return False
+        return here["score"] is None or here["score"] > held["score"]
 
     def act(self, alarm: Verdict, at: int, to: int) -> dict[str, Any]:
         """A return to step `to`, as log and checkpoints hold it."""

@@ -11,6 +11,7 @@ from fewstep.algebra.batch import Batch
 from fewstep.algebra.condition import rows as cond_rows
 from fewstep.config import UserError
 from fewstep.methods.method import Turn
+from fewstep.methods.turns import updates_a_step
 from fewstep.networks.adapters import load_own_state, own_state
 from fewstep.networks.blocks import fill, intervals_of
 from fewstep.networks.roles import Roles
@@ -87,7 +88,10 @@ class Loop:
         return self.session.batch(stage, (self.progress.stage, self.progress.step, *place), micro)
 
     def optimizer(self, updates: tuple[str, ...], stage: Stage, times: int) -> TurnOptimizer:
-        """The one optimiser of a set of roles; a role in two sets is refused."""
+        """The one optimiser of a set of roles; a role in two sets is refused.
+
+        times: of the set's turn; a method may have several turns of one set in a step (pso, sfd), which all count.
+        """
         key = "+".join(updates)
         if key not in self.optim:
             for other in self.optim.values():
@@ -97,6 +101,7 @@ class Loop:
             specs = {name: self.session.recipe.optimizer(name) for name in updates}
             for name in set(updates) & set(self.factors):
                 specs[name] = replace(specs[name], lr=specs[name].lr * self.factors[name])
+            times = max(times, updates_a_step(stage.method, stage.steps).get(updates, 0))
             self.optim[key] = TurnOptimizer(self.session.roles, updates, specs, stage.steps * times)
         return self.optim[key]
 

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 from fewstep.config import UserError
+from fewstep.networks.routed import innermost, source_of
 from fewstep.recipe.schema import Recipe, Stage
 from fewstep.recipe.store import load_run
 from fewstep.train.build import trained_roles
-from fewstep.train.guard import best_of
+from fewstep.train.guard import Guard, best_of
 from fewstep.train.loop import Loop
 from fewstep.train.origins import changes, check_resumed
 from fewstep.train.state import (
@@ -87,17 +88,21 @@ def stand_at(loop: Loop, checkpoint: Path, run: Path) -> None:
     load(loop, checkpoint, run)
 
 
-def end_at_best(loop: Loop, run: Path, score: float | None, stage: int) -> int | None:
+def end_at_best(loop: Loop, run: Path | None, guard: Guard, stage: int) -> int | None:
     """At the end of a training that went back: the best checkpoint, where the end is no better; its step, or None.
 
-    score: of the end, less being better; None where it has none.
+    The score of the end is then that checkpoint's.
     """
-    found = best_of(run / "checkpoints", stage)
-    mark = found and read_guard(found)
-    if found is None or not mark or (score is not None and score <= mark["score"]):
+    if run is None or guard.mode != "restore" or not guard.acts:
         return None
     end = loop.progress
+    found = best_of(run / "checkpoints", stage)
+    mark = found and read_guard(found)
+    # What is measured is known to the main process alone.
+    if not loop.session.any(bool(mark) and guard.worse(end.done, stage, mark)) or found is None or not mark:
+        return None
     stand_at(loop, found, run)
+    guard.ended = (end.done, mark)
     now, best = loop.progress, loop.progress.done
     now.stage, now.step, now.done, now.skipped = end.stage, end.step, end.done, end.skipped
     return best
@@ -112,7 +117,7 @@ def go_on_from(loop: Loop, checkpoint: Path) -> list[str]:
     run = checkpoint.parent.parent
     if (run / "recipe.yaml").is_file() and (wrong := refuses(loop.session.recipe, load_run(run))):
         raise UserError(f"{run}: {wrong}")
-    load(loop, checkpoint, run)
+    load(loop, checkpoint, run, fresh=untrained(loop.session.recipe))
     if loop.progress.stage >= len(loop.session.recipe.stages()):
         raise UserError(f"{checkpoint}: stands at the end of the run, so nothing would be trained; raise train.steps")
     # Readings that the other settings made are not this run's.
@@ -135,6 +140,8 @@ def refuses(recipe: Recipe, other: Recipe) -> str:
         )
     for role in trained_roles(recipe):
         if role not in other.role_names():
+            if role in untrained(recipe):
+                continue
             return f"has no role {role}, which this recipe trains"
         kinds = [getattr(r.spec(role), "name", role) for r in (recipe, other)]
         if (kinds[0] == "lora") != (kinds[1] == "lora"):
@@ -146,6 +153,14 @@ def refuses(recipe: Recipe, other: Recipe) -> str:
         if now != then:
             return f"its moments of {role} are of optim {then}, this recipe's of {now}; leave rule and bits so"
     return ""
+
+
+def untrained(recipe: Recipe) -> set[str]:
+    """Roles besides the teacher that no stage trains or copies into and no other role is made of: a reward, LPIPS."""
+    used = {role for stage in recipe.stages() for role in (*stage.method.needs().trained, *stage.copy)}
+    for spec in map(recipe.spec, recipe.role_names()):
+        used |= {source_of(spec), *getattr(innermost(spec), "beside", ())} - {None}  # type: ignore[arg-type]
+    return set(trained_roles(recipe)) - used
 
 
 def newest_of(path: Path) -> Path:
@@ -164,10 +179,13 @@ def newest_of(path: Path) -> Path:
     raise UserError(f"{path}: is neither a run directory with a checkpoint nor one{there}")
 
 
-def load(loop: Loop, checkpoint: Path, run: Path) -> None:
-    """Weights, moments, averages, counts and readings of a checkpoint of this recipe."""
+def load(loop: Loop, checkpoint: Path, run: Path, fresh: Collection[str] = ()) -> None:
+    """Weights, moments, averages, counts and readings of a checkpoint of this recipe.
+
+    fresh: roles that stay as they were built where it does not hold them.
+    """
     session = loop.session
-    progress, _ = read_state(checkpoint)
+    progress, held = read_state(checkpoint)
     stages = session.recipe.stages()
     _place(progress, stages, run)
     names = sorted(e.name for e in session.ema)
@@ -187,6 +205,7 @@ def load(loop: Loop, checkpoint: Path, run: Path) -> None:
         for updates, n in times.items():
             if "+".join(updates) in progress.optim:
                 loop.optimizer(updates, stage, n)
+    modules = {k: m for k, m in modules.items() if k not in fresh or f"{k}.safetensors" in held}
     load_checkpoint(checkpoint, modules, {k: o.adam for k, o in loop.optim.items()})
     loop.progress = progress
     loop.meter.restore(progress.meter)

@@ -23,6 +23,7 @@ from fewstep.algebra.guidance import guided_teacher
 from fewstep.algebra.sampling import Sampler, many_step, sample, seeded
 from fewstep.data.base import conditions_of
 from fewstep.methods.readings import spread
+from fewstep.methods.reward import follows_reward
 from fewstep.recipe.schema import Stage
 from fewstep.train.session import Session
 
@@ -180,8 +181,11 @@ class SampleReadings:
         calls = stage.method.sampler().network_calls()
         return self.source() is not None and done % (self.every * max(1, calls**2 // 16)) == 0
 
-    def read(self, stage: Stage) -> dict[str, float]:
-        """The readings of the student as it is now; every process of the run calls this and gets the same."""
+    def read(self, stage: Stage, step: int = 0) -> dict[str, float]:
+        """The readings of the student after so many updates of the stage; every process calls this and gets the same.
+
+        Those of a reward only while it is followed: what rises or falls before says nothing of it.
+        """
         if self.session.offload:  # a turn of its own: what it calls is not what the turn before it calls
             self.session.offload.begin((), {})
         if self._reference is None:
@@ -189,11 +193,12 @@ class SampleReadings:
         # Of a reward the product is judged: the student itself swings from step to step by as much as a reward moves it.
         net: Any = self.session.roles.student if self.reward is None else self.session.product
         x = self._draw(net, stage.method.sampler())
-        return compared(self._figures(x, self.group, self._conditions()), self._reference)
+        rewarded = follows_reward(stage.method, step)
+        return compared(self._figures(x, self.group, self._conditions(), rewarded), self._reference)
 
-    def _figures(self, x: Tensor, group: Tensor, cond: Any) -> Figures:
+    def _figures(self, x: Tensor, group: Tensor, cond: Any, rewarded: bool = True) -> Figures:
         out = figures(x, group, self.patch)
-        if self.reward is None:
+        if self.reward is None or not rewarded:
             return out
         if not torch.isfinite(x).all():
             return out | {"reward": torch.full((len(x),), torch.nan, dtype=torch.float64), "points": x.flatten(1)}

@@ -226,14 +226,11 @@ class Trainer:
                 p.stage, p.step = p.stage + 1, 0
             finished = p.done == self.total_steps
             alarms = self._record(number) if p.done % train.log_every == 0 or finished else []
+            if finished and not alarms and self.guard.by == "readings":
+                self._end(number)
             best = self._call_hooks(finished)
-            if finished and not alarms and self.run is not None and self.guard.acts:
-                to = resume.end_at_best(self.loop, self.run, self.guard.mark(p.done, number).get("score"), number)
-                if to is not None:
-                    line = (
-                        f"step {p.done}: no better than step {to}, the best checkpoint; it ends with that one's weights"
-                    )
-                    self._say(line, {"done": p.done, "ends_with": to})
+            if finished and not alarms and self.guard.by == "metric":
+                self._end(number)
             self._stop = self.session.any(self._stop)
             if alarms and self.guard.mode == "restore":
                 return self._go_back(alarms[0], number)
@@ -246,6 +243,13 @@ class Trainer:
                 return None
         return None
 
+    def _end(self, stage: int) -> None:
+        """After returns the run ends with its best checkpoint's weights, where its own are worse."""
+        done, to = self.progress.done, resume.end_at_best(self.loop, self.run, self.guard, stage)
+        if to is not None:
+            line = f"step {done}: no better than step {to}, the best checkpoint; it ends with that one's weights"
+            self._say(line, {"done": done, "ends_with": to})
+
     def _begin(self, stage: Stage) -> None:
         """The start of a stage, where a guard that restores may have to come back to."""
         p = self.progress
@@ -257,7 +261,7 @@ class Trainer:
 
     def _read(self, stage: Stage, first: bool = False) -> None:
         def read() -> None:
-            for name, value in self.guard.read(stage, self.progress.done, first).items():
+            for name, value in self.guard.read(stage, self.progress, first).items():
                 self.loop.meter.add(name, value)
 
         if not guarded(self.loop, read):
@@ -268,8 +272,7 @@ class Trainer:
         done = self.progress.done
         if whole and done and self.run is not None and self.accelerator.num_processes == 1:
             self.save()
-        held = [] if self.run is None else checkpoints(self.run / "checkpoints")
-        kept = f"the last checkpoint is {held[-1].name}" if held else "there is no checkpoint yet"
+        kept = f"the last checkpoint is {name}" if (name := self._newest_checkpoint()) else "there is no checkpoint yet"
         raise OutOfMemory(f"out of memory in step {done + 1}, batch {self.recipe.train.batch}; {kept}")
 
     def _call_hooks(self, finished: bool) -> bool:
@@ -370,8 +373,7 @@ class Trainer:
             raise UserError("run: this trainer has no directory to resume from; give it one")
         with self._alone():
             newest = self._newest_checkpoint()
-            there = self.run / "checkpoints" / newest
-            self.guard.acts = list(((newest and read_guard(there)) or {}).get("acts", ()))
+            self.guard.acts = list(((newest and read_guard(self.run / "checkpoints" / newest)) or {}).get("acts", ()))
             self.loop.factors = self.guard.rates()
             told = resume.resume(self.loop, self.run)
             self._newest = newest  # of a refused one fit() knows nothing

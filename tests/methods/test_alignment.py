@@ -16,6 +16,7 @@ from fewstep.algebra.draws import Draws, fold
 from fewstep.algebra.process import Flow
 from fewstep.commands.check_recipe import check
 from fewstep.config import REGISTRY, RecipeError, UserError
+from fewstep.methods.decoupled_dmd import DecoupledDMD
 from fewstep.methods.dmd2 import DMD2
 from fewstep.methods.factorised import Factorised
 from fewstep.methods.terms import Critic
@@ -148,3 +149,11 @@ def test_the_card_names_the_methods_that_have_it() -> None:
     assert re.split(r", | and ", told) == sorted(WITH_CRITIC)
     with pytest.raises(ValueError, match="the critics here track views"):
         Factorised(critic=Critic(alignment=0.1))
+
+
+@pytest.mark.parametrize("regularizer", ["moments", "gan"])
+def test_it_is_refused_where_no_critic_is_trained(regularizer: str) -> None:
+    aligned = Critic(alignment=0.1)
+    assert DecoupledDMD(critic=aligned).needs().trained == {"student", "critic"}
+    with pytest.raises(ValueError, match=f"critic.alignment: regularizer {regularizer} has no critic"):
+        DecoupledDMD(critic=aligned, regularizer=regularizer)

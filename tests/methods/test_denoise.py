@@ -10,7 +10,8 @@ from listening import F64, Listening, batch_of
 from torch import Tensor
 
 from fewstep.algebra.process import Flow
-from fewstep.algebra.times import Levels
+from fewstep.algebra.times import Levels, Uniform
+from fewstep.algebra.views import Negative
 from fewstep.methods.denoise import Denoise
 from fewstep.networks.adapters import Adapted
 from fewstep.networks.analytic import Mixture
@@ -108,6 +109,13 @@ def test_a_trajectory_is_the_guided_teachers_own_and_every_state_has_its_share()
         gap = (0.3 * x - 0.1 + label) - real
         assert float(losses["regress"].detach()) == pytest.approx(float((gap**2).mean().detach()) / 4, rel=1e-9)
         x = (1 - s) * real + s / t * (x - (1 - t) * real)  # DDIM
+
+
+def test_what_only_data_is_noised_and_seen_by_is_refused_of_a_trajectory():
+    for key, value in (("times", Uniform()), ("view", Negative())):
+        assert Denoise(target="teacher", **{key: value}).needs().data
+        with pytest.raises(ValueError, match=f"{key}: source trajectory trains at states of the teacher's own"):
+            Denoise(target="teacher", source="trajectory", **{key: value})
 
 
 def test_guidance_of_data_is_refused():

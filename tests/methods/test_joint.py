@@ -24,9 +24,12 @@ from fewstep.methods.denoise import Denoise
 from fewstep.methods.dmd2 import DMD2
 from fewstep.methods.joint import Joint, Share
 from fewstep.methods.ladd import LADD
+from fewstep.methods.pso import PSO
 from fewstep.methods.scm import SCM
+from fewstep.methods.sfd import SFD
 from fewstep.methods.shortcut import Shortcut
-from fewstep.methods.turns import turns_of
+from fewstep.methods.terms import Critic
+from fewstep.methods.turns import turns_of, updates_a_step
 from fewstep.networks.roles import Roles
 from fewstep.objectives.legs import Scales
 from fewstep.recipe.store import load
@@ -61,6 +64,14 @@ def test_every_methods_turns_can_be_listed_without_its_networks() -> None:
         if name != "joint":
             assert turns_of(kind()), name
     assert turns_of(SCM())[0] == ("student", "weighting")
+
+
+def test_updates_of_a_step_are_those_of_all_its_turns() -> None:
+    assert updates_a_step(PSO(steps=(1.0, 0.75, 0.5, 0.25), reference="old"), 9) == {("student",): 3}
+    assert updates_a_step(SFD(counts=(2, 4)), 9) == {("student",): 4}
+    assert updates_a_step(DMD2(critic=Critic(steps=4)), 9) == {("student",): 1, ("critic", "discriminator"): 4}
+    late = Joint(methods=(Share(method=Denoise()), Share(method=SFD(counts=(3,)), start=5)))
+    assert [updates_a_step(late, n) for n in (5, 6)] == [{("student",): 1}, {("student",): 3}]
 
 
 def test_roles_that_one_method_steps_together_are_stepped_together_by_all() -> None:

@@ -22,7 +22,7 @@ from fewstep.networks.denoiser import Denoiser
 from fewstep.networks.mlp import MLP
 from fewstep.networks.roles import Roles
 from fewstep.recipe.store import load
-from fewstep.train.trainer import Trainer
+from fewstep.train.trainer import Hooks, Trainer
 
 STEPS = (1.0, 0.6, 0.3)
 
@@ -147,7 +147,8 @@ def test_without_a_role_the_adapters_base_stands_still():
     torch.manual_seed(1)
     base = Denoiser(MLP(1, 8, 2, 0), Flow(), "x0", "angle").requires_grad_(False)
     roles = Roles(teacher=base, student=Adapted(base, "lora0", rank=2), reward=Near())
-    assert PSO(steps=STEPS).still(roles) is base
+    still = PSO(steps=STEPS).still(roles)
+    assert (still.base, still.names) == (base, ())
     assert len(roles.parameters("student"))
     for _ in range(2):
         losses = steps_of(PSO(steps=STEPS), roles, Batch(Draws(7, torch.arange(6)), (1,)))[0]
@@ -160,6 +161,27 @@ def test_without_a_role_the_adapters_base_stands_still():
     assert (told.roles, told.trained, told.reward) == ({"student", "teacher", "reward"}, {"student"}, "value")
     with pytest.raises(RecipeError, match=r"method\.reference: the student is no adapter.*copy: \{reference: student\}"):
         load("toy/pso", ["method.reference=null"])
+
+
+def test_adapters_beside_the_students_own_belong_to_the_reference():
+    torch.manual_seed(1)
+    base = Denoiser(MLP(1, 8, 2, 0), Flow(), "x0", "angle").requires_grad_(False)
+    other = Adapted(base, "lora0", rank=2)
+    roles = Roles(teacher=base, other=other, student=Adapted(base, "lora1", rank=2, beside=("lora0",)), reward=Near())
+    with torch.no_grad():
+        for p in roles.parameters("other"):
+            p.normal_()
+    x, t = torch.randn(4, 1), torch.full((4,), 0.5)
+    assert torch.equal(PSO(steps=STEPS).still(roles)(x, t).x0, other(x, t).x0)
+    assert not torch.allclose(other(x, t).x0, base(x, t).x0)
+    # The student's own set is nothing yet: it is its reference.
+    losses = steps_of(PSO(steps=STEPS), roles, Batch(Draws(7, torch.arange(6)), (1,)))[0]
+    assert float(losses["prefer"].detach()) == pytest.approx(math.log(2), abs=1e-6)
+
+
+def test_the_student_is_no_reference():
+    with pytest.raises(ValueError, match="reference: the student is what is trained"):
+        PSO(steps=STEPS, reference="student")
 
 
 def test_a_student_of_one_step_is_refused():
@@ -236,8 +258,11 @@ def test_the_toy_recipe_runs_its_stages_and_starts_from_its_student():
         "train.sample_every=0",
         "train.readings_every=1",
     ]
-    trainer = Trainer(load("toy/pso", [*cut, *small]), None, cpu=True)
+    rates: list[float] = []
+    hooks = Hooks(on_step=lambda t: rates.append(t.last_record["lr/student"]))
+    trainer = Trainer(load("toy/pso", [*cut, *small]), None, hooks=hooks, cpu=True)
     trainer.fit()
+    assert rates[-2:] == pytest.approx([5e-4, 0.0], abs=1e-12)  # three updates a step: of six, three are left after one
     told = trainer.last_record
     assert {"prefer", "reward", "clipped", "samples/reward", "samples/fd"} <= set(told)
     still = dict(trainer.roles.reference.named_parameters())

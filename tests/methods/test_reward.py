@@ -16,10 +16,12 @@ from fewstep.algebra.batch import Batch
 from fewstep.algebra.process import Flow
 from fewstep.algebra.times import Levels
 from fewstep.config import REGISTRY, RecipeError
+from fewstep.methods.denoise import Denoise
 from fewstep.methods.dmd2 import DMD2
 from fewstep.methods.first_step import FirstStep
 from fewstep.methods.joint import Joint, Share
-from fewstep.methods.reward import Reward
+from fewstep.methods.pso import PSO
+from fewstep.methods.reward import Reward, follows_reward
 from fewstep.methods.segments import Segments
 from fewstep.methods.vsd import VSD
 from fewstep.recipe.store import load
@@ -251,3 +253,13 @@ def test_the_reward_model_is_trained_in_the_precision_in_which_it_is_followed():
     with torch.autocast("cpu", torch.bfloat16):
         cast = reward.fit(roles, batch64(16), x)["reward_fit"]
     assert float(plain.detach()) == float(cast.detach()) > 0
+
+
+def test_from_which_update_on_a_reward_is_followed():
+    late = DMD2(gan=None, reward=Reward(weight=1.0, after=5))
+    assert [follows_reward(late, n) for n in (0, 4, 5, 9)] == [False, False, True, True]
+    assert not follows_reward(DMD2(gan=None), 9)
+    assert not follows_reward(DMD2(gan=None, reward=Reward(weight=0.0)), 9)
+    assert follows_reward(PSO(reference="teacher"), 0)
+    joint = Joint(methods=(Share(method=Denoise()), Share(method=late, start=7)))
+    assert [follows_reward(joint, n) for n in (5, 6, 7)] == [False, False, True]

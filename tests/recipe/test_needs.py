@@ -18,6 +18,7 @@ from fewstep.networks.routed import ExpertsSpec
 from fewstep.networks.specs import Copy, Lora, MLPSpec, UNet2DSpec
 from fewstep.recipe.store import load
 from fewstep.train.build import build_roles
+from fewstep.train.trainer import Trainer
 
 TOYS = {
     "meanflow": "toy/meanflow", "imm": "toy/imm", "self_e": "toy/self-e", "reflow": "toy/reflow",
@@ -200,3 +201,47 @@ def test_shared_noise_asks_for_the_critic_s_trunk():
     load("digits-dmd2", ["method.gan.shares_noise=true", "discriminator.trunk=critic"])
     joint = "method.methods.0.method.gan.shares_noise=true"
     assert "discriminator.trunk: 'teacher' will not do" in refused("digits-joint", joint)
+
+
+JOINT = "method={name: joint, methods: [{method: {name: denoise}}, {method: %s}]}"
+FADING = "{name: fading_beta, over: 4}"
+
+
+def test_a_method_within_a_joint_one_is_looked_into():
+    told = refused("toy/pso", JOINT % "{name: pso, steps: [1.0, 0.5]}")
+    assert "method.methods.1.method.reference: the student is no adapter" in told
+    told = refused("toy/dmd2", JOINT % "{name: dmd2, gan: null, lean: {}}", "before=[]", "copy={}")
+    assert "method.methods.1.method.lean: takes the teacher with a share of the critic's adapter" in told
+
+
+@pytest.mark.parametrize(
+    ("recipe", "key"),
+    [
+        ("toy/dmd2", "method.simulate.times"),
+        ("toy/dmd2", "before.0.method.pairing.times"),
+        ("toy/meanflow", "method.times"),
+        ("toy/freeflow", "method.times"),
+        ("toy/dmd2", "method.methods.1.method.simulate.times"),
+    ],
+)
+def test_a_law_that_changes_is_refused_where_levels_are_drawn_without_the_step(recipe: str, key: str):
+    settings = [f"{key}={FADING}"]
+    if "simulate" in key:
+        settings = ["method.gan=null", f"method.simulate={{least: 1, most: 2, times: {FADING}}}"]
+    if "methods" in key:
+        settings = [JOINT % f"{{name: dmd2, gan: null, simulate: {{least: 1, most: 2, times: {FADING}}}}}"]
+    if "pairing" in key:
+        settings = [f"before.0.method={{name: consistency, pairing: {{name: ect, times: {FADING}}}}}"]
+    assert f"{key}: fading_beta changes with the step, which these levels are drawn without" in refused(recipe, *settings)
+
+
+def test_a_law_that_changes_trains_where_the_step_is_known():
+    small = ["student.width=8", "student.depth=2", "evaluate=null", "train.batch=8", "train.sample_every=0"]
+    inner = f"times: {FADING}, critic: {{times: {FADING}}}"
+    dmd2 = f"method={{name: dmd2, gan: null, {inner}, off_trajectory: {{times: {FADING}}}}}"
+    before = f"before=[{{steps: 1, method: {{name: denoise, times: {FADING}}}}}]"
+    phased = f"method={{name: phased_dmd, steps: [1.0, 0.5], {inner}}}"
+    for method in (dmd2, phased):
+        trainer = Trainer(load("toy/dmd2", [*small, before, method, "train.steps=2", "train.guard=off"]), cpu=True)
+        trainer.fit()
+        assert trainer.progress.done == 3

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,8 +13,10 @@ from collapsing import ONSET, kill_points, short, start
 from tiny_runs import contents, import_before_forks, in_child, killed, records, same
 
 from fewstep.config import RecipeError
-from fewstep.train.guard import LOWER, RETURNS, Stopped, best_of, way_back
+from fewstep.train.guard import LOWER, RETURNS, Guard, Stopped, best_of, way_back
+from fewstep.train.resume import end_at_best
 from fewstep.train.state import checkpoints, read_guard
+from fewstep.train.verdicts import Course
 
 DARKER = 0.06
 """Per update, into a velocity: after some ten of them samples are beyond the line below their mean."""
@@ -184,7 +188,10 @@ def test_a_run_that_went_back_ends_at_its_best(tmp_path: Path):
     """After the return a smaller drift goes on: too little for an alarm, enough that the end is worse."""
     run = tmp_path / "run"
     trainer = start(run, "train.guard=restore", bias=lambda share: DARKER if share == 1 else 0.006)
+    shown: list[torch.Tensor] = []
+    trainer.hooks.on_step = lambda t: shown.append(next(t.roles.student.parameters()).detach().clone())
     trainer.fit()
+    assert torch.equal(shown[-1], next(trainer.roles.student.parameters()))  # what a picture of the end would show
     (act,) = [r["guard"] for r in records(run) if "guard" in r]
     (end,) = [r for r in records(run) if "ends_with" in r]
     assert trainer.progress.done == end["done"] == 120
@@ -196,8 +203,39 @@ def test_a_run_that_went_back_ends_at_its_best(tmp_path: Path):
     held, ended = contents(best), contents(last)
     same_weights = same(*({k: v for k, v in c.items() if k != "progress"} for c in (held, ended)))
     assert same_weights == []
+    assert read_guard(last) == read_guard(best)
     assert "ends with that one's weights" in trainer.lines[-1]
     assert act["to"] <= ONSET
     # Who opens the run finds it finished.
     again = start(run, "train.guard=restore")
     assert again.progress.done == again.total_steps
+
+
+def guard_of(by: str, measured: tuple[int, float | None] = (-1, None), mode: str = "restore") -> Guard:
+    """A guard that went back once, in stage 1, and has no reading since."""
+    guard = Guard.__new__(Guard)
+    guard.by, guard.mode, guard.acts, guard.stage, guard.course = by, mode, [{"to": 10}], 1, Course()
+    guard._measured, guard.ended = measured, (-1, {})
+    return guard
+
+
+def test_an_end_that_nobody_has_measured_is_kept():
+    held = {"by": "metric", "score": 2.0}
+    assert not guard_of("metric").worse(120, 1, held)
+    assert not guard_of("metric", (100, 9.0)).worse(120, 1, held)
+    assert [guard_of("metric", (120, v)).worse(120, 1, held) for v in (1.0, 2.0, 3.0, math.nan)] == [
+        False,
+        False,
+        True,
+        True,
+    ]
+    assert not guard_of("metric", (120, 3.0)).worse(120, 1, {"by": "readings", "score": 0.1})  # these do not compare
+    assert guard_of("readings").worse(120, 1, {"by": "readings", "score": 0.1})
+
+
+@pytest.mark.parametrize("mode", ["off", "warn", "stop"])
+def test_only_a_guard_that_restores_ends_at_the_best(mode: str, tmp_path: Path):
+    nothing: Any = None  # neither the loop nor a checkpoint is looked at
+    assert end_at_best(nothing, tmp_path, guard_of("readings", mode=mode), 1) is None
+    with pytest.raises(AttributeError):
+        end_at_best(nothing, tmp_path, guard_of("readings"), 1)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,6 +17,7 @@ from fewstep.config import UserError
 from fewstep.data.toy import Ring
 from fewstep.methods.denoise import Denoise
 from fewstep.methods.dmd2 import DMD2
+from fewstep.methods.sfd import SFD
 from fewstep.methods.terms import Critic, Gan
 from fewstep.networks.roles import Roles
 from fewstep.networks.specs import DiscriminatorSpec, MLPSpec
@@ -286,6 +289,26 @@ def test_learning_rate_schedules() -> None:
     assert [p.shape for g in o.adam.param_groups for p in g["params"]] == [
         p.shape for p in roles.parameters("student", "critic")
     ]
+
+
+def test_a_rate_falls_over_all_updates_of_a_stage_also_where_a_step_has_several(tmp_path: Path) -> None:
+    student = {"optim": {"default": AdamW(lr=1e-3, decay="linear")}, "discriminator": None, "critic": None}
+    several = replace(recipe(SFD(counts=(4,), between=0), gan=False, steps=3), **student)
+    trainer = Trainer(several, tmp_path, cpu=True)
+    stage = several.stages()[0]
+    for step in range(2):
+        trainer.loop.step(stage)
+        trainer.progress.step = trainer.progress.done = step + 1
+    held = trainer.loop.optim["student"]
+    assert (held.updates, held.total, held.rate(held.specs[0])) == (8, 12, pytest.approx(1e-3 * 4 / 12))
+    trainer.save(0)
+    again = Trainer(several, tmp_path, cpu=True)
+    assert again.resume()
+    other = again.loop.optim["student"]
+    assert (other.updates, other.total) == (8, 12)
+    trainer, stage = trainer_of(recipe(DMD2(critic=Critic(steps=4), gan=Gan(weight=0.1))))
+    trainer.loop.step(stage)
+    assert {k: o.total for k, o in trainer.loop.optim.items()} == {"student": 3, "critic+discriminator": 12}
 
 
 def test_one_role_in_two_optimisers_is_refused() -> None:

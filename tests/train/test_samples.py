@@ -25,7 +25,7 @@ from fewstep.train.samples import (
     relative_frechet,
 )
 from fewstep.train.session import Session
-from fewstep.train.trainer import Trainer
+from fewstep.train.trainer import Hooks, Trainer
 from fewstep.train.verdicts import Course
 
 COUNT, CHANNELS, HEIGHT, WIDTH = 48, 3, 12, 20
@@ -255,3 +255,17 @@ def test_a_run_with_a_reward_draws_more_samples_and_logs_it_beside_spread_and_di
     told = trainer.last_record
     assert {"reward", "reward_loss", "samples/reward", "samples/fd", "samples/spread"} <= set(told)
     assert told["reward_loss"] == pytest.approx(-0.5 * told["reward"])
+
+
+def test_a_reward_is_read_only_while_it_is_followed():
+    from fewstep.recipe.store import load
+
+    cut = ["copy={}", "evaluate=null", "train.steps=3", "train.batch=8", "train.readings_every=1", "train.log_every=1"]
+    before = "before=[{steps: 1, method: {name: denoise}}]"
+    seen: list[bool] = []
+    hooks = Hooks(on_step=lambda t: seen.append("samples/reward" in t.last_record))
+    recipe = load("toy/dmd2-ink", [*cut, before, "method.reward.after=2", "student.width=16"])
+    trainer = Trainer(recipe, None, hooks=hooks, cpu=True)
+    trainer.fit()
+    assert seen == [False, False, True, True]
+    assert {"samples/mean", "samples/fd", "reward_loss"} <= set(trainer.last_record)

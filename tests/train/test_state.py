@@ -277,3 +277,24 @@ def test_a_finished_run_is_not_gone_on_from_to_do_nothing(copied: Path):
     trainer = Trainer(tiny(*SHORT, "train.steps=6"), None, cpu=True)
     with pytest.raises(UserError, match=r"stands at the end of the run, so nothing would be trained; raise train\.steps"):
         trainer.go_on_from(resume.newest_of(copied))
+
+
+def test_a_run_without_a_reward_goes_on_with_one(copied: Path):
+    """Roles that no stage trains stay as they were built; those that one trains cannot be missing."""
+    from fewstep.recipe.store import dump
+
+    (copied / "recipe.yaml").write_text(dump(tiny(*SHORT)))
+    term = ("roles={reward: {name: ink}}", "method.reward={weight: 0.1}")
+    trainer = Trainer(tiny(*SHORT, *term), None, cpu=True)
+    trainer.go_on_from(resume.newest_of(copied))
+    assert trainer.progress.done == 12
+    trainer.fit()
+    assert "reward_loss" in trainer.last_record
+    roles = "roles={reward: {name: ink}, latent_reward: {name: reward-model}}"
+    learned = tiny(*SHORT, roles, "method.reward={weight: 0.1, by: latent_reward}")
+    told = resume.refuses(learned, tiny(*SHORT))
+    assert told == "has no role latent_reward, which this recipe trains"
+    # Of an adapter on another network the weights mean nothing.
+    other = ("roles={base: {name: mlp}}", "student={name: lora, of: base}")
+    assert resume.untrained(tiny(*SHORT, *term)) == {"reward"}
+    assert resume.untrained(tiny(*SHORT, *other)) == set()
