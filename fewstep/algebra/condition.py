@@ -32,6 +32,13 @@ _MASKS = {"text": "mask", "mask": "mask", "text2": "mask2", "mask2": "mask2"}
 """The mask that says how many of a key's tokens are padding."""
 
 
+def check_keys(names: Iterable[str], told: str) -> None:
+    """ValueError, beginning with `told`, for a name that is no key of a condition."""
+    unknown = [k for k in names if k not in KEYS]
+    if unknown:
+        raise ValueError(f"{told}: {unknown[0]!r} is no key of a condition; those are {', '.join(KEYS)}")
+
+
 def checked(cond: Any, needs: Iterable[str], takes: Iterable[str], who: str) -> Mapping[str, Tensor]:
     """The condition as a mapping; a label tensor becomes {"label": tensor}, None an empty mapping.
 
@@ -57,11 +64,11 @@ def label_of(cond: Any) -> Tensor | None:
 def seen(cond: Any, ignore: Iterable[str] = (), see: Mapping[str, str] | None = None) -> Any:
     """What one network is shown of a condition: key k is cond[see[k]], the keys `ignore` are left out.
 
-    "easy" is shown under the key that sees it and under no other. A label tensor and None stay as they are. Raises
-    ValueError for a key of `see` whose picture the condition lacks.
+    "easy" is shown under the key that sees it and under no other. A label tensor stays as it is, or is left out whole
+    where `ignore` has "label". Raises ValueError for a key of `see` whose picture the condition lacks.
     """
     if not isinstance(cond, Mapping):
-        return cond
+        return None if "label" in ignore else cond
     out = {k: v for k, v in cond.items() if k != "easy" and k not in ignore}
     for key, source in (see or {}).items():
         if source not in cond:

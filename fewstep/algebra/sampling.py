@@ -77,9 +77,17 @@ class Sampler:
             return self.guidance
         return dynamic_guidance(level, self.guidance, *self.dynamic)
 
-    def network_calls(self) -> int:
-        """Network calls per sample (guidance not counted)."""
-        return calls(len(self.steps), self.solver) if self.kind == "ode" else len(self.steps)
+    def network_calls(self, process: Process | None = None) -> int:
+        """Network calls per sample (guidance not counted) of a net of this process.
+
+        The source of a bridge is left by noise, which takes one call also with heun.
+        """
+        count = len(self.steps)
+        if self.kind != "ode" or self.history:
+            return count
+        if count > 1 and process is not None and is_source(process, times_of(self.steps[:1], process)):
+            return 1 + calls(count - 1, self.solver)
+        return calls(count, self.solver)
 
 
 def any_steps(steps: Sequence[float], counts: Sequence[int] = (1, 2, 4, 8)) -> tuple[int, ...]:

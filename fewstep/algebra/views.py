@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Annotated, Protocol
 
 import torch
@@ -65,6 +66,18 @@ class Frame:
         if x.ndim != 5:
             raise ValueError(f"view frame: needs videos (c, f, h, w), not {list(x.shape[1:])}")
         return x[torch.arange(len(x), device=x.device), :, draws.integers(x.shape[2])]
+
+
+def seen_shape(views: Sequence[View], shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Shape of samples of `shape` seen through views, one after the other. ValueError for samples that have no such view.
+
+    >>> fewstep.algebra.views.seen_shape([fewstep.algebra.views.Frame()], (3, 5, 8, 8))
+    (3, 8, 8)
+    """
+    x = torch.zeros(1, *shape)
+    for view in views:
+        x = view.see(x, Draws(0, torch.zeros(1, dtype=torch.long)))
+    return tuple(x.shape[1:])
 
 
 ViewPart = Annotated[View, OneOf("view")]

@@ -25,6 +25,7 @@ from fewstep.networks.outline import UNetOutline, whole
 from fewstep.networks.parts import Site
 from fewstep.networks.rewards import check_reward
 from fewstep.networks.routed import Routed, innermost, source_of
+from fewstep.recipe.faults import check_views
 from fewstep.recipe.schema import Recipe
 from fewstep.train.build import TRIED
 
@@ -84,6 +85,8 @@ def look(recipe: Recipe, source: Source | None = None) -> Roles:
             found.modules[name] = module
     _copies(recipe, found, source)
     _aligned(recipe, found, source)
+    if found.shape:
+        _seen(recipe, found.shape, source)
     for number, stage in enumerate(recipe.stages()):
         key = f"before.{number}.method" if number < len(recipe.before) else "method"
         for part in stage.method.needs().parts if found.shape else ():
@@ -208,6 +211,16 @@ def _copies(recipe: Recipe, found: Roles, source: Source | None) -> None:
                     f"{where}{'.'.join(map(str, path))}: {target} and {origin} are different networks, so the weights "
                     f"cannot be copied: {wrong}"
                 )
+
+
+def _seen(recipe: Recipe, shape: tuple[int, ...], source: Source | None) -> None:
+    """Every view of a method's is one of the data's samples."""
+    try:
+        check_views(recipe, shape)
+    except RecipeError as error:
+        key = str(error).partition(":")[0]
+        path = tuple(int(k) if k.isdigit() else k for k in key.split("."))
+        raise RecipeError(f"{source.where(path)}: {error}" if source else str(error)) from None
 
 
 def _aligned(recipe: Recipe, found: Roles, source: Source | None) -> None:

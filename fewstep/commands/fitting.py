@@ -60,10 +60,11 @@ class Counted:
 
 
 def noise_of(product: Product, seed: int, name: str, count: int) -> tuple[Tensor, Any]:
-    """(start noise (count, *d), conditions) of a fit; no seed of a measurement ever draws this noise."""
+    """(start noise (count, *d), conditions of training samples); no seed of a measurement ever draws this noise."""
     device = product.device()
     noise = Draws(fold(seed, "fit", name), torch.arange(count, device=device)).normal(*product.shape)
-    return noise, moved(product.labels(count), device)
+    cond = product.calibrating(Draws(fold(seed, "fit", name, "conditions"), torch.arange(count)))
+    return noise, moved(cond, device)
 
 
 def fit(product: Product, wish: Wish) -> Fit:

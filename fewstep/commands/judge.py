@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from fewstep.algebra.condition import rows
+from fewstep.algebra.views import seen_shape
 from fewstep.commands.against import fitted, source_of
 from fewstep.commands.sources import BATCH, Model
 from fewstep.config import UserError
@@ -191,7 +192,10 @@ def judge_of(product: Product, spec: Evaluate) -> Judge:
     recipe: Any = product.recipe
     if spec.metric is None and recipe is not None:
         spec = replace(spec, metric=default_metric(recipe.data))
-    shape = product.picture_shape()
+    try:
+        shape = seen_shape(spec.views, product.picture_shape())
+    except ValueError as error:
+        raise UserError(f"views: {error}") from None
     preset = preset_of(spec, shape)
     with refusals():
         files = require_files(preset)

@@ -54,7 +54,10 @@ def probe(name: str, *, samples: int = 256, remove: int | None = None, accept: f
     x0, cond = data.batch(draws)
     t = net.process.grid(torch.linspace(0.02, 0.98, samples, dtype=torch.float64))
     x_t, _ = add_noise(net.process, x0, draws.normal_like(x0), t)
-    found = Probe(net, lambda: net(x_t, t, cond))
+    try:
+        found = Probe(net, lambda: net(x_t, t, cond))
+    except ValueError as error:
+        raise UserError(f"{name}: --samples {samples}: {error}") from None
     try:
         runs = (
             proposed(count, found.loss, found.allowed, accept)
@@ -79,7 +82,7 @@ def _network(name: str) -> tuple[Recipe, Any]:
 
 def show(name: str, told: Probed) -> None:
     """The table of blocks, and the intervals as `student.intervals` takes them."""
-    table = Table("block", "residual that no affine map explains")
+    table = Table("block", "residual that no affine map explains, on other samples")
     inside = {i for u, v in told.intervals for i in range(u, v + 1)}
     for i, residual in enumerate(told.residuals):
         table.add_row(f"{i}{' *' if i in inside else ''}", f"{residual:.3f}")

@@ -67,6 +67,10 @@ class Factorised:
         check_steps(self.steps)
         if not self.experts:
             raise ValueError("experts is empty; name at least one, such as [{role: teacher}]")
+        if self.critic.alignment:
+            raise ValueError(
+                "critic.alignment: the critics follow what a view shows of the samples, not the student; give 0"
+            )
         views: dict[str, View] = {}
         for e in self._tracked():
             if views.setdefault(e.critic, e.view) != e.view:

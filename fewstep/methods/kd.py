@@ -25,7 +25,7 @@ from fewstep.objectives.legs import Teacher
 class KD:
     """Both legs are the teacher: from noise through the states at `steps` to the sample, all regressed onto it."""
 
-    cites: ClassVar[tuple[str, ...]] = ("2101.02388", "2401.08639")
+    cites: ClassVar[tuple[str, ...]] = ("2101.02388",)
 
     steps: tuple[float, ...] = (1.0,)
     """Levels u at which the student is trained and sampled; each sees the teacher's state there."""
@@ -51,6 +51,8 @@ class KD:
             raise ValueError(f"correct: is for a student that answers at the prior alone, not at the levels {self.steps}")
         if self.pairs is not None and len(self.steps) > 1:
             raise ValueError(f"pairs: hold no states between, which the levels {self.steps} need; leave it out")
+        if self.correct is not None:  # GET's loss
+            object.__setattr__(self, "cites", (*type(self).cites, "2401.08639"))
 
     def needs(self) -> Needs:
         roles = frozenset({"teacher", "student"} | perceptual(self.distance))

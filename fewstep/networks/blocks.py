@@ -15,11 +15,17 @@ Intervals = Sequence[tuple[int, int]]
 """First and last of runs of blocks, counted from 0 over all lists of a network in their order."""
 LISTS = {
     "transformer_blocks": "num_layers",
+    "joint_transformer_blocks": "num_mmdit_layers",
     "single_transformer_blocks": "num_single_layers",
     "blocks": "num_layers",
     "layers": "n_layers",
 }
 """Where networks keep their blocks, in the order in which they run, and their config's key for the number."""
+OWN_KEYS = {
+    "AuraFlowTransformer2DModel": {"single_transformer_blocks": "num_single_dit_layers"},
+    "Lumina2Transformer2DModel": {"layers": "num_layers"},
+}
+"""Keys of classes that have others."""
 
 
 def holder(denoiser: nn.Module) -> Any:
@@ -36,6 +42,27 @@ def lists_of(denoiser: nn.Module) -> dict[str, nn.ModuleList]:
     if not found or any(isinstance(m, nn.Linear) for ms in found.values() for m in ms):
         raise ValueError(f"a {type(net).__name__} has no list of blocks, which are {', '.join(LISTS)}")
     return found
+
+
+def keys_of(denoiser: nn.Module) -> dict[str, str]:
+    """The config's key for the number of blocks by list; none for networks that are no diffusers models.
+
+    Raises:
+        ValueError: a key is not in the config, or counts something else.
+    """
+    net = holder(denoiser)
+    if not hasattr(net, "register_to_config"):
+        return {}
+    kind = type(net).__name__
+    lists = lists_of(denoiser)
+    keys = {name: OWN_KEYS.get(kind, {}).get(name, LISTS[name]) for name in lists}
+    for name, key in keys.items():
+        if net.config.get(key) != len(lists[name]):
+            raise ValueError(
+                f"a {kind} has {len(lists[name])} {name}, and {key} in its config is {net.config.get(key)}: under which "
+                "key their number is kept is not known, so what is pruned could not be opened again"
+            )
+    return keys
 
 
 def blocks_of(denoiser: nn.Module) -> list[nn.Module]:
@@ -85,9 +112,10 @@ def prune(denoiser: nn.Module, intervals: Intervals) -> None:
     A diffusers model's config then says how many blocks there are, so that its own class opens what it saves.
 
     Raises:
-        ValueError: as `check_intervals`.
+        ValueError: as `check_intervals` and `keys_of`.
     """
     check_intervals(intervals, denoiser)
+    keys = keys_of(denoiser)
     net, first = holder(denoiser), 0
     middle = {i: (u + v) // 2 for u, v in intervals for i in range(u, v + 1)}
     starts = {u for u, _ in intervals}
@@ -96,8 +124,8 @@ def prune(denoiser: nn.Module, intervals: Intervals) -> None:
         here = [i for i in range(first, first + len(blocks)) if i not in middle or i in starts]
         chosen = [blocks[middle.get(i, i) - first] for i in here]
         setattr(net, name, nn.ModuleList(chosen))
-        if hasattr(net, "register_to_config"):
-            net.register_to_config(**{LISTS[name]: len(chosen)})
+        if keys:
+            net.register_to_config(**{keys[name]: len(chosen)})
         kept, first = kept + here, first + len(blocks)
     # SD3.5's config names some of its blocks by their numbers.
     numbered = getattr(getattr(net, "config", None), "dual_attention_layers", None)

@@ -9,7 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fewstep.networks.blocks import Call, blocks_of, check_intervals, streams, watched
+from fewstep.networks.adapters import network_of
+from fewstep.networks.blocks import blocks_of, check_intervals, streams, watched
+from fewstep.networks.wrappers.base import Wrapper
 
 Forward = Callable[[], Any]
 """Calls the denoiser on the probed samples."""
@@ -17,16 +19,34 @@ Loss = Callable[[int, int], float]
 """1 - CKA of the last hidden state with blocks u..u + k - 1 replaced by stand-ins, of (u, k)."""
 
 
-def entering(args: Sequence[Any], kwargs: dict[str, Any], output: Any) -> list[Tensor]:
+LEAST = 2
+"""Rows that a stand-in is fitted to, for each row of its map: with one the fit would be exact whatever the block does."""
+
+
+def picked(denoiser: nn.Module) -> int | None:
+    """Which of several hidden states that a block answers is the image's, as its wrapper says; None without one."""
+    net = network_of(denoiser)
+    return net.pick if isinstance(net, Wrapper) else None
+
+
+def entering(args: Sequence[Any], kwargs: dict[str, Any], output: Any, pick: int | None) -> list[Tensor]:
     """The hidden states that a block is called with, in the order in which it answers them.
 
-    Blocks of two streams answer (text, image) and take them by name (SD3, Flux, Qwen-Image), others take theirs first.
+    Blocks of two streams answer (image, text) where `pick`, of `picked`, is 0 (HunyuanVideo), else (text, image) (SD3,
+    Flux, Qwen-Image); they take them by name, or the image's first. ValueError for several of unknown order.
     """
     image = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
     if not isinstance(output, tuple):
         return [image]
+    if pick is None or len(output) != 2:
+        raise ValueError("a block answers several hidden states, and which is the image's is not known of its class")
     text = kwargs.get("encoder_hidden_states", args[1] if len(args) > 1 else None)
-    return [h for h, out in zip((text, image), output, strict=True) if isinstance(out, Tensor)]
+    pair = (text, image) if pick else (image, text)
+    return [h for h, out in zip(pair, output, strict=True) if isinstance(out, Tensor)]
+
+
+def _image_of(output: Any, pick: int | None) -> Tensor:
+    return output if isinstance(output, Tensor) else output[pick or 0]
 
 
 def _rows(h: Tensor) -> Tensor:
@@ -59,13 +79,13 @@ def cka(a: Tensor, b: Tensor) -> float:
 
 
 @contextmanager
-def standing_in(blocks: Sequence[nn.Module], maps: Sequence[list[Tensor]]) -> Iterator[None]:
-    """Blocks answer what their stand-ins do, a map for each stream."""
+def standing_in(blocks: Sequence[nn.Module], maps: Sequence[list[Tensor]], pick: int | None = None) -> Iterator[None]:
+    """Blocks answer what their stand-ins do, a map for each stream; pick: of `picked`."""
     handles = []
 
     def hook(m: list[Tensor]) -> Any:
         def answer(_module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
-            out = iter([applied(h, a) for h, a in zip(entering(args, kwargs, output), m, strict=True)])
+            out = iter([applied(h, a) for h, a in zip(entering(args, kwargs, output, pick), m, strict=True)])
             if not isinstance(output, tuple):
                 return next(out)
             return tuple(next(out) if isinstance(part, Tensor) else part for part in output)
@@ -82,9 +102,10 @@ def standing_in(blocks: Sequence[nn.Module], maps: Sequence[list[Tensor]]) -> It
 
 
 class Probe:
-    """Stand-ins of all blocks of a denoiser, fitted on what `forward` calls it with.
+    """Stand-ins of all blocks of a denoiser, fitted on every other sample that `forward` calls it with.
 
-    residuals: |stand-in - block| / |block - input| of each block, the image's stream.
+    residuals: |stand-in - block| / |block - input| of each block, the image's stream, on the samples between; 0 for a
+    block that changes nothing. ValueError for two streams of unknown order, and for too few rows (samples x tokens).
     """
 
     @torch.no_grad()
@@ -92,27 +113,39 @@ class Probe:
         self.denoiser, self.forward, self.blocks = denoiser, forward, blocks_of(denoiser)
         with watched(denoiser, [(i, i) for i in range(len(self.blocks))]) as calls:
             forward()
+        self.pick = picked(denoiser)
         self.maps, self.residuals = [], []
         for call in calls:
-            before, after = entering(call.args, call.kwargs, call.output), streams(call.output)
-            maps = [stand_in(b, a) for b, a in zip(before, after, strict=True)]
+            before, after = entering(call.args, call.kwargs, call.output, self.pick), streams(call.output)
+            maps = []
+            for b, a in zip(before, after, strict=True):
+                rows, width = b[::2].numel() // b.shape[-1], b.shape[-1]
+                if rows < LEAST * (width + 1):
+                    raise ValueError(
+                        f"an affine map of {width} channels would be fitted to {rows} rows, half of the samples' tokens, "
+                        f"and needs {LEAST * (width + 1)}; take more samples"
+                    )
+                maps.append(stand_in(b[::2], a[::2]))
             self.maps.append(maps)
-            gap = _rows(applied(before[-1], maps[-1])) - _rows(after[-1])
-            self.residuals.append(float(gap.norm() / (_rows(after[-1]) - _rows(before[-1])).norm()))
-        self.last = streams(calls[-1].output)[-1]
+            image = -1 if self.pick else 0
+            told, truth = before[image][1::2], after[image][1::2]
+            gap, change = _rows(applied(told, maps[image])) - _rows(truth), _rows(truth) - _rows(told)
+            self.residuals.append(float(gap.norm() / change.norm()) if change.any() else 0.0)
+        self.last = _image_of(calls[-1].output, self.pick)
         self._losses: dict[tuple[int, int], float] = {}
 
     @torch.no_grad()
     def loss(self, u: int, k: int) -> float:
-        """1 - CKA of the last hidden state with blocks u..u + k - 1 replaced by their stand-ins; 0 for k = 0."""
+        """As `Loss`, on the samples that no stand-in was fitted to; 0 for k = 0."""
         if k == 0:
             return 0.0
         if (u, k) not in self._losses:
             end = len(self.blocks) - 1
-            with standing_in(self.blocks[u : u + k], self.maps[u : u + k]), watched(self.denoiser, [(end, end)]) as seen:
+            standing = standing_in(self.blocks[u : u + k], self.maps[u : u + k], self.pick)
+            with standing, watched(self.denoiser, [(end, end)]) as seen:
                 self.forward()
-            (call,) = seen
-            self._losses[u, k] = 1 - cka(_last(call), self.last)
+            last = _image_of(seen[0].output, self.pick)
+            self._losses[u, k] = 1 - cka(last[1::2], self.last[1::2])
         return self._losses[u, k]
 
     def allowed(self, u: int, v: int) -> bool:
@@ -122,10 +155,6 @@ class Probe:
         except ValueError:
             return False
         return True
-
-
-def _last(call: Call) -> Tensor:
-    return streams(call.output)[-1]
 
 
 def proposed(count: int, loss: Loss, allowed: Callable[[int, int], bool], accept: float = 0.05) -> list[tuple[int, int]]:

@@ -8,6 +8,7 @@ import torch
 from pydantic import Field
 from torch import nn
 
+from fewstep.algebra.condition import check_keys
 from fewstep.algebra.process import EDM, DiscreteVP, Flow, ProcessPart
 from fewstep.config import Count, RecipeError, config, part
 from fewstep.files import expanded
@@ -50,6 +51,9 @@ class Copy:
     max_frequency: float | None = None
     """Cut time features of a diffusers network that turn faster than this, in radians per unit of its own time input
     (1 to 1e-4): they make d/dt explode in sCM, MeanFlow and whatever else takes a tangent (sCM, sec. 4.1)."""
+
+    def __post_init__(self) -> None:
+        check_keys(self.ignore, "ignore")
 
     def build(self, site: Site) -> nn.Module:
         source = site.role(self.of, "copy.of")

@@ -9,7 +9,7 @@ from pydantic import Field
 from torch import nn
 
 import fewstep.networks.specs  # noqa: F401  registers the networks that are chosen among
-from fewstep.algebra.condition import KEYS
+from fewstep.algebra.condition import check_keys
 from fewstep.algebra.process import EDM, Flow, ProcessPart
 from fewstep.config import Count, UserError, part
 from fewstep.networks.adapters import frozen
@@ -43,9 +43,7 @@ class DiffusersTeacher:
     """Of the frozen weights; copies and adapters that are trained are kept in fp32."""
 
     def __post_init__(self) -> None:
-        unknown = [k for k in (*self.ignore, *self.see, *self.see.values()) if k not in KEYS]
-        if unknown:
-            raise ValueError(f"ignore, see: {unknown[0]!r} is no key of a condition; those are {', '.join(KEYS)}")
+        check_keys((*self.ignore, *self.see, *self.see.values()), "ignore, see")
 
     def files(self) -> list[Path]:
         """The network's config and weights, and its noise schedule."""

@@ -7,6 +7,9 @@ from dataclasses import fields, is_dataclass
 from typing import Any
 
 from fewstep.algebra.times import FadingBeta
+from fewstep.algebra.views import seen_shape
+from fewstep.config import RecipeError
+from fewstep.networks import code
 
 GUIDANCE = ("guidance", "correction_guidance", "distill_guidance", "sample_guidance")
 """Fields of methods that hold a guidance scale."""
@@ -31,6 +34,59 @@ def refuse(recipe: Any) -> None:
     _lean(recipe)
     _fading(recipe)
     _grid(recipe)
+    _student(recipe)
+
+
+def check_views(recipe: Any, shape: tuple[int, ...]) -> None:
+    """RecipeError beginning with the key for a view of a method's that the data, samples of this shape, do not have."""
+    for key, method in _methods(recipe):
+        for where, view in _views(key, method):
+            try:
+                seen_shape((view,), shape)
+            except ValueError as error:
+                raise RecipeError(f"{where}: {error}") from None
+
+
+def _methods(recipe: Any) -> list[tuple[str, Any]]:
+    """(key, method) of every stage, those inside a joint one too."""
+    found = []
+    for i, stage in enumerate(recipe.stages()):
+        key = f"before.{i}.method" if i < len(recipe.before) else "method"
+        found.append((key, stage.method))
+        shares = getattr(stage.method, "methods", ())
+        found += [(f"{key}.methods.{k}.method", share.method) for k, share in enumerate(shares)]
+    return found
+
+
+def _views(key: str, method: Any) -> list[tuple[str, Any]]:
+    own = [(f"{key}.view", method.view)] if hasattr(method, "view") else []
+    return own + [(f"{key}.experts.{i}.view", e.view) for i, e in enumerate(getattr(method, "experts", ()))]
+
+
+def _student(recipe: Any) -> None:
+    """A method that asks for a network of one kind has one, be it a copy."""
+    made = _origin(recipe, "student")
+    for key, method in _methods(recipe):
+        if method.name == "contiguous" and made.name != "pruned":
+            raise ValueError(
+                f"{key}: contiguous trains blocks that stand for runs of blocks; the student, {made.name}, has none: "
+                "give student: {name: pruned, of: teacher, intervals: [[FIRST, LAST]]} (`fewstep probe` proposes them)"
+            )
+        # Code of the user's may have iterates of its own.
+        theirs = any(getattr(made, name, None) for name in code.KEYS)
+        if getattr(method, "correct", None) is not None and made.name != "get" and not theirs:
+            raise ValueError(
+                f"{key}.correct: is for a student with iterates, and {made.name} has none; give student: {{name: get}}, "
+                "or leave it out"
+            )
+
+
+def _origin(recipe: Any, role: str) -> Any:
+    """The spec that a role's network comes from, through copies and adapters."""
+    spec = recipe.spec(role)
+    while spec.name in ("copy", "lora", "network"):
+        spec = spec.of if spec.name == "network" else recipe.spec(spec.of)
+    return spec
 
 
 def _parts(recipe: Any) -> Iterator[tuple[str, Any]]:

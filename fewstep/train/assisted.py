@@ -107,10 +107,11 @@ def attended(product: Product, data: Any, words: str) -> Tensor:
 @torch.no_grad()
 def scores_of(product: Product, count: int, helped: Assisted) -> Tensor:
     """Scores (count,) of the student's own samples, from noise that no measurement draws."""
-    device, labels, out = product.device(), product.labels(count), []
+    device, key, out = product.device(), fold("calibration of", helped.part.name), []
+    labels = product.calibrating(Draws(fold(key, "conditions"), torch.arange(count)))
     assert helped.score is not None
     for part in torch.arange(count, device=device).split(BATCH):
         cond = moved(rows(labels, part.cpu()), device)
-        noise, fresh = seeded(fold("calibration of", helped.part.name), part, product.shape)
+        noise, fresh = seeded(key, part, product.shape)
         out.append(helped.score(sample(product.sampler, product.net, noise, cond, fresh), cond, part))
     return torch.cat(out)

@@ -13,6 +13,7 @@ from fewstep.networks.adapters import Adapted, own_parameters
 from fewstep.networks.parts import Site
 from fewstep.networks.rewards import check_reward
 from fewstep.networks.roles import Roles
+from fewstep.recipe.faults import check_views
 from fewstep.recipe.schema import Recipe
 
 
@@ -26,6 +27,7 @@ def build_roles(recipe: Recipe, data: Data, teacher: nn.Module | None = None) ->
     """
     code.require(recipe)
     recipe.check_conditions(conditions_of(data))
+    check_views(recipe, tuple(data.shape))
     modules: dict[str, nn.Module] = {} if teacher is None else {"teacher": teacher}
     for name in recipe.role_names():
         if name in modules:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from fewstep.algebra.condition import moved, nulled, rows
+from fewstep.algebra.draws import Draws
 from fewstep.algebra.guidance import Guided
 from fewstep.algebra.sampling import Sampler, knot_levels, many_step, sample, seeded
 from fewstep.config import UserError
@@ -75,6 +76,8 @@ class Product:
     done: int = 0
     prompted: Callable[[int], Any] | None = None
     """The conditions of the first so many samples, for data whose conditions are not classes."""
+    drawn: Callable[[Draws], Any] | None = None
+    """The conditions of training samples, for data whose first samples evaluation is about."""
     paired: Callable[[int], Paired] | None = None
     """What the first so many samples are compared with, for data that degrades pictures."""
     held: int = 0
@@ -102,7 +105,9 @@ class Product:
 
     def network_calls(self) -> float:
         """Network calls per sample, those of a helping teacher too; else guidance is not counted."""
-        return self.sampler.network_calls() if self.assist is None else self.assist.network_calls(self.sampler)
+        if self.assist is None:
+            return self.sampler.network_calls(getattr(self.net, "process", None))
+        return self.assist.network_calls(self.sampler)
 
     def draw(self, count: int, seed: int = 0, labels: Any = None, batch: int = 256) -> Tensor:
         """`count` samples on the CPU, decoded where there is a VAE; labels default to index mod classes.
@@ -149,6 +154,10 @@ class Product:
         if self.prompted is not None:
             return self.prompted(count)
         return torch.arange(count) % self.classes if self.classes else None
+
+    def calibrating(self, draws: Draws) -> Any:
+        """Conditions of samples that something is fitted to: of training samples, never of those that are measured."""
+        return self.labels(len(draws)) if self.drawn is None else self.drawn(draws)
 
     def _checked(self, labels: Any, count: int) -> Any:
         """One class for all, or one for each sample, as int64 (count,); conditions of other kinds as they are."""
@@ -223,7 +232,7 @@ def product_of(recipe: Recipe, net: nn.Module, data: Any, title: str, done: int 
     """The product of a recipe around a trained net."""
     sampler = recipe.sampler()
     trained = sampler.counts or (None if sampler.kind == "ode" else (len(sampler.steps),))
-    prompted = pairs = None
+    prompted = drawn = pairs = None
     held = 0
     if getattr(data, "text", None) is not None:
 
@@ -235,6 +244,8 @@ def product_of(recipe: Recipe, net: nn.Module, data: Any, title: str, done: int 
 
         def prompted(count: int) -> Any:
             return data.examples(torch.arange(count)).cond
+
+        drawn = data.conditions
 
         def pairs(count: int) -> Paired:
             e = data.examples(torch.arange(count))
@@ -251,6 +262,7 @@ def product_of(recipe: Recipe, net: nn.Module, data: Any, title: str, done: int 
         recipe=recipe,
         done=done,
         prompted=prompted,
+        drawn=drawn,
         paired=pairs,
         held=held,
         image=image_shape(data),

@@ -107,3 +107,26 @@ def test_samplers_leave_the_source_by_noise():
         sample(Sampler(kind="map", steps=(1.0, 0.5)), Answer(), noise, None, fresh)
     below = sample(Sampler(kind="map", steps=(0.9, 0.5)), Answer(), noise, None, fresh)
     assert torch.equal(below, torch.full_like(noise, 0.3))
+
+
+@pytest.mark.parametrize(("process", "expected"), [(Brownian(), 30), (Flow(), 31)])
+def test_calls_are_counted_as_they_are_made(process: Any, expected: int):
+    made = 0
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.process = process
+
+        def forward(self, x: torch.Tensor, t: torch.Tensor, cond: Any = None) -> Any:
+            nonlocal made
+            made += 1
+            return from_x0(process, x, t, 0.5 * x)
+
+    sampler, noise = many_step(16), torch.ones(2, 1, dtype=F64)
+    sample(sampler, Net(), noise, fresh=lambda i: noise)
+    assert made == expected
+    assert sampler.network_calls(process) == expected
+    assert many_step(1).network_calls(process) == 1
+    below = Sampler(kind="ode", steps=(0.9, 0.5), solver="heun")
+    assert below.network_calls(process) == 3

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from fewstep.algebra.condition import differs, replaced
+from fewstep.algebra.condition import differs, replaced, seen
 
 
 def test_replaced_takes_the_other_condition_where_the_mask_is_true():
@@ -15,3 +15,11 @@ def test_replaced_takes_the_other_condition_where_the_mask_is_true():
     assert torch.equal(found["text"], torch.stack((other[0], text[1])))
     assert found["label"].tolist() == [7, 2]
     assert differs(found, {"text": text, "label": torch.tensor([1, 2])}).tolist() == [True, False]
+
+
+def test_a_label_tensor_is_shown_or_ignored_whole():
+    labels = torch.tensor([3, 1])
+    assert seen(labels, ("image",)) is labels
+    assert seen(labels, ("label",)) is None
+    assert seen({"label": labels}, ("label",)) is None
+    assert seen(None, ("label",)) is None

@@ -28,6 +28,9 @@ def test_marks_are_even_and_leave_the_end_to_the_result():
         ([2.0, 9.0, 2.0, 2.0], 3.0),  # what was near before it left does not count
         ([2.0], None),
         ([-2.0, -2.01, -2.0], 1.0),
+        ([9.0, 2.0, float("nan")], None),
+        ([2.0, float("nan"), 2.0, 2.0], 3.0),
+        ([9.0, float("inf")], None),
     ],
 )
 def test_settled_is_the_first_moment_after_which_nothing_leaves(values: list[float], expected: float | None):
@@ -40,10 +43,17 @@ def test_measuring_is_not_charged(tmp_path: Path):
     def run(measure: bool) -> Any:
         def watch(account: Any) -> None:
             if measure:
-                with account.aside():
-                    account.trainer.roles.student(*probe(account))
+                here.append(account)
+                curve.add(account)
 
         return train("toy/kd", 30, "method.teacher_steps=1", budget=Budget("calls", 41 * 18), watch=watch)
+
+    here: list[Any] = []
+
+    def distance() -> float:
+        return float(here[-1].trainer.roles.student(*probe(here[-1])).x0.detach().mean())
+
+    curve = Curve(tmp_path / "curve.jsonl", set(range(1, 31)), distance)
 
     def probe(account: Any) -> tuple[Any, ...]:
         batch = account.trainer.loop.batch(account.trainer.recipe.stages()[-1], (0, 0), 0)
@@ -52,6 +62,7 @@ def test_measuring_is_not_charged(tmp_path: Path):
 
     plain, measured = run(False), run(True)
     assert measured._calls.total > plain._calls.total  # they were taken
+    assert [p["network_calls"] for p in read(curve.path)][-1] <= measured.spent.calls
     assert measured.spent.calls == plain.spent.calls
     assert measured.trainer.progress.done == plain.trainer.progress.done
 

@@ -193,3 +193,19 @@ def test_what_cannot_be_fitted_is_refused_with_the_remedy(
     told = {"kind": "renoise", "steps": [1.0, 0.5], "call": {"num_inference_steps": 2}}
     (plain / "fewstep.json").write_text(json.dumps(told))
     assert "is an exported student of 2 steps" in refused(plain)
+
+
+def test_a_fit_is_to_training_pictures_never_to_those_that_are_measured():
+    from fewstep.recipe.store import load
+    from fewstep.train.product import product_of
+
+    recipe = load("digits-x2-teacher")
+    data: Any = recipe.data.open()
+    product = product_of(recipe, torch.nn.Identity(), data, "teacher")
+    held = data.examples(torch.arange(400)).cond["image"].flatten(1)
+    taken = noise_of(product, 7, "calibration", 60)[1]["image"].flatten(1)
+    assert taken.shape == (60, 16)
+    assert float(torch.cdist(taken.double(), held.double()).min()) > 0
+    other = noise_of(product, 7, "held out", 60)[1]["image"].flatten(1)
+    assert not torch.equal(taken, other)
+    assert torch.equal(taken, noise_of(product, 7, "calibration", 60)[1]["image"].flatten(1))

@@ -95,3 +95,19 @@ def test_samples_are_measured_through_a_recipes_views():
     indices = [0, 5, 7]
     torch.testing.assert_close(viewed.generate(0)(indices), -plain.generate(0)(indices).flip(-1))
     assert viewed.digest() != plain.digest()
+
+
+def test_views_that_the_samples_do_not_have_are_refused_before_training():
+    from torch import nn
+
+    from fewstep.commands.judge import judge_of
+    from fewstep.config import UserError
+    from fewstep.recipe.store import load
+    from fewstep.train.product import product_of
+
+    for view, words in (("{name: frame}", "needs videos"), ("{name: coarse, factor: 3}", "sides 3 divides")):
+        recipe = load("digits-kd", [f"evaluate={{metric: fd-house-digits, views: [{view}]}}"])
+        assert recipe.evaluate is not None
+        product = product_of(recipe, nn.Identity(), recipe.data.open(), "x")
+        with pytest.raises(UserError, match=f"views: view [a-z]+: .*{words}"):
+            judge_of(product, recipe.evaluate)

@@ -162,6 +162,7 @@ def test_settings_that_make_no_sense_are_refused():
         (["method.experts=[]"], "experts is empty"),
         (["method.experts=[{kind: vsd}, {kind: vsd, view: {name: negative}}]"], "'critic' would track two views"),
         (["method.experts=[{role: nobody}]"], "needs the role nobody"),
+        (["method.critic.alignment=0.1"], r"critic\.alignment: the critics follow what a view shows"),
     ):
         with pytest.raises(RecipeError, match=words):
             load("toy/factorised", settings)

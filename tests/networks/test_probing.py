@@ -6,11 +6,12 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_pipelines import build
+from tiny_families import TODAY, make_today
+from tiny_pipelines import FAMILIES, build
 from torch import Tensor, nn
 
 from fewstep.networks.blocks import blocks_of
-from fewstep.networks.probing import Probe, applied, cheapest, cka, proposed, stand_in, standing_in
+from fewstep.networks.probing import Probe, applied, cheapest, cka, entering, picked, proposed, stand_in, standing_in
 
 F64 = torch.float64
 
@@ -60,11 +61,12 @@ def case() -> tuple[Probe, Tensor]:
 
 def test_affine_blocks_have_no_residual_and_cost_nothing(case: Any):
     probe, h = case
-    want = [0.3639, 0.3750, 0.3636, 0, 0, 0, 0.3947, 0.4234]
-    assert [round(r, 4) for r in probe.residuals] == pytest.approx(want, abs=6e-4)
+    # By numpy: fitted to the even rows, read on the odd ones.
+    want = [0.3721, 0.3951, 0.3629, 0, 0, 0, 0.3984, 0.4284]
+    assert [round(r, 4) for r in probe.residuals] == pytest.approx(want, abs=1e-4)
     deltas = [probe.loss(3, k) - probe.loss(3, k - 1) for k in range(1, 6)]
     assert deltas[:3] == pytest.approx([0, 0, 0], abs=1e-12)
-    assert [round(d, 4) for d in deltas[3:]] == [0.0017, 0.0011]
+    assert [round(d, 4) for d in deltas[3:]] == [0.0016, 0.0011]
     # The stand-ins of the three make one affine map: that of the three together.
     out = h
     for block in probe.blocks[3:6]:
@@ -115,26 +117,63 @@ def test_alignment_does_not_see_a_rotation_a_factor_or_a_shift():
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("name", ["sd3", "flux"])
+@pytest.mark.parametrize("name", ["sd3", "flux", "hunyuan_video"])
 def test_blocks_of_two_streams_have_a_stand_in_for_each(name: str, tmp_path: Any):
     """Stand-ins of the identity and none of the block: the answer is that of the network without it."""
-    from tiny_pipelines import FAMILIES
-
     from fewstep.networks.diffusers import load_denoiser
 
-    build(name).save_pretrained(tmp_path)
-    net = load_denoiser(str(tmp_path), size=FAMILIES[name].shape[1:], guidance=2.5 if name == "flux" else None)
+    family: Any = FAMILIES.get(name) or TODAY[name]
+    if name in TODAY:
+        make_today(tmp_path, name)
+    else:
+        build(name).save_pretrained(tmp_path)
+    net = load_denoiser(str(tmp_path), size=family.shape[1:], guidance=None if name == "sd3" else 2.5)
     wrapper: Any = net.net
     g = torch.Generator().manual_seed(0)
-    x, t, cond = torch.randn(40, *FAMILIES[name].shape, generator=g), torch.linspace(0.1, 0.9, 40), wrapper.example(40, g)
+    x, t, cond = torch.randn(40, *family.shape, generator=g), torch.linspace(0.1, 0.9, 40), wrapper.example(40, g)
     probe = Probe(net, lambda: net(x, t, cond))
     streams = [len(maps) for maps in probe.maps]
     assert streams == [2, 1] if name == "sd3" else streams == [2, 2]
     assert all(0 < r < 1.001 for r in probe.residuals)
     plain = net(x, t, cond).x0
-    with standing_in(blocks_of(net)[:1], probe.maps[:1]):
+    with standing_in(blocks_of(net)[:1], probe.maps[:1], picked(net)):
         near = net(x, t, cond).x0
     zero = [[0 * m for m in probe.maps[0]]]
-    with standing_in(blocks_of(net)[:1], zero):
+    with standing_in(blocks_of(net)[:1], zero, picked(net)):
         without = net(x, t, cond).x0
     assert 0 < float((near - plain).square().mean()) < float((without - plain).square().mean())
+
+
+def test_two_streams_of_a_class_without_a_wrapper_are_refused():
+    a, b = torch.zeros(2, 3), torch.ones(2, 3)
+    assert [float(h[0, 0]) for h in entering((a, b), {}, (a, b), 0)] == [0, 1]
+    assert [float(h[0, 0]) for h in entering((a, b), {}, (b, a), 1)] == [1, 0]
+    assert [float(h[0, 0]) for h in entering((a, b), {}, (None, a), 1)] == [0]
+    with pytest.raises(ValueError, match="which is the image's is not known"):
+        entering((a, b), {}, (a, b), None)
+    with pytest.raises(ValueError, match="which is the image's is not known"):
+        entering((a, b), {}, (a, b, b), 0)
+
+
+def test_what_is_read_was_not_fitted_to():
+    """A block of noise has no affine map: fitted to the rows that are read its residual would be about .6."""
+    g = torch.Generator().manual_seed(3)
+    h, noise, still = torch.randn(64, 6, generator=g), torch.randn(64, 6, generator=g), torch.zeros(64, 6)
+
+    class Adds(nn.Module):
+        def __init__(self, more: Tensor) -> None:
+            super().__init__()
+            self.more = more
+
+        def forward(self, h: Tensor) -> Tensor:
+            return h + self.more[: len(h)]
+
+    def probe(count: int) -> Probe:
+        net = Held(Stack([Adds(noise), Adds(still)]))  # type: ignore[list-item]
+        return Probe(net, lambda: net.net(h[:count]))
+
+    residuals = probe(28).residuals
+    assert residuals[0] > 1
+    assert residuals[1] == 0
+    with pytest.raises(ValueError, match=r"an affine map of 6 channels would be fitted to 13 rows, .* needs 14"):
+        probe(26)

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import save_file
+from tiny_families import TODAY
 from tiny_pipelines import FAMILIES, build
 
 from fewstep.algebra.process import Flow
@@ -19,7 +20,7 @@ from fewstep.export.base import PARITY
 from fewstep.export.choose import export
 from fewstep.networks.adapters import frozen, own_state
 from fewstep.networks.analytic import gaussian
-from fewstep.networks.blocks import blocks_of, intervals_of, replaced
+from fewstep.networks.blocks import blocks_of, intervals_of, prune, replaced
 from fewstep.networks.denoiser import Denoiser
 from fewstep.networks.diffusers import load_denoiser
 from fewstep.networks.dit import DiT
@@ -107,8 +108,9 @@ def test_what_has_no_such_blocks_is_refused(teacher: Denoiser):
 
 def deep(name: str, folder: Path) -> Path:
     """The tiny pipeline with five layers in every list."""
-    pipe: Any = build(name)
-    more = {k: 5 for k in ("num_layers", "num_single_layers") if k in pipe.transformer.config}
+    pipe: Any = TODAY[name].build() if name in TODAY else build(name)
+    keys = ("num_layers", "num_single_layers", "num_mmdit_layers", "num_single_dit_layers")
+    more = {k: 5 for k in keys if k in pipe.transformer.config}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(4)
         model = type(pipe.transformer).from_config({**pipe.transformer.config, **more})
@@ -119,12 +121,18 @@ def deep(name: str, folder: Path) -> Path:
     return folder
 
 
-RUNS = {"pixart": ((1, 3),), "sd3": ((0, 1), (2, 3)), "flux": ((0, 2), (6, 9))}
+RUNS = {
+    "pixart": ((1, 3),),
+    "sd3": ((0, 1), (2, 3)),
+    "flux": ((0, 2), (6, 9)),
+    "auraflow": ((0, 2), (6, 9)),
+    "lumina2": ((1, 3),),
+}
 
 
 @pytest.mark.parametrize(("name", "intervals"), RUNS.items())
 def test_a_pruned_transformer_leaves_in_its_stock_class(name: str, intervals: Any, tmp_path: Path):
-    folder, family = deep(name, tmp_path / "deep"), FAMILIES[name]
+    folder, family = deep(name, tmp_path / "deep"), FAMILIES.get(name) or TODAY[name]
     net = load_denoiser(str(folder), size=family.shape[1:], guidance=2.5 if name == "flux" else None)
     student = Pruned(intervals=intervals).build(Site(family.shape, 0, {"teacher": net}, 0))
     recipe = load("digits-dmd2", [f"teacher.path={folder}", "method.steps=[1.0, 0.5]"])
@@ -133,9 +141,22 @@ def test_a_pruned_transformer_leaves_in_its_stock_class(name: str, intervals: An
     assert done.parity <= PARITY
     config = json.loads((tmp_path / "out" / "transformer" / "config.json").read_text())
     gone = [sum(v - u for u, v in intervals if low <= u < low + 5) for low in (0, 5)]
-    assert config["num_layers"] == 5 - gone[0]
-    if name == "flux":
-        assert config["num_single_layers"] == 5 - gone[1]
+    first, second = (
+        ("num_mmdit_layers", "num_single_dit_layers") if name == "auraflow" else ("num_layers", "num_single_layers")
+    )
+    assert config[first] == 5 - gone[0]
+    if name in ("flux", "auraflow"):
+        assert config[second] == 5 - gone[1]
+    else:
+        assert second not in config
     if name == "sd3":  # the last block has no text stream behind it
         with pytest.raises(RecipeError, match=r"intervals: \[3, 4\]: block 4 has other weights than block 3"):
             Pruned(intervals=((3, 4),)).build(Site(family.shape, 0, {"teacher": copy.deepcopy(net)}, 0))
+
+
+def test_a_number_under_an_unknown_key_is_refused_before_anything_changes():
+    net: Any = Denoiser(TODAY["lumina2"].build().transformer, Flow(), "velocity", "angle")
+    net.net.register_to_config(num_layers=7)
+    with pytest.raises(ValueError, match="has 2 layers, and num_layers in its config is 7"):
+        prune(net, ((0, 1),))
+    assert len(blocks_of(net)) == 2

@@ -174,6 +174,11 @@ def test_cite_covers_every_stage_and_the_parts_of_a_joint_method():
     assert ids == ["2510.08431", "2405.14867", "2311.18828", "2206.00364"]
     assert text.count("@misc{") == 4
     assert text.count("{") == text.count("}")
+    # GET is cited where its loss is asked for.
+    assert [("2401.08639" in cite(name), "2101.02388" in cite(name)) for name in ("digits-get", "digits-kd")] == [
+        (True, True),
+        (False, True),
+    ]
     entry = cite("toy/sid").split("\n\n")[0]
     assert "title = {{Score identity Distillation: Exponentially Fast" in entry
 

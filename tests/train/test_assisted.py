@@ -9,12 +9,15 @@ from typing import Any
 import pytest
 import torch
 
+from fewstep.algebra.process import Flow
 from fewstep.algebra.sampling import Sampler, many_step
 from fewstep.config import UserError
 from fewstep.networks.assisted import Adaptive, DistillationPP, Diversity, Nasa
+from fewstep.networks.denoiser import Denoiser
+from fewstep.networks.dit import DiT
 from fewstep.networks.scores import ClassScore
 from fewstep.recipe.store import load
-from fewstep.train.assisted import assisted, scores_of
+from fewstep.train.assisted import Assisted, assisted, scores_of
 from fewstep.train.build import build_roles
 from fewstep.train.product import Product, open_product, product_of
 
@@ -74,3 +77,21 @@ def test_what_cannot_be_helped_is_refused(student: Product):
         assisted(replace(student, sampler=many_step(3), title="teacher"), Diversity(), student.net, null)
     with pytest.raises(UserError, match=r"a negative prompt \(NASA\): the student's network has no attention processors"):
         assisted(student, Nasa(negative="blurry"), student.net, null)
+
+
+def test_a_threshold_is_of_training_pictures_never_of_those_that_are_measured():
+    recipe = load("digits-x2-teacher")
+    data: Any = recipe.data.open()
+    net = Denoiser(DiT((1, 8, 8), width=8, heads=2, depth=1, image=1), Flow(), "velocity", "angle")
+    product = replace(product_of(recipe, net, data, "student"), sampler=Sampler(steps=(1.0,)))
+    shown: list[torch.Tensor] = []
+
+    def score(x: torch.Tensor, cond: Any, index: torch.Tensor) -> torch.Tensor:
+        shown.append(cond["image"])
+        return torch.zeros(len(x))
+
+    helped = Assisted(part=Adaptive(score=ClassScore()), teacher=product.net, score=score)
+    assert scores_of(product, 300, helped).shape == (300,)
+    held, taken = data.examples(torch.arange(400)).cond["image"].flatten(1), torch.cat(shown).flatten(1)
+    assert taken.shape == (300, 16)
+    assert float(torch.cdist(taken.double(), held.double()).min()) > 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -70,7 +71,7 @@ def read(path: Path) -> list[Point]:
 def settled(points: Sequence[Mapping[str, float]], unit: str = "cpu_seconds") -> float | None:
     """What had been spent at the first point from which on all distances are within NEAR of the last one's.
 
-    None for the last point itself: it had not settled before its end.
+    None for the last point itself: it had not settled before its end; nor has a run whose end is no number.
 
     >>> run = [{"cpu_seconds": s, "value": v} for s, v in ((1, 9.0), (2, 2.05), (3, 1.97), (4, 2.0))]
     >>> fewstep.commands.compare.curve.settled(run)
@@ -79,8 +80,10 @@ def settled(points: Sequence[Mapping[str, float]], unit: str = "cpu_seconds") ->
     if not points:
         return None
     end, first = points[-1]["value"], None
+    if not math.isfinite(end):
+        return None
     for point in reversed(points[:-1]):
-        if abs(point["value"] - end) > NEAR * abs(end):
+        if not abs(point["value"] - end) <= NEAR * abs(end):  # nor is what is no number near
             break
         first = point[unit]
     return first
