@@ -121,10 +121,8 @@ class Lora:
         inner = innermost_denoiser(base)
         if inner is not None and (inner.ignore or inner.see):
             hidden = ", ".join((*inner.ignore, *inner.see))
-            raise RecipeError(
-                f"lora.of: the {self.of} is not shown {hidden} as the data have it, and an adapter on it would not be "
-                "either; take a copy"
-            )
+            told = f"the {self.of} is not shown {hidden} as the data have it, and an adapter on it would not be either"
+            raise RecipeError(f"lora.of: {told}; take a copy")
         sizes = {"rank": self.rank, "alpha": self.alpha, "targets": self.targets, "beside": self._others(base, site)}
         try:
             adapted: Any = seeded(site, lambda: Adapted(base, fresh_name(base), **sizes))  # type: ignore[arg-type]
