@@ -70,8 +70,7 @@ class Copy:
                 twin.add_image(self.image)  # type: ignore[operator]
             except (AttributeError, ValueError) as error:
                 raise RecipeError(f"copy.image: the {self.of} cannot take a picture: {error}") from None
-        asked = self.image or site.image is not None
-        if isinstance(twin, Denoiser | Rescheduled) and "image" not in self.ignore and asked:
+        if isinstance(twin, Denoiser | Rescheduled) and "image" not in self.ignore and (self.image or site.image):
             check_image(site, int(getattr(twin, "image_channels", 0)), "copy.image")
         if self.inputs:
             try:
