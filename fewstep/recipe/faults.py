@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import fields, is_dataclass
 from typing import Any
 
@@ -43,7 +43,7 @@ def _within(key: str, part: Any) -> Iterator[tuple[str, Any]]:
     yield key, part
     for f in fields(part):
         value = getattr(part, f.name)
-        inner = enumerate(value) if isinstance(value, tuple) else [(None, value)]
+        inner: Iterable[tuple[int | None, Any]] = enumerate(value) if isinstance(value, tuple) else [(None, value)]
         for i, one in inner:
             if is_dataclass(one):
                 yield from _within(f"{key}.{f.name}" + ("" if i is None else f".{i}"), one)
