@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import fields, is_dataclass
 from typing import Any
 
@@ -74,7 +74,7 @@ def _student(recipe: Any) -> None:
             )
         # Code of the user's may have iterates of its own.
         theirs = any(getattr(made, name, None) for name in code.KEYS)
-        if getattr(method, "correct", None) is not None and made.name != "get" and not theirs:
+        if method.name == "kd" and method.correct is not None and made.name != "get" and not theirs:
             raise ValueError(
                 f"{key}.correct: is for a student with iterates, and {made.name} has none; give student: {{name: get}}, "
                 "or leave it out"
@@ -99,7 +99,7 @@ def _within(key: str, part: Any) -> Iterator[tuple[str, Any]]:
     yield key, part
     for f in fields(part):
         value = getattr(part, f.name)
-        inner = enumerate(value) if isinstance(value, tuple) else [(None, value)]
+        inner: Iterable[tuple[int | None, Any]] = enumerate(value) if isinstance(value, tuple) else [(None, value)]
         for i, one in inner:
             if is_dataclass(one):
                 yield from _within(f"{key}.{f.name}" + ("" if i is None else f".{i}"), one)

@@ -97,9 +97,10 @@ def end_at_best(loop: Loop, run: Path | None, guard: Guard, stage: int) -> int |
         return None
     end = loop.progress
     found = best_of(run / "checkpoints", stage)
-    mark = found and read_guard(found)
+    mark = (read_guard(found) if found else None) or {}
     # What is measured is known to the main process alone.
-    if not loop.session.any(bool(mark) and guard.worse(end.done, stage, mark)) or found is None or not mark:
+    worse = loop.session.any(bool(mark) and guard.worse(end.done, stage, mark))
+    if found is None or not worse:
         return None
     stand_at(loop, found, run)
     guard.ended = (end.done, mark)
@@ -159,7 +160,7 @@ def untrained(recipe: Recipe) -> set[str]:
     """Roles besides the teacher that no stage trains or copies into and no other role is made of: a reward, LPIPS."""
     used = {role for stage in recipe.stages() for role in (*stage.method.needs().trained, *stage.copy)}
     for spec in map(recipe.spec, recipe.role_names()):
-        used |= {source_of(spec), *getattr(innermost(spec), "beside", ())} - {None}  # type: ignore[arg-type]
+        used |= {source_of(spec) or "", *getattr(innermost(spec), "beside", ())}
     return set(trained_roles(recipe)) - used
 
 
