@@ -50,6 +50,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 def models() -> dict[str, Any]:
     """Networks by the argument that guides in their pipelines, "" for those whose only scale is an input."""
     sana: Any = network_of(FAMILIES["sana"].build())
+    told = {key: value for key, value in sana.config.items() if key != "_use_default_values"}  # which undo what is set
     return {
         "guidance_scale": [network_of(make()) for make in (FAMILIES["sd3"].build, TODAY["flux2_klein"].build)],
         "true_cfg_scale": [
@@ -59,7 +60,7 @@ def models() -> dict[str, Any]:
         "": [
             network_of(TODAY["flux2"].build()),
             unet_condition(time_cond_proj_dim=8),
-            type(sana).from_config(dict(sana.config) | {"guidance_embeds": True}),
+            type(sana).from_config(told | {"guidance_embeds": True}),
         ],
     }
 
