@@ -147,7 +147,7 @@ def test_the_paper_is_cited_where_it_is_used() -> None:
 def test_the_card_names_the_methods_that_have_it() -> None:
     told = card("ida").code.partition("(critic.alignment) of ")[2].partition(";")[0].replace(" (regularizer dm)", "")
     assert re.split(r", | and ", told) == sorted(WITH_CRITIC)
-    with pytest.raises(ValueError, match="the critics here track views"):
+    with pytest.raises(ValueError, match="critics follow what a view shows"):
         Factorised(critic=Critic(alignment=0.1))
 
 
