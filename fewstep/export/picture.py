@@ -22,7 +22,7 @@ NOISING = "image_noising_scheduler"
 def whole_model(wrapper: Any) -> nn.Module:
     """The wrapped model; of one with a picture a copy whose first layer takes x and the picture as one input."""
     if not wrapper.image_channels:
-        return wrapper.model  # type: ignore[no-any-return]
+        return wrapper.model
     model: Any = copy.deepcopy(wrapper.model)
     model.conv_in = joined(model.conv_in, wrapper.picture)
     model.register_to_config(in_channels=model.conv_in.in_channels)
