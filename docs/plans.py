@@ -9,27 +9,25 @@ from __future__ import annotations
 import json
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import (
-    AutoencoderKL,
     DDIMScheduler,
     FlowMatchEulerDiscreteScheduler,
     SD3Transformer2DModel,
     UNet2DConditionModel,
 )
-from torch import Tensor
 
+from fewstep.bench.stand_ins import save_vae, without_text_encoders
 from fewstep.commands.new import Wish, new
 from fewstep.commands.new_lines import rendered
 from fewstep.commands.new_memory import SETS
 from fewstep.commands.new_pipeline import look, student
 from fewstep.commands.plan import plan
 from fewstep.commands.plan_configs import Sizes, shipped
-from fewstep.data.text import PipelineEncoder
 from fewstep.recipe.store import load
 
 SDXL: dict[str, Any] = {
@@ -92,9 +90,7 @@ def folder_of(root: Path, name: str) -> Path:
     )  # fmt: skip
     scheduler.save_pretrained(folder / "scheduler")
     shift = {"shift_factor": 0.0609} if flow else {}
-    blocks = {"down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4}
-    sizes = {"block_out_channels": (8,) * 4, "norm_num_groups": 4, "latent_channels": channels}
-    AutoencoderKL(**sizes, **blocks, **shift).save_pretrained(folder / "vae")
+    save_vae(folder / "vae", channels, **shift)
     held = {"unet" if not flow else "transformer": ["diffusers", type(network).__name__]}
     held |= {"scheduler": ["diffusers", type(scheduler).__name__], "vae": ["diffusers", "AutoencoderKL"]}
     (folder / "model_index.json").write_text(json.dumps({"_class_name": kind, **held}))
@@ -107,15 +103,7 @@ def rows(root: Path) -> Iterator[dict[str, Any]]:
     prompts.write_text("".join(f"prompt {i}\n" for i in range(32)))
     for name in FAMILIES:
         folder = folder_of(root, name)
-        wrapper = look(str(folder)).wrapper
-
-        def encode(texts: Sequence[str], wrapper: Any = wrapper) -> dict[str, Tensor]:
-            return dict(wrapper.example(len(texts), torch.Generator()))
-
-        PipelineEncoder.open = lambda self, encode=encode: encode  # type: ignore[method-assign]
-        PipelineEncoder.key = lambda self, name=name: name  # type: ignore[method-assign]
-        PipelineEncoder.zeros_for_empty = lambda self: False  # type: ignore[method-assign]
-        PipelineEncoder.files = lambda self: []  # type: ignore[method-assign]
+        without_text_encoders(look(str(folder)).wrapper, name)
         for settings, lora, changes in SETTINGS:
             if not lora and name != "SD1.5":
                 continue  # three whole networks of these do not fit into this machine's memory

@@ -83,12 +83,12 @@ def parts(out: Path, data: Path | None, rehearse: bool, seconds: float) -> Itera
 def sdxl(rehearse: bool) -> list[Row]:
     """A DMD2 step of LoRA sets on an SDXL in bf16, as `fewstep new --memory 24G` makes the recipe, beside its plan."""
     from fewstep.bench.methods import prepare
+    from fewstep.bench.stand_ins import without_text_encoders
     from fewstep.bench.timing import seconds_of
     from fewstep.commands.new_lines import rendered
     from fewstep.commands.new_memory import SETS
     from fewstep.commands.new_pipeline import look, student
     from fewstep.commands.plan import plan
-    from fewstep.data.text import PipelineEncoder
     from fewstep.recipe.store import load
 
     with tempfile.TemporaryDirectory() as inside:
@@ -97,15 +97,7 @@ def sdxl(rehearse: bool) -> list[Row]:
         prompts.write_text("a prompt\nanother prompt\n")
         family = look(str(folder))
         file.write_text(rendered(student(family, "dmd2", 4, fit=SETS[-1], prompts=prompts, latents=None)))
-
-        def encode(texts: Sequence[str]) -> dict[str, torch.Tensor]:
-            return dict(family.wrapper.example(len(texts), torch.Generator()))
-
-        # Its text encoders are not part of a step.
-        PipelineEncoder.open = lambda self: encode  # type: ignore[assignment, method-assign, return-value]
-        PipelineEncoder.key = lambda self: "random"  # type: ignore[method-assign]
-        PipelineEncoder.zeros_for_empty = lambda self: False  # type: ignore[method-assign]
-        PipelineEncoder.files = lambda self: []  # type: ignore[method-assign]
+        without_text_encoders(family.wrapper, "random")  # which are not part of a step
         settings = [f"data.text_cache={inside}/cache", "train.batch=1", "train.accumulate=1"]
         recipe = load(str(file), settings)
         said = plan(recipe, ways=False).total / MIB
@@ -127,8 +119,7 @@ def sdxl(rehearse: bool) -> list[Row]:
 
 def random_weights(to: Path, changes: dict[str, Any]) -> Path:
     """A pipeline's folder of the shipped SDXL configs with drawn weights, made on the GPU where there is one."""
-    from diffusers import AutoencoderKL
-
+    from fewstep.bench.stand_ins import save_vae
     from fewstep.export.forecast import bare_model
     from fewstep.networks.folder import read_folder, resolve
 
@@ -140,8 +131,7 @@ def random_weights(to: Path, changes: dict[str, Any]) -> Path:
     for tensor in network.parameters():
         tensor.data.normal_(std=0.02)
     network.save_pretrained(to / "unet")
-    blocks = {"down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4}
-    AutoencoderKL(block_out_channels=(8,) * 4, norm_num_groups=4, latent_channels=4, **blocks).save_pretrained(to / "vae")
+    save_vae(to / "vae", 4)
     return to
 
 

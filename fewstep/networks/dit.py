@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from fewstep.algebra.condition import checked
 from fewstep.networks.extras import Extras, Fourier
+from fewstep.networks.patches import from_patches, patches
 from fewstep.networks.picture import image_at
 
 
@@ -96,11 +97,6 @@ class DiT(nn.Module):
         self.picture = nn.Linear(columns, weight.shape[0], bias=False, device=weight.device, dtype=weight.dtype)
         nn.init.zeros_(self.picture.weight)
 
-    def _tokens(self, x: Tensor) -> Tensor:
-        """x (b, c, h, w) -> (b, patches, c p p)."""
-        (_, h, w), p = self.shape, self.patch
-        return x.reshape(len(x), -1, h // p, p, w // p, p).permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
-
     def forward(
         self,
         x: Tensor,
@@ -112,7 +108,6 @@ class DiT(nn.Module):
         extras: Mapping[str, Tensor] | None = None,
     ) -> tuple[Tensor | None, dict[str, Tensor]]:
         """x (b, c, h, w), time (b,) an angle in [0, pi/2], cond int (b,), a mapping of label and image, or None."""
-        (c, h, w), p = self.shape, self.patch
         unknown = set(taps) - {f"block{i}" for i in range(len(self.blocks))}
         if unknown:
             raise ValueError(f"taps {sorted(unknown)} are unknown; allowed: block0..block{len(self.blocks) - 1}")
@@ -121,11 +116,10 @@ class DiT(nn.Module):
         if self.label is not None and "label" in given:
             embedding = embedding + self.label(given["label"])
         embedding = F.silu(embedding)
-        tokens = self.embed(self._tokens(x))
+        tokens = self.embed(patches(x, self.patch))
         if self.picture is not None:
-            tokens = tokens + self.picture(
-                self._tokens(image_at(given["image"], x, self.image_channels, "DiT").to(x.dtype))
-            )
+            picture = image_at(given["image"], x, self.image_channels, "DiT").to(x.dtype)
+            tokens = tokens + self.picture(patches(picture, self.patch))
         tokens = tokens + self.position
         features: dict[str, Tensor] = {}
         for i, block in enumerate(self.blocks):
@@ -135,5 +129,4 @@ class DiT(nn.Module):
                 if stop and len(features) == len(taps):
                     return None, features
         out = self.last(F.layer_norm(tokens, tokens.shape[-1:]))
-        out = out.reshape(-1, h // p, w // p, c, p, p).permute(0, 3, 1, 4, 2, 5).reshape(-1, c, h, w)
-        return out, features
+        return from_patches(out, self.shape[1:], self.patch), features

@@ -17,6 +17,7 @@ from fewstep.config import Count, RecipeError, part
 from fewstep.networks.denoiser import Denoiser
 from fewstep.networks.extras import Extras
 from fewstep.networks.parts import Site, check_image, check_weights, seeded
+from fewstep.networks.patches import from_patches, patches
 
 
 def grid_positions(height: int, width: int, channels: int) -> Tensor:
@@ -106,15 +107,11 @@ class GET(nn.Module):
         return tuple(f"iterate{k}" for k in range(self.iterations))
 
     def _decoded(self, z: Tensor) -> Tensor:
-        (c, h, w), p = self.shape, self.patch
-        out = self.last(F.layer_norm(z, z.shape[-1:]))
-        return out.reshape(-1, h // p, w // p, c, p, p).permute(0, 3, 1, 4, 2, 5).reshape(-1, c, h, w)
+        return from_patches(self.last(F.layer_norm(z, z.shape[-1:])), self.shape[1:], self.patch)
 
     def injection(self, x: Tensor, cond: Any = None) -> Tensor:
         """What is added in each block of the stack, (b, n, 3 width depth)."""
-        (c, h, w), p = self.shape, self.patch
-        tokens = x.reshape(-1, c, h // p, p, w // p, p).permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
-        tokens = self.embed(tokens) + self.position
+        tokens = self.embed(patches(x, self.patch)) + self.position
         for block in self.reading:
             tokens = block(tokens)
         u = self.inject(tokens)

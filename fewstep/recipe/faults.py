@@ -39,42 +39,27 @@ def refuse(recipe: Any) -> None:
 
 def check_views(recipe: Any, shape: tuple[int, ...]) -> None:
     """RecipeError beginning with the key for a view of a method's that the data, samples of this shape, do not have."""
-    for key, method in _methods(recipe):
-        for where, view in _views(key, method):
+    for key, part in _parts(recipe):
+        if hasattr(part, "view"):
             try:
-                seen_shape((view,), shape)
+                seen_shape((part.view,), shape)
             except ValueError as error:
-                raise RecipeError(f"{where}: {error}") from None
-
-
-def _methods(recipe: Any) -> list[tuple[str, Any]]:
-    """(key, method) of every stage, those inside a joint one too."""
-    found = []
-    for i, stage in enumerate(recipe.stages()):
-        key = f"before.{i}.method" if i < len(recipe.before) else "method"
-        found.append((key, stage.method))
-        shares = getattr(stage.method, "methods", ())
-        found += [(f"{key}.methods.{k}.method", share.method) for k, share in enumerate(shares)]
-    return found
-
-
-def _views(key: str, method: Any) -> list[tuple[str, Any]]:
-    own = [(f"{key}.view", method.view)] if hasattr(method, "view") else []
-    return own + [(f"{key}.experts.{i}.view", e.view) for i, e in enumerate(getattr(method, "experts", ()))]
+                raise RecipeError(f"{key}.view: {error}") from None
 
 
 def _student(recipe: Any) -> None:
     """A method that asks for a network of one kind has one, be it a copy."""
     made = _origin(recipe, "student")
-    for key, method in _methods(recipe):
-        if method.name == "contiguous" and made.name != "pruned":
+    for key, part in _parts(recipe):
+        name = getattr(part, "name", None)
+        if name == "contiguous" and made.name != "pruned":
             raise ValueError(
                 f"{key}: contiguous trains blocks that stand for runs of blocks; the student, {made.name}, has none: "
                 "give student: {name: pruned, of: teacher, intervals: [[FIRST, LAST]]} (`fewstep probe` proposes them)"
             )
         # Code of the user's may have iterates of its own.
-        theirs = any(getattr(made, name, None) for name in code.KEYS)
-        if method.name == "kd" and method.correct is not None and made.name != "get" and not theirs:
+        theirs = any(getattr(made, own, None) for own in code.KEYS)
+        if name == "kd" and part.correct is not None and made.name != "get" and not theirs:
             raise ValueError(
                 f"{key}.correct: is for a student with iterates, and {made.name} has none; give student: {{name: get}}, "
                 "or leave it out"
@@ -199,27 +184,15 @@ def _guidance(recipe: Any) -> None:
     # A picture is never taken away: guidance is of what stands beside it.
     if (("none" if not data.keep else data.of.conditions) if data.name == "degraded" else data.conditions) != "none":
         return
-    stages = [(f"before.{i}.method", s.method) for i, s in enumerate(recipe.before)]
-    for key, method in (*stages, ("method", recipe.method)):
-        for name, scale in _scales(key, method):
+    for key, part in _parts(recipe):
+        for name in GUIDANCE:
+            scale = getattr(part, name, 1)
             if isinstance(scale, int | float) and scale != 1:
                 raise ValueError(
-                    f"{name}: a guidance scale of {scale} needs conditions to move away from, and the data has none; "
-                    "leave it at 1, or train on data with conditions"
+                    f"{key}.{name}: a guidance scale of {scale} needs conditions to move away from, and the data has "
+                    "none; leave it at 1, or train on data with conditions"
                 )
     if recipe.evaluate is not None and recipe.teacher is not None and recipe.evaluate.guidance != 1:
         raise ValueError(
             f"evaluate.guidance: a guidance scale of {recipe.evaluate.guidance} needs conditions, and the data has none"
         )
-
-
-def _scales(key: str, part: Any) -> list[tuple[str, Any]]:
-    """(key, value) of the guidance scales of a method and of methods inside it."""
-    found: list[tuple[str, Any]] = []
-    for f in fields(part):
-        value, here = getattr(part, f.name), f"{key}.{f.name}"
-        if f.name in GUIDANCE:
-            found.append((here, value))
-        for inner in value if isinstance(value, tuple) else (value,):
-            found += _scales(here, inner) if is_dataclass(inner) else []
-    return found

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from turning import turned
 
 import fewstep.methods  # noqa: F401  registers the methods
 from fewstep.algebra.batch import Batch
@@ -53,18 +54,7 @@ def batch(key: int) -> Batch:
 
 def updated(method: Any, roles: Roles) -> dict[str, Tensor]:
     """All weights after two steps of a method."""
-    adam: dict[tuple[str, ...], Any] = {}
-    for step in range(2):
-        for number, turn in enumerate(method.turns(roles, step)):
-            roles.train_only(*turn.updates)
-            weights = [p for name in turn.updates for p in roles.parameters(name)]
-            optimizer = adam.setdefault(turn.updates, torch.optim.Adam(weights, lr=1e-2))
-            for repeat in range(turn.times):
-                optimizer.zero_grad()
-                for losses in turn.losses(batch(100 * step + 10 * number + repeat)):
-                    losses.total().backward()
-                optimizer.step()
-    return {f"{r}.{k}": v.clone() for r, m in roles.items() for k, v in m.state_dict().items()}
+    return turned(method, roles, 2, lambda step, number, repeat: batch(100 * step + 10 * number + repeat))[1]
 
 
 @pytest.mark.parametrize("name", WITH_CRITIC)

@@ -9,6 +9,7 @@ import torch
 from distribution_cases import batch64, players
 from listening import F64, Listening, batch_of
 from torch import Tensor, nn
+from turning import turned
 
 from fewstep.algebra.batch import Batch
 from fewstep.algebra.draws import Draws, fold
@@ -51,20 +52,7 @@ def batch(key: int) -> Batch:
 
 def trained(method: Any, updates: int = 4) -> tuple[list[dict[str, float]], dict[str, Tensor]]:
     """Losses and readings of every update, and the weights of all roles after them."""
-    roles, seen = cast(), []
-    adam: dict[tuple[str, ...], Any] = {}
-    for step in range(updates):
-        for number, turn in enumerate(method.turns(roles, step)):
-            roles.train_only(*turn.updates)
-            weights = [p for name in turn.updates for p in roles.parameters(name)]
-            optimizer = adam.setdefault(turn.updates, torch.optim.Adam(weights, lr=1e-2))
-            for repeat in range(turn.times):
-                optimizer.zero_grad()
-                for losses in turn.losses(batch(1000 * step + 10 * number + repeat)):
-                    losses.total().backward()
-                    seen.append({k: float(v.detach()) for k, v in {**losses, **losses.log}.items()})
-                optimizer.step()
-    return seen, {f"{r}.{k}": v.clone() for r, m in roles.items() for k, v in m.state_dict().items()}
+    return turned(method, cast(), updates, lambda step, number, repeat: batch(1000 * step + 10 * number + repeat))
 
 
 def test_without_a_weight_it_is_dmd2_bit_for_bit() -> None:

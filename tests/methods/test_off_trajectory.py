@@ -9,6 +9,7 @@ import pytest
 import torch
 from listening import F64, Listening, batch_of
 from torch import Tensor
+from turning import turned
 
 from fewstep.algebra.batch import Batch
 from fewstep.algebra.draws import Draws, fold
@@ -34,22 +35,15 @@ def net(seed: int) -> Denoiser:
     return Denoiser(MLP(2, 12, 3), FLOW, "velocity", "angle")
 
 
-def updated(method: Any) -> tuple[list[dict[str, Any]], dict[str, Tensor]]:
+def updated(method: Any) -> tuple[list[dict[str, float]], dict[str, Tensor]]:
     """Losses and weights of three steps."""
     roles = Roles(teacher=net(1), student=net(2), critic=net(3))
-    adam: dict[tuple[str, ...], Any] = {}
-    seen: list[dict[str, Any]] = []
-    for step in range(3):
-        for number, turn in enumerate(method.turns(roles, step)):
-            roles.train_only(*turn.updates)
-            weights = [p for name in turn.updates for p in roles.parameters(name)]
-            optimizer = adam.setdefault(turn.updates, torch.optim.Adam(weights, lr=1e-2))
-            optimizer.zero_grad()
-            for losses in turn.losses(Batch(Draws(fold("off", step, number), torch.arange(9)), (2,))):
-                losses.total().backward()
-                seen.append({k: float(v.detach()) for k, v in {**losses, **losses.log}.items()})
-            optimizer.step()
-    return seen, {f"{r}.{k}": v.clone() for r, m in roles.items() for k, v in m.state_dict().items()}
+
+    def batch(step: int, number: int, repeat: int) -> Batch:
+        assert repeat == 0
+        return Batch(Draws(fold("off", step, number), torch.arange(9)), (2,))
+
+    return turned(method, roles, 3, batch)
 
 
 def test_fixed_steps_without_a_weight_are_dmd2_bit_for_bit() -> None:

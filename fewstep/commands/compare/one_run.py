@@ -8,6 +8,7 @@ import sys
 import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -137,10 +138,14 @@ def train(task: Task) -> None:
     total = sum(stage.steps for stage in final.stages())
     told: list[Watch] = []
 
+    @cache
+    def judge() -> Judge:
+        return judge_of(product_of(final, account.trainer.product, account.trainer.data, task.recipe), task.evaluation)
+
     def distance() -> float:
         trainer = account.trainer
         now = product_of(final, trainer.product.eval(), trainer.data, task.recipe)
-        return measure(now, judge_of(now, task.evaluation))[0].distance.value
+        return measure(now, judge())[0].distance.value
 
     curve = Curve(run / "curve.jsonl", marks(total, task.points), distance) if task.points else None
 
@@ -162,8 +167,7 @@ def train(task: Task) -> None:
     trainer, spent = account.trainer, account.spent
     peak = peak_memory()
     product = product_of(final, trainer.product.eval(), trainer.data, task.recipe, trainer.progress.done)
-    judge = judge_of(product, task.evaluation)
-    found = [score(product.with_steps(n), judge) for n in step_counts(product, task.steps)]
+    found = [score(product.with_steps(n), judge()) for n in step_counts(product, task.steps)]
     keep_arrays(run, found)
     method: Any = final.method
     cost = {"seconds": spent.seconds, "cpu_seconds": spent.cpu_seconds, "network_calls": spent.calls}

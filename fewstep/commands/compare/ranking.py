@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 
 from fewstep.commands.compare import curve
-from fewstep.commands.compare.curve import settled
 from fewstep.commands.report import with_error
 from fewstep.eval.metrics.estimate import Estimate
 from fewstep.eval.metrics.frechet import paired_difference, standard_error
@@ -82,7 +81,7 @@ def join(recipe: str, runs: Sequence[Mapping[str, Any]], evaluations: Sequence[E
 
 def mean_settled(runs: Sequence[Mapping[str, Any]]) -> float | None:
     """Mean of `curve.settled` over runs; None where one has no curve, or moved until its end."""
-    found = [settled(r.get("curve") or ()) for r in runs]
+    found = [curve.settled(r.get("curve") or ()) for r in runs]
     known = [f for f in found if f is not None]
     return float(np.mean(known)) if known and len(known) == len(found) else None
 
