@@ -82,6 +82,8 @@ def parts(out: Path, data: Path | None, rehearse: bool, seconds: float) -> Itera
 
 def sdxl(rehearse: bool) -> list[Row]:
     """A DMD2 step of LoRA sets on an SDXL in bf16, as `fewstep new --memory 24G` makes the recipe, beside its plan."""
+    from accelerate.state import AcceleratorState
+
     from fewstep.bench.methods import prepare
     from fewstep.bench.stand_ins import without_text_encoders
     from fewstep.bench.timing import seconds_of
@@ -101,6 +103,7 @@ def sdxl(rehearse: bool) -> list[Row]:
         settings = [f"data.text_cache={inside}/cache", "train.batch=1", "train.accumulate=1"]
         recipe = load(str(file), settings)
         said = plan(recipe, ways=False).total / MIB
+        AcceleratorState._reset_state(True)  # a process has one precision otherwise, and a plan is made in float32
         took = measured(recipe, cpu=rehearse) / MIB
         _, step = prepare(str(file), settings)
         step()
