@@ -9,8 +9,7 @@ import yaml
 from fewstep.config import REGISTRY, Source, UserError, validate
 from fewstep.networks.assisted import Assist
 from fewstep.train.assisted import assisted
-from fewstep.train.build import build_roles
-from fewstep.train.product import Product
+from fewstep.train.product import Product, teacher_beside
 
 HINT = "such as diversity, diversity:substeps=5,guidance=2, adaptive:k=30,mode=regenerate or {name: ..., ...}"
 
@@ -44,5 +43,5 @@ def with_assist(product: Product, part: Assist) -> Product:
     if recipe is None or recipe.teacher is None:
         raise UserError(f"--assist: {product.title} has no teacher that could help; only a run of a student has")
     data = recipe.data.open()
-    teacher: Any = build_roles(recipe, data).teacher.to(product.device())
+    teacher = teacher_beside(recipe, data, product.title, product.checkpoint).to(product.device())
     return assisted(product, part, teacher, data.null)

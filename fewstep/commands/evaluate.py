@@ -37,8 +37,7 @@ from fewstep.eval.report import write_report
 from fewstep.files import cache_dir, expanded
 from fewstep.pictures import SUFFIXES, PictureError, facts
 from fewstep.recipe.schema import Evaluate, default_metric
-from fewstep.train.build import build_roles
-from fewstep.train.product import Product
+from fewstep.train.product import Product, teacher_beside
 
 SHOWN = 64
 """Samples of each model in the report."""
@@ -320,7 +319,7 @@ def models(
     if teacher:
         recipe: Any = product.recipe
         data = recipe.data.open()
-        net: Any = build_roles(recipe, data).teacher.to(device)
+        net: Any = teacher_beside(recipe, data, path.name, product.checkpoint).to(device)
         net = guided_teacher(net, recipe.evaluate.guidance if recipe.evaluate else 1.0, data.null)
         out += [of_product(preset, teacher_product(product, net, n), "teacher") for n in teacher]
     return out

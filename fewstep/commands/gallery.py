@@ -15,8 +15,7 @@ from fewstep.commands.pictures import require_finite, save_picture
 from fewstep.commands.report import opened
 from fewstep.config import UserError
 from fewstep.eval.protocol.images import to_pixels
-from fewstep.train.build import build_roles
-from fewstep.train.product import Product
+from fewstep.train.product import Product, teacher_beside
 
 LEFT, TOP = 96, 30
 """Pixels for the names of the rows and of the columns."""
@@ -69,8 +68,8 @@ def rows_of(runs: Sequence[Path], captions: Sequence[str], steps: int, guidance:
     where = torch.tensor([known.index(c) for c in captions])
     cond = data.condition(where)
     drawn: list[tuple[str, Product]] = []
-    teacher = build_roles(recipe, data).get("teacher")
-    if teacher is not None:
+    if recipe.teacher is not None:
+        teacher = teacher_beside(recipe, data, products[0].title, products[0].checkpoint)
         many = teacher_product(products[0], guided_teacher(teacher, guidance, data.null), steps)
         drawn.append((many.title, many))
     for run, product in zip(runs, products, strict=True):

@@ -17,8 +17,7 @@ from fewstep.commands.measure import teacher_product
 from fewstep.commands.pictures import in_colour, require_finite, save_picture
 from fewstep.commands.report import say
 from fewstep.config import UserError
-from fewstep.train.build import build_roles
-from fewstep.train.product import Product
+from fewstep.train.product import Product, teacher_beside
 
 MOST = 16
 """Samples of a sheet."""
@@ -52,7 +51,7 @@ def draw_path(product: Product, labels: Any, count: int, seed: int, out: Path, t
     recipe: Any = product.recipe
     if recipe is not None and recipe.teacher is not None and product.fitted is None and teacher != 0:
         data = recipe.data.open()
-        net: Any = build_roles(recipe, data).teacher.to(product.device())
+        net: Any = teacher_beside(recipe, data, product.title, product.checkpoint).to(product.device())
         net = guided_teacher(net, recipe.evaluate.guidance if recipe.evaluate else 1.0, data.null)
         many = teacher_product(product, net, teacher or len(product.sampler.steps))
         shown.insert(0, ("teacher", steps_of(many, labels, count, seed)))

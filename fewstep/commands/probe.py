@@ -17,8 +17,7 @@ from fewstep.networks.blocks import blocks_of
 from fewstep.networks.probing import Probe, cheapest, proposed
 from fewstep.recipe.schema import Recipe
 from fewstep.recipe.store import load
-from fewstep.train.build import build_roles
-from fewstep.train.product import open_product
+from fewstep.train.product import open_product, teacher_beside
 
 MOST = 100_000
 
@@ -77,7 +76,7 @@ def _network(name: str) -> tuple[Recipe, Any]:
     recipe = load(name)
     if recipe.teacher is None:
         raise UserError(f"{name}: has no teacher; name a run that trained one, or a recipe with a teacher")
-    return recipe, build_roles(recipe, recipe.data.open()).teacher
+    return recipe, teacher_beside(recipe, recipe.data.open(), name)
 
 
 def show(name: str, told: Probed) -> None:

@@ -17,8 +17,8 @@ from fewstep.config import UserError
 from fewstep.eval.metrics.estimate import Estimate
 from fewstep.eval.protocol.evaluation import Evaluation, distance_of, format_entry
 from fewstep.files import read_json
-from fewstep.train.build import build_roles
-from fewstep.train.product import Product, open_product
+from fewstep.train.product import Product, open_product, teacher_beside
+from fewstep.train.state import checkpoints
 from fewstep.train.trainer import Trainer
 
 console = Console()
@@ -33,11 +33,18 @@ def say(text: str) -> None:
 
 
 def first_teacher(trainer: Trainer) -> Any:
-    """The recipe's teacher, or None; built again where stages have written into its module, or it is sharded."""
-    if not trainer.recipe.overwrites_teacher() and not trainer.session.sharded:
+    """The recipe's teacher, or None; built again where stages have written into its module, or it is sharded.
+
+    One that only a stage fills is the one that the last stage had.
+    """
+    again = trainer.recipe.overwrites_teacher() and not trainer.recipe.fills_teacher()
+    if not again and not trainer.session.sharded:
         return trainer.roles.get("teacher")
-    teacher = build_roles(trainer.recipe, trainer.data).get("teacher")
-    return teacher.to(trainer.device) if teacher is not None else None
+    if trainer.recipe.teacher is None:
+        return None
+    run = trainer.run or Path()
+    saved = next(reversed(checkpoints(run / "checkpoints")), None)
+    return teacher_beside(trainer.recipe, trainer.data, str(run), saved).to(trainer.device)
 
 
 def compare(

@@ -21,8 +21,8 @@ from fewstep.config import UserError
 from fewstep.data.text import embed
 from fewstep.networks.nasa import negative_away, steerable
 from fewstep.train.assisted import attended
-from fewstep.train.build import build_roles
 from fewstep.train.note import read_note
+from fewstep.train.product import teacher_beside
 
 HEUN = 12
 """Steps of a teacher whose recipe evaluates it at none."""
@@ -103,7 +103,7 @@ def of_run(
     drawn = [(f"{name}, {taken} step{'s' * (taken > 1)}", product)]
     many = max(spec.teacher_steps) if teacher is None and spec and spec.teacher_steps else teacher
     if recipe.teacher is not None and many != 0:
-        net: Any = build_roles(recipe, data.open()).teacher
+        net: Any = teacher_beside(recipe, data.open(), str(run), product.checkpoint)
         scale = guidance if guidance is not None else spec.guidance if spec else getattr(recipe.method, "guidance", None)
         net = guided_teacher(net.to(product.device()), float(scale or 1.0), text.null)
         beside = teacher_product(product, net, many or HEUN)

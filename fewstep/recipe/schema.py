@@ -342,6 +342,10 @@ class Recipe:
         fixed = ("teacher", *first, "student", *(r for r in self.roles if r not in first), "critic", "discriminator")
         return [r for r in fixed if r in self.roles or getattr(self, r, None) is not None]
 
+    def fills_teacher(self) -> bool:
+        """True when the teacher has no weights but those that a stage of this recipe gives it."""
+        return self.teacher is not None and self.teacher.name == "network"
+
     def overwrites_teacher(self) -> bool:
         """True when a stage copies into the teacher (progressive distillation in place): it is saved as well."""
         return any("teacher" in stage.copy for stage in self.stages())

@@ -94,6 +94,8 @@ class Product:
     """Of a teacher with fitted samplers: all of them, and what they hold for."""
     assist: Assisting | None = None
     """The teacher's help at sampling."""
+    checkpoint: Path | None = None
+    """Folder that the weights are from, of a run."""
 
     @torch.no_grad()
     def images(self, index: Tensor, labels: Any, seed: int = 0) -> Tensor:
@@ -225,7 +227,8 @@ def _open_run(path: Path) -> Product:
     name = f"ema_{recipe.train.ema[0]}" if use_ema else "student"
     file = found[-1] / f"{name}.safetensors"
     load_into(net, load_tensors(file), file)
-    return replace(product_of(recipe, net.eval(), data, path.name, progress.done), changed=tuple(changed))
+    product = product_of(recipe, net.eval(), data, path.name, progress.done)
+    return replace(product, changed=tuple(changed), checkpoint=found[-1])
 
 
 def product_of(recipe: Recipe, net: nn.Module, data: Any, title: str, done: int = 0) -> Product:
@@ -308,10 +311,27 @@ def _open_fit(path: Path) -> Product:
     return replace(product, title=path.name, changed=(*product.changed, *changed))
 
 
+def teacher_beside(recipe: Recipe, data: Any, title: str, checkpoint: Path | None = None) -> Any:
+    """The teacher of a recipe, in evaluation; one that a stage before fills has the weights of a checkpoint.
+
+    UserError where such a one has no checkpoint, or the last stage of the run had not begun when it was saved.
+    """
+    net: Any = build_roles(recipe, data).teacher
+    if recipe.fills_teacher():
+        if checkpoint is None:
+            raise UserError(f"{title}: its teacher is trained by a run of it and has no weights before; name the run")
+        progress, _ = read_state(checkpoint)
+        if (progress.stage, progress.step) <= (len(recipe.stages()) - 1, 0):
+            raise UserError(f"{title}: its teacher is not trained yet at {checkpoint.name}; let the run go on")
+        file = checkpoint / "teacher.safetensors"
+        load_into(net, load_tensors(file), file)
+    return net.eval()
+
+
 def teacher_of(recipe: Recipe, title: str) -> Product:
     """The teacher that a recipe names, as a product on its data."""
     data: Any = recipe.data.open()
-    net: Any = build_roles(recipe, data).teacher
+    net = teacher_beside(recipe, data, title)
     return replace(product_of(recipe, net.eval(), data, title), sampler=many_step(18), trained=None)
 
 

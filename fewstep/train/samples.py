@@ -218,7 +218,10 @@ class SampleReadings:
             scale = recipe.evaluate.guidance if recipe.evaluate else 1.0
             teacher: Any = session.roles.teacher
             net = guided_teacher(teacher, scale, session.data.null)
-            return self._figures(self._draw(net, many_step(TEACHER_STEPS)), self.group, self._conditions())
+            out = self._figures(self._draw(net, many_step(TEACHER_STEPS)), self.group, self._conditions())
+            if getattr(teacher, "ignore", ()):
+                del out["spread"]  # within one condition the student is to spread less than who does not see it
+            return out
         index = torch.arange(max(self.count, min(REAL, self.room)), device=session.device)
         x, cond = session.data.batch(Draws(fold(recipe.train.seed, "samples", "data"), index))
         plain = isinstance(cond, Tensor) and cond.ndim == 1 and not cond.is_floating_point()

@@ -145,6 +145,18 @@ def test_readings_are_the_same_for_any_split_and_leave_torchs_generator_alone():
     assert all(math.isfinite(v) for v in whole.values())
 
 
+def test_a_teacher_that_does_not_see_the_condition_is_no_measure_of_the_spread_within_one():
+    from fewstep.recipe.store import load
+
+    read = {}
+    for name, extra in {"digits-jdm": ("method.reward.weight=0.0",), "digits-dmd2": ()}.items():
+        session = Session(load(name, ["train.batch=8", *extra]), cpu=True)
+        session.make_state(session.recipe.stages()[-1])
+        read[name] = SampleReadings(session, 20).read(session.recipe.stages()[-1])
+    assert "samples/spread" in read["digits-dmd2"]
+    assert "samples/spread" not in read["digits-jdm"] and "samples/contrast" in read["digits-jdm"]
+
+
 def test_many_calls_are_asked_less_often():
     session = Session(tiny(), cpu=True)
     readings, (warm, last) = SampleReadings(session, 20), session.recipe.stages()

@@ -241,11 +241,14 @@ def fit_tasks(like: Task, places: Mapping[str, Path]) -> list[Task]:
 
 
 def by_teacher(tasks: Sequence[Task], loaded: Mapping[str, Recipe]) -> list[list[Task]]:
-    """The tasks of each distinct teacher; the process it is re-expressed in makes no other teacher."""
+    """The tasks of each distinct teacher; the process it is re-expressed in makes no other teacher.
+
+    A teacher that a run fills itself is another in every run: none is measured beside them all.
+    """
     found: dict[str, list[Task]] = {}
     for task in tasks:
         recipe = loaded[task.recipe]
-        if recipe.teacher is not None:
+        if recipe.teacher is not None and not recipe.fills_teacher():
             spec = {k: v for k, v in plain(recipe.teacher).items() if k != "process"}
             found.setdefault(json.dumps([spec, plain(recipe.data)], sort_keys=True, default=str), []).append(task)
     return list(found.values())
