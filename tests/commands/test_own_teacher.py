@@ -32,7 +32,8 @@ def test_the_teacher_of_a_run_that_fills_it_has_the_weights_of_its_checkpoint(tm
     assert any(not torch.equal(v, filled.state_dict()[k]) for k, v in made.items())
     assert first_teacher(trainer) is filled
     product = open_product(tmp_path)
-    assert product.checkpoint is not None and product.checkpoint.name == "step-00000003"
+    assert product.checkpoint is not None
+    assert product.checkpoint.name == "step-00000003"
     assert same(teacher_beside(recipe, trainer.data, "it", product.checkpoint), filled)
 
 
@@ -48,5 +49,6 @@ def test_without_a_finished_stage_there_is_no_such_teacher(tmp_path: Path):
 
 def test_a_teacher_that_has_weights_needs_no_run():
     recipe = load("digits-dmd2")
-    assert not recipe.fills_teacher() and load("digits-deblur-ibmd").fills_teacher()
+    assert not recipe.fills_teacher()
+    assert load("digits-deblur-ibmd").fills_teacher()
     assert same(teacher_beside(recipe, recipe.data.open(), "it"), Trainer(recipe, cpu=True).roles.teacher)
