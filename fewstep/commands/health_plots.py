@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from fewstep.files import atomic_path
-from fewstep.train import verdicts
+from fewstep.train import lines, verdicts
 
 
 @dataclass(frozen=True)
@@ -46,20 +46,20 @@ PANELS = (
     Panel(
         "contrast against the teacher's denoiser",
         {"ratio": "health/contrast"},
-        (verdicts.FADE, verdicts.SATURATE),
+        (lines.FADE, lines.SATURATE),
     ),
-    Panel("diversity within classes", {"spread": "health/diversity"}, share=verdicts.SHRINK),
+    Panel("diversity within classes", {"spread": "health/diversity"}, share=lines.SHRINK),
     Panel(
         "brightness of samples, in the reference's deviations",
         {"mean": "samples/mean"},
-        (-verdicts.SHIFT, verdicts.SHIFT),
+        (-lines.SHIFT, lines.SHIFT),
     ),
     Panel(
         "samples over the reference's",
         {"contrast": "samples/contrast", "colours": "samples/saturation", "spread": "samples/spread"},
-        (verdicts.SHRINK, verdicts.SATURATE),
+        (lines.SHRINK, lines.SATURATE),
     ),
-    Panel("grid of samples over the reference's", {"peak": "samples/grid"}, (verdicts.GRID,)),
+    Panel("grid of samples over the reference's", {"peak": "samples/grid"}, (lines.GRID,)),
     Panel("reward of samples above the reference's, in its deviations", {"reward": "samples/reward"}),
     Panel("FD of samples over the reference's variance", {"FD": "samples/fd"}),
 )

@@ -18,11 +18,13 @@ def spread(x: Tensor, cond: Any = None) -> Tensor:
     """Root mean square distance of samples x (b, *d) from the mean of their class, a scalar.
 
     With labels (b,) it is the diversity within classes, by the unbiased variance; classes with one sample in the
-    batch say nothing. Without, all samples are one class.
+    batch say nothing. Without, and where no class has two, all samples are one class: 0 is said of copies alone.
     """
     if not isinstance(cond, Tensor) or cond.ndim != 1 or cond.is_floating_point():
         cond = torch.zeros(len(x), dtype=torch.long, device=x.device)
-    same = (cond[:, None] == cond).to(x.dtype)
+    same = cond[:, None] == cond
+    # No branch on a value: it would make the accelerator wait.
+    same = (same | (same.sum() == len(x))).to(x.dtype)
     count = same.sum(1)
     apart = x.flatten(1) - same @ x.flatten(1) / count[:, None]
     several = (count > 1).to(x.dtype)

@@ -41,6 +41,8 @@ NUMBERS = 1 << 24
 """Numbers in a reading's samples; large pictures are fewer."""
 CHANCE = 2.0
 """Standard errors by which two means may differ and be the same."""
+ROUNDING = 1e-5
+"""Of the size of samples: what copies of one sample differ by, in half precision not even that."""
 FLOOR = 0.01
 """Of the mean power, added to what a spectral peak is compared with: a peak that nobody sees is none."""
 
@@ -62,7 +64,10 @@ def figures(x: Tensor, group: Tensor, patch: int | None) -> Figures:
     scale = around.pow(2).mean().sqrt()
     each = x.flatten(2).mean(2) if x.ndim > 2 else x
     noise = (each - mean).pow(2).sum(0) / max(1, len(x) - 1) / len(x)
-    out = {"mean": mean, "noise": noise, "scale": scale, "contrast": scale, "spread": spread(x, group)}
+    out = {"mean": mean, "noise": noise, "scale": scale, "contrast": scale}
+    if len(x) > 1:
+        apart = spread(x, group)
+        out["spread"] = apart * (apart > ROUNDING * scale)
     if x.ndim == 4:
         out["contrast"] = (x - x.mean((2, 3), keepdim=True)).pow(2).mean().sqrt()
     if x.ndim == 4 and x.shape[1] == 3:
@@ -100,6 +105,8 @@ def compared(own: Figures, reference: Figures) -> dict[str, float]:
     for name in ("contrast", "saturation", "spread"):
         if name in own and name in reference and float(reference[name]) > 0:
             out[f"samples/{name}"] = float(own[name] / reference[name])
+    if "spread" in own and "spread" in reference and own["spread"] == reference["spread"] == 0:
+        out["samples/spread"] = 0.0  # the reference's are copies too: they were drawn from one noise
     if "reward" in own and "reward" in reference:
         theirs, points = reference["reward"], reference["points"]
         out["samples/reward"] = float((own["reward"].mean() - theirs.mean()) / theirs.std().clamp_min(1e-12))

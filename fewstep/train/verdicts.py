@@ -8,8 +8,9 @@ records of log.jsonl. Two kinds of readings are judged:
 - Those of samples drawn beside the training (`samples/`, `fewstep.train.samples`) and refused updates: the last two
   readings, so that a few updates tell. These are what `train.guard` acts on, by `Course`.
 
-A student that is only on its way is no alarm: one is raised where two readings of samples in a row are beyond their line
-*and* two in a row have been nearer to the reference before. One that never was near it is a warning.
+A student that is only on its way is no alarm: one is raised where two readings of samples in a row are beyond their line,
+or one is far beyond it, *and* two in a row have been nearer to the reference before. One that never was near it is a
+warning.
 
 Critic lag is a slope, that of fresh samples on the critic's answers, and not the critic's loss against its best: the
 least loss there is moves with the student, whereas the slope of a critic at its optimum is 1 for every student. Methods
@@ -26,6 +27,7 @@ from itertools import pairwise
 from typing import Any, Literal
 
 from fewstep.train.hacking import REMEDY, Rise
+from fewstep.train.lines import FADE, SAMPLES, SATURATE, SHRINK, SLOWER, Reading
 
 Record = Mapping[str, Any]
 
@@ -37,26 +39,16 @@ WIN = 0.95
 """Discriminator accuracy above which the student sees no usable gradient."""
 LOSE = 0.45
 """Discriminator accuracy below which it tells nothing (0.5 is a coin)."""
-SHRINK = 0.6
-"""Spread of samples over that of the best window, or of the reference, below which samples are alike."""
-SATURATE = 1.35
-"""Size of samples over the teacher's denoiser of them, or their contrast over the reference's: above, oversaturated."""
-FADE = 0.75
-"""The same ratios, below which samples are washed out."""
 SKIPS = 0.01
 """Share of refused updates above which numerics are in trouble."""
 ODD = 2
 """Refused updates of a stage that are no trouble, however short it is."""
-SHIFT = 0.35
-"""Distance of a channel's mean from the reference's, in standard deviations of the reference. Darkening until black
-(threads byliutao/CDM#6, with DMD2 too) is some 1.5 of them."""
-COLOUR = 1.5
-"""Saturation of samples over the reference's, or its inverse, beyond which colours have left it."""
-GRID = 4.0
-"""Spectral peak at multiples of the patch's frequency, over the reference's, above which a grid shows (threads
-Qwen-Image-Lightning#69, TSD-SR#17)."""
+COPIES = 0.1
+"""Spread of the method's own samples over the best that two records in a row had: below, they are nearly copies."""
 RECENT = 2
 """Readings of samples in a row that are judged together, by the one that is nearer to the reference."""
+DRASTIC = 3.0
+"""Lines from the reference at which one reading of samples is enough, not the nearer of two in a row."""
 FARTHER = 0.5
 """By how much of its line a reading of samples must be farther than it has been, to be an alarm."""
 
@@ -186,94 +178,6 @@ def contrast(records: Sequence[Record]) -> Verdict | None:
 CHECKS: tuple[Callable[[Sequence[Record]], Verdict | None], ...] = (critic, discriminator, diversity, contrast)
 
 
-@dataclass(frozen=True)
-class Reading:
-    """How a reading of drawn samples is judged."""
-
-    fine: str
-    """What it is called when all is well."""
-    below: tuple[str, str] | None
-    """Name and remedy of what lies beyond the lower line; None: nothing lies there that matters."""
-    above: tuple[str, str] | None
-    """The same of the upper line."""
-    centre: float
-    """The reference's own value."""
-    low: float
-    high: float
-    text: str
-    log: bool = True
-    """Ratios are compared by their logarithms."""
-
-    def badness(self, value: float) -> float:
-        """0 at the centre, 1 at the line; infinite for what is no number."""
-        if not math.isfinite(value):
-            return math.inf
-        line = self.line(value)
-        if line is None:
-            return 0.0
-        if not self.log:
-            return abs(value - self.centre) / abs(line - self.centre)
-        return abs(math.log(max(value, 1e-12) / self.centre) / math.log(line / self.centre))
-
-    def line(self, value: float) -> float | None:
-        """The line on the side of a value; None where that side has none."""
-        if value < self.centre:
-            return self.low if self.below else None
-        return self.high if self.above else None
-
-
-_SLOWER = "lower optim.student.lr (train.guard=restore goes back to the best checkpoint and does), or stop earlier"
-SAMPLES: dict[str, Reading] = {
-    "samples/mean": Reading(
-        "brightness",
-        ("darkening", f"{_SLOWER}; more critic updates (method.critic.steps)"),
-        ("brightening", f"{_SLOWER}; more critic updates (method.critic.steps)"),
-        0.0,
-        -SHIFT,
-        SHIFT,
-        "the mean of samples is {:+.2f} standard deviations from the reference's",
-        log=False,
-    ),
-    "samples/contrast": Reading(
-        "contrast of samples",
-        ("losing contrast", f"{_SLOWER}; train longer where it never had more"),
-        ("contrast too high", "lower method.guidance or optim.student.lr, or raise method.critic.steps"),
-        1.0,
-        FADE,
-        SATURATE,
-        "samples have {:.2f} times the reference's contrast",
-    ),
-    "samples/saturation": Reading(
-        "colours",
-        ("colours fading", f"{_SLOWER}; train longer where it never had more"),
-        ("colours too strong", "lower method.guidance or optim.student.lr, or raise method.critic.steps"),
-        1.0,
-        1 / COLOUR,
-        COLOUR,
-        "samples have {:.2f} times the reference's saturation",
-    ),
-    "samples/grid": Reading(
-        "no grid",
-        None,
-        ("grid artefacts", f"{_SLOWER}; lower method.gan.weight, or fewer taps of the discriminator"),
-        1.0,
-        1.0,
-        GRID,
-        "peaks at the patch's frequency are {:.1f} times the reference's",
-    ),
-    "samples/spread": Reading(
-        "spread within a class",
-        ("samples alike", "lower the guidance or optim.student.lr, raise method.critic.steps, or train longer"),
-        None,
-        1.0,
-        SHRINK,
-        1.0,
-        "samples of one class or prompt spread {:.2f} times as far as the reference's",
-    ),
-}
-"""Readings of drawn samples by their key in the log."""
-
-
 @dataclass
 class _Track:
     recent: deque[float] = field(default_factory=lambda: deque(maxlen=RECENT))
@@ -288,10 +192,14 @@ class _Track:
 
 
 class Course:
-    """Refused updates and readings of samples of one stage, folded record by record: all that the guard looks at."""
+    """Refused updates, readings of samples and copies in the method's own batches, of one stage, folded record by record.
+
+    It is all that the guard looks at.
+    """
 
     def __init__(self, records: Iterable[Record] = ()) -> None:
         self.tracks, self.rise = {key: _Track() for key in SAMPLES}, Rise()
+        self.own, self.widest = deque[float](maxlen=RECENT), 0.0
         self.first: tuple[float, float] | None = None
         self.last, self.rows = (0.0, 0.0), 0
         for record in records:
@@ -303,6 +211,9 @@ class Course:
             self.last = (float(record["done"]), float(record["skips"]))
             self.first, self.rows = self.first or self.last, self.rows + 1
         self.rise.add(record)
+        if isinstance(record.get("health/diversity"), int | float):
+            self.own.append(float(record["health/diversity"]))
+            self.widest = max(self.widest, min(self.own)) if len(self.own) == RECENT else 0.0
         for key, track in self.tracks.items():
             if isinstance(record.get(key), int | float):
                 track.add(float(record[key]), SAMPLES[key])
@@ -310,7 +221,7 @@ class Course:
     def verdicts(self) -> list[Verdict]:
         """What is said of it now."""
         found = [_of_samples(key, track) for key, track in self.tracks.items()]
-        return [v for v in [*found, _of_reward(self.rise), self._skipped()] if v is not None]
+        return [v for v in [*found, self._copies(), _of_reward(self.rise), self._skipped()] if v is not None]
 
     def alarms(self) -> list[Verdict]:
         return [v for v in self.verdicts() if v.level == "alarm"]
@@ -322,6 +233,18 @@ class Course:
         """
         worst = [max(SAMPLES[key].badness(v) for v in t.recent) for key, t in self.tracks.items() if t.recent]
         return math.hypot(*worst) if worst else None
+
+    def _copies(self) -> Verdict | None:
+        """Samples of one update that have become nearly the same, whatever other samples of the student are.
+
+        Only an alarm: how far they spread is told by `diversity`.
+        """
+        if not max(self.own, default=math.inf) < COPIES * self.widest:
+            return None
+        share = max(self.own) / self.widest
+        text = f"the samples of an update spread {share:.2g} times as far as they did"
+        knob = "see whether every sample has noise and a condition of its own (data, sampler, ranks of one seed)"
+        return Verdict("copies in a batch", "alarm", share, COPIES, text, knob)
 
     def _skipped(self) -> Verdict | None:
         """Updates that were refused because a gradient was not finite."""
@@ -339,15 +262,16 @@ class Course:
 def _of_samples(key: str, track: _Track) -> Verdict | None:
     if track.count < RECENT:
         return None
-    reading = SAMPLES[key]
-    value = next((v for v in track.recent if not math.isfinite(v)), min(track.recent, key=reading.badness))
+    reading, latest = SAMPLES[key], track.recent[-1]
+    nearest = latest if reading.badness(latest) > DRASTIC else min(track.recent, key=reading.badness)
+    value = next((v for v in track.recent if not math.isfinite(v)), nearest)
     badness, line = reading.badness(value), reading.line(value)
     told = reading.text.format(value)
     beyond = reading.below if value < reading.centre else reading.above
     if badness <= 1:
         return Verdict(reading.fine, "fine", value, line if line is not None else reading.centre, told)
     if beyond is None or line is None or not math.isfinite(value):
-        return Verdict("not finite", "alarm", value, reading.high, "samples are not finite", _SLOWER)
+        return Verdict("not finite", "alarm", value, reading.high, "samples are not finite", SLOWER)
     if badness > track.best + FARTHER:
         return Verdict(beyond[0], "alarm", value, line, told, beyond[1])
     if track.count < FEWEST:

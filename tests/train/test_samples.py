@@ -66,6 +66,15 @@ def test_a_darker_picture_shifts_the_mean_and_nothing_else():
     assert told(x)["samples/mean"] == pytest.approx((0.5 - float(chance[1])) / scale)
 
 
+def test_copies_that_the_reference_makes_too_have_no_spread_and_other_copies_are_read_as_it():
+    one = torch.randn(1, 1, 8, 8, dtype=F64)
+    copies, group = figures(one.expand(8, -1, -1, -1), torch.zeros(8), None), torch.zeros(8)
+    assert compared(copies, copies)["samples/spread"] == 0.0
+    real = figures(torch.randn(8, 1, 8, 8, dtype=F64), group, None)
+    assert compared(copies, real)["samples/spread"] == 0.0
+    assert "samples/spread" not in compared(figures(one, group[:1], None), figures(one, group[:1], None))
+
+
 def test_few_points_are_not_off_by_what_chance_does():
     """Means of 32 points of unit deviation differ by a quarter of it, and half of all pairs by more than a sixth."""
     group = torch.zeros(32, dtype=torch.long)

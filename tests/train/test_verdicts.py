@@ -10,8 +10,9 @@ from typing import Any
 
 import pytest
 
+from fewstep.train.lines import SAMPLES
 from fewstep.train.log import read_log
-from fewstep.train.verdicts import RECENT, SAMPLES, Course, alarms, last_stage, verdicts
+from fewstep.train.verdicts import RECENT, Course, alarms, last_stage, verdicts
 
 GOOD = dict.fromkeys(SAMPLES, 1.0) | {"samples/mean": 0.0}
 
@@ -118,3 +119,32 @@ def test_records_without_samples_and_of_earlier_stages_do_not_count(tmp_path: Pa
     assert verdicts(rows) == []
     (tmp_path / "log.jsonl").write_text("".join(json.dumps(r) + "\n" for r in [*old, *log(mean=after(9, 0, math.nan))]))
     assert "not finite" in alarms(last_stage(read_log(tmp_path / "log.jsonl")))
+
+
+def test_copies_in_the_methods_own_batches_are_an_alarm_at_the_second_record_and_smaller_ones_are_none():
+    def rows(bad: float) -> list[dict[str, Any]]:
+        spread = after(20, 0.3, bad)
+        return [r | {"health/diversity": spread(i)} for i, r in enumerate(log(), 1)]
+
+    def by_the_guard(bad: float) -> dict[str, int]:
+        course, found = Course(), {}
+        for record in rows(bad):
+            course.add(record)
+            for v in course.alarms():
+                found.setdefault(v.name, record["done"])
+        return found
+
+    assert by_the_guard(1e-8) == {"copies in a batch": 440}
+    assert by_the_guard(0.05) == {}
+    assert "noise" in next(v for v in verdicts(rows(1e-8)) if v.name == "copies in a batch").remedy
+
+
+def test_one_batch_of_copies_is_no_alarm():
+    course = Course([{"done": 20 * i, "health/diversity": 1e-8 if i == 7 else 0.3} for i in range(1, 10)])
+    assert course.alarms() == []
+
+
+def test_far_beyond_its_line_one_reading_is_enough_but_not_for_a_student_on_its_way():
+    assert alarms(log(mean=after(20, 0.0, -1.1))) == {"darkening": 420}
+    assert alarms(log(spread=after(20, 1.0, 0.2))) == {"samples alike": 420}
+    assert alarms(log(spread=lambda i: 0.01 * i, contrast=lambda i: 0.025 * i)) == {}
