@@ -2,10 +2,10 @@
 
 python -m fewstep.bench.collapses [NAMES] [--recipe digits-dmd2] [--onset 200] [--updates 150] [--out collapses.jsonl]
 
-One training up to the onset, and on to the end without a collapse; from the onset's checkpoint on each collapse is provoked
-twice: with `warn`, which tells the update of the first alarm, the FD there and the FD at the end, and with `restore`. The
-product is what the run would be left with, the average of the student's weights: the student itself swings between 2.5 and 7
-from one update to the next while all is well.
+One training up to the onset, and on to the end without a collapse; from the onset's checkpoint on each collapse is
+provoked twice: with `warn`, which tells the update of the first alarm, the FD there and the FD at the end, and with
+`restore`. The product is what the run would be left with, the average of the student's weights: the student itself swings
+between 2.5 and 7 from one update to the next while all is well.
 """
 
 from __future__ import annotations

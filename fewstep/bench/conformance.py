@@ -45,13 +45,13 @@ class Outcome:
     seconds: float
     commit: str
     guided: bool = False
-    """The recipe aims at a guided distribution, which is not the ring's: its energy is no verdict."""
+    """The recipe aims at a guided distribution or a reward, which is not the ring's: its energy is no verdict."""
 
     @property
     def verdict(self) -> str:
         """Whether training helped; a method that ends worse than it began is a failure."""
         if self.guided:
-            return "guided: aims elsewhere"
+            return "aims elsewhere"
         return "better than its start" if self.energy < self.initial else "WORSE THAN ITS START"
 
 
@@ -95,7 +95,7 @@ def train(name: str, steps: int, seed: int) -> Outcome:
     seconds = time.perf_counter() - started
     calls = recipe.sampler().network_calls()
     method = recipe.method.name  # type: ignore[attr-defined]
-    guided = getattr(recipe.method, "guidance", 1.0) not in (1.0, (1.0, 1.0))
+    guided = getattr(recipe.method, "guidance", 1.0) not in (1.0, (1.0, 1.0)) or "reward" in recipe.roles
     return Outcome(name, method, calls, steps, seed, energy, initial, floor, round(seconds, 1), commit()[:7], guided)
 
 
