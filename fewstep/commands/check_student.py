@@ -14,6 +14,7 @@ from torch import nn
 from fewstep.commands.hushed import hushed
 from fewstep.config import UserError
 from fewstep.export.card import as_code
+from fewstep.export.image_to_image import run_from
 from fewstep.export.levels import Levels, levels_set
 from fewstep.export.picture import whole_model
 from fewstep.export.stock import open_stock, run_stock
@@ -185,7 +186,8 @@ def _visits(folder: Folder, note: Note) -> tuple[Levels, int]:
     else:
         told = {k: v for k, v in note.settings.items() if k not in _SIZES}
         cond = net.example(1, torch.Generator().manual_seed(0))
-        run_stock(pipe, net, start, cond, {**told, **note.call})
+        draw = run_from if "strength" in note.call else run_stock
+        draw(pipe, net, start, cond, {**told, **note.call})
     return levels_set(pipe.scheduler), calls
 
 
