@@ -19,6 +19,7 @@ from fewstep.export.levels import Levels, levels_set
 from fewstep.export.picture import whole_model
 from fewstep.export.stock import open_stock, run_stock
 from fewstep.files import read_json
+from fewstep.networks.controlnet import Controlled
 from fewstep.networks.diffusers import wrapper_of
 from fewstep.networks.folder import Folder, read_folder
 from fewstep.networks.unet2d import UNet2D
@@ -163,6 +164,8 @@ def _visits(folder: Folder, note: Note) -> tuple[Levels, int]:
     _hollow(net.model)
     _hollow(model)
     pipe = open_stock(folder.root, **{folder.component: model})
+    if getattr(pipe, "controlnet", None) is not None:
+        net = Controlled(net, pipe.controlnet)  # which asks for a picture
     size = note.size or net.sample_size()
     start = torch.zeros(1, net.channels(), *size)
     calls = 0

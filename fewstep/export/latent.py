@@ -26,7 +26,16 @@ from fewstep.export.card import Card, front_of, student_card, usage
 from fewstep.export.fold import constant_inputs, moving
 from fewstep.export.image_to_image import PIPELINES, begun, draw_from, image_to_image_stock, image_usage, run_from, taken
 from fewstep.export.levels import TOLERANCE, check_export, levels_of, levels_of_scheduler
-from fewstep.export.picture import IF_PIPELINES, NOISING, check_picture, picture_usage, save_noising, whole_model
+from fewstep.export.picture import (
+    CONTROLNET_PIPELINES,
+    IF_PIPELINES,
+    NOISING,
+    check_picture,
+    controlnet_usage,
+    picture_usage,
+    save_noising,
+    whole_model,
+)
 from fewstep.export.routes import INSTEAD, check_history, plain_kind, scm_stock, unet_stock
 from fewstep.export.stock import fresh_noise, open_stock, run_stock, without_variance
 from fewstep.networks.adapters import Adapted, on_cpu, plain_copy
@@ -215,7 +224,7 @@ def call_of(product: Product, source: Folder, wrapper: Any, stock: Stock) -> dic
 
 def what_of(product: Product, wrapper: Any) -> dict[str, Any]:
     """What an example is made of: a class, a prompt, nothing beside a picture."""
-    if wrapper.image_channels and not product_has_text(product):
+    if wrapper.picture is not None and not product_has_text(product):
         return {}
     return {"class_labels": [product.example]} if "label" in wrapper.needs else {"prompt": "a red fox in the snow"}
 
@@ -299,7 +308,12 @@ def latent_parts(
 
 def _rounded(net: Denoiser, dtype: torch.dtype) -> Denoiser:
     """The student with all that is saved as a dtype has it, in float32. Raises ExportRefused for what it cannot hold."""
-    saved = {k: v for k, v in net.state_dict().items() if v.is_floating_point()}
+    saved = dict(net.state_dict())
+    for m in net.modules():
+        if hasattr(m, "with_own_base"):
+            m.with_own_base()  # type: ignore[operator]
+            saved |= m.model.state_dict()  # type: ignore[operator, union-attr]
+    saved = {k: v for k, v in saved.items() if v.is_floating_point()}
     for v in saved.values():
         v.copy_(v.to(dtype))
     bad = not_finite(saved.items())
@@ -316,7 +330,10 @@ def usage_of(product: Product, name: str, wrapper: Any, call: Mapping[str, Any],
         return partial(image_usage, name, call, shape, **named)
     if not wrapper.image_channels:
         return partial(usage, name, call, **named)
-    size = tuple(image_of(product) or (wrapper.image_channels, *wrapper.sample_size()))
+    sides = (n * wrapper.pixels for n in product.shape[1:])
+    size = tuple(image_of(product) or (wrapper.image_channels, *sides))
+    if name in CONTROLNET_PIPELINES:
+        return partial(controlnet_usage, name, call, size, **named)
     return partial(picture_usage, call, size, int(wrapper.config.encoder_hid_dim), **named)
 
 
@@ -342,13 +359,17 @@ def _save(
         if part_of(entry) and name not in (source.component, "scheduler"):
             shutil.copytree(source.root / name, to / name)
     model: Any = whole_model(wrapper)
-    if model is wrapper.model and dtype is not torch.float32:
-        model = copy.deepcopy(model)  # the sampler's own network stays as it is
+    if model is wrapper.model and (dtype is not torch.float32 or pipeline in CONTROLNET_PIPELINES):
+        model = copy.deepcopy(model)  # the sampler's own network stays as it is, and the one that a ControlNet is beside
     model = model.to(dtype)
     model.save_pretrained(to / source.component, safe_serialization=True, variant=variant)
     scheduler.save_pretrained(to / "scheduler")
     index["scheduler"] = ["diffusers", type(scheduler).__name__]
-    if wrapper.image_channels:
+    if wrapper.pipeline in CONTROLNET_PIPELINES:
+        net = wrapper.controlnet if dtype is torch.float32 else copy.deepcopy(wrapper.controlnet).to(dtype)
+        net.save_pretrained(to / "controlnet", safe_serialization=True, variant=variant)
+        index["controlnet"] = ["diffusers", "ControlNetModel"]
+    elif wrapper.image_channels:
         shutil.rmtree(to / NOISING, ignore_errors=True)
         save_noising(to, index)
     (to / "model_index.json").write_text(json.dumps(index, indent=2))
