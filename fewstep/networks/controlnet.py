@@ -138,7 +138,7 @@ class ControlNetSpec:
                 f"latents, and the data's conditions {held}; train on data: {{name: degraded, vae: FOLDER, ...}} with "
                 "an operator that keeps the size"
             )
-        net = Controlled(wrapper, seeded(site, lambda: self._net(wrapper, site.image[0])))  # type: ignore[index]
+        net = Controlled(wrapper, seeded(site, lambda: self._net(wrapper, site.image[0])))
         made = Denoiser(net, inner.process, inner.prediction, inner.time_input)
         made.ignore = tuple(key for key in inner.ignore if key != "image")
         return made
