@@ -28,11 +28,15 @@ def export(
     variant: Annotated[
         bool, typer.Option("--variant", help="Name files after --dtype: from_pretrained(..., variant='fp16').")
     ] = False,
+    image_to_image: Annotated[
+        float | None,
+        typer.Option(help="Write the pipeline that goes on from a picture noised to this trained level, such as 0.75."),
+    ] = None,
 ) -> None:
     """Write a folder that plain diffusers opens, checked against fewstep's own sampler."""
     from fewstep.commands.export import export_run
 
-    export_run(run, out, force, lora, layout, dtype, steps, variant)
+    export_run(run, out, force, lora, layout, dtype, steps, variant, image_to_image)
 
 
 @app.command(

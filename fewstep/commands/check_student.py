@@ -14,10 +14,12 @@ from torch import nn
 from fewstep.commands.hushed import hushed
 from fewstep.config import UserError
 from fewstep.export.card import as_code
+from fewstep.export.image_to_image import run_from
 from fewstep.export.levels import Levels, levels_set
 from fewstep.export.picture import whole_model
 from fewstep.export.stock import open_stock, run_stock
 from fewstep.files import read_json
+from fewstep.networks.controlnet import Controlled
 from fewstep.networks.diffusers import wrapper_of
 from fewstep.networks.folder import Folder, read_folder
 from fewstep.networks.unet2d import UNet2D
@@ -162,6 +164,8 @@ def _visits(folder: Folder, note: Note) -> tuple[Levels, int]:
     _hollow(net.model)
     _hollow(model)
     pipe = open_stock(folder.root, **{folder.component: model})
+    if getattr(pipe, "controlnet", None) is not None:
+        net = Controlled(net, pipe.controlnet)  # which asks for a picture
     size = note.size or net.sample_size()
     start = torch.zeros(1, net.channels(), *size)
     calls = 0
@@ -185,7 +189,8 @@ def _visits(folder: Folder, note: Note) -> tuple[Levels, int]:
     else:
         told = {k: v for k, v in note.settings.items() if k not in _SIZES}
         cond = net.example(1, torch.Generator().manual_seed(0))
-        run_stock(pipe, net, start, cond, {**told, **note.call})
+        draw = run_from if "strength" in note.call else run_stock
+        draw(pipe, net, start, cond, {**told, **note.call})
     return levels_set(pipe.scheduler), calls
 
 

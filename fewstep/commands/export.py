@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from fewstep.commands.report import card_results, console, opened, read_results
 from fewstep.config import UserError
@@ -28,12 +29,13 @@ def export_run(
     dtype: str = "fp32",
     steps: int | None = None,
     variant: bool = False,
+    image_to_image: float | None = None,
 ) -> Exported:
     """`fewstep export`; with `lora` the adapter alone, in a layout of `lora_formats.FORMATS`; steps: of a fit.
 
-    dtype, variant: see `fewstep.export.choose.parts_of`.
+    dtype, variant, image_to_image: see `fewstep.export.choose.parts_of`.
     """
-    check_options(lora, dtype, layout, variant)
+    check_options(lora, dtype, layout, variant, image_to_image)
     product = opened(run)
     if product.fitted is None and product.recipe is None:
         raise UserError(f"{run}: is a diffusers folder already; export takes a run directory")
@@ -42,11 +44,12 @@ def export_run(
     if lora and product.fitted is not None:
         raise UserError(f"--lora: {run} is a fit of a frozen teacher; it has no adapter")
     product = product.with_steps(steps)
-    folder = out or run / ("lora" if lora else "export")
+    folder = out or run / ("lora" if lora else "export" if image_to_image is None else "image-to-image")
     if folder.exists() and any(folder.iterdir()) and not force and out is not None:
         raise UserError(f"{folder}: exists; overwrite it with --force")
+    form = {"dtype": dtype, "variant": variant, "image_to_image": image_to_image}
     try:
-        return _export_lora(product, folder, layout) if lora else _export(product, run, folder, dtype, variant)
+        return _export_lora(product, folder, layout) if lora else _export(product, run, folder, form)
     except ExportRefused as refusal:
         raise UserError(f"{run}: not exported: {refusal}") from None
 
@@ -60,12 +63,12 @@ def _export_lora(product: Product, folder: Path, layout: str) -> Exported:
     return done
 
 
-def _export(product: Product, run: Path, folder: Path, dtype: str, variant: bool) -> Exported:
+def _export(product: Product, run: Path, folder: Path, form: dict[str, Any]) -> Exported:
     rows: list[tuple[str, str]] = []
     results = run / "report" / "results.json"
     if results.is_file():
         rows = card_results(read_results(results))
     check_product(product)
-    done = export(product, folder, results=rows, dtype=dtype, variant=variant)
+    done = export(product, folder, results=rows, **form)
     show_export(done)
     return done

@@ -192,6 +192,7 @@ class Product(opened.Product):
         dtype: str = "fp32",
         format: str = "diffusers",
         variant: bool = False,
+        image_to_image: float | None = None,
     ) -> Exported:
         """Write a folder that plain diffusers opens, or nothing at all; an `Exported`, whose `usage` are the lines.
 
@@ -203,6 +204,7 @@ class Product(opened.Product):
             dtype: of the weights of a student of a text or latent pipeline: fp32, bf16 or fp16.
             format: of an adapter's file: diffusers, kohya or comfyui.
             variant: name the weights' files after the dtype, for `from_pretrained(..., variant="fp16")`.
+            image_to_image: trained level below 1 from which the pipeline goes on, with a picture noised to it.
 
         Raises:
             UserError: an argument that is none of these, no stock pipeline takes this product's steps, it was opened from
@@ -219,14 +221,14 @@ class Product(opened.Product):
         from fewstep.export.levels import check_product
         from fewstep.export.lora import export_lora
 
-        check_options(lora, dtype, format, variant, python=True)
+        check_options(lora, dtype, format, variant, image_to_image, python=True)
         if self.recipe is None:
             raise UserError(f"{self.title}: is a diffusers folder and no run; it needs no export")
         try:
             if lora:
                 return export_lora(self, Path(folder), format)
             check_product(self)
-            return export(self, Path(folder), dtype=dtype, variant=variant)
+            return export(self, Path(folder), dtype=dtype, variant=variant, image_to_image=image_to_image)
         except ExportRefused as refusal:
             raise UserError(f"{self.title}: not exported: {refusal}") from None
 

@@ -140,6 +140,8 @@ def called(path: Path, n: int | None, any_steps: bool) -> tuple[int, dict[str, A
         if n is None:
             raise UserError(f"{path}: does not say how many steps it takes; give --steps")
         return n, {"num_inference_steps": n}
+    if "strength" in note.call:
+        raise UserError(f"{path}: goes on from a picture; draw from it with diffusers as its card shows")
     own = len(note.sampler.steps)
     if n is None or n == own:
         return own, {**note.settings, **note.call}

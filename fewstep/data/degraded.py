@@ -7,12 +7,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 
 from fewstep.algebra.draws import Draws, fold
 from fewstep.algebra.operators import Operator, OperatorPart
 from fewstep.config import NotNegative, UserError, part
 from fewstep.data.base import Conditions, Data, DataPart
+from fewstep.data.latents import Encoder, vae_folder
+from fewstep.networks.folder import read_latents
 
 
 @part("data", "degraded")
@@ -32,6 +35,9 @@ class Degraded:
     """The classes or texts of the data stand beside the picture; false drops them."""
     easy: OperatorPart | None = None
     """Another operator, whose picture is cond["easy"], for a teacher that says `see: {image: easy}`."""
+    vae: str | None = None
+    """Folder of a VAE or a pipeline: samples are the latents of the pictures, drawn from its posterior as they are
+    needed, and the pictures in the conditions stay pictures, as a ControlNet takes them."""
     conditions: ClassVar[Conditions] = "image"
 
     def files(self) -> list[Path]:
@@ -47,15 +53,32 @@ class Degraded:
         """As `open` has them."""
         shape, classes = self.of.outline()
         self._shapes(shape)
-        return shape, classes if self.keep else 0
+        return self.latents(shape), classes if self.keep else 0
 
     def image_outline(self) -> tuple[int, ...]:
         """(c', h', w') of the picture in the conditions; errors as `outline`."""
         return self._shapes(self.of.outline()[0])
 
+    def latents(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """Shape of a sample of pictures of a shape (c, h, w). UserError for pictures that the VAE cannot take."""
+        if self.vae is None:
+            return tuple(shape)
+        told = read_latents(vae_folder(self.vae) / "config.json")
+        assert told is not None
+        colours, high, wide = shape
+        if told.frames or colours != 3 or high % told.pixels or wide % told.pixels:
+            raise UserError(
+                f"data.vae {self.vae}: takes RGB pictures whose sides are multiples of {told.pixels}, and these are "
+                f"{list(shape)}; set data.of.size, or take a VAE of pictures"
+            )
+        return told.channels, high // told.pixels, wide // told.pixels
+
     def _shapes(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         if getattr(self.of, "vae", None) is not None:
-            raise UserError("data.of: latents are no pictures, and operators are of pictures; degrade the pictures")
+            raise UserError(
+                "data.of: latents are no pictures, and operators are of pictures; degrade the pictures and name the VAE "
+                "as data.vae"
+            )
         try:
             if self.easy is not None:
                 self.easy.shape(shape)
@@ -82,7 +105,8 @@ class DegradedData:
 
     def __init__(self, inner: Data, spec: Degraded, image: tuple[int, ...]) -> None:
         self.inner, self.spec, self.image_shape = inner, spec, image
-        self.shape = tuple(inner.shape)
+        self.shape = spec.latents(tuple(inner.shape))
+        self._encoder: Encoder | None = None
         self.classes = inner.classes if spec.keep else 0
 
     @property
@@ -106,10 +130,21 @@ class DegradedData:
 
     def batch(self, draws: Draws) -> tuple[Tensor, Any]:
         x0, own = self.inner.batch(draws)
-        return x0, self.degraded(x0, own, draws)
+        cond = self.degraded(x0, own, draws)
+        return (x0 if self.spec.vae is None else self.encoded(x0, draws)), cond
 
     def conditions(self, draws: Draws) -> Any:
-        return self.batch(draws)[1]
+        x0, own = self.inner.batch(draws)
+        return self.degraded(x0, own, draws)
+
+    def encoded(self, x0: Tensor, draws: Draws) -> Tensor:
+        """Latents of pictures (b, c, h, w), drawn from the VAE's posterior."""
+        assert self.spec.vae is not None
+        if self._encoder is None or self._encoder.device != draws.device:
+            self._encoder = Encoder(self.spec.vae, draws.device)
+        parts = [self._encoder(part) for part in x0.split(8)]
+        mean, std = (torch.cat(t).to(draws.device) for t in zip(*parts, strict=True))
+        return mean + std * draws.normal_like(mean)
 
     def null(self, cond: Any) -> Any:
         """The null class or text beside the same picture; None where there is neither."""

@@ -119,6 +119,9 @@ def bare_student(spec: Any, site: Site) -> nn.Module:
     """A role of a spec without weights where its config tells; adapters are left out."""
     if isinstance(spec, UNet2DSpec) and (model := outline(spec.settings(site))):
         return spec.around(model, site)
+    if spec.name == "controlnet":
+        with shapes():
+            return replace(spec, path=None).build(site)
     return _spec(spec).build(site)
 
 

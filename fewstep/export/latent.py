@@ -24,8 +24,18 @@ from fewstep.algebra.sampling import Sampler, sample
 from fewstep.export.base import ExportRefused, Parts, Stock
 from fewstep.export.card import Card, front_of, student_card, usage
 from fewstep.export.fold import constant_inputs, moving
+from fewstep.export.image_to_image import PIPELINES, begun, draw_from, image_to_image_stock, image_usage, run_from, taken
 from fewstep.export.levels import TOLERANCE, check_export, levels_of, levels_of_scheduler
-from fewstep.export.picture import IF_PIPELINES, NOISING, check_picture, picture_usage, save_noising, whole_model
+from fewstep.export.picture import (
+    CONTROLNET_PIPELINES,
+    IF_PIPELINES,
+    NOISING,
+    check_picture,
+    controlnet_usage,
+    picture_usage,
+    save_noising,
+    whole_model,
+)
 from fewstep.export.routes import INSTEAD, check_history, plain_kind, scm_stock, unet_stock
 from fewstep.export.stock import fresh_noise, open_stock, run_stock, without_variance
 from fewstep.networks.adapters import Adapted, on_cpu, plain_copy
@@ -151,26 +161,31 @@ def source_of(product: Product) -> Folder:
     return folder
 
 
-def stock_of(product: Product) -> tuple[Folder, Any, Stock]:
+def stock_of(product: Product, begins: bool = False) -> tuple[Folder, Any, Stock]:
     """The teacher's folder, the student's wrapper, and the stock scheduler that takes its steps in that pipeline.
 
-    Raises ExportRefused, with the reason, where there is none, UserError for a folder that misses something.
+    begins: with a picture, noised to its first level. Raises ExportRefused, with the reason, where there is none,
+    UserError for a folder that misses something.
     """
     source, net = source_of(product), student_of(product)
     wrapper: Any = net.net
     if not wrapper.pipeline:
         raise ExportRefused(f"no stock pipeline is known for {type(wrapper.model).__name__}; {INSTEAD}")
-    stock = latent_stock(net, product.sampler)
-    check_picture(wrapper, stock)
+    if begins:
+        stock = image_to_image_stock(net, product.sampler, pipeline_name(source, wrapper))
+    else:
+        stock = latent_stock(net, product.sampler)
+        check_picture(wrapper, stock)
     if pipeline_name(source, wrapper) in IF_PIPELINES:
         without_variance(stock.scheduler)
     check_export(net.process, product.sampler.steps, stock)
     return source, wrapper, stock
 
 
-def pipeline_name(source: Folder, wrapper: Any) -> str:
-    """The stock pipeline of a student: its teacher's, or the one that hands on a picture."""
-    return str(wrapper.pipeline if wrapper.image_channels else source.index["_class_name"])
+def pipeline_name(source: Folder, wrapper: Any, begins: bool = False) -> str:
+    """The stock pipeline of a student: its teacher's, or the one that hands on a picture, or begins with one."""
+    name = str(wrapper.pipeline if wrapper.image_channels else source.index["_class_name"])
+    return PIPELINES[name] if begins else name
 
 
 _DEFAULTS: dict[str, dict[str, Any]] = {
@@ -204,10 +219,14 @@ def settings_of(product: Product, source: Folder, wrapper: Any) -> dict[str, Any
 
 def call_of(product: Product, source: Folder, wrapper: Any, stock: Stock) -> dict[str, Any]:
     """What the pipeline is called with for an example."""
-    what = {"class_labels": [product.example]} if "label" in wrapper.needs else {"prompt": "a red fox in the snow"}
-    if wrapper.image_channels and not product_has_text(product):
-        what = {}
-    return what | stock.call | settings_of(product, source, wrapper)
+    return {**what_of(product, wrapper), **stock.call, **settings_of(product, source, wrapper)}
+
+
+def what_of(product: Product, wrapper: Any) -> dict[str, Any]:
+    """What an example is made of: a class, a prompt, nothing beside a picture."""
+    if wrapper.picture is not None and not product_has_text(product):
+        return {}
+    return {"class_labels": [product.example]} if "label" in wrapper.needs else {"prompt": "a red fox in the snow"}
 
 
 def is_video(product: Product) -> bool:
@@ -240,21 +259,28 @@ def latent_parts(
     settings: Mapping[str, Any] | None = None,
     *,
     variant: bool = False,
+    level: float | None = None,
 ) -> Parts:
     """The student in its teacher's pipeline, its weights written in a dtype of DTYPES; errors as `choose.parts_of`.
 
     card: another than a student's. settings: of the pipeline's call, in place of its own. variant: files of weights are
-    named after the dtype.
+    named after the dtype. level: in the image-to-image pipeline, which begins with a picture noised to
+    this trained level.
 
     Latents are compared, for random conditions and noise, relative to their root mean square where that is above 1.
     """
     if dtype != "fp32":
         product = replace(product, net=_rounded(student_of(product), DTYPES[dtype]))
-    source, wrapper, stock = stock_of(product)
+    begins = level is not None
+    if level is not None:
+        product = begun(product, level)
+    source, wrapper, stock = stock_of(product, begins)
     process: Any = product.net.process
     levels = levels_of(process, product.sampler.steps).shares()
-    name, written = pipeline_name(source, wrapper), stock.sampler
+    name, written = pipeline_name(source, wrapper, begins), stock.sampler
     known = settings_of(product, source, wrapper) | dict(settings or {})
+    if begins:
+        known = taken(name, known)
     front = front_of(source, is_video(product), "text" in wrapper.needs)
     note = Note(
         classes=wrapper.classes,
@@ -272,9 +298,9 @@ def latent_parts(
 
     return Parts(
         scheduler=stock.name,
-        save=partial(_save, source, wrapper, stock.scheduler, DTYPES[dtype], **named),
+        save=partial(_save, source, wrapper, name, stock.scheduler, DTYPES[dtype], **named),
         pairs=pairs,
-        usage=usage_of(product, name, wrapper, call_of(product, source, wrapper, stock) | known, **named),
+        usage=usage_of(product, name, wrapper, {**what_of(product, wrapper), **stock.call, **known}, **named),
         card=partial(card or partial(student_card, front=front, told=guided(product, wrapper)), product, name),
         note=(NAME, note.text()),
     )
@@ -282,7 +308,12 @@ def latent_parts(
 
 def _rounded(net: Denoiser, dtype: torch.dtype) -> Denoiser:
     """The student with all that is saved as a dtype has it, in float32. Raises ExportRefused for what it cannot hold."""
-    saved = {k: v for k, v in net.state_dict().items() if v.is_floating_point()}
+    saved = dict(net.state_dict())
+    for m in net.modules():
+        if hasattr(m, "with_own_base"):
+            m.with_own_base()  # type: ignore[operator]
+            saved |= m.model.state_dict()  # type: ignore[operator, union-attr]
+    saved = {k: v for k, v in saved.items() if v.is_floating_point()}
     for v in saved.values():
         v.copy_(v.to(dtype))
     bad = not_finite(saved.items())
@@ -293,9 +324,16 @@ def _rounded(net: Denoiser, dtype: torch.dtype) -> Denoiser:
 
 def usage_of(product: Product, name: str, wrapper: Any, call: Mapping[str, Any], **named: str) -> Callable[[str], str]:
     """The lines that run an export, given its folder; named: see `card.usage`."""
+    if name in PIPELINES.values():
+        _, high, wide = product.shape
+        shape = product.shape if name == "IFImg2ImgPipeline" else (3, high * wrapper.pixels, wide * wrapper.pixels)
+        return partial(image_usage, name, call, shape, **named)
     if not wrapper.image_channels:
         return partial(usage, name, call, **named)
-    size = tuple(image_of(product) or (wrapper.image_channels, *wrapper.sample_size()))
+    sides = (n * wrapper.pixels for n in product.shape[1:])
+    size = tuple(image_of(product) or (wrapper.image_channels, *sides))
+    if name in CONTROLNET_PIPELINES:
+        return partial(controlnet_usage, name, call, size, **named)
     return partial(picture_usage, call, size, int(wrapper.config.encoder_hid_dim), **named)
 
 
@@ -306,21 +344,32 @@ def image_of(product: Product) -> tuple[int, ...] | None:
 
 
 def _save(
-    source: Folder, wrapper: Any, scheduler: Any, dtype: torch.dtype, to: Path, *, variant: str | None = None
+    source: Folder,
+    wrapper: Any,
+    pipeline: str,
+    scheduler: Any,
+    dtype: torch.dtype,
+    to: Path,
+    *,
+    variant: str | None = None,
 ) -> None:
-    """The source's folder with another network and scheduler. Text encoders are copied, not loaded."""
-    index = dict(source.index) | ({"_class_name": wrapper.pipeline} if wrapper.image_channels else {})
+    """The source's folder as a pipeline with another network and scheduler. Text encoders are copied, not loaded."""
+    index = dict(source.index) | {"_class_name": pipeline}
     for name, entry in index.items():
         if part_of(entry) and name not in (source.component, "scheduler"):
             shutil.copytree(source.root / name, to / name)
     model: Any = whole_model(wrapper)
-    if model is wrapper.model and dtype is not torch.float32:
-        model = copy.deepcopy(model)  # the sampler's own network stays as it is
+    if model is wrapper.model and (dtype is not torch.float32 or pipeline in CONTROLNET_PIPELINES):
+        model = copy.deepcopy(model)  # the sampler's own network stays as it is, and the one that a ControlNet is beside
     model = model.to(dtype)
     model.save_pretrained(to / source.component, safe_serialization=True, variant=variant)
     scheduler.save_pretrained(to / "scheduler")
     index["scheduler"] = ["diffusers", type(scheduler).__name__]
-    if wrapper.image_channels:
+    if wrapper.pipeline in CONTROLNET_PIPELINES:
+        net = wrapper.controlnet if dtype is torch.float32 else copy.deepcopy(wrapper.controlnet).to(dtype)
+        net.save_pretrained(to / "controlnet", safe_serialization=True, variant=variant)
+        index["controlnet"] = ["diffusers", "ControlNetModel"]
+    elif wrapper.image_channels:
         shutil.rmtree(to / NOISING, ignore_errors=True)
         save_noising(to, index)
     (to / "model_index.json").write_text(json.dumps(index, indent=2))
@@ -334,5 +383,10 @@ def _both(
     generator = torch.Generator().manual_seed(0)
     start = torch.randn(count, *product.shape, generator=generator)
     cond = wrapper.example(count, generator)
-    theirs = run_stock(open_stock(folder, **opened), wrapper, start, cond, call)
+    pipe = open_stock(folder, **opened)
+    if "strength" in call:
+        return draw_from(on_cpu(product.net), product.sampler, wrapper, start, cond), run_from(
+            pipe, wrapper, start, cond, call
+        )
+    theirs = run_stock(pipe, wrapper, start, cond, call)
     return sample(product.sampler, on_cpu(product.net), start, cond, fresh_noise(wrapper, start)), theirs

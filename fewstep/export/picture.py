@@ -16,12 +16,14 @@ from fewstep.networks.picture import joined
 
 IF_PIPELINES = ("IFPipeline", "IFSuperResolutionPipeline")
 """Stock pipelines of text-conditional networks of pixels, without and with a picture."""
+CONTROLNET_PIPELINES = ("StableDiffusionControlNetPipeline", "StableDiffusionXLControlNetPipeline")
+"""Those of latents that hand their picture to a ControlNet."""
 NOISING = "image_noising_scheduler"
 
 
 def whole_model(wrapper: Any) -> nn.Module:
     """The wrapped model; of one with a picture a copy whose first layer takes x and the picture as one input."""
-    if not wrapper.image_channels:
+    if wrapper.picture is None:
         return wrapper.model
     model: Any = copy.deepcopy(wrapper.model)
     model.conv_in = joined(model.conv_in, wrapper.picture)
@@ -38,7 +40,7 @@ def no_noise() -> Any:
 
 def check_picture(wrapper: Any, stock: Stock) -> None:
     """ExportRefused where no stock pipeline hands this network its picture as it was trained with it."""
-    if not wrapper.image_channels:
+    if not wrapper.image_channels or wrapper.pipeline in CONTROLNET_PIPELINES:
         return
     if wrapper.pipeline != "IFSuperResolutionPipeline":
         raise ExportRefused(
@@ -66,6 +68,18 @@ def picture_usage(call: Mapping[str, Any], image: tuple[int, ...], text: int, fo
         f"image = torch.zeros(1, {shape})  # yours, in [-1, 1]\n"
         f'pipe({given}image=image, {as_code(call)}).images[0].save("sample.png")'
     )
+
+
+def controlnet_usage(name: str, call: Mapping[str, Any], image: tuple[int, ...], folder: str, **named: str) -> str:
+    """`picture_usage` of a ControlNet, which takes pictures in [0, 1]."""
+    colours, high, wide = image
+    if colours == 3:
+        more, given = ", utils", f'utils.load_image("yours.png").resize(({wide}, {high}))'
+    else:  # the pipeline makes colours of every file
+        more, given = "", f"torch.zeros(1, {colours}, {high}, {wide})  # yours, in [0, 1]"
+    lines = opening(name, folder, **named).replace(f"import {name}", f"import {name}{more}")
+    start = "" if more else "import torch\n"
+    return f'{start}{lines}image = {given}\npipe(image=image, {as_code(call)}).images[0].save("sample.png")'
 
 
 def save_noising(folder: Path, index: dict[str, Any]) -> None:

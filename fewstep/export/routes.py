@@ -159,16 +159,16 @@ def _edm_euler(process: EDM, sampler: Sampler) -> Stock:
 _NAMES = {"eps": "epsilon", "v": "v_prediction", "x0": "sample"}
 
 
-def _ddpm(process: DiscreteVP, prediction: str, sampler: Sampler, kind: str) -> Stock:
+def _table(process: DiscreteVP, prediction: str, steps: Sequence[float]) -> tuple[dict[str, Any], list[int]]:
+    """(config of a scheduler on a process's table, the rows of the steps); ExportRefused where there is none."""
     if process.snr_shift != 1.0:
         raise ExportRefused(f"only CogVideoX's schedulers read its shift of the table, and none is written; {INSTEAD}")
-    index = [u * process.steps - 1 for u in sampler.steps]
+    index = [u * process.steps - 1 for u in steps]
     if any(abs(i - round(i)) > 1e-6 for i in index):
         raise ExportRefused(
-            f"steps {list(sampler.steps)} fall between the {process.steps} indices of the table, which "
+            f"steps {list(steps)} fall between the {process.steps} indices of the table, which "
             f"stock schedulers do not visit; choose multiples of 1/{process.steps}"
         )
-    rows = [round(i) for i in index]
     table: dict[str, Any] = {
         "num_train_timesteps": process.steps,
         "beta_schedule": process.schedule,
@@ -180,6 +180,47 @@ def _ddpm(process: DiscreteVP, prediction: str, sampler: Sampler, kind: str) -> 
         # Not used by the spacings and lists below; pipelines complain at length about any other value.
         "steps_offset": 1,
     }
+    return table, [round(i) for i in index]
+
+
+def begun_stock(net: Denoiser, sampler: Sampler) -> Stock:
+    """The scheduler of a sampler on a DDPM table that goes on from a picture noised to its first level.
+
+    Unlike from noise alone deterministic steps may begin anywhere: nothing scales what they begin with. Raises
+    ExportRefused where there is none.
+    """
+    process: Any = net.process
+    if not isinstance(process, DiscreteVP) or net.prediction not in _NAMES or net.time_input != "index":
+        raise ExportRefused(
+            f"prediction {net.prediction!r} on {type(process).__name__} begins from a picture in no stock scheduler"
+        )
+    kind, n = plain_kind(sampler, process), len(sampler.steps)
+    if any(sampler.history):
+        raise ExportRefused(f"no stock scheduler with a memory of earlier steps begins below its first level; {INSTEAD}")
+    table, rows = _table(process, net.prediction, sampler.steps)
+    call = {"num_inference_steps": n, "timesteps": rows}
+    visits = {"timesteps": rows}
+    if n == 1 or kind == "renoise":
+        return Stock("LCMScheduler", _lcm(table), call, Sampler(kind="renoise", steps=sampler.steps), levels=visits)
+    eta = sampler.eta if kind == "gamma" else 0.0
+    written = Sampler(kind=kind, steps=sampler.steps, eta=sampler.eta)  # type: ignore[arg-type]
+    return Stock("TCDScheduler", _tcd(table, process), call | {"eta": eta}, written, levels=visits)
+
+
+def _lcm(table: dict[str, Any]) -> dict[str, Any]:
+    # Its boundary scalings stand at |c_skip| < 1e-6 from index 50 on with this scaling of the time.
+    return table | {"clip_sample": False, "timestep_scaling": 10.0}
+
+
+def _tcd(table: dict[str, Any], process: DiscreteVP) -> dict[str, Any]:
+    # TCDScheduler ends at index 0 of its table, not at x0; these betas make the two one.
+    tcd = table | {"trained_betas": process.clean_first_betas(), "clip_sample": False}
+    tcd.pop("rescale_betas_zero_snr", None)  # these betas have it in them
+    return tcd
+
+
+def _ddpm(process: DiscreteVP, prediction: str, sampler: Sampler, kind: str) -> Stock:
+    table, rows = _table(process, prediction, sampler.steps)
     n, explicit = len(rows), {"num_inference_steps": None, "timesteps": rows}
     from_prior = rows[0] == process.steps - 1
     if kind == "map" and n > 1 and not from_prior:
@@ -206,18 +247,14 @@ def _ddpm(process: DiscreteVP, prediction: str, sampler: Sampler, kind: str) -> 
         # Its init_noise_sigma is sqrt(sigma^2 + 1) in this spacing, the variance preserving prior.
         return Stock("EulerDiscreteScheduler", table | {"timestep_spacing": "leading"}, explicit, sampler)
     if n == 1 or kind == "renoise":
-        # Its boundary scalings stand at |c_skip| < 1e-6 from index 50 on with this scaling of the time.
-        config = table | {"clip_sample": False, "timestep_scaling": 10.0}
-        return Stock("LCMScheduler", config, explicit, Sampler(kind="renoise", steps=sampler.steps))
+        return Stock("LCMScheduler", _lcm(table), explicit, Sampler(kind="renoise", steps=sampler.steps))
     if sampler.eta != TCD_ETA:
         raise ExportRefused(
             f"TCDScheduler is called with its default eta {TCD_ETA} by the pipeline, not {sampler.eta}; set "
             f"the method's eta to {TCD_ETA}, to 0 (DDIM) or to 1 (re-noising)"
         )
-    # TCDScheduler ends at index 0 of its table, not at x0; these betas make the two one.
-    tcd = table | {"trained_betas": process.clean_first_betas(), "clip_sample": False}
-    tcd.pop("rescale_betas_zero_snr", None)  # these betas have it in them
-    return Stock("TCDScheduler", tcd, explicit, Sampler(kind="gamma", steps=sampler.steps, eta=sampler.eta))
+    written = Sampler(kind="gamma", steps=sampler.steps, eta=sampler.eta)
+    return Stock("TCDScheduler", _tcd(table, process), explicit, written)
 
 
 def _stands(process: DiscreteVP, steps: Sequence[float]) -> bool:

@@ -88,7 +88,7 @@ def fresh_noise(net: Wrapper, start: Tensor, seed: int = 0) -> Any:
     """The noise that `run_stock` adds after step i, in order: a function for fewstep's sampler."""
     generator = torch.Generator().manual_seed(seed)
     shape, size = net.stepped(start).shape, tuple(start.shape[2:])
-    if net.image_channels:  # IFSuperResolutionPipeline draws noise for the picture first, whatever its level
+    if net.picture is not None:  # IFSuperResolutionPipeline draws noise for the picture first, whatever its level
         torch.randn(len(start), net.image_channels, *size, generator=generator)
     return lambda _: net.unstepped(torch.randn(shape, generator=generator), size)
 

@@ -138,6 +138,9 @@ def on_cpu(module: nn.Module) -> nn.Module:
     """`apart`, in float32 on the CPU."""
     other = apart(module)
     (other.base if isinstance(other, Adapted) else other).cpu().float()
+    for m in other.modules():
+        if hasattr(m, "with_own_base"):  # weights of another role, which may be on another device
+            m.with_own_base()  # type: ignore[operator]
     return other.eval()
 
 

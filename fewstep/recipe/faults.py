@@ -27,6 +27,7 @@ def refuse(recipe: Any) -> None:
     """ValueError beginning with the key for the first fault of a recipe whose fields are each right."""
     _sources(recipe)
     _compiled(recipe)
+    _controlled(recipe)
     _rings(recipe)
     _guidance(recipe)
     _reward(recipe)
@@ -69,7 +70,7 @@ def _student(recipe: Any) -> None:
 def _origin(recipe: Any, role: str) -> Any:
     """The spec that a role's network comes from, through copies and adapters."""
     spec = recipe.spec(role)
-    while spec.name in ("copy", "lora", "network"):
+    while spec.name in ("controlnet", "copy", "lora", "network"):
         spec = spec.of if spec.name == "network" else recipe.spec(spec.of)
     return spec
 
@@ -146,7 +147,7 @@ def _sources(recipe: Any) -> None:
             if other not in names[:number]:
                 told = ", ".join(names[:number]) or "none"
                 raise ValueError(f"{key}.beside: role {other!r} is not built before {role}; those before it: {told}")
-        if getattr(spec, "name", None) not in ("copy", "lora", "pruned") or spec.of in names[:number]:
+        if getattr(spec, "name", None) not in ("controlnet", "copy", "lora", "pruned") or spec.of in names[:number]:
             continue
         why = "is built after it" if spec.of in names else "is not in this recipe"
         if spec.of == role:
@@ -160,6 +161,17 @@ def _compiled(recipe: Any) -> None:
     for role in recipe.train.compile:
         if role not in names:
             raise ValueError(f"train.compile: role {role!r} is not in this recipe; it has {', '.join(names)}")
+
+
+def _controlled(recipe: Any) -> None:
+    """The UNet of a ControlNet stays where its role's calls find it."""
+    train = recipe.train
+    beside = [role for role in recipe.role_names() if getattr(recipe.spec(role), "name", None) == "controlnet"]
+    for key, wrong in (("offload: true", train.offload), ("parallel: fsdp", train.parallel == "fsdp")):
+        if beside and wrong:
+            raise ValueError(
+                f"train.{key}: the {beside[0]} calls another role's UNet, which has to stay whole in its place"
+            )
 
 
 def _rings(recipe: Any) -> None:

@@ -37,6 +37,7 @@ CALL: Mapping[str, Callable[[Any], bool]] = {
     "timesteps": _levels,
     "sigmas": _levels,
     "eta": _number,
+    "strength": lambda v: v == 1,
     "max_timesteps": lambda v: v is None,
     "intermediate_timesteps": lambda v: v is None,
 }

@@ -74,7 +74,7 @@ def stands_on_teacher(recipe: Recipe, role: str = "student") -> bool:
     if role == "teacher":
         return True
     spec = innermost(recipe.spec(role))
-    return spec.name == "lora" and spec.of != role and stands_on_teacher(recipe, spec.of)
+    return spec.name in ("controlnet", "lora") and spec.of != role and stands_on_teacher(recipe, spec.of)
 
 
 def check_resumed(recipe: Recipe, then: Mapping[str, str], now: Mapping[str, str], run: Path) -> list[str]:

@@ -145,7 +145,7 @@ def refuses(recipe: Recipe, other: Recipe) -> str:
                 continue
             return f"has no role {role}, which this recipe trains"
         kinds = [getattr(r.spec(role), "name", role) for r in (recipe, other)]
-        if (kinds[0] == "lora") != (kinds[1] == "lora"):
+        if any((kinds[0] == own) != (kinds[1] == own) for own in ("controlnet", "lora")):
             return f"its {role} is {kinds[1]}, this recipe's {kinds[0]}, which has other weights; leave it as it was"
     if set(recipe.train.ema) != set(other.train.ema):
         return f"has the averages train.ema={list(other.train.ema)}, this recipe {list(recipe.train.ema)}; leave them so"

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
+from PIL import Image
+from tiny_pictures import noise
+from tiny_pipelines import vae
 
 from fewstep.algebra.draws import Draws, fold
 from fewstep.algebra.operators import Box, Grey, Pool
 from fewstep.config import UserError
 from fewstep.data.base import conditions_of, image_shape
 from fewstep.data.degraded import Degraded
-from fewstep.data.images import Digits
+from fewstep.data.images import Digits, ImageFolder
+from fewstep.data.latents import Encoder
 from fewstep.data.toy import Ring
 
 HELD = 0.2226
@@ -91,3 +97,27 @@ def test_data_that_the_operator_does_not_take_are_refused_before_they_are_drawn(
     for look in (spec.outline, spec.open):
         with pytest.raises(UserError, match=message):
             look()
+
+
+def test_samples_may_be_latents_and_conditions_pictures(tmp_path: Path):
+    """What a ControlNet trains on; the VAE halves a side."""
+    (tmp_path / "pictures").mkdir()
+    for i in range(3):
+        Image.fromarray(noise(16, 24, 3, seed=i)).save(tmp_path / "pictures" / f"{i}.png")
+    vae(4, scaling_factor=0.5).save_pretrained(tmp_path / "vae")
+    folder = ImageFolder(path=str(tmp_path / "pictures"))
+    spec = Degraded(of=folder, by=Pool(factor=2), vae=str(tmp_path / "vae"))
+    assert (spec.outline(), spec.image_outline()) == (((4, 8, 12), 0), (3, 8, 12))
+    data = spec.open()
+    z, cond = data.batch(draws())
+    plain = Degraded(of=folder, by=Pool(factor=2)).open()
+    x0, same = plain.batch(draws())
+    assert (data.shape, z.shape) == ((4, 8, 12), (6, 4, 8, 12))
+    assert torch.equal(cond["image"], same["image"])
+    assert torch.equal(data.conditions(draws())["image"], same["image"])
+    mean, std = Encoder(str(tmp_path / "vae"))(x0)
+    assert 0.5 < float(((z - mean) / std).square().mean()) < 2
+    assert torch.allclose(data.batch(draws(2, 5))[0], z[2:5], atol=1e-5)
+    assert data.examples(torch.arange(2)).truth.shape == (2, 3, 16, 24)
+    with pytest.raises(UserError, match=r"data.vae .*: takes RGB pictures whose sides are multiples of 2"):
+        Degraded(of=Digits(), by=Pool(factor=2), vae=str(tmp_path / "vae")).outline()

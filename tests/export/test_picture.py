@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,14 +10,21 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file
+from snippets import check_call
+from tiny_pipelines import make_pipeline
+from tiny_students import make_product
 
+from fewstep.algebra.sampling import Sampler
 from fewstep.commands.check_student import check_student
 from fewstep.export.base import ExportRefused, Stock, write_checked
 from fewstep.export.choose import parts_of
 from fewstep.export.lora import export_lora
 from fewstep.export.picture import check_picture, whole_model
 from fewstep.networks.adapters import Adapted, frozen
+from fewstep.networks.controlnet import ControlNetSpec
 from fewstep.networks.diffusers import load_denoiser
+from fewstep.networks.parts import Site
 from fewstep.recipe.store import load
 from fewstep.train.build import build_roles
 from fewstep.train.product import open_product, product_of
@@ -68,8 +76,6 @@ def student_of(teacher: Path, folder: Path, steps: list[float], **more: Any) -> 
 
 
 def test_a_teacher_is_opened_again_as_it_was_written(teacher: Path):
-    import json
-
     index = json.loads((teacher / "model_index.json").read_text())
     config = json.loads((teacher / "unet" / "config.json").read_text())
     assert index["_class_name"] == "IFSuperResolutionPipeline"
@@ -100,7 +106,7 @@ def test_a_network_is_copied_for_a_picture_alone(teacher: Path):
     assert (whole.conv_in.in_channels, net.model.conv_in.in_channels) == (2, 1)
 
     class Plain:
-        image_channels, model = 0, torch.nn.Identity()
+        picture, model = None, torch.nn.Identity()
 
     assert whole_model(Plain) is Plain.model
 
@@ -138,3 +144,34 @@ def test_what_no_stock_pipeline_does_is_refused():
     with pytest.raises(ExportRefused, match="EulerDiscreteScheduler scales the picture"):
         check_picture(Fits(), euler)
     check_picture(Fits(), ddim)
+
+
+@pytest.mark.parametrize("name", ["sd15", "sdxl"])
+@pytest.mark.parametrize(
+    "sampler",
+    [Sampler(steps=(1.0, 0.75, 0.5, 0.25)), Sampler(kind="map", steps=(1.0, 0.7, 0.312))],
+    ids=["lcm", "euler"],
+)
+def test_a_controlnet_is_written_beside_the_unet_of_its_teacher(tmp_path: Path, name: str, sampler: Sampler):
+    folder = make_pipeline(tmp_path / "teacher", name)
+    like = make_product(folder, name, sampler)
+    image = (3, like.shape[1] * 2, like.shape[2] * 2)
+    teacher: Any = frozen(load_denoiser(str(folder), size=like.shape[1:]))
+    net: Any = ControlNetSpec().build(Site(like.shape, 0, {"teacher": teacher}, 3, image))
+    generator = torch.Generator().manual_seed(3)
+    for p in net.parameters():
+        p.data += 0.1 * torch.randn(p.shape, generator=generator)
+    done = write_checked(parts_of(replace(like, net=net, image=image)), tmp_path / "export")
+    assert done.parity < 5e-6, done.parity
+    index = json.loads((tmp_path / "export" / "model_index.json").read_text())
+    assert index["_class_name"] == f"StableDiffusion{'XL' * (name == 'sdxl')}ControlNetPipeline"
+    assert index["controlnet"] == ["diffusers", "ControlNetModel"]
+    own = load_file(folder / "unet" / "diffusion_pytorch_model.safetensors")
+    written = load_file(tmp_path / "export" / "unet" / "diffusion_pytorch_model.safetensors")
+    assert all(torch.equal(v, own[k]) for k, v in written.items())
+    check_call(done.usage)
+    checked = check_student(str(tmp_path / "export"))
+    assert checked.ok, checked.text()
+    if name == "sd15":
+        half = write_checked(parts_of(replace(like, net=net, image=image), "fp16"), tmp_path / "half")
+        assert half.parity < 5e-6

@@ -246,7 +246,7 @@ class Wrapper(nn.Module):
             if isinstance(further, Tensor):
                 # diffusers has no argument for inputs of ours: they join where it adds its own conditions.
                 handles += [m.register_forward_hook(lambda _m, _a, out: out + further) for m in self.embedders()]
-            if self.image_channels:
+            if self.picture is not None:
                 shown = self.picture(image_at(given["image"], x, self.image_channels, who).to(dtype))
                 handles.append(self.first().register_forward_hook(lambda _m, _a, out: out + shown))
             return self.call(x.to(dtype), time, moved(given, dtype=dtype)), features

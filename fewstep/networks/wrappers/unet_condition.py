@@ -63,14 +63,17 @@ class UNetCondition(UNet):
         return torch.zeros(b, 1, self.config.encoder_hid_dim, device=weight.device, dtype=weight.dtype)
 
     def call(self, x: Tensor, time: Tensor, cond: Mapping[str, Tensor]) -> Tensor:
+        return self.model(x, time, self.words(cond, len(x)), **self.given(x, cond), return_dict=False)[0]
+
+    def given(self, x: Tensor, cond: Mapping[str, Tensor]) -> dict[str, Any]:
+        """What the model is told beside x, time and words."""
         added = None
         if self.added:
             ids = cond["time_ids"] if "time_ids" in cond else self.default_ids(x)
             added = {"text_embeds": cond["pooled"], "time_ids": ids}
         scale = self.scale_of(cond, x)
         scale = None if scale is None else waves(scale - 1, self.config.time_cond_proj_dim).to(x.dtype)
-        more = {"timestep_cond": scale, "added_cond_kwargs": added}
-        return self.model(x, time, self.words(cond, len(x)), **more, return_dict=False)[0]
+        return {"timestep_cond": scale, "added_cond_kwargs": added}
 
     @property
     def takes_scale(self) -> bool:

@@ -1,0 +1,126 @@
+"""A ControlNet beside a frozen UNet: without effect at first, alone trained and saved, the UNet shared and untouched."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny_pipelines import make_pipeline
+
+from fewstep.algebra.batch import Batch
+from fewstep.algebra.draws import Draws, fold
+from fewstep.config import RecipeError
+from fewstep.methods.consistency import Consistency
+from fewstep.networks.adapters import frozen, on_cpu, own_parameters, own_state, twin
+from fewstep.networks.controlnet import ControlNetSpec
+from fewstep.networks.diffusers import load_denoiser
+from fewstep.networks.parts import Site
+from fewstep.networks.roles import Roles
+from fewstep.recipe.store import load
+
+SHAPE, IMAGE = (4, 8, 12), (3, 16, 24)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_pipeline(tmp_path_factory.mktemp("sd15"), "sd15")
+
+
+def site_of(teacher: Any, image: tuple[int, ...] | None = IMAGE) -> Site:
+    return Site(SHAPE, 0, {"teacher": teacher}, 3, image)
+
+
+@pytest.fixture
+def teacher(folder: Path) -> Any:
+    net: Any = frozen(load_denoiser(str(folder), size=SHAPE[1:]))
+    net.ignore = ("image",)
+    return net
+
+
+def lively(net: Any) -> Any:
+    generator = torch.Generator().manual_seed(3)
+    for p in own_parameters(net):
+        p.data += 0.1 * torch.randn(p.shape, generator=generator)
+    return net
+
+
+def inputs(net: Any, b: int = 2) -> tuple[Any, Any, Any]:
+    generator = torch.Generator().manual_seed(1)
+    x, t = torch.randn(b, *SHAPE, generator=generator), torch.tensor([700.0, 30.0], dtype=torch.float64)
+    image = torch.rand(b, *IMAGE, generator=generator) * 2 - 1
+    return x, t, {"text": torch.randn(b, 7, 12, generator=generator), "image": image}
+
+
+def test_without_effect_at_first_then_with_one(teacher: Any):
+    net: Any = ControlNetSpec().build(site_of(teacher))
+    x, t, cond = inputs(net)
+    assert torch.equal(net(x, t, cond).x0, teacher(x, t, cond).x0)
+    lively(net)
+    here = net(x, t, cond).x0
+    assert not torch.equal(here, teacher(x, t, cond).x0)
+    other = net(x, t, cond | {"image": cond["image"].flip(-1)}).x0
+    assert float((here - other).abs().max()) > 1e-4
+
+
+def test_the_controlnet_alone_is_its_own_and_a_copy_shares_the_unet(teacher: Any):
+    net: Any = ControlNetSpec().build(site_of(teacher))
+    before = {k: v.clone() for k, v in teacher.state_dict().items()}
+    assert {k.split(".")[1] for k in own_state(net)} == {"controlnet"}
+    assert not {id(p) for p in own_parameters(net)} & {id(p) for p in teacher.parameters()}
+    x, t, cond = inputs(net)
+    net(x, t, cond).x0.square().mean().backward()
+    assert all(p.grad is None for p in teacher.parameters())
+    assert any(p.grad is not None and bool(p.grad.any()) for p in own_parameters(net))
+    other: Any = twin(lively(net))
+    assert other.net.model is teacher.net.model
+    assert other.net.controlnet is not net.net.controlnet
+    assert torch.equal(other(x, t, cond).x0, net(x, t, cond).x0)
+    alone: Any = on_cpu(net)
+    assert alone.net.model is not teacher.net.model
+    assert all(torch.equal(v, before[k]) for k, v in teacher.state_dict().items())
+    assert copy.deepcopy(net).net.pipeline == "StableDiffusionControlNetPipeline"
+
+
+def test_it_trains_by_a_method_as_it_is(teacher: Any):
+    net: Any = lively(ControlNetSpec().build(site_of(teacher)))
+    x, _, cond = inputs(net)
+    batch = Batch(Draws(fold("x"), torch.arange(2)), SHAPE, x0=x, cond=cond)
+    method = Consistency(solver="ddim")
+    loss = sum(next(iter(method.losses(Roles(teacher=teacher, student=net), batch, 0))).values())
+    assert isinstance(loss, torch.Tensor)
+    loss.backward()
+    assert any(p.grad is not None and bool(p.grad.any()) for p in own_parameters(net))
+
+
+def test_one_that_was_saved_is_where_it_begins(teacher: Any, tmp_path: Path):
+    net: Any = lively(ControlNetSpec().build(site_of(teacher)))
+    net.net.controlnet.save_pretrained(tmp_path / "canny")
+    again: Any = ControlNetSpec(path=str(tmp_path / "canny")).build(site_of(teacher))
+    x, t, cond = inputs(net)
+    assert torch.equal(again(x, t, cond).x0, net(x, t, cond).x0)
+    with pytest.raises(RecipeError, match="conditioning_channels is 3, and here it is 1; name one"):
+        ControlNetSpec(path=str(tmp_path / "canny")).build(site_of(teacher, (1, 16, 24)))
+
+
+def test_what_it_cannot_stand_beside_is_named(teacher: Any):
+    for image, held in ((None, "hold no picture"), ((3, 8, 12), r"hold one of \[3, 8, 12\]")):
+        with pytest.raises(
+            RecipeError, match=f"takes pictures of 16 x 24 pixels, 2 for each cell of the latents.*{held}"
+        ):
+            ControlNetSpec().build(site_of(teacher, image))
+    digits: Any = frozen(load_denoiser("assets:digits-teacher"))
+    with pytest.raises(
+        RecipeError, match=r"the teacher is a UNet2DModel, and a ControlNet is for a UNet2DConditionModel"
+    ):
+        ControlNetSpec().build(replace(site_of(digits), shape=(1, 8, 8)))
+    net: Any = ControlNetSpec().build(site_of(teacher))
+    x, t, cond = inputs(net)
+    with pytest.raises(ValueError, match=r"takes cond\['image'\] of \[2, 3, 16, 24\], 2 pixels for each cell"):
+        net(x, t, cond | {"image": cond["image"][..., :12]})
+    for setting, said in (("train.offload=true", "train.offload: true"), ("train.parallel=fsdp", "train.parallel: fsdp")):
+        with pytest.raises(RecipeError, match=f"{said}: the student calls another role's UNet"):
+            load("digits-dmd2", ["student={name: controlnet, of: teacher}", setting])
