@@ -15,9 +15,9 @@ from fewstep.algebra.sampling import sample, seeded
 from fewstep.commands.gallery import captioned
 from fewstep.commands.measure import teacher_product
 from fewstep.commands.pictures import in_colour, require_finite, save_picture
-from fewstep.commands.report import say
+from fewstep.commands.report import shown_teacher, say
 from fewstep.config import UserError
-from fewstep.train.product import Product, teacher_beside
+from fewstep.train.product import Product
 
 MOST = 16
 """Samples of a sheet."""
@@ -51,10 +51,11 @@ def draw_path(product: Product, labels: Any, count: int, seed: int, out: Path, t
     recipe: Any = product.recipe
     if recipe is not None and recipe.teacher is not None and product.fitted is None and teacher != 0:
         data = recipe.data.open()
-        net: Any = teacher_beside(recipe, data, product.title, product.checkpoint).to(product.device())
-        net = guided_teacher(net, recipe.evaluate.guidance if recipe.evaluate else 1.0, data.null)
-        many = teacher_product(product, net, teacher or len(product.sampler.steps))
-        shown.insert(0, ("teacher", steps_of(many, labels, count, seed)))
+        net: Any = shown_teacher(product, data, required=bool(teacher))
+        if net is not None:
+            net = guided_teacher(net, recipe.evaluate.guidance if recipe.evaluate else 1.0, data.null)
+            many = teacher_product(product, net, teacher or len(product.sampler.steps))
+            shown.insert(0, ("teacher", steps_of(many, labels, count, seed)))
     elif teacher:
         raise UserError(f"--teacher: {product.title} has none beside it")
     length = max(len(x) for _, x in shown)

@@ -47,6 +47,20 @@ def first_teacher(trainer: Trainer) -> Any:
     return teacher_beside(trainer.recipe, trainer.data, str(run), saved).to(trainer.device)
 
 
+def shown_teacher(product: Product, data: Any, required: bool) -> Any:
+    """The teacher of a run's product, on its device, to be drawn beside it; None with a line where it is not trained yet.
+
+    UserError where it is required.
+    """
+    try:
+        return teacher_beside(product.recipe, data, product.title, product.checkpoint).to(product.device())  # type: ignore[arg-type]
+    except UserError as error:
+        if required:
+            raise
+        say(f"note: {error}; it is left out")
+        return None
+
+
 def compare(
     student: Product, judge: Judge, teacher: Any, teacher_steps: Sequence[int]
 ) -> tuple[list[Evaluation], list[tuple[str, Any]]]:

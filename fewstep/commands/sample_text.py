@@ -15,14 +15,13 @@ from fewstep.algebra.guidance import guided_teacher
 from fewstep.commands.gallery import captioned
 from fewstep.commands.measure import teacher_product
 from fewstep.commands.pictures import in_colour, require_finite, save_picture
-from fewstep.commands.report import opened, say
+from fewstep.commands.report import opened, say, shown_teacher
 from fewstep.commands.sources import called, load_pipeline
 from fewstep.config import UserError
 from fewstep.data.text import embed
 from fewstep.networks.nasa import negative_away, steerable
 from fewstep.train.assisted import attended
 from fewstep.train.note import read_note
-from fewstep.train.product import teacher_beside
 
 HEUN = 12
 """Steps of a teacher whose recipe evaluates it at none."""
@@ -103,9 +102,12 @@ def of_run(
     drawn = [(f"{name}, {taken} step{'s' * (taken > 1)}", product)]
     many = max(spec.teacher_steps) if teacher is None and spec and spec.teacher_steps else teacher
     if recipe.teacher is not None and many != 0:
-        net: Any = teacher_beside(recipe, data.open(), str(run), product.checkpoint)
+        net: Any = shown_teacher(product, data.open(), required=bool(teacher))
+    else:
+        net = None
+    if net is not None:
         scale = guidance if guidance is not None else spec.guidance if spec else getattr(recipe.method, "guidance", None)
-        net = guided_teacher(net.to(product.device()), float(scale or 1.0), text.null)
+        net = guided_teacher(net, float(scale or 1.0), text.null)
         beside = teacher_product(product, net, many or HEUN)
         drawn.insert(0, (beside.title, beside))
     elif teacher:

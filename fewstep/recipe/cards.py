@@ -119,7 +119,7 @@ def measured(known: Mapping[str, Card]) -> list[tuple[str, Ours]]:
     found = []
     for r in _lines("conformance.jsonl"):
         result = Ours(
-            setting=r["recipe"] + " (guided, so not at the ring)" * r["guided"],
+            setting=r["recipe"] + " (guided or rewarded, so not at the ring)" * r["guided"],
             metric=ENERGY,
             value=round(r["energy"], 2),
             updates=r["updates"],

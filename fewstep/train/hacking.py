@@ -22,6 +22,7 @@ IN_A_ROW = 2
 """Readings that are judged together, by the one that is better."""
 REMEDY = "lower method.reward.weight (of pso: optim.student.lr, method.clip), or stop there (train.guard=stop)"
 KEYS = ("samples/reward", "samples/fd", "samples/spread")
+"""The last is not there beside a teacher that does not see the condition."""
 
 
 @dataclass
@@ -38,14 +39,15 @@ class Rise:
 
     def add(self, record: Mapping[str, Any]) -> None:
         """The next record of the stage; those without these readings say nothing."""
-        if not all(isinstance(record.get(key), int | float) for key in KEYS):
+        there = [key for key in KEYS if isinstance(record.get(key), int | float)]
+        if not {*KEYS[:2]} <= {*there}:
             return
-        for key in KEYS:
+        for key in there:
             self.recent[key].append(float(record[key]))
         reward, fd, spread = (self.recent[key] for key in KEYS)
         if len(reward) < IN_A_ROW:
             return
-        self.widest = max(self.widest, min(spread))
+        self.widest = max(self.widest, min(spread, default=0.0))
         if max(fd) < self.nearest:
             self.nearest, self.start = max(fd), min(reward)
 
@@ -62,15 +64,18 @@ class Rise:
         return max(0.0, min(self.recent["samples/fd"]) - CHANCE) / max(self.nearest, 1e-12)
 
     def alike(self) -> float:
-        """Their spread over the most there was."""
+        """Their spread over the most there was, 1 where it is not read."""
+        if not self.recent["samples/spread"]:
+            return 1.0
         return max(self.recent["samples/spread"]) / max(self.widest, 1e-12)
 
     def worst(self) -> tuple[float, float, str]:
         """The reading that is nearest to its line or farthest beyond it, the line, and all three in words."""
         apart, alike = self.apart(), self.alike()
+        spread = f" and their spread {alike:.2f} of its best" if self.recent["samples/spread"] else ""
         text = (
             f"reward is {self.gain():+.2f} of its deviations from where samples were nearest to the reference; since "
-            f"then their FD is {apart:.2f} times its least and their spread {alike:.2f} of its best"
+            f"then their FD is {apart:.2f} times its least{spread}"
         )
         far = (apart - 1) / (APART - 1) > (1 - alike) / (1 - ALIKE)
         return (apart, APART, text) if far else (alike, ALIKE, text)

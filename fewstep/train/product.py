@@ -314,14 +314,15 @@ def _open_fit(path: Path) -> Product:
 def teacher_beside(recipe: Recipe, data: Any, title: str, checkpoint: Path | None = None) -> Any:
     """The teacher of a recipe, in evaluation; one that a stage before fills has the weights of a checkpoint.
 
-    UserError where such a one has no checkpoint, or the last stage of the run had not begun when it was saved.
+    UserError where such a one has no checkpoint, or it was saved before the stage that fills the teacher had begun.
     """
     net: Any = build_roles(recipe, data).teacher
     if recipe.fills_teacher():
         if checkpoint is None:
             raise UserError(f"{title}: its teacher is trained by a run of it and has no weights before; name the run")
         progress, _ = read_state(checkpoint)
-        if (progress.stage, progress.step) <= (len(recipe.stages()) - 1, 0):
+        filling = next(i for i, stage in enumerate(recipe.stages()) if "teacher" in stage.copy)
+        if (progress.stage, progress.step) <= (filling, 0):
             raise UserError(f"{title}: its teacher is not trained yet at {checkpoint.name}; let the run go on")
         file = checkpoint / "teacher.safetensors"
         load_into(net, load_tensors(file), file)

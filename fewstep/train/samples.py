@@ -24,6 +24,7 @@ from fewstep.algebra.sampling import Sampler, many_step, sample, seeded
 from fewstep.data.base import conditions_of
 from fewstep.methods.readings import spread
 from fewstep.methods.reward import follows_reward
+from fewstep.networks.specs import innermost_denoiser
 from fewstep.recipe.schema import Stage
 from fewstep.train.session import Session
 
@@ -226,15 +227,16 @@ class SampleReadings:
             teacher: Any = session.roles.teacher
             net = guided_teacher(teacher, scale, session.data.null)
             out = self._figures(self._draw(net, many_step(TEACHER_STEPS)), self.group, self._conditions())
-            if getattr(teacher, "ignore", ()):
-                del out["spread"]  # within one condition the student is to spread less than who does not see it
+            seen = innermost_denoiser(teacher)
+            if seen is not None and seen.ignore:
+                out.pop("spread", None)  # within one condition the student is to spread less than who does not see it
             return out
         index = torch.arange(max(self.count, min(REAL, self.room)), device=session.device)
         x, cond = session.data.batch(Draws(fold(recipe.train.seed, "samples", "data"), index))
         plain = isinstance(cond, Tensor) and cond.ndim == 1 and not cond.is_floating_point()
         out = self._figures(x, cond if plain and isinstance(cond, Tensor) else torch.zeros_like(index), cond)
         if cond is not None and not plain:
-            del out["spread"]  # one picture a caption says nothing of the spread within one
+            out.pop("spread", None)  # one picture a caption says nothing of the spread within one
         return out
 
     @torch.no_grad()

@@ -43,7 +43,7 @@ SKIPS = 0.01
 """Share of refused updates above which numerics are in trouble."""
 ODD = 2
 """Refused updates of a stage that are no trouble, however short it is."""
-COPIES = 0.1
+COPIES = 0.01
 """Spread of the method's own samples over the best that two records in a row had: below, they are nearly copies."""
 RECENT = 2
 """Readings of samples in a row that are judged together, by the one that is nearer to the reference."""
@@ -150,6 +150,8 @@ def diversity(records: Sequence[Record]) -> Verdict | None:
     if len(values) < FEWEST:
         return None
     parts = _windows(values)
+    if max(parts) == 0:
+        return None  # one sample at a time
     share = parts[-1] / max(max(parts), 1e-12)
     text = f"spread of the samples is {share:.2f} of its best"
     if math.isnan(share):

@@ -77,3 +77,14 @@ def test_health_progress_and_page_tell_it(tmp_path: Any):
     assert "method.reward.weight" in told
     assert "reward hacking" in alarmed(log)
     assert "reward hacking" in [v.name for v in verdicts(log)]
+
+
+def test_without_a_spread_the_distance_alone_decides():
+    """Beside a teacher that does not see the condition there is none."""
+    rows = records(AWAY)
+    for record in rows:
+        del record["samples/spread"]
+    (told,) = [v for v in Course(rows).verdicts() if v.name.startswith("reward")]
+    assert (told.name, told.level) == ("reward hacking", "alarm")
+    assert "spread" not in told.sentence
+    assert [v.level for v in Course(rows[:-1]).verdicts() if v.name == "reward"] == ["fine"]

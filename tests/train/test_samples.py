@@ -167,6 +167,19 @@ def test_a_teacher_that_does_not_see_the_condition_is_no_measure_of_the_spread_w
     assert "samples/contrast" in read["digits-jdm"]
 
 
+def test_a_blind_teacher_of_another_process_at_batch_one_is_read_too():
+    from fewstep.recipe.store import load
+
+    session = Session(load("digits-jdm", ["train.batch=1", "teacher.process={name: flow}"]), cpu=True)
+    session.make_state(session.recipe.stages()[-1])
+    readings = SampleReadings(session, 20)
+    readings.reward = None  # whose readings are of more samples
+    readings.count, readings.group = 1, readings.group[:1]
+    read = readings.read(session.recipe.stages()[-1])
+    assert "samples/contrast" in read
+    assert "samples/spread" not in read
+
+
 def test_many_calls_are_asked_less_often():
     session = Session(tiny(), cpu=True)
     readings, (warm, last) = SampleReadings(session, 20), session.recipe.stages()

@@ -135,7 +135,7 @@ def test_copies_in_the_methods_own_batches_are_an_alarm_at_the_second_record_and
         return found
 
     assert by_the_guard(1e-8) == {"copies in a batch": 440}
-    assert by_the_guard(0.05) == {}
+    assert by_the_guard(0.01) == {}
     assert "noise" in next(v for v in verdicts(rows(1e-8)) if v.name == "copies in a batch").remedy
 
 

@@ -124,6 +124,10 @@ def compare(
         tasks += fit_tasks(tasks[0], {name: out / names[name] / "fit" for name in fits})
         beside = f", beside {len(fits)} fit{'s' * (len(fits) > 1)}" if fits else ""
         say(f"{len(loaded)} recipes x {seeds} seeds, {amount} each{beside}, in {out}")
+        for name in (n for n, recipe in loaded.items() if recipe.fills_teacher()):
+            say(
+                f"note: {name} trains its own teacher, which stands in no row; `fewstep eval RUN --teacher STEPS` measures it"
+            )
         with interrupted(shlex.join(again)):
             run_all([*teachers, *tasks])
         about = ranking.facts(amount, range(seeds), settings, evaluation)
@@ -248,7 +252,9 @@ def by_teacher(tasks: Sequence[Task], loaded: Mapping[str, Recipe]) -> list[list
     found: dict[str, list[Task]] = {}
     for task in tasks:
         recipe = loaded[task.recipe]
-        if recipe.teacher is not None and not recipe.fills_teacher():
+        if recipe.fills_teacher():
+            continue
+        if recipe.teacher is not None:
             spec = {k: v for k, v in plain(recipe.teacher).items() if k != "process"}
             found.setdefault(json.dumps([spec, plain(recipe.data)], sort_keys=True, default=str), []).append(task)
     return list(found.values())
