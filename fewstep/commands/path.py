@@ -15,7 +15,7 @@ from fewstep.algebra.sampling import sample, seeded
 from fewstep.commands.gallery import captioned
 from fewstep.commands.measure import teacher_product
 from fewstep.commands.pictures import in_colour, require_finite, save_picture
-from fewstep.commands.report import shown_teacher, say
+from fewstep.commands.report import say, shown_teacher
 from fewstep.config import UserError
 from fewstep.train.product import Product
 
