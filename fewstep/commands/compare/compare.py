@@ -125,9 +125,7 @@ def compare(
         beside = f", beside {len(fits)} fit{'s' * (len(fits) > 1)}" if fits else ""
         say(f"{len(loaded)} recipes x {seeds} seeds, {amount} each{beside}, in {out}")
         for name in (n for n, recipe in loaded.items() if recipe.fills_teacher()):
-            say(
-                f"note: {name} trains its own teacher, which stands in no row; `fewstep eval RUN --teacher STEPS` measures it"
-            )
+            say(f"note: {name} trains its own teacher, which has no row; `fewstep eval RUN --teacher STEPS` measures it")
         with interrupted(shlex.join(again)):
             run_all([*teachers, *tasks])
         about = ranking.facts(amount, range(seeds), settings, evaluation)
