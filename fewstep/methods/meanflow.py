@@ -34,6 +34,8 @@ class MeanFlow:
     """Distribution of both times; the larger is t (ImageNet; CIFAR-10: mean -2, std 2)."""
     apart: float = 0.25
     """Share of the batch with s < t; the rest has s = t and is flow matching (ImageNet .25, CIFAR-10 .75)."""
+    to_clean: float = 0.0
+    """Share of the batch, out of `apart`, whose s is 0 (AnyFlow, arXiv 2605.13724: .25 out of .5)."""
     along: Literal["target", "own"] = "target"
     """The velocity that du/dt is taken along: target, the one that is followed, or own, the student's at s = t, which
     needs no pair: iMF's V = u + (t - s) du/dt regresses that target (arXiv 2512.02012)."""
@@ -72,9 +74,11 @@ class MeanFlow:
         check_scale(self.guidance)
         if self.along == "own":
             object.__setattr__(self, "cites", (*type(self).cites, "2512.02012"))
-        if not (0 <= self.apart <= 1 and 0 <= self.drop_cond <= 1 and 0 <= self.guided_until <= 1):
-            got = f"{self.apart}, {self.drop_cond}, {self.guided_until}"
-            raise ValueError(f"apart, drop_cond and guided_until must lie in [0, 1], not {got}")
+        for name in ("apart", "drop_cond", "guided_until"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name}: must lie in [0, 1], not {getattr(self, name)}")
+        if not 0 <= self.to_clean <= self.apart:
+            raise ValueError(f"to_clean: must lie in [0, apart], [0, {self.apart}], not {self.to_clean}")
         if self.along == "own" and self.apart == 1:
             raise ValueError("apart: 1 leaves no row to train the velocity at s = t, which along: own needs; give less")
         if self.embed_guidance and self.kappa:
@@ -86,23 +90,23 @@ class MeanFlow:
 
     def needs(self) -> Needs:
         roles = {"student"} | ({"teacher"} if self.source == "teacher" else set())
-        jvp, inputs = tr.forward_directions(self.tangent, "xt"), {"s"} if self.apart else set()
-        inputs |= {"w"} if self.embed_guidance else set()
-        return Needs(frozenset(roles), data=True, jvp=jvp, process="flow", inputs=frozenset(inputs))
+        inputs = frozenset(({"s"} if self.apart else set()) | ({"w"} if self.embed_guidance else set()))
+        jvp = tr.forward_directions(self.tangent, "xt")
+        return Needs(frozenset(roles), data=True, jvp=jvp, process="flow", inputs=inputs)
 
     def turns(self, roles: Roles, step: int) -> Iterator[Turn]:
         yield Turn(("student",), lambda batch: self.losses(roles, batch, step))
 
     def pair(self, batch: Batch, process: Any) -> tuple[Tensor, Tensor]:
-        """(t, s), s <= t; s = t outside the share `apart`."""
+        """(t, s), s <= t; s = t outside the share `apart`, 0 in the share `to_clean`."""
         a, b = (self.times.sample(batch.draws, process) for _ in range(2))
         t, s = torch.maximum(a, b), torch.minimum(a, b)
-        return t, torch.where(batch.draws.uniform() < self.apart, s, t)
+        u = batch.draws.uniform()
+        return t, torch.where(u < self.apart, torch.where(u < self.to_clean, 0 * s, s), t)
 
     def losses(self, roles: Roles, batch: Batch, step: int) -> Iterator[Losses]:
         student, process = roles.student, roles.student.process
-        t, s = self.pair(batch, process)
-        x0, eps = batch.data(), batch.noise()
+        (t, s), x0, eps = self.pair(batch, process), batch.data(), batch.noise()
         x, _ = add_noise(process, x0, eps, t)
         cond = self.dropped(batch, t, s)
         scale = drawn(self.guidance, batch.draws)
@@ -112,15 +116,15 @@ class MeanFlow:
             v = self.velocity(roles, batch, cond, x, t, eps - x0, scale, w)
             along = v if self.along == "target" else here(x, t, t)
         raw = here(x, t, s)
-        way = along, torch.ones_like(t), None
+        way = (along, torch.ones_like(t), None)
         moved = tr.tangent(here, (x, t, s), way, self.tangent, floor=s, ceiling=process.t_max)
         fade = min(1.0, step / self.warmup) if self.warmup else 1.0
         residual = tr.eulerian(tr.slopes(process, "velocity", t, s, "t"), x, v, raw.detach(), moved, fade)
         if self.normalize is not None:
             residual = tr.bounded(residual, self.normalize)
         target = tr.toward_raw(raw.detach(), residual, -1.0)
-        log = {"tangent_norm": moved.flatten(1).norm(dim=1).mean()}
-        yield Losses({"meanflow": tr.adaptive(raw - target, self.power, self.c)}, log)
+        norm = moved.flatten(1).norm(dim=1).mean()
+        yield Losses({"meanflow": tr.adaptive(raw - target, self.power, self.c)}, {"tangent_norm": norm})
 
     def dropped(self, batch: Batch, t: Tensor, s: Tensor) -> Any:
         """The batch's condition with the null one in a share of rows."""

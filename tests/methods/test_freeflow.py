@@ -195,7 +195,7 @@ def test_meanflow_guides_the_told_rows_below_its_last_time(mapping: bool) -> Non
 
 
 def test_meanflow_guided_until_is_a_time() -> None:
-    with pytest.raises(ValueError, match="guided_until is a time"):
+    with pytest.raises(ValueError, match="guided_until: must lie in"):
         MeanFlow(guided_until=1.5)
 
 
