@@ -23,6 +23,7 @@ from fewstep.algebra.process import DiscreteVP, Flow
 from fewstep.algebra.sampling import Sampler, sample
 from fewstep.export.base import ExportRefused, Parts, Stock
 from fewstep.export.card import Card, front_of, student_card, usage
+from fewstep.export.flow_map import CLASSES, LOOP, SCHEDULER, flow_map_model, flow_map_stock, jumps_of, retold
 from fewstep.export.fold import constant_inputs, moving
 from fewstep.export.levels import TOLERANCE, check_export, levels_of, levels_of_scheduler
 from fewstep.export.picture import IF_PIPELINES, NOISING, check_picture, picture_usage, save_noising, whole_model
@@ -55,6 +56,8 @@ def latent_stock(net: Denoiser, sampler: Sampler) -> Stock:
     process: Any = net.process
     kind, n = plain_kind(sampler, process), len(sampler.steps)
     check_history(process, sampler)
+    if moving(net, sampler):
+        return flow_map_stock(process, sampler)
     if isinstance(process, Flow) and net.prediction in ("velocity", "psi") and net.time_input == "1000t":
         return _flow(process, wrapper, sampler, renoise=kind == "renoise" and n > 1)
     if isinstance(process, Flow) and wrapper.pipeline == "SanaSprintPipeline":
@@ -110,8 +113,11 @@ def _written(sampler: Sampler, steps: tuple[float, ...] | None = None) -> Sample
     return Sampler(kind=kind, steps=steps or sampler.steps, eta=sampler.eta, history=sampler.history)
 
 
-def student_of(product: Product) -> Denoiser:
-    """The student as a plain denoiser: adapters merged, constant further inputs folded into the time embedding."""
+def student_of(product: Product, maps: bool = False) -> Denoiser:
+    """The student as a plain denoiser: adapters merged, constant further inputs folded into the time embedding.
+
+    maps: leave the inputs of a flow map of several steps as they are, where a stock class hands on a destination time.
+    """
     net = plain_copy(product.net)
     if not isinstance(net, Denoiser):
         raise ExportRefused(
@@ -120,9 +126,11 @@ def student_of(product: Product) -> Denoiser:
         )
     if net.inputs:
         if moving(net, product.sampler):
+            if maps and getattr(net.net, "pipeline", "") in CLASSES:
+                return net
             raise ExportRefused(
-                f"this student is told where each of its {len(product.sampler.steps)} steps ends, and no stock "
-                f"pipeline hands on a destination time; with one step it folds into the weights; {INSTEAD}"
+                f"this student is told where each of its {len(product.sampler.steps)} steps ends, and no stock pipeline "
+                f"of its class hands on a destination time; with one step it folds into the weights; {LOOP}"
             )
         constant = constant_inputs(net, net, product.sampler)
         with torch.no_grad():
@@ -151,12 +159,13 @@ def source_of(product: Product) -> Folder:
     return folder
 
 
-def stock_of(product: Product) -> tuple[Folder, Any, Stock]:
+def stock_of(product: Product, maps: bool = False) -> tuple[Folder, Any, Stock]:
     """The teacher's folder, the student's wrapper, and the stock scheduler that takes its steps in that pipeline.
 
+    maps: as in `student_of`; the pipeline is then another than the teacher's (`flow_map.CLASSES`).
     Raises ExportRefused, with the reason, where there is none, UserError for a folder that misses something.
     """
-    source, net = source_of(product), student_of(product)
+    source, net = source_of(product), student_of(product, maps)
     wrapper: Any = net.net
     if not wrapper.pipeline:
         raise ExportRefused(f"no stock pipeline is known for {type(wrapper.model).__name__}; {INSTEAD}")
@@ -249,11 +258,21 @@ def latent_parts(
     Latents are compared, for random conditions and noise, relative to their root mean square where that is above 1.
     """
     if dtype != "fp32":
-        product = replace(product, net=_rounded(student_of(product), DTYPES[dtype]))
-    source, wrapper, stock = stock_of(product)
+        net = student_of(product, maps=True)
+        if moving(net, product.sampler):
+            raise ExportRefused(f"--dtype {dtype}: a student that is told where its steps end is written in float32")
+        product = replace(product, net=_rounded(net, DTYPES[dtype]))
+    source, wrapper, stock = stock_of(product, maps=True)
     process: Any = product.net.process
     levels = levels_of(process, product.sampler.steps).shares()
     name, written = pipeline_name(source, wrapper), stock.sampler
+    made: Callable[[], nn.Module] = partial(whole_model, wrapper)
+    told = guided(product, wrapper)
+    if stock.name == SCHEDULER:
+        name, net = CLASSES[name][0], student_of(product, maps=True)
+        made = partial(flow_map_model, net, product.sampler)
+        counts = jumps_of(net, product.sampler, wrapper.width // 2)[0]
+        told = [*told, ("numbers of even steps whose ends it knows", ", ".join(map(str, counts)))]
     known = settings_of(product, source, wrapper) | dict(settings or {})
     front = front_of(source, is_video(product), "text" in wrapper.needs)
     note = Note(
@@ -272,10 +291,10 @@ def latent_parts(
 
     return Parts(
         scheduler=stock.name,
-        save=partial(_save, source, wrapper, stock.scheduler, DTYPES[dtype], **named),
+        save=partial(_save, source, wrapper, made, name, stock.scheduler, DTYPES[dtype], **named),
         pairs=pairs,
         usage=usage_of(product, name, wrapper, call_of(product, source, wrapper, stock) | known, **named),
-        card=partial(card or partial(student_card, front=front, told=guided(product, wrapper)), product, name),
+        card=partial(card or partial(student_card, front=front, told=told), product, name),
         note=(NAME, note.text()),
     )
 
@@ -306,14 +325,24 @@ def image_of(product: Product) -> tuple[int, ...] | None:
 
 
 def _save(
-    source: Folder, wrapper: Any, scheduler: Any, dtype: torch.dtype, to: Path, *, variant: str | None = None
+    source: Folder,
+    wrapper: Any,
+    made: Callable[[], nn.Module],
+    pipeline: str,
+    scheduler: Any,
+    dtype: torch.dtype,
+    to: Path,
+    *,
+    variant: str | None = None,
 ) -> None:
-    """The source's folder with another network and scheduler. Text encoders are copied, not loaded."""
-    index = dict(source.index) | ({"_class_name": wrapper.pipeline} if wrapper.image_channels else {})
+    """The source's folder with another network and scheduler, of the class `pipeline`. Text encoders are copied."""
+    model: Any = made()
+    index = dict(source.index) | {"_class_name": pipeline}
+    if type(scheduler).__name__ == SCHEDULER:
+        index = retold(index, source.component)
     for name, entry in index.items():
         if part_of(entry) and name not in (source.component, "scheduler"):
             shutil.copytree(source.root / name, to / name)
-    model: Any = whole_model(wrapper)
     if model is wrapper.model and dtype is not torch.float32:
         model = copy.deepcopy(model)  # the sampler's own network stays as it is
     model = model.to(dtype)
