@@ -110,10 +110,10 @@ class MeanFlow:
         x, _ = add_noise(process, x0, eps, t)
         cond = self.dropped(batch, t, s)
         scale = drawn(self.guidance, batch.draws)
-        w = 0 * t + scale if self.embed_guidance else None
-        here = tr.raw_of(student, "velocity", cond, w=w)
+        call = {"w": 0 * t + scale} if self.embed_guidance else {}
+        here = tr.raw_of(student, "velocity", cond, **call)
         with torch.no_grad():
-            v = self.velocity(roles, batch, cond, x, t, eps - x0, scale, w)
+            v = self.velocity(roles, batch, cond, x, t, eps - x0, scale, call.get("w"))
             along = v if self.along == "target" else here(x, t, t)
         raw = here(x, t, s)
         way = (along, torch.ones_like(t), None)
