@@ -11,6 +11,7 @@ from fewstep.algebra.jump import clean, times_of
 from fewstep.algebra.process import EDM, Process
 from fewstep.algebra.sampling import Sampler
 from fewstep.export.base import ExportRefused
+from fewstep.export.flow_map import LOOP
 from fewstep.export.routes import INSTEAD
 from fewstep.networks.adapters import plain_copy
 from fewstep.networks.denoiser import Denoiser, Rescheduled
@@ -44,7 +45,7 @@ def fold(net: nn.Module, sampler: Sampler) -> tuple[Denoiser, Sampler]:
         one = "; it was trained for 1 step as well, which exports (method.steps)" if 1 in counts else ""
         raise ExportRefused(
             f"this student is told where each of its {len(sampler.steps)} steps ends, and no stock pipeline "
-            f"hands a UNet2DModel a destination time{one}; with one step it folds into the weights; {INSTEAD}"
+            f"hands a UNet2DModel a destination time{one}; with one step it folds into the weights; {LOOP}"
         )
     if inner.inputs:
         add_to_embedding(unet, constant_inputs(net, inner, sampler))

@@ -18,11 +18,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fewstep.algebra.condition import checked
 from fewstep.algebra.process import DiscreteVP, Flow
 from fewstep.algebra.sampling import Sampler, sample
 from fewstep.export.base import ExportRefused, Parts, Stock
+from fewstep.export.call import pipeline_name, settings_of, what_of
 from fewstep.export.card import Card, front_of, student_card, usage
+from fewstep.export.flow_map import CLASSES, LOOP, SCHEDULER, flow_map_model, flow_map_stock, jumps_of, retold
 from fewstep.export.fold import constant_inputs, moving
 from fewstep.export.image_to_image import PIPELINES, begun, draw_from, image_to_image_stock, image_usage, run_from, taken
 from fewstep.export.levels import TOLERANCE, check_export, levels_of, levels_of_scheduler
@@ -65,6 +66,8 @@ def latent_stock(net: Denoiser, sampler: Sampler) -> Stock:
     process: Any = net.process
     kind, n = plain_kind(sampler, process), len(sampler.steps)
     check_history(process, sampler)
+    if moving(net, sampler):
+        return flow_map_stock(process, sampler)
     if isinstance(process, Flow) and net.prediction in ("velocity", "psi") and net.time_input == "1000t":
         return _flow(process, wrapper, sampler, renoise=kind == "renoise" and n > 1)
     if isinstance(process, Flow) and wrapper.pipeline == "SanaSprintPipeline":
@@ -120,8 +123,11 @@ def _written(sampler: Sampler, steps: tuple[float, ...] | None = None) -> Sample
     return Sampler(kind=kind, steps=steps or sampler.steps, eta=sampler.eta, history=sampler.history)
 
 
-def student_of(product: Product) -> Denoiser:
-    """The student as a plain denoiser: adapters merged, constant further inputs folded into the time embedding."""
+def student_of(product: Product, maps: bool = False) -> Denoiser:
+    """The student as a plain denoiser: adapters merged, constant further inputs folded into the time embedding.
+
+    maps: leave the inputs of a flow map of several steps as they are, where a stock class hands on a destination time.
+    """
     net = plain_copy(product.net)
     if not isinstance(net, Denoiser):
         raise ExportRefused(
@@ -130,9 +136,11 @@ def student_of(product: Product) -> Denoiser:
         )
     if net.inputs:
         if moving(net, product.sampler):
+            if maps and getattr(net.net, "pipeline", "") in CLASSES:
+                return net
             raise ExportRefused(
-                f"this student is told where each of its {len(product.sampler.steps)} steps ends, and no stock "
-                f"pipeline hands on a destination time; with one step it folds into the weights; {INSTEAD}"
+                f"this student is told where each of its {len(product.sampler.steps)} steps ends, and no stock pipeline "
+                f"of its class hands on a destination time; with one step it folds into the weights; {LOOP}"
             )
         constant = constant_inputs(net, net, product.sampler)
         with torch.no_grad():
@@ -161,13 +169,14 @@ def source_of(product: Product) -> Folder:
     return folder
 
 
-def stock_of(product: Product, begins: bool = False) -> tuple[Folder, Any, Stock]:
+def stock_of(product: Product, begins: bool = False, maps: bool = False) -> tuple[Folder, Any, Stock]:
     """The teacher's folder, the student's wrapper, and the stock scheduler that takes its steps in that pipeline.
 
-    begins: with a picture, noised to its first level. Raises ExportRefused, with the reason, where there is none,
-    UserError for a folder that misses something.
+    begins: with a picture, noised to its first level. maps: as in `student_of`; the pipeline is then another than the
+    teacher's (`flow_map.CLASSES`). Raises ExportRefused, with the reason, where there is none, UserError for a folder
+    that misses something.
     """
-    source, net = source_of(product), student_of(product)
+    source, net = source_of(product), student_of(product, maps)
     wrapper: Any = net.net
     if not wrapper.pipeline:
         raise ExportRefused(f"no stock pipeline is known for {type(wrapper.model).__name__}; {INSTEAD}")
@@ -182,61 +191,9 @@ def stock_of(product: Product, begins: bool = False) -> tuple[Folder, Any, Stock
     return source, wrapper, stock
 
 
-def pipeline_name(source: Folder, wrapper: Any, begins: bool = False) -> str:
-    """The stock pipeline of a student: its teacher's, or the one that hands on a picture, or begins with one."""
-    name = str(wrapper.pipeline if wrapper.image_channels else source.index["_class_name"])
-    return PIPELINES[name] if begins else name
-
-
-_DEFAULTS: dict[str, dict[str, Any]] = {
-    "SanaPipeline": {"complex_human_instruction": None},
-    "SanaVideoPipeline": {"complex_human_instruction": None, "use_resolution_binning": False},
-    "PixArtAlphaPipeline": {"clean_caption": False},
-    "PixArtSigmaPipeline": {"clean_caption": False},
-    **{name: {"clean_caption": False} for name in IF_PIPELINES},
-}
-"""What pipelines do to a prompt unless told not to, and their `encode_prompt`, which embeds for training, does not."""
-
-
-def settings_of(product: Product, source: Folder, wrapper: Any) -> dict[str, Any]:
-    """How the student's pipeline is called beside prompt and levels: as its teacher's embeddings and sizes were."""
-    example = checked(wrapper.example(1), wrapper.wanted, wrapper.takes, wrapper.pipeline)
-    embedded = wrapper.arguments(example, wrapper.sample_size()).get("guidance_scale")
-    known = embedded if wrapper.guidance is None else wrapper.guidance
-    settings = dict(wrapper.plain) if embedded is None else {"guidance_scale": float(known)}
-    name = pipeline_name(source, wrapper)
-    size = tuple(product.shape[1:])
-    settings |= _DEFAULTS.get(name, {}) | wrapper.of_size(size)
-    known_size = source.latents is not None or name in IF_PIPELINES
-    if "label" not in wrapper.needs and known_size and size != tuple(wrapper.sample_size()):
-        scale = source.latents.pixels if source.latents else 1
-        settings |= {"height": size[-2] * scale, "width": size[-1] * scale}
-    encoder: Any = getattr(getattr(product.recipe, "data", None), "encoder", None)
-    if getattr(encoder, "name", None) == "pipeline" and encoder.length is not None:
-        settings["max_sequence_length"] = encoder.length
-    return settings
-
-
-def call_of(product: Product, source: Folder, wrapper: Any, stock: Stock) -> dict[str, Any]:
-    """What the pipeline is called with for an example."""
-    return {**what_of(product, wrapper), **stock.call, **settings_of(product, source, wrapper)}
-
-
-def what_of(product: Product, wrapper: Any) -> dict[str, Any]:
-    """What an example is made of: a class, a prompt, nothing beside a picture."""
-    if wrapper.picture is not None and not product_has_text(product):
-        return {}
-    return {"class_labels": [product.example]} if "label" in wrapper.needs else {"prompt": "a red fox in the snow"}
-
-
 def is_video(product: Product) -> bool:
     """Samples (c, f, h, w)."""
     return len(product.shape) == 4
-
-
-def product_has_text(product: Product) -> bool:
-    """Whether the data that a product was trained on have captions or prompts."""
-    return getattr(getattr(product.recipe, "data", None), "encoder", None) is not None
 
 
 def guided(product: Product, wrapper: Any) -> list[tuple[str, str]]:
@@ -270,14 +227,24 @@ def latent_parts(
     Latents are compared, for random conditions and noise, relative to their root mean square where that is above 1.
     """
     if dtype != "fp32":
-        product = replace(product, net=_rounded(student_of(product), DTYPES[dtype]))
+        net = student_of(product, maps=True)
+        if moving(net, product.sampler):
+            raise ExportRefused(f"--dtype {dtype}: a student that is told where its steps end is written in float32")
+        product = replace(product, net=_rounded(net, DTYPES[dtype]))
     begins = level is not None
     if level is not None:
         product = begun(product, level)
-    source, wrapper, stock = stock_of(product, begins)
+    source, wrapper, stock = stock_of(product, begins, maps=not begins)
     process: Any = product.net.process
     levels = levels_of(process, product.sampler.steps).shares()
     name, written = pipeline_name(source, wrapper, begins), stock.sampler
+    made: Callable[[], nn.Module] = partial(whole_model, wrapper)
+    told = guided(product, wrapper)
+    if stock.name == SCHEDULER:
+        name, net = CLASSES[name][0], student_of(product, maps=True)
+        made = partial(flow_map_model, net, product.sampler)
+        counts = jumps_of(net, product.sampler, wrapper.width // 2)[0]
+        told = [*told, ("numbers of even steps whose ends it knows", ", ".join(map(str, counts)))]
     known = settings_of(product, source, wrapper) | dict(settings or {})
     if begins:
         known = taken(name, known)
@@ -298,10 +265,10 @@ def latent_parts(
 
     return Parts(
         scheduler=stock.name,
-        save=partial(_save, source, wrapper, name, stock.scheduler, DTYPES[dtype], **named),
+        save=partial(_save, source, wrapper, made, name, stock.scheduler, DTYPES[dtype], **named),
         pairs=pairs,
         usage=usage_of(product, name, wrapper, {**what_of(product, wrapper), **stock.call, **known}, **named),
-        card=partial(card or partial(student_card, front=front, told=guided(product, wrapper)), product, name),
+        card=partial(card or partial(student_card, front=front, told=told), product, name),
         note=(NAME, note.text()),
     )
 
@@ -346,6 +313,7 @@ def image_of(product: Product) -> tuple[int, ...] | None:
 def _save(
     source: Folder,
     wrapper: Any,
+    made: Callable[[], nn.Module],
     pipeline: str,
     scheduler: Any,
     dtype: torch.dtype,
@@ -353,12 +321,14 @@ def _save(
     *,
     variant: str | None = None,
 ) -> None:
-    """The source's folder as a pipeline with another network and scheduler. Text encoders are copied, not loaded."""
+    """The source's folder with another network and scheduler, of the class `pipeline`. Text encoders are copied."""
+    model: Any = made()
     index = dict(source.index) | {"_class_name": pipeline}
+    if type(scheduler).__name__ == SCHEDULER:
+        index = retold(index, source.component)
     for name, entry in index.items():
         if part_of(entry) and name not in (source.component, "scheduler"):
             shutil.copytree(source.root / name, to / name)
-    model: Any = whole_model(wrapper)
     if model is wrapper.model and (dtype is not torch.float32 or pipeline in CONTROLNET_PIPELINES):
         model = copy.deepcopy(model)  # the sampler's own network stays as it is, and the one that a ControlNet is beside
     model = model.to(dtype)

@@ -74,7 +74,7 @@ def levels_set(scheduler: Any) -> Levels:
     if name in ("CMStochasticIterativeScheduler", *EDM_FAMILY):
         sigma = scheduler.sigmas[: len(stamps)].double()
         return Levels(torch.ones_like(sigma), sigma)
-    if name.startswith("FlowMatch"):
+    if name.startswith(("FlowMatch", "FlowMap")):
         sigma = scheduler.sigmas[: len(stamps)].double()
         return Levels(1 - sigma, sigma)
     if name == "EulerDiscreteScheduler":

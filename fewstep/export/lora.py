@@ -14,14 +14,12 @@ from torch import Tensor
 
 from fewstep.config import UserError
 from fewstep.export.base import Exported, ExportRefused, Parts, Rows, Stock, write_checked
+from fewstep.export.call import call_of, pipeline_name, settings_of
 from fewstep.export.card import front_of, plain, table
 from fewstep.export.comfy import WORKFLOW, workflow
 from fewstep.export.latent import (
-    call_of,
     guided,
     is_video,
-    pipeline_name,
-    settings_of,
     stock_of,
     usage_of,
     wrapped,

@@ -12,6 +12,7 @@ from torch import Tensor
 from fewstep import objectives as obj
 from fewstep.algebra.batch import Batch
 from fewstep.algebra.guidance import guided
+from fewstep.algebra.jumps import Jumps, jumped
 from fewstep.algebra.rollout import Path, RandomSteps, Rollout, rollout
 from fewstep.algebra.sampling import Sampler
 from fewstep.algebra.times import Fading, TimesPart, Uniform, check_steps
@@ -45,6 +46,8 @@ class DMD2:
     """True: the first critic update of a step trains on the samples of the student's turn: a rollout less."""
     simulate: RandomSteps | None = None
     """Training samples come from steps at random levels in place of `steps` (rCM, CDM); null: from steps."""
+    jumps: Jumps | None = None
+    """AnyFlow: training samples come from three jumps of a flow map at any number of steps; null: from steps."""
     path: Path = "renoise"
     """Between steps, in training and sampling: renoise as in DMD2, map without fresh noise (DP-DMD and CDM)."""
     first_step: FirstStep | None = None
@@ -65,10 +68,13 @@ class DMD2:
                 raise ValueError(
                     "first_step and simulate: the first needs fixed levels of steps; one of the two must be null"
                 )
+        if self.jumps is not None and (self.path != "map" or self.simulate or self.anchored):
+            raise ValueError("jumps: a flow map's need path: map, and neither simulate nor first_step beside them")
 
     def needs(self) -> Needs:
         roles = {"teacher", "student", "critic"} | ({"discriminator"} if self.gan else set())
-        return need_reward(Needs(frozenset(roles), data=self.gan is not None), self.reward, fits=True)
+        inputs = frozenset({"s"} if self.jumps else ())
+        return need_reward(Needs(frozenset(roles), data=self.gan is not None, inputs=inputs), self.reward, fits=True)
 
     def turns(self, roles: Roles, step: int) -> Iterator[Turn]:
         made: list[tuple[Tensor, Any]] | None = [] if self.share_rollout else None
@@ -80,7 +86,8 @@ class DMD2:
 
     def sampler(self) -> Sampler:
         random = range(self.simulate.least, self.simulate.most + 1) if self.simulate else ()
-        counts = tuple(sorted({len(self.steps), *random})) if random else None
+        more = (*random, *(self.jumps.counts if self.jumps else ()))
+        counts = tuple(sorted({len(self.steps), *more})) if more else None
         return Sampler(kind=self.path, steps=self.steps, counts=counts)
 
     @property
@@ -90,6 +97,8 @@ class DMD2:
 
     def rolled(self, roles: Roles, batch: Batch, grad: bool = True) -> Rollout:
         """The student's samples, at the step that this update draws of those that are matched."""
+        if self.jumps is not None:
+            return jumped(roles.student, batch.draws, batch.shape, self.jumps, batch.cond, grad=grad)
         steps = self.simulate or self.steps
         stop = self.anchored.exit(batch.draws, len(self.steps)) if self.anchored else None
         call: dict[str, Any] = {"exit": stop, "grad": grad, "path": self.path}

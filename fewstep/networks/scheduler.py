@@ -44,6 +44,7 @@ RESCALED = (
 )
 """Of these, the ones that read rescale_betas_zero_snr."""
 FLOW_FAMILY = (
+    "FlowMapEulerDiscreteScheduler",
     "FlowMatchEulerDiscreteScheduler",
     "FlowMatchHeunDiscreteScheduler",
     "FlowMatchLCMScheduler",

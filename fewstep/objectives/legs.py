@@ -30,8 +30,31 @@ class Scales:
             raise ValueError("of is empty; give at least one scale")
 
 
-Scale = float | tuple[float, float] | Scales
-"""A guidance scale, w = 1 is none: a number, or drawn for each sample, uniformly in [low, high] or of a list."""
+@config
+class PowerLaw:
+    """Guidance scales between two ends, of density w^-power: many small ones and few large (iMF, arXiv 2512.02012)."""
+
+    low: float = 1.0
+    """The smallest scale."""
+    high: float = 8.0
+    """The largest scale (official code: 8)."""
+    power: float = 1.0
+    """Exponent of the density; 0 is uniform (official code: 1)."""
+
+    def __post_init__(self) -> None:
+        if not 0 < self.low < self.high:
+            raise ValueError(f"need 0 < low < high, not {self.low}, {self.high}")
+
+    def at(self, u: float | Tensor) -> Any:
+        """The scale that a share u in [0, 1] of the draws stays below."""
+        if self.power == 1.0:
+            return self.low * (self.high / self.low) ** u
+        k = 1.0 - self.power
+        return (self.low**k + u * (self.high**k - self.low**k)) ** (1 / k)
+
+
+Scale = float | tuple[float, float] | Scales | PowerLaw
+"""A guidance scale, w = 1 is none: a number, or drawn for each sample, uniformly in [low, high], of a list or a law."""
 
 
 def check_scale(scale: Scale) -> None:
@@ -42,6 +65,8 @@ def check_scale(scale: Scale) -> None:
 
 def drawn(scale: Scale, draws: Any) -> float | Tensor:
     """The scale of each sample, float64 (b,); a number when all have the same, which takes no draw."""
+    if isinstance(scale, PowerLaw):
+        return scale.at(draws.uniform())
     if isinstance(scale, Scales):
         values = torch.tensor(scale.of, dtype=torch.float64, device=draws.device)
         return values[draws.integers(len(scale.of))] if len(scale.of) > 1 else scale.of[0]
@@ -53,12 +78,16 @@ def drawn(scale: Scale, draws: Any) -> float | Tensor:
 
 def ends(scale: Scale) -> tuple[float, float]:
     """The smallest and the largest scale that is drawn."""
+    if isinstance(scale, PowerLaw):
+        return scale.low, scale.high
     values = scale.of if isinstance(scale, Scales) else scale if isinstance(scale, tuple) else (scale,)
     return min(values), max(values)
 
 
 def middle(scale: Scale) -> float:
-    """What a student that takes the scale is sampled with: the middle of its range, or of its ordered list."""
+    """What a student that takes the scale is sampled with: the middle of its range or ordered list, a law's median."""
+    if isinstance(scale, PowerLaw):
+        return float(scale.at(0.5))
     values = sorted(scale.of) if isinstance(scale, Scales) else ends(scale)
     half = len(values) // 2
     return values[half] if len(values) % 2 else (values[half - 1] + values[half]) / 2

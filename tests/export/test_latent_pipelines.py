@@ -114,7 +114,8 @@ def test_an_exported_folder_is_opened_again(folders: dict[str, Path], tmp_path: 
 
 
 def test_a_call_says_what_the_pipelines_own_defaults_would_change(folders: dict[str, Path]):
-    from fewstep.export.latent import settings_of, source_of
+    from fewstep.export.call import settings_of
+    from fewstep.export.latent import source_of
 
     def settings(name: str, *more: str) -> dict[str, Any]:
         product = make_product(folders[name], name, Sampler(steps=(1.0,)), *more)

@@ -25,9 +25,9 @@ from fewstep.train.product import open_product
 from fewstep.train.trainer import Trainer
 
 NAMES = [
-    "cdm", "class-ratio", "decoupled-dmd", "diff-instruct", "disback", "dmd", "dmd2", "dmd2-4step", "dmd2-ink", "dp-dmd",
-    "emd", "f-distill", "fd-loss", "gdd", "gdd-i", "ida", "inverse-matching", "isg", "joint", "ladd", "multi-student",
-    "pg-sb", "phased-dmd", "rcm", "sid", "sida", "sim", "swiftbrush", "uni-instruct",
+    "anyflow", "cdm", "class-ratio", "decoupled-dmd", "diff-instruct", "disback", "dmd", "dmd2", "dmd2-4step",
+    "dmd2-ink", "dp-dmd", "emd", "f-distill", "fd-loss", "gdd", "gdd-i", "ida", "inverse-matching", "isg", "joint",
+    "ladd", "multi-student", "pg-sb", "phased-dmd", "rcm", "sid", "sida", "sim", "swiftbrush", "uni-instruct",
 ]  # fmt: skip
 
 

@@ -21,6 +21,7 @@ NAMES = [
     "icd",
     "ict",
     "imagine-flash",
+    "imf",
     "imm",
     "kd",
     "lcm",

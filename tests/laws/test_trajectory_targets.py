@@ -177,7 +177,7 @@ def test_meanflows_guided_target_is_unbiased_for_the_field_of_scale_omega_over_o
     for label, density in enumerate((*parts, parts[0] + parts[1])):
         cond = torch.full((n,), label)
         batch = Batch64(draws(n), (1,), x0, cond, null)
-        v = method.velocity(who, batch, cond, rows, times, pair)
+        v = method.velocity(who, batch, cond, rows, times, pair, omega, None)
         mean = (v * likelihood * density).sum() / (likelihood * density).sum()
         here = [mix(rows[:1], times[:1], torch.tensor([c])).velocity() for c in (label, 2)]
         want = float(here[1] + 2.5 * (here[0] - here[1]))
@@ -187,7 +187,7 @@ def test_meanflows_guided_target_is_unbiased_for_the_field_of_scale_omega_over_o
     # Above the paper's t = .75 every row follows the plain pair.
     late = times.clamp_min(0.7501)
     batch = Batch64(draws(n), (1,), x0, 0 * null, null)
-    assert torch.equal(method.velocity(who, batch, 0 * null, rows, late, pair), pair)
+    assert torch.equal(method.velocity(who, batch, 0 * null, rows, late, pair, omega, None), pair)
 
 
 class Labelled(ExactMap):

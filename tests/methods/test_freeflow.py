@@ -185,17 +185,17 @@ def test_meanflow_guides_the_told_rows_below_its_last_time(mapping: bool) -> Non
     cond: Any = {"label": label, "resolution": size} if mapping else label
     null: Any = {"label": 0 * label, "resolution": size} if mapping else 0 * label
     batch, who = Batch(d, (2, 3, 5), None, cond, null), Roles(student=Told())
-    got = MeanFlow(guidance=0.2, kappa=0.6).velocity(who, batch, cond, x, t, pair)
+    got = MeanFlow(guidance=0.2, kappa=0.6).velocity(who, batch, cond, x, t, pair, 0.2, None)
     want = 0.2 * pair + 0.2 + 0.6 * (1 + bc(label.to(F64), x))
     # Rows 2 and 3 lie above .75, row 4 has no condition.
     for row in range(6):
         assert torch.allclose(got[row], pair[row] if row in (2, 3, 4) else want[row], atol=1e-14)
-    later = MeanFlow(guidance=0.2, kappa=0.6, guided_until=1.0).velocity(who, batch, cond, x, t, pair)
+    later = MeanFlow(guidance=0.2, kappa=0.6, guided_until=1.0).velocity(who, batch, cond, x, t, pair, 0.2, None)
     assert torch.allclose(later[3], want[3], atol=1e-14)
 
 
 def test_meanflow_guided_until_is_a_time() -> None:
-    with pytest.raises(ValueError, match="guided_until is a time"):
+    with pytest.raises(ValueError, match="guided_until: must lie in"):
         MeanFlow(guided_until=1.5)
 
 

@@ -398,7 +398,8 @@ def test_an_unknown_class_names_those_that_are_known(folders: dict[str, Path], t
     assert str(caught.value) == (
         f"{folder}/transformer/config.json: class 'LuminaNextDiT2DModel' is not supported: no entry has been written for "
         "it; supported: "
-        "AuraFlowTransformer2DModel, ChromaTransformer2DModel, DiTTransformer2DModel, Flux2Transformer2DModel, "
+        "AnyFlowTransformer3DModel, AuraFlowTransformer2DModel, ChromaTransformer2DModel, DiTTransformer2DModel, "
+        "Flux2Transformer2DModel, "
         "FluxTransformer2DModel, HunyuanVideoTransformer3DModel, Krea2Transformer2DModel, Lumina2Transformer2DModel, "
         "OvisImageTransformer2DModel, "
         "PixArtTransformer2DModel, QwenImageTransformer2DModel, SD3Transformer2DModel, SanaTransformer2DModel, "

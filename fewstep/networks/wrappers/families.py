@@ -165,6 +165,25 @@ class Wan(Declared):
         return {"num_frames": 4 * (size[0] - 1) + 1}
 
 
+@wraps("AnyFlowTransformer3DModel")
+class AnyFlow(Wan):
+    """AnyFlow (arXiv 2605.13724): Wan with an embedding of the time r where a jump ends, asked here at r = t."""
+
+    pipeline = "AnyFlowPipeline"
+    levels = "sigmas"
+    plain = {"guidance_scale": 1.0, "use_mean_velocity": False}
+
+    def layout(self, x: Tensor) -> Tensor:
+        return x.transpose(1, 2)
+
+    def image(self, answer: Any, x: Tensor) -> Tensor:
+        return answer.transpose(1, 2)
+
+    def call(self, x: Tensor, time: Tensor, cond: Mapping[str, Tensor]) -> Tensor:
+        frames = time[:, None].expand(-1, x.shape[2])
+        return self.image(self.model(self.layout(x), frames, frames, cond["text"], return_dict=False)[0], x)
+
+
 @wraps("Lumina2Transformer2DModel")
 class Lumina2(Declared):
     """Lumina-Image 2.0 (arXiv 2503.21758). Its pipeline keeps rows of the guided answer at the conditional one's norm."""
