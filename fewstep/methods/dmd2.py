@@ -12,9 +12,9 @@ from torch import Tensor
 from fewstep import objectives as obj
 from fewstep.algebra.batch import Batch
 from fewstep.algebra.guidance import guided
-from fewstep.algebra.rollout import Path, RandomSteps, Rollout, rollout
+from fewstep.algebra.rollout import Path, RandomSteps, Rollout, listed, rollout
 from fewstep.algebra.sampling import Sampler
-from fewstep.algebra.times import Fading, TimesPart, Uniform, check_steps
+from fewstep.algebra.times import Fading, TimesPart, Uniform, check_step_lists
 from fewstep.config import part
 from fewstep.methods.first_step import FirstStep
 from fewstep.methods.method import Losses, Needs, Turn
@@ -33,6 +33,9 @@ class DMD2:
 
     steps: tuple[float, ...] = (1.0,)
     """Levels u the student is sampled at, from the prior down (SDXL 4-step: 1, .75, .5, .25)."""
+    step_lists: tuple[tuple[float, ...], ...] = ()
+    """Lists of steps of which every update draws one, so that one student, or LoRA, takes the steps of each: [[1.0],
+    [1.0, 0.5]]. `steps` is one of them, at which it is sampled where nothing else is asked (Hyper-SD's unified LoRA)."""
     times: TimesPart = Uniform()
     """Re-noising level of the score difference; U(0.02, 0.98) in the official code."""
     critic: Critic = Critic(steps=5)
@@ -58,7 +61,9 @@ class DMD2:
     """A reward of the samples, maximised beside the method's own losses."""
 
     def __post_init__(self) -> None:
-        check_steps(self.steps)
+        check_step_lists(self.steps, self.step_lists)
+        if self.step_lists and (self.simulate is not None or self.anchored):
+            raise ValueError("step_lists: simulate and first_step have steps of their own; leave these or step_lists out")
         if self.first_step is not None and self.first_step.weight:
             self.first_step.check(self.steps)
             if self.simulate is not None:
@@ -81,7 +86,7 @@ class DMD2:
     def sampler(self) -> Sampler:
         random = range(self.simulate.least, self.simulate.most + 1) if self.simulate else ()
         counts = tuple(sorted({len(self.steps), *random})) if random else None
-        return Sampler(kind=self.path, steps=self.steps, counts=counts)
+        return Sampler(kind=self.path, steps=self.steps, counts=counts, lists=self.step_lists)
 
     @property
     def anchored(self) -> FirstStep | None:
@@ -90,7 +95,7 @@ class DMD2:
 
     def rolled(self, roles: Roles, batch: Batch, grad: bool = True) -> Rollout:
         """The student's samples, at the step that this update draws of those that are matched."""
-        steps = self.simulate or self.steps
+        steps = self.simulate or listed(self.steps, self.step_lists)
         stop = self.anchored.exit(batch.draws, len(self.steps)) if self.anchored else None
         call: dict[str, Any] = {"exit": stop, "grad": grad, "path": self.path}
         return rollout(roles.student, batch.draws, batch.shape, steps, batch.cond, **call)
