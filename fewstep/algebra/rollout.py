@@ -80,6 +80,32 @@ class RandomSteps:
         return times
 
 
+@dataclass(frozen=True)
+class StepLists:
+    """Lists of steps: an update draws one of them for all its samples, and then the step of it that is trained.
+
+    So one student takes the steps of each (the unified LoRA of Hyper-SD, arXiv 2404.13686, for 1 to 8 steps).
+    """
+
+    lists: tuple[tuple[float, ...], ...]
+
+    @property
+    def most(self) -> int:
+        """Largest number of steps of an update."""
+        return max(map(len, self.lists))
+
+    def draw(self, draws: Draws, process: Process) -> list[Tensor]:
+        """Times (b,) of the steps up to the one to train, decreasing."""
+        steps = self.lists[draws.shared_integer(len(self.lists))]
+        times = times_of(steps, process).to(draws.device)
+        return [t.expand(len(draws)) for t in times[: exit_step(draws, len(steps)) + 1]]
+
+
+def listed(steps: tuple[float, ...], lists: tuple[tuple[float, ...], ...]) -> tuple[float, ...] | StepLists:
+    """What a rollout takes for a method's `steps` and `step_lists`."""
+    return StepLists(lists) if lists else steps
+
+
 def exit_step(draws: Draws, count: int) -> int:
     """The step at which a rollout stops, the same for every sample, micro-batch and rank of an update."""
     return draws.shared_integer(count) if count > 1 else 0
@@ -104,7 +130,7 @@ def rollout(
     student: Callable[..., Prediction],
     draws: Draws,
     shape: tuple[int, ...],
-    steps: tuple[float, ...] | RandomSteps,
+    steps: tuple[float, ...] | RandomSteps | StepLists,
     cond: Any = None,
     *,
     exit: int | None = None,
@@ -122,7 +148,7 @@ def rollout(
     Args:
         student: a denoiser with a `process`.
         shape: of one sample, (C, H, W) or (d,).
-        steps: levels u, decreasing, or a law of them, whose last step is the one to stop at.
+        steps: levels u, decreasing, or a law or lists of them, of which the step to stop at is drawn too.
         exit: index of the step to stop at; None draws it from the shared stream.
         grad: False runs the last call without a graph too.
         path: how the student gets from step to step.
@@ -136,7 +162,7 @@ def rollout(
     (torch.Size([4, 2]), tensor([0.5000, 0.5000, 0.5000, 0.5000], dtype=torch.float64))
     """
     process: Process = student.process  # type: ignore[attr-defined]
-    if isinstance(steps, RandomSteps):
+    if not isinstance(steps, tuple):
         times, most = steps.draw(draws, process), steps.most
         last = len(times) - 1
     else:

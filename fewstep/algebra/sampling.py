@@ -45,6 +45,8 @@ class Sampler:
     """Stochasticity of kind gamma: 0 deterministic, 1 re-noises (TCD, arXiv 2402.19159)."""
     counts: tuple[int, ...] | None = None
     """Numbers of steps the student was trained for; left out: that of `steps`, and any number for kind ode."""
+    lists: tuple[tuple[float, ...], ...] = ()
+    """Levels for each number of steps that the student was trained for, where these are lists of their own."""
     knots: int | None = None
     """Intervals of the grid that the student was trained on, where it was one: other numbers of steps stand on it."""
     guidance: float | None = None
@@ -62,6 +64,8 @@ class Sampler:
     the first 0 (D-ODE, arXiv 2309.16421; DPM-Solver++(2M), arXiv 2211.01095, is such a list). None when left out."""
 
     def __post_init__(self) -> None:
+        if self.lists and self.counts is None:
+            object.__setattr__(self, "counts", tuple(sorted(map(len, self.lists))))
         if not self.history:
             return
         if self.kind != "map" and (self.kind, self.solver) != ("ode", "ddim"):

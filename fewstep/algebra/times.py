@@ -351,3 +351,26 @@ def check_steps(steps: tuple[float, ...]) -> tuple[float, ...]:
     if any(a <= b for a, b in pairwise(steps)):
         raise ValueError(f"steps {list(steps)} must decrease strictly: the first level is the noisiest")
     return steps
+
+
+def check_step_lists(steps: tuple[float, ...], lists: tuple[tuple[float, ...], ...]) -> None:
+    """Lists of steps for one student: each as `check_steps` has it, of a length of its own, and `steps` one of them."""
+    check_steps(steps)
+    for i, one in enumerate(lists):
+        try:
+            check_steps(one)
+        except ValueError as error:
+            raise ValueError(f"step_lists.{i}: {error}") from None
+    lengths = [len(one) for one in lists]
+    if len(lists) == 1:
+        raise ValueError("step_lists: one list is what `steps` is for; give several, or leave it out")
+    if twice := next((n for n in lengths if lengths.count(n) > 1), None):
+        raise ValueError(
+            f"step_lists: two lists have {twice} step{'s' * (twice > 1)}, and `--steps {twice}` could mean either; give "
+            "one of each length"
+        )
+    if lists and steps not in lists:
+        raise ValueError(
+            f"step_lists: none is steps, {list(steps)}, at which it is sampled where nothing else is asked; add it, or "
+            "give one of them as steps"
+        )

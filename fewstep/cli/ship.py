@@ -16,7 +16,9 @@ def export(
     run: Annotated[Path, typer.Argument(help="A run directory, or a folder by `fewstep fit`.")],
     out: Annotated[Path | None, typer.Option(help="Folder to write [default: RUN/export].")] = None,
     force: Force = False,
-    steps: Annotated[int | None, typer.Option(help="Of a fit: which number of calls [default: the most].")] = None,
+    steps: Annotated[
+        int | None, typer.Option(help="Of a fit, or a student of several lists of steps: which number.")
+    ] = None,
     lora: Annotated[
         bool,
         typer.Option("--lora", help="Write the adapter alone, as diffusers' load_lora_weights reads it."),

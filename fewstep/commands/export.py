@@ -39,12 +39,17 @@ def export_run(
     product = opened(run)
     if product.fitted is None and product.recipe is None:
         raise UserError(f"{run}: is a diffusers folder already; export takes a run directory")
-    if steps is not None and product.fitted is None:
-        raise UserError(f"--steps: is for a folder by `fewstep fit`; {run} is exported at its trained levels")
+    if steps is not None and product.fitted is None and not product.sampler.lists:
+        raise UserError(
+            f"--steps: is for a folder by `fewstep fit` and for students of several lists of steps; {run} is exported at "
+            "its trained levels"
+        )
     if lora and product.fitted is not None:
         raise UserError(f"--lora: {run} is a fit of a frozen teacher; it has no adapter")
     product = product.with_steps(steps)
-    folder = out or run / ("lora" if lora else "export" if image_to_image is None else "image-to-image")
+    many = f"-{steps}" if steps is not None and product.sampler.lists else ""
+    kind = "lora" if lora else "export" if image_to_image is None else "image-to-image"
+    folder = out or run / f"{kind}{many}"
     if folder.exists() and any(folder.iterdir()) and not force and out is not None:
         raise UserError(f"{folder}: exists; overwrite it with --force")
     form = {"dtype": dtype, "variant": variant, "image_to_image": image_to_image}

@@ -52,7 +52,7 @@ def begun(product: Product, level: float) -> Product:
             f"a picture; expected {allowed}"
         )
     kept, history = steps[first:], product.sampler.history
-    return replace(product, sampler=replace(product.sampler, steps=kept, counts=None, history=history[first:]))
+    return replace(product, sampler=replace(product.sampler, steps=kept, counts=None, lists=(), history=history[first:]))
 
 
 def refused(why: str, sampler: Sampler) -> ExportRefused:

@@ -279,7 +279,7 @@ def _rounded(net: Denoiser, dtype: torch.dtype) -> Denoiser:
     for m in net.modules():
         if hasattr(m, "with_own_base"):
             m.with_own_base()  # type: ignore[operator]
-            saved |= m.model.state_dict()  # type: ignore[operator, union-attr]
+            saved |= m.model.state_dict()  # type: ignore[union-attr]
     saved = {k: v for k, v in saved.items() if v.is_floating_point()}
     for v in saved.values():
         v.copy_(v.to(dtype))

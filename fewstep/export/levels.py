@@ -103,9 +103,10 @@ def agree(training: Levels | None, evaluation: Levels, exported: Levels | None =
     )
 
 
-def trained_levels(method: Any, process: Process) -> Levels | None:
-    """Levels `steps` that a method trains its student at; None for one that names none."""
+def trained_levels(method: Any, process: Process, count: int | None = None) -> Levels | None:
+    """Levels `steps` that a method trains its student at, of its lists those of `count`; None for one that names none."""
     steps = getattr(method, "steps", None)
+    steps = next((own for own in getattr(method, "step_lists", ()) if len(own) == count), steps)
     return levels_of(process, steps) if isinstance(steps, tuple) and steps else None
 
 
@@ -114,7 +115,8 @@ def check_product(product: Any) -> None:
     if product.recipe is None or product.fitted is not None or product.sampler.kind == "ode":
         return
     process = product.net.process
-    agree(trained_levels(product.recipe.method, process), levels_of(process, product.sampler.steps))
+    steps = product.sampler.steps
+    agree(trained_levels(product.recipe.method, process, len(steps)), levels_of(process, steps))
 
 
 def _karras_rows(

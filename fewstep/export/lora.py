@@ -81,7 +81,7 @@ def lora_parts(
 
     # On the grid of the scheduler beside it: a flow's shift is in the levels of the call.
     written = product.sampler if stock is None else stock.sampler
-    rows = [*_guided(product, found), *told]
+    rows = [*_guided(product, found), *_lists(product), *told]
     note: dict[str, Any] = {"kind": written.kind, "steps": list(written.steps), **(noted or {})}
     if stock is not None:
         note["call"] = stock.call
@@ -148,6 +148,12 @@ def _stock(product: Product, net: Adapted) -> tuple[Found | None, Callable[[str]
 
 def _guided(product: Product, found: Found | None) -> Rows:
     return guided(product, found[1]) if found else []
+
+
+def _lists(product: Product) -> Rows:
+    """The other numbers of steps that one adapter takes, with their levels and how their scheduler is written."""
+    others = [own for own in product.sampler.lists if len(own) != len(product.sampler.steps)]
+    return [(f"also takes {len(u)} (`fewstep export RUN --lora --steps {len(u)}`), at", str(list(u))) for u in others]
 
 
 def _load(folder: str) -> str:

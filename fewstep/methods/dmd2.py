@@ -13,9 +13,9 @@ from fewstep import objectives as obj
 from fewstep.algebra.batch import Batch
 from fewstep.algebra.guidance import guided
 from fewstep.algebra.jumps import Jumps, jumped
-from fewstep.algebra.rollout import Path, RandomSteps, Rollout, rollout
+from fewstep.algebra.rollout import Path, RandomSteps, Rollout, listed, rollout
 from fewstep.algebra.sampling import Sampler
-from fewstep.algebra.times import Fading, TimesPart, Uniform, check_steps
+from fewstep.algebra.times import Fading, TimesPart, Uniform, check_step_lists
 from fewstep.config import part
 from fewstep.methods.first_step import FirstStep
 from fewstep.methods.method import Losses, Needs, Turn
@@ -34,6 +34,8 @@ class DMD2:
 
     steps: tuple[float, ...] = (1.0,)
     """Levels u the student is sampled at, from the prior down (SDXL 4-step: 1, .75, .5, .25)."""
+    step_lists: tuple[tuple[float, ...], ...] = ()
+    """Lists of which every update draws one, for one student or LoRA of them all (Hyper-SD); `steps` is one of them."""
     times: TimesPart = Uniform()
     """Re-noising level of the score difference; U(0.02, 0.98) in the official code."""
     critic: Critic = Critic(steps=5)
@@ -55,19 +57,18 @@ class DMD2:
     off_trajectory: OffTrajectory | None = None
     """CDM: a second sample of each update, from a point off the trajectory, is matched too; null is DMD2."""
     lean: Fading | None = None
-    """DMDR's dynamic guidance (arXiv 2511.13649): the real score is the teacher's with the critic's adapter at this
-    scale, {start: .75, over: 10000} there; the critic is a lora of the teacher."""
+    """DMDR (arXiv 2511.13649): scale of the critic's LoRA in the real score, {start: .75, over: 10000} there."""
     reward: Reward | None = None
     """A reward of the samples, maximised beside the method's own losses."""
 
     def __post_init__(self) -> None:
-        check_steps(self.steps)
+        check_step_lists(self.steps, self.step_lists)
+        if self.step_lists and (self.simulate or self.anchored or self.jumps):
+            raise ValueError("step_lists: simulate, jumps and first_step have steps of their own; leave one of them out")
         if self.first_step is not None and self.first_step.weight:
             self.first_step.check(self.steps)
             if self.simulate is not None:
-                raise ValueError(
-                    "first_step and simulate: the first needs fixed levels of steps; one of the two must be null"
-                )
+                raise ValueError("first_step and simulate: the first needs fixed levels of steps; give one of the two")
         if self.jumps is not None and (self.path != "map" or self.simulate or self.anchored):
             raise ValueError("jumps: a flow map's need path: map, and neither simulate nor first_step beside them")
 
@@ -85,10 +86,9 @@ class DMD2:
         yield from reward_turns(self.reward, roles, lambda batch: self.rolled(roles, batch, grad=False).x)
 
     def sampler(self) -> Sampler:
-        random = range(self.simulate.least, self.simulate.most + 1) if self.simulate else ()
-        more = (*random, *(self.jumps.counts if self.jumps else ()))
+        more = range(self.simulate.least, self.simulate.most + 1) if self.simulate else getattr(self.jumps, "counts", ())
         counts = tuple(sorted({len(self.steps), *more})) if more else None
-        return Sampler(kind=self.path, steps=self.steps, counts=counts)
+        return Sampler(kind=self.path, steps=self.steps, counts=counts, lists=self.step_lists)
 
     @property
     def anchored(self) -> FirstStep | None:
@@ -99,7 +99,7 @@ class DMD2:
         """The student's samples, at the step that this update draws of those that are matched."""
         if self.jumps is not None:
             return jumped(roles.student, batch.draws, batch.shape, self.jumps, batch.cond, grad=grad)
-        steps = self.simulate or self.steps
+        steps = self.simulate or listed(self.steps, self.step_lists)
         stop = self.anchored.exit(batch.draws, len(self.steps)) if self.anchored else None
         call: dict[str, Any] = {"exit": stop, "grad": grad, "path": self.path}
         return rollout(roles.student, batch.draws, batch.shape, steps, batch.cond, **call)

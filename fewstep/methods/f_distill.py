@@ -12,9 +12,9 @@ from fewstep import objectives as obj
 from fewstep.algebra.batch import Batch
 from fewstep.algebra.guidance import guided
 from fewstep.algebra.noising import angle_of
-from fewstep.algebra.rollout import rollout
+from fewstep.algebra.rollout import StepLists, listed, rollout
 from fewstep.algebra.sampling import Sampler
-from fewstep.algebra.times import TimesPart, Uniform, check_steps
+from fewstep.algebra.times import TimesPart, Uniform, check_step_lists
 from fewstep.config import part
 from fewstep.methods.method import Losses, Needs, Turn
 from fewstep.methods.readings import readings
@@ -50,6 +50,9 @@ class FDistill:
 
     steps: tuple[float, ...] = (1.0,)
     """Levels u the student is sampled at."""
+    step_lists: tuple[tuple[float, ...], ...] = ()
+    """Lists of steps of which every update draws one, so that one student, or LoRA, takes the steps of each: [[1.0],
+    [1.0, 0.5]]. `steps` is one of them, at which it is sampled where nothing else is asked (Hyper-SD's unified LoRA)."""
     divergence: Divergence = "js"
     """js is the official default and ImageNet's; CIFAR-10 used fkl; rkl is DMD2."""
     times: TimesPart = Uniform()
@@ -74,7 +77,7 @@ class FDistill:
     """A reward of the samples, maximised beside the method's own losses."""
 
     def __post_init__(self) -> None:
-        check_steps(self.steps)
+        check_step_lists(self.steps, self.step_lists)
         if not 0 < self.ratio_clip[0] < self.ratio_clip[1]:
             raise ValueError(f"ratio_clip must be 0 < low < high, not {list(self.ratio_clip)}")
         if self.bins < 0 or not 0 <= self.bin_decay < 1:
@@ -88,13 +91,18 @@ class FDistill:
     def turns(self, roles: Roles, step: int) -> Iterator[Turn]:
         yield Turn(("student",), lambda batch: self.student_losses(roles, batch))
         yield self.critic.turn(roles, lambda batch: self.critic_losses(roles, batch), self.gan)
-        yield from reward_turns(self.reward, roles, self.steps)
+        yield from reward_turns(self.reward, roles, self.walked)
+
+    @property
+    def walked(self) -> tuple[float, ...] | StepLists:
+        """What its rollouts take their steps from."""
+        return listed(self.steps, self.step_lists)
 
     def sampler(self) -> Sampler:
-        return Sampler(kind="renoise", steps=self.steps)
+        return Sampler(kind="renoise", steps=self.steps, lists=self.step_lists)
 
     def student_losses(self, roles: Roles, batch: Batch) -> Iterator[Losses]:
-        x = rollout(roles.student, batch.draws, batch.shape, self.steps, batch.cond).x
+        x = rollout(roles.student, batch.draws, batch.shape, self.walked, batch.cond).x
         gradient, log = self.gradient(roles, batch, x.detach())
         losses = Losses({"match": obj.surrogate_loss(x, gradient)}, log)
         losses["gan"] = self.gan.generator(roles, batch, x)
@@ -122,5 +130,5 @@ class FDistill:
         return h / global_mean(h) if self.normalize else h
 
     def critic_losses(self, roles: Roles, batch: Batch) -> Iterator[Losses]:
-        x = rollout(roles.student, batch.draws, batch.shape, self.steps, batch.cond, grad=False).x
+        x = rollout(roles.student, batch.draws, batch.shape, self.walked, batch.cond, grad=False).x
         yield self.critic.losses(roles, batch, x, self.gan)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fewstep.algebra.batch import Batch
-from fewstep.algebra.rollout import rollout
+from fewstep.algebra.rollout import StepLists, rollout
 from fewstep.config import Bounded, Count, NotNegative, config
 from fewstep.methods.method import Losses, Method, Needs, Turn
 from fewstep.networks.roles import Roles
@@ -93,7 +93,7 @@ def add_reward(losses: Losses, reward: Reward | None, roles: Roles, batch: Batch
 
 
 def reward_turns(
-    reward: Reward | None, roles: Roles, samples: tuple[float, ...] | Callable[[Batch], Tensor]
+    reward: Reward | None, roles: Roles, samples: tuple[float, ...] | StepLists | Callable[[Batch], Tensor]
 ) -> Iterator[Turn]:
     """The turn in which latent_reward learns from fresh samples of the student; none without one.
 

@@ -30,6 +30,9 @@ class Segments:
 
     segments: Count = 1
     """k; the student then takes k steps, one per segment."""
+    counts: tuple[Count, ...] = ()
+    """Numbers of segments of which every update draws one, [1, 2, 4, 8], so that one student, or LoRA, takes each of
+    these numbers of steps (Hyper-SD's unified LoRA); `segments` is one of them, the one it is sampled at."""
     to: Literal["inside", "edge"] = "inside"
     """inside: s uniform down to the segment's lower edge (TSCD); edge: always the edge (PCM)."""
     knots: Count = 64
@@ -54,12 +57,18 @@ class Segments:
 
     def __post_init__(self) -> None:
         check_scale(self.guidance)
-        if self.segments > self.knots:
-            raise ValueError(f"segments {self.segments} must not exceed the {self.knots} knots")
+        if (most := max(self.segments, *self.counts, 1)) > self.knots:
+            raise ValueError(f"segments {most} must not exceed the {self.knots} knots")
+        if self.counts and (len(set(self.counts)) < max(2, len(self.counts)) or self.segments not in self.counts):
+            raise ValueError(
+                f"counts {list(self.counts)}: expected two numbers of segments or more, each once, and segments, "
+                f"{self.segments}, among them"
+            )
 
-    def edges(self) -> list[int]:
-        """The knot at which each segment begins, from the clean end."""
-        return [j * self.knots // self.segments for j in range(self.segments)]
+    def edges(self, count: int | None = None) -> list[int]:
+        """The knot at which each of `count` segments begins, from the clean end; left out: `segments` of them."""
+        count = self.segments if count is None else count
+        return [j * self.knots // count for j in range(count)]
 
     def needs(self) -> Needs:
         roles = {"teacher", "student"} | ({"target"} if self.target_decay is not None else set())
@@ -76,7 +85,8 @@ class Segments:
     def levels(self, draws: Draws) -> tuple[Tensor, Tensor, Tensor]:
         """Levels (t, u, s), float64 (b,): t a knot, u its neighbour below, s in [edge, u]."""
         k = draws.integers(self.knots) + 1
-        edges = torch.tensor(self.edges(), device=k.device)
+        count = self.counts[draws.shared_integer(len(self.counts))] if self.counts else None
+        edges = torch.tensor(self.edges(count), device=k.device)
         edge = edges[torch.searchsorted(edges, k - 1, right=True) - 1]
         u = torch.maximum(k - self.skip, edge)
         low, high = edge.double() / self.knots, u.double() / self.knots
@@ -112,5 +122,7 @@ class Segments:
         yield self.gan.with_trunk(roles, batch, x)
 
     def sampler(self) -> Sampler:
-        below = tuple(edge / self.knots for edge in reversed(self.edges()[1:]))
-        return Sampler(kind="map", steps=(1.0, *below))
+        def steps(count: int) -> tuple[float, ...]:
+            return (1.0, *(edge / self.knots for edge in reversed(self.edges(count)[1:])))
+
+        return Sampler(kind="map", steps=steps(self.segments), lists=tuple(steps(n) for n in self.counts))

@@ -11,9 +11,9 @@ from torch import Tensor
 from fewstep import objectives as obj
 from fewstep.algebra.batch import Batch
 from fewstep.algebra.guidance import guided
-from fewstep.algebra.rollout import rollout
+from fewstep.algebra.rollout import StepLists, listed, rollout
 from fewstep.algebra.sampling import Sampler
-from fewstep.algebra.times import LogNormal, SiDTimes, TimesPart, check_steps
+from fewstep.algebra.times import LogNormal, SiDTimes, TimesPart, check_step_lists
 from fewstep.config import part
 from fewstep.methods.method import Losses, Needs, Turn
 from fewstep.methods.readings import readings
@@ -30,6 +30,9 @@ class SiD:
 
     steps: tuple[float, ...] = (1.0,)
     """Levels u of the student; SiD starts one step at sigma 2.5, u = 0.5 of the Karras grid 0.002 to 80."""
+    step_lists: tuple[tuple[float, ...], ...] = ()
+    """Lists of steps of which every update draws one, so that one student, or LoRA, takes the steps of each: [[1.0],
+    [1.0, 0.5]]. `steps` is one of them, at which it is sampled where nothing else is asked (Hyper-SD's unified LoRA)."""
     alpha: float = 1.2
     """1.2 for CIFAR-10 and ImageNet-64, 1.0 for AFHQ; 0.5 is inverse matching, 1 with `huber` is SIM."""
     huber: float | None = None
@@ -57,7 +60,7 @@ class SiD:
     """A reward of the samples, maximised beside the method's own losses."""
 
     def __post_init__(self) -> None:
-        check_steps(self.steps)
+        check_step_lists(self.steps, self.step_lists)
         if self.huber is not None and self.huber <= 0:
             raise ValueError(f"huber must be positive, not {self.huber}; leave it out for the squared distance")
         if self.loss_scale <= 0:
@@ -70,13 +73,18 @@ class SiD:
     def turns(self, roles: Roles, step: int) -> Iterator[Turn]:
         yield self.critic.turn(roles, lambda batch: self.critic_losses(roles, batch), self.gan)
         yield Turn(("student",), lambda batch: self.student_losses(roles, batch))
-        yield from reward_turns(self.reward, roles, self.steps)
+        yield from reward_turns(self.reward, roles, self.walked)
+
+    @property
+    def walked(self) -> tuple[float, ...] | StepLists:
+        """What its rollouts take their steps from."""
+        return listed(self.steps, self.step_lists)
 
     def sampler(self) -> Sampler:
-        return Sampler(kind="renoise", steps=self.steps)
+        return Sampler(kind="renoise", steps=self.steps, lists=self.step_lists)
 
     def student_losses(self, roles: Roles, batch: Batch) -> Iterator[Losses]:
-        x = rollout(roles.student, batch.draws, batch.shape, self.steps, batch.cond).x
+        x = rollout(roles.student, batch.draws, batch.shape, self.walked, batch.cond).x
         yield self.loss(roles, batch, x)
 
     def loss(self, roles: Roles, batch: Batch, x: Tensor) -> Losses:
@@ -106,6 +114,6 @@ class SiD:
         return add_reward(losses, self.reward, roles, batch, x)
 
     def critic_losses(self, roles: Roles, batch: Batch) -> Iterator[Losses]:
-        x = rollout(roles.student, batch.draws, batch.shape, self.steps, batch.cond, grad=False).x
+        x = rollout(roles.student, batch.draws, batch.shape, self.walked, batch.cond, grad=False).x
         drop = 0.0 if self.guide_critic == (1.0, 1.0) else 0.1
         yield self.critic.losses(roles, batch, x, self.gan, drop_cond=drop, guidance=self.guide_critic[0])

@@ -11,9 +11,9 @@ from torch import Tensor
 from fewstep import objectives as obj
 from fewstep.algebra.batch import Batch
 from fewstep.algebra.guidance import guided
-from fewstep.algebra.rollout import rollout
+from fewstep.algebra.rollout import StepLists, listed, rollout
 from fewstep.algebra.sampling import Sampler
-from fewstep.algebra.times import LogNormal, SiDTimes, TimesPart, check_steps
+from fewstep.algebra.times import LogNormal, SiDTimes, TimesPart, check_step_lists
 from fewstep.config import part
 from fewstep.methods.method import Losses, Needs, Turn
 from fewstep.methods.readings import readings
@@ -32,6 +32,9 @@ class UniInstruct:
 
     steps: tuple[float, ...] = (1.0,)
     """Levels u of the student; the official runs start at sigma 2.5 as SiD does."""
+    step_lists: tuple[tuple[float, ...], ...] = ()
+    """Lists of steps of which every update draws one, so that one student, or LoRA, takes the steps of each: [[1.0],
+    [1.0, 0.5]]. `steps` is one of them, at which it is sampled where nothing else is asked (Hyper-SD's unified LoRA)."""
     divergence: Expanded = "fkl"
     """fkl gave the best published FID; rkl needs no ratio and is SiD with alpha 1/2."""
     times: TimesPart = SiDTimes()
@@ -58,7 +61,7 @@ class UniInstruct:
     """A reward of the samples, maximised beside the method's own losses."""
 
     def __post_init__(self) -> None:
-        check_steps(self.steps)
+        check_step_lists(self.steps, self.step_lists)
         if not 0 < self.ratio_clip[0] < self.ratio_clip[1]:
             raise ValueError(f"ratio_clip must be 0 < low < high, not {list(self.ratio_clip)}")
 
@@ -69,13 +72,18 @@ class UniInstruct:
     def turns(self, roles: Roles, step: int) -> Iterator[Turn]:
         yield self.critic.turn(roles, lambda batch: self.critic_losses(roles, batch), self.gan)
         yield Turn(("student",), lambda batch: self.student_losses(roles, batch))
-        yield from reward_turns(self.reward, roles, self.steps)
+        yield from reward_turns(self.reward, roles, self.walked)
+
+    @property
+    def walked(self) -> tuple[float, ...] | StepLists:
+        """What its rollouts take their steps from."""
+        return listed(self.steps, self.step_lists)
 
     def sampler(self) -> Sampler:
-        return Sampler(kind="renoise", steps=self.steps)
+        return Sampler(kind="renoise", steps=self.steps, lists=self.step_lists)
 
     def student_losses(self, roles: Roles, batch: Batch) -> Iterator[Losses]:
-        x = rollout(roles.student, batch.draws, batch.shape, self.steps, batch.cond).x
+        x = rollout(roles.student, batch.draws, batch.shape, self.walked, batch.cond).x
         yield self.loss(roles, batch, x)
 
     def loss(self, roles: Roles, batch: Batch, x: Tensor) -> Losses:
@@ -100,5 +108,5 @@ class UniInstruct:
         return add_reward(losses, self.reward, roles, batch, x)
 
     def critic_losses(self, roles: Roles, batch: Batch) -> Iterator[Losses]:
-        x = rollout(roles.student, batch.draws, batch.shape, self.steps, batch.cond, grad=False).x
+        x = rollout(roles.student, batch.draws, batch.shape, self.walked, batch.cond, grad=False).x
         yield self.critic.losses(roles, batch, x, self.gan)

@@ -12,9 +12,9 @@ from fewstep import objectives as obj
 from fewstep.algebra.batch import Batch
 from fewstep.algebra.guidance import combined, guided, halves
 from fewstep.algebra.prediction import Prediction
-from fewstep.algebra.rollout import rollout
+from fewstep.algebra.rollout import StepLists, listed, rollout
 from fewstep.algebra.sampling import Sampler
-from fewstep.algebra.times import TimesPart, Uniform, check_steps
+from fewstep.algebra.times import TimesPart, Uniform, check_step_lists
 from fewstep.config import part
 from fewstep.methods.method import Losses, Needs, Turn
 from fewstep.methods.readings import readings
@@ -32,6 +32,9 @@ class VSD:
 
     steps: tuple[float, ...] = (1.0,)
     """Levels u the student is sampled at; the papers have one."""
+    step_lists: tuple[tuple[float, ...], ...] = ()
+    """Lists of steps of which every update draws one, so that one student, or LoRA, takes the steps of each: [[1.0],
+    [1.0, 0.5]]. `steps` is one of them, at which it is sampled where nothing else is asked (Hyper-SD's unified LoRA)."""
     times: TimesPart = Uniform()
     """Re-noising level of the score difference; U(0.02, 0.98) in SwiftBrush's code."""
     weight: ScoreWeight = "sigma2"
@@ -50,7 +53,7 @@ class VSD:
     """A reward of the samples, maximised beside the method's own losses."""
 
     def __post_init__(self) -> None:
-        check_steps(self.steps)
+        check_step_lists(self.steps, self.step_lists)
         if isinstance(self.guidance, tuple) and not self.guidance[0] < self.guidance[1]:
             raise ValueError(f"guidance {list(self.guidance)} must be one number or a pair low < high")
         if not 0 <= self.drop_cond <= 1:
@@ -63,13 +66,18 @@ class VSD:
     def turns(self, roles: Roles, step: int) -> Iterator[Turn]:
         yield Turn(("student",), lambda batch: self.student_losses(roles, batch))
         yield self.critic.turn(roles, lambda batch: self.critic_losses(roles, batch))
-        yield from reward_turns(self.reward, roles, self.steps)
+        yield from reward_turns(self.reward, roles, self.walked)
+
+    @property
+    def walked(self) -> tuple[float, ...] | StepLists:
+        """What its rollouts take their steps from."""
+        return listed(self.steps, self.step_lists)
 
     def sampler(self) -> Sampler:
-        return Sampler(kind="renoise", steps=self.steps)
+        return Sampler(kind="renoise", steps=self.steps, lists=self.step_lists)
 
     def student_losses(self, roles: Roles, batch: Batch) -> Iterator[Losses]:
-        x = rollout(roles.student, batch.draws, batch.shape, self.steps, batch.cond).x
+        x = rollout(roles.student, batch.draws, batch.shape, self.walked, batch.cond).x
         gradient, log = self.gradient(roles, batch, x.detach())
         yield add_reward(Losses({"match": obj.surrogate_loss(x, gradient)}, log), self.reward, roles, batch, x)
 
@@ -103,6 +111,6 @@ class VSD:
         return low + (high - low) * batch.draws.shared_integer(2**31) / 2**31
 
     def critic_losses(self, roles: Roles, batch: Batch) -> Iterator[Losses]:
-        x = rollout(roles.student, batch.draws, batch.shape, self.steps, batch.cond, grad=False).x
+        x = rollout(roles.student, batch.draws, batch.shape, self.walked, batch.cond, grad=False).x
         drop = self.drop_cond if self.guide_critic else 0.0
         yield self.critic.losses(roles, batch, x, drop_cond=drop)

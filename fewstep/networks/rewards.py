@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fewstep.config import Absent, Bounded, RecipeError, UserError, part
+from fewstep.config import Absent, Bounded, NotNegative, RecipeError, UserError, part
 from fewstep.eval.errors import InputError
 from fewstep.eval.features.clip import ClipRecipe, load_clip, tokenise
 from fewstep.eval.features.house import HouseClassifier, HouseDigits, HouseFashion
@@ -87,7 +87,7 @@ class Likeness(Opinion):
     Args:
         net: an open-clip model.
         side: of the pictures that it takes.
-        texts: (1 or classes, d) unit embeddings, one for all samples or one for each class.
+        texts: (1 or classes, d) unit embeddings, or differences of such, one for all samples or one for each class.
     """
 
     texts: Tensor
@@ -111,6 +111,11 @@ class Likeness(Opinion):
         if len(texts) > 1:
             texts = texts[cond if isinstance(cond, Tensor) else cond["label"]]
         return (F.normalize(full(seen), dim=1) * texts).sum(1)
+
+
+def away(text: Tensor, negative: Tensor, k: float) -> Tensor:
+    """(1 + k) text - negative of unit embeddings (1 or classes, d), as DMDR's code weighs SRPO's reward."""
+    return (1 + k) * text - negative
 
 
 def _column(values: tuple[float, ...]) -> Tensor:
@@ -159,10 +164,17 @@ class ClipSpec:
     """File of the weights. Nothing is downloaded."""
     prompts: tuple[str, ...]
     """One text for all samples, or one for each class."""
+    negative: tuple[str, ...] = ()
+    """One text, or one for each class, that samples shall be unlike: the reward is the picture's product with
+    (1 + k) prompt - negative (SRPO, arXiv 2509.06942, in DMDR's code), in which what both texts share counts k times."""
+    k: NotNegative = 0.1
+    """What of the prompt counts beyond its difference from `negative`; 0 is the difference alone."""
 
     def __post_init__(self) -> None:
         if not self.prompts:
             raise ValueError("prompts is empty; give one text, or one for each class")
+        if self.k != 0.1 and not self.negative:
+            raise ValueError(f"k {self.k:g}: is beside a negative text, and there is none; give negative, or leave k out")
 
     def files(self) -> list[Path]:
         return [expanded(self.path)]
@@ -171,10 +183,9 @@ class ClipSpec:
         """RecipeError for samples that it cannot judge, Absent for a file that is not there."""
         if len(site.shape) != 3 or site.shape[0] not in (1, 3):
             raise RecipeError(f"network clip is for grey or RGB pictures; the data has shape {list(site.shape)}")
-        if len(self.prompts) > 1 and len(self.prompts) != site.classes:
-            raise RecipeError(
-                f"clip.prompts: {len(self.prompts)} texts for {site.classes} classes; give one, or one each"
-            )
+        for key, texts in (("prompts", self.prompts), ("negative", self.negative)):
+            if len(texts) > 1 and len(texts) != site.classes:
+                raise RecipeError(f"clip.{key}: {len(texts)} texts for {site.classes} classes; give one, or one each")
         if not self.files()[0].is_file():
             raise Absent(f"clip.path {self.path}: no such file; CLIP weights are never downloaded for a reward")
 
@@ -182,13 +193,15 @@ class ClipSpec:
         self.check(site)
         try:
             net: Any = load_clip(self.architecture, self.files()[0])[0]
-            tokens = tokenise(ClipRecipe(self.architecture), self.prompts)
+            recipe = ClipRecipe(self.architecture)
+            tokens = [tokenise(recipe, texts) for texts in (self.prompts, self.negative) if texts]
         except (InputError, FileNotFoundError, ModuleNotFoundError) as error:
             raise UserError(f"clip: {error}") from None
         side: Any = net.visual.image_size
         with torch.no_grad():
-            texts = F.normalize(net.encode_text(tokens).float(), dim=1)
-        return Likeness(net, side[0] if isinstance(side, tuple) else side, texts)
+            texts = [F.normalize(net.encode_text(part).float(), dim=1) for part in tokens]
+        told = texts[0] if len(texts) == 1 else away(texts[0], texts[1], self.k)
+        return Likeness(net, side[0] if isinstance(side, tuple) else side, told)
 
 
 @part("network", "module")

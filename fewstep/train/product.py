@@ -194,6 +194,7 @@ class Product:
             return self
         knots = self.sampler.knots
         levels = knot_levels(steps, knots) if knots and steps <= knots else many_step(steps).steps
+        levels = next((own for own in self.sampler.lists if len(own) == steps), levels)
         return replace(self, sampler=replace(self.sampler, steps=levels))
 
 

@@ -9,10 +9,12 @@ from typing import Any
 
 import pytest
 import torch
+from calling import called as call_of
 from snippets import check_call
 from tiny_families import TODAY
 from tiny_pipelines import built, make_pipeline
 from tiny_students import make_product
+from tiny_teacher import make_run, make_teacher
 
 from fewstep.algebra.noising import add_noise
 from fewstep.algebra.sampling import Sampler
@@ -180,3 +182,16 @@ def test_the_loop_of_a_refusal_draws(tmp_path: Path):
     with torch.no_grad():
         exec(code, names | {"image": image, "cond": cond}, names)
     assert names["x"].shape == (3, 1, 8, 8)
+
+
+def test_the_command_says_so_and_leaves_nothing(tmp_path: Path, capfd: pytest.CaptureFixture[str]):
+    run = make_run(tmp_path / "run", make_teacher(tmp_path / "teacher"), "method.steps=[1.0, 0.5]")
+    code, _, err = call_of(capfd, "export", run, "--image-to-image", 0.5)
+    assert code == 2
+    assert "not exported: no stock pipeline noises a picture for a UNet2D student; draw with the loop" in err
+    assert "fewstep.sample(sampler, product.net, noise, cond, fresh, start=start)" in err
+    assert not (run / "image-to-image").exists()
+    code, _, err = call_of(capfd, "export", run, "--image-to-image", 0.7)
+    assert "expected one of 0.5" in err
+    code, _, err = call_of(capfd, "export", run, "--steps", 2)
+    assert "--steps: is for a folder by `fewstep fit` and for students of several lists of steps" in err

@@ -41,8 +41,8 @@ LONGER = {
     "tdd": 3,
 }
 """Times STEPS."""
-ELSEWHERE = {"anyflow", "cdm", "decoupled-dmd", "disback", "dmd2-ink", "dollar", "dp-dmd", "factorised", "gdd-i", "ida",
-             "imf", "isg", "meanflow-scratch", "pg-sb", "ppcl", "pso", "sct", "sfd-v", "sida", "tbcm"}  # fmt: skip
+ELSEWHERE = {"anyflow", "cdm", "codi", "decoupled-dmd", "disback", "dmd2-ink", "dollar", "dp-dmd", "factorised", "gdd-i",
+             "ida", "imf", "isg", "meanflow-scratch", "pg-sb", "ppcl", "pso", "sct", "sfd-v", "sida", "tbcm"}  # fmt: skip
 """Guided or after a reward, so not at the ring (decoupled-dmd-unguided is here); from scratch, for minutes; variants of
 methods that are here, left to the full budget to keep the suite short; ppcl and factorised, which tests/methods
 train."""

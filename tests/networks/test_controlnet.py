@@ -9,11 +9,19 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_pipelines import make_pipeline
+from diffusers import DiffusionPipeline
+from PIL import Image
+from safetensors.torch import load_file
+from tiny_condition import condition_unet
+from tiny_pictures import noise
+from tiny_pipelines import make_pipeline, vae
+from tiny_text import text_pipeline
 
 from fewstep.algebra.batch import Batch
 from fewstep.algebra.draws import Draws, fold
+from fewstep.commands.check_recipe import check
 from fewstep.config import RecipeError
+from fewstep.export.choose import export
 from fewstep.methods.consistency import Consistency
 from fewstep.networks.adapters import frozen, on_cpu, own_parameters, own_state, twin
 from fewstep.networks.controlnet import ControlNetSpec
@@ -21,6 +29,8 @@ from fewstep.networks.diffusers import load_denoiser
 from fewstep.networks.parts import Site
 from fewstep.networks.roles import Roles
 from fewstep.recipe.store import load
+from fewstep.train.product import open_product
+from fewstep.train.trainer import Trainer
 
 SHAPE, IMAGE = (4, 8, 12), (3, 16, 24)
 
@@ -124,3 +134,52 @@ def test_what_it_cannot_stand_beside_is_named(teacher: Any):
     for setting, said in (("train.offload=true", "train.offload: true"), ("train.parallel=fsdp", "train.parallel: fsdp")):
         with pytest.raises(RecipeError, match=f"{said}: the student calls another role's UNet"):
             load("digits-dmd2", ["student={name: controlnet, of: teacher}", setting])
+
+
+def test_a_run_on_pictures_with_captions_goes_from_recipe_to_pipeline(tmp_path: Path):
+    """DMD2 by a text teacher that never sees the edges; student and critic are ControlNets on its UNet."""
+    words = ("a red square", "two green dots")
+    text_pipeline(tmp_path / "sd", words, unet=condition_unet(), vae=vae(4, scaling_factor=0.18215))
+    (tmp_path / "pictures").mkdir()
+    for i, text in enumerate(words):
+        Image.fromarray(noise(16, 16, 3, seed=i)).save(tmp_path / "pictures" / f"{i}.png")
+        (tmp_path / "pictures" / f"{i}.txt").write_text(text)
+    (tmp_path / "mine.yaml").write_text(
+        f"""about: text
+data:
+  name: degraded
+  of:
+    name: captions
+    path: {tmp_path}/pictures
+    size: 16
+    encoder: {{name: pipeline, path: {tmp_path}/sd}}
+    text_cache: {tmp_path}/cache
+  by: {{name: edges}}
+  vae: {tmp_path}/sd
+teacher: {{name: diffusers, path: {tmp_path}/sd, ignore: [image]}}
+student: {{name: controlnet, of: teacher}}
+critic: {{name: controlnet, of: teacher}}
+method: {{name: dmd2, gan: null, critic: {{weight: eps, steps: 1}}, guidance: 3.0, steps: [1.0, 0.5]}}
+optim: {{default: {{lr: 1e-2}}}}
+train: {{steps: 2, batch: 2, ema: [0.5], sample_every: 0, checkpoint_every: 1}}
+evaluate: null
+"""
+    )
+    checked = check(str(tmp_path / "mine.yaml"), [])
+    assert "training, evaluation and LCMScheduler agree" in checked[0][-1]
+    recipe = load(str(tmp_path / "mine.yaml"))
+    trainer = Trainer(recipe, tmp_path / "run", cpu=True)
+    teacher = {k: v.clone() for k, v in trainer.roles.teacher.state_dict().items()}
+    before = {k: v.clone() for k, v in own_state(trainer.roles.student).items()}
+    trainer.fit()
+    assert all(torch.equal(v, teacher[k]) for k, v in trainer.roles.teacher.state_dict().items())
+    assert any(not torch.equal(v, before[k]) for k, v in own_state(trainer.roles.student).items())
+    saved = load_file(tmp_path / "run" / "checkpoints" / "step-00000002" / "ema_0.5.safetensors")
+    assert {k.split(".")[1] for k in saved} == {"controlnet"}
+    product = open_product(tmp_path / "run")
+    done = export(product, tmp_path / "export")
+    assert done.parity < 5e-6
+    pipe = DiffusionPipeline.from_pretrained(tmp_path / "export", safety_checker=None, requires_safety_checker=False)
+    assert type(pipe).__name__ == "StableDiffusionControlNetPipeline"
+    picture = pipe("two green dots", image=torch.rand(1, 1, 16, 16), num_inference_steps=2, guidance_scale=1.0)
+    assert picture.images[0].size == (16, 16)

@@ -101,7 +101,7 @@ ALIASES = {
     "factorised": "eve",
     "kd": "get",
     "sid": "sim inverse-matching sida",
-    "consistency": "cd ct ict ect lcm",
+    "consistency": "cd ct ict ect lcm codi",
     "ctm": "traflow",
     "segments": "tscd pcm",
     "meanflow": "ayf",

@@ -4,10 +4,15 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
 import torch
 from tiny_runs import THIRD, tiny
 
-from fewstep.train.product import open_product
+from fewstep.config import RecipeError, UserError
+from fewstep.export.levels import check_product
+from fewstep.recipe.store import load
+from fewstep.train.build import build_roles
+from fewstep.train.product import open_product, product_of
 from fewstep.train.trainer import Trainer
 
 
@@ -23,3 +28,21 @@ def test_the_product_is_the_average_that_the_recipe_names(tmp_path: Path):
         opened = open_product(run).net.state_dict()
         assert all(torch.equal(v, weights[k]) for k, v in opened.items())
         assert any(not torch.equal(v, other[k]) for k, v in opened.items())
+
+
+def test_a_student_of_several_lists_of_steps_stands_at_the_levels_of_each():
+    lists = "method.step_lists=[[0.8], [1.0, 0.3], [1.0, 0.75, 0.5, 0.25]]"
+    recipe = load("toy/dmd2", ["method.gan=null", "method.steps=[1.0, 0.3]", lists])
+    data = recipe.data.open()
+    product = product_of(recipe, build_roles(recipe, data).student, data, "student")
+    assert (product.trained, product.sampler.steps) == ((1, 2, 4), (1.0, 0.3))
+    for levels in ((0.8,), (1.0, 0.3), (1.0, 0.75, 0.5, 0.25)):
+        there = product.with_steps(len(levels))
+        assert there.sampler.steps == levels
+        check_product(there)
+    with pytest.raises(UserError, match="was trained for 1, 2, 4; add --any"):
+        product.with_steps(3)
+    with pytest.raises(RecipeError, match=r"step_lists: none is steps, \[1\.0\]"):
+        load("toy/dmd2", [lists])
+    with pytest.raises(RecipeError, match="step_lists: simulate and first_step have steps of their own"):
+        load("toy/dp-dmd", ["method.step_lists=[[1.0], [1.0, 0.75, 0.5, 0.25]]"])
