@@ -127,7 +127,7 @@ def _measure(trainer: Trainer, student: Product, run: Path, judge: Judge, best: 
     """The student beside its teacher: table, pictures and results.json."""
     spec: Any = trainer.recipe.evaluate
     steps = len(student.sampler.steps)
-    role = "teacher" if student.sampler.kind == "ode" else "student"
+    role = "teacher" if student.sampler.kind == "ode" and trainer.recipe.teacher is None else "student"
     student = replace(student, title=f"{role}, {steps} step{'s' * (steps > 1)}")
     first = first_teacher(trainer)
     teacher = None if first is None else guided_teacher(first, spec.guidance, trainer.data.null)
