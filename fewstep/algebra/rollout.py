@@ -162,7 +162,7 @@ def rollout(
     (torch.Size([4, 2]), tensor([0.5000, 0.5000, 0.5000, 0.5000], dtype=torch.float64))
     """
     process: Process = student.process  # type: ignore[attr-defined]
-    if not isinstance(steps, tuple):
+    if isinstance(steps, RandomSteps | StepLists):
         times, most = steps.draw(draws, process), steps.most
         last = len(times) - 1
     else:

@@ -67,20 +67,35 @@ def retold(index: dict[str, Any], component: str) -> dict[str, Any]:
 def jumps_of(net: Denoiser, sampler: Sampler, most: int) -> tuple[tuple[int, ...], Tensor, Tensor]:
     """(numbers of steps, t (n,), s (n,)): the jumps whose ends the export knows, one for each destination.
 
-    Those of the sampler's own levels, and of even steps in its other trained numbers while they stay at most `most`. A
-    network that is told the length of a jump has one answer for each pair of times: the sampler's own alone.
+    Those of the sampler's own levels, and where these are even of even steps in its other trained numbers while they
+    stay at most `most`. A network that is told the length of a jump has one answer for each pair of times: the sampler's
+    own alone. So have uneven levels, whose scheduler does not shift the even ones as the process does.
     """
     process: Any = net.process
     own = len(sampler.steps)
     ways = dict(_ends(sampler.steps))
     counts = {own}
-    for count in () if "length" in net.inputs else sorted(sampler.counts or ()):
+    alone = "length" in net.inputs or not is_even(sampler.steps)
+    for count in () if alone else sorted(sampler.counts or ()):
         more = {s: t for s, t in _ends(tuple(1 - i / count for i in range(count))) if s not in ways}
         if len(ways) + len(more) <= most:
             ways |= more
             counts.add(count)
     grid = torch.tensor(list(ways.items()), dtype=torch.float64)
     return tuple(sorted(counts)), process.grid(grid[:, 1]), process.grid(grid[:, 0])
+
+
+def is_even(levels: tuple[float, ...]) -> bool:
+    """Whether levels are those of so many even steps."""
+    return all(abs(u - (1 - i / len(levels))) < 1e-9 for i, u in enumerate(levels))
+
+
+def known_row(net: Denoiser, sampler: Sampler, most: int) -> tuple[str, str]:
+    """The card's row that tells at which steps the export knows where they end."""
+    if not is_even(sampler.steps):
+        return "steps whose ends it knows", f"its own {len(sampler.steps)} levels alone"
+    counts = jumps_of(net, sampler, most)[0]
+    return "numbers of even steps whose ends it knows", ", ".join(map(str, counts))
 
 
 def _ends(levels: tuple[float, ...]) -> list[tuple[float, float]]:

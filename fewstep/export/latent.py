@@ -23,7 +23,7 @@ from fewstep.algebra.sampling import Sampler, sample
 from fewstep.export.base import ExportRefused, Parts, Stock
 from fewstep.export.call import pipeline_name, settings_of, what_of
 from fewstep.export.card import Card, front_of, student_card, usage
-from fewstep.export.flow_map import CLASSES, LOOP, SCHEDULER, flow_map_model, flow_map_stock, jumps_of, retold
+from fewstep.export.flow_map import CLASSES, LOOP, SCHEDULER, flow_map_model, flow_map_stock, known_row, retold
 from fewstep.export.fold import constant_inputs, moving
 from fewstep.export.image_to_image import PIPELINES, begun, draw_from, image_to_image_stock, image_usage, run_from, taken
 from fewstep.export.levels import TOLERANCE, check_export, levels_of, levels_of_scheduler
@@ -241,10 +241,11 @@ def latent_parts(
     made: Callable[[], nn.Module] = partial(whole_model, wrapper)
     told = guided(product, wrapper)
     if stock.name == SCHEDULER:
+        if name not in CLASSES:
+            raise ExportRefused(f"no pipeline like {name} hands on a destination time; {LOOP}")
         name, net = CLASSES[name][0], student_of(product, maps=True)
         made = partial(flow_map_model, net, product.sampler)
-        counts = jumps_of(net, product.sampler, wrapper.width // 2)[0]
-        told = [*told, ("numbers of even steps whose ends it knows", ", ".join(map(str, counts)))]
+        told = [*told, known_row(net, product.sampler, wrapper.width // 2)]
     known = settings_of(product, source, wrapper) | dict(settings or {})
     if begins:
         known = taken(name, known)

@@ -57,7 +57,7 @@ class DMD2:
     off_trajectory: OffTrajectory | None = None
     """CDM: a second sample of each update, from a point off the trajectory, is matched too; null is DMD2."""
     lean: Fading | None = None
-    """DMDR (arXiv 2511.13649): scale of the critic's LoRA in the real score, {start: .75, over: 10000} there."""
+    """DMDR (arXiv 2511.13649): scale of the critic, a lora of the teacher, in the real score; {start: .75, over: 10000}."""
     reward: Reward | None = None
     """A reward of the samples, maximised beside the method's own losses."""
 

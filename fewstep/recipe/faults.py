@@ -10,6 +10,7 @@ from fewstep.algebra.times import FadingBeta
 from fewstep.algebra.views import seen_shape
 from fewstep.config import RecipeError
 from fewstep.networks import code
+from fewstep.objectives.legs import PowerLaw, Scales, ends
 
 GUIDANCE = ("guidance", "correction_guidance", "distill_guidance", "sample_guidance")
 """Fields of methods that hold a guidance scale."""
@@ -198,10 +199,11 @@ def _guidance(recipe: Any) -> None:
         return
     for key, part in _parts(recipe):
         for name in GUIDANCE:
-            scale = getattr(part, name, 1)
-            if isinstance(scale, int | float) and scale != 1:
+            scale = getattr(part, name, None)
+            if isinstance(scale, int | float | tuple | Scales | PowerLaw) and ends(scale) != (1, 1):
+                told = scale if isinstance(scale, int | float) else "{:g} to {:g}".format(*ends(scale))
                 raise ValueError(
-                    f"{key}.{name}: a guidance scale of {scale} needs conditions to move away from, and the data has "
+                    f"{key}.{name}: a guidance scale of {told} needs conditions to move away from, and the data has "
                     "none; leave it at 1, or train on data with conditions"
                 )
     if recipe.evaluate is not None and recipe.teacher is not None and recipe.evaluate.guidance != 1:

@@ -315,10 +315,11 @@ class Recipe:
             raise RecipeError("evaluate.fitted: no sampler is fitted to a bridge's teacher; leave it out")
         for stage in self.stages():
             sampler = stage.method.sampler()
-            noiseless = sampler.kind in ("map", "gamma") and len(sampler.steps) > 1 and sampler.steps[0] == 1
+            ways = [steps for steps in (sampler.steps, *sampler.lists) if len(steps) > 1 and steps[0] == 1]
+            noiseless = sampler.kind in ("map", "gamma") and ways
             if noiseless and isinstance(process, Bridge):
                 raise RecipeError(
-                    f"method: its steps {list(sampler.steps)} begin at 1, where a bridge is its source, and a sampler of "
+                    f"method: its steps {list(ways[0])} begin at 1, where a bridge is its source, and a sampler of "
                     f"kind {sampler.kind} has no direction to go; begin below 1, such as at 0.9, or re-noise"
                 )
             if wrong := stage.method.needs().refuses_process(process):

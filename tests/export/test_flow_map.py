@@ -111,6 +111,8 @@ def test_uneven_levels_and_the_length_of_a_jump_are_known_where_the_student_was_
         done = export(product, tmp_path / inputs[0])
         assert done.parity <= PARITY
         assert "sigmas=[1.0, 0.875, 0.57" in done.usage
+        assert "| steps whose ends it knows | its own 3 levels alone |" in (done.folder / "README.md").read_text()
+        assert jumps_of(product.net, uneven, 12)[0] == (3,)  # type: ignore[arg-type]
     net: Any = told(folder, uneven, "length").net
     counts, t, s = jumps_of(net, uneven, 12)
     assert counts == (3,)
@@ -185,18 +187,23 @@ def test_an_export_opens_as_a_teacher_whose_velocity_is_that_of_no_jump(
         torch.testing.assert_close(net(x, t, cond).x0, product.net(x, t, cond).x0, rtol=1e-4, atol=1e-4)
 
 
-def test_the_loop_of_the_documentation_is_the_sampler(monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.parametrize("inputs", [("s",), ("s", "w")])
+def test_the_loop_of_the_documentation_is_the_sampler(monkeypatch: pytest.MonkeyPatch, inputs: tuple[str, ...]):
     (code,) = re.findall(
         r"```python\n(.*?)```", (Path(__file__).parents[2] / "docs" / "export.md").read_text(), re.DOTALL
     )
-    net = Denoiser(MLP(2, 12, 3, 0, ("s",)), ShiftedFlow(shift=3.0), "velocity", "angle")
-    net.net.extras["s"].linear.weight.data.normal_(0, 0.3)
-    opened = SimpleNamespace(net=net, sampler=Sampler(kind="map", steps=FOUR), shape=(2,))
+    classes = 4 * ("w" in inputs)
+    net = Denoiser(MLP(2, 12, 3, classes, inputs), ShiftedFlow(shift=3.0), "velocity", "angle")
+    for name in inputs:
+        net.net.extras[name].linear.weight.data.normal_(0, 0.3)
+    sampler = Sampler(kind="map", steps=FOUR, guidance=1.5 if classes else None)
+    labels = torch.arange(16) % 4 if classes else None
+    opened = SimpleNamespace(net=net, sampler=sampler, shape=(2,), labels=lambda count: labels)
     monkeypatch.setattr(fewstep, "open_product", lambda path: opened)
     found: dict[str, Any] = {}
     torch.manual_seed(3)
     exec(code, found)
     torch.manual_seed(3)
     with torch.no_grad():
-        wanted = sample(opened.sampler, net, torch.randn(16, 2))
+        wanted = sample(opened.sampler, net, torch.randn(16, 2), labels)
     torch.testing.assert_close(found["x"], wanted, rtol=1e-5, atol=1e-6)

@@ -44,5 +44,5 @@ def test_a_student_of_several_lists_of_steps_stands_at_the_levels_of_each():
         product.with_steps(3)
     with pytest.raises(RecipeError, match=r"step_lists: none is steps, \[1\.0\]"):
         load("toy/dmd2", [lists])
-    with pytest.raises(RecipeError, match="step_lists: simulate and first_step have steps of their own"):
+    with pytest.raises(RecipeError, match="step_lists: simulate, jumps and first_step have steps of their own"):
         load("toy/dp-dmd", ["method.step_lists=[[1.0], [1.0, 0.75, 0.5, 0.25]]"])
