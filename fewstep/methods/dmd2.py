@@ -74,7 +74,7 @@ class DMD2:
         made: list[tuple[Tensor, Any]] | None = [] if self.share_rollout else None
         yield Turn(("student",), lambda batch: self.student_losses(roles, batch, made, step))
         yield self.critic.turn(
-            roles, lambda batch: self.critic_losses(roles, batch, made.pop(0) if made else None), self.gan
+            roles, step, lambda batch: self.critic_losses(roles, batch, made.pop(0) if made else None), self.gan
         )
         yield from reward_turns(self.reward, roles, lambda batch: self.rolled(roles, batch, grad=False).x)
 

@@ -133,7 +133,9 @@ class Joint:
                 for term in turn.losses(own):
                     yield self._weighted(i, term)
 
-        return replace(members[0][1], losses=losses)
+        turns = [turn for _, turn in members]
+        lives = [turn.life for turn in turns if turn.life]
+        return replace(turns[0], losses=losses, fresh=any(t.fresh for t in turns), life=min(lives, default=None))
 
     def _weighted(self, i: int, losses: Losses) -> Losses:
         share = self.methods[i]

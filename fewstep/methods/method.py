@@ -118,6 +118,10 @@ class Turn:
     updates: tuple[str, ...]
     losses: Callable[[Batch], Iterable[Losses]]
     times: int = 1
+    fresh: bool = False
+    """The roles begin anew here: with another optimiser, whose rate starts again."""
+    life: int | None = None
+    """Steps of the stage that an optimiser of theirs lasts, where it is not the whole stage."""
     batches: tuple[Batch, ...] = field(default=(), compare=False)
     """Use these, one for each micro-batch, instead of fresh ones (methods that walk along one trajectory)."""
 
