@@ -86,6 +86,10 @@ class Gan:
         """The student's weighted adversarial loss; the gradient flows through the discriminator into x."""
         return self.weight * self._fooled(self.look(roles, batch, x))
 
+    def at(self, roles: Roles, batch: Batch, x: Tensor, t: Tensor) -> Tensor:
+        """`generator` of x (b, *d) as it is, at time t (b,): no noise is added."""
+        return self.weight * self._fooled(roles.discriminator(x, t, batch.cond))
+
     def beside(self, roles: Roles, batch: Batch, x_tau: Tensor, tau: Tensor, scale: Tensor) -> Tensor:
         """`generator` at a score term's own noised sample, times the mean of that term's `scale` (b,); a scalar.
 
