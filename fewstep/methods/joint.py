@@ -133,9 +133,8 @@ class Joint:
                 for term in turn.losses(own):
                     yield self._weighted(i, term)
 
-        turns = [turn for _, turn in members]
-        lives = [turn.life for turn in turns if turn.life]
-        return replace(turns[0], losses=losses, fresh=any(t.fresh for t in turns), life=min(lives, default=None))
+        lives = [turn.life for _, turn in members if turn.life]
+        return replace(members[0][1], losses=losses, life=min(lives, default=None))
 
     def _weighted(self, i: int, losses: Losses) -> Losses:
         share = self.methods[i]

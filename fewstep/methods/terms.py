@@ -176,13 +176,12 @@ class Critic:
 
     def turn(self, roles: Roles, step: int, losses: Callable[[Batch], Iterable[Losses]], gan: Gan | None = None) -> Turn:
         """The critic's turn of a step, and in it that of the discriminator on its features; first reset and alignment."""
-        fresh = bool(self.reset_every and step and step % self.reset_every == 0)
-        if fresh:
+        if self.reset_every and step and step % self.reset_every == 0:
             self.reset(roles)
         self.align(roles)
         # Two optimisers over one trunk would cancel the weight of the GAN loss.
         updates = ("critic", "discriminator") if gan else ("critic",)
-        return Turn(updates, losses, times=self.steps, fresh=fresh, life=self.reset_every or None)
+        return Turn(updates, losses, times=self.steps, life=self.reset_every or None)
 
     @torch.no_grad()
     def reset(self, roles: Roles) -> None:

@@ -113,7 +113,7 @@ class Loop:
         self.touched = "state" in session.roles  # a method may write there at any moment
         for number, turn in enumerate(stage.method.turns(session.roles, self.progress.step)):
             session.roles.train_only(*turn.updates)
-            if turn.fresh:
+            if turn.life and self.progress.step and self.progress.step % turn.life == 0:
                 self.optim.pop("+".join(turn.updates), None)
             optimizer = self.optimizer(turn, stage)
             if session.offload:

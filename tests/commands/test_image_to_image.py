@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from calling import called
 from tiny_teacher import make_run, make_teacher
 
 from fewstep.algebra.onward import onward
 from fewstep.algebra.sampling import seeded
-from fewstep.cli import main
 from fewstep.commands.image_to_image import correlation, curve, parse_strengths, sources
 from fewstep.config import UserError
 from fewstep.data.images import Digits
@@ -69,6 +69,6 @@ def test_what_it_is_not_for_is_refused(run: Path, tmp_path: Path, capfd: pytest.
         with pytest.raises(UserError, match="--strengths"):
             parse_strengths(text)
     assert parse_strengths(".5, .25,.5") == (0.25, 0.5)
-    assert main(["image-to-image", str(run), "--source", "12"]) == 2
-    assert "classes are 0..9" in capfd.readouterr().err
-    assert main(["image-to-image", str(tmp_path / "none")]) == 2
+    code, _, told = called(capfd, "image-to-image", run, "--source", "12")
+    assert (code, "classes are 0..9" in told) == (2, True)
+    assert called(capfd, "image-to-image", tmp_path / "none")[0] == 2

@@ -57,10 +57,10 @@ def test_every_method_with_a_critic_resets_it_when_it_is_due(name: str) -> None:
         turns = [t for t in method.turns(roles, step) if "critic" in t.updates]
         due = step in (3, 6)
         assert float(roles.critic.weight.detach()) == (7.0 if due else 1.0)
-        assert [(t.fresh, t.life) for t in turns] == [(due, 3)] * len(turns)
+        assert [t.life for t in turns] == [3] * len(turns)
         assert turns
     plain = [t for t in base.turns(roles, 3) if "critic" in t.updates]
-    assert [(t.fresh, t.life) for t in plain] == [(False, None)] * len(plain)
+    assert [t.life for t in plain] == [None] * len(plain)
 
 
 def trainer_of(*settings: str, run: Path | None = None, hooks: Hooks | None = None) -> Trainer:
@@ -117,11 +117,17 @@ def test_a_run_that_is_continued_is_the_run_that_was_not_stopped(tmp_path: Path)
         assert all(torch.equal(v, weights(again)[k]) for k, v in weights(whole).items())
 
 
-def test_heads_on_the_critic_are_stepped_by_the_fresh_optimiser_too() -> None:
-    turns = DMD2(gan=Gan(), critic=Critic(reset_every=1)).turns(
-        Roles(**{n: Weight(1.0) for n in ("teacher", "student", "critic", "discriminator")}), 1
-    )
-    assert next(t for t in turns if t.fresh).updates == ("critic", "discriminator")
+def test_heads_on_the_critic_have_the_fresh_optimiser_too() -> None:
+    roles = Roles(**{n: Weight(1.0) for n in ("teacher", "student", "critic", "discriminator")})
+    turns = DMD2(gan=Gan(), critic=Critic(reset_every=2)).turns(roles, 2)
+    assert [t.updates for t in turns if t.life] == [("critic", "discriminator")]
+
+
+def test_a_joint_method_keeps_the_life_of_the_turn_that_has_one() -> None:
+    shares = [{"method": {"name": "dmd2", "gan": None, "critic": {"reset_every": k, "steps": 2}}} for k in (0, 3)]
+    recipe = load("toy/dmd2", [*SMALL, *SAME], {"method": {"name": "joint", "methods": shares}})
+    roles = Roles(**{n: Weight(1.0) for n in ("teacher", "student", "critic")})
+    assert [t.life for t in recipe.method.turns(roles, 3)] == [None, 3]
 
 
 def net(width: int) -> Denoiser:
