@@ -155,7 +155,7 @@ def with_lora(net: nn.Module, source: Path | Adapted, scale: float = 1.0, said: 
                     f"{said}: adapts {layer} as {list(update.shape)}, here it is {list(weight.shape)}; it is of another "
                     "model"
                 )
-            weight += update.reshape(weight.shape).to(weight)
+            weight.add_(update.reshape(weight.shape).to(weight))
     return twin
 
 
