@@ -17,13 +17,14 @@ from torch import Tensor
 from fewstep.eval.errors import InputError
 from fewstep.eval.features.base import FeatureExtractor
 from fewstep.eval.features.clip import ClipRecipe, ClipScorer, clip_images
+from fewstep.eval.features.house import house_digits
 from fewstep.eval.features.retrieval import Retrieval
-from fewstep.eval.metrics import measures, paired
+from fewstep.eval.metrics import chains, measures, paired, voxels
 from fewstep.eval.metrics.energy import energy_distance
 from fewstep.eval.metrics.estimate import Estimate
 from fewstep.eval.metrics.frechet import frechet_distance
 from fewstep.eval.protocol.evaluation import Evaluation, environment
-from fewstep.eval.protocol.preset import PAIRED, ClipScore, Preset, labels_of
+from fewstep.eval.protocol.preset import CHAINS, PAIRED, VOXELS, ClipScore, Preset, labels_of
 from fewstep.eval.protocol.reference import Reference
 from fewstep.eval.protocol.runner import Samples
 
@@ -206,6 +207,64 @@ def _energy(i: Inputs) -> Entries:
     return {"energy x1000": {"value": 1000 * value}}
 
 
+def _traces(i: Inputs) -> tuple[Tensor, Tensor]:
+    """Samples and as many real chains (N, n, 3), in Angstrom."""
+    x, y = i.runs[0].features, _real(i, "chains")
+    n = min(len(x), len(y))
+    return 10 * x[:n].reshape(n, -1, 3), 10 * y[:n].reshape(n, -1, 3)
+
+
+def _each(
+    name: str,
+    unit: str,
+    values: Callable[[Tensor], Tensor],
+    seen: Callable[[Inputs], tuple[Tensor, Tensor]] = _traces,
+) -> Callable[[Inputs], Entries]:
+    """A mean over samples, with the data's own in the name."""
+
+    def entries(i: Inputs) -> Entries:
+        x, y = (values(each).double() for each in seen(i))
+        error = float(x.std()) / math.sqrt(len(x)) if len(x) > 1 else math.nan
+        told = Estimate(value=float(x.mean()), standard_error=error, n=len(x))
+        return {f"{name} (data {float(y.mean()):.3g}{unit})": told.as_dict()}
+
+    return entries
+
+
+def _gyration(i: Inputs) -> Entries:
+    x, y = (chains.gyration(chain) for chain in _traces(i))
+    name = f"radius of gyration, W1 (samples {float(x.mean()):.2f}, data {float(y.mean()):.2f} A)"
+    return {name: {"value": chains.wasserstein(x, y)}}
+
+
+def _nna(i: Inputs) -> Entries:
+    x, y = (chains.distances(chain) for chain in _traces(i))
+    return {"1-NNA (0.5 is the best)": chains.one_nearest_neighbour(x, y).as_dict()}
+
+
+def _solids(i: Inputs) -> tuple[Tensor, Tensor]:
+    """Samples and real solids (N, 8, 8, 8)."""
+    return i.runs[0].features.reshape(-1, 8, 8, 8), _real(i, "voxels").reshape(-1, 8, 8, 8)
+
+
+def _overlap(i: Inputs) -> Entries:
+    return {"IoU with the nearest real solid": voxels.nearest_overlap(*_solids(i)).as_dict()}
+
+
+def _nna_voxels(i: Inputs) -> Entries:
+    x, y = (voxels.filled(v).flatten(1).double() for v in _solids(i))
+    n = min(len(x), len(y))
+    return {"1-NNA (0.5 is the best)": chains.one_nearest_neighbour(x[:n], y[:n]).as_dict()}
+
+
+def _class_of_heights(i: Inputs) -> Entries:
+    pictures = (255 * (voxels.heights(_solids(i)[0]) + 1) / 2).float()
+    with torch.no_grad():
+        logits = house_digits().logits(pictures)
+    estimate = measures.class_accuracy(logits, _labels(i, "class-accuracy-of-heights"))
+    return {"class accuracy (heights, house-digits)": estimate.as_dict()}
+
+
 def _clip_score(i: Inputs) -> Entries:
     if i.clip is None or i.prompts is None or i.runs[0].clip is None:
         raise InputError("clip-score: needs CLIP, the prompts and CLIP's features of the samples")
@@ -270,10 +329,19 @@ METRICS: dict[str, Callable[[Inputs], Entries]] = {
     "consistency": _consistency,
     "sharpness": _sharpness,
     "spread": _spread,
+    "bond-error": _each("bond error", " A", chains.bond_errors),
+    "clashes": _each("chains with a clash", "", chains.clashing),
+    "gyration": _gyration,
+    "1-nna": _nna,
+    "holes": _each("hanging voxels", "", voxels.holes, _solids),
+    "overlap": _overlap,
+    "1-nna-voxels": _nna_voxels,
+    "class-accuracy-of-heights": _class_of_heights,
+    "handedness": _each("right-handed turns", "", chains.right_handed),
 }
 NEEDS_MORE = ("clip-score", "retrieval", *PAIRED)
 """Metrics of what the caller hands over beside the samples; to do without them is for `omit` to say."""
-NEEDS_FEATURES = ("kid", "cmmd", "prdc3", "prdc5", "energy")
+NEEDS_FEATURES = ("kid", "cmmd", "prdc3", "prdc5", "energy", *CHAINS, *VOXELS)
 
 
 def _real(i: Inputs, metric: str) -> Tensor:

@@ -92,8 +92,8 @@ class Preset:
     """One protocol. `title` and `notes` are for people; every other field enters the hash.
 
     `size` and `channels` of null take any size, and one or three channels. The extractor ``vectors`` is for samples that
-    are no images: they are compared as they are, without quantiser and chain. `first_seed` numbers the noise: a
-    pipeline's image i starts from a generator of seed `first_seed` + i, a run's from sample i of seed `first_seed`.
+    are no images, vectors and points: they are compared as they are, without quantiser and chain. `first_seed` numbers
+    the noise: a pipeline's image i starts from a generator of seed `first_seed` + i, a run's from sample i of that seed.
     """
 
     name: str
@@ -181,6 +181,10 @@ def _steps(chain: Iterable[ResizeStep]) -> list[Step]:
 
 PAIRED = ("psnr", "consistency", "sharpness", "spread")
 """Metrics of samples that were each made from a picture."""
+CHAINS = ("bond-error", "clashes", "gyration", "1-nna", "handedness")
+"""Metrics of chains of points in space, samples (n, 3) in nanometres."""
+VOXELS = ("holes", "overlap", "1-nna-voxels", "class-accuracy-of-heights")
+"""Metrics of solids of voxels, samples (depth, h, w)."""
 METRICS = (
     "fd",
     "kid",
@@ -194,6 +198,8 @@ METRICS = (
     "clip-score",
     "retrieval",
     *PAIRED,
+    *CHAINS,
+    *VOXELS,
 )
 
 

@@ -94,7 +94,8 @@ def preset_reference(
             return file_reference(found.name, found, extractor)
         real, labels = found
         if preset.vectors:
-            return vector_reference(wanted.name, real[: max(preset.number, wanted.images or 0)], extractor)
+            real = real[: max(preset.number, wanted.images or 0)].flatten(1)
+            return vector_reference(wanted.name, real, extractor)
         return reference_of(wanted.name, to_pixels(real), labels, extractor, preset.steps)
     if wanted.kind == "builtin":
         if wanted.name not in builtin:

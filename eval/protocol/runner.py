@@ -38,7 +38,7 @@ class Job:
         identity: anything JSON that identifies the model, its settings and the preset (hashes).
         shard_size: samples per shard file.
         batch_size: samples per call of `generate`; must not change the samples, so it may differ on resume.
-        quantiser, chain: from the preset; a quantiser of None leaves vectors (N, D) as they are.
+        quantiser, chain: from the preset; a quantiser of None leaves vectors, points and solids as they are.
         keep_images: store the quantised pixels beside the features.
         clip_chain: from the preset, before CLIP, where a CLIP score is asked for.
     """
@@ -234,8 +234,10 @@ def _make_shard(
         wanted = indices[start : start + job.batch_size]
         with torch.no_grad():
             images = generate(wanted)
-        rank, expected = (2, "(N, D)") if job.quantiser is None else (4, "(N, C, H, W)")
-        if images.ndim != rank or len(images) != len(wanted):
+        as_they_are = job.quantiser is None
+        expected = "(N, ...)" if as_they_are else "(N, C, H, W)"
+        right = images.ndim >= 2 if as_they_are else images.ndim == 4
+        if not right or len(images) != len(wanted):
             raise ValueError(
                 f"generate: returned shape {tuple(images.shape)} for {len(wanted)} indices, expected {expected}"
             )
@@ -243,7 +245,7 @@ def _make_shard(
             pixels = quantise(images, job.quantiser)
         except InputError as error:
             raise InputError(f"generate: samples {wanted[0]}..{wanted[-1]}: {error}") from None
-        found = _chained(extractor, pixels, job.chain)
+        found = _chained(extractor, pixels.flatten(1) if as_they_are else pixels, job.chain)
         if clip is not None:
             found["clip"] = _chained(clip, pixels, job.clip_chain)["features"]
         for name, network in (("features", extractor), ("clip", clip)):

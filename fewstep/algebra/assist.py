@@ -83,7 +83,7 @@ def after_teacher(
     process: Process = student.process
     times = times_of(sampler.steps, process).to(noise.device)
     b = len(noise)
-    x = process.prior(noise, times[0].expand(b))
+    x = process.prior(sampler.noise_scale * noise, times[0].expand(b))
     for i in range(min(steps, len(times) - 1)):
         high, low = sampler.steps[i : i + 2]
         inner = times_of([high + (low - high) * k / substeps for k in range(1, substeps)], process).to(times)

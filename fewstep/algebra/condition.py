@@ -24,6 +24,7 @@ KEYS: dict[str, str] = {
     "label": "(b,) int64 class number",
     "guidance": "(b,) guidance scale that the network takes as an input (Flux-dev, SANA-Sprint)",
     "image": "(b, c, h, w) picture that conditions, in [-1, 1]: low resolution, edges, mask, the source of a bridge",
+    "points": "(b, n) 1 for a point of a sample of points (b, n, d), 0 for padding",
     "easy": "(b, c, h, w) a picture of the same sample that tells more, for networks that `see: {image: easy}`",
 }
 """Keys of a condition and what their tensors are."""

@@ -58,6 +58,16 @@ class Coarse:
         return functional.interpolate(functional.avg_pool2d(x, self.factor), scale_factor=float(self.factor))
 
 
+@part("view", "bold")
+class Bold:
+    """A picture half of whose brightness comes from the brightest of the 3 x 3 pixels around: thicker strokes."""
+
+    def see(self, x: Tensor, draws: Draws) -> Tensor:
+        if x.ndim != 4:
+            raise ValueError(f"view bold: needs pictures (c, h, w), not {list(x.shape[1:])}")
+        return (functional.max_pool2d(x, 3, 1, 1) + x) / 2
+
+
 @part("view", "frame")
 class Frame:
     """One frame of a video (b, c, f, h, w), drawn anew for every sample: what a teacher of pictures can judge."""

@@ -100,6 +100,27 @@ def gallery(
     typer.echo(f"{out}: {rows} rows of {len(wanted)}")
 
 
+@app.command(
+    "image-to-image",
+    rich_help_panel="Look",
+    epilog="Example: `fewstep image-to-image runs/digits-std-i2i --strengths .25,.5,.75 --source 3 --target 8`",
+)
+@may_run_code
+def image_to_image(
+    run: Annotated[Path, typer.Argument(help="A class-conditional run on digits or Fashion-MNIST.")],
+    strengths: Annotated[str, typer.Option(help="Levels that pictures are noised to, in (0, 1].")] = ".25,.5,.75",
+    source: Annotated[str | None, typer.Option(help="Classes of the pictures, such as 3 or 0-4 [default: all].")] = None,
+    target: Annotated[str | None, typer.Option(help="Classes to make of them [default: each the next].")] = None,
+    count: Annotated[int, typer.Option(min=2, max=100_000, help="Pictures.")] = 500,
+    seed: Annotated[int, typer.Option(help="Seed of the noise.")] = 0,
+    out: Annotated[Path | None, typer.Option(help="Folder [default: RUN/image-to-image].")] = None,
+) -> None:
+    """Draw from pictures at several strengths, the teacher at as many calls beside: content against style."""
+    from fewstep.commands.image_to_image import curve, parse_strengths
+
+    curve(run, parse_strengths(strengths), source, target, count, seed, out)
+
+
 @app.command(rich_help_panel="Look", epilog="Example: `fewstep health runs/digits-dmd2`")
 def health(run: Annotated[Path, typer.Argument(help="A run directory.")]) -> None:
     """Say in words whether a run is healthy, from its log, and which knob to turn; plot it into RUN/report."""

@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -223,19 +224,23 @@ def _seen(recipe: Recipe, shape: tuple[int, ...], source: Source | None) -> None
         raise RecipeError(f"{source.where(path)}: {error}" if source else str(error)) from None
 
 
+CRITICS = {"alignment": "student", "reset_every": "teacher"}
+"""Settings of a critic and the role whose weights it is given by them."""
+
+
 def _aligned(recipe: Recipe, found: Roles, source: Source | None) -> None:
-    """A critic that moves towards the student's weights has to have their shape."""
-    for number, stage in enumerate(recipe.stages()):
+    """A critic that moves towards the student's weights, or goes back to the teacher's, has to have their shape."""
+    for (number, stage), (key, of) in product(enumerate(recipe.stages()), CRITICS.items()):
         methods = [stage.method, *(share.method for share in getattr(stage.method, "methods", ()))]
-        asked = any(getattr(getattr(m, "critic", None), "alignment", 0) for m in methods)
-        if not asked or not {"critic", "student"} <= set(found.modules):
+        asked = any(getattr(getattr(m, "critic", None), key, 0) for m in methods)
+        if not asked or not {"critic", of} <= set(found.modules):
             continue
-        if wrong := _differ(recipe, "critic", "student", found.modules):
+        if wrong := _differ(recipe, "critic", of, found.modules):
             start: tuple[str | int, ...] = ("before", number) if number < len(recipe.before) else ()
-            path = (*start, "method", *(() if len(methods) > 1 else ("critic", "alignment")))
+            path = (*start, "method", *(() if len(methods) > 1 else ("critic", key)))
             where = f"{source.where(path)}: " if source else ""
             raise RecipeError(
-                f"{where}{'.'.join(map(str, path))}: critic.alignment needs a critic of the student's shape: {wrong}"
+                f"{where}{'.'.join(map(str, path))}: critic.{key} needs a critic of the {of}'s shape: {wrong}"
             )
 
 

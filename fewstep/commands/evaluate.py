@@ -14,16 +14,15 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
-from fewstep.algebra.guidance import guided_teacher
 from fewstep.commands.against import pipeline_shape, source_of
 from fewstep.commands.assisting import parse_assist, with_assist
 from fewstep.commands.judge import Judge, captions_of, check_fit, open_judge, paired_of, preset_of, refusals, reward_of
-from fewstep.commands.measure import teacher_product
 from fewstep.commands.options import parse_steps
 from fewstep.commands.processes import world
 from fewstep.commands.report import console, opened, show
 from fewstep.commands.request import Request
 from fewstep.commands.sources import BATCH, CLASS_METRICS, PIPELINE_BATCH, Model, of_pipeline, of_product
+from fewstep.commands.transfer import add_ratios, attribute_of, marked, teachers, with_adapter
 from fewstep.commands.write_images import write_images
 from fewstep.config import UserError
 from fewstep.eval.features.base import FeatureExtractor
@@ -37,7 +36,7 @@ from fewstep.eval.report import write_report
 from fewstep.files import cache_dir, expanded
 from fewstep.pictures import SUFFIXES, PictureError, facts
 from fewstep.recipe.schema import Evaluate, default_metric
-from fewstep.train.product import Product, teacher_beside
+from fewstep.train.product import Product
 
 SHOWN = 64
 """Samples of each model in the report."""
@@ -71,12 +70,15 @@ def run(request: Request) -> list[Evaluation]:
         omit=request.omit or (),
     )
     if product is not None:
-        judge = replace(judge, reward=reward_of(product))
+        wanted = request.attribute
+        judge = replace(judge, reward=reward_of(product) if wanted is None else attribute_of(product, wanted))
     with refusals():
         if request.images is not None:
             found = [of_folder(judge, request)]
         else:
             found = of_models(judge, request, product, steps, teacher)
+    if found and request.adapter is not None and request.attribute is not None:
+        add_ratios(found, request.adapter, request.adapter_scale, request.attribute)
     if found:
         show(found)
     if found and request.report is not None:
@@ -183,8 +185,8 @@ def check_source(
     if request.images is not None:
         check_images(preset, request, bool(steps or teacher))
     elif product is None:
-        if teacher or request.assist is not None:
-            option = "--teacher" if teacher else "--assist"
+        if teacher or request.assist is not None or request.adapter is not None or request.attribute is not None:
+            option = "--teacher" if teacher else "--assist" if request.assist is not None else "--adapter, --attribute"
             raise UserError(f"{option}: {request.path} is a diffusers folder; only a run knows its teacher")
     else:
         if request.call:
@@ -316,13 +318,13 @@ def models(
         part = parse_assist(request.assist)
         helped = [with_assist(p, part) for p in found]
         out += [of_product(preset, h, path.name, f"{m.name} + {part.name}") for h, m in zip(helped, out, strict=True)]
-    if teacher:
-        recipe: Any = product.recipe
-        data = recipe.data.open()
-        net: Any = teacher_beside(recipe, data, path.name, product.checkpoint).to(device)
-        net = guided_teacher(net, recipe.evaluate.guidance if recipe.evaluate else 1.0, data.null)
-        out += [of_product(preset, teacher_product(product, net, n), "teacher") for n in teacher]
-    return out
+    file, scale = request.adapter, request.adapter_scale
+    if file is not None:
+        plain = list(zip(found, out, strict=False))
+        out += [
+            of_product(preset, with_adapter(p, file, scale), path.name, marked(m.name, file, scale)) for p, m in plain
+        ]
+    return out + teachers(preset, product, teacher, device, file, scale) if teacher else out
 
 
 def of_models(

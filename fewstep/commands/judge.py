@@ -24,7 +24,7 @@ from fewstep.eval.features.retrieval import Retrieval
 from fewstep.eval.metrics.paired import Paired
 from fewstep.eval.protocol.evaluate import evaluate, preset_clip, prompts_digest
 from fewstep.eval.protocol.evaluation import Evaluation
-from fewstep.eval.protocol.preset import PAIRED, Preset, load_preset, require_files
+from fewstep.eval.protocol.preset import CHAINS, PAIRED, VOXELS, Preset, load_preset, require_files
 from fewstep.eval.protocol.prompts import prompts_of
 from fewstep.eval.protocol.reference import Reference, Source, preset_reference
 from fewstep.eval.protocol.runner import Job, Samples, make_samples, shard_size
@@ -248,8 +248,13 @@ def check_fit(preset: Preset, shape: Sequence[int], classes: int | None, what: s
     """
     told = f"{what}: preset {preset.name}" if what else f"preset {preset.name}"
     if preset.vectors:
-        if len(shape) != 1:
-            raise UserError(f"{told} is for vectors; these samples are {list(shape)}")
+        if set(preset.metrics) & set(CHAINS) and (len(shape) != 2 or shape[-1] != 3):
+            raise UserError(f"{told} is for chains of points in space, (n, 3); these samples are {list(shape)}")
+        solids = bool(set(preset.metrics) & set(VOXELS))
+        if solids and tuple(shape) != (8, 8, 8):
+            raise UserError(f"{told} is for solids of 8 x 8 x 8 voxels; these samples are {list(shape)}")
+        if not solids and len(shape) not in (1, 2):
+            raise UserError(f"{told} is for vectors and points; these samples are {list(shape)}")
     else:
         side, channels = preset.size, preset.channels
         right = len(shape) == 3 and shape[0] in ((1, 3) if channels is None else (channels,))

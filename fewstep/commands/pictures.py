@@ -60,12 +60,12 @@ def _image(x: Tensor, per_row: int, scale: int) -> Any:
 
 
 def save_grid(x: Tensor, path: Path, per_row: int = 10) -> None:
-    """Samples as one PNG: images (n, c, h, w) in [-1, 1] as a grid, vectors (n, 2) as a scatter plot.
+    """Samples as one PNG: images (n, c, h, w) in [-1, 1] as a grid, vectors (n, 2) as a scatter plot, chains (n, m, d).
 
     Of latents, with neither 1 nor 3 channels, the first channels are shown as they are.
     """
-    if x.ndim == 2:
-        save_scatter([("samples", x)], path)
+    if x.ndim in (2, 3):
+        (save_scatter if x.ndim == 2 else save_chains)([("samples", x)], path)
         return
     save_picture(_image(x, per_row, max(1, CELL // x.shape[-1])), path)
 
@@ -85,8 +85,8 @@ def beside(product: Any, x: Tensor) -> Tensor:
 
 def save_side_by_side(sets: Sequence[tuple[str, Tensor]], path: Path, per_row: int = 10) -> None:
     """Several sets of samples from the same noise, one titled panel each."""
-    if sets[0][1].ndim == 2:
-        save_scatter(sets, path)
+    if sets[0][1].ndim in (2, 3):
+        (save_scatter if sets[0][1].ndim == 2 else save_chains)(sets, path)
         return
     from PIL import Image, ImageDraw, ImageFont
 
@@ -113,6 +113,35 @@ def save_scatter(sets: Sequence[tuple[str, Tensor]], path: Path) -> None:
     for axis, (title, x) in zip(axes[0], sets, strict=True):
         axis.scatter(x[:, 0].cpu(), x[:, 1].cpu(), s=2, alpha=0.5)
         axis.set(title=title, xlim=(-2, 2), ylim=(-2, 2), aspect="equal")
+    _save_figure(figure, path)
+
+
+CHAINS = 8
+"""Chains that a panel shows."""
+
+
+def save_chains(sets: Sequence[tuple[str, Tensor]], path: Path) -> None:
+    """Chains of points (n, m, d), the first CHAINS of each set seen along their last axes, one row a set."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(len(sets), CHAINS, figsize=(2 * CHAINS, 2.2 * len(sets)), squeeze=False)
+    for row, (title, x) in zip(axes, sets, strict=True):
+        for axis, chain in zip(row, [*x[:CHAINS].cpu(), *[None] * CHAINS], strict=False):
+            axis.axis("off")
+            if chain is not None:
+                there = chain[: int((chain != 0).any(-1).nonzero().amax()) + 1] if chain.any() else chain[:1]
+                axis.plot(there[:, 0], there[:, 1], "-o", ms=2, lw=1)
+                axis.set_aspect("equal", adjustable="datalim")
+        row[0].set_title(title, loc="left")
+    _save_figure(figure, path)
+
+
+def _save_figure(figure: Any, path: Path) -> None:
+    from matplotlib import pyplot as plt
+
     try:
         with atomic_path(path) as temporary:
             figure.savefig(temporary, dpi=80, bbox_inches="tight")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, ClassVar
@@ -32,6 +33,15 @@ class Request:
     assist: Annotated[
         str | None, Option(help="Measure a run also with its teacher's help, such as diversity:substeps=5.")
     ] = None
+    adapter: Annotated[
+        Path | None,
+        Option(help="Measure a run, and its teacher with --teacher, also with the adapter of this LoRA file or run."),
+    ] = None
+    adapter_scale: Annotated[float, Option(help="Factor on its update.")] = 1.0
+    attribute: Annotated[
+        str | None,
+        Option(help="Read ink or house-classifier of every sample; with --adapter and --teacher the transfer ratio."),
+    ] = None
     teacher: Annotated[str | None, Option(help="Measure a run's teacher too, at these Heun steps, such as 1,12.")] = None
     samples: Annotated[
         int | None, Option(min=2, max=10_000_000, help="Number of samples; another one is another protocol.")
@@ -54,7 +64,9 @@ class Request:
 
     PANELS: ClassVar[dict[str, str]] = {
         **dict.fromkeys(("preset", "images", "teacher", "samples", "seed", "omit", "allow_skips"), "What is measured"),
+        "attribute": "What is measured",
         **dict.fromkeys(("steps", "any_steps", "assist", "batch", "call"), "How samples are drawn"),
+        **dict.fromkeys(("adapter", "adapter_scale"), "How samples are drawn"),
         **dict.fromkeys(("extractor_path", "clip_path"), "Networks"),
         **dict.fromkeys(("report", "out"), "What is written"),
     }
@@ -73,5 +85,7 @@ class Request:
                 "--images: nothing says how to measure this; give --against FOLDER with real pictures, or --preset NAME, "
                 "of those that --list-presets names"
             )
+        if not math.isfinite(self.adapter_scale) or (self.adapter is None and self.adapter_scale != 1):
+            raise UserError(f"--adapter-scale {self.adapter_scale:g}: is a number, of the adapter that --adapter names")
         if self.seed is not None and self.preset is not None:
             raise UserError("--seed: a preset has seeds of its own; another seed is another protocol")

@@ -1,6 +1,6 @@
 """Real samples and conditions. Importing this package registers every data set."""
 
-from fewstep.data import images as images, toy as toy
+from fewstep.data import helices as helices, images as images, toy as toy, voxels as voxels
 
 from fewstep.data import text as text  # isort: skip  pictures and latents choose among its encoders
 from fewstep.data import decoded as decoded, degraded as degraded, latents as latents, pictures as pictures

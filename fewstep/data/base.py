@@ -15,7 +15,7 @@ class Data(Protocol):
     """Gives samples and conditions for the rows of a batch; every choice comes from `draws`."""
 
     shape: tuple[int, ...]
-    """Of one sample, (C, H, W) or (d,)."""
+    """Of one sample, (C, H, W), (d,), or (n, d) of n points."""
     classes: int
     """Number of classes; 0 for none."""
 
@@ -36,14 +36,17 @@ class Data(Protocol):
         ...
 
 
-Conditions = Literal["none", "classes", "text", "image"]
-"""What stands beside a sample; "image" is a picture, alone or with classes or text."""
+Conditions = Literal["none", "classes", "text", "image", "points"]
+"""What stands beside a sample; "image" is a picture, alone or with classes or text, "points" says which of a sample's
+points are there."""
 
 
 def conditions_of(data: Any) -> Conditions:
     """Those of an opened data set."""
     if image_shape(data) is not None:
         return "image"
+    if getattr(data, "masked", False):
+        return "points"
     if getattr(data, "text", None) is not None:
         return "text"
     return "classes" if data.classes else "none"

@@ -83,6 +83,16 @@ def parts_of(product: Product, dtype: str = "fp32", variant: bool = False, image
             "dynamic guidance hands the student another scale at each step, which no stock pipeline does; "
             "set method.dynamic=null for one scale"
         )
+    if product.sampler.noise_scale != 1:
+        raise ExportRefused(
+            f"noise_scale {product.sampler.noise_scale:g}: scales the noise of every step, which no stock scheduler "
+            "does; set method.noise_scale=1"
+        )
+    if len(product.shape) == 2:
+        raise ExportRefused(
+            f"samples of {list(product.shape)} are points, which no stock pipeline draws; fewstep.open_product(RUN).draw "
+            "gives them as a tensor"
+        )
     if isinstance(product.net, Routed):
         return routed_parts(product, parts_of)
     if latent:

@@ -60,8 +60,9 @@ class DecoupledDMD:
         self.gan.alone()
         if self.normalizer == "cfg" and (self.schedule, self.regularizer) != ("coupled", "dm"):
             raise ValueError("normalizer cfg needs one guided denoiser: schedule coupled, regularizer dm")
-        if self.regularizer != "dm" and self.critic.alignment:
-            raise ValueError(f"critic.alignment: regularizer {self.regularizer} has no critic; leave it out, or take dm")
+        for key in ("alignment", "reset_every") if self.regularizer != "dm" else ():
+            if getattr(self.critic, key):
+                raise ValueError(f"critic.{key}: regularizer {self.regularizer} has no critic; leave it out, or take dm")
         if self.moments[1] <= 0:
             raise ValueError(f"moments must be a mean and a positive variance, not {list(self.moments)}")
 
@@ -72,7 +73,7 @@ class DecoupledDMD:
     def turns(self, roles: Roles, step: int) -> Iterator[Turn]:
         yield Turn(("student",), lambda batch: self.student_losses(roles, batch))
         if self.regularizer == "dm":
-            yield self.critic.turn(roles, lambda batch: self.critic_losses(roles, batch))
+            yield self.critic.turn(roles, step, lambda batch: self.critic_losses(roles, batch))
         if self.regularizer == "gan":
             yield Turn(("discriminator",), lambda batch: self.critic_losses(roles, batch), times=self.critic.steps)
 

@@ -73,7 +73,7 @@ class DMD:
         if self.regression_weight:
             roles.state.fill(roles, many_step(self.pair_steps, self.pair_solver), self.guidance)
         yield Turn(("student",), lambda batch: self.student_losses(roles, batch))
-        yield self.critic.turn(roles, lambda batch: self.critic_losses(roles, batch))
+        yield self.critic.turn(roles, step, lambda batch: self.critic_losses(roles, batch))
 
     def sampler(self) -> Sampler:
         return Sampler(kind="renoise", steps=(self.level,))

@@ -57,7 +57,7 @@ class DMD2:
     off_trajectory: OffTrajectory | None = None
     """CDM: a second sample of each update, from a point off the trajectory, is matched too; null is DMD2."""
     lean: Fading | None = None
-    """DMDR (arXiv 2511.13649): scale of the critic, a lora of the teacher, in the real score; {start: .75, over: 10000}."""
+    """DMDR (arXiv 2511.13649): scale of the critic, a lora of the teacher, in the real score, {start: .75} there."""
     reward: Reward | None = None
     """A reward of the samples, maximised beside the method's own losses."""
 
@@ -81,7 +81,7 @@ class DMD2:
         made: list[tuple[Tensor, Any]] | None = [] if self.share_rollout else None
         yield Turn(("student",), lambda batch: self.student_losses(roles, batch, made, step))
         yield self.critic.turn(
-            roles, lambda batch: self.critic_losses(roles, batch, made.pop(0) if made else None), self.gan
+            roles, step, lambda batch: self.critic_losses(roles, batch, made.pop(0) if made else None), self.gan
         )
         yield from reward_turns(self.reward, roles, lambda batch: self.rolled(roles, batch, grad=False).x)
 

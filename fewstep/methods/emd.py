@@ -80,7 +80,7 @@ class EMD:
 
     def turns(self, roles: Roles, step: int) -> Iterator[Turn]:
         yield Turn(("student",), lambda batch: self.student_losses(roles, batch))
-        yield self.critic.turn(roles, lambda batch: self.critic_losses(roles, batch))
+        yield self.critic.turn(roles, step, lambda batch: self.critic_losses(roles, batch))
 
     def sampler(self) -> Sampler:
         return Sampler(kind="renoise", steps=(self.level,))

@@ -90,7 +90,7 @@ class FDistill:
 
     def turns(self, roles: Roles, step: int) -> Iterator[Turn]:
         yield Turn(("student",), lambda batch: self.student_losses(roles, batch))
-        yield self.critic.turn(roles, lambda batch: self.critic_losses(roles, batch), self.gan)
+        yield self.critic.turn(roles, step, lambda batch: self.critic_losses(roles, batch), self.gan)
         yield from reward_turns(self.reward, roles, self.walked)
 
     @property

@@ -67,16 +67,15 @@ class Factorised:
         check_steps(self.steps)
         if not self.experts:
             raise ValueError("experts is empty; name at least one, such as [{role: teacher}]")
-        if self.critic.alignment:
-            raise ValueError(
-                "critic.alignment: the critics follow what a view shows of the samples, not the student; give 0"
-            )
+        for key in ("alignment", "reset_every"):
+            if getattr(self.critic, key):
+                raise ValueError(
+                    f"critic.{key}: the critics follow what a view shows of the samples, not the student; give 0"
+                )
         views: dict[str, View] = {}
         for e in self._tracked():
             if views.setdefault(e.critic, e.view) != e.view:
                 raise ValueError(f"experts: the critic {e.critic!r} would track two views; give each its own")
-        if self.critic.alignment:
-            raise ValueError("critic.alignment: the critics here track views of the samples, not the student; give 0")
 
     def _tracked(self) -> list[Expert]:
         return [e for e in self.experts if e.kind == "vsd"]

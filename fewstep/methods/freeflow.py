@@ -66,7 +66,7 @@ class FreeFlow:
     def turns(self, roles: Roles, step: int) -> Iterator[Turn]:
         yield Turn(("student",), lambda batch: self.losses(roles, batch))
         if self.correction:
-            yield self.critic.turn(roles, lambda batch: self.critic_losses(roles, batch))
+            yield self.critic.turn(roles, step, lambda batch: self.critic_losses(roles, batch))
 
     def losses(self, roles: Roles, batch: Batch) -> Iterator[Losses]:
         x = batch.noise()

@@ -133,7 +133,8 @@ class Joint:
                 for term in turn.losses(own):
                     yield self._weighted(i, term)
 
-        return replace(members[0][1], losses=losses)
+        lives = [turn.life for _, turn in members if turn.life]
+        return replace(members[0][1], losses=losses, life=min(lives, default=None))
 
     def _weighted(self, i: int, losses: Losses) -> Losses:
         share = self.methods[i]

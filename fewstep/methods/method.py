@@ -48,8 +48,7 @@ class Needs:
     reward: Literal["", "value", "gradient"] = ""
     """What is asked of the role `reward`: its value alone, or its gradient with respect to the samples too."""
     state: Callable[[Data], nn.Module] | None = None
-    """Makes the method's own buffers (ratio bins, banks) for a data set's shape and classes; they become the
-    role `state`, checkpointed with it."""
+    """Makes the method's own buffers (ratio bins, banks) for a data set; they become the role `state`, checkpointed."""
 
     def __post_init__(self) -> None:
         if self.process and self.process not in REGISTRY["process"]:
@@ -107,8 +106,8 @@ class Losses(dict[str, Tensor]):
 class Turn:
     """One optimiser step of some roles, `times` times with fresh batches.
 
-    losses(batch) yields one or more Losses; each is backwarded as it comes and the optimiser steps once.
-    Roles that share tensors or a graph (a discriminator head on the critic's trunk) belong in one turn.
+    losses(batch) yields one or more Losses; each is backwarded as it comes and the optimiser steps once. Roles that share
+    tensors or a graph (a discriminator head on the critic's trunk) belong in one turn.
 
     >>> turn = fewstep.Turn(("critic",), lambda batch: [fewstep.Losses({"dsm": batch.noise().mean()})], times=2)
     >>> turn.updates, turn.times
@@ -120,6 +119,8 @@ class Turn:
     times: int = 1
     batches: tuple[Batch, ...] = field(default=(), compare=False)
     """Use these, one for each micro-batch, instead of fresh ones (methods that walk along one trajectory)."""
+    life: int | None = None
+    """Steps of the stage after which the roles have a fresh optimiser, whose rate begins anew; None: the whole stage."""
 
     def batch(self, micro: int) -> Batch | None:
         """The batch of a micro-batch, None for a fresh one."""
@@ -138,8 +139,7 @@ class Method(Protocol):
     def turns(self, roles: Roles, step: int) -> Iterator[Turn]:
         """The turns of one step, in order. Resumed after each optimiser step, so it may hold things between.
 
-        They are also listed with stand-ins for the roles (`fewstep.methods.turns`): networks are called in losses alone.
-        """
+        Listed with stand-ins for roles too (`fewstep.methods.turns`): networks are called in losses alone."""
         ...
 
     def sampler(self) -> Sampler:

@@ -76,7 +76,7 @@ class PhasedDMD:
 
     def turns(self, roles: Roles, step: int) -> Iterator[Turn]:
         yield Turn(("student",), lambda batch: self.student_losses(roles, batch))
-        yield self.critic.turn(roles, lambda batch: self.critic_losses(roles, batch))
+        yield self.critic.turn(roles, step, lambda batch: self.critic_losses(roles, batch))
 
     def sampler(self) -> Sampler:
         # DDIM through the experts: eta = 0 keeps the noise that a step predicted.

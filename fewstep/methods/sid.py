@@ -11,10 +11,11 @@ from torch import Tensor
 from fewstep import objectives as obj
 from fewstep.algebra.batch import Batch
 from fewstep.algebra.guidance import guided
+from fewstep.algebra.points import fill_of
 from fewstep.algebra.rollout import StepLists, listed, rollout
 from fewstep.algebra.sampling import Sampler
 from fewstep.algebra.times import LogNormal, SiDTimes, TimesPart, check_step_lists
-from fewstep.config import part
+from fewstep.config import Positive, part
 from fewstep.methods.method import Losses, Needs, Turn
 from fewstep.methods.readings import readings
 from fewstep.methods.reward import Reward, add_reward, need_reward, reward_turns
@@ -26,7 +27,14 @@ from fewstep.networks.roles import Roles
 class SiD:
     """Minimise the Fisher divergence between noised student and teacher, with gradients through both denoisers."""
 
-    cites: ClassVar[tuple[str, ...]] = ("2404.04057", "2410.16794", "2502.01362", "2410.14919", "2406.01561")
+    cites: ClassVar[tuple[str, ...]] = (
+        "2404.04057",
+        "2410.16794",
+        "2502.01362",
+        "2410.14919",
+        "2406.01561",
+        "2510.03095",
+    )
 
     steps: tuple[float, ...] = (1.0,)
     """Levels u of the student; SiD starts one step at sigma 2.5, u = 0.5 of the Karras grid 0.002 to 80."""
@@ -56,6 +64,8 @@ class SiD:
     adversary_at: Literal["score", "fresh"] = "score"
     """Where the student meets it. score: at the score term's own noised sample, divided by the batch's mean of
     <|x - D_real|> (released code); fresh: at a level and noise of its own, undivided."""
+    noise_scale: Positive = 1.0
+    """Factor on the noise at sampling, training being at 1: see `Sampler`."""
     reward: Reward | None = None
     """A reward of the samples, maximised beside the method's own losses."""
 
@@ -71,7 +81,7 @@ class SiD:
         return need_reward(Needs(frozenset(roles), data=self.gan is not None, teacher_grad=True), self.reward, fits=True)
 
     def turns(self, roles: Roles, step: int) -> Iterator[Turn]:
-        yield self.critic.turn(roles, lambda batch: self.critic_losses(roles, batch), self.gan)
+        yield self.critic.turn(roles, step, lambda batch: self.critic_losses(roles, batch), self.gan)
         yield Turn(("student",), lambda batch: self.student_losses(roles, batch))
         yield from reward_turns(self.reward, roles, self.walked)
 
@@ -81,7 +91,7 @@ class SiD:
         return listed(self.steps, self.step_lists)
 
     def sampler(self) -> Sampler:
-        return Sampler(kind="renoise", steps=self.steps, lists=self.step_lists)
+        return Sampler(kind="renoise", steps=self.steps, lists=self.step_lists, noise_scale=self.noise_scale)
 
     def student_losses(self, roles: Roles, batch: Batch) -> Iterator[Losses]:
         x = rollout(roles.student, batch.draws, batch.shape, self.walked, batch.cond).x
@@ -96,7 +106,9 @@ class SiD:
         x_tau, tau = noised(self.times, roles, batch, x)
         real = guided(roles.teacher, x_tau, tau, batch.cond, batch.null_cond, self.guidance)
         fake = guided(roles.critic, x_tau, tau, batch.cond, batch.null_cond, self.guide_critic[1])
-        value = obj.inverse_matching(real, fake, x, alpha=self.alpha, huber=self.huber)
+        # The normaliser is a mean over the same points, so that padding cancels.
+        fill = None if self.normalize and self.huber is None else fill_of(batch.cond)
+        value = obj.inverse_matching(real, fake, x, alpha=self.alpha, huber=self.huber, fill=fill)
         scale = torch.ones_like(value)
         if self.normalize and self.huber is None:
             scale = obj.dmd_normalizer(x.detach(), real.x0.detach(), floor=1e-5).flatten()

@@ -17,33 +17,12 @@ from fewstep.algebra.sampling import Sampler
 from fewstep.algebra.times import check_steps
 from fewstep.config import Count, part
 from fewstep.data.base import Conditions, Data
+from fewstep.methods.bank import Bank
 from fewstep.methods.method import Losses, Needs, Turn
+from fewstep.methods.terms import Gan
 from fewstep.networks.roles import Roles
 from fewstep.objectives.legs import Scale, Teacher, check_scale, drawn, student_leg
 from fewstep.objectives.trajectory import Distance, distance
-
-
-class Bank(nn.Module):
-    """`slots` trajectories in progress: the state x, its knot (0: empty) and its class (-1: none)."""
-
-    def __init__(self, slots: int, shape: tuple[int, ...]) -> None:
-        super().__init__()
-        self.x: Tensor
-        self.knot: Tensor
-        self.label: Tensor
-        self.register_buffer("x", torch.zeros(slots, *shape))
-        self.register_buffer("knot", torch.zeros(slots, dtype=torch.long))
-        self.register_buffer("label", torch.full((slots,), -1))
-
-    def put(self, slot: Tensor, x: Tensor, knot: Tensor, label: Tensor | None) -> None:
-        """Store states; of several for one slot the last counts. A state at knot 1 or below has ended."""
-        done = knot <= 1
-        self.x[slot], self.knot[slot] = (
-            x.detach().to(self.x.dtype),
-            torch.where(done, torch.zeros_like(knot), knot),
-        )
-        if label is not None:
-            self.label[slot] = label
 
 
 @part("method", "std")
@@ -75,10 +54,15 @@ class STD:
     """c of the pseudo-Huber distances, in units of the data (which lies in [-1, 1]); mse and l1 have none."""
     steps: tuple[float, ...] = (0.78, 0.58, 0.38, 0.18)
     """Levels, none above the start of the trajectories."""
+    gan: Gan | None = None
+    """The asymmetric adversarial term: a jump to s as it is, against real data at a level drawn below s, so that the
+    student is cleaner than its level. Its own `times` are not used; heads on the frozen teacher (official: on DINOv2)."""
 
     def __post_init__(self) -> None:
         check_steps(self.steps)
         check_scale(self.guidance)
+        if self.gan:
+            self.gan.alone()
         if not 0 < self.strength <= 1 or not 0 <= self.rate <= 1:
             raise ValueError(f"strength and rate must lie in (0, 1], [0, 1], not {self.strength}, {self.rate}")
         if self.steps[0] > self.first / self.knots:
@@ -97,11 +81,18 @@ class STD:
             return Bank(self.slots, tuple(data.shape))
 
         # Labels are kept beside the banked states, embeddings of text are not.
-        conditions: frozenset[Conditions] = frozenset({"none", "classes"})
-        return Needs(frozenset({"teacher", "student"}), data=True, conditions=conditions, state=state)
+        kinds: frozenset[Conditions] = frozenset({"none", "classes"})
+        roles = frozenset({"teacher", "student"} | ({"discriminator"} if self.gan else set()))
+        return Needs(roles, data=True, conditions=kinds, state=state, teacher_grad=self.gan is not None)
 
     def turns(self, roles: Roles, step: int) -> Iterator[Turn]:
         yield Turn(("student",), lambda batch: self.losses(roles, batch))
+        if self.gan:
+            yield Turn(("discriminator",), lambda batch: self.discriminator_losses(roles, batch))
+
+    def time(self, process: Any, knot: Tensor) -> Tensor:
+        """Process time of knots, for a discriminator: 0 at the lowest level that it can look at."""
+        return process.grid((knot.double() / self.knots).clamp_min(1e-3))
 
     def start(self, bank: Bank, batch: Batch, process: Any) -> tuple[Tensor, Tensor, Tensor, Any]:
         """(slot, x, knot, cond) of each row: its slot's state, or noised data at the start level."""
@@ -125,7 +116,8 @@ class STD:
     def losses(self, roles: Roles, batch: Batch) -> Iterator[Losses]:
         process, bank = roles.student.process, roles["state"]
         slot, x, knot, cond = self.start(bank, batch, process)  # type: ignore[arg-type]
-        t, u, s = (process.grid(k.double() / self.knots) for k in (knot, knot - 1, self.destination(batch.draws, knot)))
+        end = self.destination(batch.draws, knot)
+        t, u, s = (process.grid(k.double() / self.knots) for k in (knot, knot - 1, end))
         scale = drawn(self.guidance, batch.draws)
         seen = replace(batch, cond=cond)
         own = student_leg(roles.student, cond)
@@ -133,7 +125,25 @@ class STD:
             x_u = Teacher(roles.teacher, seen, scale).step(x, t, u)
             target = own(x_u, u, s)
             bank.put(slot, x_u, knot - 1, cond if isinstance(cond, Tensor) else None)  # type: ignore[operator]
-        yield Losses({"consistency": distance(own(x, t, s), target, self.distance, self.c)})
+        jump = own(x, t, s)
+        losses = Losses({"consistency": distance(jump, target, self.distance, self.c)})
+        if self.gan:
+            losses["gan"] = self.gan.at(roles, seen, jump, self.time(process, end))
+        yield losses
+
+    def discriminator_losses(self, roles: Roles, batch: Batch) -> Iterator[Losses]:
+        assert self.gan is not None
+        process, draws = roles.student.process, batch.draws
+        knot = 1 + draws.integers(self.first)
+        end = self.destination(draws, knot)
+        below = (draws.uniform() * end).long()
+        t, s = (process.grid(k.double() / self.knots) for k in (knot, end))
+        x, _ = add_noise(process, batch.data(), batch.noise(), t)
+        with torch.no_grad():
+            jump = student_leg(roles.student, batch.cond)(x, t, s)
+        fake = roles.discriminator(jump, self.time(process, end), batch.cond)
+        tau = self.time(process, below)
+        yield self.gan.judge(roles, batch, fake, add_noise(process, batch.data(), batch.noise(), tau)[0], tau)
 
     def sampler(self) -> Sampler:
         return Sampler(kind="map" if self.target == "random" else "renoise", steps=self.steps)

@@ -15,6 +15,7 @@ from fewstep.algebra.condition import replaced
 from fewstep.algebra.guidance import guided
 from fewstep.algebra.jump import ask, clean
 from fewstep.algebra.noising import add_noise
+from fewstep.algebra.points import over_points
 from fewstep.algebra.process import bc
 from fewstep.algebra.times import TimesPart, Uniform, law_at
 from fewstep.config import UserError, config
@@ -85,6 +86,10 @@ class Gan:
         """The student's weighted adversarial loss; the gradient flows through the discriminator into x."""
         return self.weight * self._fooled(self.look(roles, batch, x))
 
+    def at(self, roles: Roles, batch: Batch, x: Tensor, t: Tensor) -> Tensor:
+        """`generator` of x (b, *d) as it is, at time t (b,): no noise is added."""
+        return self.weight * self._fooled(roles.discriminator(x, t, batch.cond))
+
     def beside(self, roles: Roles, batch: Batch, x_tau: Tensor, tau: Tensor, scale: Tensor) -> Tensor:
         """`generator` at a score term's own noised sample, times the mean of that term's `scale` (b,); a scalar.
 
@@ -153,6 +158,9 @@ class Critic:
     (FastGen)."""
     steps: int = 1
     """Updates per student update."""
+    reset_every: Annotated[int, Ge(0)] = 0
+    """Student updates after which the critic is the teacher again, with a fresh optimiser whose rate begins anew and
+    reaches its end there (SiD of protein backbones, every 400,000 samples, arXiv 2510.03095); 0 never."""
     alignment: Annotated[float, Ge(0), Lt(1)] = 0.0
     """IDA (SenseFlow, arXiv 2506.00523): before its turn the critic goes this share of the way to the student's weights;
     the code has 0.02 for SD3.5 Medium, 0.03 for SD3.5 Large and FLUX. Both are networks, or adapters, of one shape."""
@@ -160,17 +168,36 @@ class Critic:
     @property
     def cites(self) -> tuple[str, ...]:
         """Papers of what is switched on."""
-        return ("2506.00523",) if self.alignment else ()
+        return (("2506.00523",) if self.alignment else ()) + (("2510.03095",) if self.reset_every else ())
 
     def __post_init__(self) -> None:
         if self.steps < 1:
             raise ValueError(f"steps must be at least 1, not {self.steps}")
 
-    def turn(self, roles: Roles, losses: Callable[[Batch], Iterable[Losses]], gan: Gan | None = None) -> Turn:
-        """The critic's turn, and in it that of the discriminator on its features; its weights are aligned first."""
+    def turn(self, roles: Roles, step: int, losses: Callable[[Batch], Iterable[Losses]], gan: Gan | None = None) -> Turn:
+        """The critic's turn of a step, and in it that of the discriminator on its features; first reset and alignment."""
+        if self.reset_every and step and step % self.reset_every == 0:
+            self.reset(roles)
         self.align(roles)
         # Two optimisers over one trunk would cancel the weight of the GAN loss.
-        return Turn(("critic", "discriminator") if gan else ("critic",), losses, times=self.steps)
+        updates = ("critic", "discriminator") if gan else ("critic",)
+        return Turn(updates, losses, times=self.steps, life=self.reset_every or None)
+
+    @torch.no_grad()
+    def reset(self, roles: Roles) -> None:
+        """critic := teacher.
+
+        Raises:
+            UserError: they are not of one shape.
+        """
+        critic, teacher = (own_parameters(roles[name]) for name in ("critic", "teacher"))
+        if [p.shape for p in critic] != [p.shape for p in teacher]:
+            raise UserError(
+                f"critic.reset_every: {self.reset_every} needs a critic of the teacher's shape, and theirs differ; give "
+                "critic: {name: copy, of: teacher}, or 0"
+            )
+        for mine, theirs in zip(critic, teacher, strict=True):
+            mine.copy_(theirs.to(mine.device))
 
     @torch.no_grad()
     def align(self, roles: Roles) -> None:
@@ -215,7 +242,8 @@ class Critic:
         taps = roles.discriminator.taps if gan and gan.shares_noise else ()
         cond = dropped(fakes, drop_cond)
         denoised = guided(roles.critic, x_t, t, cond, fakes.null_cond, guidance, taps=taps)
-        losses = Losses({"dsm": obj.mse(denoised.x0, x, x0_weight(self.weight, process, t))})
+        weight = over_points(x0_weight(self.weight, process, t), cond)
+        losses = Losses({"dsm": obj.mse(denoised.x0, x, weight)})
         if gan and gan.shares_noise:
             # Real and fake must come from one distribution of levels, or the logit learns the level's odds.
             fake = roles.discriminator.logits(denoised.features)

@@ -32,16 +32,17 @@ class Track:
 
     def __post_init__(self) -> None:
         check_steps(self.steps)
-        if self.critic.alignment:
-            raise ValueError(
-                "critic.alignment: the student stands still here, so there is nothing to keep up with; give 0"
-            )
+        for key in ("alignment", "reset_every"):
+            if getattr(self.critic, key):
+                raise ValueError(
+                    f"critic.{key}: the student stands still here, so there is nothing to keep up with; give 0"
+                )
 
     def needs(self) -> Needs:
         return Needs(frozenset({"student", "critic"}), frozen=frozenset({"teacher", "student"}))
 
     def turns(self, roles: Roles, step: int) -> Iterator[Turn]:
-        yield self.critic.turn(roles, lambda batch: self.losses(roles, batch))
+        yield self.critic.turn(roles, step, lambda batch: self.losses(roles, batch))
 
     def losses(self, roles: Roles, batch: Batch) -> Iterator[Losses]:
         x = rollout(roles.student, batch.draws, batch.shape, self.steps, batch.cond, grad=False).x

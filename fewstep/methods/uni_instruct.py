@@ -70,7 +70,7 @@ class UniInstruct:
         return need_reward(Needs(roles, data=True, teacher_grad=True), self.reward, fits=True)
 
     def turns(self, roles: Roles, step: int) -> Iterator[Turn]:
-        yield self.critic.turn(roles, lambda batch: self.critic_losses(roles, batch), self.gan)
+        yield self.critic.turn(roles, step, lambda batch: self.critic_losses(roles, batch), self.gan)
         yield Turn(("student",), lambda batch: self.student_losses(roles, batch))
         yield from reward_turns(self.reward, roles, self.walked)
 

@@ -65,7 +65,7 @@ class VSD:
 
     def turns(self, roles: Roles, step: int) -> Iterator[Turn]:
         yield Turn(("student",), lambda batch: self.student_losses(roles, batch))
-        yield self.critic.turn(roles, lambda batch: self.critic_losses(roles, batch))
+        yield self.critic.turn(roles, step, lambda batch: self.critic_losses(roles, batch))
         yield from reward_turns(self.reward, roles, self.walked)
 
     @property

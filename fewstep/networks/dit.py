@@ -34,12 +34,14 @@ class Block(nn.Module):
         nn.init.zeros_(self.modulation.weight)
         nn.init.zeros_(self.modulation.bias)
 
-    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
+    def forward(self, x: Tensor, embedding: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Tokens x (b, n, width), embedding (b, width); mask (b, n) bool, the tokens that are attended to."""
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self.modulation(embedding).chunk(6, -1)
         b, n, width = x.shape
         qkv = self.qkv(_modulate(x, shift_a, scale_a)).reshape(b, n, 3, self.heads, width // self.heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)
-        attended = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(b, n, width)
+        keys = None if mask is None else mask[:, None, None]
+        attended = F.scaled_dot_product_attention(q, k, v, attn_mask=keys).transpose(1, 2).reshape(b, n, width)
         x = x + gate_a[:, None] * self.out(attended)
         hidden = F.gelu(self.up(_modulate(x, shift_m, scale_m)), approximate="tanh")
         return x + gate_m[:, None] * self.down(hidden)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from fewstep.config import UserError
 from fewstep.files import parse_json, read_json, regular
 from fewstep.networks import base_mark
-from fewstep.networks.adapters import Adapted, network_of
+from fewstep.networks.adapters import Adapted, network_of, plain_copy
 from fewstep.networks.lora_formats import LAYOUTS, plain_layout, written_as
 from fewstep.networks.weights import PICKLES, not_finite, rename
 
@@ -89,11 +89,7 @@ def read_lora(adapted: Adapted, path: Path) -> None:
             f"{said}: is a LoRA of another base: {other}; name its own base as teacher.path, or leave lora.file "
             "out to start anew"
         )
-    for key in ("use_dora", "use_rslora"):
-        if header.get(f"{part}.{key}"):
-            raise UserError(
-                f"{said}: was trained with {key}, which is not supported; fuse it into the base model instead"
-            )
+    _check_plain(header, part, said)
     tensors, alphas = plain_layout(found, model, part, said)
     _check_names(tensors, wanted, said)
     for key, value in wanted.items():
@@ -112,6 +108,63 @@ def read_lora(adapted: Adapted, path: Path) -> None:
         for key, p in adapted.own.items():
             name = key.replace("/", ".").removeprefix(f"{prefix}." if prefix else "")
             p.copy_(tensors[f"{part}.{name}"])
+
+
+def with_lora(net: nn.Module, source: Path | Adapted, scale: float = 1.0, said: str = "the adapter") -> nn.Module:
+    """A copy of a denoiser with `scale` times a LoRA's update in its weights, whichever base that was made on.
+
+    So a base's adapter is used on a student of the same shapes (control transfer, arXiv 2503.10637). They add up in any
+    order. source: a file, or an adapter, which messages call `said`. UserError as `read_lora`, but for the base, and
+    for layers that the network has not or in another shape.
+    """
+    twin = plain_copy(net)
+    if isinstance(source, Adapted):
+        found, facts = lora_tensors(source)
+        header = json.loads(facts["lora_adapter_metadata"])
+    else:
+        path = _file_of(source)
+        said = str(path)
+        found, header = _opened(path)
+    if bad := not_finite(found.items()):
+        raise UserError(f"{said}: holds NaN or infinity in {bad}; its training diverged, or half precision overflowed")
+    _, model = diffusers_model(network_of(twin))
+    part = component(model)
+    _check_plain(header, part, said)
+    tensors, alphas = plain_layout(found, model, part, said)
+    downs = {k.removesuffix(".lora_A.weight"): v for k, v in tensors.items() if k.endswith(".lora_A.weight")}
+    ups = {k.removesuffix(".lora_B.weight"): v for k, v in tensors.items() if k.endswith(".lora_B.weight")}
+    if not downs or set(downs) != set(ups) or len(tensors) != 2 * len(downs):
+        raise UserError(
+            f"{said}: holds no pairs of lora_A and lora_B, and nothing else, that can be told; read are {LAYOUTS}"
+        )
+    if header.get(f"{part}.alpha_pattern") or header.get(f"{part}.rank_pattern"):
+        raise UserError(f"{said}: its layers have ranks or alphas of their own; fuse it into the base model instead")
+    weights = dict(model.named_parameters())
+    with torch.no_grad():
+        for name, down in downs.items():
+            layer = name.removeprefix(f"{part}.")
+            weight = weights.get(f"{layer}.weight")
+            if weight is None:
+                raise UserError(
+                    f"{said}: adapts {layer}, which this {type(model).__name__} has not; it is of another model"
+                )
+            alpha = alphas.get(name, header.get(f"{part}.lora_alpha", len(down)))
+            update = (ups[name].flatten(1).float() @ down.flatten(1).float()) * (scale * float(alpha) / len(down))
+            if update.numel() != weight.numel() or len(update) != len(weight):
+                raise UserError(
+                    f"{said}: adapts {layer} as {list(update.shape)}, here it is {list(weight.shape)}; it is of another "
+                    "model"
+                )
+            weight.add_(update.reshape(weight.shape).to(weight))
+    return twin
+
+
+def _check_plain(header: Mapping[str, Any], part: str, said: str) -> None:
+    for key in ("use_dora", "use_rslora"):
+        if header.get(f"{part}.{key}"):
+            raise UserError(
+                f"{said}: was trained with {key}, which is not supported; fuse it into the base model instead"
+            )
 
 
 def _file_of(path: Path) -> Path:

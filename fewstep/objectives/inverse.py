@@ -17,6 +17,7 @@ def inverse_matching(
     alpha: float | Tensor = 0.5,
     ratio: float | Tensor = 1.0,
     huber: float | None = None,
+    fill: Tensor | None = None,
 ) -> Tensor:
     """ratio * phi * ( <D_real - D_fake, D_real - x> - alpha |D_real - D_fake|^2 ), per-sample means, shape (b,).
 
@@ -32,6 +33,7 @@ def inverse_matching(
             divergences of Uni-Instruct need.
         huber: c of SIM's pseudo-Huber distance, phi = 1 / sqrt(|D_real - D_fake|^2 + c^2), on the mean over
             elements (c of a norm over d elements divided by sqrt(d)); None for the squared distance, phi = 1.
+        fill: (b,) on the means, of samples that are zero in part (`fewstep.algebra.points.fill_of`).
 
     >>> t, x = torch.tensor([0.5]), torch.tensor([[1.0]])
     >>> real = fewstep.from_raw(fewstep.Flow(), "x0", x, t, torch.tensor([[0.8]]))
@@ -40,8 +42,10 @@ def inverse_matching(
     tensor([-0.1500])
     """
     gap = real.x0 - fake.x0
-    squared = per_sample(gap**2)
-    value = per_sample(gap * (real.x0 - x)) - alpha * squared
+    squared, along = per_sample(gap**2), per_sample(gap * (real.x0 - x))
+    if fill is not None:
+        squared, along = squared * fill.to(squared), along * fill.to(squared)
+    value = along - alpha * squared
     if huber is not None:
         value = value / torch.sqrt(squared + huber**2)
     return ratio * value

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fewstep.algebra.noising import add_noise, transition
+from fewstep.algebra.points import over_points
 from fewstep.algebra.prediction import Prediction
 from fewstep.algebra.process import EDM, Process
 
@@ -118,7 +119,7 @@ def dsm(
         x, eps: samples at time s (None: clean) and standard normal noise, both (b, *d).
         t, s: times of shape (b,), s < t.
         weight, clamp: see `x0_weight`.
-        cond, call: what the denoiser is told beside x and t.
+        cond, call: what the denoiser is told beside x and t; where it has points, the mean is over those that are there.
 
     Without a weight it is x0 from clean samples and psi from s > 0: there the target is the unbiased sub-interval one
     of `add_noise`, whose second moment diverges as t -> s, and of the weights only psi, with its `clamp`, takes that
@@ -134,7 +135,7 @@ def dsm(
     x_t, target = add_noise(process, x, eps, t, s)
     prediction = denoiser(x_t, t, cond, **call)
     kind: Weight = weight or ("x0" if s is None else "psi")
-    return mse(prediction.x0, target, x0_weight(kind, process, t, s=s, clamp=clamp))
+    return mse(prediction.x0, target, over_points(x0_weight(kind, process, t, s=s, clamp=clamp), cond))
 
 
 def moment_divergence(x: Tensor, mean: float, variance: float) -> Tensor:

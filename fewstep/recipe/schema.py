@@ -14,6 +14,7 @@ import fewstep.methods
 import fewstep.networks.bridged
 import fewstep.networks.control
 import fewstep.networks.controlnet
+import fewstep.networks.dit1d
 import fewstep.networks.get
 import fewstep.networks.perceptual
 import fewstep.networks.pruned
@@ -108,8 +109,9 @@ def default_metric(data: Any) -> str | None:
     """The metric of data for which none was chosen; None where somebody has to choose."""
     if data.name == "degraded":
         return "paired-house-digits" if data.of.name == "digits" else default_metric(data.of)
-    if data.name == "digits":
-        return "fd-house-digits"
+    own = {"digits": "fd-house-digits", "helices": "chains", "voxel-digits": "voxels"}
+    if data.name in own:
+        return own[data.name]
     return "fd" if getattr(data, "grey", True) is False or data.name == "latents" else None
 
 
@@ -120,8 +122,8 @@ class Evaluate:
     metric: str | None = None
     """A preset of `fewstep eval`: fd (Frechet distance, KID, precision and recall on the features that `features` names,
     from what `against` names), fd-house-digits and fd-house-fashion-mnist (on a house classifier's features),
-    fd-effnet-lite0, energy (energy distance of vectors), another shipped one, or a YAML file. Left out: the digits' for
-    digits, fd for colour pictures."""
+    fd-effnet-lite0, energy (energy distance of vectors), chains (of points in space), voxels (of solids), another shipped
+    one, or a YAML file. Left out: the digits' for digits, fd for colour pictures."""
     against: str = "data"
     """Of metric fd: data (the recipe's own, what `held_out` keeps from training where it is set), a folder of real
     pictures of any size, or a statistics file (.npz)."""

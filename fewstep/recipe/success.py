@@ -26,9 +26,16 @@ MEASURED = {
     "consistency": "consistency",
     "sharpness": "sharpness",
     "spread": "spread",
+    "bond error": "bond-error",
+    "chains with a clash": "clashes",
+    "radius of gyration": "gyration",
+    "1-nna": "1-nna",
+    "right-handed turns": "handedness",
+    "hanging voxels": "holes",
+    "iou with the nearest": "overlap",
 }
 """What may be asked for, the start of a name in a table in small letters, and the metric of a preset that measures it."""
-_FORM = re.compile(r"\s*([a-z][a-z -]*?)\s*(<=|>=)\s*(\S+)\s*")
+_FORM = re.compile(r"\s*([a-z1][a-z -]*?)\s*(<=|>=)\s*(\S+)\s*")
 
 
 @dataclass(frozen=True)

@@ -87,11 +87,12 @@ class Loop:
         """The micro-batch of a (turn, repeat) of the step that is next."""
         return self.session.batch(stage, (self.progress.stage, self.progress.step, *place), micro)
 
-    def optimizer(self, updates: tuple[str, ...], stage: Stage, times: int) -> TurnOptimizer:
-        """The one optimiser of a set of roles; a role in two sets is refused.
+    def optimizer(self, turn: Turn, stage: Stage) -> TurnOptimizer:
+        """The one optimiser of a turn's set of roles; a role in two sets is refused.
 
-        times: of the set's turn; a method may have several turns of one set in a step (pso, sfd), which all count.
+        A method may have several turns of one set in a step (pso, sfd), which all count.
         """
+        updates = turn.updates
         key = "+".join(updates)
         if key not in self.optim:
             for other in self.optim.values():
@@ -101,8 +102,9 @@ class Loop:
             specs = {name: self.session.recipe.optimizer(name) for name in updates}
             for name in set(updates) & set(self.factors):
                 specs[name] = replace(specs[name], lr=specs[name].lr * self.factors[name])
-            times = max(times, updates_a_step(stage.method, stage.steps).get(updates, 0))
-            self.optim[key] = TurnOptimizer(self.session.roles, updates, specs, stage.steps * times)
+            times = max(turn.times, updates_a_step(stage.method, stage.steps).get(updates, 0))
+            life = min(turn.life or stage.steps, stage.steps)
+            self.optim[key] = TurnOptimizer(self.session.roles, updates, specs, life * times)
         return self.optim[key]
 
     def step(self, stage: Stage) -> None:
@@ -111,7 +113,9 @@ class Loop:
         self.touched = "state" in session.roles  # a method may write there at any moment
         for number, turn in enumerate(stage.method.turns(session.roles, self.progress.step)):
             session.roles.train_only(*turn.updates)
-            optimizer = self.optimizer(turn.updates, stage, turn.times)
+            if turn.life and self.progress.step and self.progress.step % turn.life == 0:
+                self.optim.pop("+".join(turn.updates), None)
+            optimizer = self.optimizer(turn, stage)
             if session.offload:
                 session.offload.begin(turn.updates, self.optim)
             for repeat in range(turn.times):

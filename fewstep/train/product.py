@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from fewstep.algebra.condition import moved, nulled, rows
-from fewstep.algebra.draws import Draws
+from fewstep.algebra.draws import Draws, fold
 from fewstep.algebra.guidance import Guided
 from fewstep.algebra.sampling import Sampler, knot_levels, many_step, sample, seeded
 from fewstep.config import UserError
@@ -242,6 +242,12 @@ def product_of(recipe: Recipe, net: nn.Module, data: Any, title: str, done: int 
 
         def prompted(count: int) -> Any:
             return data.condition(torch.arange(count) % len(data.text))
+
+    elif getattr(data, "masked", False):
+        drawn = data.conditions
+
+        def prompted(count: int) -> Any:
+            return data.conditions(Draws(fold("evaluation"), torch.arange(count)))
 
     elif hasattr(data, "examples"):
         held = len(data.held)

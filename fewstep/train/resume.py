@@ -202,10 +202,9 @@ def load(loop: Loop, checkpoint: Path, run: Path, fresh: Collection[str] = ()) -
         if "state" in modules:
             # Before the turns are listed: a method that finds its state empty would fill it there, for hours.
             load_checkpoint(checkpoint, {"state": modules.pop("state")}, {})
-        times = {t.updates: t.times for t in stage.method.turns(session.roles, progress.step)}
-        for updates, n in times.items():
-            if "+".join(updates) in progress.optim:
-                loop.optimizer(updates, stage, n)
+        for turn in {t.updates: t for t in stage.method.turns(session.roles, progress.step)}.values():
+            if "+".join(turn.updates) in progress.optim:
+                loop.optimizer(turn, stage)
     modules = {k: m for k, m in modules.items() if k not in fresh or f"{k}.safetensors" in held}
     load_checkpoint(checkpoint, modules, {k: o.adam for k, o in loop.optim.items()})
     loop.progress = progress

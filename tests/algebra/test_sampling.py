@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from helpers_core import F64, PROCESSES, Recorder, col
@@ -294,3 +296,50 @@ def test_guided_is_a_denoiser() -> None:
     leaf = x.clone().requires_grad_(True)
     (g,) = torch.autograd.grad(wrapped(leaf, t, cond).x0.sum(), leaf)
     assert torch.allclose(g, 2.5 * cond[:, None] * torch.cos(x), rtol=1e-12)
+
+
+class FlowMap(nn.Module):
+    """The exact probability-flow map to clean of N(0, .4^2) as a student."""
+
+    process, takes_s = Flow(), False
+
+    def forward(self, x: torch.Tensor, t: torch.Tensor, cond: object = None) -> Prediction:
+        to = torch.zeros_like(t)
+        return from_x0(self.process, x, t, flow_map(self.process, 0.0, S, x, t, to))
+
+
+@pytest.mark.parametrize(
+    ("count", "scale", "std"),
+    [(2, 1.0, 0.3946661886), (2, 0.45, 0.1775997849), (8, 1.0, 0.3990617123), (8, 0.45, 0.1795777705)],
+)
+def test_noise_scale_is_a_temperature(count: int, scale: float, std: float) -> None:
+    """Levels of SiD's protein students (arXiv 2510.03095), whose start is t times the noise: sd of what is drawn.
+
+    Row i hears noise i alone, and the sampler is linear, so that variances are sums of squares.
+    """
+    k = torch.linspace(30, 400, count, dtype=F64).round()
+    steps = tuple((10 ** (-2 * k / 400)).tolist())
+    each = torch.eye(count, dtype=F64)[..., None]
+    sampler = Sampler(kind="renoise", steps=steps, noise_scale=scale)
+    drawn = sample(sampler, FlowMap(), each[0], fresh=lambda i: each[i + 1], start=scale * steps[0] * each[0])
+    assert drawn.square().sum().sqrt().item() == pytest.approx(std, abs=5e-11)
+
+
+@pytest.mark.parametrize("kind", ["renoise", "gamma", "map", "ancestral", "ode"])
+def test_noise_scale_is_of_all_noise_and_one_is_none(kind: str) -> None:
+    net = ring(Flow(), modes=3, std=0.3)
+    noise, fresh = seeded(3, torch.arange(6), (2,))
+    sampler = Sampler(kind=kind, steps=(0.9, 0.5, 0.2))  # type: ignore[arg-type]
+    plain = sample(sampler, net, noise, fresh=fresh)
+    assert torch.equal(plain, sample(replace(sampler, noise_scale=1.0), net, noise, fresh=fresh))
+    cold = sample(replace(sampler, noise_scale=0.6), net, noise, fresh=fresh)
+    assert torch.equal(cold, sample(sampler, net, 0.6 * noise, fresh=lambda i: 0.6 * fresh(i)))
+    assert not torch.equal(cold, plain)
+    start = torch.randn(6, 2)
+    kept = sample(replace(sampler, steps=(0.9,), noise_scale=0.6), net, noise, fresh=fresh, start=start)
+    assert torch.equal(kept, sample(replace(sampler, steps=(0.9,)), net, noise, fresh=fresh, start=start))
+
+
+def test_a_noise_scale_is_positive() -> None:
+    with pytest.raises(ValueError, match="greater than 0"):
+        Sampler(noise_scale=0.0)

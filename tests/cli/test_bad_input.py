@@ -260,7 +260,7 @@ def test_a_metric_that_does_not_fit_is_refused_before_training(refused: Call, tm
         f"evaluate: preset fd-house-digits is for 8 x 8 images; these samples are [2]{remedy}"
     )
     assert refused("run", "digits-teacher", "evaluate.metric=energy") == (
-        f"evaluate: preset energy is for vectors; these samples are [1, 8, 8]{remedy}"
+        f"evaluate: preset energy is for vectors and points; these samples are [1, 8, 8]{remedy}"
     )
     assert refused("run", "digits-teacher", fashion) == (
         f"evaluate: preset fd-house-fashion-mnist is for 28 x 28 images; these samples are [1, 8, 8]{remedy}"

@@ -14,6 +14,7 @@ from fewstep.algebra.jump import ask, jump, solver_step
 from fewstep.algebra.noising import add_noise
 from fewstep.algebra.pairings import Grid
 from fewstep.algebra.process import EDM, VP, Flow, Process, Trig
+from fewstep.methods.bank import Bank
 from fewstep.methods.consistency import Consistency
 from fewstep.methods.icd import ICD
 from fewstep.methods.imm import IMM, mmd2
@@ -24,7 +25,7 @@ from fewstep.methods.progressive import Progressive
 from fewstep.methods.scm import SCM
 from fewstep.methods.segments import Segments
 from fewstep.methods.sfd import SFD
-from fewstep.methods.std import STD as SingleTrajectory, Bank
+from fewstep.methods.std import STD as SingleTrajectory
 from fewstep.methods.tdd import TDD
 from fewstep.networks.analytic import gaussian
 from fewstep.networks.denoiser import Denoiser

@@ -15,6 +15,7 @@ from fewstep.algebra.pairings import Grid
 from fewstep.algebra.prediction import Prediction, from_x0
 from fewstep.algebra.process import Flow, Process, Trig
 from fewstep.algebra.sampling import sample
+from fewstep.methods.bank import Bank
 from fewstep.methods.boot import BOOT
 from fewstep.methods.consistency import Consistency
 from fewstep.methods.ctm import CTM
@@ -27,7 +28,7 @@ from fewstep.methods.reflow import Reflow, interpolate
 from fewstep.methods.scm import SCM
 from fewstep.methods.segments import Segments
 from fewstep.methods.shortcut import Shortcut
-from fewstep.methods.std import STD as SingleTrajectory, Bank
+from fewstep.methods.std import STD as SingleTrajectory
 from fewstep.methods.tdd import TDD
 from fewstep.methods.twinflow import TwinFlow
 from fewstep.networks.analytic import flow_map, gaussian

@@ -17,6 +17,7 @@ from fewstep.config import UserError
 from fewstep.data.toy import Ring
 from fewstep.methods.denoise import Denoise
 from fewstep.methods.dmd2 import DMD2
+from fewstep.methods.method import Turn
 from fewstep.methods.sfd import SFD
 from fewstep.methods.terms import Critic, Gan
 from fewstep.networks.roles import Roles
@@ -152,7 +153,7 @@ def test_each_turn_moves_its_roles_alone() -> None:
     for number, want in enumerate(expected):
         turn = next(turns)
         trainer.roles.train_only(*turn.updates)
-        optimizer = trainer.loop.optimizer(turn.updates, stage, turn.times)
+        optimizer = trainer.loop.optimizer(turn, stage)
         assert trainer.loop.update(turn, optimizer, stage, (number, 0))
         assert moved() == want
         # Nothing is left over for the other role's next step.
@@ -313,9 +314,9 @@ def test_a_rate_falls_over_all_updates_of_a_stage_also_where_a_step_has_several(
 
 def test_one_role_in_two_optimisers_is_refused() -> None:
     trainer, stage = trainer_of(recipe())
-    trainer.loop.optimizer(("critic",), stage, 1)
+    trainer.loop.optimizer(Turn(("critic",), lambda _: []), stage)
     with pytest.raises(ValueError, match="two optimisers"):
-        trainer.loop.optimizer(("critic", "discriminator"), stage, 1)
+        trainer.loop.optimizer(Turn(("critic", "discriminator"), lambda _: []), stage)
 
 
 def test_batch_that_does_not_split_is_refused() -> None:
