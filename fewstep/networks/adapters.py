@@ -150,12 +150,13 @@ def placed(module: nn.Module, device: torch.device | str) -> nn.Module:
     They are an adapter's base and the UNet beside a ControlNet.
     """
     module.to(device)
-    for m in list(module.modules()):
+    modules: list[Any] = list(module.modules())
+    for m in modules:
         if isinstance(m, Adapted):
             placed(m.base, device)
             m.rebind()
         elif hasattr(m, "with_own_base"):
-            m.model.to(device)  # type: ignore[operator, union-attr]
+            m.model.to(device)
     return module
 
 
@@ -378,9 +379,9 @@ def recomputing(net: nn.Module) -> list[tuple[Any, nn.Module]]:
     """
     if isinstance(net, Adapted):
         return recomputing(net.base)
-    own: list[tuple[Any, nn.Module]] = [(m, net) for m in net.modules()]
-    beside = [(m.model, m.model) for m in net.modules() if hasattr(m, "with_own_base")]
-    found = [*own, *beside]
+    modules: list[Any] = list(net.modules())
+    beside = [m.model for m in modules if hasattr(m, "with_own_base")]
+    found = [*((m, net) for m in modules), *((m, m) for m in beside)]
     return [(m, around) for m, around in found if callable(getattr(m, "enable_gradient_checkpointing", None))]
 
 

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from PIL import Image
 from calling import called as call_of
+from PIL import Image
 from snippets import check_call, run_snippet
 from tiny_families import TODAY
 from tiny_pipelines import built, make_pipeline
