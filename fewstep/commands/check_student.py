@@ -189,6 +189,8 @@ def _visits(folder: Folder, note: Note) -> tuple[Levels, int]:
     else:
         told = {k: v for k, v in note.settings.items() if k not in _SIZES}
         cond = net.example(1, torch.Generator().manual_seed(0))
+        if isinstance(net, Controlled):
+            cond |= net.picture_at(size, 1, torch.Generator().manual_seed(0))
         draw = run_from if "strength" in note.call else run_stock
         draw(pipe, net, start, cond, {**told, **note.call})
     return levels_set(pipe.scheduler), calls

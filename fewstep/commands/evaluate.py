@@ -34,6 +34,7 @@ from fewstep.eval.protocol.resize import quantise
 from fewstep.eval.protocol.runner import Job, Samples, collect, extract_images, run_shards
 from fewstep.eval.report import write_report
 from fewstep.files import cache_dir, expanded
+from fewstep.networks.adapters import placed
 from fewstep.pictures import SUFFIXES, PictureError, facts
 from fewstep.recipe.schema import Evaluate, default_metric
 from fewstep.train.product import Product
@@ -310,7 +311,7 @@ def models(
             check=lambda shape: check_fit(preset, shape, None, str(path)),
             any_steps=request.any_steps,
         )
-    product.net.to(device)
+    placed(product.net, device)
     counts = steps or (product.fitted.counts if product.fitted is not None else ())
     found = [product.with_steps(n, request.any_steps) for n in counts] or [product]
     out = [of_product(preset, p, path.name) for p in found]

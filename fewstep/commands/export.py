@@ -71,7 +71,8 @@ def _export_lora(product: Product, folder: Path, layout: str) -> Exported:
 def _export(product: Product, run: Path, folder: Path, form: dict[str, Any]) -> Exported:
     rows: list[tuple[str, str]] = []
     results = run / "report" / "results.json"
-    if results.is_file():
+    # What was measured there draws from noise by all steps; a pipeline that goes on from a picture is another sampler.
+    if results.is_file() and form["image_to_image"] is None:
         rows = card_results(read_results(results))
     check_product(product)
     done = export(product, folder, results=rows, **form)

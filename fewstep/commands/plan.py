@@ -21,7 +21,7 @@ from fewstep.commands.plan_configs import Sizes, bare_session
 from fewstep.commands.plan_passes import Passes
 from fewstep.commands.plan_rows import RoleMemory, buffers_of, moments
 from fewstep.config import UserError
-from fewstep.networks.adapters import Adapted, enable_checkpointing, own_parameters
+from fewstep.networks.adapters import Adapted, enable_checkpointing, own_parameters, recomputing
 from fewstep.networks.roles import Roles
 from fewstep.recipe.schema import Recipe, Stage
 from fewstep.recipe.store import load
@@ -374,9 +374,8 @@ def _checkpointed(modules: Sequence[nn.Module], wanted: bool) -> Iterator[None]:
         yield
     finally:
         for m in modules if wanted else ():
-            for inner in (m.base if isinstance(m, Adapted) else m).modules():
-                if callable(getattr(inner, "disable_gradient_checkpointing", None)):
-                    inner.disable_gradient_checkpointing()  # type: ignore[operator]
+            for inner, _ in recomputing(m):
+                inner.disable_gradient_checkpointing()
 
 
 def _sharded(module: nn.Module) -> bool:

@@ -12,6 +12,7 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from fewstep.config import UserError
+from fewstep.networks.adapters import placed
 from fewstep.networks.folder import resolve
 from fewstep.recipe.schema import MOST_STEPS, Evaluate, default_metric
 from fewstep.train import product as opened
@@ -45,7 +46,7 @@ class Product(opened.Product):
         >>> fewstep.open_product("runs/ring").to("cpu").device()
         device(type='cpu')
         """
-        self.net.to(device)
+        placed(self.net, device)
         return self
 
     def draw(
@@ -87,6 +88,8 @@ class Product(opened.Product):
         data: Any = None if self.recipe is None else self.recipe.data
         if getattr(data, "encoder", None) is None:
             raise UserError(f"prompts: {self.title} was not trained on text, so it takes none")
+        if self.image is not None:
+            raise UserError(f"prompts: {self.title} makes samples from the data's pictures; leave out prompts")
         if isinstance(prompts, str) or not prompts:
             raise UserError(f"prompts: expected a list of at least one, not {prompts!r}")
         text = embed(data.encoder, prompts, negative=data.negative, zeros=data.zeros, cache=data.text_cache)

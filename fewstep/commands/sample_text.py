@@ -16,7 +16,7 @@ from fewstep.commands.gallery import captioned
 from fewstep.commands.measure import teacher_product
 from fewstep.commands.pictures import in_colour, require_finite, save_picture
 from fewstep.commands.report import opened, say, shown_teacher
-from fewstep.commands.sources import called, load_pipeline
+from fewstep.commands.sources import called, load_pipeline, refuse_pictures
 from fewstep.config import UserError
 from fewstep.data.text import embed
 from fewstep.networks.nasa import negative_away, steerable
@@ -94,6 +94,11 @@ def of_run(
     data, spec = recipe.data, recipe.evaluate
     if getattr(data, "encoder", None) is None:
         raise UserError(f"{run}: was not trained on text (its data has no encoder), so it takes no prompt")
+    if product.image is not None:
+        raise UserError(
+            f"{run}: makes samples from the data's pictures, each with its own text; leave out --prompt, or export it "
+            "and call its pipeline with a picture as its card shows"
+        )
     text = embed(data.encoder, prompts, negative=data.negative, zeros=data.zeros, cache=data.text_cache)
     index = torch.arange(len(prompts), device=product.device())
     cond, decode = text.take(index), product.decoder()
@@ -149,6 +154,7 @@ def of_pipeline(
     """(name, images (n, c, h, w) in [-1, 1]) as the folder's pipeline draws them when it is called as its card says."""
     if not (path / "model_index.json").is_file():
         raise UserError(f"{path}: neither a run directory (recipe.yaml) nor a diffusers folder (model_index.json)")
+    refuse_pictures(path)
     pipeline = load_pipeline(path, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     takes = inspect.signature(pipeline.__call__).parameters
     if "prompt" not in takes:

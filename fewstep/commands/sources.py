@@ -19,7 +19,8 @@ from fewstep.config import UserError, plain
 from fewstep.eval.features.base import state_sha256
 from fewstep.eval.protocol.pipelines import count_calls, pipeline_generate
 from fewstep.eval.protocol.preset import Preset, labels_of
-from fewstep.files import file_sha256
+from fewstep.files import file_sha256, read_json
+from fewstep.networks.controlnet import CONTROLNET_PIPELINES
 from fewstep.train.note import LEVELS, read_note
 from fewstep.train.product import Product
 
@@ -130,11 +131,20 @@ def load_pipeline(path: Path, device: torch.device) -> Any:
     return pipeline.to(device)
 
 
+def refuse_pictures(path: Path) -> None:
+    """UserError for a folder whose pipeline cannot be called without a picture."""
+    file = path / "model_index.json"
+    kind = read_json(file).get("_class_name") if file.is_file() else None
+    if kind in CONTROLNET_PIPELINES:
+        raise UserError(f"{path}: makes samples from a picture; draw from it with diffusers' {kind}, as its card shows")
+
+
 def called(path: Path, n: int | None, any_steps: bool) -> tuple[int, dict[str, Any]]:
     """(n, the arguments that make a folder's pipeline draw in n steps): an export's own, as its fewstep.json says.
 
     Raises UserError where nobody says how many steps, and for a student that was trained for another number.
     """
+    refuse_pictures(path)
     note = read_note(path)
     if note.sampler is None:
         if n is None:

@@ -49,6 +49,21 @@ class Degraded:
         """The text encoder of the data."""
         return getattr(self.of, "encoder", None) if self.keep else None
 
+    @property
+    def negative(self) -> str:
+        """The negative prompt of the data."""
+        return getattr(self.of, "negative", "")
+
+    @property
+    def zeros(self) -> bool | None:
+        """Whether guidance of the data's text moves away from zeros."""
+        return getattr(self.of, "zeros", None)
+
+    @property
+    def text_cache(self) -> str | None:
+        """Folder of embeddings of the data."""
+        return getattr(self.of, "text_cache", None)
+
     def outline(self) -> tuple[tuple[int, ...], int]:
         """As `open` has them."""
         shape, classes = self.of.outline()

@@ -133,13 +133,14 @@ def teacher_card(product: Product, usage: str, parity: float, results: Rows) -> 
 _HUB_ID = r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*"
 
 
-def front_of(source: Folder, video: bool, text: bool) -> dict[str, str]:
+def front_of(source: Folder, video: bool, text: bool, picture: bool = False) -> dict[str, str]:
     """What the hub reads of a student of this teacher: its task, and licence and base where the teacher's folder says.
 
-    The licence is that of the teacher's README; the base is the hub's id that its index or the network's config was saved
-    under.
+    picture: its pipeline is handed one, with or without text. The licence is that of the teacher's README; the base is
+    the hub's id that its index or the network's config was saved under.
     """
-    out = {"pipeline_tag": f"text-to-{'video' if video else 'image'}"} if text else {}
+    task = "image-to-image" if picture else f"text-to-{'video' if video else 'image'}"
+    out = {"pipeline_tag": task} if text or picture else {}
     ids = (str(told.get("_name_or_path", "")) for told in (source.index, source.config))
     base = next((name for name in ids if re.fullmatch(_HUB_ID, name) and not Path(name).exists()), None)
     if base:

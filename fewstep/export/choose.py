@@ -72,7 +72,7 @@ def parts_of(product: Product, dtype: str = "fp32", variant: bool = False, image
     latent = product.fitted is None and wrapped(product.net) and product.sampler.kind != "ode"
     if dtype != "fp32" and not latent:
         raise ExportRefused(f"--dtype {dtype}: is for students of a text or latent pipeline; leave it out")
-    if image_to_image is not None and not latent:
+    if image_to_image is not None and (not latent or isinstance(product.net, Routed)):
         raise _from_no_picture(product, image_to_image)
     if product.fitted is not None:
         return fitted_parts(product)
@@ -104,6 +104,12 @@ def _from_no_picture(product: Product, level: float) -> ExportRefused:
     if product.fitted is not None or product.sampler.kind == "ode":
         return ExportRefused(
             "image_to_image is for a student; a teacher's own pipeline goes on from pictures at any level"
+        )
+    if isinstance(product.net, Routed):
+        raise refused(
+            "a student of several networks is written as a pipeline for each group of classes or as a loader, and none "
+            "of these goes on from a picture",
+            begun(product, level).sampler,
         )
     why = f"no stock pipeline noises a picture for a {type(getattr(product.net, 'net', product.net)).__name__} student"
     if isinstance(getattr(product.net, "net", None), UNet2D) and product.shape[0] == 3:

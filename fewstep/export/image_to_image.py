@@ -102,11 +102,11 @@ def taken(name: str, settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def image_usage(name: str, call: Mapping[str, Any], shape: tuple[int, ...], folder: str, **named: str) -> str:
-    """Lines of plain diffusers code that go on from a picture of a shape (c, h, w) in pixels."""
+    """Lines of plain diffusers code that go on from a picture of a shape (c, h, w) in pixels, a file's or a tensor."""
     colours, high, wide = shape
-    if colours == 3:
+    if colours == 3 and name != "IFImg2ImgPipeline":
         more, given = ", utils", f'utils.load_image("yours.png").resize(({wide}, {high}))'
-    else:  # the pipeline makes colours of every file
+    else:  # the pipeline makes colours of every file, IF's also sides that are multiples of 8
         more, given = "", f"torch.zeros(1, {colours}, {high}, {wide})  # yours, in [-1, 1]"
     lines = opening(name, folder, **named).replace(f"import {name}", f"import {name}{more}")
     start = "" if more else "import torch\n"

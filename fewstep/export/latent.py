@@ -28,7 +28,6 @@ from fewstep.export.fold import constant_inputs, moving
 from fewstep.export.image_to_image import PIPELINES, begun, draw_from, image_to_image_stock, image_usage, run_from, taken
 from fewstep.export.levels import TOLERANCE, check_export, levels_of, levels_of_scheduler
 from fewstep.export.picture import (
-    CONTROLNET_PIPELINES,
     IF_PIPELINES,
     NOISING,
     check_picture,
@@ -40,6 +39,7 @@ from fewstep.export.picture import (
 from fewstep.export.routes import INSTEAD, check_history, plain_kind, scm_stock, unet_stock
 from fewstep.export.stock import fresh_noise, open_stock, run_stock, without_variance
 from fewstep.networks.adapters import Adapted, on_cpu, plain_copy
+from fewstep.networks.controlnet import CONTROLNET_PIPELINES, Controlled
 from fewstep.networks.denoiser import Denoiser
 from fewstep.networks.diffusers import DTYPES
 from fewstep.networks.folder import Folder, part_of, read_folder
@@ -249,7 +249,7 @@ def latent_parts(
     known = settings_of(product, source, wrapper) | dict(settings or {})
     if begins:
         known = taken(name, known)
-    front = front_of(source, is_video(product), "text" in wrapper.needs)
+    front = front_of(source, is_video(product), "text" in wrapper.needs, begins or bool(wrapper.image_channels))
     note = Note(
         classes=wrapper.classes,
         size=tuple(product.shape[1:]),
@@ -354,6 +354,8 @@ def _both(
     generator = torch.Generator().manual_seed(0)
     start = torch.randn(count, *product.shape, generator=generator)
     cond = wrapper.example(count, generator)
+    if isinstance(wrapper, Controlled):  # whose example is of the size that the UNet was made for
+        cond |= wrapper.picture_at(product.shape[1:], count, generator)
     pipe = open_stock(folder, **opened)
     if "strength" in call:
         return draw_from(on_cpu(product.net), product.sampler, wrapper, start, cond), run_from(

@@ -123,7 +123,7 @@ def _front(product: Product, found: Found | None) -> dict[str, str]:
     if found is None:
         return {}
     source, wrapper, _ = found
-    front = front_of(source, is_video(product), "text" in wrapper.needs)
+    front = front_of(source, is_video(product), "text" in wrapper.needs, bool(wrapper.image_channels))
     return front | ({"base_model_relation": "adapter"} if "base_model" in front else {})
 
 

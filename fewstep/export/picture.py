@@ -12,12 +12,11 @@ from torch import nn
 from fewstep.export.base import ExportRefused, Stock
 from fewstep.export.card import as_code, opening
 from fewstep.export.routes import INSTEAD
+from fewstep.networks.controlnet import CONTROLNET_PIPELINES
 from fewstep.networks.picture import joined
 
 IF_PIPELINES = ("IFPipeline", "IFSuperResolutionPipeline")
 """Stock pipelines of text-conditional networks of pixels, without and with a picture."""
-CONTROLNET_PIPELINES = ("StableDiffusionControlNetPipeline", "StableDiffusionXLControlNetPipeline")
-"""Those of latents that hand their picture to a ControlNet."""
 NOISING = "image_noising_scheduler"
 
 

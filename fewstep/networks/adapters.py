@@ -144,6 +144,22 @@ def on_cpu(module: nn.Module) -> nn.Module:
     return other.eval()
 
 
+def placed(module: nn.Module, device: torch.device | str) -> nn.Module:
+    """The module itself, moved together with the weights of other roles that it calls, which its own `to` does not reach.
+
+    They are an adapter's base and the UNet beside a ControlNet.
+    """
+    module.to(device)
+    modules: list[Any] = list(module.modules())
+    for m in modules:
+        if isinstance(m, Adapted):
+            placed(m.base, device)
+            m.rebind()
+        elif hasattr(m, "with_own_base"):
+            m.model.to(device)
+    return module
+
+
 def twin(module: nn.Module) -> nn.Module:
     """A copy to be averaged into: of an adapter another LoRA set on the same base, else `plain_copy`."""
     return copy.deepcopy(module) if isinstance(module, Adapted) else plain_copy(module)
@@ -349,18 +365,24 @@ def checkpoint_function(net: nn.Module) -> Callable[..., Any]:
 
 
 def enable_checkpointing(net: nn.Module) -> int:
-    """Switch on adapter-safe activation checkpointing in every diffusers model inside `net`; their number.
+    """Switch on adapter-safe activation checkpointing in the models of `recomputing`; their number."""
+    found = recomputing(net)
+    for m, around in found:
+        m.enable_gradient_checkpointing(checkpoint_function(around))
+    return len(found)
 
-    Of an adapter, in its base: the base's activations are what an adapter keeps for its backward pass.
+
+def recomputing(net: nn.Module) -> list[tuple[Any, nn.Module]]:
+    """(diffusers model, the network that its adapters hang in) of all models whose activations a role's backward needs.
+
+    Of an adapter those in its base, of a ControlNet the UNet as well, though it is frozen: gradients go through it.
     """
     if isinstance(net, Adapted):
-        return enable_checkpointing(net.base)
-    count = 0
-    for m in net.modules():
-        if callable(getattr(m, "enable_gradient_checkpointing", None)):
-            m.enable_gradient_checkpointing(checkpoint_function(net))  # type: ignore[operator]
-            count += 1
-    return count
+        return recomputing(net.base)
+    modules: list[Any] = list(net.modules())
+    beside = [m.model for m in modules if hasattr(m, "with_own_base")]
+    found = [*((m, net) for m in modules), *((m, m) for m in beside)]
+    return [(m, around) for m, around in found if callable(getattr(m, "enable_gradient_checkpointing", None))]
 
 
 def frozen(module: nn.Module) -> nn.Module:

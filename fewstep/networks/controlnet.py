@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,9 @@ from fewstep.networks.wrappers.unet_condition import UNetCondition
 CHANNELS = (16, 32, 96, 256)
 """Of the layers that bring the picture to the size of latents, each half of the one before (as published)."""
 
+CONTROLNET_PIPELINES = ("StableDiffusionControlNetPipeline", "StableDiffusionXLControlNetPipeline")
+"""Stock pipelines of latents that hand their picture to a ControlNet."""
+
 
 class Controlled(UNetCondition):
     """A UNet whose blocks are added to by a ControlNet, which alone is its own weights and state.
@@ -39,9 +42,7 @@ class Controlled(UNetCondition):
         super().__init__(base.model, guidance=base.guidance, pixels=base.pixels)
         del self._modules["model"]
         self.controlnet: Any = controlnet
-        self.pipeline = (  # type: ignore[misc]
-            "StableDiffusionXLControlNetPipeline" if self.added else "StableDiffusionControlNetPipeline"
-        )
+        self.pipeline = CONTROLNET_PIPELINES[int(self.added)]  # type: ignore[misc]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Controlled:
         """Another ControlNet with the same values on the same UNet."""
@@ -72,7 +73,11 @@ class Controlled(UNetCondition):
         raise ValueError("this student is shown its picture by a ControlNet; build another one")
 
     def example_image(self, b: int, generator: torch.Generator | None = None) -> dict[str, Tensor]:
-        sides = (n * self.pixels for n in self.sample_size())
+        return self.picture_at(self.sample_size(), b, generator)
+
+    def picture_at(self, size: Sequence[int], b: int, generator: torch.Generator | None = None) -> dict[str, Tensor]:
+        """A random picture for x (b, c, h, w) of a height and width, of `pixels` times both."""
+        sides = (n * self.pixels for n in size)
         return {"image": noise(generator, b, self.image_channels, *sides).clamp(-1, 1)}
 
     def call(self, x: Tensor, time: Tensor, cond: Mapping[str, Tensor]) -> Tensor:
@@ -130,6 +135,11 @@ class ControlNetSpec:
             )
         if wrapper.image_channels:
             raise RecipeError(f"controlnet.of: the {self.of} is made from a picture already")
+        if wrapper.takes_scale:
+            raise RecipeError(
+                f"controlnet.of: the {self.of} takes its guidance scale as an input (time_cond_proj_dim), and no "
+                "ControlNetModel does; name a role with a UNet that takes none, such as the one it was distilled from"
+            )
         shape = (*(n * wrapper.pixels for n in site.shape[1:]),)
         if site.image is None or tuple(site.image[1:]) != shape:
             held = "hold no picture" if site.image is None else f"hold one of {list(site.image)}"

@@ -353,9 +353,11 @@ class UNetTextSpec:
 def example_of(site: Site, trunk: nn.Module) -> Any:
     """A condition of one row as the site's data have it, or as a wrapped diffusers model takes it."""
     labels = torch.zeros(1, dtype=torch.long) if site.classes else None
+    own = example_condition(trunk)
     if site.image is None:
-        return example_condition(trunk) if labels is None else labels
-    return {"image": torch.zeros(1, *site.image)} | ({} if labels is None else {"label": labels})
+        return own if labels is None else labels
+    picture = {"image": torch.zeros(1, *site.image)} | ({} if labels is None else {"label": labels})
+    return own | picture if isinstance(own, dict) else picture
 
 
 @part("network", "logvar")

@@ -165,7 +165,7 @@ def _compiled(recipe: Any) -> None:
 
 
 def _controlled(recipe: Any) -> None:
-    """The UNet of a ControlNet stays where its role's calls find it."""
+    """The UNet of a ControlNet stays where its role's calls find it, and is told text."""
     train = recipe.train
     beside = [role for role in recipe.role_names() if getattr(recipe.spec(role), "name", None) == "controlnet"]
     for key, wrong in (("offload: true", train.offload), ("parallel: fsdp", train.parallel == "fsdp")):
@@ -173,6 +173,12 @@ def _controlled(recipe: Any) -> None:
             raise ValueError(
                 f"train.{key}: the {beside[0]} calls another role's UNet, which has to stay whole in its place"
             )
+    if beside and recipe.data.name == "degraded" and recipe.data.encoder is None:
+        held = "keep: false drops it" if not recipe.data.keep else f"data.of is {recipe.data.of.name} without an encoder"
+        raise ValueError(
+            f"data: the {beside[0]} is a ControlNet beside a UNet that is told text, and these conditions hold none "
+            f"({held}); give data.of an encoder of the teacher's folder, {{name: pipeline, path: FOLDER}}"
+        )
 
 
 def _rings(recipe: Any) -> None:

@@ -20,6 +20,7 @@ from fewstep.data.base import image_shape
 from fewstep.eval.metrics.paired import Paired
 from fewstep.networks import code
 from fewstep.networks.assisted import Assist
+from fewstep.networks.controlnet import CONTROLNET_PIPELINES
 from fewstep.networks.folder import resolve
 from fewstep.recipe.schema import MOST_STEPS, Recipe
 from fewstep.recipe.store import load_run
@@ -284,9 +285,15 @@ def _open_folder(path: Path) -> Product:
     from fewstep.networks.diffusers import load_denoiser
     from fewstep.networks.folder import read_folder
 
-    note = read_note(path)
+    note, folder = read_note(path), read_folder(str(path))
+    kind = folder.index.get("_class_name")
+    if kind in CONTROLNET_PIPELINES:  # whose UNet by itself would open as another pipeline's
+        raise UserError(
+            f"{path}: makes samples from a picture; draw from it with diffusers' {kind}, as its card shows, or open the "
+            "run that it was exported from"
+        )
     net = load_denoiser(str(path), classes=note.classes, size=note.size)
-    read_folder(str(path)).require_agreement()
+    folder.require_agreement()
     wrapper: Any = net.net
     if wrapper.image_channels:
         raise UserError(

@@ -28,7 +28,8 @@ def use_channels_last(modules: Iterable[nn.Module]) -> None:
 def compile_roles(roles: Roles, names: Iterable[str]) -> None:
     """torch.compile the networks of some roles in place; names in checkpoints stay. Raises UserError.
 
-    Of a wrapped diffusers model the model itself: the wrapper's hooks for taps would be compiled anew at each call.
+    Of a wrapped diffusers model the model itself: the wrapper's hooks for taps would be compiled anew at each call. Of a
+    ControlNet the ControlNet; the UNet beside it is compiled under the name of its own role.
     """
     for name in names:
         if name not in roles:
@@ -43,7 +44,7 @@ def compile_roles(roles: Roles, names: Iterable[str]) -> None:
         if not nets:
             raise UserError(f"train.compile: the {name} is a {type(module).__name__}, which has no network")
         for net in nets:
-            inner = getattr(net, "model", net)
+            inner = net.controlnet if hasattr(net, "with_own_base") else getattr(net, "model", net)
             inner.compile(backend=BACKEND)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,7 +16,9 @@ from tiny_pipelines import vae
 from tiny_text import text_pipeline
 
 from fewstep.algebra.guidance import Guided
-from fewstep.algebra.sampling import many_step, sample, seeded
+from fewstep.algebra.sampling import Sampler, many_step, sample, seeded
+from fewstep.commands import sample_text
+from fewstep.commands.product import Product
 from fewstep.commands.sample import draw
 from fewstep.commands.sample_text import draw_prompts, of_export, of_pipeline, of_run
 from fewstep.config import UserError
@@ -133,6 +136,18 @@ def test_what_takes_no_prompt_says_so(root: Path, exported: Any, tmp_path: Path)
     with pytest.raises(UserError, match="are for samples of prompts"):
         draw(root / "run", None, None, 1, 0, out, False, [], 3)
     assert not out.exists()
+
+
+def test_a_run_on_pictures_takes_no_prompt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Each of its samples is made from a picture with its own text, so a prompt by itself has nothing to draw from."""
+    recipe: Any = SimpleNamespace(data=SimpleNamespace(encoder=object()), evaluate=None, teacher=None)
+    once = Sampler(steps=(1.0,))
+    product = Product(torch.nn.Identity(), once, (4, 8, 8), 0, "student", (1,), recipe=recipe, image=(3, 16, 16))
+    with pytest.raises(UserError, match="prompts: student makes samples from the data's pictures; leave out prompts"):
+        product.draw(1, prompts=PROMPTS[:1])
+    monkeypatch.setattr(sample_text, "opened", lambda path: product)
+    with pytest.raises(UserError, match="makes samples from the data's pictures, each with its own text; leave out"):
+        of_run(tmp_path, PROMPTS, None, False, 0, None, None)
 
 
 def test_printed_code_of_a_text_pipeline_and_of_an_adapter_runs(root: Path, exported: Any, tmp_path: Path):

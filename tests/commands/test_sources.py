@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,8 +10,10 @@ from typing import Any
 import pytest
 
 from fewstep.algebra.sampling import Sampler
+from fewstep.commands.sample_text import draw_prompts
 from fewstep.commands.sources import called
 from fewstep.config import UserError
+from fewstep.networks.controlnet import CONTROLNET_PIPELINES
 from fewstep.train.note import NAME, Note
 
 
@@ -37,6 +40,16 @@ def test_folders_of_others_take_the_steps_asked_for(tmp_path: Path):
         assert called(tmp_path, 7, False) == (7, {"num_inference_steps": 7})
         with pytest.raises(UserError, match="does not say how many steps it takes; give --steps"):
             called(tmp_path, None, False)
+
+
+def test_a_folder_that_takes_a_picture_is_refused_by_its_pipeline(tmp_path: Path):
+    for kind in CONTROLNET_PIPELINES:
+        (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": kind}))
+        said = f"makes samples from a picture; draw from it with diffusers' {kind}, as its card shows"
+        with pytest.raises(UserError, match=said):
+            called(tmp_path, 2, False)
+        with pytest.raises(UserError, match=said):
+            draw_prompts(tmp_path, ["a fox"], tmp_path / "sheet.png")
 
 
 class Pipe:

@@ -17,6 +17,8 @@ from fewstep.data.base import conditions_of, image_shape
 from fewstep.data.degraded import Degraded
 from fewstep.data.images import Digits, ImageFolder
 from fewstep.data.latents import Encoder
+from fewstep.data.pictures import Captions
+from fewstep.data.text import SentenceEncoder
 from fewstep.data.toy import Ring
 
 HELD = 0.2226
@@ -39,6 +41,16 @@ def test_a_condition_is_the_operator_of_its_own_sample():
     assert set(cond) == {"image", "label"}
     assert (image_shape(data), conditions_of(data), data.classes) == ((1, 4, 4), "image", 10)
     assert Degraded(of=Digits(), by=Pool(factor=4)).image_outline() == (1, 2, 2)
+
+
+def test_text_of_the_data_is_its_own_and_dropped_with_it():
+    text = Captions(
+        path="photos", size=16, encoder=SentenceEncoder(path="encoder"), negative="blurry", zeros=True, text_cache="cache"
+    )
+    told = Degraded(of=text, by=Pool(factor=2))
+    assert (told.encoder, told.negative, told.zeros, told.text_cache) == (text.encoder, "blurry", True, "cache")
+    plain = Degraded(of=Digits(), by=Pool(factor=2))
+    assert (plain.encoder, plain.negative, plain.zeros, plain.text_cache) == (None, "", None, None)
 
 
 def test_noise_and_conditions_belong_to_rows_not_to_batches():

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 import torch
 from calling import called as call_of
-from snippets import check_call
+from PIL import Image
+from snippets import check_call, run_snippet
 from tiny_families import TODAY
 from tiny_pipelines import built, make_pipeline
 from tiny_students import make_product
@@ -18,13 +19,15 @@ from tiny_teacher import make_run, make_teacher
 
 from fewstep.algebra.noising import add_noise
 from fewstep.algebra.sampling import Sampler
+from fewstep.commands import export as commands
 from fewstep.commands.check_student import check_student
 from fewstep.commands.sources import called
 from fewstep.config import UserError
 from fewstep.export.base import ExportRefused
-from fewstep.export.choose import check_options, export
+from fewstep.export.choose import check_options, export, parts_of
 from fewstep.export.image_to_image import PIPELINES, begun, draw_from, image_to_image_stock
 from fewstep.networks.diffusers import load_denoiser
+from fewstep.networks.routed import ByClass, Routed
 
 FOUR = (1.0, 0.75, 0.5, 0.25)
 
@@ -92,6 +95,7 @@ def test_the_stock_pipeline_goes_on_from_a_picture_as_the_sampler_does(
     index = json.loads((tmp_path / "out" / "model_index.json").read_text())
     assert index["_class_name"] == PIPELINES[json.loads((folders[name] / "model_index.json").read_text())["_class_name"]]
     assert index["scheduler"][1] == scheduler
+    assert 'pipeline_tag: "image-to-image"' in (tmp_path / "out" / "README.md").read_text().split("---")[1]
     check_call(done.usage)
     checked = check_student(str(tmp_path / "out"))
     assert checked.ok, checked.text()
@@ -109,6 +113,41 @@ def test_diffusers_own_door_to_these_pipelines_opens_the_folder(folders: dict[st
         absent: Any = {k: None for k, v in told.items() if v == [None, None]}
         pipe = AutoPipelineForImage2Image.from_pretrained(tmp_path / name, **absent, requires_safety_checker=False)
         assert type(pipe).__name__ == cls
+
+
+def test_the_lines_of_deepfloyd_hand_on_a_picture_of_any_sides(folders: dict[str, Path], tmp_path: Path):
+    """Its pipeline cuts files to squares of multiples of 8 and of a number; these samples have 8 x 12 pixels."""
+    done = export(student(folders["if"], "if", Sampler(steps=FOUR)), tmp_path / "out", image_to_image=0.5)
+    words = 'prompt="a red fox in the snow"'
+    assert words in done.usage
+    run_snippet(done.usage.replace(words, "prompt_embeds=torch.zeros(1, 7, 12)"), tmp_path / "reader")
+    with Image.open(tmp_path / "reader" / "sample.png") as drawn:
+        assert drawn.size == (12, 8)
+
+
+def test_numbers_of_the_sampler_from_noise_are_not_on_its_card(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    (tmp_path / "report").mkdir()
+    (tmp_path / "report" / "results.json").write_text("[]")
+    shown: list[Any] = []
+    for name, stand_in in {
+        "check_product": lambda product: None,
+        "read_results": lambda file: [],
+        "card_results": lambda found: [("FD", "1.2")],
+        "show_export": lambda done: None,
+        "export": lambda product, folder, results, **form: shown.append(results),
+    }.items():
+        monkeypatch.setattr(commands, name, stand_in)
+    product: Any = None
+    for level in (None, 0.5):
+        commands._export(product, tmp_path, tmp_path / "out", {"image_to_image": level})
+    assert shown == [[("FD", "1.2")], []]
+
+
+def test_several_networks_are_not_written_without_it(folders: dict[str, Path]):
+    product = student(folders["sd15"], "sd15", Sampler(steps=FOUR))
+    several = replace(product, net=Routed([product.net, product.net], ByClass(4, 2)), classes=4)
+    with pytest.raises(ExportRefused, match=r"a student of several networks .* draw with the loop"):
+        parts_of(several, image_to_image=0.5)
 
 
 def test_what_it_begins_with_is_the_picture_noised_to_the_level(folders: dict[str, Path]):
@@ -163,7 +202,6 @@ def test_the_loop_of_a_refusal_draws(tmp_path: Path):
     import dataclasses
 
     import fewstep
-    from fewstep.export.choose import parts_of
     from fewstep.train.build import build_roles
     from fewstep.train.product import product_of
 

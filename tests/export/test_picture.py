@@ -13,18 +13,17 @@ import yaml
 from safetensors.torch import load_file
 from snippets import check_call
 from tiny_pipelines import make_pipeline
-from tiny_students import make_product
+from tiny_students import controlled_product
 
 from fewstep.algebra.sampling import Sampler
 from fewstep.commands.check_student import check_student
+from fewstep.config import UserError
 from fewstep.export.base import ExportRefused, Stock, write_checked
 from fewstep.export.choose import parts_of
 from fewstep.export.lora import export_lora
 from fewstep.export.picture import check_picture, whole_model
 from fewstep.networks.adapters import Adapted, frozen
-from fewstep.networks.controlnet import ControlNetSpec
 from fewstep.networks.diffusers import load_denoiser
-from fewstep.networks.parts import Site
 from fewstep.recipe.store import load
 from fewstep.train.build import build_roles
 from fewstep.train.product import open_product, product_of
@@ -154,14 +153,8 @@ def test_what_no_stock_pipeline_does_is_refused():
 )
 def test_a_controlnet_is_written_beside_the_unet_of_its_teacher(tmp_path: Path, name: str, sampler: Sampler):
     folder = make_pipeline(tmp_path / "teacher", name)
-    like = make_product(folder, name, sampler)
-    image = (3, like.shape[1] * 2, like.shape[2] * 2)
-    teacher: Any = frozen(load_denoiser(str(folder), size=like.shape[1:]))
-    net: Any = ControlNetSpec().build(Site(like.shape, 0, {"teacher": teacher}, 3, image))
-    generator = torch.Generator().manual_seed(3)
-    for p in net.parameters():
-        p.data += 0.1 * torch.randn(p.shape, generator=generator)
-    done = write_checked(parts_of(replace(like, net=net, image=image)), tmp_path / "export")
+    product = controlled_product(folder, name, sampler)
+    done = write_checked(parts_of(product), tmp_path / "export")
     assert done.parity < 5e-6, done.parity
     index = json.loads((tmp_path / "export" / "model_index.json").read_text())
     assert index["_class_name"] == f"StableDiffusion{'XL' * (name == 'sdxl')}ControlNetPipeline"
@@ -173,5 +166,20 @@ def test_a_controlnet_is_written_beside_the_unet_of_its_teacher(tmp_path: Path, 
     checked = check_student(str(tmp_path / "export"))
     assert checked.ok, checked.text()
     if name == "sd15":
-        half = write_checked(parts_of(replace(like, net=net, image=image), "fp16"), tmp_path / "half")
+        half = write_checked(parts_of(product, "fp16"), tmp_path / "half")
         assert half.parity < 5e-6
+
+
+def test_a_controlnet_of_another_size_than_its_unet(tmp_path: Path):
+    """Its example has the picture of the UNet's own sample_size, (8, 12); the export is called at the student's."""
+    folder = make_pipeline(tmp_path / "teacher", "sd15")
+    product = controlled_product(folder, "sd15", Sampler(steps=(1.0, 0.5)), size=(12, 8))
+    done = write_checked(parts_of(product), tmp_path / "export")
+    assert done.parity < 5e-6, done.parity
+    assert "resize((16, 24))" in done.usage
+    assert "height=24, width=16" in done.usage
+    checked = check_student(str(tmp_path / "export"))
+    assert checked.ok, checked.text()
+    assert 'pipeline_tag: "image-to-image"' in (tmp_path / "export" / "README.md").read_text().split("---")[1]
+    with pytest.raises(UserError, match="draw from it with diffusers' StableDiffusionControlNetPipeline, as its card"):
+        open_product(tmp_path / "export")

@@ -22,6 +22,7 @@ from fewstep.networks.adapters import (
     lora_layers,
     own_parameters,
     own_state,
+    placed,
     plain_copy,
 )
 from fewstep.networks.diffusers import load_denoiser
@@ -169,6 +170,16 @@ def test_stages_copy_between_adapters_and_between_full_networks(teacher: Path):
     mixed = trainer_of(teacher, *ROLES["student full"], stage, "copy={student: teacher}", "train.steps=1")
     mixed.loop.begin(mixed.recipe.stages()[1])
     assert same(own_state(mixed.roles.student), own_state(mixed.roles.teacher)) == []
+
+
+def test_an_adapter_is_placed_with_its_base(teacher: Path):
+    base: Any = load_denoiser(str(teacher), 10)
+    adapted = Adapted(base, "one", rank=2)
+    placed(adapted, "meta")
+    assert {p.device.type for p in base.parameters()} == {"meta"}
+    inside = {id(p) for p in base.parameters()}
+    assert adapted.own
+    assert all(id(p) in inside for p in adapted.own.values())
 
 
 def test_checkpointing_reaches_the_base_of_an_adapter(teacher: Path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,22 +15,29 @@ from PIL import Image
 from safetensors.torch import load_file
 from tiny_condition import condition_unet
 from tiny_pictures import noise
-from tiny_pipelines import make_pipeline, vae
+from tiny_pipelines import make_pipeline, unet_condition, vae
 from tiny_text import text_pipeline
 
 from fewstep.algebra.batch import Batch
 from fewstep.algebra.draws import Draws, fold
+from fewstep.algebra.process import DiscreteVP
+from fewstep.algebra.sampling import Sampler
 from fewstep.commands.check_recipe import check
+from fewstep.commands.product import Product
 from fewstep.config import RecipeError
 from fewstep.export.choose import export
 from fewstep.methods.consistency import Consistency
-from fewstep.networks.adapters import frozen, on_cpu, own_parameters, own_state, twin
+from fewstep.networks.adapters import enable_checkpointing, frozen, on_cpu, own_parameters, own_state, twin
 from fewstep.networks.controlnet import ControlNetSpec
+from fewstep.networks.denoiser import Denoiser
 from fewstep.networks.diffusers import load_denoiser
 from fewstep.networks.parts import Site
 from fewstep.networks.roles import Roles
+from fewstep.networks.specs import DiscriminatorSpec
+from fewstep.networks.wrappers.unet_condition import UNetCondition
 from fewstep.recipe.store import load
 from fewstep.train.product import open_product
+from fewstep.train.switches import compile_roles
 from fewstep.train.trainer import Trainer
 
 SHAPE, IMAGE = (4, 8, 12), (3, 16, 24)
@@ -106,6 +114,67 @@ def test_it_trains_by_a_method_as_it_is(teacher: Any):
     assert any(p.grad is not None and bool(p.grad.any()) for p in own_parameters(net))
 
 
+def test_a_product_moves_with_the_unet_that_it_is_beside(teacher: Any):
+    net: Any = ControlNetSpec().build(site_of(teacher))
+    Product(net, Sampler(steps=(1.0,)), SHAPE, 0, "student", (1,)).to("meta")
+    assert {p.device.type for p in (*net.parameters(), *net.net.model.parameters())} == {"meta"}
+
+
+def test_a_discriminator_stands_on_a_trunk_that_is_told_text(teacher: Any):
+    wide = {"addition_embed_type": "text_time", "addition_time_embed_dim": 4, "projection_class_embeddings_input_dim": 34}
+    sdxl = Denoiser(UNetCondition(unet_condition(**wide)), DiscreteVP(), "eps", "index")
+    sdxl.ignore = ("image",)
+    net: Any = ControlNetSpec().build(site_of(teacher))
+    x, t, cond = inputs(net)
+    pooled = {"pooled": torch.randn(2, 34 - 6 * 4)}
+    for trunk, given in ((teacher, cond), (net, cond), (sdxl, cond | pooled)):
+        site = replace(site_of(teacher), roles={"critic": trunk})
+        heads: Any = DiscriminatorSpec(taps=("mid",)).build(site)
+        assert heads(x, t, given).shape == (2, 1)
+
+
+def test_recomputing_reaches_the_unet_and_changes_no_gradient(teacher: Any):
+    def gradients(again: bool) -> list[torch.Tensor]:
+        net: Any = lively(ControlNetSpec().build(site_of(teacher)))
+        if again:
+            assert enable_checkpointing(net)
+        x, t, cond = inputs(net)
+        net(x, t, cond).x0.square().mean().backward()
+        return [p.grad for p in net.parameters()]
+
+    plain = gradients(False)
+    assert not teacher.net.model.is_gradient_checkpointing
+    again = gradients(True)
+    assert teacher.net.model.is_gradient_checkpointing
+    assert all(torch.equal(a, b) for a, b in zip(plain, again, strict=True))
+
+
+def test_compiled_it_is_the_controlnet_and_not_its_teachers_unet(teacher: Any, monkeypatch: pytest.MonkeyPatch):
+    seen: list[str] = []
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **_: seen.append(type(self).__name__))
+    roles = Roles(teacher=teacher, student=ControlNetSpec().build(site_of(teacher)))
+    for role in roles:
+        compile_roles(roles, [role])
+    assert seen == ["UNet2DConditionModel", "ControlNetModel"]
+
+
+def test_the_recipe_of_the_documentation_is_one(tmp_path: Path):
+    """It needs text beside the picture: without an encoder, or with `keep: false`, it is refused by its data."""
+    text = (Path(__file__).parents[2] / "docs" / "pictures.md").read_text()
+    (told,) = [b for b in re.findall(r"```yaml\n(.*?)```", text, re.S) if "controlnet" in b]
+    rest = ("about: x", "critic: {name: controlnet, of: teacher}", "method: {name: dmd2, gan: null}")
+    (tmp_path / "mine.yaml").write_text("\n".join([told, *rest, "optim: {default: {lr: 1e-3}}"]))
+    assert load(str(tmp_path / "mine.yaml")).student.name == "controlnet"
+    for setting, held in (
+        ("data.of.encoder=null", "data.of is captions without an encoder"),
+        ("data.keep=false", "keep: false drops it"),
+    ):
+        with pytest.raises(
+            RecipeError, match=f"data: the student is a ControlNet beside a UNet that is told text.*{held}"
+        ):
+            load(str(tmp_path / "mine.yaml"), [setting])
+
+
 def test_one_that_was_saved_is_where_it_begins(teacher: Any, tmp_path: Path):
     net: Any = lively(ControlNetSpec().build(site_of(teacher)))
     net.net.controlnet.save_pretrained(tmp_path / "canny")
@@ -127,6 +196,9 @@ def test_what_it_cannot_stand_beside_is_named(teacher: Any):
         RecipeError, match=r"the teacher is a UNet2DModel, and a ControlNet is for a UNet2DConditionModel"
     ):
         ControlNetSpec().build(replace(site_of(digits), shape=(1, 8, 8)))
+    lcm = Denoiser(UNetCondition(unet_condition(time_cond_proj_dim=8), pixels=2), DiscreteVP(), "eps", "index")
+    with pytest.raises(RecipeError, match=r"the teacher takes its guidance scale as an input \(time_cond_proj_dim\)"):
+        ControlNetSpec().build(site_of(lcm))
     net: Any = ControlNetSpec().build(site_of(teacher))
     x, t, cond = inputs(net)
     with pytest.raises(ValueError, match=r"takes cond\['image'\] of \[2, 3, 16, 24\], 2 pixels for each cell"):
