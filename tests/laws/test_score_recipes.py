@@ -195,11 +195,11 @@ def recipe_sampler() -> Any:
 def test_needs_say_what_a_method_reads():
     told: dict[str, Needs] = {n: load(f"toy/{n}").method.needs() for n in NAMES}
     assert {n for n in NAMES if told[n].data} == {
-        "fd-loss", "sida", "f-distill", "uni-instruct", "gdd", "gdd-i", "ladd", "class-ratio", "joint", "rcm"
+        "anyflow", "fd-loss", "sida", "f-distill", "uni-instruct", "gdd", "gdd-i", "ladd", "class-ratio", "joint", "rcm"
     }  # fmt: skip
     assert {n for n in NAMES if told[n].pairs} == {"dmd"}
     assert {n for n in NAMES if told[n].teacher_grad} == {
         "sid", "sim", "inverse-matching", "sida", "uni-instruct", "ladd"
     }  # fmt: skip
-    assert {n for n in NAMES if told[n].jvp} == {"rcm"}
+    assert {n for n in NAMES if told[n].jvp} == {"anyflow", "rcm"}
     assert all(f"toy/{n}" in shipped() for n in NAMES)
