@@ -139,17 +139,24 @@ def _of_recipe(recipe: Recipe, name: str) -> Teacher:
         raise UserError(
             f"{name}: its teacher is analytic and has no folder that a fit could name; nothing is fitted to it"
         )
+    if recipe.fills_teacher():
+        refuse_bridge(name, getattr(recipe.teacher.of, "process", None))
     return Teacher(product=teacher_of(recipe, name), of="recipe", source="", recipe=recipe)
+
+
+def refuse_bridge(source: str, process: Any) -> None:
+    """UserError for a process that no sampler is fitted on."""
+    if isinstance(process, Bridge):
+        raise UserError(
+            f"{source}: its process, {process.name}, is a bridge: at level 1 it is its source alone, where a step of "
+            "DDIM is 0/0, so no sampler is fitted to it"
+        )
 
 
 def check_calls(request: FitRequest, calls: Sequence[int], product: Product) -> None:
     """UserError for a process that no sampler is fitted on, and for calls that cannot be fitted on so many points."""
     process: Any = product.net.process
-    if isinstance(process, Bridge):
-        raise UserError(
-            f"{request.source}: its process, {process.name}, is a bridge: at level 1 it is its source alone, where a "
-            "step of DDIM is 0/0, so no sampler is fitted to it"
-        )
+    refuse_bridge(str(request.source), process)
     try:
         nodes(process, request.points)
     except ValueError as error:

@@ -48,7 +48,7 @@ def test_means_are_over_the_points_that_are_there() -> None:
     want = torch.stack([row[: int(n)].mean() for row, n in zip(x, MASK.sum(1), strict=True)])
     fill = fill_of(cond)
     assert fill is not None
-    torch.testing.assert_close(x.flatten(1).mean(1) * fill, want)
+    torch.testing.assert_close(x.flatten(1).mean(1) * fill.to(x), want)
     torch.testing.assert_close(over_points(2 * torch.ones(3), cond), 2 * fill)
     weight = torch.rand(3)
     assert over_points(weight, None) is weight
