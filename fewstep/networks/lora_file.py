@@ -120,7 +120,7 @@ def with_lora(net: nn.Module, source: Path | Adapted, scale: float = 1.0, said: 
     twin = plain_copy(net)
     if isinstance(source, Adapted):
         found, facts = lora_tensors(source)
-        header = json.loads(facts["lora_adapter_metadata"])
+        header = parse_json(facts["lora_adapter_metadata"], said)
     else:
         path = _file_of(source)
         said = str(path)

@@ -187,7 +187,9 @@ def test_what_has_no_effect_or_nothing_to_train_it_is_refused() -> None:
         with pytest.raises(ValueError, match=message):
             MeanFlow(**change)  # type: ignore[arg-type]
     with pytest.raises(RecipeError, match=r"student.*needs \[s, w\], not \[s\]"):
-        load("toy/imf", ["method.embed_guidance=true", "method.guidance={high: 3.0}"])
+        load("toy/imf", ["data.conditional=true", "method.embed_guidance=true", "method.guidance={high: 3.0}"])
+    with pytest.raises(RecipeError, match="a guidance scale of 1 to 3 needs conditions to move away from"):
+        load("toy/imf", ["data.conditional=false", "method.embed_guidance=true", "method.guidance={high: 3.0}"])
 
 
 def test_the_paper_is_cited_where_it_is_switched_on() -> None:

@@ -262,7 +262,7 @@ def test_the_toy_recipe_runs_its_stages_and_starts_from_its_student():
     hooks = Hooks(on_step=lambda t: rates.append(t.last_record["lr/student"]))
     trainer = Trainer(load("toy/pso", [*cut, *small]), None, hooks=hooks, cpu=True)
     trainer.fit()
-    assert rates[-2:] == pytest.approx([5e-4, 0.0], abs=1e-12)  # three updates a step: of six, three are left after one
+    assert rates[-2:] == pytest.approx([1.5e-4, 0.0], abs=1e-12)  # three updates a step: of six, three are left after one
     told = trainer.last_record
     assert {"prefer", "reward", "clipped", "samples/reward", "samples/fd"} <= set(told)
     still = dict(trainer.roles.reference.named_parameters())

@@ -24,6 +24,7 @@ NEW = {
     "weight": {"critic": "v", "gan": 0.125},
     "steps": {"critic": 7},
     "alignment": {"critic": 0.03},
+    "reset_every": {"critic": 9},
     "discriminator_weight": {"gan": 0.25},
     "loss": {"gan": "hinge"},
     "r1_weight": {"gan": 3.5},
@@ -48,7 +49,8 @@ def test_every_method_with_a_critic_of_its_own_has_the_part_and_no_flat_key():
         "uni_instruct", "vsd",
     }  # fmt: skip
     assert gans == {
-        "ctm", "decoupled_dmd", "dmd2", "f_distill", "gdd", "imagine_flash", "ladd", "segments", "sid", "uni_instruct",
+        "ctm", "decoupled_dmd", "dmd2", "f_distill", "gdd", "imagine_flash", "ladd", "segments", "sid", "std",
+        "uni_instruct",
     }  # fmt: skip
     flat = {f.name for method in METHODS.values() for f in fields(method)}
     assert not {name for name in flat if name.startswith(("critic_", "gan_")) and name != "gan_from"}

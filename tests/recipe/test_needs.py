@@ -77,7 +77,7 @@ def test_missing_inputs_are_refused_with_file_and_key(method: str, tmp_path: Pat
 
 
 def test_which_methods_choose_among_conditions():
-    every = {"none", "classes", "text", "image"}
+    every = {"none", "classes", "text", "image", "points"}
     needs = {name: set(method.needs().conditions) for name, method in plain_methods().items()}
     assert {name: kinds for name, kinds in needs.items() if kinds != every} == {
         "self_e": {"classes", "text"},
