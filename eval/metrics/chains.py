@@ -89,7 +89,8 @@ def distances(x: Tensor) -> Tensor:
 def one_nearest_neighbour(x: Tensor, y: Tensor) -> Estimate:
     """Leave-one-out accuracy of telling x (n, k) from y (m, k), n = m, by the nearest neighbour (arXiv 1610.06545).
 
-    .5 where both are of one law; 1 where they lie apart; below .5 where x are copies of y. The error is binomial.
+    .5 where both are of one law; 1 where they lie apart; below .5 where x are copies of y. At a tie, as repeated copies
+    have it, the share of the nearest that are of the point's own set. The error is binomial.
 
     Raises:
         InputError: sets of different sizes, of which the larger would be guessed, or values that are not finite.
@@ -99,8 +100,10 @@ def one_nearest_neighbour(x: Tensor, y: Tensor) -> Estimate:
     points = torch.cat((x.double(), y.double()))
     if not torch.isfinite(points).all():
         raise InputError("1-nna: values that are not finite")
-    apart = torch.cdist(points, points)
+    # Not by a matrix product, whose rounding would tell copies apart.
+    apart = torch.cdist(points, points, compute_mode="donot_use_mm_for_euclid_dist")
     apart.fill_diagonal_(math.inf)
-    own = torch.arange(len(points)) < len(x)
-    share = float((own[apart.argmin(1)] == own).double().mean())
+    nearest = apart == apart.amin(1, keepdim=True)
+    own = torch.arange(len(points), device=points.device) < len(x)
+    share = float(((nearest & (own[:, None] == own)).sum(1) / nearest.sum(1).double()).mean())
     return Estimate(value=share, standard_error=math.sqrt(share * (1 - share) / len(points)), n=len(points))

@@ -34,7 +34,7 @@ def begun_at(sampler: Sampler, strength: float) -> Sampler:
     if sampler.history:
         raise ValueError("strength: a sampler with a history of steps has weights for its own levels alone")
     below = tuple(u for u in sampler.steps if u < strength - NEAR)
-    return replace(sampler, steps=(strength, *below), counts=None)
+    return replace(sampler, steps=(strength, *below), counts=None, lists=())
 
 
 def onward(

@@ -61,6 +61,9 @@ def run(request: Request) -> list[Evaluation]:
     preset, pairs = paired_of(preset, product, asked, request.omit or ())
     captions = spec.retrieval if spec is not None and product is not None else None
     recipe = None if product is None else product.recipe
+    reward = None
+    if product is not None:
+        reward = reward_of(product) if request.attribute is None else attribute_of(product, request.attribute)
     judge = open_judge(
         preset,
         files,
@@ -70,9 +73,7 @@ def run(request: Request) -> list[Evaluation]:
         extractor_path=weights_of(request, spec),
         omit=request.omit or (),
     )
-    if product is not None:
-        wanted = request.attribute
-        judge = replace(judge, reward=reward_of(product) if wanted is None else attribute_of(product, wanted))
+    judge = replace(judge, reward=reward)
     with refusals():
         if request.images is not None:
             found = [of_folder(judge, request)]
@@ -204,8 +205,9 @@ def check_images(preset: Preset, request: Request, sampled: bool) -> None:
         raise UserError(f"--images: preset {preset.name} is for vectors")
     if preset.repetitions > 1:
         raise UserError(f"--images: preset {preset.name} wants {preset.repetitions} sets of {preset.number} images")
-    if sampled or request.call or request.any_steps or request.assist is not None:
-        told = "--steps, --any, --teacher, --assist and --call"
+    unread = (request.call, request.any_steps, request.assist, request.adapter, request.attribute)
+    if sampled or any(unread):
+        told = "--steps, --any, --teacher, --assist, --adapter, --attribute and --call"
         raise UserError(f"--images: the samples are there already, {told} change nothing")
     folder = image_folder(preset, request)
     if "clip-score" in preset.metrics and "clip-score" not in (request.omit or ()):

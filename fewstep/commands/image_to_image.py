@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from fewstep.algebra.assist import noised_again
+from fewstep.algebra.guidance import guided_teacher
 from fewstep.algebra.onward import begun_at, onward
 from fewstep.algebra.sampling import seeded
 from fewstep.commands.options import parse_classes
@@ -25,8 +26,7 @@ from fewstep.eval.metrics.measures import class_accuracy
 from fewstep.eval.protocol.images import to_pixels
 from fewstep.files import atomic_path
 from fewstep.networks.scores import HOUSE
-from fewstep.train.build import build_roles
-from fewstep.train.product import Product
+from fewstep.train.product import Product, teacher_beside
 
 SHOWN = 10
 """Pictures of the sheet."""
@@ -49,7 +49,10 @@ def parse_strengths(text: str) -> tuple[float, ...]:
 
 @dataclass(frozen=True)
 class Point:
-    """One strength of one model: content, the correlation with the source; style, the accuracy at the class asked for."""
+    """One strength of one model: content, the correlation with the source; style, the accuracy at the class asked for.
+
+    calls: of the network, a guided call of the teacher's, of two halves, being one.
+    """
 
     model: str
     strength: float
@@ -71,6 +74,11 @@ def correlation(x: Tensor, source: Tensor) -> Estimate:
 
 def house_of(product: Product) -> FeatureExtractor:
     """The classifier that tells the style of a product's samples. UserError where none does."""
+    if product.paired is not None or product.prompted is not None:
+        raise UserError(
+            f"{product.title}: the curve needs a run whose only condition is a class; this one is made from pictures or "
+            "text, which say already what is to become of them"
+        )
     shape = product.picture_shape()
     if len(shape) != 3 or shape[0] != 1 or shape[-1] not in HOUSE or not product.classes:
         sides = " or ".join(f"{n} x {n}" for n in HOUSE)
@@ -129,7 +137,7 @@ def curve(
     folder.mkdir(parents=True, exist_ok=True)
     teacher: Any = None
     if product.recipe.teacher is not None:
-        teacher = build_roles(product.recipe, product.recipe.data.open()).teacher.eval()
+        teacher = _guided_teacher(product)
     found: list[Point] = []
     sheet = [x[:SHOWN]]  # a row of sources, then one of the student's at each strength
     for strength in sorted(strengths):
@@ -152,6 +160,18 @@ def curve(
     save_grid(torch.cat(sheet), folder / "sheet.png", len(sheet[0]))
     _say(found, folder)
     return found
+
+
+def _guided_teacher(product: Product) -> Any:
+    """The teacher at the scale that `evaluate.guidance` measures it at."""
+    recipe: Any = product.recipe
+    data = recipe.data.open()
+    scale = recipe.evaluate.guidance if recipe.evaluate else 1.0
+    if scale != 1:
+        console.print(
+            f"teacher at guidance {scale:g}: each of its calls is of two halves", highlight=False, soft_wrap=True
+        )
+    return guided_teacher(teacher_beside(recipe, data, product.title, product.checkpoint), scale, data.null)
 
 
 def _parts(count: int) -> Iterator[slice]:

@@ -23,7 +23,8 @@ def write_images(preset: Preset, request: Request, steps: Sequence[int]) -> None
         raise UserError(f"preset {preset.name}: only writes images; say where with --out FOLDER")
     unused = {"--report": request.report, "--omit": request.omit, "--clip-path": request.clip_path}
     unused |= {"--extractor-path": request.extractor_path, "--allow-skips": request.allow_skips}
-    unused |= {"--teacher": request.teacher}
+    unused |= {"--teacher": request.teacher, "--assist": request.assist}
+    unused |= {"--adapter": request.adapter, "--attribute": request.attribute}
     for option, value in unused.items():
         if value:
             raise UserError(f"{option}: preset {preset.name} measures nothing, it writes images for another package")

@@ -10,6 +10,7 @@ from fewstep.export.experts import routed_parts
 from fewstep.export.fitted import fitted_parts
 from fewstep.export.image_to_image import begun, refused
 from fewstep.export.latent import latent_parts, wrapped
+from fewstep.export.routes import check_drawn
 from fewstep.export.teacher import teacher_parts
 from fewstep.export.unet import unet_parts
 from fewstep.networks.diffusers import DTYPES
@@ -78,16 +79,7 @@ def parts_of(product: Product, dtype: str = "fp32", variant: bool = False, image
         return fitted_parts(product)
     if product.sampler.kind == "ode":
         return teacher_parts(product)
-    if product.sampler.dynamic is not None and len(product.sampler.steps) > 1:
-        raise ExportRefused(
-            "dynamic guidance hands the student another scale at each step, which no stock pipeline does; "
-            "set method.dynamic=null for one scale"
-        )
-    if product.sampler.noise_scale != 1:
-        raise ExportRefused(
-            f"noise_scale {product.sampler.noise_scale:g}: scales the noise of every step, which no stock scheduler "
-            "does; set method.noise_scale=1"
-        )
+    check_drawn(product.sampler)
     if len(product.shape) == 2:
         raise ExportRefused(
             f"samples of {list(product.shape)} are points, which no stock pipeline draws; fewstep.open_product(RUN).draw "

@@ -50,8 +50,23 @@ def _even(steps: Sequence[float]) -> bool:
     return all(abs(u / steps[0] - (1 - i / n)) < 1e-9 for i, u in enumerate(steps))
 
 
+def check_drawn(sampler: Sampler) -> None:
+    """ExportRefused for what a sampler does between its calls that is in no stock pipeline, whatever the network."""
+    if sampler.dynamic is not None and len(sampler.steps) > 1:
+        raise ExportRefused(
+            "dynamic guidance hands the student another scale at each step, which no stock pipeline does; "
+            "set method.dynamic=null for one scale"
+        )
+    if sampler.noise_scale != 1:
+        raise ExportRefused(
+            f"noise_scale {sampler.noise_scale:g}: scales the noise of every step, which no stock scheduler does; set "
+            "method.noise_scale=1"
+        )
+
+
 def plain_kind(sampler: Sampler, process: Process) -> str:
     """renoise, map or gamma; a kind whose switches make it another is called by that one's name."""
+    check_drawn(sampler)
     if sampler.clip is not None and len(sampler.steps) > 1:
         raise ExportRefused(f"no stock scheduler limits x0 to a quantile between steps; {INSTEAD}")
     if sampler.kind == "ode":

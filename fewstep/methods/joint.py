@@ -14,6 +14,7 @@ from fewstep.algebra.draws import Draws, fold
 from fewstep.algebra.sampling import Sampler
 from fewstep.config import config, part
 from fewstep.methods.method import Losses, MethodPart, Needs, Turn
+from fewstep.methods.terms import check_one_life
 from fewstep.methods.turns import turns_of
 from fewstep.networks.roles import Roles
 
@@ -63,6 +64,7 @@ class Joint:
                 f"{' and '.join(following)} both move the role target, an average of the student, which one update "
                 "may move once: let one of them do without (target_decay: null)"
             )
+        check_one_life([share.method for share in self.methods])
 
     @cached_property
     def companies(self) -> list[tuple[str, ...]]:

@@ -56,13 +56,14 @@ class STD:
     """Levels, none above the start of the trajectories."""
     gan: Gan | None = None
     """The asymmetric adversarial term: a jump to s as it is, against real data at a level drawn below s, so that the
-    student is cleaner than its level. Its own `times` are not used; heads on the frozen teacher (official: on DINOv2)."""
+    student is cleaner than its level; both are told s, as by the level told the discriminator would know them. Its own
+    `times` are refused; heads on the frozen teacher (official: on DINOv2)."""
 
     def __post_init__(self) -> None:
         check_steps(self.steps)
         check_scale(self.guidance)
         if self.gan:
-            self.gan.alone()
+            self.gan.alone(times=False)
         if not 0 < self.strength <= 1 or not 0 <= self.rate <= 1:
             raise ValueError(f"strength and rate must lie in (0, 1], [0, 1], not {self.strength}, {self.rate}")
         if self.steps[0] > self.first / self.knots:
@@ -136,14 +137,13 @@ class STD:
         process, draws = roles.student.process, batch.draws
         knot = 1 + draws.integers(self.first)
         end = self.destination(draws, knot)
-        below = (draws.uniform() * end).long()
+        told, low = (self.time(process, k) for k in (end, (draws.uniform() * end).long()))
         t, s = (process.grid(k.double() / self.knots) for k in (knot, end))
         x, _ = add_noise(process, batch.data(), batch.noise(), t)
         with torch.no_grad():
             jump = student_leg(roles.student, batch.cond)(x, t, s)
-        fake = roles.discriminator(jump, self.time(process, end), batch.cond)
-        tau = self.time(process, below)
-        yield self.gan.judge(roles, batch, fake, add_noise(process, batch.data(), batch.noise(), tau)[0], tau)
+        real, _ = add_noise(process, batch.data(), batch.noise(), low)
+        yield self.gan.judge(roles, batch, roles.discriminator(jump, told, batch.cond), real, told)
 
     def sampler(self) -> Sampler:
         return Sampler(kind="map" if self.target == "random" else "renoise", steps=self.steps)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Annotated, Any, Literal
 
 import torch
@@ -66,8 +66,10 @@ class Gan:
         if self.r1_weight < 0:
             raise ValueError(f"r1_weight must not be negative, not {self.r1_weight}")
 
-    def alone(self) -> None:
-        """Raise ValueError for a key that needs a critic's turn, in methods that have none."""
+    def alone(self, times: bool = True) -> None:
+        """ValueError for a key that needs a critic's turn, in methods that have none; times: whether these are read."""
+        if not times and self.times != type(self)().times:
+            raise ValueError("gan.times: the levels of this method's discriminator are the method's own; leave it out")
         if self.shares_noise:
             raise ValueError("gan.shares_noise: no critic trains beside the discriminator of this method")
 
@@ -250,6 +252,15 @@ class Critic:
             seen, _ = add_noise(process, batch.data(), batch.noise(), t)
             return losses.join(gan.judge(roles, batch, fake, seen, t))
         return losses.join(gan.discriminator(roles, batch, x, fakes)) if gan else losses
+
+
+def check_one_life(methods: Sequence[Any]) -> None:
+    """ValueError where methods that train one critic let it be the teacher again after different numbers of updates."""
+    training = [m for m in methods if "critic" in m.needs().trained]
+    lives = [(m.name, getattr(getattr(m, "critic", None), "reset_every", 0)) for m in training]
+    if len({every for _, every in lives}) > 1:
+        told = ", ".join(f"{name} {every}" for name, every in lives)
+        raise ValueError(f"methods have one critic, so their critic.reset_every must be equal, not {told}")
 
 
 Apart = Literal["mse", "l1", "huber", "huber_sample", "lpips"]

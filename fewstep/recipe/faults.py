@@ -200,8 +200,9 @@ def _grid(recipe: Any) -> None:
 
 def _guidance(recipe: Any) -> None:
     data = recipe.data
-    # A picture is never taken away: guidance is of what stands beside it.
-    if (("none" if not data.keep else data.of.conditions) if data.name == "degraded" else data.conditions) != "none":
+    # A picture is never taken away: guidance is of what stands beside it. Nor is which points are there.
+    kinds = ("none" if not data.keep else data.of.conditions) if data.name == "degraded" else data.conditions
+    if kinds not in ("none", "points"):
         return
     for key, part in _parts(recipe):
         for name in GUIDANCE:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -200,7 +201,8 @@ class SampleReadings:
             self._reference = self._reference_of()
         # Of a reward the product is judged: the student itself swings from step to step by as much as a reward moves it.
         net: Any = self.session.roles.student if self.reward is None else self.session.product
-        x = self._draw(net, stage.method.sampler())
+        # As it is trained, where the reference is too: a student's temperature would read as a loss of contrast.
+        x = self._draw(net, replace(stage.method.sampler(), noise_scale=1.0))
         rewarded = follows_reward(stage.method, step)
         return compared(self._figures(x, self.group, self._conditions(), rewarded), self._reference)
 

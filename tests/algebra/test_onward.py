@@ -66,6 +66,8 @@ def test_levels_are_the_strength_and_what_lies_below_it() -> None:
     assert begun_at(sampler, 0.78).steps == sampler.steps
     assert begun_at(sampler, 0.5).steps == (0.5, 0.38, 0.18)
     assert begun_at(sampler, 0.1).steps == (0.1,)
+    listed = begun_at(Sampler(steps=(1.0, 0.5), lists=((1.0, 0.5), (1.0, 0.7, 0.3))), 0.7)
+    assert (listed.steps, listed.counts, listed.lists) == ((0.7, 0.5), None, ())
     for strength in (0.0, -0.5, 1.5):
         with pytest.raises(ValueError, match=r"strength must lie in \(0, 1\]"):
             begun_at(sampler, strength)

@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import csv
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from calling import called
 from tiny_teacher import make_run, make_teacher
 
+from fewstep.algebra.assist import noised_again
+from fewstep.algebra.guidance import Guided
 from fewstep.algebra.onward import onward
 from fewstep.algebra.sampling import seeded
-from fewstep.commands.image_to_image import correlation, curve, parse_strengths, sources
+from fewstep.commands import image_to_image
+from fewstep.commands.image_to_image import correlation, curve, house_of, parse_strengths, sources
 from fewstep.config import UserError
 from fewstep.data.images import Digits
-from fewstep.train.product import open_product
+from fewstep.recipe.schema import Evaluate
+from fewstep.train.product import open_product, teacher_beside
 
 
 @pytest.fixture(scope="module")
@@ -62,6 +68,29 @@ def test_the_command_writes_what_it_measures(run: Path, capfd: pytest.CaptureFix
         by_hand = onward(product.sampler, product.net, x, noise, labels, fresh, strength=0.4)
     assert points[0].content == pytest.approx(correlation(by_hand, x).value, abs=1e-6)
     assert "strength 0.4" in capfd.readouterr().out
+
+
+def test_the_teacher_is_guided_as_the_run_measures_it(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    product = open_product(run)
+    assert product.recipe is not None
+    recipe = replace(product.recipe, evaluate=Evaluate(metric="fd", guidance=3.0))
+    monkeypatch.setattr(image_to_image, "opened", lambda _: replace(product, recipe=recipe))
+    found = curve(run, (0.4,), "3", "8", count=12, seed=5, out=run / "guided")
+    data: Any = recipe.data.open()
+    x, labels = sources(product, "3", "8", 12)
+    noise, _ = seeded(5, torch.arange(12), (1, 8, 8))
+    bare = teacher_beside(recipe, data, "run")
+    for net, same in ((Guided(bare, 3.0, data.null), True), (bare, False)):
+        with torch.no_grad():
+            made = noised_again(net, x, noise, labels, level=0.4, steps=found[1].calls, solver="ddim")
+        assert (abs(found[1].content - correlation(made, x).value) < 1e-6) == same
+
+
+def test_a_run_that_is_made_from_pictures_is_refused_by_name(run: Path) -> None:
+    product = open_product(run)
+    for beside in ({"paired": lambda _: None}, {"prompted": lambda _: None}):
+        with pytest.raises(UserError, match="run: the curve needs a run whose only condition is a class"):
+            house_of(replace(product, **beside))  # type: ignore[arg-type]
 
 
 def test_what_it_is_not_for_is_refused(run: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

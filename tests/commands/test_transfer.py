@@ -10,6 +10,7 @@ from calling import called
 from tiny_teacher import make_run, make_teacher
 from torch import nn
 
+from fewstep.commands import evaluate
 from fewstep.commands.claim import prepare
 from fewstep.commands.evaluate import run
 from fewstep.commands.request import Request
@@ -115,6 +116,14 @@ def test_the_ratio_is_of_gains_and_left_out_where_the_base_gains_nothing() -> No
         assert "transfer ratio (ink)" not in found[3].metrics
 
 
+def test_a_name_that_is_no_attribute_is_told_before_a_reference_is_computed(
+    runs: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(evaluate, "open_judge", lambda *_, **__: pytest.fail("the judge was opened first"))
+    with pytest.raises(UserError, match="'beauty': is not one of"):
+        run(Request(path=runs[0], samples=20, attribute="beauty"))
+
+
 def test_what_does_not_fit_is_refused(runs: tuple[Path, Path], tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     student, bold = runs
     for arguments, told in (
@@ -125,6 +134,12 @@ def test_what_does_not_fit_is_refused(runs: tuple[Path, Path], tmp_path: Path, c
     ):
         code, _, error = called(capfd, "eval", student, "--samples", "20", *arguments)
         assert (code, told in " ".join(error.split())) == (2, True), error
+    for option, value in (("--adapter", str(bold)), ("--attribute", "ink")):
+        code, _, error = called(capfd, "eval", "--images", tmp_path, "--preset", "fd-house-digits", option, value)
+        assert (code, "the samples are there already" in " ".join(error.split())) == (2, True), error
+        told = ["--preset", "geneval", "--out", str(tmp_path / "out"), option, value]
+        code, _, error = called(capfd, "eval", student.parent / "teacher", *told)
+        assert (code, f"{option}: preset geneval measures nothing" in " ".join(error.split())) == (2, True), error
     other = UNet2DSpec(channels=(16, 32)).build(Site((1, 8, 8), 10, {}, 0))
     with pytest.raises(UserError, match="it is of another model"):
         with_update(other, bold, 1.0)

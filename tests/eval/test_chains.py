@@ -84,6 +84,12 @@ def test_nearest_neighbours_tell_laws_apart() -> None:
     assert chains.one_nearest_neighbour(a, b + 9).value == 1
     assert chains.one_nearest_neighbour(a, a + 1e-6 * b).value < 0.01  # copies
     assert 0.6 < chains.one_nearest_neighbour(a, b + 1).value < 0.9
+    # Every point k times in x and k times in y: of the 2 k - 1 others at distance 0 k - 1 are of its own set.
+    for k in (1, 2, 3):
+        x = a[:60].repeat_interleave(k, 0)
+        for y in (x, x.flip(0)):
+            told = chains.one_nearest_neighbour(x, y)
+            assert told.value == pytest.approx((k - 1) / (2 * k - 1), abs=1e-12)
     with pytest.raises(InputError, match="two sets of one size, not 600 and 5"):
         chains.one_nearest_neighbour(a, b[:5])
     with pytest.raises(InputError, match="not finite"):

@@ -25,7 +25,9 @@ def test_a_digit_is_its_heights_to_half_a_voxel() -> None:
     assert error.max() == 0.125
     assert holes(solids).max() == 0
     assert filled(solids).double().mean().item() == pytest.approx(0.305, abs=5e-4)
-    # Two grey levels in each height: what is a height already comes back exactly.
+    grey = columns(torch.linspace(-1, 1, 17).reshape(17, 1, 1, 1)).gt(0).sum(1).flatten()
+    assert grey.bincount().tolist() == [2, 1, 3, 1, 3, 1, 3, 1, 2]
+    # What is a height already comes back exactly.
     assert torch.equal(heights(columns(heights(solids))), heights(solids))
 
 

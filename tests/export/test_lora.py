@@ -16,7 +16,7 @@ from tiny_pipelines import FAMILIES, make_pipeline
 from fewstep.algebra.sampling import Sampler
 from fewstep.config import UserError
 from fewstep.export.comfy import WORKFLOW
-from fewstep.export.lora import _front, export_lora
+from fewstep.export.lora import _front, export_lora, lora_parts
 from fewstep.networks.adapters import Adapted, frozen, network_of, own_state, plain_copy
 from fewstep.networks.diffusers import load_denoiser
 from fewstep.networks.lora_file import NAME, component, diffusers_model, read_lora
@@ -131,3 +131,14 @@ def test_only_adapters_have_layouts(product: Product, tmp_path: Path):
             export_run(tmp_path, None, False, lora, layout)
     with pytest.raises(UserError, match="--lora needs a student that is an adapter"):
         export_lora(replace(product, net=product.net.base), tmp_path / "out")  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(("key", "value"), [("noise_scale", 0.45), ("dynamic", (0.3, 0.7))])
+def test_an_adapter_has_no_scheduler_for_what_no_pipeline_does(
+    product: Product, tmp_path: Path, key: str, value: Any
+) -> None:
+    changed: Any = {key: value}
+    parts = lora_parts(replace(product, sampler=replace(product.sampler, **changed)))
+    assert parts.scheduler == ""
+    assert f"no scheduler: {key.replace('dynamic', 'dynamic guidance')}" in parts.usage("folder")
+    assert lora_parts(product).scheduler

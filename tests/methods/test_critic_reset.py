@@ -123,9 +123,16 @@ def test_heads_on_the_critic_have_the_fresh_optimiser_too() -> None:
     assert [t.updates for t in turns if t.life] == [("critic", "discriminator")]
 
 
-def test_a_joint_method_keeps_the_life_of_the_turn_that_has_one() -> None:
-    shares = [{"method": {"name": "dmd2", "gan": None, "critic": {"reset_every": k, "steps": 2}}} for k in (0, 3)]
-    recipe = load("toy/dmd2", [*SMALL, *SAME], {"method": {"name": "joint", "methods": shares}})
+def test_a_joint_method_has_one_life_of_its_critic() -> None:
+    def joint(*every: int) -> Any:
+        critics = [{"reset_every": k, "steps": 2} for k in every]
+        shares = [{"method": {"name": "dmd2", "gan": None, "critic": critic}} for critic in critics]
+        return load("toy/dmd2", [*SMALL, *SAME], {"method": {"name": "joint", "methods": shares}})
+
+    for unequal in ((0, 3), (3, 2)):
+        with pytest.raises(RecipeError, match="critic.reset_every must be equal, not dmd2 {}, dmd2 {}".format(*unequal)):
+            joint(*unequal)
+    recipe = joint(3, 3)
     roles = Roles(**{n: Weight(1.0) for n in ("teacher", "student", "critic")})
     assert [t.life for t in recipe.method.turns(roles, 3)] == [None, 3]
 

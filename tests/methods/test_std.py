@@ -10,7 +10,9 @@ from torch import Tensor, nn
 
 from fewstep.algebra.batch import Batch
 from fewstep.algebra.draws import Draws, fold
+from fewstep.algebra.noising import add_noise
 from fewstep.algebra.process import Flow
+from fewstep.methods import std
 from fewstep.methods.bank import Bank
 from fewstep.methods.std import STD
 from fewstep.methods.terms import Gan
@@ -55,17 +57,25 @@ def batch() -> Batch:
 GAN = Gan(weight=0.1, discriminator_weight=1.0, loss="hinge")
 
 
-def test_real_data_are_at_a_level_below_that_of_the_jump() -> None:
-    roles = cast()
+def test_real_data_are_at_a_level_below_that_of_the_jump_and_told_to_be_at_its(monkeypatch: pytest.MonkeyPatch) -> None:
+    roles, levels = cast(), []
+
+    def seen(process: Any, x: Tensor, noise: Tensor, t: Tensor) -> Any:
+        levels.append(t)
+        return add_noise(process, x, noise, t)
+
+    monkeypatch.setattr(std, "add_noise", seen)
     turn = list(STD(knots=KNOTS, gan=GAN).turns(roles, 0))[1]
     assert turn.updates == ("discriminator",)
     (losses,) = list(turn.losses(batch()))
     losses.total().backward()
-    (jump, s), (real, r) = roles.discriminator.seen
+    (jump, s), (real, told) = roles.discriminator.seen
+    r = levels[-1]
+    assert torch.equal(told, s)
     assert (s.double() * KNOTS).round().max() < STD(knots=KNOTS).first
     assert (r <= s).all()
     assert (r < s).double().mean() > 0.6  # equal only at the clean end
-    # Data at level r are (1 - r) 5 on average: as they are told to be, and so are the jumps.
+    # Data at level r are (1 - r) 5 on average.
     assert ((real.mean(1) - 5 * (1 - r)).abs() < 4 * (1 + r)).all()
     assert all(p.grad is None for p in roles.student.parameters())
     assert roles.discriminator.weight.grad is not None
@@ -93,6 +103,8 @@ def test_what_it_asks_for() -> None:
     assert not STD().needs().teacher_grad
     with pytest.raises(ValueError, match="no critic trains beside the discriminator"):
         STD(gan=Gan(shares_noise=True))
+    with pytest.raises(ValueError, match=r"gan\.times: the levels of this method"):
+        STD(gan=Gan(times=None))
     recipe = load("digits-std-i2i")
     assert recipe.discriminator is not None
     assert recipe.discriminator.trunk == "teacher"

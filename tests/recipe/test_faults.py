@@ -63,3 +63,9 @@ def test_views_one_after_the_other():
     assert seen_shape([Mirror(), Frame()], (3, 5, 4, 6)) == (3, 4, 6)
     with pytest.raises(ValueError, match="needs videos"):
         seen_shape([Frame(), Frame()], (3, 5, 4, 6))
+
+
+def test_which_points_are_there_is_nothing_to_be_guided_away_from():
+    settings = ["data.shortest=10", "method.guidance=2.0"]
+    assert refused("helices-sid", *settings).count("method.guidance: a guidance scale of 2")
+    assert load("helices-sid", settings[:1])

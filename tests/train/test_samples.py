@@ -167,6 +167,18 @@ def test_a_teacher_that_does_not_see_the_condition_is_no_measure_of_the_spread_w
     assert "samples/contrast" in read["digits-jdm"]
 
 
+def test_a_students_temperature_is_no_loss_of_contrast():
+    from fewstep.recipe.store import load
+
+    read = []
+    for scale in (1.0, 0.45):
+        session = Session(load("toy/sid", ["train.batch=16", f"method.noise_scale={scale}"]), cpu=True)
+        session.make_state(session.recipe.stages()[-1])
+        read.append(SampleReadings(session, 20).read(session.recipe.stages()[-1]))
+    assert read[0] == read[1]
+    assert "samples/contrast" in read[0]
+
+
 def test_a_blind_teacher_of_another_process_at_batch_one_is_read_too():
     from fewstep.recipe.store import load
 
