@@ -49,7 +49,7 @@ def test_means_are_over_the_points_that_are_there() -> None:
     fill = fill_of(cond)
     assert fill is not None
     torch.testing.assert_close(x.flatten(1).mean(1) * fill.to(x), want)
-    torch.testing.assert_close(over_points(2 * torch.ones(3), cond), 2 * fill)
+    torch.testing.assert_close(over_points(2 * torch.ones(3), cond), (2 * fill).float())
     weight = torch.rand(3)
     assert over_points(weight, None) is weight
     assert over_points(weight, torch.zeros(3, dtype=torch.long)) is weight

@@ -62,8 +62,8 @@ def test_one_key_of_a_part_leaves_the_others_as_the_method_has_them(method: str,
     part = before or {"critic": Critic, "gan": Gan}[field]()
     for key in (f.name for f in fields(part)):
         # A student that stands still, or is seen through views, leaves its critic nothing to be drawn to.
-        still = method in ("track", "factorised") and key == "alignment"
-        value = 0.0 if still else NEW[key][field]
+        still = method in ("track", "factorised") and key in ("alignment", "reset_every")
+        value = type(NEW[key][field])(0) if still else NEW[key][field]
         got = plain(getattr(build(method, {field: {key: value}}), field))
         assert got == {**plain(part), key: value}
 
