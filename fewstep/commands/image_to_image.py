@@ -166,7 +166,7 @@ def _guided_teacher(product: Product) -> Any:
     """The teacher at the scale that `evaluate.guidance` measures it at."""
     recipe: Any = product.recipe
     data = recipe.data.open()
-    scale = recipe.evaluate.guidance if recipe.evaluate else 1.0
+    scale = recipe.shown_guidance()
     if scale != 1:
         console.print(
             f"teacher at guidance {scale:g}: each of its calls is of two halves", highlight=False, soft_wrap=True

@@ -53,7 +53,7 @@ def draw_path(product: Product, labels: Any, count: int, seed: int, out: Path, t
         data = recipe.data.open()
         net: Any = shown_teacher(product, data, required=bool(teacher))
         if net is not None:
-            net = guided_teacher(net, recipe.evaluate.guidance if recipe.evaluate else 1.0, data.null)
+            net = guided_teacher(net, recipe.shown_guidance(), data.null)
             many = teacher_product(product, net, teacher or len(product.sampler.steps))
             shown.insert(0, ("teacher", steps_of(many, labels, count, seed)))
     elif teacher:

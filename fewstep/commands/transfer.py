@@ -56,7 +56,7 @@ def teachers(
     recipe: Any = product.recipe
     data = recipe.data.open()
     bare = teacher_beside(recipe, data, product.title, product.checkpoint).to(device)
-    guidance = recipe.evaluate.guidance if recipe.evaluate else 1.0
+    guidance = recipe.shown_guidance()
     net = guided_teacher(bare, guidance, data.null)
     rows = [teacher_product(product, net, n) for n in steps]
     out = [of_product(preset, row, "teacher") for row in rows]

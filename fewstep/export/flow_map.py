@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from fewstep.algebra.sampling import Sampler
 from fewstep.export.base import ExportRefused, Stock
+from fewstep.export.levels import is_even
 from fewstep.networks.denoiser import Denoiser
 from fewstep.networks.extras import ANGLE, values_of
 
@@ -45,7 +46,7 @@ def flow_map_stock(process: Any, sampler: Sampler) -> Stock:
     if sampler.kind != "map":
         raise ExportRefused(f"{SCHEDULER} goes on without fresh noise, this student takes {sampler.kind} steps; {LOOP}")
     n = len(sampler.steps)
-    if all(abs(u - (1 - i / n)) < 1e-9 for i, u in enumerate(sampler.steps)):
+    if is_even(sampler.steps):
         again = Sampler(kind="map", steps=sampler.steps)
         return Stock(SCHEDULER, {"shift": float(getattr(process, "shift", 1.0))}, {"num_inference_steps": n}, again)
     times = tuple(process.grid(torch.tensor(sampler.steps, dtype=torch.float64)).tolist())
@@ -83,11 +84,6 @@ def jumps_of(net: Denoiser, sampler: Sampler, most: int) -> tuple[tuple[int, ...
             counts.add(count)
     grid = torch.tensor(list(ways.items()), dtype=torch.float64)
     return tuple(sorted(counts)), process.grid(grid[:, 1]), process.grid(grid[:, 0])
-
-
-def is_even(levels: tuple[float, ...]) -> bool:
-    """Whether levels are those of so many even steps."""
-    return all(abs(u - (1 - i / len(levels))) < 1e-9 for i, u in enumerate(levels))
 
 
 def known_row(net: Denoiser, sampler: Sampler, most: int) -> tuple[str, str]:

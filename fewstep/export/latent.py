@@ -26,7 +26,7 @@ from fewstep.export.card import Card, front_of, student_card, usage
 from fewstep.export.flow_map import CLASSES, LOOP, SCHEDULER, flow_map_model, flow_map_stock, known_row, retold
 from fewstep.export.fold import constant_inputs, moving
 from fewstep.export.image_to_image import PIPELINES, begun, draw_from, image_to_image_stock, image_usage, run_from, taken
-from fewstep.export.levels import TOLERANCE, check_export, levels_of, levels_of_scheduler
+from fewstep.export.levels import TOLERANCE, check_export, is_even, levels_of, levels_of_scheduler
 from fewstep.export.picture import (
     IF_PIPELINES,
     NOISING,
@@ -100,7 +100,7 @@ def _flow(process: Flow, wrapper: Any, sampler: Sampler, renoise: bool) -> Stock
     """Euler's scheduler with x0 re-noised or kept (its `stochastic_sampling`): both are exact on a flow."""
     n, name = len(sampler.steps), "FlowMatchEulerDiscreteScheduler"
     own = float(getattr(process, "shift", 1.0))
-    even = all(abs(u - (1 - i / n)) < 1e-9 for i, u in enumerate(sampler.steps))
+    even = is_even(sampler.steps)
     if even and (n == 1 or wrapper.even):
         sigmas = {"sigmas": list(sampler.steps)}
         config = {"shift": own, "stochastic_sampling": renoise}

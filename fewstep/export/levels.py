@@ -23,6 +23,11 @@ TOLERANCE = 1e-6
 """Largest difference of alpha and sigma; relative where sigma is above 1."""
 
 
+def is_even(steps: Sequence[float], top: float = 1.0) -> bool:
+    """Whether levels part [0, top] into equal pieces."""
+    return all(abs(u / top - (1 - i / len(steps))) < 1e-9 for i, u in enumerate(steps))
+
+
 @dataclass(frozen=True)
 class Levels:
     """Noise levels from the first call to the last: x_t = alpha x0 + sigma eps, float64 (n,)."""

@@ -18,6 +18,7 @@ from fewstep.algebra.noising import angle_of
 from fewstep.algebra.process import EDM, DiscreteVP, Flow, Process, Trig
 from fewstep.algebra.sampling import Sampler
 from fewstep.export.base import ExportRefused, Stock
+from fewstep.export.levels import is_even
 from fewstep.networks.denoiser import Denoiser
 
 INSTEAD = "`fewstep sample` draws from the run itself"
@@ -34,7 +35,7 @@ def schedule(steps: Sequence[float]) -> tuple[int, dict[str, Any]]:
     Raises ExportRefused when there is none below 10,000.
     """
     depth = [1 - u / steps[0] for u in steps]
-    if _even(steps):
+    if is_even(steps, steps[0]):
         return len(steps) + 1, {"num_inference_steps": len(steps)}
     fractions = [Fraction(d).limit_denominator(9_999) for d in depth]
     common = lcm(*(f.denominator for f in fractions))
@@ -42,12 +43,6 @@ def schedule(steps: Sequence[float]) -> tuple[int, dict[str, Any]]:
         raise ExportRefused(f"steps {list(steps)} lie on no grid of up to 10,000 points; round them, say to 1/1000")
     index = [int(f * common) for f in fractions]
     return common + 1, {"num_inference_steps": None, "timesteps": index[::-1]}
-
-
-def _even(steps: Sequence[float]) -> bool:
-    """True when the levels part [0, steps[0]] into equal pieces."""
-    n = len(steps)
-    return all(abs(u / steps[0] - (1 - i / n)) < 1e-9 for i, u in enumerate(steps))
 
 
 def check_drawn(sampler: Sampler) -> None:
@@ -274,14 +269,14 @@ def _ddpm(process: DiscreteVP, prediction: str, sampler: Sampler, kind: str) -> 
 
 def _stands(process: DiscreteVP, steps: Sequence[float]) -> bool:
     """True where DDIMScheduler's trailing spacing is the levels."""
-    return _even(steps) and process.steps % len(steps) == 0
+    return is_even(steps, steps[0]) and process.steps % len(steps) == 0
 
 
 def _flow(process: Flow, sampler: Sampler, kind: str) -> Stock:
     """A config holds linspace(1, .001, N), or that stretched to end at its last level: 1 - i/N, or any two levels."""
     n = len(sampler.steps)
     times = process.grid(torch.tensor(sampler.steps, dtype=torch.float64)).tolist()
-    if times[0] != 1.0 or (n > 2 and not _even(times)):
+    if times[0] != 1.0 or (n > 2 and not is_even(times, times[0])):
         raise ExportRefused(
             f"levels {times} are not 1 - i/{n}, and a flow scheduler's config holds no others for a "
             f"pipeline without `sigmas`; {INSTEAD}"

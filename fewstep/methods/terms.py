@@ -192,14 +192,12 @@ class Critic:
         Raises:
             UserError: they are not of one shape.
         """
-        critic, teacher = (own_parameters(roles[name]) for name in ("critic", "teacher"))
-        if [p.shape for p in critic] != [p.shape for p in teacher]:
-            raise UserError(
-                f"critic.reset_every: {self.reset_every} needs a critic of the teacher's shape, and theirs differ; give "
-                "critic: {name: copy, of: teacher}, or 0"
-            )
-        for mine, theirs in zip(critic, teacher, strict=True):
-            mine.copy_(theirs.to(mine.device))
+        told = (
+            f"critic.reset_every: {self.reset_every} needs a critic of the teacher's shape, and theirs differ; give "
+            "critic: {name: copy, of: teacher}, or 0"
+        )
+        for mine, theirs in _beside(roles, "teacher", told):
+            mine.copy_(theirs)
 
     @torch.no_grad()
     def align(self, roles: Roles) -> None:
@@ -210,14 +208,12 @@ class Critic:
         """
         if not self.alignment:
             return
-        critic, student = (own_parameters(roles[name]) for name in ("critic", "student"))
-        if [p.shape for p in critic] != [p.shape for p in student]:
-            raise UserError(
-                f"critic.alignment: {self.alignment} needs a critic of the student's shape, whole networks or adapters "
-                "of one rank, and theirs differ; let the critic be such a copy, or give 0"
-            )
-        for mine, theirs in zip(critic, student, strict=True):
-            mine.lerp_(theirs.to(mine.device), self.alignment)
+        told = (
+            f"critic.alignment: {self.alignment} needs a critic of the student's shape, whole networks or adapters "
+            "of one rank, and theirs differ; let the critic be such a copy, or give 0"
+        )
+        for mine, theirs in _beside(roles, "student", told):
+            mine.lerp_(theirs, self.alignment)
 
     def losses(
         self,
@@ -252,6 +248,14 @@ class Critic:
             seen, _ = add_noise(process, batch.data(), batch.noise(), t)
             return losses.join(gan.judge(roles, batch, fake, seen, t))
         return losses.join(gan.discriminator(roles, batch, x, fakes)) if gan else losses
+
+
+def _beside(roles: Roles, other: str, told: str) -> Iterator[tuple[Tensor, Tensor]]:
+    """The critic's own weights, each with the other role's on its device; UserError in these words for other shapes."""
+    critic, others = (own_parameters(roles[name]) for name in ("critic", other))
+    if [p.shape for p in critic] != [p.shape for p in others]:
+        raise UserError(told)
+    return ((mine, theirs.to(mine.device)) for mine, theirs in zip(critic, others, strict=True))
 
 
 def check_one_life(methods: Sequence[Any]) -> None:

@@ -47,6 +47,32 @@ class Block(nn.Module):
         return x + gate_m[:, None] * self.down(hidden)
 
 
+def check_taps(taps: Sequence[str], blocks: nn.ModuleList) -> None:
+    """ValueError for taps that are none of "block0" .. "block{depth-1}"."""
+    unknown = set(taps) - {f"block{i}" for i in range(len(blocks))}
+    if unknown:
+        raise ValueError(f"taps {sorted(unknown)} are unknown; allowed: block0..block{len(blocks) - 1}")
+
+
+def through(
+    blocks: nn.ModuleList,
+    tokens: Tensor,
+    embedding: Tensor,
+    taps: Sequence[str],
+    stop: bool,
+    mask: Tensor | None = None,
+) -> tuple[Tensor | None, dict[str, Tensor]]:
+    """(tokens after the last of `Block`s, those at the taps); with stop no further than the last tap, and None."""
+    features: dict[str, Tensor] = {}
+    for i, block in enumerate(blocks):
+        tokens = block(tokens, embedding, mask)
+        if f"block{i}" in taps:
+            features[f"block{i}"] = tokens
+            if stop and len(features) == len(taps):
+                return None, features
+    return tokens, features
+
+
 class DiT(nn.Module):
     """Images (b, c, h, w) -> raw of the same shape.
 
@@ -110,9 +136,7 @@ class DiT(nn.Module):
         extras: Mapping[str, Tensor] | None = None,
     ) -> tuple[Tensor | None, dict[str, Tensor]]:
         """x (b, c, h, w), time (b,) an angle in [0, pi/2], cond int (b,), a mapping of label and image, or None."""
-        unknown = set(taps) - {f"block{i}" for i in range(len(self.blocks))}
-        if unknown:
-            raise ValueError(f"taps {sorted(unknown)} are unknown; allowed: block0..block{len(self.blocks) - 1}")
+        check_taps(taps, self.blocks)
         given = checked(cond, ("image",) if self.image_channels else (), ("label",), "DiT")
         embedding = self.time(time) + self.extras.embed(extras)
         if self.label is not None and "label" in given:
@@ -122,13 +146,8 @@ class DiT(nn.Module):
         if self.picture is not None:
             picture = image_at(given["image"], x, self.image_channels, "DiT").to(x.dtype)
             tokens = tokens + self.picture(patches(picture, self.patch))
-        tokens = tokens + self.position
-        features: dict[str, Tensor] = {}
-        for i, block in enumerate(self.blocks):
-            tokens = block(tokens, embedding)
-            if f"block{i}" in taps:
-                features[f"block{i}"] = tokens
-                if stop and len(features) == len(taps):
-                    return None, features
-        out = self.last(F.layer_norm(tokens, tokens.shape[-1:]))
+        last, features = through(self.blocks, tokens + self.position, embedding, taps, stop)
+        if last is None:
+            return None, features
+        out = self.last(F.layer_norm(last, last.shape[-1:]))
         return from_patches(out, self.shape[1:], self.patch), features

@@ -15,7 +15,7 @@ from fewstep.algebra.prediction import Prediction
 from fewstep.algebra.process import Flow, ProcessPart
 from fewstep.config import Count, RecipeError, part
 from fewstep.networks.denoiser import Denoiser
-from fewstep.networks.dit import Block
+from fewstep.networks.dit import Block, check_taps, through
 from fewstep.networks.extras import Extras, Fourier, Input
 from fewstep.networks.parts import Site, check_image, check_prediction, check_weights, seeded
 
@@ -71,24 +71,18 @@ class DiT1D(nn.Module):
         extras: Mapping[str, Tensor] | None = None,
     ) -> tuple[Tensor | None, dict[str, Tensor]]:
         """x (b, n, d), time (b,) an angle in [0, pi/2], cond int (b,), a mapping of label and points, or None."""
-        unknown = set(taps) - {f"block{i}" for i in range(len(self.blocks))}
-        if unknown:
-            raise ValueError(f"taps {sorted(unknown)} are unknown; allowed: block0..block{len(self.blocks) - 1}")
+        check_taps(taps, self.blocks)
         given = checked(cond, (), ("label", "points"), "DiT1D")
         embedding = self.time(time) + self.extras.embed(extras)
         if self.label is not None and "label" in given:
             embedding = embedding + self.label(given["label"])
         embedding = F.silu(embedding)
         mask = given["points"] > 0 if "points" in given else None
-        tokens = self.embed(x) + self.position
-        features: dict[str, Tensor] = {}
-        for i, block in enumerate(self.blocks):
-            tokens = block(tokens, embedding, mask)
-            if f"block{i}" in taps:
-                features[f"block{i}"] = padded(tokens, given.get("points"))
-                if stop and len(features) == len(taps):
-                    return None, features
-        return self.frame(self.last(F.layer_norm(tokens, tokens.shape[-1:])), cond), features
+        last, features = through(self.blocks, self.embed(x) + self.position, embedding, taps, stop, mask)
+        features = {tap: padded(tokens, given.get("points")) for tap, tokens in features.items()}
+        if last is None:
+            return None, features
+        return self.frame(self.last(F.layer_norm(last, last.shape[-1:])), cond), features
 
 
 class PointDenoiser(Denoiser):

@@ -346,6 +346,10 @@ class Recipe:
         fixed = ("teacher", *first, "student", *(r for r in self.roles if r not in first), "critic", "discriminator")
         return [r for r in fixed if r in self.roles or getattr(self, r, None) is not None]
 
+    def shown_guidance(self) -> float:
+        """The scale at which its teacher is measured and shown."""
+        return self.evaluate.guidance if self.evaluate is not None else 1.0
+
     def fills_teacher(self) -> bool:
         """True when the teacher has no weights but those that a stage of this recipe gives it."""
         return self.teacher is not None and self.teacher.name == "network"

@@ -225,7 +225,7 @@ class SampleReadings:
     def _reference_of(self) -> Figures:
         session, recipe = self.session, self.session.recipe
         if self.source() == "teacher":
-            scale = recipe.evaluate.guidance if recipe.evaluate else 1.0
+            scale = recipe.shown_guidance()
             teacher: Any = session.roles.teacher
             net = guided_teacher(teacher, scale, session.data.null)
             out = self._figures(self._draw(net, many_step(TEACHER_STEPS)), self.group, self._conditions())
