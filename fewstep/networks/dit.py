@@ -64,8 +64,9 @@ def through(
 ) -> tuple[Tensor | None, dict[str, Tensor]]:
     """(tokens after the last of `Block`s, those at the taps); with stop no further than the last tap, and None."""
     features: dict[str, Tensor] = {}
+    given = (embedding,) if mask is None else (embedding, mask)
     for i, block in enumerate(blocks):
-        tokens = block(tokens, embedding, mask)
+        tokens = block(tokens, *given)
         if f"block{i}" in taps:
             features[f"block{i}"] = tokens
             if stop and len(features) == len(taps):
