@@ -1,6 +1,6 @@
 """Collapses provoked in a training of digits, and what `train.guard=restore` makes of them, in FD of its product.
 
-python -m fewstep.bench.collapses [NAMES] [--recipe digits-dmd2] [--onset 200] [--updates 150] [--out collapses.jsonl]
+python -m fewstep.bench.collapses [NAMES] [--recipe digits-dmd2] [--onset 200] [--updates 150] [--eval-every 0] [--out collapses.jsonl]
 
 One training up to the onset, and on to the end without a collapse; from the onset's checkpoint on each collapse is
 provoked twice: with `warn`, which tells the update of the first alarm, the FD there and the FD at the end, and with
@@ -66,6 +66,8 @@ class Collapse:
     stopped: bool
     """The guard has ended the training at its best checkpoint."""
     commit: str
+    by: str = "readings"
+    """What the best checkpoint was told by: readings, or the metric of `--eval-every`."""
 
 
 def rate(trainer: Trainer) -> None:
@@ -199,6 +201,7 @@ def collapse(
         len(trainer.guard.acts),
         stopped,
         commit()[:7],
+        trainer.guard.by,
     )
 
 
@@ -208,10 +211,12 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--recipe", default="digits-dmd2")
     parser.add_argument("--onset", type=int, default=200, help="updates before the collapse is provoked")
     parser.add_argument("--updates", type=int, default=150, help="updates after it")
+    parser.add_argument("--eval-every", type=int, default=0, help="updates between evaluations; 0: best by the readings")
     parser.add_argument("--out", type=Path, default=Path("collapses.jsonl"))
     given = parser.parse_args(argv)
     # All checkpoints lie a reading or two apart, as a guard that restores needs them.
     changes = [f"train.steps={given.onset + given.updates}", "train.checkpoint_every=20", "train.sample_every=0"]
+    changes.append(f"train.eval_every={given.eval_every}")
     with tempfile.TemporaryDirectory() as folder:
         start = Path(folder) / "start"
         fd = before(given.recipe, start, changes, given.onset)

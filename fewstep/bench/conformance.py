@@ -46,6 +46,8 @@ class Outcome:
     commit: str
     guided: bool = False
     """The recipe aims at a guided distribution or a reward, which is not the ring's: its energy is no verdict."""
+    alarms: tuple[str, ...] | None = None
+    """The guard's alarms in the order they came, as "update: name"; None in rows from before they were kept."""
 
     @property
     def verdict(self) -> str:
@@ -80,13 +82,17 @@ def train(name: str, steps: int, seed: int) -> Outcome:
         raise UserError(f"{name}: is not measured by energy distance; conformance takes toy recipes")
     started = time.perf_counter()
     initial = float("nan")
+    alarms: list[str] = []
+
+    def told(line: str) -> None:
+        alarms.append(f"{trainer.progress.done}: {line.partition('ALARM ')[2].partition(':')[0]}")
 
     def on_step(t: Trainer) -> None:
         nonlocal initial
         if t.progress.stage == len(recipe.before) and t.progress.step == 0:
             initial = measure(t, recipe, real, t.roles.student)
 
-    trainer = Trainer(recipe, None, hooks=Hooks(on_step=on_step), cpu=True)
+    trainer = Trainer(recipe, None, hooks=Hooks(on_step=on_step, on_guard=told), cpu=True)
     real, floor = reference(trainer.data)
     if not recipe.before:
         initial = measure(trainer, recipe, real, trainer.roles.student)
@@ -96,7 +102,10 @@ def train(name: str, steps: int, seed: int) -> Outcome:
     calls = recipe.sampler().network_calls()
     method = recipe.method.name  # type: ignore[attr-defined]
     guided = getattr(recipe.method, "guidance", 1.0) not in (1.0, (1.0, 1.0)) or "reward" in recipe.roles
-    return Outcome(name, method, calls, steps, seed, energy, initial, floor, round(seconds, 1), commit()[:7], guided)
+    at = commit()[:7]
+    return Outcome(
+        name, method, calls, steps, seed, energy, initial, floor, round(seconds, 1), at, guided, tuple(alarms)
+    )
 
 
 def record(path: Path, outcome: Outcome) -> None:
