@@ -1,6 +1,7 @@
 """Collapses provoked in a training of digits, and what `train.guard=restore` makes of them, in FD of its product.
 
-python -m fewstep.bench.collapses [NAMES] [--recipe digits-dmd2] [--onset 200] [--updates 150] [--eval-every 0] [--out collapses.jsonl]
+python -m fewstep.bench.collapses [NAMES] [--recipe digits-dmd2] [--onset 200] [--updates 150] [--eval-every 0]
+    [--out collapses.jsonl]
 
 One training up to the onset, and on to the end without a collapse; from the onset's checkpoint on each collapse is
 provoked twice: with `warn`, which tells the update of the first alarm, the FD there and the FD at the end, and with

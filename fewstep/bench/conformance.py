@@ -103,9 +103,7 @@ def train(name: str, steps: int, seed: int) -> Outcome:
     method = recipe.method.name  # type: ignore[attr-defined]
     guided = getattr(recipe.method, "guidance", 1.0) not in (1.0, (1.0, 1.0)) or "reward" in recipe.roles
     at = commit()[:7]
-    return Outcome(
-        name, method, calls, steps, seed, energy, initial, floor, round(seconds, 1), at, guided, tuple(alarms)
-    )
+    return Outcome(name, method, calls, steps, seed, energy, initial, floor, round(seconds, 1), at, guided, tuple(alarms))
 
 
 def record(path: Path, outcome: Outcome) -> None:
