@@ -2,7 +2,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test long lint types links docs conformance bench gpu constraints clean
+.PHONY: demo test long lint types links docs conformance bench board gpu constraints clean
 
 demo: $(VENV)/.installed  ## the main job: distil the digits teacher to one step, measure it, export it
 	$(BIN)/fewstep run digits-dmd2 --resume
@@ -29,6 +29,10 @@ bench: $(VENV)/.tested  ## overhead of trainer and methods: ratios taken in one 
 	$(BIN)/python -m fewstep.bench.trainer
 	$(BIN)/python -m fewstep.bench.methods --against digits-cd
 	$(BIN)/python -m fewstep.bench.readings
+
+board: $(VENV)/.tested  ## rows of the leaderboard, on a machine that does nothing else: BOARD=digits RECIPES="digits-dmd2 digits-sid"
+	$(BIN)/python -m fewstep.bench.board $(BOARD) $(RECIPES) $(ARGS)
+	$(BIN)/python -m fewstep.bench.readme
 
 gpu:  ## on a machine with a GPU and its packages: at most nine minutes, OUT/gpu.csv and gpu.md; ARGS=--rehearse on a CPU
 	$(PYTHON) -m fewstep.bench.gpu --out $(or $(OUT),gpu) $(ARGS)

@@ -6,6 +6,7 @@ import re
 from importlib.resources import files
 from pathlib import Path
 
+from fewstep.bench.board import BOARDS, assets, table as table_of_board
 from fewstep.commands.compare.ranking import by_class
 from fewstep.commands.report import read_results, with_error
 from fewstep.eval.protocol.evaluation import Evaluation, distance_of
@@ -73,6 +74,12 @@ def recipe_text(name: str) -> str:
     return f"```yaml\n{find(name).read_text().partition('results:')[0].rstrip()}\n```"
 
 
+def boards() -> dict[str, str]:
+    """The leaderboards that have rows, by their blocks' names."""
+    found = {name: assets() / f"board-{name}.json" for name in BOARDS}
+    return {path.stem: table_of_board(BOARDS[name], read_json(path)) for name, path in found.items() if path.exists()}
+
+
 def tables() -> dict[str, dict[str, str]]:
     """README, by its path in the checkout: its blocks by name."""
     compared = Path(str(files("fewstep.assets"))).glob("compare-*.json")
@@ -81,7 +88,7 @@ def tables() -> dict[str, dict[str, str]]:
         "recipes/README.md": {"recipes": recipes_table()},
         "fewstep/methods/README.md": {"methods": table()},
         "fewstep/networks/README.md": {"refused": refused()},
-        "assets/README.md": {path.stem: comparison_table(path) for path in sorted(compared)},
+        "assets/README.md": {path.stem: comparison_table(path) for path in sorted(compared)} | boards(),
     }
 
 

@@ -153,8 +153,8 @@ def compare(
     budget: Annotated[
         str,
         typer.Option(
-            help="What every run may spend: updates=N (of the student), seconds=S (of training) or calls=C "
-            "(network forward passes of one sample; a backward pass counts two)."
+            help="What every run may spend: own (as many updates as its recipe asks for), updates=N (of the student), "
+            "seconds=S (of training) or calls=C (network forward passes of one sample; a backward pass counts two)."
         ),
     ],
     seeds: Annotated[int, typer.Option(help="Runs of each recipe, with seeds 0, 1, ...")] = 2,

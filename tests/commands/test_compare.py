@@ -314,6 +314,14 @@ def test_runs_in_processes_of_their_own(tmp_path: Path, capfd: pytest.CaptureFix
     assert end["value"] == row["metrics"]["energy x1000"]["value"]
 
 
+@pytest.mark.parametrize("name", ["digits-dmd2", "digits-progressive", "digits-ect", "toy/tcm", "digits-kd", "fashion-dmd2"])
+def test_a_recipes_own_budget_is_the_recipe_as_it_is(name: str):
+    own = Budget.parse("own")
+    recipe = load(name)
+    assert with_lengths(recipe, lengths(recipe, own)) == recipe
+    assert (own.in_steps, str(own)) == (True, "the recipe's own updates")
+
+
 def test_spent_reads_in_the_budgets_unit():
     spent = Spent(3, 2.5, 70)
     assert [spent.of(Budget(kind, 1)) for kind in ("seconds", "calls")] == [2.5, 70.0]

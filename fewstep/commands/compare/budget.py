@@ -37,28 +37,38 @@ PROBE = 5
 class Budget:
     """What a run may spend.
 
-    updates: student updates over all stages that train the student. seconds: wall time of training, checkpoints
-    included. calls: forward passes of any role's network, one per sample; see `Calls`.
+    own: each recipe's own steps. updates: student updates over all stages that train the student. seconds: wall time of
+    training, checkpoints included. calls: forward passes of any role's network, one per sample; see `Calls`.
     """
 
-    kind: Literal["updates", "seconds", "calls"]
+    kind: Literal["own", "updates", "seconds", "calls"]
     amount: float
+    """Endless for own."""
 
     @classmethod
     def parse(cls, text: str) -> Budget:
-        """`updates=500`, `seconds=60` or `calls=1e6`; UserError says what is allowed."""
+        """`own`, `updates=500`, `seconds=60` or `calls=1e6`; UserError says what is allowed."""
+        if text == "own":
+            return cls("own", math.inf)
         kind, _, number = text.partition("=")
         try:
             amount = float(number)
         except ValueError:
             amount = math.nan
         if kind not in ("updates", "seconds", "calls") or not 0 < amount < math.inf:
-            raise UserError(f"--budget {text!r}: expected updates=N, seconds=S or calls=C with a positive number")
+            raise UserError(f"--budget {text!r}: expected own, or updates=N, seconds=S or calls=C with a positive number")
         if kind == "updates" and (amount < 1 or amount != int(amount)):
             raise UserError(f"--budget {text!r}: updates must be a whole number")
         return cls(kind, amount)  # type: ignore[arg-type]
 
+    @property
+    def in_steps(self) -> bool:
+        """Lengths are known before anything has run."""
+        return self.kind in ("own", "updates")
+
     def __str__(self) -> str:
+        if self.kind == "own":
+            return "the recipe's own updates"
         return f"{self.amount:,.10g} {'network calls' if self.kind == 'calls' else self.kind}"
 
 
@@ -176,6 +186,8 @@ def lengths(recipe: Recipe, budget: Budget, costs: Sequence[tuple[float, float]]
     Raises UserError when the budget does not reach through every stage.
     """
     planned = [stage.steps for stage in recipe.stages()]
+    if budget.kind == "own":
+        return planned
     if budget.kind == "updates":
         total = sum(n for n, counts in zip(planned, counted(recipe), strict=True) if counts)
         if budget.amount < sum(counted(recipe)):
@@ -273,7 +285,7 @@ class Accounted:
 
     def used_up(self) -> bool:
         """Whether a budget of seconds or calls is spent; updates are counted by the stages' steps."""
-        counts = self.budget is not None and self.budget.kind != "updates"
+        counts = self.budget is not None and not self.budget.in_steps
         return counts and self.spent.of(self.budget) >= self.budget.amount  # type: ignore[arg-type,union-attr]
 
     def _stepped(self, trainer: Trainer) -> None:

@@ -227,7 +227,7 @@ def fitted_tasks(
 
 def training_calls(budget: Budget, recipe: Recipe) -> float:
     """At least so many network calls does a training under the budget take; endless where seconds are given."""
-    if budget.kind == "updates":
+    if budget.in_steps:
         return calls_of(with_lengths(recipe, lengths(recipe, budget)))
     return budget.amount if budget.kind == "calls" else math.inf
 

@@ -199,7 +199,7 @@ def planned(task: Task, recipe: Recipe, banks: Path) -> list[int]:
     found = steps_of(path, identity(recipe), len(recipe.stages()))
     if found is not None:
         return found
-    costs = () if task.budget.kind == "updates" else probe(recipe, task.budget, banks)
+    costs = () if task.budget.in_steps else probe(recipe, task.budget, banks)
     steps = lengths(recipe, task.budget, costs)
     write_json(path, {"recipe": identity(recipe), "steps": steps, "costs": list(costs)})
     return steps

@@ -1,0 +1,143 @@
+"""The leaderboard: groups by needs, rows that replace their own, what has no place on it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fewstep.bench.board import BOARDS, GROUPS, Board, group_of, main, ranked, table, taken
+from fewstep.config import UserError
+from fewstep.files import read_json
+from fewstep.recipe.store import load
+
+
+@pytest.mark.parametrize(
+    ("name", "group"),
+    [
+        ("digits-kd", 0),
+        ("digits-sid", 0),
+        ("toy/dmd2", 0),  # its first stage, which trains the teacher's copy on data, does not count
+        ("digits-eve", 0),  # its teachers have names of their own
+        ("digits-dmd2", 1),
+        ("digits-cd", 1),
+        ("digits-ladd", 1),  # the teacher is the discriminator's trunk
+        ("digits-ect", 2),
+        ("digits-tcm", 2),  # the first stage's student is no teacher
+        ("toy/self-e", 2),
+    ],
+)
+def test_rows_are_grouped_by_what_distilling_needs(name: str, group: int):
+    assert group_of(load(name)) == GROUPS[group]
+
+
+def test_only_students_of_the_datas_own_distribution_are_ranked():
+    found = ranked(BOARDS["digits"])
+    assert {"digits-dmd2", "digits-sid", "digits-imm"} <= set(found)
+    assert not {"digits-teacher", "digits-dmd2-ink", "digits-x2-sid", "digits-x2-teacher", "digits-deblur-ibmd"} & set(
+        found
+    )
+
+
+def row(name: str, value: float, steps: int = 1, **more: Any) -> dict[str, Any]:
+    metrics = {
+        "FD (x)": {
+            "value": value,
+            "standard_error": 0.25,
+            "values": [value, value],
+            "spread": 0.1,
+            "sampling_error": 0.2,
+        },
+        "recall (x, k=5)": {"value": 0.5},
+        "class accuracy (x)": {"value": 0.75},
+        "within-class diversity (x)": {"value": 1.0},
+    }
+    training = {
+        "method": "kd",
+        "updates": 1400,
+        "seconds": 9.0,
+        "cpu_seconds": 8.0,
+        "network_calls": 7,
+        "peak_memory_mib": 512.0,
+        "settled_cpu_seconds": 4.0,
+    }
+    return {
+        "name": name,
+        "group": name,
+        "preset": "digits",
+        "preset_hash": "a",
+        "extractor": "x",
+        "number": 5000,
+        "metrics": metrics,
+        "calls": steps,
+        "steps": steps,
+        "latency": [],
+        "seconds": 2.0,
+        "training": training,
+    } | more
+
+
+def comparison(path: Path, *rows: dict[str, Any], **more: Any) -> Path:
+    teacher = row("teacher, 8 steps", 0.5, 8, training={}, group="")
+    run = {"recipe": rows[0]["group"], "curve": [{"updates": u, "cpu_seconds": u, "value": 9.0 / u} for u in (1, 2)]}
+    environment = {"commit": "0123456789", "torch": "2", "device": "CPU", "threads": "1"}
+    content: dict[str, Any] = {
+        "budget": "the recipe's own updates",
+        "settings": ["evaluate.metric=digits"],
+        "environment": environment,
+        "rows": [r | {"rank": 1, "difference": None} for r in rows],
+        "teachers": [teacher],
+        "runs": [run],
+    }
+    path.write_text(json.dumps(content | more))
+    return path
+
+
+def test_a_row_replaces_its_own_and_no_other(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    first = comparison(tmp_path / "a.json", row("digits-kd", 3.0))
+    other = comparison(tmp_path / "b.json", row("digits-cd", 2.0))
+    again = comparison(tmp_path / "c.json", row("digits-kd", 1.0))
+    main(["digits", "--take", str(first), str(other), str(again), "--out", str(tmp_path)])
+    content = read_json(tmp_path / "board-digits.json")
+    assert [(r["group"], r["metrics"]["FD (x)"]["value"]) for r in content["rows"]] == [
+        ("digits-cd", 2.0),
+        ("digits-kd", 1.0),
+    ]
+    assert len(content["teachers"]) == 1
+    assert (tmp_path / "board-digits.png").stat().st_size > 1000
+    told = capsys.readouterr().out
+    cells = "| `digits-kd` | kd | 1 | 1.00 ± 0.25 | 2 | 75.0 % | 1.00 | 0.500 | 2.00 | 1,400 | 8 | 4 | 512 | 0123456 |"
+    assert cells in told
+    alone, beside = told.index(GROUPS[0]), told.index(GROUPS[1])
+    assert alone < told.index(cells) < beside < told.index("`digits-cd`")
+    assert "| teacher, 8 steps |  | 8 | 0.50 ± 0.25 |" in told
+    missing = told[told.index("Not run: ") :]
+    assert "`digits-sid`" in missing
+    assert "`digits-kd`" not in missing
+
+
+def test_what_is_no_row_of_a_board_is_refused(tmp_path: Path):
+    file = tmp_path / "board-digits.json"
+    taken(file, comparison(tmp_path / "a.json", row("digits-kd", 3.0)))
+    before = file.read_bytes()
+    wrong = {
+        "is a comparison under 250 updates; a board takes --budget own": {"budget": "250 updates"},
+        r"changes the recipes \(train.batch=8\)": {"settings": ["train.batch=8"]},
+        "is measured by b, the rows of": {"rows": [row("digits-cd", 1.0, preset_hash="b")], "teachers": []},
+    }
+    for message, change in wrong.items():
+        with pytest.raises(UserError, match=message):
+            taken(file, comparison(tmp_path / "b.json", row("digits-cd", 2.0), **change))
+    with pytest.raises(
+        UserError, match="digits-teacher: has no place on the board digits; those that have: digits-anyflow"
+    ):
+        main(["digits", "digits-teacher", "--out", str(tmp_path)])
+    assert file.read_bytes() == before
+
+
+def test_a_board_without_rows_says_what_was_not_run():
+    board = Board("toy/", "energy", "energy", 4000)
+    told = table(board, {"rows": [], "teachers": []})
+    assert "Not run: `toy/anyflow`" in told
