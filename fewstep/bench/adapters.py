@@ -26,8 +26,8 @@ from fewstep.algebra.batch import Batch
 from fewstep.algebra.draws import Draws, fold
 from fewstep.algebra.process import DiscreteVP
 from fewstep.bench.timing import in_turn, seconds_of
+from fewstep.methods.critic import Critic
 from fewstep.methods.dmd2 import DMD2
-from fewstep.methods.terms import Critic
 from fewstep.networks import adapters
 from fewstep.networks.adapters import Adapted, enable_checkpointing, frozen, plain_copy
 from fewstep.networks.denoiser import Denoiser

@@ -14,10 +14,11 @@ from fewstep.algebra.rollout import rollout
 from fewstep.algebra.sampling import Sampler
 from fewstep.algebra.times import TimesPart, Uniform, check_steps
 from fewstep.config import part
+from fewstep.methods.gan import accuracy
 from fewstep.methods.method import Losses, Needs, Turn
 from fewstep.methods.readings import spread
 from fewstep.methods.reward import Reward, add_reward, need_reward
-from fewstep.methods.terms import accuracy, noised
+from fewstep.methods.terms import noised
 from fewstep.networks.roles import Roles
 
 

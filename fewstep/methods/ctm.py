@@ -15,8 +15,10 @@ from fewstep.algebra.noising import add_noise
 from fewstep.algebra.sampling import Sampler, any_steps
 from fewstep.algebra.times import HalfLogNormal, TimesPart, Uniform, check_steps
 from fewstep.config import Count, Decay, part
+from fewstep.methods.gan import Gan
 from fewstep.methods.method import Losses, Needs, Turn
-from fewstep.methods.terms import Apart, Gan, apart, discriminate, perceptual
+from fewstep.methods.terms import Apart, apart, perceptual
+from fewstep.methods.trunk import discriminate
 from fewstep.networks.roles import Roles
 from fewstep.objectives.legs import Teacher, frozen_leg, student_leg, time_between
 from fewstep.objectives.regression import Weight, dsm

@@ -15,11 +15,12 @@ from fewstep.algebra.rollout import rollout
 from fewstep.algebra.sampling import Sampler, many_step
 from fewstep.algebra.times import TimesPart, Uniform
 from fewstep.config import part
+from fewstep.methods.critic import Critic
 from fewstep.methods.method import Losses, Needs, Turn
 from fewstep.methods.pairs import Pairs
 from fewstep.methods.readings import readings
 from fewstep.methods.reward import Reward, add_reward, need_reward
-from fewstep.methods.terms import Critic, apart, noised, perceptual
+from fewstep.methods.terms import apart, noised, perceptual
 from fewstep.networks.roles import Roles
 
 

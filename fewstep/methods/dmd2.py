@@ -17,12 +17,14 @@ from fewstep.algebra.rollout import Path, RandomSteps, Rollout, listed, rollout
 from fewstep.algebra.sampling import Sampler
 from fewstep.algebra.times import Fading, TimesPart, Uniform, check_step_lists
 from fewstep.config import part
+from fewstep.methods.critic import Critic
 from fewstep.methods.first_step import FirstStep
+from fewstep.methods.gan import Gan
 from fewstep.methods.method import Losses, Needs, Turn
 from fewstep.methods.off_trajectory import OffTrajectory
 from fewstep.methods.readings import readings
 from fewstep.methods.reward import Reward, add_reward, need_reward, reward_turns
-from fewstep.methods.terms import Critic, Gan, noised
+from fewstep.methods.terms import noised
 from fewstep.networks.roles import Roles
 
 

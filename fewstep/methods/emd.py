@@ -18,10 +18,11 @@ from fewstep.algebra.rollout import rollout
 from fewstep.algebra.sampling import Sampler
 from fewstep.algebra.times import TimesPart, Uniform
 from fewstep.config import part
+from fewstep.methods.critic import Critic
 from fewstep.methods.method import Losses, Needs, Turn
 from fewstep.methods.readings import readings
 from fewstep.methods.reward import Reward, add_reward, need_reward
-from fewstep.methods.terms import Critic, scaled
+from fewstep.methods.terms import scaled
 from fewstep.networks.roles import Roles
 from fewstep.objectives.score import ScoreWeight
 

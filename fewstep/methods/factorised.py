@@ -19,8 +19,9 @@ from fewstep.algebra.sampling import Sampler
 from fewstep.algebra.times import TimesPart, Uniform, check_steps
 from fewstep.algebra.views import View, ViewPart, Whole
 from fewstep.config import config, part
+from fewstep.methods.critic import Critic
 from fewstep.methods.method import Losses, Needs, Turn
-from fewstep.methods.terms import Critic, noised
+from fewstep.methods.terms import noised
 from fewstep.networks.roles import Roles
 from fewstep.objectives.score import ScoreWeight
 

@@ -18,8 +18,9 @@ from fewstep.algebra.process import bc
 from fewstep.algebra.sampling import Sampler
 from fewstep.algebra.times import LogitNormal, TimesPart, Uniform
 from fewstep.config import part
+from fewstep.methods.critic import Critic
 from fewstep.methods.method import Losses, Needs, Turn
-from fewstep.methods.terms import Critic, noised
+from fewstep.methods.terms import noised
 from fewstep.networks.roles import Roles
 from fewstep.objectives import trajectory as tr
 from fewstep.objectives.legs import Teacher

@@ -10,9 +10,9 @@ from fewstep.algebra.rollout import rollout
 from fewstep.algebra.sampling import Sampler
 from fewstep.algebra.times import check_steps
 from fewstep.config import part
+from fewstep.methods.gan import Gan
 from fewstep.methods.method import Losses, Needs, Turn
 from fewstep.methods.readings import spread
-from fewstep.methods.terms import Gan
 from fewstep.networks.roles import Roles
 
 

@@ -15,8 +15,9 @@ from fewstep.algebra.rollout import exit_step
 from fewstep.algebra.sampling import Sampler
 from fewstep.algebra.times import check_steps
 from fewstep.config import part
+from fewstep.methods.gan import Gan
 from fewstep.methods.method import Losses, Needs, Turn
-from fewstep.methods.terms import Gan
+from fewstep.methods.trunk import with_trunk
 from fewstep.networks.roles import Roles
 from fewstep.objectives import mse
 from fewstep.objectives.legs import Teacher
@@ -85,7 +86,7 @@ class ImagineFlash:
 
     def critic_losses(self, roles: Roles, batch: Batch) -> Iterator[Losses]:
         x, _ = self.backward(roles, batch, grad=False)
-        yield self.gan.with_trunk(roles, batch, x)
+        yield with_trunk(self.gan, roles, batch, x)
 
     def sampler(self) -> Sampler:
         return Sampler(kind="map", steps=self.steps, keep_noise=True)

@@ -13,8 +13,8 @@ from fewstep.algebra.batch import Batch
 from fewstep.algebra.draws import Draws, fold
 from fewstep.algebra.sampling import Sampler
 from fewstep.config import config, part
+from fewstep.methods.critic import check_one_life
 from fewstep.methods.method import Losses, MethodPart, Needs, Turn
-from fewstep.methods.terms import check_one_life
 from fewstep.methods.turns import turns_of
 from fewstep.networks.roles import Roles
 

@@ -14,9 +14,10 @@ from fewstep.algebra.jump import Solver
 from fewstep.algebra.noising import add_noise
 from fewstep.algebra.sampling import Sampler
 from fewstep.config import Count, Decay, part
+from fewstep.methods.gan import Gan
 from fewstep.methods.method import Losses, Needs, Turn
 from fewstep.methods.reward import Reward, add_reward, need_reward
-from fewstep.methods.terms import Gan
+from fewstep.methods.trunk import with_trunk
 from fewstep.networks.roles import Roles
 from fewstep.objectives.legs import Scale, Teacher, between, check_scale, drawn, student_leg
 from fewstep.objectives.trajectory import Distance, distance, follow, two_leg
@@ -119,7 +120,7 @@ class Segments:
         with torch.no_grad():
             x = self.sample(roles, batch, noised, t)
         assert self.gan is not None
-        yield self.gan.with_trunk(roles, batch, x)
+        yield with_trunk(self.gan, roles, batch, x)
 
     def sampler(self) -> Sampler:
         def steps(count: int) -> tuple[float, ...]:

@@ -16,10 +16,12 @@ from fewstep.algebra.rollout import StepLists, listed, rollout
 from fewstep.algebra.sampling import Sampler
 from fewstep.algebra.times import LogNormal, SiDTimes, TimesPart, check_step_lists
 from fewstep.config import Positive, part
+from fewstep.methods.critic import Critic
+from fewstep.methods.gan import Gan
 from fewstep.methods.method import Losses, Needs, Turn
 from fewstep.methods.readings import readings
 from fewstep.methods.reward import Reward, add_reward, need_reward, reward_turns
-from fewstep.methods.terms import Critic, Gan, noised
+from fewstep.methods.terms import noised
 from fewstep.networks.roles import Roles
 
 

@@ -18,8 +18,8 @@ from fewstep.algebra.times import check_steps
 from fewstep.config import Count, part
 from fewstep.data.base import Conditions, Data
 from fewstep.methods.bank import Bank
+from fewstep.methods.gan import Gan
 from fewstep.methods.method import Losses, Needs, Turn
-from fewstep.methods.terms import Gan
 from fewstep.networks.roles import Roles
 from fewstep.objectives.legs import Scale, Teacher, check_scale, drawn, student_leg
 from fewstep.objectives.trajectory import Distance, distance

@@ -10,8 +10,8 @@ from fewstep.algebra.rollout import rollout
 from fewstep.algebra.sampling import Sampler
 from fewstep.algebra.times import check_steps
 from fewstep.config import part
+from fewstep.methods.critic import Critic
 from fewstep.methods.method import Losses, Needs, Turn
-from fewstep.methods.terms import Critic
 from fewstep.networks.roles import Roles
 
 

@@ -30,8 +30,8 @@ from fewstep.algebra.views import ViewPart
 from fewstep.config import RecipeError, Source, _close, config
 from fewstep.data.base import Conditions, DataPart
 from fewstep.eval.protocol.preset import preset_names
+from fewstep.methods.gan import Gan
 from fewstep.methods.method import MethodPart
-from fewstep.methods.terms import Gan
 from fewstep.networks.assisted import AssistPart
 from fewstep.networks.declared import declared_inputs, declared_process
 from fewstep.networks.parts import NetworkPart, TeacherPart

@@ -19,11 +19,11 @@ from fewstep.algebra.jumps import Jumps, jumped
 from fewstep.algebra.process import EDM, Flow, Trig
 from fewstep.algebra.rollout import RandomSteps, rollout, unrolled
 from fewstep.config import RecipeError
+from fewstep.methods.critic import Critic
 from fewstep.methods.dmd2 import DMD2
 from fewstep.methods.first_step import FirstStep
 from fewstep.methods.joint import Joint, Share
 from fewstep.methods.meanflow import MeanFlow
-from fewstep.methods.terms import Critic
 from fewstep.networks.analytic import flow_map, gaussian
 from fewstep.networks.denoiser import Denoiser
 from fewstep.networks.mlp import MLP

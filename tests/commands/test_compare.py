@@ -314,7 +314,9 @@ def test_runs_in_processes_of_their_own(tmp_path: Path, capfd: pytest.CaptureFix
     assert end["value"] == row["metrics"]["energy x1000"]["value"]
 
 
-@pytest.mark.parametrize("name", ["digits-dmd2", "digits-progressive", "digits-ect", "toy/tcm", "digits-kd", "fashion-dmd2"])
+@pytest.mark.parametrize(
+    "name", ["digits-dmd2", "digits-progressive", "digits-ect", "toy/tcm", "digits-kd", "fashion-dmd2"]
+)
 def test_a_recipes_own_budget_is_the_recipe_as_it_is(name: str):
     own = Budget.parse("own")
     recipe = load(name)

@@ -16,8 +16,8 @@ from fewstep.algebra.bridge import Brownian
 from fewstep.algebra.draws import Draws, fold
 from fewstep.algebra.prediction import from_x0
 from fewstep.algebra.times import Levels
+from fewstep.methods.critic import Critic
 from fewstep.methods.sid import SiD
-from fewstep.methods.terms import Critic
 from fewstep.networks.bridged import Bridged
 from fewstep.networks.roles import Roles
 

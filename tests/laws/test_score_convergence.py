@@ -29,9 +29,9 @@ from fewstep.methods.class_ratio import ClassRatio
 from fewstep.methods.dmd2 import DMD2
 from fewstep.methods.emd import EMD
 from fewstep.methods.f_distill import FDistill
+from fewstep.methods.gan import Gan
 from fewstep.methods.phased_dmd import PhasedDMD
 from fewstep.methods.sid import SiD
-from fewstep.methods.terms import Gan
 from fewstep.methods.uni_instruct import UniInstruct
 from fewstep.methods.vsd import VSD
 from fewstep.networks.analytic import gaussian

@@ -20,16 +20,17 @@ from fewstep.algebra.rollout import rollout
 from fewstep.algebra.times import LogitNormal, Uniform
 from fewstep.config import REGISTRY
 from fewstep.data.toy import Ring
+from fewstep.methods.critic import Critic
 from fewstep.methods.decoupled_dmd import DecoupledDMD
 from fewstep.methods.denoise import Denoise
 from fewstep.methods.dmd2 import DMD2
 from fewstep.methods.emd import EMD
 from fewstep.methods.f_distill import FDistill, RatioBins
+from fewstep.methods.gan import Gan
 from fewstep.methods.gdd import GDD
 from fewstep.methods.joint import Joint, Share
 from fewstep.methods.ladd import LADD
 from fewstep.methods.phased_dmd import PhasedDMD
-from fewstep.methods.terms import Critic, Gan
 from fewstep.methods.vsd import VSD
 from fewstep.networks.denoiser import Denoiser
 from fewstep.networks.heads import Discriminator

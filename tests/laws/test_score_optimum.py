@@ -16,12 +16,12 @@ from fewstep.methods.dmd import DMD
 from fewstep.methods.dmd2 import DMD2
 from fewstep.methods.emd import EMD
 from fewstep.methods.f_distill import FDistill, RatioBins
+from fewstep.methods.gan import Gan
 from fewstep.methods.gdd import GDD
 from fewstep.methods.joint import Joint, Share
 from fewstep.methods.ladd import LADD
 from fewstep.methods.phased_dmd import PhasedDMD
 from fewstep.methods.sid import SiD
-from fewstep.methods.terms import Gan
 from fewstep.methods.uni_instruct import UniInstruct
 from fewstep.methods.vsd import VSD
 

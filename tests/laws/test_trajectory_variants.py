@@ -19,9 +19,9 @@ from fewstep.algebra.times import LogStudentT
 from fewstep.config import RecipeError, UserError
 from fewstep.methods.consistency import Consistency
 from fewstep.methods.ctm import CTM
+from fewstep.methods.gan import Gan
 from fewstep.methods.meanflow import MeanFlow
 from fewstep.methods.tdd import TDD
-from fewstep.methods.terms import Gan
 from fewstep.networks.analytic import gaussian
 from fewstep.networks.denoiser import Denoiser
 from fewstep.networks.heads import Discriminator

@@ -17,10 +17,10 @@ from fewstep.algebra.draws import Draws, fold
 from fewstep.algebra.process import Flow
 from fewstep.commands.check_recipe import check
 from fewstep.config import REGISTRY, RecipeError, UserError
+from fewstep.methods.critic import Critic
 from fewstep.methods.decoupled_dmd import DecoupledDMD
 from fewstep.methods.dmd2 import DMD2
 from fewstep.methods.factorised import Factorised
-from fewstep.methods.terms import Critic
 from fewstep.methods.track import Track
 from fewstep.methods.turns import Anyone
 from fewstep.networks.adapters import Adapted

@@ -14,10 +14,11 @@ import fewstep.methods  # noqa: F401  registers the methods
 from fewstep.algebra.process import Flow
 from fewstep.commands.check_recipe import check
 from fewstep.config import REGISTRY, RecipeError, UserError
+from fewstep.methods.critic import Critic
 from fewstep.methods.decoupled_dmd import DecoupledDMD
 from fewstep.methods.dmd2 import DMD2
 from fewstep.methods.factorised import Factorised
-from fewstep.methods.terms import Critic, Gan
+from fewstep.methods.gan import Gan
 from fewstep.methods.track import Track
 from fewstep.methods.turns import Anyone
 from fewstep.networks.adapters import Adapted

@@ -16,8 +16,9 @@ from fewstep.algebra.noising import add_noise
 from fewstep.algebra.process import Flow
 from fewstep.algebra.times import Fading, FadingBeta, Levels
 from fewstep.config import RecipeError
+from fewstep.methods.critic import Critic
 from fewstep.methods.dmd2 import DMD2
-from fewstep.methods.terms import Critic, Gan
+from fewstep.methods.gan import Gan
 from fewstep.networks.roles import Roles
 from fewstep.recipe.store import load
 

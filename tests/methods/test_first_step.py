@@ -17,9 +17,10 @@ from fewstep.algebra.noising import add_noise
 from fewstep.algebra.prediction import from_x0
 from fewstep.algebra.process import EDM, Flow
 from fewstep.algebra.rollout import RandomSteps, rollout
+from fewstep.methods.critic import Critic
 from fewstep.methods.dmd2 import DMD2
 from fewstep.methods.first_step import FirstStep
-from fewstep.methods.terms import Critic, Gan
+from fewstep.methods.gan import Gan
 from fewstep.networks.denoiser import Denoiser
 from fewstep.networks.heads import Discriminator
 from fewstep.networks.mlp import MLP

@@ -20,6 +20,7 @@ from fewstep.algebra.rollout import RandomSteps, rollout
 from fewstep.algebra.times import Uniform
 from fewstep.config import REGISTRY, RecipeError
 from fewstep.methods.consistency import Consistency
+from fewstep.methods.critic import Critic
 from fewstep.methods.denoise import Denoise
 from fewstep.methods.dmd2 import DMD2
 from fewstep.methods.joint import Joint, Share
@@ -28,7 +29,6 @@ from fewstep.methods.pso import PSO
 from fewstep.methods.scm import SCM
 from fewstep.methods.sfd import SFD
 from fewstep.methods.shortcut import Shortcut
-from fewstep.methods.terms import Critic
 from fewstep.methods.turns import turns_of, updates_a_step
 from fewstep.networks.roles import Roles
 from fewstep.objectives.legs import Scales

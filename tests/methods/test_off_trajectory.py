@@ -17,9 +17,9 @@ from fewstep.algebra.noising import add_noise
 from fewstep.algebra.process import EDM, Flow
 from fewstep.algebra.rollout import RandomSteps, Rollout, rollout
 from fewstep.algebra.times import Levels, Uniform
+from fewstep.methods.critic import Critic
 from fewstep.methods.dmd2 import DMD2
 from fewstep.methods.off_trajectory import OffTrajectory
-from fewstep.methods.terms import Critic
 from fewstep.networks.denoiser import Denoiser
 from fewstep.networks.mlp import MLP
 from fewstep.networks.roles import Roles

@@ -17,8 +17,8 @@ from fewstep.algebra.noising import add_noise
 from fewstep.algebra.prediction import Prediction, from_x0
 from fewstep.algebra.process import Flow
 from fewstep.algebra.times import Levels, Uniform
+from fewstep.methods.critic import Critic
 from fewstep.methods.phased_dmd import PhasedDMD
-from fewstep.methods.terms import Critic
 from fewstep.networks.analytic import Mixture, gaussian
 from fewstep.networks.denoiser import Denoiser
 from fewstep.networks.mlp import MLP

@@ -16,8 +16,9 @@ from fewstep.algebra.prediction import Prediction, from_x0
 from fewstep.algebra.process import EDM
 from fewstep.algebra.times import LogNormal
 from fewstep.config import Source, validate
+from fewstep.methods.critic import Critic
+from fewstep.methods.gan import Gan
 from fewstep.methods.sid import SiD
-from fewstep.methods.terms import Critic, Gan
 from fewstep.methods.uni_instruct import UniInstruct
 from fewstep.networks.roles import Roles
 

@@ -14,8 +14,8 @@ from fewstep.algebra.noising import add_noise
 from fewstep.algebra.process import Flow
 from fewstep.methods import std
 from fewstep.methods.bank import Bank
+from fewstep.methods.gan import Gan
 from fewstep.methods.std import STD
-from fewstep.methods.terms import Gan
 from fewstep.networks.denoiser import Denoiser
 from fewstep.networks.mlp import MLP
 from fewstep.networks.roles import Roles

@@ -22,9 +22,9 @@ from fewstep.cli import main
 from fewstep.commands.check_teacher import check_teacher, null_of, parse_size
 from fewstep.config import UserError
 from fewstep.methods.consistency import Consistency
+from fewstep.methods.critic import Critic
 from fewstep.methods.dmd2 import DMD2
 from fewstep.methods.scm import SCM
-from fewstep.methods.terms import Critic
 from fewstep.networks.adapters import frozen
 from fewstep.networks.diffusers import load_denoiser
 from fewstep.networks.folder import read_folder, read_latents

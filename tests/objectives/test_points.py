@@ -14,8 +14,8 @@ from fewstep.algebra.points import fill_of
 from fewstep.algebra.prediction import Prediction, from_x0
 from fewstep.algebra.process import Flow
 from fewstep.algebra.times import Uniform
+from fewstep.methods.critic import Critic
 from fewstep.methods.sid import SiD
-from fewstep.methods.terms import Critic
 from fewstep.networks.roles import Roles
 from fewstep.objectives import dsm, inverse_matching
 

@@ -11,7 +11,8 @@ import yaml
 import fewstep.methods  # noqa: F401  registers the methods
 from fewstep.algebra.times import LogNormal, Uniform
 from fewstep.config import REGISTRY, RecipeError, parse, plain, validate
-from fewstep.methods.terms import Critic, Gan
+from fewstep.methods.critic import Critic
+from fewstep.methods.gan import Gan
 
 METHODS: dict[str, Any] = {name: method for name, method in REGISTRY["method"].items() if name != "joint"}
 PARTS = [

@@ -10,8 +10,8 @@ from pydantic import TypeAdapter
 
 from fewstep.algebra.times import LogNormal
 from fewstep.config import REGISTRY, OneOf, RecipeError, config
+from fewstep.methods.critic import Critic
 from fewstep.methods.dmd2 import DMD2
-from fewstep.methods.terms import Critic
 from fewstep.recipe.fields import REQUIRED, brief, doc_of, extends, find, keys_of, recipe_parts, summary, type_of
 from fewstep.recipe.schema import AdamW, Recipe
 from fewstep.recipe.store import load

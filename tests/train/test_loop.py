@@ -15,11 +15,12 @@ from fewstep.algebra.draws import Draws
 from fewstep.algebra.times import Uniform
 from fewstep.config import UserError
 from fewstep.data.toy import Ring
+from fewstep.methods.critic import Critic
 from fewstep.methods.denoise import Denoise
 from fewstep.methods.dmd2 import DMD2
+from fewstep.methods.gan import Gan
 from fewstep.methods.method import Turn
 from fewstep.methods.sfd import SFD
-from fewstep.methods.terms import Critic, Gan
 from fewstep.networks.roles import Roles
 from fewstep.networks.specs import DiscriminatorSpec, MLPSpec
 from fewstep.networks.teachers import RingTeacher

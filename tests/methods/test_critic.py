@@ -14,15 +14,17 @@ from fewstep.algebra.batch import Batch
 from fewstep.algebra.draws import Draws, fold
 from fewstep.algebra.process import EDM, Flow
 from fewstep.algebra.times import Levels, Uniform
+from fewstep.methods.critic import Critic
 from fewstep.methods.ctm import CTM
 from fewstep.methods.decoupled_dmd import DecoupledDMD
 from fewstep.methods.dmd2 import DMD2
 from fewstep.methods.f_distill import FDistill, RatioBins
+from fewstep.methods.gan import Gan, accuracy
 from fewstep.methods.gdd import GDD
 from fewstep.methods.imagine_flash import ImagineFlash
 from fewstep.methods.segments import Segments
 from fewstep.methods.sid import SiD
-from fewstep.methods.terms import Critic, Gan, accuracy
+from fewstep.methods.trunk import with_trunk
 from fewstep.methods.uni_instruct import UniInstruct
 from fewstep.networks.denoiser import Denoiser
 from fewstep.networks.heads import Discriminator
@@ -136,7 +138,7 @@ def test_without_levels_the_discriminator_sees_clean_samples_at_the_lowest_level
     edm = Roles(student=Denoiser(nn.Identity(), EDM(), "edm", "angle"))
     assert float(Gan(times=None).shown(edm, batch(), x)[1].max()) < 0.003
     # The trunk still denoises, at all levels.
-    terms = Gan(times=None).with_trunk(roles, batch(), x)
+    terms = with_trunk(Gan(times=None), roles, batch(), x)
     assert set(terms) == {"discriminator", "denoise"}
 
 
