@@ -120,8 +120,7 @@ class CTM:
         teacher = Teacher(roles.teacher, batch, self.guidance, self.solver).walk(steps)
         own = student_leg(student, batch.cond)
         here = own(x, t, s)
-        losses = Losses()
-        gap = (t - s).clamp_min(1e-3)
+        losses, gap = Losses(), (t - s).clamp_min(1e-3)
         weight = None if self.weight == "one" else gap**-2
         if self.consistency_weight:
             there, goal = here, two_leg(teacher, own, x, t, u, s)

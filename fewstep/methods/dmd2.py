@@ -110,8 +110,7 @@ class DMD2:
         self, roles: Roles, batch: Batch, made: list[tuple[Tensor, Any]] | None = None, step: int = 0
     ) -> Iterator[Losses]:
         """The losses of the student's turn; its samples and their conditions are appended to `made`."""
-        rolled = self.rolled(roles, batch)
-        x = rolled.x
+        x = (rolled := self.rolled(roles, batch)).x
         if made is not None:
             made.append((x.detach(), batch.cond))
         log: dict[str, Tensor] = {}
@@ -120,8 +119,7 @@ class DMD2:
             losses["gan"] = self.gan.generator(roles, batch, x)
         if self.anchored:
             losses["first_step"] = self.anchored.loss(roles, batch, self.steps[0], self.guidance)
-        if self.off_trajectory is not None and self.off_trajectory.weight:
-            off = self.off_trajectory
+        if (off := self.off_trajectory) is not None and off.weight:
             strayed = off.sample(roles, batch, rolled)
             gradient = self.gradient(roles, batch, strayed.detach(), floor=off.floor)
             losses["off_trajectory"] = off.scale(step) * obj.surrogate_loss(strayed, gradient)
