@@ -30,8 +30,9 @@ from fewstep.commands.measure import measure
 from fewstep.files import atomic_path, commit
 from fewstep.recipe.schema import Recipe
 from fewstep.recipe.store import load
-from fewstep.train.guard import Stopped
+from fewstep.train.guard import Stopped, best_of
 from fewstep.train.product import product_of
+from fewstep.train.state import read_guard
 from fewstep.train.trainer import Hooks, Trainer
 
 DARKER = 0.1
@@ -130,6 +131,11 @@ def distance(trainer: Trainer) -> tuple[float, float]:
     return found.value, found.standard_error
 
 
+def score(trainer: Trainer) -> float:
+    """What the guard's best checkpoint is told by under `--eval-every`."""
+    return distance(trainer)[0]
+
+
 def settings(name: str, recipe: Recipe) -> list[str]:
     """Changes to the recipe that are the collapse."""
     return [f"optim.student.lr={recipe.optimizer('student').lr * FASTER}"] if name == "rate" else []
@@ -141,7 +147,7 @@ def before(name: str, run: Path, changes: list[str], onset: int) -> tuple[float,
     def stop(t: Trainer) -> None:
         t._stop = t.progress.done == onset
 
-    trainer = Trainer(load(name, changes), run, hooks=Hooks(on_step=stop), cpu=True)
+    trainer = Trainer(load(name, changes), run, hooks=Hooks(on_step=stop, on_eval=score), cpu=True)
     with suppress(KeyboardInterrupt):
         trainer.fit()
     return distance(trainer)
@@ -162,7 +168,7 @@ def provoke(name: str, recipe: Recipe, start: Path, run: Path) -> tuple[Trainer,
         if "ALARM " in line:
             alarms.append((trainer.progress.done, line.partition("ALARM ")[2].partition(":")[0], distance(trainer)[0]))
 
-    trainer.hooks = Hooks(on_guard=told)
+    trainer.hooks = Hooks(on_guard=told, on_eval=score)
     if name:
         COLLAPSES[name](trainer)
     try:
@@ -225,6 +231,10 @@ def main(argv: list[str] | None = None) -> None:
         whole, told, _ = provoke("", load(given.recipe, changes), start, Path(folder) / "whole")
         healthy = distance(whole)[0]
         print(f"without a collapse at the end: FD {healthy:.2f}, {len(told)} alarms", flush=True)
+        best = best_of(start / "checkpoints")
+        if best is None:
+            raise SystemExit(f"no checkpoint of the first {given.onset} updates has a score to go back to")
+        print(f"best so far: {best.name}, by {(read_guard(best) or {})['by']}", flush=True)
         for name in given.names or COLLAPSES:
             c = collapse(name, given.recipe, changes, start, given.onset, fd, healthy)
             lines = given.out.read_text().splitlines() if given.out.exists() else []
