@@ -13,23 +13,30 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
+from functools import cache
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 from fewstep.commands.compare import curve
+from fewstep.commands.compare.budget import Budget
 from fewstep.commands.compare.compare import compare
+from fewstep.commands.compare.one_run import NEVER, identity
 from fewstep.commands.compare.ranking import by_class
 from fewstep.commands.report import with_error
 from fewstep.config import UserError
 from fewstep.eval.protocol.evaluation import Evaluation, distance_of
-from fewstep.files import atomic_path, read_json
+from fewstep.eval.protocol.preset import load_preset
+from fewstep.files import atomic_path, dirty, read_json
 from fewstep.recipe.schema import Recipe
 from fewstep.recipe.source import shipped
 from fewstep.recipe.store import load
 
-OWN = "the recipe's own updates"
+OWN = str(Budget.parse("own"))
+MACHINE = ("device", "machine", "threads", "torch")
+"""What of the environment must be alike for seconds and memory to stand in one column."""
+EVALUATION = frozenset(f.name for f in fields(Evaluation))
 GROUPS = ("the teacher alone", "the teacher and data", "data; the teacher at most as a start")
 
 
@@ -66,8 +73,9 @@ def group_of(recipe: Recipe) -> str:
     return GROUPS[1] if any(n.data for n in needs) else GROUPS[0]
 
 
-def ranked(board: Board) -> list[str]:
-    """Shipped recipes that have a row, or could have one: students of the data's own distribution, by its metric."""
+@cache
+def ranked(board: Board) -> tuple[str, ...]:
+    """Shipped recipes that have a row, or could have one: students without a reward, by its metric."""
     found = []
     for name in shipped():
         if name.startswith(board.prefix):
@@ -75,44 +83,92 @@ def ranked(board: Board) -> list[str]:
             alike = recipe.evaluate is not None and recipe.evaluate.metric == board.metric
             if alike and recipe.teacher is not None and "reward" not in recipe.roles:
                 found.append(name)
-    return found
+    return tuple(found)
 
 
-def taken(file: Path, results: Path) -> dict[str, Any]:
+def taken(board: Board, file: Path, results: Path) -> dict[str, Any]:
     """Put the rows of a comparison at the recipes' own budgets into a board's file; returns the board.
 
-    Raises UserError for another budget, for changed settings other than the evaluation's, and for another protocol than
-    that of the rows that are there.
+    Raises UserError, and writes nothing, for what is no comparison of shipped recipes as they are by the board's preset,
+    for runs of several commits or of a changed checkout, and for another machine or teacher than that of the rows there.
     """
     told = read_json(results)
-    if told.get("budget") != OWN:
-        raise UserError(f"{results}: is a comparison under {told.get('budget')}; a board takes --budget own")
-    other = [s for s in told["settings"] if not s.startswith("evaluate.")]
-    if other:
-        raise UserError(f"{results}: changes the recipes ({', '.join(other)}); a board has them as they ship")
-    board = read_json(file) if file.exists() else {"preset_hash": "", "rows": [], "teachers": []}
-    hashes = {r["preset_hash"] for r in (*told["rows"], *told["teachers"])}
-    if board["preset_hash"] and hashes != {board["preset_hash"]}:
-        raise UserError(f"{results}: is measured by {', '.join(hashes)}, the rows of {file} by {board['preset_hash']}")
-    env = told["environment"]
-    about = {"commit": env["commit"][:7], "torch": env["torch"], "device": env["device"], "threads": env["threads"]}
-    curves: dict[str, list[Any]] = {}
-    for r in told["runs"]:
-        curves.setdefault(r["recipe"], []).append(r.get("curve") or [])
-    new = [_bare(r) | about | {"curves": curves.get(r["group"], [])} for r in told["rows"]]
-    replaced = {r["group"] for r in new}
-    names = {(r["name"], r["calls"]) for r in told["teachers"]}
-    rows = [*(r for r in board["rows"] if r["group"] not in replaced), *new]
-    teachers = [r for r in board["teachers"] if (r["name"], r["calls"]) not in names]
-    teachers += [_bare(r) | about for r in told["teachers"]]
+    refuse(board, told, results)
+    new = [_with_runs(row, told, results) for row in told["rows"]]
+    held = read_json(file) if file.exists() else {"rows": [], "teachers": [], "failed": []}
+    machine = {k: v for k, v in told["environment"].items() if k in MACHINE}
+    if held["rows"] and machine != held["machine"]:
+        told_apart = f"is of {machine}, the rows of {file.name} are of {held['machine']}"
+        raise UserError(f"{results}: {told_apart}; a board is of one machine")
+    names = {r["group"] for r in new}
+    others = {
+        r["teacher"]["path"]: r["teacher"]["sha256"] for r in held["rows"] if r["teacher"] and r["group"] not in names
+    }
+    for r in new:
+        if r["teacher"] and others.get(r["teacher"]["path"], r["teacher"]["sha256"]) != r["teacher"]["sha256"]:
+            raise UserError(f"{results}: {r['group']} had other weights as its teacher than the rows of {file.name}")
+    teachers = [_bare(r) | {"of": sorted(names)} for r in told["teachers"]]
+    replaced = {(r["name"], r["calls"]) for r in teachers}
+    rows = [*(r for r in held["rows"] if r["group"] not in names), *new]
+    failed = [f for f in held["failed"] if f["recipe"] not in names | {f["recipe"] for f in told["failed"]}]
     content = {
-        "preset_hash": next(iter(hashes)),
+        "machine": machine,
         "rows": sorted(rows, key=lambda r: (r["group"], r["steps"])),
-        "teachers": sorted(teachers, key=lambda r: (r["name"].partition(",")[0], r["calls"])),
+        "teachers": sorted(
+            [*(r for r in held["teachers"] if (r["name"], r["calls"]) not in replaced), *teachers],
+            key=lambda r: (r["name"].partition(",")[0], r["calls"]),
+        ),
+        "failed": [*failed, *({"recipe": f["recipe"], "seed": f["seed"]} for f in told["failed"])],
     }
     with atomic_path(file) as temporary:
         temporary.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n")
     return content
+
+
+def _with_runs(row: Mapping[str, Any], told: Mapping[str, Any], results: Path) -> dict[str, Any]:
+    """A row with what its runs say of themselves: their commit, curves, interruptions, and the recipe's digest."""
+    runs = [r for r in told["runs"] if r["recipe"] == row["group"]]
+    try:
+        commits, digests = {r["commit"] for r in runs}, {r["identity"] for r in runs}
+        resumes, teacher = sum(r["resumes"] for r in runs), runs[0]["teacher"]
+    except KeyError as error:
+        raise UserError(f"{results}: its runs do not tell their {error.args[0]}; compare again") from None
+    if len(commits) != 1 or len(digests) != 1:
+        raise UserError(f"{results}: the runs of {row['group']} are of several commits or recipes; train them together")
+    commit = commits.pop()
+    if commit.endswith("-dirty"):
+        raise UserError(f"{results}: {row['group']} was trained in a changed checkout of {commit[:7]}; commit first")
+    about = {"commit": commit[:7], "identity": digests.pop(), "resumes": resumes, "teacher": teacher}
+    about |= {"seeds_asked": len(told["seeds"]), "guided": is_guided(load(row["group"]))}
+    return _bare(row) | about | {"curves": [r.get("curve") or [] for r in runs]}
+
+
+def refuse(board: Board, told: Mapping[str, Any], results: Path) -> None:
+    """UserError for rows that have no place on the board."""
+    if told.get("budget") != OWN:
+        raise UserError(f"{results}: is a comparison under {told.get('budget')}; a board takes --budget own")
+    if told["settings"] not in ([], settings_of(board)):
+        raise UserError(f"{results}: changes the recipes ({', '.join(told['settings'])}); a board has them as they ship")
+    protocol, places = replace(load_preset(board.preset), number=board.samples), ranked(board)
+    for row in [*told["rows"], *told["teachers"]]:
+        if row["preset_hash"] != protocol.hash:
+            raise UserError(
+                f"{results}: {row['name']} is measured by {row['preset']} with {row['number']:,} samples; this board "
+                f"takes {board.preset} with {board.samples:,}"
+            )
+    for row in told["rows"]:
+        if row["group"] not in places:
+            raise UserError(f"{results}: {row['group']} has no place on this board; those that have: {', '.join(places)}")
+
+
+def is_guided(recipe: Recipe) -> bool:
+    """Whether it aims at a guided distribution, whose distance to the data is no verdict."""
+    return getattr(recipe.method, "guidance", 1.0) not in (1.0, (1.0, 1.0))
+
+
+def settings_of(board: Board) -> list[str]:
+    """Changes to the recipes with which a board's rows are measured."""
+    return [] if board.metric == board.preset else [f"evaluate.metric={board.preset}"]
 
 
 def _bare(row: Mapping[str, Any]) -> dict[str, Any]:
@@ -122,54 +178,66 @@ def _bare(row: Mapping[str, Any]) -> dict[str, Any]:
 
 def table(board: Board, content: Mapping[str, Any]) -> str:
     """Rows in their groups, best first, the teachers after them, and the recipes that have no row."""
-    head = [
-        "recipe",
-        "method",
-        "calls",
-        "FD ±",
-        "seeds",
-        "accuracy",
-        "diversity",
-        "recall",
-        "s / 1000",
-        "updates",
-        "core-s",
-    ]
-    head += ["core-s to within 5 % of its end", "peak MiB", "commit"]
+    rows, known = content["rows"], set(ranked(board))
+    stale = sorted({r["group"] for r in rows if r["group"] not in known or r["identity"] != digest_of(r["group"])})
+    rows = [r for r in rows if r["group"] not in stale]
+    name = str(distance_of(_evaluation(rows[0]))).partition(" (")[0] if rows else "FD"
+    head = ["recipe", "method", "calls", f"{name} ±", "seeds", "accuracy", "diversity", "recall", "s / 1000"]
+    beside = len(head)
+    head += ["updates", "core-s", "core-s to within 5 % of its end", "peak MiB", "commit"]
     lines = []
     for group in GROUPS:
-        rows = [r for r in content["rows"] if group_of(load(r["group"])) == group]
-        if rows:
+        own = [r for r in rows if group_of(load(r["group"])) == group]
+        if own:
             lines += [f"**What needs {group}**", "", _line(head), _line(["---"] * len(head))]
-            lines += [_line(_cells(r)) for r in sorted(rows, key=lambda r: _evaluation(r).distance.value)] + [""]
+            lines += [_line(_cells(r)) for r in sorted(own, key=lambda r: _evaluation(r).distance.value)] + [""]
     lines += ["**The teacher without training**, plain and with a fitted sampler", ""]
-    lines += [_line(head[:9]), _line(["---"] * 9), *(_line(_cells(r)[:9]) for r in content["teachers"])]
-    missing = sorted(set(ranked(board)) - {r["group"] for r in content["rows"]})
-    if missing:
-        lines += ["", "Not run: " + ", ".join(f"`{name}`" for name in missing) + "."]
-    env = sorted({f"{r['device']}, threads: {r['threads']}, torch {r['torch']}" for r in content["rows"]})
-    told = f"{board.samples:,} samples, preset `{board.preset}`"
-    lines += ["", f"Each at its recipe's own updates; {told}; {'; '.join(env)}."]
-    return "\n".join(lines)
+    lines += [_line(head[:beside]), _line(["---"] * beside)]
+    lines += [_line(_cells(r)[:beside]) for r in content["teachers"]] + [""]
+    failed = sorted({f["recipe"] for f in content["failed"]} - {r["group"] for r in rows})
+    missing = sorted(known - {r["group"] for r in rows} - set(failed) - set(stale))
+    for told, names in (("Failed", failed), ("Of an earlier recipe, to be made again", stale), ("Not run", missing)):
+        if names:
+            lines += [f"{told}: " + ", ".join(f"`{n}`" for n in names) + ".", ""]
+    if rows:
+        machine = ", ".join(f"{k} {v}" for k, v in content["machine"].items())
+        lines += [
+            f"Each at its recipe's own updates; {board.samples:,} samples, preset `{board.preset}`; {machine}. {NOTES}"
+        ]
+    return "\n".join(lines).rstrip()
+
+
+NOTES = (
+    "Interrupted: continued from a checkpoint, without what was lost after it. Seeds 2 of 3: the others failed. Peak: of "
+    "the training, on a CPU up to its first measurement. Guided: aims at a guided distribution, which is not the data's."
+)
+
+
+@cache
+def digest_of(name: str) -> str:
+    """What `fewstep compare` keeps of the recipe that a run had, of one as it ships today."""
+    return identity(load(name, list(NEVER)))
 
 
 def _evaluation(row: Mapping[str, Any]) -> Evaluation:
-    own = ("commit", "torch", "device", "threads", "curves")
-    return Evaluation.from_json({k: v for k, v in row.items() if k not in own})
+    return Evaluation.from_json({k: v for k, v in row.items() if k in EVALUATION})
 
 
 def _cells(row: Mapping[str, Any]) -> list[str]:
     e = _evaluation(row)
-    t = e.training
+    t, student, seeds = e.training, "curves" in row, ""
     recall = e.value("recall")
-    student = "curves" in row
-    seeds = len(e.metrics[str(distance_of(e))]["values"]) if student else ""
-    cells = [f"`{e.name}`" if student else e.name, t.get("method", "") if student else "", str(e.calls)]
-    cells += [with_error(e.distance), str(seeds), *by_class(e), "" if recall is None else f"{recall:.3f}"]
+    if student:
+        had, asked = len(e.metrics[str(distance_of(e))]["values"]), row["seeds_asked"]
+        seeds = f"{had} of {asked}" if had < asked else f"{had}"
+    name = f"`{e.name}`" + " (guided)" * row["guided"] if student else e.name
+    cells = [name, t.get("method", "") if student else "", str(e.calls)]
+    cells += [with_error(e.distance), seeds, *by_class(e), "" if recall is None else f"{recall:.3f}"]
     cells.append("" if e.seconds is None else f"{e.seconds:.2f}")
     if student:
         settled = t.get("settled_cpu_seconds")
-        cells += [f"{t['updates']:,}", f"{t['cpu_seconds']:.0f}", "" if settled is None else f"{settled:.0f}"]
+        told = f"{t['cpu_seconds']:.0f}" + " (interrupted)" * (row["resumes"] > 0)
+        cells += [f"{t['updates']:,}", told, "" if settled is None else f"{settled:.0f}"]
         cells += [f"{t['peak_memory_mib']:.0f}", row["commit"]]
     return cells
 
@@ -179,14 +247,23 @@ def _line(cells: Iterable[str]) -> str:
 
 
 def draw(content: Mapping[str, Any], path: Path) -> bool:
-    """One line a run, one colour a recipe; whether there was a curve to draw."""
+    """One line a run, one colour a recipe; whether there was a curve to draw. An older picture without one goes."""
     lines = {r["group"]: r["curves"] for r in content["rows"]}
     first = next(iter(content["rows"]), None)
-    return curve.save(lines, str(distance_of(_evaluation(first))) if first else "", path)
+    drawn = curve.save(lines, str(distance_of(_evaluation(first))) if first else "", path)
+    if not drawn:
+        path.unlink(missing_ok=True)
+    return drawn
 
 
 def assets() -> Path:
     return Path(str(files("fewstep.assets")))
+
+
+def measured(board: Board, name: str, seeds: int, points: int, work: Path, resume: bool) -> Path:
+    """results.json of a recipe's own comparison."""
+    folder = work / name.replace("/", "-")
+    return compare([name], "own", seeds, folder, resume, settings_of(board), (), board.samples, points)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -197,26 +274,32 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--points", type=int, default=8, help="measurements along a run")
     parser.add_argument("--work", type=Path, default=Path("runs/board"), help="folder of the comparisons")
+    parser.add_argument("--resume", action="store_true", help="continue comparisons that were interrupted")
     parser.add_argument("--out", type=Path, default=None, help="folder of board-NAME.json; the assets when left out")
     given = parser.parse_args(argv)
     board, out = BOARDS[given.board], given.out or assets()
-    file = out / f"board-{given.board}.json"
-    results = list(given.take)
+    file, picture = out / f"board-{given.board}.json", out / f"board-{given.board}.png"
+    places = ranked(board)
     for name in given.recipes:
-        if name not in ranked(board):
-            raise UserError(
-                f"{name}: has no place on the board {given.board}; those that have: {', '.join(ranked(board))}"
-            )
-    for name in given.recipes:
-        folder = given.work / name.replace("/", "-")
-        settings = [f"evaluate.metric={board.preset}"]
-        resume = (folder / "compare.json").exists()
-        results.append(compare([name], "own", given.seeds, folder, resume, settings, (), board.samples, given.points))
-    for path in results:
-        draw(taken(file, path), out / f"board-{given.board}.png")
-    if not results:
+        if name not in places:
+            raise UserError(f"{name}: has no place on the board {given.board}; those that have: {', '.join(places)}")
+    if not given.recipes and not given.take:
         raise UserError("name recipes to measure, or results with --take")
-    print(table(board, read_json(file)))
+    if given.recipes and dirty():
+        raise UserError("the checkout has changes, so no commit tells what is measured; commit them first")
+    for path in given.take:
+        draw(taken(board, file, path), picture)
+    wrong = []
+    for name in given.recipes:
+        try:
+            path = measured(board, name, given.seeds, given.points, given.work, given.resume)
+            draw(taken(board, file, path), picture)
+        except UserError as error:  # the others are measured all the same
+            wrong.append(f"{name}: {error}")
+    if file.exists():
+        print(table(board, read_json(file)))
+    if wrong:
+        raise SystemExit("\n".join(wrong))
 
 
 if __name__ == "__main__":

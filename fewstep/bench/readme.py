@@ -75,9 +75,17 @@ def recipe_text(name: str) -> str:
 
 
 def boards() -> dict[str, str]:
-    """The leaderboards that have rows, by their blocks' names."""
-    found = {name: assets() / f"board-{name}.json" for name in BOARDS}
-    return {path.stem: table_of_board(BOARDS[name], read_json(path)) for name, path in found.items() if path.exists()}
+    """The leaderboards by their blocks' names."""
+    return {f"board-{name}": board(name) for name in BOARDS}
+
+
+def board(name: str) -> str:
+    """One leaderboard and its curves."""
+    file, picture = (assets() / f"board-{name}.{ending}" for ending in ("json", "png"))
+    if not file.exists():
+        return f'No row has been made yet; `make board BOARD={name} RECIPES="..."` makes one.'
+    drawn = f"\n\n![FD over processor seconds, a line a recipe]({picture.name})" if picture.exists() else ""
+    return table_of_board(BOARDS[name], read_json(file)) + drawn
 
 
 def tables() -> dict[str, dict[str, str]]:

@@ -16,6 +16,7 @@ from fewstep.files.folders import (
 from fewstep.files.places import (
     cache_dir as cache_dir,
     commit as commit,
+    dirty as dirty,
     expanded as expanded,
     refuse_world_writable as refuse_world_writable,
 )

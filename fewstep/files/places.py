@@ -65,3 +65,18 @@ def commit() -> str:
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
     return told.stdout.strip()
+
+
+@cache
+def dirty() -> bool:
+    """Whether the checkout's code or recipes are not those of `commit()`; False where there is no checkout."""
+    if commit() == "unknown":
+        return False
+    root = Path(__file__).resolve().parents[2]
+    told = subprocess.run(
+        ["git", "-C", str(root), "status", "--porcelain", "--", "fewstep", "kernels", "eval", "recipes"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    return bool(told.stdout.strip())

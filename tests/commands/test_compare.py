@@ -20,8 +20,9 @@ from tiny_runs import contents, same
 from fewstep.algebra.sampling import many_step
 from fewstep.bench.readme import comparison_table
 from fewstep.cli import main
-from fewstep.commands.compare.budget import Budget, Spent, bank_key, counted, lengths, with_lengths
+from fewstep.commands.compare.budget import Accounted, Budget, bank_key, counted, lengths, with_lengths
 from fewstep.commands.compare.ranking import facts, join, rank, write
+from fewstep.commands.compare.spent import Spent
 from fewstep.commands.report import with_error
 from fewstep.config import UserError
 from fewstep.eval.metrics.estimate import Estimate
@@ -265,6 +266,9 @@ def test_a_comparison_survives_kills_and_failures(tmp_path: Path, capfd: pytest.
     protocol = replace(load_preset("energy"), number=64)
     assert {r["preset_hash"] for r in [*report["rows"], *report["teachers"]]} == {protocol.hash}
     assert but_for_the_clock(report) == but_for_the_clock(results(straight))
+    resumes = {(r["recipe"], r["seed"]): r["resumes"] for r in report["runs"]}
+    assert resumes.pop(("toy/kd", 1)) == 1
+    assert set(resumes.values()) == {0}
     best, entry = report["rows"][0], energies[0]
     estimate = Estimate(value=entry["value"], standard_error=entry["standard_error"])
     table = comparison_table(out / "results.json").splitlines()
@@ -324,7 +328,19 @@ def test_a_recipes_own_budget_is_the_recipe_as_it_is(name: str):
     assert (own.in_steps, str(own)) == (True, "the recipe's own updates")
 
 
+def test_memory_of_a_measurement_is_none_of_the_trainings(monkeypatch: pytest.MonkeyPatch):
+    now = [100.0]
+    monkeypatch.setattr("fewstep.commands.compare.budget.peak_memory", lambda: now[0])
+    account = Accounted(load("toy/kd", ["before=[]", "train.guard=off", "train.batch=6"]), None)
+    assert account.settle().peak_memory_mib == 100.0
+    with account.aside():
+        now[0] = 900.0
+    assert account.settle().peak_memory_mib == 100.0
+    account.charge(Spent(seconds=2.0, peak_memory_mib=5000.0))
+    assert account.settle().peak_memory_mib == 100.0
+
+
 def test_spent_reads_in_the_budgets_unit():
     spent = Spent(3, 2.5, 70)
-    assert [spent.of(Budget(kind, 1)) for kind in ("seconds", "calls")] == [2.5, 70.0]
+    assert [spent.of(kind) for kind in ("seconds", "calls")] == [2.5, 70.0]
     assert str(Budget.parse("calls=1e6")) == "1,000,000 network calls"

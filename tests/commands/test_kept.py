@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from fewstep.commands.compare.budget import _account
 from fewstep.commands.compare.kept import COSTS, claimed, message_of, read_evaluations, result_of, steps_of
+from fewstep.commands.compare.spent import account_of
 from fewstep.config import UserError
 from fewstep.files import LOCK, read_mark, write_mark
 
@@ -110,7 +110,7 @@ def test_other_files_of_a_run_are_whole_or_none(tmp_path: Path):
         assert message_of(tmp_path) in ("left no result", "3")
     account = b'{"done": 3, "seconds": 1.5}\n[1]\n{"done": "x"}\n\xff\n{"more": 1}\n{"done": 5}\n{"do'
     (tmp_path / "account.jsonl").write_bytes(account)
-    assert [e.done for e in _account(tmp_path)] == [3, 5]
+    assert [e.done for e in account_of(tmp_path)] == [3, 5]
     (tmp_path / "scores.npz").write_bytes(b"PK\3\4 cut")
     with pytest.raises(UserError, match=r"scores\.npz: cannot be read: .*; delete .*result\.json to measure it again"):
         read_evaluations(tmp_path, {"rows": [ROW]})

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from fewstep.bench.board import BOARDS, GROUPS, Board, group_of, main, ranked, table, taken
+from fewstep.bench.board import BOARDS, GROUPS, Board, digest_of, group_of, main, ranked, table, taken
 from fewstep.config import UserError
+from fewstep.eval.protocol.preset import load_preset
 from fewstep.files import read_json
 from fewstep.recipe.store import load
 
@@ -41,6 +44,10 @@ def test_only_students_of_the_datas_own_distribution_are_ranked():
     )
 
 
+HASH = replace(load_preset("digits"), number=5000).hash
+TEACHER = {"path": "assets:digits-teacher", "sha256": "t"}
+
+
 def row(name: str, value: float, steps: int = 1, **more: Any) -> dict[str, Any]:
     metrics = {
         "FD (x)": {
@@ -67,7 +74,7 @@ def row(name: str, value: float, steps: int = 1, **more: Any) -> dict[str, Any]:
         "name": name,
         "group": name,
         "preset": "digits",
-        "preset_hash": "a",
+        "preset_hash": HASH,
         "extractor": "x",
         "number": 5000,
         "metrics": metrics,
@@ -79,17 +86,31 @@ def row(name: str, value: float, steps: int = 1, **more: Any) -> dict[str, Any]:
     } | more
 
 
-def comparison(path: Path, *rows: dict[str, Any], **more: Any) -> Path:
+def comparison(path: Path, *rows: dict[str, Any], run: Mapping[str, Any] | None = None, **more: Any) -> Path:
+    """A file as `fewstep compare --budget own` writes it; run: what is otherwise in its runs."""
     teacher = row("teacher, 8 steps", 0.5, 8, training={}, group="")
-    run = {"recipe": rows[0]["group"], "curve": [{"updates": u, "cpu_seconds": u, "value": 9.0 / u} for u in (1, 2)]}
-    environment = {"commit": "0123456789", "torch": "2", "device": "CPU", "threads": "1"}
+    points = [{"updates": u, "cpu_seconds": u, "value": 9.0 / u} for u in (1, 2)]
+    runs = [
+        {
+            "recipe": r["group"],
+            "curve": points,
+            "commit": "0123456789",
+            "identity": digest_of(r["group"]) if r["group"] in ranked(BOARDS["digits"]) else "",
+            "resumes": 0,
+            "teacher": TEACHER,
+        }
+        | (run or {})
+        for r in rows
+    ]
     content: dict[str, Any] = {
         "budget": "the recipe's own updates",
+        "seeds": [0, 1],
         "settings": ["evaluate.metric=digits"],
-        "environment": environment,
+        "environment": {"commit": "of today", "torch": "2", "device": "CPU", "threads": "1", "machine": "m"},
         "rows": [r | {"rank": 1, "difference": None} for r in rows],
         "teachers": [teacher],
-        "runs": [run],
+        "failed": [],
+        "runs": runs,
     }
     path.write_text(json.dumps(content | more))
     return path
@@ -118,26 +139,77 @@ def test_a_row_replaces_its_own_and_no_other(tmp_path: Path, capsys: pytest.Capt
     assert "`digits-kd`" not in missing
 
 
-def test_what_is_no_row_of_a_board_is_refused(tmp_path: Path):
+def test_a_row_says_what_its_runs_went_through(tmp_path: Path):
     file = tmp_path / "board-digits.json"
-    taken(file, comparison(tmp_path / "a.json", row("digits-kd", 3.0)))
+    gone = [{"recipe": "digits-kd", "seed": 2, "message": "no"}, {"recipe": "digits-sid", "seed": 0, "message": "no"}]
+    made = comparison(tmp_path / "a.json", row("digits-kd", 1.0), run={"resumes": 2}, seeds=[0, 1, 2], failed=gone)
+    told = table(BOARDS["digits"], taken(BOARDS["digits"], file, made))
+    assert "| 2 of 3 |" in told
+    assert "| 8 (interrupted) |" in told
+    assert "Failed: `digits-sid`." in told
+    assert "`digits-sid`" not in told[told.index("Not run: ") :]
+    stale = comparison(tmp_path / "b.json", row("digits-kd", 1.0), run={"identity": "of before"})
+    told = table(BOARDS["digits"], taken(BOARDS["digits"], file, stale))
+    assert "Of an earlier recipe, to be made again: `digits-kd`." in told
+    assert "1.00 ± 0.25" not in told
+    guided = comparison(tmp_path / "c.json", row("digits-tdd", 1.0))
+    assert "| `digits-tdd` (guided) |" in table(BOARDS["digits"], taken(BOARDS["digits"], file, guided))
+
+
+def test_what_is_no_row_of_a_board_is_refused(tmp_path: Path):
+    board, file = BOARDS["digits"], tmp_path / "board-digits.json"
+    taken(board, file, comparison(tmp_path / "a.json", row("digits-kd", 3.0)))
     before = file.read_bytes()
-    wrong = {
+    machine = {"commit": "c", "torch": "2", "device": "CPU", "threads": "2", "machine": "m"}
+    wrong: dict[str, dict[str, Any]] = {
         "is a comparison under 250 updates; a board takes --budget own": {"budget": "250 updates"},
         r"changes the recipes \(train.batch=8\)": {"settings": ["train.batch=8"]},
-        "is measured by b, the rows of": {"rows": [row("digits-cd", 1.0, preset_hash="b")], "teachers": []},
+        r"changes the recipes \(evaluate.guidance=2\)": {"settings": ["evaluate.guidance=2"]},
+        "digits-cd is measured by digits with 100 samples; this board takes digits with 5,000": {
+            "rows": [row("digits-cd", 1.0, preset_hash="b", number=100)]
+        },
+        "toy/cd has no place on this board": {"rows": [row("toy/cd", 1.0)]},
+        "was trained in a changed checkout of 0123456; commit first": {"run": {"commit": "0123456789-dirty"}},
+        "had other weights as its teacher than the rows of board-digits.json": {
+            "run": {"teacher": TEACHER | {"sha256": "u"}}
+        },
+        "'threads': '2'.*are of .*'threads': '1'.*; a board is of one machine": {"environment": machine},
     }
     for message, change in wrong.items():
         with pytest.raises(UserError, match=message):
-            taken(file, comparison(tmp_path / "b.json", row("digits-cd", 2.0), **change))
-    with pytest.raises(
-        UserError, match="digits-teacher: has no place on the board digits; those that have: digits-anyflow"
-    ):
+            taken(board, file, comparison(tmp_path / "b.json", row("digits-cd", 2.0), **change))
+    mixed = json.loads(comparison(tmp_path / "b.json", row("digits-cd", 2.0)).read_text())
+    mixed["runs"].append(mixed["runs"][0] | {"commit": "another"})
+    (tmp_path / "b.json").write_text(json.dumps(mixed))
+    with pytest.raises(UserError, match="the runs of digits-cd are of several commits or recipes; train them together"):
+        taken(board, file, tmp_path / "b.json")
+    del mixed["runs"][0]["identity"], mixed["runs"][1]
+    (tmp_path / "b.json").write_text(json.dumps(mixed))
+    with pytest.raises(UserError, match="its runs do not tell their identity; compare again"):
+        taken(board, file, tmp_path / "b.json")
+    with pytest.raises(UserError, match="digits-teacher: has no place on the board digits; those that have: digits-any"):
         main(["digits", "digits-teacher", "--out", str(tmp_path)])
     assert file.read_bytes() == before
 
 
+def test_one_recipe_that_fails_takes_no_other_along(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    made = comparison(tmp_path / "a.json", row("digits-kd", 1.0))
+
+    def measured(board: Board, name: str, *_: Any) -> Path:
+        if name == "digits-sid":
+            raise UserError("no run succeeded")
+        return made
+
+    monkeypatch.setattr("fewstep.bench.board.measured", measured)
+    monkeypatch.setattr("fewstep.bench.board.dirty", lambda: False)
+    with pytest.raises(SystemExit, match="digits-sid: no run succeeded"):
+        main(["digits", "digits-sid", "digits-kd", "--out", str(tmp_path)])
+    assert [r["group"] for r in read_json(tmp_path / "board-digits.json")["rows"]] == ["digits-kd"]
+    monkeypatch.setattr("fewstep.bench.board.dirty", lambda: True)
+    with pytest.raises(UserError, match="the checkout has changes"):
+        main(["digits", "digits-kd", "--out", str(tmp_path)])
+
+
 def test_a_board_without_rows_says_what_was_not_run():
-    board = Board("toy/", "energy", "energy", 4000)
-    told = table(board, {"rows": [], "teachers": []})
+    told = table(BOARDS["toy"], {"rows": [], "teachers": [], "failed": []})
     assert "Not run: `toy/anyflow`" in told

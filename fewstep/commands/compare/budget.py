@@ -19,6 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from fewstep.algebra.sampling import Sampler
+from fewstep.commands.compare.spent import Spent, account_of, peak_memory, spent_of
 from fewstep.config import UserError, plain
 from fewstep.eval.features.base import state_sha256
 from fewstep.files import atomic_path, parse_json
@@ -70,34 +71,6 @@ class Budget:
         if self.kind == "own":
             return "the recipe's own updates"
         return f"{self.amount:,.10g} {'network calls' if self.kind == 'calls' else self.kind}"
-
-
-@dataclass
-class Spent:
-    """What a run has spent after `done` steps."""
-
-    done: int = 0
-    seconds: float = 0.0
-    calls: int = 0
-    cpu_seconds: float = 0.0
-    """Processor time of all threads: unlike `seconds`, what other programs do on the machine does not change it."""
-
-    def plus(self, other: Spent, sign: int = 1) -> Spent:
-        """Both together; `done` stays."""
-        return Spent(
-            self.done,
-            self.seconds + sign * other.seconds,
-            self.calls + sign * other.calls,
-            self.cpu_seconds + sign * other.cpu_seconds,
-        )
-
-    def minus(self, other: Spent) -> Spent:
-        """What came after another."""
-        return self.plus(other, -1)
-
-    def of(self, budget: Budget) -> float:
-        """In the budget's unit, seconds or calls."""
-        return self.seconds if budget.kind == "seconds" else float(self.calls)
 
 
 class BudgetSpent(Exception):
@@ -230,6 +203,7 @@ class Accounted:
             raise UserError("compare: start it as one process; it trains one run after the other")
         self.budget, self.banks, self.watch = budget, banks, watch
         self.spent, self._before = Spent(), Spent()
+        self._clouded = False
         self._calls = Calls(self.trainer.roles.values())
         self._started, self._cpu_started = time.perf_counter(), time.process_time()
         if run is not None:
@@ -237,11 +211,14 @@ class Accounted:
 
     def settle(self) -> Spent:
         """The account at this moment."""
+        before = self._before
         self.spent = Spent(
             self.trainer.progress.done,
-            self._before.seconds + time.perf_counter() - self._started,
-            self._before.calls + self._calls.total,
-            self._before.cpu_seconds + time.process_time() - self._cpu_started,
+            before.seconds + time.perf_counter() - self._started,
+            before.calls + self._calls.total,
+            before.cpu_seconds + time.process_time() - self._cpu_started,
+            before.peak_memory_mib if self._clouded else max(before.peak_memory_mib, peak_memory()),
+            before.resumes,
         )
         return self.spent
 
@@ -254,7 +231,11 @@ class Accounted:
         """What is done within is not charged."""
         before = self.settle()
         yield
-        self._before = self._before.minus(self.settle().minus(before))
+        self._before = replace(self._before.minus(self.settle().minus(before)), peak_memory_mib=before.peak_memory_mib)
+        if torch.cuda.is_available():
+            torch.cuda.reset_peak_memory_stats()
+        else:
+            self._clouded = True  # the largest size of a process is never taken back
         self.settle()
 
     def fit(self) -> None:
@@ -277,16 +258,16 @@ class Accounted:
         found, run = self.trainer.resume(), self.trainer.run
         if found and run is not None:
             done = self.trainer.progress.done
-            entries = [e for e in _account(run) if e.done == done]
+            entries = [e for e in account_of(run) if e.done == done]
             if not entries:
                 raise UserError(f"{run}: account.jsonl does not tell what step {done} had cost")
-            self.spent = self._before = entries[-1]
+            self.spent = self._before = replace(entries[-1], resumes=entries[-1].resumes + 1)
         return found
 
     def used_up(self) -> bool:
         """Whether a budget of seconds or calls is spent; updates are counted by the stages' steps."""
         counts = self.budget is not None and not self.budget.in_steps
-        return counts and self.spent.of(self.budget) >= self.budget.amount  # type: ignore[arg-type,union-attr]
+        return counts and self.spent.of(self.budget.kind) >= self.budget.amount  # type: ignore[arg-type,union-attr]
 
     def _stepped(self, trainer: Trainer) -> None:
         self.settle()
@@ -340,7 +321,7 @@ def _load_bank(path: Path, pairs: Pairs) -> Spent | None:
     try:
         with safe_open(path, framework="pt") as archive:
             names = ("seconds", "calls", "cpu_seconds")
-            cost = _spent(dict(zip(names, parse_json(archive.metadata()["cost"], path), strict=True)))
+            cost = spent_of(dict(zip(names, parse_json(archive.metadata()["cost"], path), strict=True)))
             pairs.x0.copy_(archive.get_tensor("x0"))
     except (OSError, SafetensorError, TypeError, KeyError, ValueError, RuntimeError):
         return None
@@ -348,29 +329,11 @@ def _load_bank(path: Path, pairs: Pairs) -> Spent | None:
     return cost
 
 
-def _account(run: Path) -> list[Spent]:
-    path = run / "account.jsonl"
-    entries = []
-    for line in path.read_bytes().splitlines() if path.is_file() else ():
-        try:
-            entries.append(_spent(parse_json(line, path)))
-        except (UserError, TypeError, ValueError):
-            continue  # a line that a kill left incomplete
-    return entries
-
-
-def _spent(held: Any) -> Spent:
-    """From what `vars` gave; ValueError for anything else."""
-    if not isinstance(held, dict) or any(isinstance(v, bool) or not isinstance(v, int | float) for v in held.values()):
-        raise ValueError("expected numbers")
-    return Spent(**held)
-
-
 def probe(recipe: Recipe, budget: Budget, banks: Path | None = None) -> list[tuple[float, float]]:
     """Cost of the first and of a further step of each stage, in the budget's unit, by taking a few."""
     short = with_lengths(recipe, [PROBE] * len(recipe.stages()))
     marks: list[float] = [0.0]
-    Accounted(short, None, banks=banks, watch=lambda a: marks.append(a.spent.of(budget))).fit()
+    Accounted(short, None, banks=banks, watch=lambda a: marks.append(a.spent.of(budget.kind))).fit()
     steps = [b - a for a, b in pairwise(marks)]
     stages = [steps[i : i + PROBE] for i in range(0, len(steps), PROBE)]
     return [(s[0], sum(s[1:]) / (PROBE - 1)) for s in stages]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import multiprocessing
-import sys
 import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -19,6 +18,7 @@ from fewstep.algebra.guidance import guided_teacher
 from fewstep.commands.compare.budget import Accounted, Budget, lengths, probe, with_lengths
 from fewstep.commands.compare.curve import Curve, marks, read
 from fewstep.commands.compare.kept import keep_arrays, result_of, steps_of, write_json
+from fewstep.commands.compare.spent import peak_memory
 from fewstep.commands.fitted_row import METHOD, NOISES, POINTS, fitted_teacher
 from fewstep.commands.fitting import Wish
 from fewstep.commands.judge import Judge, judge_of
@@ -26,10 +26,11 @@ from fewstep.commands.measure import measure, teacher_product
 from fewstep.commands.progress import Watch
 from fewstep.commands.sources import of_product
 from fewstep.config import UserError, plain
+from fewstep.eval.features.base import state_sha256
 from fewstep.eval.protocol.evaluation import Evaluation, environment
 from fewstep.eval.protocol.images import to_pixels
 from fewstep.eval.protocol.latency import measure_latency
-from fewstep.files import atomic_path, file_sha256
+from fewstep.files import atomic_path, commit, dirty, file_sha256
 from fewstep.networks import code
 from fewstep.recipe.diff import differences
 from fewstep.recipe.schema import Evaluate, Recipe
@@ -37,6 +38,7 @@ from fewstep.recipe.store import dump, load, load_run
 from fewstep.train.build import build_roles
 from fewstep.train.fitted import NAME
 from fewstep.train.product import Product, open_product, product_of
+from fewstep.train.trainer import Trainer
 
 SHOWN = 64
 """Samples of each student in the report."""
@@ -165,13 +167,13 @@ def train(task: Task) -> None:
         curve.cut(account.trainer.progress.done)
     account.fit()
     trainer, spent = account.trainer, account.spent
-    peak = peak_memory()
     product = product_of(final, trainer.product.eval(), trainer.data, task.recipe, trainer.progress.done)
     found = [score(product.with_steps(n), judge()) for n in step_counts(product, task.steps)]
     keep_arrays(run, found)
     method: Any = final.method
     cost = {"seconds": spent.seconds, "cpu_seconds": spent.cpu_seconds, "network_calls": spent.calls}
     own = next((e for e in found if e.steps == len(product.sampler.steps)), found[-1])
+    env = environment() | {"commit": commit() + "-dirty" * dirty()}
     end = {"updates": trainer.progress.done, **cost, "value": own.distance.value}
     write_json(
         task.result,
@@ -181,16 +183,29 @@ def train(task: Task) -> None:
             "seed": task.seed,
             "settings": list(task.settings),
             "budget": str(task.budget),
-            "commit": environment()["commit"],
+            "commit": env["commit"],
+            "environment": env,
+            "identity": identity(recipe),
+            "teacher": teacher_of(final, trainer),
+            "resumes": spent.resumes,
+            "own_steps": len(product.sampler.steps),
             "updates": trainer.progress.done,
             "planned_updates": total,
             "refused_updates": trainer.progress.skipped,
             **cost,
-            "peak_memory_mib": peak,
+            "peak_memory_mib": spent.peak_memory_mib,
             "curve": [*read(run / "curve.jsonl"), end] if curve else [],
             "rows": [e.as_json() for e in found],
         },
     )
+
+
+def teacher_of(recipe: Recipe, trainer: Trainer) -> dict[str, str] | None:
+    """Path and digest of the weights that a teacher was opened with; None for one that the run trains."""
+    path = getattr(recipe.teacher, "path", None)
+    if path is None or recipe.fills_teacher():
+        return None
+    return {"path": str(path), "sha256": state_sha256(trainer.roles.teacher)}
 
 
 def planned(task: Task, recipe: Recipe, banks: Path) -> list[int]:
@@ -230,15 +245,6 @@ def orphaned() -> None:
     parent = multiprocessing.parent_process()
     if parent is not None and not parent.is_alive():
         raise SystemExit(1)
-
-
-def peak_memory() -> float:
-    """MiB: of the device, on a CPU the largest resident size of this process."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() / 2**20
-    import resource
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
 
 
 def step_counts(product: Product, wanted: Sequence[int]) -> list[int]:

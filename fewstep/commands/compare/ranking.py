@@ -73,7 +73,8 @@ def join(recipe: str, runs: Sequence[Mapping[str, Any]], evaluations: Sequence[E
             "cpu_seconds": float(np.mean([r["cpu_seconds"] for r in runs])),
             "network_calls": round(np.mean([r["network_calls"] for r in runs])),
             "peak_memory_mib": float(np.max([r["peak_memory_mib"] for r in runs])),
-            "settled_cpu_seconds": mean_settled(runs),
+            # The curve is of the recipe's own number of steps.
+            "settled_cpu_seconds": mean_settled(runs) if first.steps == runs[0].get("own_steps", first.steps) else None,
         },
         frechet=[] if mean is None else [mean],
     )
