@@ -46,6 +46,8 @@ class Outcome:
     commit: str
     guided: bool = False
     """The recipe aims at a guided distribution or a reward, which is not the ring's: its energy is no verdict."""
+    before: str = ""
+    """Commit since which the method's loss or the recipe is another than it was for this number."""
     alarms: tuple[str, ...] | None = None
     """The guard's alarms in the order they came, as "update: name"; None in rows from before they were kept."""
 
@@ -103,7 +105,9 @@ def train(name: str, steps: int, seed: int) -> Outcome:
     method = recipe.method.name  # type: ignore[attr-defined]
     guided = getattr(recipe.method, "guidance", 1.0) not in (1.0, (1.0, 1.0)) or "reward" in recipe.roles
     at = commit()[:7]
-    return Outcome(name, method, calls, steps, seed, energy, initial, floor, round(seconds, 1), at, guided, tuple(alarms))
+    return Outcome(
+        name, method, calls, steps, seed, energy, initial, floor, round(seconds, 1), at, guided, alarms=tuple(alarms)
+    )
 
 
 def record(path: Path, outcome: Outcome) -> None:

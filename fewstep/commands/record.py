@@ -39,6 +39,8 @@ class Entry:
     updates: int
     """Student updates of the last stage."""
     commit: str
+    before: str = ""
+    """Commit since which the method's loss or the recipe is another than it was for these numbers."""
 
     @property
     def key(self) -> tuple[Any, ...]:

@@ -30,7 +30,8 @@ class Gan:
     loss: Literal["logistic", "hinge"] = "logistic"
     """DMD2 and GDD: logistic (softplus); LADD: hinge."""
     r1_weight: float = 0.0
-    """Weight of R1 on real samples (FastGen uses 100 to 1000 on its scale)."""
+    """Weight of R1 on real samples. FastGen uses 100 to 1000 on its scale: heads are summed here before the square, so
+    that n equal ones give n^2 of its term."""
     r1: Literal["finite", "exact"] = "finite"
     """finite: differences of logits (APT, arXiv 2501.08316); exact: |grad|^2, whose weight is the usual gamma / 2."""
     shares_noise: bool = False

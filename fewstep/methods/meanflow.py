@@ -42,7 +42,7 @@ class MeanFlow:
     power: float = 1.0
     """p of the adaptive weight 1 / (e + c)^p (ImageNet 1, CIFAR .75)."""
     c: float = 1e-3
-    """c of the adaptive weight, for e a per-sample mean (the paper's 1e-3 is for a sum)."""
+    """c of the adaptive weight, for e a per-sample mean: a published c of a sum (paper 1e-3, code 1e-2) over d."""
     tangent: tr.Tangent = "jvp"
     """How the derivative along the path is taken: jvp forward mode; central differences; semi forward mode in x and a
     difference in the times (rCM)."""

@@ -39,10 +39,11 @@ class Reflow:
     anneal: int = 0
     """Updates over which beta falls from 1 to 0 (annealing reflow, 300k in SlimFlow); 0 is plain reflow."""
     guide_weight: float = 0.0
-    """distill: weight of flow-guided distillation, one step of `guide` from the student's own straight line."""
-    guide: Literal["teacher", "straight"] = "teacher"
-    """Whose step that is: the teacher's, or that of the role `straight`, a frozen copy of the reflowed student. The
-    paper's is straight; a curved flow never passes through points of a straight line and draws samples together."""
+    """distill: weight of flow-guided distillation, one step of `guide` from the student's own straight line; SlimFlow
+    has 1, 0 is plain distillation."""
+    guide: Literal["teacher", "straight"] = "straight"
+    """Whose step that is: that of the role `straight`, a frozen copy of the reflowed student (the paper's), or the
+    teacher's, a curved flow that never passes through points of a straight line and draws samples together."""
     guide_span: tuple[float, float] = (0.2, 0.8)
     """Times (noise at 1) at which that teacher step starts."""
     steps: tuple[float, ...] = (1.0,)

@@ -78,6 +78,15 @@ class SiD:
         if self.loss_scale <= 0:
             raise ValueError(f"loss_scale must be positive, not {self.loss_scale}")
 
+    @property
+    def kind(self) -> str:
+        """Whose it is: settings of one paper are no yardstick for another's."""
+        if self.guide_critic != (1.0, 1.0):
+            return "sid-lsg"
+        if self.gan is not None:
+            return "sida"
+        return "sim" if self.huber is not None else "inverse-matching" if self.alpha == 0.5 else "sid"
+
     def needs(self) -> Needs:
         roles = {"teacher", "student", "critic"} | ({"discriminator"} if self.gan else set())
         return need_reward(Needs(frozenset(roles), data=self.gan is not None, teacher_grad=True), self.reward, fits=True)

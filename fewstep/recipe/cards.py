@@ -124,7 +124,7 @@ def measured(known: Mapping[str, Card]) -> list[tuple[str, Ours]]:
             value=round(r["energy"], 2),
             updates=r["updates"],
             commit=r["commit"],
-            note=f"{_steps(r['calls'])}; {r['initial']:.3g} at the start",
+            note=f"{_steps(r['calls'])}; {r['initial']:.3g} at the start{_stale(r)}",
         )
         found.append((_owner(r["recipe"], r["method"], known), result))
     for r in _lines("results.jsonl"):
@@ -137,7 +137,7 @@ def measured(known: Mapping[str, Card]) -> list[tuple[str, Ours]]:
             seeds=len(values),
             updates=r["updates"],
             commit=r["commit"],
-            note=f"{_steps(r['steps'])}, {r['samples']} samples{error}",
+            note=f"{_steps(r['steps'])}, {r['samples']} samples{error}{_stale(r)}",
         )
         found.append((_owner(r["recipe"], r["method"], known), result))
     return found
@@ -146,6 +146,11 @@ def measured(known: Mapping[str, Card]) -> list[tuple[str, Ours]]:
 def _lines(name: str) -> list[dict[str, Any]]:
     path = Path(str(files("fewstep.assets"))) / name
     return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def _stale(row: Mapping[str, Any]) -> str:
+    """What to add to a number that is older than its loss or recipe."""
+    return f"; before {row['before']}, which changed its loss or settings" if row.get("before") else ""
 
 
 def _steps(steps: int) -> str:

@@ -16,9 +16,11 @@ from fewstep.recipe.store import load
 PAPER = "paper/"
 """Shipped recipes with published settings stand under this name."""
 _NOTATION = re.compile(
-    r"method(\.\w+)*\.times: \{'name': '(\w+)'.*-> \{'name': '(?!\2')|method\.critic\.weight: '\w+' -> '\w+'$"
+    r"method(\.\w+)*\.times: \{'name': '(\w+)'.*-> \{'name': '(?!\2')"
+    r"|method\.critic\.weight: '(?!psi)\w+' -> '(?!psi)\w+'$"
 )
-"""Lines of a distribution of times, or a weight, of another kind: `lognormal` speaks of sigma, `index` of a table."""
+"""Lines of a distribution of times, or a weight, of another kind: `lognormal` speaks of sigma, `index` of a table. Phased
+DMD's weight psi is of another loss, whatever the process."""
 SETTINGS = ("method", "before", "copy", "optim", "student", "critic", "discriminator", "roles")
 """The top keys that say what is trained and how."""
 _TRAIN = ("steps", "batch", "clip", "precision", "ema", "product")
@@ -36,6 +38,8 @@ def diff(a: str, b: str | None, paper: bool, settings: Sequence[str] = ()) -> st
             raise UserError(f"recipes diff {a}: name a second recipe, or add --paper")
         found = differences(left, load(b), all_keys=True)
         return "\n".join(found) if found else f"{a} and {b} are the same"
+    if a.startswith(PAPER):
+        raise UserError(f"recipes diff {a}: these are published settings; name a second recipe in place of --paper")
     if b is not None:
         raise UserError(f"recipes diff {a} {b}: --paper chooses the second recipe itself; leave one out")
     name, others = published(left, a)
@@ -52,8 +56,9 @@ def diff(a: str, b: str | None, paper: bool, settings: Sequence[str] = ()) -> st
 def published(recipe: Recipe, name: str) -> tuple[str, list[str]]:
     """The recipe of published settings that is nearest, by number of steps first, and the others of its kind.
 
-    A method is of several kinds where it covers several papers (consistency: cd, ct, ict, ect, lcm), and a joint one of
-    its parts' methods; settings of another kind are no yardstick. Raises UserError when there is none of this kind.
+    A method is of several kinds where it covers several papers (consistency: cd, ct, ict, ect, lcm; `kind` where numbers
+    tell them apart), and a joint one of its parts' methods; settings of another kind are no yardstick. Raises UserError
+    when there is none of this kind.
     """
     method = _method(recipe)
     names = [n for n in shipped() if n.startswith(PAPER) and n != name]
@@ -72,6 +77,8 @@ def kinds(recipe: Recipe) -> frozenset[str]:
     method: Any = recipe.method
     if method.name == "joint":
         return frozenset({" + ".join(share.method.name for share in method.methods)})
+    if own := getattr(method, "kind", ""):
+        return frozenset({own})
     near = {name: _distance(own, _choices(method)) for name, own in _toys(method.name).items()}
     return frozenset(n for n, d in near.items() if d == min(near.values())) or frozenset({method.name})
 

@@ -9,6 +9,7 @@ from typing import Any
 from fewstep.algebra.times import FadingBeta
 from fewstep.algebra.views import seen_shape
 from fewstep.config import RecipeError
+from fewstep.methods.turns import updates_a_step
 from fewstep.networks import code
 from fewstep.objectives.legs import PowerLaw, Scales, ends
 
@@ -37,6 +38,7 @@ def refuse(recipe: Any) -> None:
     _fading(recipe)
     _grid(recipe)
     _student(recipe)
+    _together(recipe)
 
 
 def check_views(recipe: Any, shape: tuple[int, ...]) -> None:
@@ -47,6 +49,19 @@ def check_views(recipe: Any, shape: tuple[int, ...]) -> None:
                 seen_shape((part.view,), shape)
             except ValueError as error:
                 raise RecipeError(f"{key}.view: {error}") from None
+
+
+def _together(recipe: Any) -> None:
+    """Roles that one optimiser steps have one rule and one size of moments."""
+    for stage in recipe.stages():
+        for updates in updates_a_step(stage.method, stage.steps):
+            known = [name for name in updates if name in recipe.optim or "default" in recipe.optim]
+            kinds = {name: (recipe.optimizer(name).rule, recipe.optimizer(name).bits) for name in known}
+            if len(set(kinds.values())) > 1:
+                told = ", ".join(f"{name} {rule} of {bits} bits" for name, (rule, bits) in kinds.items())
+                raise ValueError(
+                    f"optim: the roles of one update step together, so give them one rule and bits, not {told}"
+                )
 
 
 def _student(recipe: Any) -> None:

@@ -98,7 +98,10 @@ class Loop:
             for other in self.optim.values():
                 shared = set(other.names) & set(updates)
                 if shared:
-                    raise ValueError(f"{shared.pop()} would be stepped by two optimisers: {other.names}, {updates}")
+                    raise ValueError(
+                        f"{shared.pop()} would be stepped by two optimisers, {other.names} and {updates}; let its turns "
+                        "update the same roles"
+                    )
             specs = {name: self.session.recipe.optimizer(name) for name in updates}
             for name in set(updates) & set(self.factors):
                 specs[name] = replace(specs[name], lr=specs[name].lr * self.factors[name])

@@ -75,15 +75,13 @@ def test_labels_dropped_where_s_is_t_alone_are_others_than_labels_dropped_anywhe
     assert off("meanflow", name, "meanflow", drop_at="equal") > 1e-2
 
 
-@pytest.mark.parametrize(("term", "guided"), [("preserve_forward", 1.9363), ("preserve_reverse", 3.1860)])
-def test_icd_preserves_without_guidance_whatever_it_decodes_with(term: str, guided: float) -> None:
+@pytest.mark.parametrize("term", ["preserve_forward", "preserve_reverse"])
+def test_icd_preserves_without_guidance_whatever_it_decodes_with(term: str) -> None:
     doc, case = case_of(FILES, "icd_embedded_guidance", "all four terms")
     terms = {"preserve_forward": "preserve forward", "preserve_reverse": "preserve reverse"}
     want = case["expected"][terms[term]]["loss"]
     got = float(losses_of(doc, case, networks(doc))[term].detach())
     assert abs(got / want - 1) < 1e-12
-    # What a decoder asked at the drawn scale of 8 made of it.
-    assert abs(guided / want - 1) > 0.1
 
 
 def test_shortcuts_finest_legs_are_not_asked_at_their_own_length() -> None:

@@ -50,6 +50,8 @@ def test_a_recipe_against_the_published_settings():
 def test_what_cannot_be_compared_says_so():
     with pytest.raises(UserError, match="name a second recipe, or add --paper"):
         diff("toy/dmd2", None, False)
+    with pytest.raises(UserError, match="these are published settings; name a second recipe in place of --paper"):
+        diff("paper/meanflow-dit-xl", None, True)
     with pytest.raises(UserError, match="--paper chooses the second recipe itself"):
         diff("toy/dmd2", "toy/cd", True)
     with pytest.raises(UserError, match=r"no published settings of boot are shipped; there are .*dmd2"):
@@ -78,6 +80,10 @@ def test_published_settings_are_of_the_recipes_own_kind(name: str, like: str):
         ("toy/cd", "cd are shipped; there are paper/lcm-sd15 (lcm)"),
         ("toy/pcm", "pcm are shipped; there are paper/tscd-sd15 (tscd), paper/tscd-sdxl (tscd)"),
         ("toy/meanflow", "ayf or meanflow are shipped; there are paper/meanflow-dit-xl (meanflow-scratch)"),
+        ("digits-sid", "sid are shipped; there are paper/sid-lsg-sd15 (sid-lsg)"),
+        ("digits-sim", "sim are shipped"),
+        ("digits-sida", "sida are shipped"),
+        ("digits-inverse-matching", "inverse-matching are shipped"),
         ("toy/rcm", "scm + dmd2 are shipped; there are paper/sana-sprint (scm + ladd)"),
     ],
 )

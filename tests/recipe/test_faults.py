@@ -69,3 +69,12 @@ def test_which_points_are_there_is_nothing_to_be_guided_away_from():
     settings = ["data.shortest=10", "method.guidance=2.0"]
     assert refused("helices-sid", *settings).count("method.guidance: a guidance scale of 2")
     assert load("helices-sid", settings[:1])
+
+
+def test_roles_that_step_together_have_one_rule_and_size_of_moments():
+    told = refused("paper/sana-sprint", "optim.student.rule=adamw")
+    assert "optim: the roles of one update step together, so give them one rule and bits, not " in told
+    assert "student adamw of 32 bits" in told
+    assert "weighting came of 32 bits" in told
+    assert "discriminator adamw of 8 bits" in refused("digits-dmd2", "optim.discriminator.bits=8")
+    load("digits-dmd2", ["optim.student.bits=8"])  # which steps alone
