@@ -1,12 +1,15 @@
-"""All that wants a GPU in one go, within some minutes on a bare machine: one CSV and one Markdown page.
+"""All that wants a GPU in one go, within nine minutes on a bare machine: one CSV and one Markdown page.
 
 python -m fewstep.bench.gpu [--minutes 9] [--out gpu] [--data FOLDER] [--rehearse]
 
-The tests marked gpu, the table of the attention kernels, memory and time of a DMD2 step on an SDXL of random
-weights under the settings of 24 GB beside the estimate, what bf16 and compilation change, and in what is left of
-the time a student of Fashion-MNIST (`--data`: its four files). Each part is a process of its own with a limit;
-one that fails or ends at its limit has a row that says so, and the others go on. `--rehearse` does the same on a
-CPU at toy sizes.
+First a student of Fashion-MNIST (`--data`: its four files), then memory and time of a DMD2 step on an SDXL of random
+weights under the settings of 24 GB beside the estimate, the table of the attention kernels, what bf16 and compilation
+change, and the tests marked gpu. Each part is a process group of its own, which ends at its limit; its rows stand in a
+file of OUT from the moment they are known, so that one that fails or is ended keeps what it had, and the others go on.
+
+Of 540 s the student has 420: 300 s of training, which nothing before it can shorten, and SPARE around them. The others
+have at least 45, 25, 20 and 15 s, and each also what those before it left; 15 s are this process's own. With fewer
+minutes the training is shorter. `--rehearse` does the same on a CPU at toy sizes.
 """
 
 from __future__ import annotations
@@ -14,12 +17,15 @@ from __future__ import annotations
 import argparse
 import csv
 import json
+import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -27,14 +33,22 @@ from typing import Any
 import torch
 
 from fewstep.bench.adapters import place
+from fewstep.commands.compare import curve
+from fewstep.commands.compare.kept import left_by
 from fewstep.commands.plan import MIB, measured
-from fewstep.config import plain
+from fewstep.config import UserError, plain
 from fewstep.files import atomic_path, commit
+from fewstep.kernels.bench import record
 
-LIMITS = {"sdxl": 150.0, "switches": 80.0, "kernels": 70.0, "tests": 60.0}
-"""Seconds at most of each part, in this order."""
-SPARE = 40.0
-"""Of the last part's time, for its evaluation and the page."""
+TRAINING = 300.0
+"""Seconds of the student's training."""
+SPARE = 120.0
+"""Seconds around it: three processes that start with CUDA and see 60,000 images, the teacher at one number of steps, the
+probe, three points of the curve, the last evaluation."""
+SHARES = {"student": TRAINING + SPARE, "sdxl": 45.0, "kernels": 25.0, "switches": 20.0, "tests": 15.0}
+"""Seconds that each part has whatever the others take, in this order."""
+OWN = 15.0
+"""Seconds for the start of this process and its pages."""
 TINY = {
     "block_out_channels": [32, 64, 64],
     "attention_head_dim": [2, 4, 4],
@@ -42,6 +56,7 @@ TINY = {
     "sample_size": 8,
 }
 """What a rehearsal changes of SDXL's config."""
+PLAIN = "digits-dmd2 as it is"
 SWITCHES = ((), ("train.precision=bf16",), ("train.compile=[student, teacher, critic]",))
 
 
@@ -57,30 +72,38 @@ class Row:
     """What was said without a GPU, in the same unit."""
 
 
-def parts(out: Path, data: Path | None, rehearse: bool, seconds: float) -> Iterator[tuple[str, list[str], float]]:
-    """Name, command and limit in seconds of each part; the last has what is left of `seconds`, asked as it begins."""
+def parts(out: Path, rehearse: bool, seconds: float) -> Iterator[tuple[str, list[str], float]]:
+    """Name, command and limit of each part, asked as it begins: what is left of `seconds` without later ones' shares."""
     started = time.monotonic()
-    own = [sys.executable, "-m", "fewstep.bench.gpu", *(["--rehearse"] if rehearse else [])]
-    kernels = [sys.executable, "-m", "fewstep.kernels.bench.attention", "--quick"]
-    tests = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider"]
-    commands = {"sdxl": [*own, "--sdxl"], "switches": [*own, "--switches"], "tests": tests}
-    if not rehearse:  # on a CPU it takes minutes, and the suite runs its pieces
-        commands["kernels"] = kernels
-    for name in LIMITS:
-        if name in commands:
-            yield name, commands[name], LIMITS[name]
-    left = max(20.0, seconds - (time.monotonic() - started))
-    budget = ["--budget", f"seconds={3 if rehearse else max(5.0, left - SPARE):.0f}", "--seeds", "1", "--curve", "4"]
-    recipe = ["toy/dmd2"] if rehearse else ["fashion-dmd2", "--set", "teacher.path=assets:fashion-teacher"]
-    files = [] if data is None or rehearse else ["--set", f"data.path={data}"]
-    yield (
-        "student",
-        [sys.executable, "-m", "fewstep", "compare", *recipe, *files, *budget, "--out", str(out / "student")],
-        left,
-    )
+    later = dict(SHARES)
+    for name in SHARES:
+        del later[name]
+        limit = max(10.0, seconds - (time.monotonic() - started) - sum(later.values()) - OWN)
+        yield name, command(name, out, rehearse, limit), limit
 
 
-def sdxl(rehearse: bool) -> list[Row]:
+def command(name: str, out: Path, rehearse: bool, limit: float) -> list[str]:
+    """What runs a part."""
+    python = [sys.executable, "-m"]
+    if name == "student":
+        budget = f"seconds={3 if rehearse else min(TRAINING, max(5.0, limit - SPARE)):.0f}"
+        recipe = ["toy/dmd2"]
+        if not rehearse:
+            recipe = ["fashion-dmd2", "--set", "teacher.path=assets:fashion-teacher", "--samples", "2000"]
+            recipe += ["--set", "evaluate.teacher_steps=[18]"]
+        more = ["--budget", budget, "--seeds", "1", "--curve", "4", "--out", str(out / "student")]
+        return [*python, "fewstep", "compare", *recipe, *more]
+    if name == "kernels":
+        table = str(out / "kernels.csv")
+        return [*python, "fewstep.kernels.bench.attention", "--quick", "--device", "cuda", "--out", table]
+    if name == "tests":
+        tests = Path(__file__).parents[2] / "tests"  # in a checkout; the whole suite takes longer to collect than these
+        marked = [str(p) for p in sorted(tests.rglob("test_*.py")) if "pytest.mark.gpu" in p.read_text()]
+        return [*python, "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", *marked]
+    return [*python, "fewstep.bench.gpu", *(["--rehearse"] if rehearse else []), "--part", name, "--out", str(out)]
+
+
+def sdxl(rehearse: bool) -> Iterator[Row]:
     """A DMD2 step of LoRA sets on an SDXL in bf16, as `fewstep new --memory 24G` makes the recipe, beside its plan."""
     from accelerate.state import AcceleratorState
 
@@ -105,19 +128,11 @@ def sdxl(rehearse: bool) -> list[Row]:
         said = plan(recipe, ways=False).total / MIB
         AcceleratorState._reset_state(True)  # a process has one precision otherwise, and a plan is made in float32
         took = measured(recipe, cpu=rehearse) / MIB
+        worst = "worst moment of a DMD2 step, LoRA sets on a bf16 base, one sample"
+        yield Row("sdxl", worst, f"{took:.0f}", "MiB", f"{said:.0f}")
         _, step = prepare(str(file), settings)
         step()
-        seconds = min(seconds_of(step) for _ in range(2 if rehearse else 3))
-    return [
-        Row(
-            "sdxl",
-            "worst moment of a DMD2 step, LoRA sets on a bf16 base, one sample",
-            f"{took:.0f}",
-            "MiB",
-            f"{said:.0f}",
-        ),
-        Row("sdxl", "a step", f"{seconds:.2f}", "s"),
-    ]
+        yield Row("sdxl", "a step", f"{min(seconds_of(step) for _ in range(2 if rehearse else 3)):.2f}", "s")
 
 
 def random_weights(to: Path, changes: dict[str, Any]) -> Path:
@@ -138,59 +153,105 @@ def random_weights(to: Path, changes: dict[str, Any]) -> Path:
     return to
 
 
-def switches(rehearse: bool) -> list[Row]:
-    """Peak and seconds of a step of digits-dmd2 with bf16 and with compiled networks, over those without."""
+def switches(rehearse: bool) -> Iterator[Row]:
+    """Peak and seconds of a step of digits-dmd2, with bf16 and with compiled networks, and these over the plain ones."""
     from fewstep.bench.switches import apart
 
     batch = [f"train.batch={8 if rehearse else 1024}"]
-    base: Any = None
-    rows = []
+    base: dict[str, float] = {}
     for switch in SWITCHES[: 2 if rehearse else 3]:
         found = apart("digits-dmd2", [*batch, *switch])
-        name = " ".join(switch) or "digits-dmd2 as it is"
+        name = " ".join(switch) or PLAIN
         if isinstance(found, str):
-            rows.append(Row("switches", name, found))
+            yield Row("switches", name, found)
             continue
-        base = base or found
-        rows += [Row("switches", f"{name}: peak", f"{found['peak'] / base['peak']:.2f}", "of the first")]
-        rows += [Row("switches", f"{name}: step", f"{found['seconds'] / base['seconds']:.2f}", "of the first")]
-    return rows
+        base = base if switch else found
+        yield Row("switches", f"{name}: peak", f"{found['peak']:.1f}", "MiB")
+        yield Row("switches", f"{name}: step", f"{found['seconds']:.4f}", "s")
+        for key, what in (("peak", "peak"), ("seconds", "step")) if switch and base else ():
+            yield Row("switches", f"{name}: {what}", f"{found[key] / base[key]:.2f}", f"of {PLAIN}")
 
 
-def student_rows(out: Path) -> list[Row]:
-    """The student's FD and what it took, by results.json of the comparison."""
-    told = json.loads((out / "student" / "results.json").read_text())
+def student_rows(folder: Path) -> list[Row]:
+    """FD of teacher and student and what the training took; of one that was ended, its curve's last point."""
     rows = []
-    for row in [*told["rows"], *told["teachers"]]:
-        metric = next(iter(row["metrics"]))
-        rows.append(
-            Row("student", f"{row['name']}: {metric}, N={row['number']}", f"{row['metrics'][metric]['value']:.2f}")
-        )
-    for row in told["rows"]:
-        rows.append(Row("student", f"{row['name']}: updates", str(row["training"]["updates"])))
-        rows.append(Row("student", f"{row['name']}: training", f"{row['training']['seconds']:.0f}", "s"))
+    for file in sorted(folder.glob("teachers/*/result.json")):
+        rows += [distance_row(row["name"], row) for row in (left_by(file) or {"rows": []})["rows"]]
+    asked = (left_by(folder / "compare.json") or {}).get("evaluation", {})
+    for run in sorted(folder.glob("*/seed-*")):
+        name, points = run.parent.name, curve.read(run / "curve.jsonl")
+        result, where = left_by(run / "result.json"), ""
+        if result is not None:
+            rows += [distance_row(name, row) for row in result["rows"]]
+        elif points:
+            result, where = points[-1], " at the curve's last point"
+            told = {"metrics": {str(asked.get("metric")): result}, "number": asked.get("samples")}
+            rows.append(distance_row(name, told, where))
+        if result is not None:
+            rows.append(Row("student", f"{name}: updates{where}", f"{result['updates']:.0f}"))
+            rows.append(Row("student", f"{name}: training{where}", f"{result['seconds']:.0f}", "s"))
+    for file in sorted(folder.rglob("failure.json")):
+        told = (left_by(file) or {}).get("message", "left no message")
+        rows.append(Row("student", f"{file.parent.relative_to(folder)}: failed", str(told)))
     return rows
 
 
-def run(name: str, command: Sequence[str], limit: float, out: Path) -> list[Row]:
-    """One part within its limit; its output is kept in OUT/NAME.log."""
+def distance_row(name: str, row: Mapping[str, Any], where: str = "") -> Row:
+    """The first metric of an evaluation."""
+    metric = next(iter(row["metrics"]))
+    return Row("student", f"{name}: {metric}, N={row['number']}{where}", f"{row['metrics'][metric]['value']:.2f}")
+
+
+def known(name: str, out: Path) -> list[Row]:
+    """The rows that a part has left in OUT by now."""
+    if name == "student":
+        return student_rows(out / "student")
+    if name == "kernels":
+        found = record.read(out / "kernels.csv")
+        return [Row(name, f"{r.case}: {r.metric}{r.at_least and f' (goal {r.at_least})'}", r.value) for r in found]
+    file = out / f"{name}.jsonl"
+    lines = file.read_text().splitlines(keepends=True) if file.is_file() else []
+    return [Row(**json.loads(line)) for line in lines if line.endswith("\n")]  # a kill may have cut the last one
+
+
+def run(
+    name: str, command: Sequence[str], limit: float, out: Path, environment: Mapping[str, str] | None = None
+) -> list[Row]:
+    """One part, with every process it starts, within its limit; what it prints is kept in OUT/NAME.log.
+
+    Whatever ends it, rows come back: those it has left, and how it ended.
+    """
     started = time.monotonic()
+    code = None
     with (out / f"{name}.log").open("w") as log:
-        try:
-            code = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, timeout=limit, check=False).returncode
-        except subprocess.TimeoutExpired:
-            return [Row(name, "ended at its limit", f"{limit:.0f}", "s")]
-    lines = (out / f"{name}.log").read_text().splitlines()
-    last = lines[-1] if lines else ""
+        part = subprocess.Popen(
+            command,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+            env={**os.environ, "PYTHONUNBUFFERED": "1", **(environment or {})},
+        )
+        with part:
+            try:
+                code = part.wait(limit)
+            except subprocess.TimeoutExpired:
+                pass
+            finally:  # Ctrl-C too does not reach it: it has a session of its own
+                with suppress(ProcessLookupError):
+                    os.killpg(part.pid, signal.SIGKILL)
+    lines = (out / f"{name}.log").read_text(errors="replace").split("\n")
+    last = next((line.strip() for line in reversed(lines) if line.strip()), "")
+    try:
+        rows = known(name, out)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, UserError) as error:
+        rows = [Row(name, "left what cannot be read", f"{type(error).__name__}: {error}")]
+    if code is None:
+        return [*rows, Row(name, "ended at its limit", f"{limit:.0f}", "s"), Row(name, "said last", last)]
     took = Row(name, "took", f"{time.monotonic() - started:.0f}", "s")
     # Exit code 5 of pytest: no test is for this machine.
     if code and not (name == "tests" and code == 5):
-        return [Row(name, f"failed with exit code {code}", last), took]
-    if name == "student":
-        return [*student_rows(out), took]
-    if name in ("sdxl", "switches"):
-        return [*(Row(**row) for row in json.loads(last)), took]
-    return [Row(name, "said", last), took]
+        return [*rows, Row(name, f"failed with exit code {code}", last), took]
+    return [*rows, *([] if rows else [Row(name, "said", last)]), took]
 
 
 def write(rows: Sequence[Row], out: Path) -> None:
@@ -209,23 +270,32 @@ def write(rows: Sequence[Row], out: Path) -> None:
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m fewstep.bench.gpu", description=__doc__)
     parser.add_argument("--minutes", type=float, default=9.0)
-    parser.add_argument("--out", type=Path, default=Path("gpu"))
+    parser.add_argument("--out", type=Path, default=Path("gpu"), help="new folder, or an empty one")
     parser.add_argument("--data", type=Path, help="folder with the files of Fashion-MNIST")
     parser.add_argument("--rehearse", action="store_true", help="toy sizes on a CPU")
-    for part in ("--sdxl", "--switches"):
-        parser.add_argument(part, action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--part", choices=("sdxl", "switches"), help=argparse.SUPPRESS)
     given = parser.parse_args(argv)
-    if given.sdxl or given.switches:
-        print(json.dumps([asdict(row) for row in (sdxl if given.sdxl else switches)(given.rehearse)]))
+    if given.part:
+        for row in {"sdxl": sdxl, "switches": switches}[given.part](given.rehearse):
+            with (given.out / f"{given.part}.jsonl").open("a") as file:
+                file.write(json.dumps(asdict(row)) + "\n")
         return
     if not given.rehearse and not torch.cuda.is_available():
         raise SystemExit("error: no CUDA device is here; --rehearse does the same on a CPU at toy sizes")
     given.out.mkdir(parents=True, exist_ok=True)
+    if any(given.out.iterdir()):
+        raise SystemExit(f"error: {given.out} is not empty; delete it, or choose another --out")
+    # The measure reads the images too, so the recipe's data.path would not do.
+    environment = {} if given.data is None else {"FEWSTEP_FASHION_MNIST": str(given.data.resolve())}
     rows: list[Row] = []
-    for name, command, limit in parts(given.out, given.data, given.rehearse, 60 * given.minutes):
-        print(f"{name}: at most {limit:.0f} s", flush=True)
-        rows += run(name, command, limit, given.out)
-        write(rows, given.out)  # after each part: what there is stays
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that a part's processes are ended too
+    try:
+        for name, words, limit in parts(given.out, given.rehearse, 60 * given.minutes):
+            print(f"{name}: at most {limit:.0f} s", flush=True)
+            rows += run(name, words, limit, given.out, environment)
+            write(rows, given.out)  # after each part: what there is stays
+    finally:
+        signal.signal(signal.SIGTERM, before)
     print((given.out / "gpu.md").read_text())
 
 

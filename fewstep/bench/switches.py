@@ -53,7 +53,10 @@ def apart(recipe: str, settings: Sequence[str]) -> dict[str, float] | str:
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         return (done.stderr.strip().splitlines() or ["no reason given"])[-1]
-    return json.loads(done.stdout.splitlines()[-1])
+    try:
+        return json.loads(done.stdout.splitlines()[-1])
+    except (IndexError, ValueError):
+        return f"said no figures but {done.stdout[-80:]!r}"
 
 
 def main(argv: Sequence[str]) -> None:

@@ -2,13 +2,15 @@
 
 python -m fewstep.kernels.bench.attention            what this machine can measure
 python -m fewstep.kernels.bench.attention --quick    fewer repeats
+    --device cuda    its rows alone      --out FILE    another CSV than bench/results.csv
 """
 
 import argparse
 import importlib.util
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,10 +19,17 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fewstep.kernels import attention_jvp, reference
-from fewstep.kernels.bench.record import UNMEASURED, Row, environment, write
+from fewstep.kernels.bench.record import RESULTS, UNMEASURED, Row, environment, write
 from fewstep.kernels.bench.timing import BusyHost, fastest, least_cpu_seconds, peak_extra_bytes
 
 GOALS = {1024: ("2.5", "0.4"), 4096: ("3", "0.1")}
+SELF = {
+    f"cuda triton, H={heads} D={d} bf16, N={n}": (heads, d, n)
+    for heads, d in ((24, 128), (32, 64))
+    for n in (1024, 4096, 8192)
+}
+"""Heads, width and tokens of the self-attention that is measured on a GPU."""
+CROSS = "cuda triton, cross-attention 4096x512, H=24 D=128 bf16"
 
 
 def inputs(n: int, d: int, heads: int, dtype: torch.dtype, device: str, m: int | None = None) -> list[Tensor]:
@@ -161,68 +170,71 @@ def _runs(name: str, call: Callable[[], Any]) -> bool:
     return True
 
 
-def gpu(repeats: int) -> list[Row]:
-    """The GPU rows, or the same rows marked unmeasured where there is no CUDA device."""
-    here = torch.cuda.is_available()
-    rows = []
-    for heads, d in ((24, 128), (32, 64)):
-        for n in (1024, 4096, 8192):
-            case = f"cuda triton, H={heads} D={d} bf16, N={n}"
-            if not here:
-                goals = [("TFLOP/s, 6 matmuls", ">= 400" if n >= 4096 else "")]
-                goals += [("times faster than SDPA math JVP", ">= 3.5" if n == 8192 else "")]
-                goals += [("times faster than jvp_flash_attention", ">= 1.5")]
-                goals += [("peak extra GiB", "<= 0.5" if n == 8192 and d == 128 else "")]
-                rows += [_row(case, metric, None, goal, "needs a GPU", "cuda") for metric, goal in goals]
+def gpu(repeats: int) -> Iterator[Row]:
+    """The GPU rows, each as it is known, errors first; the same rows marked unmeasured where there is no CUDA device."""
+    if not torch.cuda.is_available():
+        yield from _without_gpu()
+        return
+    yield from errors("cuda", torch.bfloat16, "triton")
+    q, k, v, tq, tk, tv = inputs(4096, 128, 24, torch.bfloat16, "cuda", m=512)
+    still = [torch.zeros_like(tk), torch.zeros_like(tv)]
+    t = fastest({"skipped": lambda: attention_jvp(q, k, v, tq, impl="triton"),
+                 "generic": lambda: attention_jvp(q, k, v, tq, *still, impl="triton")}, repeats, "cuda")  # fmt: skip
+    yield _row(CROSS, "time over the generic JVP", t["skipped"] / t["generic"], "<= 0.72", "", "cuda")
+    for case, (heads, d, n) in SELF.items():
+        x = inputs(n, d, heads, torch.bfloat16, "cuda")
+        calls = {"ours": lambda x=x: attention_jvp(*x, impl="triton"), "math": lambda x=x: math_jvp(x)}
+        calls |= {"flash forward": lambda x=x: F.scaled_dot_product_attention(*x[:3])} | _rivals(x)
+        t = fastest(calls, repeats, "cuda")
+        detail = ", ".join(f"{k} {v * 1e3:.2f} ms" for k, v in t.items())
+        rate = 6 * 2 * heads * n * n * d / t["ours"] / 1e12
+        yield _row(case, "TFLOP/s, 6 matmuls", rate, ">= 400" if n >= 4096 else "", detail, "cuda")
+        for name, seconds in t.items():
+            if name == "ours":
                 continue
-            x = inputs(n, d, heads, torch.bfloat16, "cuda")
-            calls = {"ours": lambda x=x: attention_jvp(*x, impl="triton"), "math": lambda x=x: math_jvp(x)}
-            calls |= {"flash forward": lambda x=x: F.scaled_dot_product_attention(*x[:3])} | _rivals(x)
-            t = fastest(calls, repeats, "cuda")
-            detail = ", ".join(f"{k} {v * 1e3:.2f} ms" for k, v in t.items())
-            rate = 6 * 2 * heads * n * n * d / t["ours"] / 1e12
-            rows.append(_row(case, "TFLOP/s, 6 matmuls", rate, ">= 400" if n >= 4096 else "", detail, "cuda"))
-            for name, seconds in t.items():
-                if name == "ours":
-                    continue
-                label = "SDPA math JVP" if name == "math" else name
-                goal = {"math": ">= 3.5" if n == 8192 else "", "jvp_flash_attention": ">= 1.5"}.get(name, "")
-                rows.append(_row(case, f"times faster than {label}", seconds / t["ours"], goal, detail, "cuda"))
-            extra = peak_extra_bytes(calls["ours"], "cuda") / 2**30
-            goal = "<= 0.5" if n == 8192 and d == 128 else ""
-            rows.append(_row(case, "peak extra GiB", extra, goal, "outputs included", "cuda"))
-    if here:
-        q, k, v, tq, tk, tv = inputs(4096, 128, 24, torch.bfloat16, "cuda", m=512)
-        still = [torch.zeros_like(tk), torch.zeros_like(tv)]
-        t = fastest({"skipped": lambda: attention_jvp(q, k, v, tq, impl="triton"),
-                     "generic": lambda: attention_jvp(q, k, v, tq, *still, impl="triton")}, repeats, "cuda")  # fmt: skip
-        ratio, more = t["skipped"] / t["generic"], errors("cuda", torch.bfloat16, "triton")
-    else:
-        ratio, more = None, []
-        for name in ("iid", "K common mode x4", "K common mode x10"):
-            case = f"cuda triton, bfloat16, N=1024 D=64, {name}"
-            more.append(_row(case, "tangent relative error", None, "<= 2.5e-3", "needs a GPU", "cuda"))
-    case = "cuda triton, cross-attention 4096x512, H=24 D=128 bf16"
-    detail = "" if here else "needs a GPU"
-    return [*rows, _row(case, "time over the generic JVP", ratio, "<= 0.72", detail, "cuda"), *more]
+            label = "SDPA math JVP" if name == "math" else name
+            goal = {"math": ">= 3.5" if n == 8192 else "", "jvp_flash_attention": ">= 1.5"}.get(name, "")
+            yield _row(case, f"times faster than {label}", seconds / t["ours"], goal, detail, "cuda")
+        extra = peak_extra_bytes(calls["ours"], "cuda") / 2**30
+        goal = "<= 0.5" if n == 8192 and d == 128 else ""
+        yield _row(case, "peak extra GiB", extra, goal, "outputs included", "cuda")
 
 
-def main() -> None:
+def _without_gpu() -> Iterator[Row]:
+    for case, (_, d, n) in SELF.items():
+        goals = [("TFLOP/s, 6 matmuls", ">= 400" if n >= 4096 else "")]
+        goals += [("times faster than SDPA math JVP", ">= 3.5" if n == 8192 else "")]
+        goals += [("times faster than jvp_flash_attention", ">= 1.5")]
+        goals += [("peak extra GiB", "<= 0.5" if n == 8192 and d == 128 else "")]
+        for metric, goal in goals:
+            yield _row(case, metric, None, goal, "needs a GPU", "cuda")
+    yield _row(CROSS, "time over the generic JVP", None, "<= 0.72", "needs a GPU", "cuda")
+    for name in ("iid", "K common mode x4", "K common mode x10"):
+        case = f"cuda triton, bfloat16, N=1024 D=64, {name}"
+        yield _row(case, "tangent relative error", None, "<= 2.5e-3", "needs a GPU", "cuda")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
     """Measures what this machine can and writes the CSV."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="whose rows alone; both when left out")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="the CSV to put them into")
     parser.add_argument("--probe", nargs=2, metavar=("NAME", "N"))
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
     if arguments.probe:
         print(probe(arguments.probe[0], int(arguments.probe[1])))
         return
     repeats = 4 if arguments.quick else 15
-    torch.set_num_threads(2)
-    write(cpu_self(1024, repeats))
-    write(cpu_cross(repeats))
-    write(errors("cpu", torch.bfloat16, "chunked"))
-    write(gpu(repeats))
-    write(cpu_self(4096, max(2, repeats // 3)))
+    if arguments.device != "cpu":  # first: on a CPU 4096 tokens take minutes
+        for row in gpu(repeats):
+            write([row], arguments.out)
+    if arguments.device != "cuda":
+        torch.set_num_threads(2)
+        write(cpu_self(1024, repeats), arguments.out)
+        write(cpu_cross(repeats), arguments.out)
+        write(errors("cpu", torch.bfloat16, "chunked"), arguments.out)
+        write(cpu_self(4096, max(2, repeats // 3)), arguments.out)
 
 
 if __name__ == "__main__":

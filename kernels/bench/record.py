@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from fewstep.files import commit
+from fewstep.files import atomic_path, commit
 
 FOLDER = Path(__file__).parent
 RESULTS = FOLDER / "results.csv"
@@ -89,7 +89,7 @@ def write(rows: list[Row], path: Path = RESULTS) -> None:
         if row.value == UNMEASURED and key in merged and merged[key].value != UNMEASURED:
             continue
         merged[key] = row
-    with path.open("w", newline="") as file:
+    with atomic_path(path) as temporary, temporary.open("w", newline="") as file:
         writer = csv.DictWriter(file, [f.name for f in fields(Row)], lineterminator="\n")
         writer.writeheader()
         writer.writerows(asdict(r) for r in merged.values())

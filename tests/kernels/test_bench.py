@@ -30,7 +30,7 @@ def test_measured_rows_say_where_and_the_rest_say_unmeasured():
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU would be measured")
 def test_without_a_gpu_no_gpu_row_has_a_value():
-    rows = attention.gpu(1)
+    rows = list(attention.gpu(1))
     assert len(rows) >= 20
     assert {row.value for row in rows} == {record.UNMEASURED}
 
