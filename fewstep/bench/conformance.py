@@ -115,7 +115,9 @@ def record(path: Path, outcome: Outcome) -> None:
     lines = path.read_text().splitlines() if path.exists() else []
     kept = [line for line in lines if json.loads(line)["recipe"] != outcome.recipe]
     with atomic_path(path) as temporary:
-        temporary.write_text("\n".join([*kept, json.dumps(asdict(outcome))]) + "\n")
+        temporary.write_text(
+            "\n".join([*kept, json.dumps({k: v for k, v in asdict(outcome).items() if k != "before" or v})]) + "\n"
+        )
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -61,10 +61,14 @@ def record(sources: Sequence[Path], out: Path) -> list[Entry]:
             made[entry.key] = entry if earlier is None else joined(earlier, entry)
     kept = _kept(out) if out.exists() else []
     every = {e.key: e for e in kept} | made
-    lines = [json.dumps(asdict(every[key])) for key in sorted(every, key=str)]
+    lines = [json.dumps(_line(every[key])) for key in sorted(every, key=str)]
     with atomic_path(out) as temporary:
         temporary.write_text("\n".join(lines) + "\n")
     return list(made.values())
+
+
+def _line(entry: Entry) -> dict[str, Any]:
+    return {k: v for k, v in asdict(entry).items() if k != "before" or v}
 
 
 def _kept(out: Path) -> list[Entry]:
