@@ -55,7 +55,7 @@ class Hub:
     """What a served hub holds and has been asked.
 
     files: content by repository and path. made: bodies of create_repo. commits: (repository, branch, message, paths).
-    asked: method and path of every request. tokens: those that came with them. deny: the status of every answer.
+    asked: method and path of every request. tokens: those that came with them, "" for none. deny: the status of every answer.
     public: what it says of every repository.
     """
 
@@ -64,7 +64,7 @@ class Hub:
     commits: list[tuple[str, str, str, list[str]]] = field(default_factory=list)
     branches: list[str] = field(default_factory=list)
     asked: list[str] = field(default_factory=list)
-    tokens: set[str] = field(default_factory=set)
+    tokens: dict[str, str] = field(default_factory=dict)
     deny: int = 0
     public: bool = False
     url: str = ""
@@ -89,7 +89,7 @@ class _Handler(BaseHTTPRequestHandler):
         """(the path's parts, the body); None where the request has been refused."""
         path = unquote(urlsplit(self.path).path).strip("/")
         self.hub.asked.append(f"{self.command} {path}")
-        self.hub.tokens.add((self.headers.get("Authorization") or "").removeprefix("Bearer "))
+        self.hub.tokens[self.hub.asked[-1]] = (self.headers.get("Authorization") or "").removeprefix("Bearer ")
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
         if self.hub.deny:
             self._answer({"error": "refused"}, self.hub.deny)
