@@ -55,7 +55,7 @@ class Hub:
     """What a served hub holds and has been asked.
 
     files: content by repository and path. made: bodies of create_repo. commits: (repository, branch, message, paths).
-    asked: method and path of every request. tokens: those that came with them, "" for none. deny: the status of every answer.
+    asked: method and path of every request. tokens: by request, "" for none. deny: the status of every answer.
     public: what it says of every repository.
     """
 
