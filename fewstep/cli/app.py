@@ -73,6 +73,9 @@ Settings = Annotated[
 Force = Annotated[bool, typer.Option("--force", help="Overwrite what is there.")]
 Steps = Annotated[int | None, typer.Option(help="Network calls (a teacher: Heun steps).")]
 TrustCode = Annotated[bool, typer.Option("--trust-code", help="Run the code that a recipe or run names.")]
+Download = Annotated[
+    bool, typer.Option("--download", help="Fetch what is named org/name and not in the Hugging Face cache.")
+]
 AnySteps = Annotated[bool, typer.Option("--any", help="Allow a number of steps the student was not trained for.")]
 
 

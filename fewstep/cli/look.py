@@ -9,6 +9,7 @@ import typer
 
 from fewstep.cli.app import (
     AnySteps,
+    Download,
     Force,
     Json,
     MethodName,
@@ -223,7 +224,7 @@ def recipes_expect(
 
 
 @recipes.command("check", epilog="Example: `fewstep recipes check mine.yaml`")
-def recipes_check(name: RecipeName, settings: Settings = None) -> None:
+def recipes_check(name: RecipeName, settings: Settings = None, download: Download = False) -> None:
     """Check a recipe and print all its problems, or the stages it would run.
 
     Exit code 0; 2 for a recipe that cannot train, with file and line; 3 where a part of it could not be checked, because
@@ -231,7 +232,7 @@ def recipes_check(name: RecipeName, settings: Settings = None) -> None:
     """
     from fewstep.commands.check_recipe import check
 
-    lines, missing = check(name, settings or [])
+    lines, missing = check(name, settings or [], download)
     for line in [*lines, *missing]:
         typer.echo(line)
     if missing:

@@ -48,7 +48,9 @@ def evaluate(request: Request) -> None:
     epilog="Example: `fewstep check-teacher my-sdxl --size 128x128`",
 )
 def check_teacher(
-    path: Annotated[str, typer.Argument(help="A diffusers pipeline folder, or assets:NAME.")],
+    path: Annotated[
+        str, typer.Argument(help="A diffusers pipeline folder, assets:NAME, or org/name in the Hugging Face cache.")
+    ],
     size: Annotated[
         str | None, typer.Option(help="Height x width of x (latents, where there is a VAE), such as 64x64.")
     ] = None,

@@ -66,6 +66,31 @@ def extract(
 
 @app.command(
     rich_help_panel="Ship",
+    epilog="Examples:\n\n"
+    "`fewstep push runs/mine/export org/mine-4step --dry-run`\n\n"
+    "`fewstep push runs/mine/export org/mine-4step --private --revision v1`",
+)
+def push(
+    folder: Annotated[Path, typer.Argument(help="What `fewstep export` wrote.")],
+    name: Annotated[str, typer.Argument(help="The repository on the hub, org/name; made where it is not there.")],
+    private: Annotated[bool, typer.Option("--private", help="Make it private.")] = False,
+    revision: Annotated[str | None, typer.Option(help="Branch, made where it is not there [default: main].")] = None,
+    message: Annotated[str | None, typer.Option(help="Of the commit.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="List the files, upload nothing; needs no token.")] = False,
+) -> None:
+    """Upload an export to the Hugging Face hub, with the token of `hf auth login` or HF_TOKEN.
+
+    Only files that fewstep wrote go. The card may be edited before; that of a pipeline's student has to name its licence
+    and its base model.
+    """
+    from fewstep.commands.push import push as job
+
+    for line in job(folder, name, private=private, revision=revision, message=message, dry_run=dry_run):
+        typer.echo(line)
+
+
+@app.command(
+    rich_help_panel="Ship",
     epilog="Example: `fewstep invert runs/digits-icd pictures --out codes.safetensors --classes 3`",
 )
 @may_run_code

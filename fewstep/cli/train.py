@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from fewstep.cli.app import Force, RecipeName, Settings, app, by_fields, may_run_code, recipe_names
+from fewstep.cli.app import Download, Force, RecipeName, Settings, app, by_fields, may_run_code, recipe_names
 from fewstep.commands.fit_request import FitRequest
 
 
@@ -19,7 +19,12 @@ class Weights(StrEnum):
     none = "none"
 
 
-@app.command(rich_help_panel="Train", epilog="Example: `fewstep run digits-dmd2 train.steps=100 --out runs/short`")
+@app.command(
+    rich_help_panel="Train",
+    epilog="Examples:\n\n"
+    "`fewstep run digits-dmd2 train.steps=100 --out runs/short`\n\n"
+    "`fewstep run mine.yaml teacher.path=org/name teacher.revision=v1.0 --download`",
+)
 @may_run_code
 def run(
     recipe: RecipeName,
@@ -31,6 +36,7 @@ def run(
         Path | None,
         typer.Option("--from", help="Go on from another run or its checkpoint RUN/step-N with these settings."),
     ] = None,
+    download: Download = False,
 ) -> None:
     """Train a recipe, sample it, export it and measure it against its teacher.
 
@@ -40,7 +46,7 @@ def run(
     """
     from fewstep.commands.run import run_recipe
 
-    run_recipe(recipe, settings or [], out, resume, force, start)
+    run_recipe(recipe, settings or [], out, resume, force, start, download)
 
 
 @app.command(
@@ -55,7 +61,12 @@ def new(
     data: Annotated[
         Path | None, typer.Option(help="Folder of pictures; sub-folders are classes. Or one of `fewstep cache-latents`.")
     ] = None,
-    teacher: Annotated[str | None, typer.Option(help="Folder of a diffusers pipeline; left out: one is trained.")] = None,
+    teacher: Annotated[
+        str | None,
+        typer.Option(
+            help="Folder of a diffusers pipeline, or org/name in the Hugging Face cache; left out: one is trained."
+        ),
+    ] = None,
     method: Annotated[str, typer.Option(help="dmd2, sid or consistency; a pipeline: dmd2.")] = "dmd2",
     lora: Annotated[bool, typer.Option("--lora", help="Train LoRA sets and not whole networks.")] = False,
     prompts: Annotated[
@@ -119,6 +130,7 @@ def plan(
     ] = Weights.read,
     shape: Annotated[str | None, typer.Option(help="Of x, with --weights none [default: the family's].")] = None,
     text: Annotated[str | None, typer.Option(help="Tokens x width, with --weights none [default: the family's].")] = None,
+    download: Download = False,
 ) -> None:
     """Estimate the memory of a run before it is launched, and which switches lower it.
 
@@ -136,7 +148,7 @@ def plan(
     if weights is Weights.read and (shape or text):
         raise UserError(f"{'--shape' if shape else '--text'}: is for --weights none; else the data say it")
     bare = sizes if weights is Weights.none else None
-    if report(recipe, settings or [], processes, measure, bare) is None:
+    if report(recipe, settings or [], processes, measure, bare, download) is None:
         raise typer.Exit(3)
 
 

@@ -6,20 +6,25 @@ from collections.abc import Sequence
 from typing import Any
 
 from fewstep.commands.check_roles import Roles, look
-from fewstep.config import Source, UserError, validate
+from fewstep.config import Absent, Source, UserError, validate
 from fewstep.export.forecast import foretold, refused
 from fewstep.export.levels import agree, levels_of, trained_levels
-from fewstep.networks.folder import hub_hint
+from fewstep.recipe.pinned import fetched, pinned
 from fewstep.recipe.schema import Recipe
 from fewstep.recipe.source import read
 from fewstep.train.product import product_of
 
 
-def check(name: str, settings: Sequence[str]) -> tuple[list[str], list[str]]:
-    """`fewstep recipes check`: (its lines, what could not be checked); RecipeError or UserError for what cannot train."""
+def check(name: str, settings: Sequence[str], download: bool = False) -> tuple[list[str], list[str]]:
+    """`fewstep recipes check`: (its lines, what could not be checked); RecipeError or UserError for what cannot train.
+
+    download: fetch the repositories of the hub that it names, as far as they are not in the hub's cache.
+    """
     source = read(name, settings)
     recipe = validate(Recipe, source)
-    _refuse_hub_ids(recipe)
+    if download:
+        fetched(recipe)
+    _refuse_absent(recipe)
     roles = look(recipe, source)
     lines = [f"{stage.method.name}, {stage.steps} steps" for stage in recipe.stages()]
     lines += check_recipe(recipe, source, roles).splitlines()
@@ -33,7 +38,7 @@ def check_recipe(recipe: Recipe, source: Source | None = None, roles: Roles | No
     UserError when training and evaluation cannot agree, RecipeError when a method cannot train a student of the
     process that the teacher's files give it; with `source` it begins with the file and line.
     """
-    _refuse_hub_ids(recipe)
+    _refuse_absent(recipe)
     roles = roles or look(recipe, source)
     if "student" not in roles.modules:
         return "schedule and export: not known without the student"
@@ -61,11 +66,9 @@ class _Data:
         self.shape, self.classes = roles.shape, roles.classes or 0
 
 
-def _refuse_hub_ids(recipe: Recipe) -> None:
-    """UserError for a teacher, an encoder or a VAE that is named as a hub names it: no folder will come of it."""
-    data: Any = recipe.data
-    parts = {"teacher": recipe.teacher, "data.encoder": getattr(data, "encoder", None)}
-    paths = {f"{key}.path": getattr(part, "path", None) for key, part in parts.items()}
-    for key, path in (paths | {"data.vae": getattr(data, "vae", None)}).items():
-        if path is not None and hub_hint(str(path)):
-            raise UserError(f"{key} {path}: no such folder{hub_hint(str(path))}")
+def _refuse_absent(recipe: Recipe) -> None:
+    """UserError for a teacher, an encoder or a VAE by a hub's name that is not in the hub's cache."""
+    try:
+        pinned(recipe)
+    except Absent as error:
+        raise UserError(str(error)) from None

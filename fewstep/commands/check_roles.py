@@ -148,7 +148,7 @@ def _teacher(spec: Any, data: Any, found: Roles) -> nn.Module:
         spec.check(net, Site(found.shape, found.classes or 0, {}, 0, found.image))
     else:
         found.shape = (wrapper.channels(), *wrapper.sample_size())
-    read_folder(spec.path).require_agreement()
+    read_folder(spec.folder).require_agreement()
     return net if spec.process is None else Rescheduled(net, spec.process)
 
 

@@ -22,9 +22,9 @@ from fewstep.config import UserError
 from fewstep.eval.protocol.preset import require_files
 from fewstep.export.fitted import fit_card
 from fewstep.files import commit, whole_folder
-from fewstep.networks import code
+from fewstep.networks import code, hub
 from fewstep.networks.diffusers import wrapper_of
-from fewstep.networks.folder import hub_hint, read_folder, resolve
+from fewstep.networks.folder import read_folder, resolve
 from fewstep.recipe.schema import Recipe
 from fewstep.recipe.source import shipped
 from fewstep.recipe.store import dump, load, load_run
@@ -96,7 +96,7 @@ def teacher_at(request: FitRequest) -> Teacher:
     if path.is_dir():
         return _of_folder(path, request.source)
     if request.source not in shipped() and path.suffix not in (".yaml", ".yml"):
-        raise UserError(f"{request.source}: no such folder, run directory or recipe{hub_hint(request.source)}")
+        raise UserError(f"{request.source}: no such folder, run directory or recipe{hub.hint(request.source)}")
     recipe = load(request.source)
     allow_own_code(request.source, (), recipe)
     return _of_recipe(recipe, Path(request.source).stem)
@@ -129,7 +129,8 @@ def _of_folder(path: Path, shown: str) -> Teacher:
             f"{shown}: is an exported student of {len(product.sampler.steps)} steps, which answers well at its trained "
             "levels only; name the teacher that it was distilled from"
         )
-    return Teacher(product=product, of="folder", source=shown if shown.startswith("assets:") else str(path.resolve()))
+    by_name = shown.startswith("assets:") or hub.repository(shown)
+    return Teacher(product=product, of="folder", source=hub.pinned(shown) if by_name else str(path.resolve()))
 
 
 def _of_recipe(recipe: Recipe, name: str) -> Teacher:

@@ -82,7 +82,7 @@ def teacher_levels(recipe: Any, teacher: Any, size: tuple[int, ...], steps: int)
         raise UserError("evaluate.teacher_grid: own is the grid of a diffusers folder; this recipe's teacher is none")
     net, process = found[0], teacher.process
     try:
-        own = own_levels(read_folder(spec.path), net, size, steps)
+        own = own_levels(read_folder(spec.folder), net, size, steps)
     except _FAILS as error:
         raise UserError(
             f"evaluate.teacher_grid: the scheduler of {spec.path} takes no {steps} steps: {error}; choose other "

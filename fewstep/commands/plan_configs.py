@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from fewstep.algebra.draws import Draws
 from fewstep.config import Absent, UserError
 from fewstep.export.forecast import bare_model, outlined_teacher, refuse_code
-from fewstep.files import expanded, read_json
+from fewstep.files import read_json
+from fewstep.networks import hub
 from fewstep.networks.adapters import frozen
 from fewstep.networks.denoiser import Rescheduled
 from fewstep.networks.diffusers import DTYPES
@@ -70,13 +71,15 @@ def shipped() -> dict[str, Path]:
 
 def located(path: str) -> str:
     """A teacher's folder: itself where it is there, or the shipped configs of the hub's repository of that name."""
-    if path.startswith("assets:") or expanded(path).exists():
+    if path.startswith("assets:") or resolve(path).exists():
         return path
-    known = shipped()
-    name = next((folder.name for key, folder in known.items() if Path(path).name == Path(key).name), None)
+    known, repo = shipped(), hub.repository(path)
+    called = Path(repo.name if repo else path).name
+    name = next((folder.name for key, folder in known.items() if called == Path(key).name), None)
     if name is None:
+        fetch = f"; fetch its own with `{repo.command}` or --download" if repo and hub.hint(path) else ""
         raise Absent(
-            f"teacher {path}: no such folder, and no shipped configs of that name; those are of {', '.join(known)}"
+            f"teacher {path}: no such folder, and no shipped configs of that name; those are of {', '.join(known)}{fetch}"
         )
     return f"assets:{SHIPPED}/{name}"
 
@@ -122,8 +125,9 @@ def bare_session(recipe: Recipe, sizes: Sizes, mode: Any) -> Session:
     with shapes():
         if spec is not None and spec.name == "diffusers":
             refuse_code("teacher", spec)
-            asked, spec = spec.path, replace(spec, path=located(spec.path))
-            name = spec.path if spec.path == asked else f"{spec.path} in place of {asked}"
+            asked, place = spec.folder, located(spec.folder)
+            spec = spec if place == asked else replace(spec, path=place, revision=None)
+            name = asked if place == asked else f"{place} in place of {asked}"
             known = sizes.shape or getattr(recipe.data, "shape", None)
             teacher = outlined_teacher(spec, SimpleNamespace(shape=known or ()), model=_model(spec))
             wrapper: Any = teacher.net
@@ -201,7 +205,7 @@ class BareSession(Session):
 
 def _model(spec: Any) -> nn.Module:
     """The network of a teacher's folder in its dtype; what diffusers keeps in float32 is kept so."""
-    model: nn.Module = bare_model(read_folder(spec.path))
+    model: nn.Module = bare_model(read_folder(spec.folder))
     kept, dtype = tuple(getattr(model, "_keep_in_fp32_modules", None) or ()), DTYPES[spec.dtype]
     for name, module in model.named_modules():
         for key, p in module._parameters.items():

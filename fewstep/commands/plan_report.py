@@ -12,6 +12,7 @@ from fewstep.commands.plan_configs import Sizes
 from fewstep.commands.plan_rows import RoleMemory, without_code
 from fewstep.config import UserError
 from fewstep.networks import code
+from fewstep.recipe.pinned import fetched
 from fewstep.recipe.schema import Recipe
 from fewstep.recipe.store import load
 
@@ -22,10 +23,11 @@ def report(
     processes: int = 1,
     measure: bool = False,
     sizes: Sizes | None = None,
+    download: bool = False,
 ) -> Plan | None:
     """`fewstep plan`: print the estimate of a recipe; with `measure` also what two real steps took.
 
-    sizes: from configs alone, see `plan`.
+    sizes: from configs alone, see `plan`. download: fetch what the recipe names of the hub, with `sizes` configs alone.
 
     None, with what can be told without it, for a recipe that names code: that is not run here.
     """
@@ -36,6 +38,8 @@ def report(
     if measure and sizes is not None:
         raise UserError("plan: --measure takes real steps, for which there are no weights; leave --weights none out")
     recipe = load(name, settings)
+    if download:
+        fetched(recipe, configs=sizes is not None)
     console = Console()
     if not all(map(code.is_allowed, code.named(recipe).values())):
         _report_known(console, name, recipe, measure)

@@ -65,7 +65,7 @@ def without_code(recipe: Recipe) -> tuple[dict[str, RoleMemory], list[str]]:
             continue
         if name == "teacher":
             if spec.name == "diffusers":
-                model = bare_model(read_folder(spec.path))
+                model = bare_model(read_folder(spec.folder))
                 shapes[name] = list(model.parameters()), buffers_of(model)
                 size = bytes_of(shapes[name][0]) + shapes[name][1]
                 rows[name] = RoleMemory(weights=size * _BYTES[spec.dtype] // 4)

@@ -23,11 +23,12 @@ from fewstep.config import UserError
 from fewstep.eval.protocol.evaluation import distance_of, environment
 from fewstep.networks import code
 from fewstep.recipe.diff import differences
+from fewstep.recipe.pinned import repositories
 from fewstep.recipe.schema import Recipe
 from fewstep.recipe.source import shipped
 from fewstep.recipe.store import load, load_run
 from fewstep.recipe.success import MEASURED, parse
-from fewstep.train.claim import held, read_origin, write_origin
+from fewstep.train.claim import held, read_origin, settled, write_origin
 from fewstep.train.guard import Stopped
 from fewstep.train.log import read_log
 from fewstep.train.product import product_of
@@ -47,9 +48,17 @@ def default_name(recipe: str) -> str:
 
 
 def run_recipe(
-    name: str, settings: Sequence[str], out: Path | None, resume: bool, force: bool, start: Path | None = None
+    name: str,
+    settings: Sequence[str],
+    out: Path | None,
+    resume: bool,
+    force: bool,
+    start: Path | None = None,
+    download: bool = False,
 ) -> Path:
     """`fewstep run`: train, sample, export, evaluate; `start` is the run or checkpoint to go on from.
+
+    download: as `fewstep.train.claim.settled` takes it.
 
     SystemExit with the code of `finish` where that failed, with GUARDED where `train.guard` ended it.
     """
@@ -57,6 +66,7 @@ def run_recipe(
     allow_own_code(name, settings, recipe)
     run = out or Path("runs") / default_name(name)
     begin = _beginning(start, run, resume)
+    recipe = settled(recipe, run if resume else None, download=download)
     # Builds every role: what is missing is said before the directory is claimed.
     with explained(name, settings, recipe, run, start=start):
         trainer = Trainer(recipe, None)
@@ -76,6 +86,8 @@ def run_recipe(
         if main:
             console.print(f"[bold]{name}[/]: {recipe.about}")
             console.print(f"run directory {run}" + (f", continued at step {trainer.progress.done}" if continued else ""))
+            for repo in repositories(recipe):
+                console.print(f"{repo.name} of the Hugging Face hub at {repo.revision}", soft_wrap=True, highlight=False)
             changed = [] if begin is None else _say_beginning(begin, recipe, trainer)
             write_origin(run, {**read_origin(run), **_origin(name, settings, begin, changed)})
             if hasattr(trainer.data, "about"):

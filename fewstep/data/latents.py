@@ -19,7 +19,8 @@ from fewstep.data.text import Text, embed
 from fewstep.eval.protocol.images import to_pixels
 from fewstep.eval.protocol.real import RealPictures, tensor_digest
 from fewstep.files import expanded, read_json
-from fewstep.networks.folder import hub_hint, read_latents
+from fewstep.networks import hub
+from fewstep.networks.folder import read_latents, resolve
 from fewstep.networks.weights import load_part, refuse_pickles
 
 
@@ -36,7 +37,7 @@ def vae_files(path: str) -> list[Path]:
 
 def vae_folder(path: str) -> Path:
     """A folder with a VAE: itself, or vae/ of a pipeline."""
-    root = expanded(path)
+    root = resolve(path)
     for found in (root / "vae", root):
         if (found / "config.json").is_file():
             if any(found.glob("*.safetensors")):
@@ -44,10 +45,9 @@ def vae_folder(path: str) -> Path:
             kind = str(read_json(found / "config.json").get("_class_name", "AutoencoderKL"))
             refuse_pickles(found, f"vae {path}", "diffusers", kind)
     if not root.is_dir():
-        raise Absent(f"vae {path}: no such folder{hub_hint(path)}")
-    raise UserError(
-        f"vae {path}: no config.json with .safetensors weights in it or in its vae/; name a VAE or a pipeline folder"
-    )
+        raise Absent(f"vae {path}: no such folder{hub.hint(path)}")
+    told = "no config.json with .safetensors weights in it or in its vae/; name a VAE or a pipeline folder"
+    raise UserError(f"vae {path}: {told}{hub.mend(root)}")
 
 
 class Encoder:

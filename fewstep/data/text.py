@@ -17,7 +17,8 @@ from fewstep.algebra.condition import joined, moved, nulled, zeros_like
 from fewstep.config import Absent, Count, UserError, part
 from fewstep.data.shards import Shards, longer, sha256_of
 from fewstep.files import expanded, lines_of, read_json, text_of
-from fewstep.networks.folder import hub_hint, read_latents
+from fewstep.networks import hub
+from fewstep.networks.folder import read_latents, resolve
 from fewstep.networks.weights import load_text_model
 
 Encode = Callable[[Sequence[str]], dict[str, Tensor]]
@@ -33,13 +34,13 @@ def default_cache() -> Path:
 
 
 def _folder(path: str, inside: str) -> Path:
-    root = expanded(path)
+    root = resolve(path)
     if not root.is_dir():
-        raise Absent(f"encoder {path}: no such folder{hub_hint(path)}")
+        raise Absent(f"encoder {path}: no such folder{hub.hint(path)}")
     if not (root / inside).exists():
         raise UserError(
             f"encoder {path}: {inside} is missing; a folder that save_pretrained wrote has it. Save the pipeline whole, "
-            "or name another folder with the encoder"
+            f"or name another folder with the encoder{hub.mend(root)}"
         )
     return root
 

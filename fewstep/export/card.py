@@ -15,6 +15,7 @@ import yaml
 
 from fewstep import __version__
 from fewstep.export.base import Rows
+from fewstep.networks import hub
 from fewstep.networks.folder import Folder
 from fewstep.recipe.store import dump
 from fewstep.train.product import Product
@@ -137,11 +138,12 @@ def front_of(source: Folder, video: bool, text: bool, picture: bool = False) -> 
     """What the hub reads of a student of this teacher: its task, and licence and base where the teacher's folder says.
 
     picture: its pipeline is handed one, with or without text. The licence is that of the teacher's README; the base is
-    the hub's id that its index or the network's config was saved under.
+    the hub's name that the teacher goes by, or that its index or the network's config was saved under.
     """
     task = "image-to-image" if picture else f"text-to-{'video' if video else 'image'}"
     out = {"pipeline_tag": task} if text or picture else {}
-    ids = (str(told.get("_name_or_path", "")) for told in (source.index, source.config))
+    repo = hub.repository(source.shown)
+    ids = [repo.name if repo else "", *(str(told.get("_name_or_path", "")) for told in (source.index, source.config))]
     base = next((name for name in ids if re.fullmatch(_HUB_ID, name) and not Path(name).exists()), None)
     if base:
         out["base_model"] = base

@@ -148,7 +148,7 @@ def outlined_teacher(spec: Any, data: Any = None, classes: int | None = None, mo
 
     model: the network in place of one without weights.
     """
-    folder = read_folder(spec.path)
+    folder = read_folder(spec.folder)
     schedule = dict(folder.scheduler) | ({"prediction_type": spec.prediction} if spec.prediction else {})
     read_scheduler(schedule, str(folder.scheduler_file), tokens=256)
     # A wrapper of the user's own may look at any part of the model.

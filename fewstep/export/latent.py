@@ -161,7 +161,7 @@ def source_of(product: Product) -> Folder:
     fitted = product.fitted is not None and product.fitted.of == "folder"
     if not fitted and getattr(spec, "name", None) != "diffusers":
         raise ExportRefused("the recipe's teacher is no diffusers folder, so there is no pipeline to put it into")
-    folder = read_folder(product.fitted.source if product.fitted is not None and fitted else spec.path)
+    folder = read_folder(product.fitted.source if product.fitted is not None and fitted else spec.folder)
     folder.require_agreement()
     folder.require_components()
     if not folder.index:

@@ -13,9 +13,10 @@ from fewstep.algebra.process import DiscreteVP
 from fewstep.config import UserError
 from fewstep.export.picture import IF_PIPELINES, no_noise, whole_model
 from fewstep.export.stock import without_variance
-from fewstep.files import expanded, read_json
+from fewstep.files import read_json
 from fewstep.networks.adapters import plain_copy
 from fewstep.networks.denoiser import Denoiser
+from fewstep.networks.folder import resolve
 from fewstep.networks.wrappers.unet_condition import UNetCondition
 from fewstep.train.product import Product
 
@@ -69,7 +70,7 @@ def save_text_teacher(product: Product, folder: Path) -> None:
         IF_TOKENS,
         ("text",),
     ):
-        _add_encoder(folder, expanded(encoder.path))
+        _add_encoder(folder, resolve(encoder.path))
 
 
 def _add_encoder(to: Path, root: Path) -> None:

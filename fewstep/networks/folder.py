@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -17,7 +16,7 @@ from torch import nn
 
 from fewstep.config import Absent, UserError
 from fewstep.files import expanded, read_json
-from fewstep.networks import single_file
+from fewstep.networks import hub, single_file
 from fewstep.networks.weights import load_part, refuse_pickles, refuse_variants
 
 _SCALING = {"AutoencoderKL": 0.18215, "AutoencoderDC": 1.0}
@@ -42,20 +41,11 @@ def part_of(entry: Any) -> bool:
 
 
 def resolve(path: str) -> Path:
-    """A folder; `assets:NAME` is one that ships with fewstep."""
+    """A folder; `assets:NAME` is one that ships with fewstep, `org/name[@revision]` one in the hub's cache."""
     if path.startswith("assets:"):
         return Path(str(files("fewstep.assets"))) / path.removeprefix("assets:")
-    return expanded(path)
-
-
-def hub_hint(path: str) -> str:
-    """What to do about a path that is no folder here but reads as an id of the Hugging Face hub; "" for others."""
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", path) or path.startswith(".") or Path(path).parent.exists():
-        return ""
-    name = path.partition("/")[2]
-    return (
-        f"; fewstep downloads nothing: if that is a hub's id, run `hf download {path} --local-dir {name}` and give {name}"
-    )
+    repo = hub.repository(path)
+    return (hub.cached(repo) if repo else None) or expanded(path)
 
 
 def number(
@@ -202,7 +192,7 @@ class Folder:
                 other = "; or set it to [null, null] there and name a folder that has it in data.encoder.path"
                 raise UserError(
                     f"teacher {self.shown}: {name}/ is missing, and model_index.json names it ({entry[1]}); copy it "
-                    f"from the original pipeline{other if words else ''}"
+                    f"from the original pipeline{other if words else ''}{hub.mend(self.root)}"
                 )
             # The network's own is for its wrapper to read.
             if name != self.component:
@@ -252,7 +242,7 @@ def read_folder(path: str, dtype: torch.dtype = torch.float32) -> Folder:
         raise UserError(single_file.refusal(root, path))
     if not root.is_dir():
         digits = "; train one with `fewstep run digits-teacher`" if "digits" in path else ""
-        hint = hub_hint(path) or digits or "; give the path of a diffusers pipeline folder"
+        hint = hub.hint(path) or digits or "; give the path of a diffusers pipeline folder"
         raise Absent(f"teacher {path}: no such folder{hint}")
     component = "transformer" if (root / "transformer").is_dir() else "unet"
     if component == "transformer" and (root / "unet").is_dir():
@@ -260,7 +250,8 @@ def read_folder(path: str, dtype: torch.dtype = torch.float32) -> Folder:
     schedule = root / "scheduler" / "scheduler_config.json"
     for needed in (root / component / "config.json", schedule):
         if not needed.is_file():
-            raise UserError(f"teacher {path}: {needed.relative_to(root)} is missing; a diffusers pipeline has it")
+            told = "a diffusers pipeline has it"
+            raise UserError(f"teacher {path}: {needed.relative_to(root)} is missing; {told}{hub.mend(root)}")
     index = read_json(root / "model_index.json") if (root / "model_index.json").is_file() else {}
     named = index.get("scheduler")
     # A config without a class is opened as the index says, which is the one that diffusers goes by.

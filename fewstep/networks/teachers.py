@@ -16,6 +16,7 @@ from fewstep.networks.adapters import frozen
 from fewstep.networks.analytic import Length, ring
 from fewstep.networks.denoiser import Denoiser, Rescheduled, TimeInput
 from fewstep.networks.folder import resolve
+from fewstep.networks.hub import NAME
 from fewstep.networks.parts import NetworkPart, Site, check_prediction
 
 
@@ -24,7 +25,9 @@ class DiffusersTeacher:
     """A frozen teacher from a diffusers folder; class, process and prediction are read from its own configs."""
 
     path: str
-    """Folder, or assets:NAME for one that ships with fewstep."""
+    """Folder, assets:NAME for one that ships with fewstep, or org/name in the Hugging Face cache."""
+    revision: str | None = None
+    """Branch, tag or commit of org/name; main when left out. What a run writes down is the commit."""
     classes: int | None = None
     """Real classes when the folder does not say (UNets with a null class have one embedding more)."""
     process: ProcessPart | None = None
@@ -44,10 +47,22 @@ class DiffusersTeacher:
 
     def __post_init__(self) -> None:
         check_keys((*self.ignore, *self.see, *self.see.values()), "ignore, see")
+        if self.revision is None:
+            return
+        named = NAME.fullmatch(self.path)
+        if named is None:
+            raise ValueError(f"revision {self.revision!r} is of a hub's repository, path: org/name, not of {self.path}")
+        if named[2] is not None or not NAME.fullmatch(self.folder):
+            raise ValueError(f"revision {self.revision!r}: expected one branch, tag or commit for {self.path}")
+
+    @property
+    def folder(self) -> str:
+        """The path, with the revision behind an @ where one is given; `read_folder` takes it."""
+        return self.path if self.revision is None else f"{self.path}@{self.revision}"
 
     def files(self) -> list[Path]:
         """The network's config and weights, and its noise schedule."""
-        root = resolve(self.path)
+        root = resolve(self.folder)
         component = root / ("transformer" if (root / "transformer").is_dir() else "unet")
         weights = list(component.glob("*.safetensors"))
         # Beside plain weights their variants (x.fp16.safetensors) are not read.
@@ -60,7 +75,7 @@ class DiffusersTeacher:
 
         size = site.shape[1:] if len(site.shape) in (3, 4) else None
         teacher = load_denoiser(
-            self.path,
+            self.folder,
             classes=self.classes or site.classes,
             size=size,
             prediction=self.prediction,
@@ -68,7 +83,7 @@ class DiffusersTeacher:
             wrapper=self.wrapper,
             dtype=self.dtype,
         )
-        read_folder(self.path).require_agreement()
+        read_folder(self.folder).require_agreement()
         self.check(teacher, site)
         teacher.ignore, teacher.see = self.ignore, self.see
         return frozen(teacher if self.process is None else Rescheduled(teacher, self.process))

@@ -15,6 +15,7 @@ from torch import nn
 
 from fewstep.config import UserError
 from fewstep.files import read_json, regular
+from fewstep.networks.hub import mend
 
 
 class NotFinite(UserError):
@@ -153,7 +154,7 @@ def load_part(sub: Path, said: str, kind: str, dtype: torch.dtype = torch.float3
     refuse_pickles(sub, said, "diffusers", kind)
     weights = check_whole(sub, said)
     if not weights:
-        raise UserError(f"{said}: {sub.name}/ has no .safetensors file")
+        raise UserError(f"{said}: {sub.name}/ has no .safetensors file{mend(sub)}")
     if not any(_variant(w, "diffusers") in ("", "fp16", "bf16") for w in weights):
         to = weights[0].with_name("diffusion_pytorch_model.safetensors")
         raise UserError(

@@ -23,6 +23,7 @@ from fewstep.files import (
 )
 from fewstep.networks import code
 from fewstep.recipe.diff import differences
+from fewstep.recipe.pinned import as_begun, fetched, pinned, repositories
 from fewstep.recipe.schema import Recipe
 from fewstep.recipe.store import dump, load_run
 
@@ -83,6 +84,21 @@ def claim(recipe: Recipe, run: Path) -> None:
     if read_mark(run) is None:
         write_mark(run, KIND)
     code.remember(run, recipe)  # so that it opens without --trust-code on this machine
+
+
+def settled(recipe: Recipe, run: str | Path | None = None, *, download: bool = False) -> Recipe:
+    """The recipe at the commits of the hub's repositories that it names: those of the run that it goes on in.
+
+    download: fetch what is not in the hub's cache. Absent, or UserError, says what to do about what is not there.
+    """
+    if not repositories(recipe):
+        return recipe
+    begun = None if run is None else Path(run)
+    if begun is not None and (read_mark(begun) or {}).get("kind") == KIND and (begun / "recipe.yaml").is_file():
+        recipe = as_begun(recipe, load_run(begun))
+    if download:
+        fetched(recipe)
+    return pinned(recipe)
 
 
 def keep_recipe(recipe: Recipe, run: Path) -> None:

@@ -21,7 +21,7 @@ from fewstep.kernels import use_fewstep_attention
 from fewstep.networks.roles import Roles
 from fewstep.recipe.schema import Recipe, Stage
 from fewstep.train import resume
-from fewstep.train.claim import claim, held, keep_recipe, read_origin, write_origin
+from fewstep.train.claim import claim, held, keep_recipe, read_origin, settled, write_origin
 from fewstep.train.guard import RETURNS, Guard, Stopped, said, way_back
 from fewstep.train.log import Log, read_log, start_trackers
 from fewstep.train.loop import Loop, Refused
@@ -92,8 +92,8 @@ class Trainer:
     ) -> None:
         if not isinstance(recipe, Recipe):
             raise TypeError(f"recipe: expected a Recipe, which fewstep.load reads, not a {type(recipe).__name__}")
-        self.recipe, self.hooks = recipe, hooks or Hooks()
-        self.session = Session(recipe, cpu=cpu)
+        recipe, self.hooks = settled(recipe, run), hooks or Hooks()
+        self.recipe, self.session = recipe, Session(recipe, cpu=cpu)
         self.loop = Loop(self.session, self._made_state)
         self.guard = Guard(self.session)
         self.accelerator, self.data = self.session.accelerator, self.session.data

@@ -13,6 +13,7 @@ import pytest
 import typer.main
 from calling import called
 from PIL import Image
+from tiny_hub import offline
 
 from fewstep.cli import app
 from fewstep.cli.app import method_names, recipe_names
@@ -101,9 +102,16 @@ def test_a_reference_is_made_by_a_command(call: Call, tmp_path: Path):
 
 
 @pytest.mark.parametrize("setting", ["teacher.path", "data.vae", "data.encoder.path"])
-def test_an_id_of_a_hub_is_told_with_the_download(call: Call, setting: str):
+def test_an_id_of_a_hub_is_told_with_the_download(
+    call: Call, setting: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    offline(monkeypatch, tmp_path)
     name = "stabilityai/stable-diffusion-xl-base-1.0"
     code, _, err = call("recipes", "check", "paper/dmd2-sdxl-4step-lora", f"{setting}={name}")
     assert code == 2
-    assert f"hf download {name} --local-dir stable-diffusion-xl-base-1.0" in err
+    assert err.startswith(
+        f"error: {setting} {name}: no such folder, and not in the Hugging Face cache at revision main; "
+    )
+    assert f"`hf download {name} --revision main`" in err
+    assert err.count("\n") == 1
     assert "digits" not in err

@@ -45,6 +45,7 @@ from fewstep.networks import code
 from fewstep.recipe.schema import Evaluate, Recipe
 from fewstep.recipe.source import shipped
 from fewstep.recipe.store import load
+from fewstep.train.claim import settled
 from fewstep.train.fitted import NAME, is_fit
 from fewstep.train.product import product_of
 
@@ -72,7 +73,7 @@ def compare(
     if points < 0 or points == 1:
         raise UserError(f"--curve must be 0 or at least 2, the end among them, not {points}")
     fits = [name for name in dict.fromkeys(recipes) if is_fit(Path(name))]
-    loaded = {name: load(name, [*settings, *NEVER]) for name in dict.fromkeys(recipes) if name not in fits}
+    loaded = {name: settled(load(name, [*settings, *NEVER])) for name in dict.fromkeys(recipes) if name not in fits}
     if not loaded:
         raise UserError("compare: name a recipe too; a fit trains nothing that a budget could be for")
     for name, recipe in loaded.items():

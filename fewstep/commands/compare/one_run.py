@@ -36,6 +36,7 @@ from fewstep.recipe.diff import differences
 from fewstep.recipe.schema import Evaluate, Recipe
 from fewstep.recipe.store import dump, load, load_run
 from fewstep.train.build import build_roles
+from fewstep.train.claim import settled
 from fewstep.train.fitted import NAME
 from fewstep.train.product import Product, open_product, product_of
 from fewstep.train.trainer import Trainer
@@ -74,7 +75,7 @@ class Task:
 
     def load(self) -> Recipe:
         seed = () if self.seed is None else (f"train.seed={self.seed}",)
-        recipe = load(self.recipe, [*self.settings, *seed, *NEVER])
+        recipe = settled(load(self.recipe, [*self.settings, *seed, *NEVER]))
         code.allow(recipe)  # `compare` has asked before it made tasks
         return replace(recipe, evaluate=self.evaluation)
 
