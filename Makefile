@@ -2,7 +2,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test long lint types links docs conformance bench board gpu constraints clean
+.PHONY: demo test long lint types links docs conformance bench board gpu gpu-wheels constraints clean
 
 demo: $(VENV)/.installed  ## the main job: distil the digits teacher to one step, measure it, export it
 	$(BIN)/fewstep run digits-dmd2 --resume
@@ -34,8 +34,20 @@ board: $(VENV)/.tested  ## rows of the leaderboard, on a machine that does nothi
 	$(BIN)/python -m fewstep.bench.board $(BOARD) $(RECIPES) $(ARGS)
 	$(BIN)/python -m fewstep.bench.readme
 
-gpu:  ## on a machine with a GPU and its packages: at most nine minutes, OUT/gpu.csv and gpu.md; ARGS=--rehearse on a CPU
-	$(PYTHON) -m fewstep.bench.gpu --out $(or $(OUT),gpu) $(ARGS)
+# The environment of this checkout where there is one; otherwise that of the machine, since a new venv would not see a torch
+# that lies in a venv itself. Nothing is installed where fewstep is.
+GPU_PYTHON = $(or $(wildcard $(BIN)/python),$(PYTHON))
+WHEELS ?= wheels
+
+gpu:  ## on a machine with a GPU and torch: at most nine minutes, OUT/gpu.csv and gpu.md; ARGS=--rehearse on a CPU
+	$(GPU_PYTHON) -c "import importlib.util as u; raise SystemExit(u.find_spec('fewstep.kernels') is None)" || \
+		$(GPU_PYTHON) -m pip install -q --no-index --find-links $(WHEELS) -e . pytest
+	$(GPU_PYTHON) -m fewstep.bench.gpu --out $(or $(OUT),gpu) $(ARGS)
+
+gpu-wheels: $(VENV)/.tested  ## all but torch into wheels/, for `make gpu` without network: HAVE="numpy scipy" FOR="--python-version 3.12"
+	mkdir -p $(WHEELS)
+	$(BIN)/python -m fewstep.bench.versions carried --have $(HAVE) --out $(WHEELS)/packages.txt
+	$(BIN)/python -m pip download -q --no-deps --only-binary=:all: $(FOR) -d $(WHEELS) -r $(WHEELS)/packages.txt
 
 constraints: $(VENV)/.tested  ## the versions in this environment as constraints.txt; after a green `make test` alone
 	$(BIN)/python -m fewstep.bench.versions tested --out constraints.txt

