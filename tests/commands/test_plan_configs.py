@@ -155,6 +155,9 @@ def test_sizes_are_read_and_refused_by_their_option():
 
 def test_a_folder_that_is_not_here_is_that_of_the_shipped_configs(tmp_path: Path):
     assert located("somewhere/stable-diffusion-xl-base-1.0") == "assets:configs/sdxl"
+    assert located("somewhere/stable-diffusion-xl-base-1.0@v1") == "assets:configs/sdxl"
+    with pytest.raises(UserError, match=r"; fetch its own with `hf download org/other --revision v1` or --download$"):
+        located("org/other@v1")
     assert located(str(tmp_path)) == str(tmp_path)
     with pytest.raises(UserError, match=r"teacher my-sdxl: no such folder, and no shipped configs of that name; .*Qwen"):
         located("my-sdxl")
