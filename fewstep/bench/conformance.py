@@ -87,7 +87,8 @@ def train(name: str, steps: int, seed: int) -> Outcome:
     alarms: list[str] = []
 
     def told(line: str) -> None:
-        alarms.append(f"{trainer.progress.done}: {line.partition('ALARM ')[2].partition(':')[0]}")
+        if "ALARM " in line:
+            alarms.append(f"{trainer.progress.done}: {line.partition('ALARM ')[2].partition(':')[0]}")
 
     def on_step(t: Trainer) -> None:
         nonlocal initial

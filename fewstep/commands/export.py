@@ -5,11 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from fewstep.commands.report import card_results, console, opened, read_results
+from fewstep.commands.report import card_peak, card_results, console, opened, read_results
 from fewstep.config import UserError
 from fewstep.export.base import Exported, ExportRefused
 from fewstep.export.choose import check_options, export
 from fewstep.export.levels import check_product
+from fewstep.train.log import read_log
+from fewstep.train.peak import peak
 from fewstep.train.product import Product
 
 
@@ -74,6 +76,7 @@ def _export(product: Product, run: Path, folder: Path, form: dict[str, Any]) -> 
     # What was measured there draws from noise by all steps; a pipeline that goes on from a picture is another sampler.
     if results.is_file() and form["image_to_image"] is None:
         rows = card_results(read_results(results))
+    rows += card_peak(peak(read_log(run / "log.jsonl")))
     check_product(product)
     done = export(product, folder, results=rows, **form)
     show_export(done)

@@ -18,7 +18,7 @@ from fewstep.commands.fitted_row import calls_of, fitted_teacher, wish_for
 from fewstep.commands.judge import Judge
 from fewstep.commands.measure import measure
 from fewstep.commands.pictures import save_side_by_side
-from fewstep.commands.report import card_results, compare, console, first_teacher, say, show
+from fewstep.commands.report import card_peak, card_results, compare, console, first_teacher, say, show
 from fewstep.config import UserError
 from fewstep.eval.protocol.evaluation import Evaluation
 from fewstep.export.base import Exported, ExportRefused
@@ -52,15 +52,15 @@ def finish(trainer: Trainer, run: Path, judge: Judge | None) -> int:
         student = product_of(recipe, trainer.product.eval(), trainer.data, run.name, trainer.progress.done)
     done: Exported | None = None
     refused = ""
+    best = peak(read_log(run / "log.jsonl"))
     try:
         check_product(student)
-        done = export(student, run / "export")
+        done = export(student, run / "export", results=card_peak(best))
     except ExportRefused as refusal:
         refused = f"not exported: {refusal}"
     except Exception as error:
         code = UNFINISHED
         refused = f"{_failed(run, 'export', error)}; again with: {shlex.join(['fewstep', 'export', str(run)])}"
-    best = peak(read_log(run / "log.jsonl"))
     if judge is not None and recipe.evaluate is not None:
         again = evaluation_of(trainer, run)
         try:
@@ -73,8 +73,7 @@ def finish(trainer: Trainer, run: Path, judge: Judge | None) -> int:
         except Exception as error:
             code = UNFINISHED
             say(f"{_failed(run, 'evaluation', error)}; the run is trained, measure it again with: {again}")
-    if best is not None:
-        say(f"{best}; checkpoints kept: {', '.join(p.name for p in checkpoints(run / 'checkpoints'))}")
+    say_peak(run, best)
     if done is not None:
         show_export(done)
     else:
@@ -82,6 +81,11 @@ def finish(trainer: Trainer, run: Path, judge: Judge | None) -> int:
     if closing := refused_updates(trainer):
         say(closing)
     return code
+
+
+def say_peak(run: Path, best: Peak | None) -> None:
+    if best is not None:
+        say(f"{best}; checkpoints kept: {', '.join(p.name for p in checkpoints(run / 'checkpoints'))}")
 
 
 def refused_updates(trainer: Trainer) -> str | None:
@@ -170,8 +174,7 @@ def _fitted(recipe: Recipe, student: Product, teacher: Any, judge: Judge) -> lis
 
 def _write_card(student: Product, done: Exported, rows: list[Evaluation], best: Peak | None) -> None:
     """The card of a finished export again, with what was measured after it and where the run was best."""
-    more = [("iterations to the peak", str(best))] if best else []
-    card = foretold(student).card(done.usage, done.parity, [*card_results(rows), *more])
+    card = foretold(student).card(done.usage, done.parity, [*card_results(rows), *card_peak(best)])
     with atomic_path(done.folder / "README.md") as aside:
         aside.write_text(card)
 

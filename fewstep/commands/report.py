@@ -17,6 +17,7 @@ from fewstep.config import UserError
 from fewstep.eval.metrics.estimate import Estimate
 from fewstep.eval.protocol.evaluation import Evaluation, distance_of, format_entry
 from fewstep.files import read_json
+from fewstep.train.peak import Peak
 from fewstep.train.product import Product, open_product, teacher_beside
 from fewstep.train.state import checkpoints
 from fewstep.train.trainer import Trainer
@@ -119,6 +120,11 @@ def card_results(evaluations: Sequence[Evaluation]) -> list[tuple[str, str]]:
     """The distance of each model, as a model card states it."""
     ranked = [(e, distance_of(e)) for e in evaluations]
     return [(f"{name}, {e.name}, {e.number} samples", f"{e.distance.value:.4g}") for e, name in ranked if name]
+
+
+def card_peak(best: Peak | None) -> list[tuple[str, str]]:
+    """Where the run was best, as a model card states it."""
+    return [("iterations to the peak", str(best))] if best else []
 
 
 def show(evaluations: Sequence[Evaluation]) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from fewstep.commands.claim import prepare
-from fewstep.commands.finish import finish, guarded
+from fewstep.commands.finish import finish, guarded, say_peak, say_success
 from fewstep.commands.judge import Judge, judge_of
 from fewstep.commands.measure import measure
 from fewstep.commands.memory import explained
@@ -31,6 +31,7 @@ from fewstep.recipe.success import MEASURED, parse
 from fewstep.train.claim import held, read_origin, settled, write_origin
 from fewstep.train.guard import Stopped
 from fewstep.train.log import read_log
+from fewstep.train.peak import peak
 from fewstep.train.product import product_of
 from fewstep.train.resume import newest_of
 from fewstep.train.trainer import Hooks, Trainer
@@ -106,6 +107,7 @@ def run_recipe(
             raise SystemExit(130) from None
         except Stopped as stopped:
             if main:
+                _say_best(recipe, run)
                 say(f"{stopped}. Look at it with: {shlex.join(['fewstep', 'health', str(run)])}; {_ways_on(run)}")
             raise SystemExit(GUARDED) from None
         trainer.accelerator.wait_for_everyone()
@@ -133,6 +135,13 @@ def _ways_on(run: Path) -> str:
     """What can be done with a run that its guard has ended."""
     commands = [shlex.join(["fewstep", verb, str(run)]) for verb in ("eval", "export")]
     return f"measure or export its newest checkpoint with: {', '.join(commands)}"
+
+
+def _say_best(recipe: Recipe, run: Path) -> None:
+    """Where a run that its guard has ended was best, and that nobody knows whether it has succeeded."""
+    say_peak(run, peak(read_log(run / "log.jsonl")))
+    if recipe.success is not None:
+        say_success({"asked": str(parse(recipe.success)), "value": None, "met": False})
 
 
 def _say_beginning(checkpoint: Path, recipe: Recipe, trainer: Trainer) -> list[str]:

@@ -33,8 +33,10 @@ class Expected:
     """Their train.batch."""
     teacher: str
     """Digest of their teacher's files; empty where it has none."""
+    data: str
+    """Digest of their data's files; empty where it has none."""
     recipe: str
-    """Digest of the settings that losses depend on; seed, number of updates and what is logged are none."""
+    """Digest of the settings that readings depend on; paths, seed, number of updates and what is logged are none."""
     ends: tuple[int, ...]
     """Update of the last stage at which each part ends."""
     bands: dict[str, Band]

@@ -359,7 +359,9 @@ class Recipe:
         return any("teacher" in stage.copy for stage in self.stages())
 
     def _adapters_on_teacher(self) -> list[str]:
-        return [n for n, s in self._specs().items() if s.name in ("controlnet", "lora") and s.of == "teacher"]
+        return [
+            n for n, s in self._specs().items() if getattr(s, "name", "") in ("controlnet", "lora") and s.of == "teacher"
+        ]
 
     def _specs(self) -> dict[str, Any]:
         return {role: self.spec(role) for role in self.role_names()}

@@ -7,6 +7,7 @@ import json
 import math
 from bisect import bisect_left
 from collections.abc import Mapping, Sequence
+from decimal import ROUND_CEILING, ROUND_FLOOR, Context
 from statistics import median
 from typing import Any
 
@@ -20,29 +21,50 @@ PARTS = 10
 """Parts of a stage, over each of which a reading is compared."""
 WIDER = 0.5
 """Of the distance between the least and the largest record of a part, added on either side."""
+NARROWEST = 0.05
+"""Of a part's largest value: the width that a band has at least, where records are equal or nearly so."""
+_UNIT = {"samples/mean": 1.0}
+"""In place of the largest value where that is less: of deviations from the reference, 0 within what chance does."""
 _LEFT_OUT = ("done", "stage", "skips", "skipped", "seconds", "lr/", "grad_norm/", "health/gradient_")
 _OF_TRAIN = ("accumulate", "clip", "precision", "ema", "ema_warmup", "product")
+_PATHS = ("path", "shards", "vae", "text_cache")
+"""Keys of data and teacher that say where files are; what they hold is told by the digests."""
 
 
 def identity(recipe: Recipe, origins: Mapping[str, str]) -> dict[str, Any]:
-    """What bands are of: batch, digest of the teacher's files, digest of the settings that losses depend on."""
+    """What bands are of: batch, digests of the teacher's and the data's files and of what else readings depend on.
+
+    origins: the run's, see `fewstep.train.origins`.
+    """
     whole = plain(recipe)
     told = {k: whole[k] for k in SETTINGS} | {k: whole["train"][k] for k in _OF_TRAIN}
-    told["data"], told["teacher"] = recipe.data.name, getattr(recipe.teacher, "name", None)
+    told |= {k: _without_paths(whole[k]) if k in origins else whole[k] for k in ("data", "teacher")}
+    told["origins"] = {k: origins[k] for k in ("encoder", "vae") if k in origins}
+    told["guidance"] = recipe.shown_guidance()  # of the samples that those of the student are compared with
+    if "reward" in recipe.role_names() and recipe.evaluate is not None:
+        told["features"] = recipe.evaluate.metric, recipe.evaluate.features  # in which samples/fd is taken
     if any(spec.decay != "constant" for spec in recipe.optim.values()):
         told["steps"] = recipe.train.steps
     digest = hashlib.blake2b(json.dumps(told, sort_keys=True, default=str).encode(), digest_size=8).hexdigest()
-    return {"batch": recipe.train.batch, "teacher": origins.get("teacher", ""), "recipe": digest}
+    held = {k: origins.get(k, "") for k in ("teacher", "data")}
+    return {"batch": recipe.train.batch, **held, "recipe": digest}
+
+
+def _without_paths(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {k: _without_paths(v) for k, v in value.items() if k not in _PATHS}
+    return value
 
 
 def differs(expected: Expected, own: Mapping[str, Any]) -> str:
     """Why bands are not those of a run with this `identity`; "" where they are."""
     if expected.batch != own["batch"]:
         return f"they are of train.batch {expected.batch}, this run has {own['batch']}"
-    if expected.teacher != own["teacher"]:
-        return f"they are of another teacher ({expected.teacher or 'none'}, here {own['teacher'] or 'none'})"
+    for key, text in (("teacher", "another teacher"), ("data", "other data")):
+        if (theirs := getattr(expected, key)) != own[key]:
+            return f"they are of {text} ({theirs or 'none'}, here {own[key] or 'none'})"
     if expected.recipe != own["recipe"]:
-        return "they are of other settings of method, networks, rates, data or train"
+        return "they are of other settings of method, networks, rates, data, teacher, train or evaluate.guidance"
     return ""
 
 
@@ -57,7 +79,9 @@ def make(logs: Sequence[Sequence[Record]], own: Mapping[str, Any]) -> Expected:
     """Bands of reference runs from their logs; `own` is the identity that they share.
 
     The band of a part is from the least to the largest record in it over all runs, and half their distance more on
-    either side: what is compared with it is a median. UserError for logs that are too short.
+    either side: what is compared with it is a median. A part with fewer than two records takes those of the parts
+    beside it as well; a reading with a part without any, or that is no number somewhere, has no band. So each of the
+    logs is within. UserError for logs that are too short.
     """
     runs = [readings(log) for log in logs]
     shortest = min((run[-1][0] for run in runs if run), default=0)
@@ -69,17 +93,29 @@ def make(logs: Sequence[Sequence[Record]], own: Mapping[str, Any]) -> Expected:
     bands: dict[str, Band] = {}
     for name in names:
         each = [_parts(run, ends, name) for run in runs]
-        flat = [[v for part in parts for v in part if math.isfinite(v)] for parts in zip(*each, strict=True)]
-        if all(flat):
-            spread = [WIDER * (max(part) - min(part)) for part in flat]
-            low = tuple(_short(min(p) - s) for p, s in zip(flat, spread, strict=True))
-            high = tuple(_short(max(p) + s) for p, s in zip(flat, spread, strict=True))
-            bands[name] = Band(low=low, high=high)
+        flat = [[v for part in parts for v in part] for parts in zip(*each, strict=True)]
+        if all(flat) and all(math.isfinite(v) for part in flat for v in part):
+            ranges = [_band(_filled(flat, i), _UNIT.get(name, 0.0)) for i in range(PARTS)]
+            lows, highs = zip(*ranges, strict=True)
+            bands[name] = Band(low=lows, high=highs)
     return Expected(runs=len(logs), ends=ends, bands=bands, **own)
 
 
-def _short(value: float) -> float:
-    return float(f"{value:.4g}")
+def _filled(parts: Sequence[list[float]], i: int) -> list[float]:
+    """The records of a part, or of the three around it where it has one alone."""
+    return parts[i] if len(parts[i]) > 1 else [v for part in parts[max(0, i - 1) : i + 2] for v in part]
+
+
+def _band(values: Sequence[float], unit: float) -> tuple[float, float]:
+    """Ends of a band in four digits, the lower one rounded down and the upper one up."""
+    low, high = min(values), max(values)
+    narrowest = NARROWEST * max(unit, abs(low), abs(high))
+    beside = max(WIDER * (high - low), (narrowest - (high - low)) / 2)
+    return _short(low - beside, ROUND_FLOOR), _short(high + beside, ROUND_CEILING)
+
+
+def _short(value: float, rounding: str) -> float:
+    return float(Context(prec=4, rounding=rounding).create_decimal(repr(value)))
 
 
 def _parts(run: Sequence[tuple[int, Record]], ends: Sequence[int], name: str) -> list[list[float]]:

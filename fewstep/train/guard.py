@@ -9,6 +9,7 @@ from typing import Any
 
 from fewstep.config import UserError
 from fewstep.recipe.schema import Recipe, Stage
+from fewstep.train.log import read_log
 from fewstep.train.samples import SampleReadings
 from fewstep.train.session import Session
 from fewstep.train.state import Progress, checkpoints, is_sound, read_guard
@@ -42,10 +43,26 @@ class Guard:
         """Returns so far, as they stand in the log."""
         self.course, self.stage = Course(), 0
         self._known: set[str] = set()
+        self._noted = ""
         self.by = "metric" if train.eval_every and self.recipe.evaluate else "readings"
         self._measured: tuple[int, float | None] = (-1, None)
         self.ended: tuple[int, dict[str, Any]] = (-1, {})
         """Step at which the weights are those of a checkpoint from before, and what that one holds of itself."""
+
+    def blind(self, log: Path | None) -> str | None:
+        """What it judges by where no samples are compared; None where some are, or where the log says it already."""
+        if self.readings is None or self.readings.source() is not None:
+            return None
+        back = "; it goes back to the newest checkpoint without an alarm" * (
+            self.mode == "restore" and self.by != "metric"
+        )
+        line = (
+            f"train.guard={self.mode}: no samples are compared, there is neither a teacher that stays as it is nor data; "
+            f"refused updates and copies in a batch remain{back}"
+        )
+        noted = line == self._noted or (log is not None and any(r.get("note") == line for r in read_log(log)))
+        self._noted = line
+        return None if noted else line
 
     def read(self, stage: Stage, progress: Progress, first: bool = False) -> dict[str, float]:
         """The readings that are due after an update, and before a stage's first one; empty where none is."""

@@ -30,7 +30,7 @@ from fewstep.recipe.schema import Stage
 from fewstep.train.session import Session
 
 MOST = 32
-"""Samples of a reading, or as many as a batch has."""
+"""Samples of a reading, or as many as a batch has, but ALIKE at least: one tells nothing of what chance does."""
 ALIKE = 4
 """Samples of each condition."""
 TEACHER_STEPS = 8
@@ -167,7 +167,7 @@ class SampleReadings:
         self.session, self.every = session, every
         data = session.data
         self.room = max(ALIKE, NUMBERS // math.prod(data.shape))
-        self.count = min(MOST, session.recipe.train.batch, self.room)
+        self.count = min(MOST, max(ALIKE, session.recipe.train.batch), self.room)
         self.reward: Any = session.roles.get("reward")
         if self.reward is not None:
             self.count = max(ALIKE, min(JUDGED, self.room // 4))

@@ -153,6 +153,8 @@ class Trainer:
             if self._claimed and self.log:
                 self.log.cut(self.progress.done)  # of a training that ended before its first checkpoint
             self._note_beginning()
+            if line := self.guard.blind(self.log and self.log.path):
+                self._say(line, {"done": self.progress.done, "note": line})
             self._stop = False
             self._fit()
 
@@ -240,8 +242,7 @@ class Trainer:
             if halt:
                 raise Stopped(f"stopped by train.guard at step {p.done}: {alarms[0].name}; {alarms[0].sentence}")
             if ended or self._stop:
-                return None
-        return None
+                break
 
     def _end(self, stage: int) -> None:
         """After returns the run ends with its best checkpoint's weights, where its own are worse."""
@@ -277,9 +278,8 @@ class Trainer:
 
     def _call_hooks(self, finished: bool) -> bool:
         """Whether an evaluation among them says that this state is the best so far."""
-        train, done, hooks = self.recipe.train, self.progress.done, self.hooks
+        train, done, hooks, better = self.recipe.train, self.progress.done, self.hooks, False
         evaluated = bool(train.eval_every) and done % train.eval_every == 0
-        better = False
         if hooks.on_step:
             hooks.on_step(self)
         # The parts of a sharded network act together.

@@ -140,6 +140,18 @@ def test_a_labelled_folder_is_trained_exported_and_measured(run: Run):
     value = next(v for k, v in row["metrics"].items() if k.startswith("FD"))["value"]
     assert f", student, 1 step, 12 samples | {value:.4g} |" in card
     assert told.splitlines()[-1].strip().startswith("pipe(")  # what to do next comes last
+    (best,) = [line for line in told.splitlines() if line.startswith("best at step ")]
+    assert f"| iterations to the peak | {best.partition(';')[0]} |" in card
+    with pytest.raises(SystemExit) as caught:
+        main(["export", str(out)])
+    assert not caught.value.code
+    assert (out / "export" / "README.md").read_text() == card
+
+
+def test_a_run_that_measures_nothing_has_its_best_step_on_the_card(run: Run):
+    code, _, out = run(0, "evaluate=null")
+    assert code == 0
+    assert "| iterations to the peak | best at step " in (out / "export" / "README.md").read_text()
 
 
 def test_an_evaluation_that_fails_costs_neither_the_run_nor_its_export(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -70,10 +71,12 @@ def test_a_run_that_its_guard_ends_has_a_code_and_a_sentence(
     alarm = Verdict("darkening", "alarm", -0.5, -0.35, "samples are dark", "lower it")
     monkeypatch.setattr(Course, "alarms", lambda self: [alarm] if self.last[0] > 15 else [])
     out = tmp_path / "run"
-    code, told, _ = run(out, capfd, "train.guard=stop")
+    code, told, _ = run(out, capfd, "train.guard=stop", "success=energy <= 1e9")
     assert code == GUARDED == 4
     assert "step 20: ALARM darkening: samples are dark (line -0.35); lower it" in told
-    last = told.strip().splitlines()[-1]
+    best, success, last = told.strip().splitlines()[-3:]
+    assert re.fullmatch(r"best at step \d+ of 20, by readings of samples \(.*\); checkpoints kept: .*step-00000020", best)
+    assert success == "no success: energy <= 1e+09 was asked for, it was not measured"
     assert last.startswith("stopped by train.guard at step 20: darkening; samples are dark.")
     assert last.endswith(f"fewstep eval {out}, fewstep export {out}")
     assert not (out / "report" / "results.json").exists()

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+import random
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,7 +15,7 @@ from fewstep.config import UserError
 from fewstep.recipe.store import load
 from fewstep.train.bands import PARTS, compared, differs, identity, make
 
-OWN = {"batch": 64, "teacher": "3 files, 1.2 MB, abc", "recipe": "0123456789abcdef"}
+OWN = {"batch": 64, "teacher": "3 files, 1.2 MB, abc", "data": "", "recipe": "0123456789abcdef"}
 
 
 def log(seed: int, count: int = 60, **changed: Callable[[float], float]) -> list[dict[str, Any]]:
@@ -70,6 +72,50 @@ def test_a_band_is_wider_than_its_records_by_half_their_distance_on_either_side(
     assert set(zip(band.low, band.high, strict=True)) == {(0.5, 2.5)}
 
 
+def rows(**columns: list[float | None]) -> list[dict[str, Any]]:
+    """Forty records, four a part, of one stage; None where a record lacks the reading."""
+    return [{"done": i + 1, "stage": 0} | {k: v[i] for k, v in columns.items() if v[i] is not None} for i in range(40)]
+
+
+def test_the_logs_that_bands_are_of_are_within_them():
+    rest = random.Random(4)
+    logs = []
+    for seed in range(3):
+        scales = {f"scale {k}": [10.0**k * (rest.random() - 0.3) for _ in range(40)] for k in (-9, -1, 0, 5)}
+        still = {"third": [1 / 3] * 40, "below": [-2 / 3] * 40, "none": [0.0] * 40, "samples/mean": [0.0] * 40}
+        once = {"samples/spread": [0.925512345 if i % 4 == seed else None for i in range(40)]}
+        lost = {"lost": [math.nan if i == 17 else 1.0 for i in range(40)]}
+        logs.append(rows(**scales, **still, **once, **lost))
+    for chosen in (logs, *([log] for log in logs)):
+        expected = make(chosen, OWN)
+        assert "lost" not in expected.bands  # no range holds what is no number
+        assert {"third", "none", "samples/mean", "samples/spread"} <= set(expected.bands)
+        for log_ in chosen:
+            for end in (5, 13, 40):
+                assert [v.name for v in compared(log_[:end], expected)] == ["as expected"]
+
+
+def test_equal_records_have_a_band_of_a_twentieth_of_their_value():
+    expected = make([rows(third=[1 / 3] * 40, below=[-20.0] * 40, **{"samples/mean": [0.0] * 40})], OWN)
+    assert set(zip(expected.bands["third"].low, expected.bands["third"].high, strict=True)) == {(0.3249, 0.3417)}
+    assert (expected.bands["below"].low[0], expected.bands["below"].high[0]) == (-20.5, -19.5)
+    # In deviations: a twentieth of one, where 0 is what chance explains.
+    assert (expected.bands["samples/mean"].low[0], expected.bands["samples/mean"].high[0]) == (-0.025, 0.025)
+    (near,) = compared(rows(third=[0.34] * 40), expected)
+    assert near.fine
+    (far,) = compared(rows(third=[0.36] * 40), expected)
+    assert far.sentence.endswith("in updates 1 to 4: 0.36, expected 0.3249 to 0.3417")
+
+
+def test_a_part_with_one_record_takes_those_beside_it():
+    values = [float(i) if i % 4 == 0 else None for i in range(40)]  # 0, 4, 8, ... one a part
+    band = make([rows(spread=values)], OWN).bands["spread"]
+    assert (band.low[0], band.high[0]) == (-2.0, 6.0)  # of 0 and 4
+    assert (band.low[5], band.high[5]) == (12.0, 28.0)  # of 16, 20 and 24
+    values[20] = None
+    assert make([rows(spread=values, loss=[1.0] * 40)], OWN).bands.keys() == {"loss"}
+
+
 def test_bands_are_of_a_batch_a_teacher_and_settings():
     recipe = load("digits-dmd2")
     own = identity(recipe, {"teacher": "abc"})
@@ -81,5 +127,34 @@ def test_bands_are_of_a_batch_a_teacher_and_settings():
     assert differs(expected, identity(recipe, {"teacher": "abd"})) == "they are of another teacher (abc, here abd)"
     for setting in ("optim.critic.lr=2e-3", "method.guidance=2.0", "train.clip=1.0"):
         assert "other settings" in differs(expected, identity(load("digits-dmd2", [setting]), {"teacher": "abc"}))
+    for setting in ("evaluate.guidance=2.0", "data.held_out=0.1", "teacher.dtype=bf16"):
+        assert "other settings" in differs(expected, identity(load("digits-dmd2", [setting]), {"teacher": "abc"}))
     # A decay makes the rates depend on the length.
     assert identity(load("toy/dmd2"), {}) != identity(load("toy/dmd2", ["train.steps=50"]), {})
+
+
+def test_bands_are_of_the_data_wherever_it_lies(tmp_path: Path):
+    def own(*settings: str, **origins: str) -> dict[str, Any]:
+        data = f"data={{name: images, size: 8, path: {tmp_path}}}"
+        return identity(load("digits-dmd2", [data, "evaluate=null", *settings]), {"teacher": "abc", **origins})
+
+    here = own(data="9 files, 1 MB, abc", encoder="e")
+    expected = replace(make([log(1)], OWN), **here)
+    assert (
+        differs(expected, own(f"data.path={tmp_path / 'there'}", "teacher.path=x", data=here["data"], encoder="e")) == ""
+    )
+    assert differs(expected, own(data="8 files, 1 MB, abd", encoder="e")) == (
+        "they are of other data (9 files, 1 MB, abc, here 8 files, 1 MB, abd)"
+    )
+    assert "other settings" in differs(expected, own("data.flip=true", data=here["data"], encoder="e"))
+    assert "other settings" in differs(expected, own(data=here["data"], encoder="another"))
+    # A function has no files: its numbers tell.
+    assert identity(load("toy/dmd2"), {}) != identity(load("toy/dmd2", ["data.radius=2.0", "teacher.radius=2.0"]), {})
+
+
+def test_where_a_reward_is_trained_on_bands_are_of_the_features_too():
+    def own(recipe: str, metric: str) -> dict[str, Any]:
+        return identity(load(recipe, [f"evaluate.metric={metric}"]), {})
+
+    assert own("toy/dmd2-ink", "energy") != own("toy/dmd2-ink", "fd")
+    assert own("toy/dmd2", "energy") == own("toy/dmd2", "fd")

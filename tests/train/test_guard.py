@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from tiny_runs import contents, import_before_forks, in_child, killed, records, 
 from fewstep.config import RecipeError
 from fewstep.train.guard import LOWER, RETURNS, Guard, Stopped, best_of, way_back
 from fewstep.train.resume import end_at_best
+from fewstep.train.samples import SampleReadings
 from fewstep.train.state import checkpoints, read_guard
 from fewstep.train.verdicts import Course
 
@@ -175,6 +177,45 @@ def test_marks_are_chosen_by_metric_first_then_readings_then_age(tmp_path: Path)
     assert way_back(tmp_path, 2) is None
     (worse / "state.json").write_text("{")
     assert best_of(tmp_path) == measured
+
+
+def test_a_guard_without_samples_to_compare_says_once_what_remains(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(SampleReadings, "source", lambda self: None)
+    run, few = tmp_path / "run", ("before.0.steps=2", "train.steps=4")
+    trainer = start(run, "train.guard=restore", *few)
+    trainer.fit()
+    (line,) = trainer.lines
+    assert line == (
+        "train.guard=restore: no samples are compared, there is neither a teacher that stays as it is nor data; refused "
+        "updates and copies in a batch remain; it goes back to the newest checkpoint without an alarm"
+    )
+    assert records(run)[0] == {"done": 0, "note": line}
+    assert not any(k.startswith("samples/") for r in records(run) for k in r)
+    again = start(run, "train.guard=restore", few[0], "train.steps=6")
+    again.fit()
+    assert again.progress.done == 8
+    assert again.lines == []
+    assert sum("note" in r for r in records(run)) == 1
+    warned = start(None, *few)
+    warned.fit(), warned.fit()
+    (line,) = warned.lines
+    assert line.endswith("copies in a batch remain")
+    off = start(None, "train.guard=off", *few)
+    off.fit()
+    assert off.lines == []
+
+
+def test_samples_are_compared_with_a_teacher_that_stays_as_it_is_or_with_data():
+    def source(*settings: str) -> str | None:
+        recipe = short("before=[]", *settings)
+        session: Any = SimpleNamespace(recipe=recipe, roles={"teacher": None})
+        readings = SampleReadings.__new__(SampleReadings)
+        readings.session = session
+        return readings.source()
+
+    assert source("copy={}") == "teacher"
+    assert source("copy={teacher: student}") is None
+    assert source("copy={teacher: student}", "discriminator={taps: [mid], width: 8}", "method.gan.weight=0.1") == "data"
 
 
 def test_settings_are_checked():

@@ -17,6 +17,11 @@ def measured(done: int, value: float | None) -> dict[str, Any]:
     return {"done": done, "evaluation": {"class accuracy": {"value": 0.9}, NAME: {"value": value}}}
 
 
+def test_a_record_without_its_step_is_passed_over():
+    rows = [row(10, 0.7), row(20, 0.1)]
+    assert peak([{"stage": 1, "samples/mean": 0.0}, *rows, {"evaluation": {NAME: {"value": 1.0}}}]) == peak(rows)
+
+
 def test_by_the_readings_the_worse_of_two_in_a_row():
     before = [row(d, 0.0, stage=0) for d in (10, 20, 30)]
     rows = [row(40, 0.7), row(50, 0.35), row(60, 0.5), row(65), row(70, 0.4), row(80, 0.0)]

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from fewstep.eval.metrics.frechet import frechet_distance
 from fewstep.eval.metrics.statistics import FeatureStatistics
 from fewstep.train.samples import (
+    ALIKE,
     SampleReadings,
     compared,
     figures,
@@ -190,6 +191,23 @@ def test_a_blind_teacher_of_another_process_at_batch_one_is_read_too():
     read = readings.read(session.recipe.stages()[-1])
     assert "samples/contrast" in read
     assert "samples/spread" not in read
+
+
+def test_a_batch_of_one_is_read_from_as_many_samples_as_tell_chance():
+    """Of one sample the mean's error is unknown: two unlike pictures would be an alarm."""
+    session = Session(tiny("train.batch=1"), cpu=True)
+    stage = session.recipe.stages()[-1]
+    session.make_state(stage)
+    readings = SampleReadings(session, 20)
+    assert readings.count == len(readings.group) == ALIKE
+    at_once: set[int] = set()
+    session.roles.student.register_forward_pre_hook(lambda net, args: at_once.add(len(args[0])))
+    read = readings.read(stage)
+    assert at_once == {1}  # what a step trains on, for which memory was planned
+    assert {"samples/mean", "samples/spread"} <= set(read)
+    reference = readings._reference
+    assert reference is not None
+    assert bool((reference["noise"] > 0).all())
 
 
 def test_many_calls_are_asked_less_often():
