@@ -153,7 +153,7 @@ class Trainer:
             if self._claimed and self.log:
                 self.log.cut(self.progress.done)  # of a training that ended before its first checkpoint
             self._note_beginning()
-            if line := self.guard.blind(self.log and self.log.path):
+            if line := self.guard.blind(self.log.path if self.log else None):
                 self._say(line, {"done": self.progress.done, "note": line})
             self._stop = False
             self._fit()
