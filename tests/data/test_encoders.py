@@ -327,9 +327,10 @@ def test_encoders_are_made_in_their_own_dtype_or_the_one_asked_for_and_let_go(
     text = embed(PipelineEncoder(path=str(sd), dtype=asked), PROMPTS, cache=str(sd.parent / "cache"))
     assert [m() for m in models] == [None]
     assert text.shards.take(torch.arange(2))["text"].dtype == want
-    table = load_file(file)["text_model.embeddings.position_embedding.weight"].numel()
+    least = min(v.numel() for v in load_file(file).values() if v.ndim == 2)
+    assert made.largest[want] >= least
     if saved == want != torch.float32:
-        assert made.largest.get(torch.float32, 0) < table
+        assert made.largest.get(torch.float32, 0) < least
 
 
 @pytest.mark.gpu
