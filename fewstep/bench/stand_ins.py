@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fewstep.data.text import PipelineEncoder
+from fewstep.data.encoders import PipelineEncoder
 
 
 def save_vae(to: Path, channels: int, **config: Any) -> None:
@@ -27,7 +27,7 @@ def without_text_encoders(wrapper: Any, key: str) -> None:
     def encode(texts: Sequence[str]) -> dict[str, Tensor]:
         return dict(wrapper.example(len(texts), torch.Generator()))
 
-    PipelineEncoder.open = lambda self: encode  # type: ignore[assignment, method-assign, return-value]
+    PipelineEncoder.open = lambda self, device: encode  # type: ignore[assignment, method-assign, return-value]
     PipelineEncoder.key = lambda self: key  # type: ignore[method-assign]
     PipelineEncoder.zeros_for_empty = lambda self: False  # type: ignore[method-assign]
     PipelineEncoder.files = lambda self: []  # type: ignore[method-assign]

@@ -9,6 +9,10 @@ import typer
 
 from fewstep.cli.app import Settings, app, recipe_names
 
+Device = Annotated[
+    str | None, typer.Option(help="Where to encode, such as cpu or cuda:1 [default: the accelerator, if there is one].")
+]
+
 
 @app.command(
     "cache-latents",
@@ -21,12 +25,33 @@ def cache_latents(
     settings: Settings = None,
     out: Annotated[Path, typer.Option(help="Folder to write; goes on where it was stopped.")] = Path("latents"),
     batch: Annotated[int, typer.Option(min=1, help="Pictures encoded at once.")] = 8,
+    device: Device = None,
 ) -> None:
     """Encode a recipe's pictures once; `data: {name: latents}` reads them from then on."""
     from fewstep.commands.cache_latents import cache_latents as job
 
-    made = job(recipe, settings or [], vae, out, batch=batch)
+    made = job(recipe, settings or [], vae, out, batch=batch, device=device)
     typer.echo(f"{out}: {len(made)} latents; use them with data: {{name: latents, path: {out}, vae: {vae}}}")
+
+
+@app.command(
+    "cache-text",
+    rich_help_panel="Data",
+    epilog="Example: `fewstep cache-text mine.yaml data.encoder.dtype=bf16 data.encoder.batch=8`",
+)
+def cache_text(
+    recipe: Annotated[str, typer.Argument(help="A recipe whose data have a text encoder.", autocompletion=recipe_names)],
+    settings: Settings = None,
+    device: Device = None,
+) -> None:
+    """Embed a recipe's prompts or captions ahead of training, which then loads no text encoder; goes on after a stop.
+
+    What it computes and stores in, and how many prompts at once, are keys of the recipe: `fewstep explain
+    encoder.pipeline`.
+    """
+    from fewstep.commands.cache_text import cache_text as job
+
+    typer.echo(job(recipe, settings or [], device=device).line())
 
 
 @app.command(

@@ -11,10 +11,20 @@ import torch
 
 from fewstep.config import RecipeError, UserError
 from fewstep.data.latents import Encoder, vae_hash
+from fewstep.data.placed import encoding, placed
 from fewstep.data.shards import Shards
 
 
-def cache_latents(name: str, settings: Sequence[str], vae: str, out: Path, *, batch: int = 8, rows: int = 256) -> Shards:
+def cache_latents(
+    name: str,
+    settings: Sequence[str],
+    vae: str,
+    out: Path,
+    *,
+    batch: int = 8,
+    rows: int = 256,
+    device: str | None = None,
+) -> Shards:
     """`fewstep cache-latents`: encode the pictures of a recipe's data; goes on where it was stopped.
 
     The data must give pictures by number (captions, webdataset, images, digits). Their captions or classes are kept
@@ -43,14 +53,14 @@ def cache_latents(name: str, settings: Sequence[str], vae: str, out: Path, *, ba
     shards = Shards(out, facts, count, rows, remedy="choose another --out, or delete this folder")
     with shards.claimed() as todo:
         if todo:
-            _encode(shards, todo, pictures, vae, opened.shape[0], batch)
+            with encoding(device):
+                _encode(shards, todo, pictures, vae, opened.shape[0], batch)
     return shards
 
 
 def _encode(shards: Shards, todo: Sequence[range], pictures: Any, vae: str, colours: int, batch: int) -> None:
     """The rows `todo` of a cache, `batch` pictures at once."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    encoder = Encoder(vae, device)
+    encoder = Encoder(vae, placed())
     channels = int(getattr(encoder.vae.config, "in_channels", colours))
     if channels != colours:
         raise RecipeError(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from rich.console import Console, RenderableType
@@ -75,6 +75,25 @@ class Watch:
         left = spent / max(1, done - self.first) * (self.total - done)
         ahead = f", about {clock(left)} left" if done < self.total else ""
         return "  ".join(p for p in (f"step {done}/{self.total}", f"{clock(spent)}{ahead}", losses) if p)
+
+
+def embedding_lines(say: Callable[[str], None]) -> Callable[[int, int], None]:
+    """What `fewstep.data.placed.encoding` tells: a line when it begins, after each tenth and at the end."""
+    began: list[tuple[int, float]] = []
+    tenths = [-1]
+
+    def told(done: int, count: int) -> None:
+        if not began:
+            began.append((done, time.perf_counter()))
+        if LINES * done // count == tenths[0]:
+            return
+        tenths[0] = LINES * done // count
+        first, started = began[0]
+        spent = time.perf_counter() - started
+        left = f", about {clock(spent / (done - first) * (count - done))} left" if first < done < count else ""
+        say(f"embedded {done}/{count} prompts  {clock(spent)}{left}")
+
+    return told
 
 
 def clock(seconds: float) -> str:

@@ -16,10 +16,11 @@ from fewstep.commands.judge import Judge, judge_of
 from fewstep.commands.measure import measure
 from fewstep.commands.memory import explained
 from fewstep.commands.pictures import beside, save_grid
-from fewstep.commands.progress import TrainingBar, Watch, alarmed, readings
+from fewstep.commands.progress import TrainingBar, Watch, alarmed, embedding_lines, readings
 from fewstep.commands.report import GRID, console, say
 from fewstep.commands.trust import allow_own_code
 from fewstep.config import UserError
+from fewstep.data.placed import encoding
 from fewstep.eval.protocol.evaluation import distance_of, environment
 from fewstep.networks import code
 from fewstep.recipe.diff import differences
@@ -69,7 +70,7 @@ def run_recipe(
     begin = _beginning(start, run, resume)
     recipe = settled(recipe, run if resume else None, download=download)
     # Builds every role: what is missing is said before the directory is claimed.
-    with explained(name, settings, recipe, run, start=start):
+    with explained(name, settings, recipe, run, start=start), encoding(told=embedding_lines(say)):
         trainer = Trainer(recipe, None)
     judge = _judge(trainer)
     if begin is not None:

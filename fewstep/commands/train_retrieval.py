@@ -8,8 +8,8 @@ from typing import Any
 import torch
 
 from fewstep.config import UserError
+from fewstep.data.encoders import SentenceEncoder
 from fewstep.data.pictures import Captions
-from fewstep.data.text import SentenceEncoder
 from fewstep.eval.features.retrieval import Retrieval, augmented, train
 from fewstep.eval.metrics.estimate import Estimate
 from fewstep.eval.protocol.images import to_pixels

@@ -82,8 +82,8 @@ class EncoderSpec(Protocol):
 
     @property
     def name(self) -> str: ...
-    def open(self) -> Any:
-        """The encoder, loaded."""
+    def open(self, device: Any = "cpu") -> Any:
+        """The encoder, loaded on a device: prompts to their conditions, a list of tensors where lengths differ."""
         ...
 
 

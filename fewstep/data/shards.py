@@ -5,10 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -32,6 +32,23 @@ def sha256_of(files: Iterable[Path], root: Path) -> str:
             while chunk := f.read(1 << 20):
                 digest.update(chunk)
     return digest.hexdigest()
+
+
+class Sparse(NamedTuple):
+    """One row (n, ...) without those of its n entries that are zero throughout, such as padding."""
+
+    kept: Tensor
+    """(m, ...)."""
+    at: Tensor
+    """(m,) int32, where they stand."""
+    length: int
+    """n."""
+
+
+def sparse(row: Tensor) -> Sparse:
+    """A row (n, ...) as it is stored; reading gives the same row."""
+    at = (row if row.ndim == 1 else (row != 0).flatten(1).any(1)).nonzero().squeeze(1)
+    return Sparse(row[at], at.int(), len(row))
 
 
 class Shards:
@@ -104,8 +121,11 @@ class Shards:
             self._read()
             yield self.missing()
 
-    def write(self, rows: range, tensors: Mapping[str, Tensor]) -> None:
-        """Write one file of `missing()`; it counts only when it is whole. One that is there by now is kept."""
+    def write(self, rows: range, tensors: Mapping[str, Tensor | Sequence[Sparse]]) -> None:
+        """Write one file of `missing()`; it counts only when it is whole. One that is there by now is kept.
+
+        tensors: rows (b, ...) by name, or a list of rows that may differ in their first size.
+        """
         n = rows.start // self.rows
         if any(len(t) != len(rows) for t in tensors.values()):
             raise ValueError(f"{len(rows)} rows are needed, got {[len(t) for t in tensors.values()]}")
@@ -115,7 +135,7 @@ class Shards:
             if str(n) in self.done and path.is_file():
                 return
             with atomic_path(path) as aside:
-                save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, aside)
+                save_file({k: v.detach().cpu().contiguous() for k, v in _flat(tensors).items()}, aside)
             self.done[str(n)] = [path.stat().st_size, crc32_of(path)]
             told = {"made_with": self.made_with, "count": self.count, "rows": self.rows, "shards": self.done}
             with atomic_path(self.folder / "index.json") as aside:
@@ -164,12 +184,41 @@ class Shards:
             if len(self._open) > OPEN:
                 self._open.popitem(last=False)
             file = self._open[n]
-            return {name: file.get_slice(name)[i] for name in file.keys()}  # noqa: SIM118
+            names = set(file.keys())
+            return {
+                name: _dense(file, name, i) if f"{name}.at" in names else file.get_slice(name)[i]
+                for name in sorted(names)
+                if "." not in name
+            }
         except (OSError, SafetensorError) as error:
             raise UserError(f"{self._path(n)}: cannot be read: {error}; {self.remedy}") from None
 
     def _path(self, n: int) -> Path:
         return self.folder / f"{n:05d}.safetensors"
+
+
+def _flat(tensors: Mapping[str, Tensor | Sequence[Sparse]]) -> dict[str, Tensor]:
+    """What a file holds: of sparse rows all entries, where each stands in its row, and (b, 2) of ends and lengths."""
+    flat: dict[str, Tensor] = {}
+    for name, value in tensors.items():
+        if isinstance(value, Tensor):
+            flat[name] = value
+            continue
+        ends = torch.tensor([len(row.at) for row in value]).cumsum(0)
+        flat[name] = torch.cat([row.kept for row in value])
+        flat[f"{name}.at"] = torch.cat([row.at for row in value])
+        flat[f"{name}.ends"] = torch.stack((ends, torch.tensor([row.length for row in value])), 1)
+    return flat
+
+
+def _dense(file: Any, name: str, i: int) -> Tensor:
+    """A sparse row as it was."""
+    ends = file.get_slice(f"{name}.ends")[max(i - 1, 0) : i + 1].tolist()
+    first, (last, length) = ends[0][0] if i else 0, ends[-1]
+    kept = file.get_slice(name)[first:last]
+    row = kept.new_zeros(length, *kept.shape[1:])
+    row[file.get_slice(f"{name}.at")[first:last].long()] = kept
+    return row
 
 
 def _stacked(rows: list[Tensor]) -> Tensor:

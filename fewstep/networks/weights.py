@@ -5,8 +5,10 @@ from __future__ import annotations
 import importlib.util
 import re
 import shlex
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from importlib.metadata import version
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -174,12 +176,21 @@ def load_part(sub: Path, said: str, kind: str, dtype: torch.dtype = torch.float3
     return model.eval()
 
 
-def load_text_model(sub: Path, said: str, cls: Any, unused: tuple[str, ...] = ()) -> nn.Module:
-    """A transformers model of a folder in float32 and eval mode; errors as `load_part`.
+def load_text_model(
+    sub: Path,
+    said: str,
+    cls: Any,
+    unused: tuple[str, ...] = (),
+    dtype: torch.dtype | None = None,
+    device: torch.device | str = "cpu",
+) -> nn.Module:
+    """A transformers model of a folder in eval mode; errors as `load_part`.
 
     Args:
         cls: its class, or an Auto class.
         unused: first letters of weights that may be missing, as the caller does not use what they compute.
+        dtype: that of most of its saved weights when left out. It is not made in another on the way.
+        device: the weights of an accelerator are read onto it one by one, past main memory.
     """
     refuse_quantised(sub, said)
     refuse_pickles(sub, said, "transformers", cls.__name__)
@@ -187,17 +198,33 @@ def load_text_model(sub: Path, said: str, cls: Any, unused: tuple[str, ...] = ()
     files = check_whole(sub, said)
     # Left out it asks on the terminal whether a folder's own code may run.
     own = {"trust_remote_code": False} if cls.__name__.startswith("Auto") else {}
-    model, told = _loaded(cls, sub, said, use_safetensors=True, **_float32(), **own)
+    placed = {} if torch.device(device).type == "cpu" else {"device_map": {"": torch.device(device)}}
+    precision = {_dtype_option(): saved_dtype(files) if dtype is None else dtype}
+    model, told = _loaded(cls, sub, said, use_safetensors=True, low_cpu_mem_usage=True, **precision, **placed, **own)
     lacks = [k for k in told["missing_keys"] if not k.startswith(unused)]
     _complete(told | {"missing_keys": lacks}, sub, said, ("missing_keys",), files)
     _finite(model, sub, said)
     return model.eval()
 
 
-def _float32() -> dict[str, Any]:
+def saved_dtype(files: Sequence[Path]) -> torch.dtype:
+    """The dtype of most values in a text model's safetensors files; float32 for one that is not computed in."""
+    from safetensors import safe_open
+
+    counts: Counter[str] = Counter()
+    for file in [f for f in files if _variant(f, "transformers") == ""] or files:
+        with safe_open(file, framework="pt") as opened:
+            for name in opened.keys():  # noqa: SIM118
+                held = opened.get_slice(name)
+                counts[held.get_dtype()] += prod(held.get_shape())
+    most = max(counts, key=lambda name: counts[name], default="")
+    return {"F16": torch.float16, "BF16": torch.bfloat16}.get(most, torch.float32)
+
+
+def _dtype_option() -> str:
     """The option of `from_pretrained` by the name that the installed transformers takes, renamed in 4.56."""
     major, minor = version("transformers").split(".")[:2]
-    return {"dtype" if (int(major), int(minor)) >= (4, 56) else "torch_dtype": torch.float32}
+    return "dtype" if (int(major), int(minor)) >= (4, 56) else "torch_dtype"
 
 
 def _loaded(cls: Any, sub: Path, said: str, **options: Any) -> Any:

@@ -14,6 +14,7 @@ from fewstep.algebra.batch import Batch
 from fewstep.algebra.draws import Draws, fold
 from fewstep.config import UserError
 from fewstep.data.base import Data
+from fewstep.data.placed import encoding
 from fewstep.kernels import check_device
 from fewstep.networks.adapters import enable_checkpointing
 from fewstep.networks.roles import Roles
@@ -45,7 +46,8 @@ class Session:
                 f"= {world} x {train.accumulate}"
             )
         self._check_attention()
-        self.data: Data = recipe.data.open()
+        with encoding(self.device):  # prompts, before a network is there
+            self.data: Data = recipe.data.open()
         for opened in dict.fromkeys(part for stage in recipe.stages() for part in stage.method.needs().parts):
             opened.open(tuple(self.data.shape))
         self.roles: Roles = build_roles(recipe, self.data)

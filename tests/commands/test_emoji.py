@@ -24,7 +24,7 @@ from fewstep.commands.measure import measure
 from fewstep.commands.prepare_emoji import prepare_emoji
 from fewstep.commands.train_retrieval import train_retrieval
 from fewstep.config import UserError
-from fewstep.data.text import PipelineEncoder
+from fewstep.data.encoders import PipelineEncoder
 from fewstep.export.base import PARITY
 from fewstep.export.choose import export
 from fewstep.export.lora import export_lora

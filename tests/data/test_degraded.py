@@ -15,10 +15,10 @@ from fewstep.algebra.operators import Box, Grey, Pool
 from fewstep.config import UserError
 from fewstep.data.base import conditions_of, image_shape
 from fewstep.data.degraded import Degraded
+from fewstep.data.encoders import SentenceEncoder
 from fewstep.data.images import Digits, ImageFolder
 from fewstep.data.latents import Encoder
 from fewstep.data.pictures import Captions
-from fewstep.data.text import SentenceEncoder
 from fewstep.data.toy import Ring
 
 HELD = 0.2226

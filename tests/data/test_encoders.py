@@ -5,20 +5,33 @@ from __future__ import annotations
 import json
 import shutil
 import sys
+import weakref
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from diffusers import AutoencoderKL, EulerDiscreteScheduler, StableDiffusionXLPipeline
+from diffusers import (
+    AutoencoderKL,
+    EulerDiscreteScheduler,
+    IFPipeline,
+    PixArtSigmaPipeline,
+    SanaPipeline,
+    StableDiffusion3Pipeline,
+    StableDiffusionXLPipeline,
+)
 from safetensors.torch import load_file, save_file
 from tiny_pipelines import SD_BETAS, unet_condition, vae
 from tiny_text import pickle_weights, run_command, text_pipeline, word_tokenizer
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import BertConfig, BertModel, CLIPTextConfig, CLIPTextModelWithProjection
 
 from fewstep.config import UserError
+from fewstep.data import encoders as module
+from fewstep.data.encoders import PipelineEncoder, SentenceEncoder
 from fewstep.data.latents import Encoder, decoder, vae_hash
-from fewstep.data.text import PipelineEncoder, SentenceEncoder, embed
+from fewstep.data.placed import encoding
+from fewstep.data.text import embed
 
 PROMPTS = ("a red square", "two green dots")
 SAFE = "diffusion_pytorch_model.safetensors"
@@ -266,3 +279,78 @@ def test_a_pickled_vae_is_refused_and_its_command_works(coder: Path, name: str):
     after = load_file(file)
     assert all(torch.equal(after[k], before[k]) for k in before)
     assert len(vae_hash(str(coder))) == 64
+
+
+class Made(TorchDispatchMode):
+    """The largest tensor of each dtype, in values, that is made outside of the meta device."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.largest: dict[torch.dtype, int] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for x in out if isinstance(out, tuple | list) else (out,):
+            if isinstance(x, torch.Tensor) and x.device.type != "meta":
+                self.largest[x.dtype] = max(self.largest.get(x.dtype, 0), x.numel())
+        return out
+
+
+@pytest.mark.parametrize(
+    ("saved", "asked", "want"),
+    [
+        (torch.bfloat16, None, torch.bfloat16),
+        (torch.float16, None, torch.float16),
+        (torch.float32, None, torch.float32),
+        (torch.float32, "bf16", torch.bfloat16),
+        (torch.bfloat16, "fp32", torch.float32),
+    ],
+    ids=str,
+)
+def test_encoders_are_made_in_their_own_dtype_or_the_one_asked_for_and_let_go(
+    sd: Path, monkeypatch: pytest.MonkeyPatch, saved: torch.dtype, asked: Any, want: torch.dtype
+):
+    """No copy in another dtype is made on the way to bf16 or fp16; nothing of it outlives the filling."""
+    file = sd / "text_encoder" / "model.safetensors"
+    save_file({k: v.to(saved) for k, v in load_file(file).items()}, file, metadata={"format": "pt"})
+    models: list[Any] = []
+    made, inner = Made(), module.load_text_model
+
+    def spy(*args: Any, **more: Any) -> Any:
+        with made:
+            model = inner(*args, **more)
+        assert {p.dtype for p in model.parameters()} == {want}
+        models.append(weakref.ref(model))
+        return model
+
+    monkeypatch.setattr(module, "load_text_model", spy)
+    text = embed(PipelineEncoder(path=str(sd), dtype=asked), PROMPTS, cache=str(sd.parent / "cache"))
+    assert [m() for m in models] == [None]
+    assert text.shards.take(torch.arange(2))["text"].dtype == want
+    least = min(v.numel() for v in load_file(file).values() if v.ndim == 2)
+    assert made.largest[want] >= least
+    if saved == want != torch.float32:
+        assert made.largest.get(torch.float32, 0) < least
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_gpu_embeds_what_a_cpu_does(sd: Path):
+    rows = []
+    for device in ("cuda", "cpu"):
+        with encoding(device):
+            rows.append(embed(PipelineEncoder(path=str(sd)), PROMPTS, cache=str(sd.parent / device)))
+    k = torch.arange(2)
+    torch.testing.assert_close(rows[0].take(k)["text"], rows[1].take(k)["text"], rtol=0, atol=1e-4)
+
+
+def test_prompts_are_cleaned_where_the_call_does_and_the_packages_are_here(monkeypatch: pytest.MonkeyPatch):
+    for here in (True, False):
+        monkeypatch.setattr(module, "cleans", lambda here=here: here)
+        for kind in (PixArtSigmaPipeline, IFPipeline):
+            assert module.call_options(kind)["clean_caption"] == here
+        assert module.call_options(SanaPipeline)["clean_caption"] is False
+    options = module.call_options(SanaPipeline)
+    assert options["complex_human_instruction"][0].startswith("Given a user prompt")
+    assert not options["do_classifier_free_guidance"]
+    assert module.call_options(StableDiffusion3Pipeline)["max_sequence_length"] == 256

@@ -11,11 +11,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 from fewstep.config import UserError
 from fewstep.data import shards as shards_module
-from fewstep.data.shards import Shards
+from fewstep.data.shards import Shards, sparse
 from fewstep.files import LOCK, MARK, read_mark
 
 LEFT = ".00000-x.999999999.fewstep-tmp.safetensors"
@@ -148,3 +149,25 @@ def test_a_folder_of_somebody_else_is_not_filled(tmp_path: Path):
     (tmp_path / "s" / "00000.safetensors").unlink()
     with Shards(link, {"vae": "a"}, 2).claimed() as todo:
         assert todo == [range(2)]
+
+
+def test_rows_of_any_length_come_back_whole_and_zeros_are_not_stored(tmp_path: Path):
+    x = torch.arange(1.0, 61).reshape(5, 4, 3)
+    rows = [x[0], x[1].clone(), x[2][:2], torch.zeros(4, 3), torch.zeros(0, 3), x[3].clone(), x[4].clone()]
+    rows[1][1:3] = 0  # padding in the middle, as Krea 2 has it
+    rows[5][2:] = 0
+    rows[6][1, 1:] = 0  # not zero throughout
+    shards = Shards(tmp_path / "s", {}, 7, rows=5)
+    for span in shards.missing():
+        shards.write(span, {"text": [sparse(r) for r in rows[span.start : span.stop]], "n": torch.tensor(span)})
+    again = Shards(tmp_path / "s", {}, 7)
+    for i, row in enumerate(rows):
+        taken = again.take(torch.tensor([i]))
+        assert sorted(taken) == ["n", "text"]
+        assert torch.equal(taken["text"][0], row)
+        assert taken["n"].tolist() == [i]
+    some = again.take(torch.tensor([2, 5, 0]))["text"]
+    assert torch.equal(some, torch.stack([torch.cat((rows[2], torch.zeros(2, 3))), rows[5], rows[0]]))
+    held = [load_file(f) for f in sorted((tmp_path / "s").glob("*.safetensors"))]
+    assert [len(h["text"]) for h in held] == [4 + 2 + 2 + 0 + 0, 2 + 4]
+    assert [h["text.at"].tolist() for h in held] == [[0, 1, 2, 3, 0, 3, 0, 1], [0, 1, 0, 1, 2, 3]]

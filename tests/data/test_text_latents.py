@@ -19,11 +19,12 @@ from fewstep.algebra.draws import Draws
 from fewstep.algebra.sampling import Sampler
 from fewstep.commands.cache_latents import cache_latents, pictures_hash
 from fewstep.config import UserError
+from fewstep.data.encoders import PipelineEncoder, SentenceEncoder
 from fewstep.data.images import InMemory
 from fewstep.data.latents import Encoder, Latents, decoder
 from fewstep.data.pictures import Captions, Prompts, WebDataset, expand
 from fewstep.data.reader import View, scaled
-from fewstep.data.text import PipelineEncoder, SentenceEncoder, embed
+from fewstep.data.text import embed
 from fewstep.train.product import Product
 
 PROMPTS = ("a red square", "two green dots", "blue", "a yellow line on grey")
@@ -44,7 +45,7 @@ class Counting:
     def key(self) -> str:
         return self.name
 
-    def open(self) -> Any:
+    def open(self, device: Any = "cpu") -> Any:
         def encode(prompts: Sequence[str]) -> dict[str, Tensor]:
             self.seen += len(prompts)
             rows = [torch.tensor([float(ord(c)) for c in p.ljust(6)[:6]]) for p in prompts]

@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 
 from fewstep.config import UserError
+from fewstep.data.encoders import SentenceEncoder
 from fewstep.data.images import ImageFolder
 from fewstep.data.latents import vae_hash
 from fewstep.data.pictures import Captions, Prompts, WebDataset
-from fewstep.data.text import SentenceEncoder
 from fewstep.eval.protocol.images import ImageFolder as Measured
 from fewstep.eval.protocol.real import folder_pictures
 from fewstep.files import crc32_of, digest_of, file_sha256, read_json, regular

@@ -28,7 +28,7 @@ def make_pictures(
 
 def stand_in_for_text(monkeypatch: pytest.MonkeyPatch, wrapper: Any) -> None:
     """Let the encoder `pipeline` answer random embeddings of the shapes that a wrapper takes, the same for a prompt."""
-    from fewstep.data.text import PipelineEncoder
+    from fewstep.data.encoders import PipelineEncoder
 
     def encode(prompts: Sequence[str]) -> dict[str, Tensor]:
         rows = []
@@ -38,6 +38,6 @@ def stand_in_for_text(monkeypatch: pytest.MonkeyPatch, wrapper: Any) -> None:
         return {k: torch.cat([row[k] for row in rows]) for k in rows[0] if k != "guidance"}
 
     monkeypatch.setattr(PipelineEncoder, "key", lambda self: type(wrapper).__name__)
-    monkeypatch.setattr(PipelineEncoder, "open", lambda self: encode)
+    monkeypatch.setattr(PipelineEncoder, "open", lambda self, device: encode)
     monkeypatch.setattr(PipelineEncoder, "zeros_for_empty", lambda self: False)
     monkeypatch.setattr(PipelineEncoder, "files", lambda self: [])

@@ -48,11 +48,11 @@ evaluate: null
 
 
 def test_two_adapters_train_on_prompts_alone(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    from fewstep.data import text as module
+    from fewstep.data import encoders as module
 
     opened: list[Any] = []
     encode = module.PipelineEncoder.open
-    monkeypatch.setattr(module.PipelineEncoder, "open", lambda self: (opened.append(1), encode(self))[1])
+    monkeypatch.setattr(module.PipelineEncoder, "open", lambda self, device: (opened.append(1), encode(self, device))[1])
     trainer = Trainer(load(str(folder / "mine.yaml")), cpu=True)
     seen: list[Any] = []
     inner = trainer.roles.teacher.net.register_forward_pre_hook(lambda _m, args: seen.append(args[2]))

@@ -81,7 +81,7 @@ def test_the_way_through_a_pipeline_is_walked(name: str, tmp_path: Path, monkeyp
     more = {"run": [shape, *TINY], "recipes": [shape], "plan": [shape, *TINY], "check-teacher": ["--size", "8x8"]}
     walked = commands("pipelines.md")
     assert [words[0] for words in walked] == [
-        "check-teacher", "new", "recipes", "plan", "run", "report", "sample", "export",
+        "check-teacher", "new", "recipes", "plan", "cache-text", "run", "report", "sample", "export",
     ]  # fmt: skip
     for words in walked:
         with pytest.raises(SystemExit) as caught:

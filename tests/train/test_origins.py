@@ -17,9 +17,9 @@ from tiny_teacher import make_run, make_teacher
 from fewstep.commands.report import opened
 from fewstep.commands.run import run_recipe
 from fewstep.config import UserError
+from fewstep.data.encoders import SentenceEncoder
 from fewstep.data.latents import Latents
 from fewstep.data.pictures import Captions, Prompts, WebDataset
-from fewstep.data.text import SentenceEncoder
 from fewstep.files import BLOCK, digest_of
 from fewstep.networks.teachers import DiffusersTeacher
 from fewstep.recipe.schema import Recipe

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,10 @@ import pytest
 import torch
 import yaml
 from snippets import run_snippet
+from tiny_encoders import MASKED, OLDER, SIZE, called, make_older
 from tiny_families import PROMPTS, TODAY, make_today
 from tiny_new import make_pictures
+from tiny_pipelines import FAMILIES, make_pipeline
 from torch import Tensor
 
 from fewstep.algebra.guidance import Guided
@@ -23,11 +26,13 @@ from fewstep.commands.check_recipe import check
 from fewstep.commands.check_teacher import check_teacher
 from fewstep.commands.export import export_run
 from fewstep.commands.new import Wish, new
+from fewstep.data.encoders import HIDING, OUTPUTS, PipelineEncoder
 from fewstep.data.latents import Encoder, decoder
-from fewstep.data.text import PipelineEncoder, embed
+from fewstep.data.text import embed
 from fewstep.export.base import PARITY
 from fewstep.export.stock import difference, open_stock
 from fewstep.networks.diffusers import load_denoiser
+from fewstep.networks.wrappers.base import WRAPPERS
 from fewstep.recipe.store import load
 from fewstep.train.trainer import Trainer
 
@@ -241,29 +246,102 @@ class Still(diffusers.FlowMatchEulerDiscreteScheduler):
         return (sample,)
 
 
+def same_rows(rows: dict[str, Tensor], out: Sequence[Any], keys: Sequence[str], hides: bool) -> None:
+    """Conditions of one prompt (1, ...) are what a pipeline's own call computed for it, padding that it sees included."""
+    mask = rows["mask"][0].bool() if "mask" in rows else slice(None)
+    for key, theirs in zip(keys, out, strict=False):
+        want = theirs[0] if key else None
+        if key == "text":
+            whole = rows["text"][0]
+            own = whole[mask] if hides or len(whole) != len(want) else whole
+            want = want[out[keys.index("mask")][0].bool()] if hides else want
+            torch.testing.assert_close(own, want, rtol=0, atol=1e-5)
+            assert not hides or not bool(whole[~mask].any())
+        elif key == "mask" and want is not None:
+            assert rows["mask"][0].tolist()[: len(want)] == want.tolist()
+        elif key:
+            torch.testing.assert_close(rows[key][0], want, rtol=0, atol=1e-5)
+
+
+RETURNS = {"lumina2": MASKED, "krea2": MASKED, "sana_video": MASKED, "hunyuan_video": ("text", "pooled", "mask")}
+RETURNS |= {"chroma": ("text", "", "mask")}
+"""Keys of what an encode_prompt returns; of the others the text alone."""
+
+
 @pytest.mark.parametrize("name", TODAY)
 @torch.no_grad()
-def test_prompts_are_embedded_as_the_pipeline_embeds_them(folders: dict[str, Path], tmp_path: Path, name: str):
+def test_prompts_are_embedded_as_the_pipelines_call_embeds_them(folders: dict[str, Path], tmp_path: Path, name: str):
     """In batches of two, whose rows are of other lengths than the third; the text that guidance puts there is longer."""
     long = "one long line of blue two green dots a red square"
-    encoder = PipelineEncoder(path=str(folders[name]))
-    text = embed(encoder, PROMPTS, negative=long, cache=str(tmp_path), batch=2)
-    ours = text.take(torch.arange(3))
-    pipe = diffusers.DiffusionPipeline.from_pretrained(folders[name], vae=None, transformer=None)
-    fixed = ("chroma", "lumina2", "krea2", "sana_video", "hunyuan_video")  # padded to one length, whatever the others are
+    text = embed(PipelineEncoder(path=str(folders[name])), PROMPTS, negative=long, cache=str(tmp_path), batch=2)
+    ours, pipe = text.take(torch.arange(3)), diffusers.DiffusionPipeline.from_pretrained(folders[name])
+    call = {"use_resolution_binning": False} if name == "sana_video" else {}
     for i, prompt in enumerate((*PROMPTS, long)):
-        told = {"prompt": [prompt], "device": "cpu", "max_sequence_length": 512}
-        if name in ("lumina2", "auraflow", "ovis_image", "hunyuan_video"):
-            told["max_sequence_length"] = 256
-        if name == "sana_video":
-            told["max_sequence_length"] = 300
-        if name in ("z_image", "chroma", "wan", "lumina2", "auraflow", "ovis_image", "sana_video"):
-            told["do_classifier_free_guidance"] = False
-        out = pipe.encode_prompt(**told)
-        want = out[0][0]
-        row = {k: v[i] for k, v in ours.items()} if i < 3 else {k: v[0] for k, v in text.null(ours).items()}
-        kept = row["text"][row["mask"].bool()] if "mask" in row and name not in fixed else row["text"]
-        torch.testing.assert_close(kept, want, rtol=0, atol=1e-5)
+        row = {k: v[i : i + 1] for k, v in ours.items()} if i < 3 else {k: v[:1] for k, v in text.null(ours).items()}
+        same_rows(row, called(pipe, prompt, **call), RETURNS.get(name, ("text",)), TODAY[name].pipeline in HIDING)
+
+
+@pytest.mark.parametrize("name", OLDER)
+@torch.no_grad()
+def test_prompts_of_older_families_too(tmp_path: Path, name: str):
+    folder, older = make_older(tmp_path / "P", name), OLDER[name]
+    rows = embed(PipelineEncoder(path=str(folder)), PROMPTS, cache=str(tmp_path / "cache"), batch=2).take(torch.arange(3))
+    without = [k for k, v in older.parts().items() if v is None]
+    pipe = diffusers.DiffusionPipeline.from_pretrained(folder, **dict.fromkeys(without))
+    for i, prompt in enumerate(PROMPTS):
+        row = {k: v[i : i + 1] for k, v in rows.items()}
+        same_rows(row, called(pipe, prompt, **SIZE, **older.call), older.returns, older.kind in HIDING)
+
+
+@pytest.mark.parametrize("name", ["qwen_image", "z_image", "krea2", "wan"])
+def test_in_bfloat16_a_prompt_is_the_same_alone_and_beside_longer_ones(
+    folders: dict[str, Path], tmp_path: Path, name: str
+):
+    encoder = PipelineEncoder(path=str(folders[name]), dtype="bf16")
+    alone, beside = (embed(encoder, PROMPTS, cache=str(tmp_path / str(b)), batch=b) for b in (1, 3))
+    k = torch.arange(3)
+    assert {v.dtype for key, v in alone.shards.take(k).items() if key == "text"} == {torch.bfloat16}
+    one, three = alone.take(k), beside.take(k)
+    assert torch.equal(one.get("mask", k), three.get("mask", k))
+    # A few roundings of 2**-9 in as many layers.
+    assert float((one["text"] - three["text"]).abs().max()) < 2**-6 * float(one["text"].abs().max())
+    plain = embed(PipelineEncoder(path=str(folders[name])), PROMPTS, cache=str(tmp_path / "plain")).take(k)["text"]
+    gap = float((one["text"] - plain).abs().max() / plain.abs().max())
+    assert 2**-12 < gap < 2**-4
+
+
+def test_every_wrapped_pipeline_with_words_has_its_encoder():
+    kinds = {cls.pipeline for cls in WRAPPERS.values()} | {older.kind for older in OLDER.values()}
+    kinds |= {today.pipeline for today in TODAY.values()} | {"IFSuperResolutionPipeline"}
+    worded = {kind for kind in kinds if kind and hasattr(getattr(diffusers, kind), "encode_prompt")}
+    assert len(worded) >= 20
+    assert worded <= set(OUTPUTS)
+    assert set(HIDING) < worded
+
+
+@pytest.mark.parametrize(
+    "name", [n for n in TODAY if TODAY[n].pipeline in (*HIDING, "ChromaPipeline")] + ["pixart", "sana"]
+)
+@torch.no_grad()
+def test_padding_is_hidden_from_the_networks_that_are_said_not_to_see_it(
+    folders: dict[str, Path], tmp_path: Path, name: str
+):
+    """Bit by bit the same answer whatever stands under the mask, but Chroma's, whose padding is therefore kept."""
+    folder = folders[name] if name in folders else make_pipeline(tmp_path / name, name)
+    shape = TODAY[name].shape if name in TODAY else FAMILIES[name].shape
+    net: Any = load_denoiser(str(folder), size=shape[1:])
+    generator = torch.Generator().manual_seed(3)
+    x, cond = torch.randn(2, *shape, generator=generator), dict(net.net.example(2, generator))
+    mask = torch.ones(cond["text"].shape[:2])
+    mask[0, -2:] = 0
+    if name == "krea2":  # which has padding before its last words
+        mask[1, 1:3] = 0
+    answers = []
+    for scale in (0.0, 100.0):
+        noise = scale * torch.randn(cond["text"].shape, generator=generator)
+        text = torch.where(mask.bool().reshape(*mask.shape, *(1,) * (noise.ndim - 2)), cond["text"], noise)
+        answers.append(net.net(x, torch.tensor([0.3, 0.6]), cond | {"text": text, "mask": mask})[0])
+    assert torch.equal(*answers) == (name != "chroma")
 
 
 def ran(*arguments: str) -> None:
