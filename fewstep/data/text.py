@@ -91,7 +91,8 @@ def embed(
     """
     if not prompts:
         raise UserError("prompts: there are none")
-    batch, store = int(batch or getattr(encoder, "batch", 32)), DTYPES.get(encoder.store or "")
+    batch = batch if batch is not None else int(getattr(encoder, "batch", 32))
+    store = DTYPES.get(encoder.store or "")
     facts = {"encoder": encoder.key(), "prompts": _digest([*prompts, negative]), "store": encoder.store or "as computed"}
     root = expanded(cache) if cache else default_cache()
     rows = [*prompts, negative]
