@@ -1,7 +1,7 @@
 """Collapses provoked in a training of digits, and what `train.guard=restore` makes of them, in FD of its product.
 
 python -m fewstep.bench.collapses [NAMES] [--recipe digits-dmd2] [--onset 200] [--updates 150] [--eval-every 0]
-    [--out collapses.jsonl]
+    [--out assets/collapses.jsonl]
 
 One training up to the onset, and on to the end without a collapse; from the onset's checkpoint on each collapse is
 provoked twice: with `warn`, which tells the update of the first alarm, the FD there and the FD at the end, and with
@@ -238,7 +238,7 @@ def main(argv: list[str] | None = None) -> None:
         for name in given.names or COLLAPSES:
             c = collapse(name, given.recipe, changes, start, given.onset, fd, healthy)
             lines = given.out.read_text().splitlines() if given.out.exists() else []
-            kept = [line for line in lines if json.loads(line)["name"] != name]
+            kept = [line for line in lines if (r := json.loads(line))["name"] != name or r["by"] != c.by]
             with atomic_path(given.out) as temporary:
                 temporary.write_text("\n".join([*kept, json.dumps(asdict(c))]) + "\n")
             print(c, flush=True)

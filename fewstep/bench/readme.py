@@ -10,7 +10,7 @@ from fewstep.bench.board import BOARDS, assets, table as table_of_board
 from fewstep.commands.compare.ranking import by_class
 from fewstep.commands.report import read_results, with_error
 from fewstep.eval.protocol.evaluation import Evaluation, distance_of
-from fewstep.files import read_json
+from fewstep.files import parse_json, read_json
 from fewstep.networks.refused import table as refused
 from fewstep.recipe.cards import table
 from fewstep.recipe.source import find, read, shipped
@@ -88,6 +88,42 @@ def board(name: str) -> str:
     return table_of_board(BOARDS[name], read_json(file)) + drawn
 
 
+PROVOKED = {
+    "rate": "the student's rate times 20",
+    "critic": "no critic updates any more",
+    "darkening": "a bias that darkens it, .1 an update",
+    "copied_noise": "every row has the noise of the first",
+}
+
+
+def collapses() -> str:
+    """What `fewstep.bench.collapses` measured: a row a collapse, restored by readings and by the metric."""
+    file = assets() / "collapses.jsonl"
+    found = [parse_json(line, file) for line in file.read_text().splitlines()]
+    lines = [
+        "| provoked | alarm | updates later | FD there | FD at the end, unguarded | restored by readings | metric |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for name, told in PROVOKED.items():
+        by = {r["by"]: r for r in found if r["name"] == name}
+        r = by["readings"]
+        ends = [f"{by[kind]['restored']:.2f}" if kind in by else "not run" for kind in ("readings", "metric")]
+        there = "" if r["at_alarm"] is None else f"{r['at_alarm']:.3g}"
+        cells = [told, r["alarm"], str(r["after"]), there, f"{r['unguarded']:.3g}", *ends]
+        lines.append("| " + " | ".join(cells) + " |")
+    plain = [r for r in found if r["by"] == "readings"]
+    early = sum(r["at_alarm"] is not None and r["at_alarm"] < 2 * r["before"] for r in plain)
+    within = [r["by"] for r in found if r["restored"] <= r["before"] + r["error"]]
+    first = found[0]
+    lines += [
+        "",
+        f"FD is {first['before']:.2f} ± {first['error']:.2f} when they begin, {first['healthy']:.2f} at the end without "
+        f"one. Told before FD has doubled: {early} of {len(PROVOKED)}. Restored to within one standard error: "
+        f"{within.count('readings')} by readings, {within.count('metric')} by the metric.",
+    ]
+    return "\n".join(lines)
+
+
 def tables() -> dict[str, dict[str, str]]:
     """README, by its path in the checkout: its blocks by name."""
     compared = Path(str(files("fewstep.assets"))).glob("compare-*.json")
@@ -95,6 +131,7 @@ def tables() -> dict[str, dict[str, str]]:
         "README.md": {"demo": demo_table(), "recipe": recipe_text("digits-dmd2")},
         "recipes/README.md": {"recipes": recipes_table()},
         "fewstep/methods/README.md": {"methods": table()},
+        "docs/healthy.md": {"collapses": collapses()},
         "fewstep/networks/README.md": {"refused": refused()},
         "assets/README.md": {path.stem: comparison_table(path) for path in sorted(compared)} | boards(),
     }
