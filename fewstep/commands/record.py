@@ -124,7 +124,10 @@ def _named(recipe: Recipe, run: Path) -> tuple[str, tuple[str, ...]]:
 
 
 def of_comparison(path: Path) -> list[Entry]:
-    """The numbers of a file by `fewstep compare`, each recipe at its own number of steps, and that of its teacher."""
+    """The numbers of a file by `fewstep compare`, each recipe at its own number of steps.
+
+    And that of the teacher, where its runs say which shipped one it was.
+    """
     try:
         data = read_json(path)
         fields = [f.name for f in dataclass_fields(Evaluation)]
@@ -145,8 +148,9 @@ def of_comparison(path: Path) -> list[Entry]:
     best = min(own, key=lambda row: row.distance.value, default=None)
     if best is None:
         return out
-    named = next((row.group for row in rows if row.group in shipped()), None)
-    source = getattr(load(named).teacher, "path", "").removeprefix("assets:") if named else ""
+    # What the recipe names today need not be what these runs were distilled from.
+    told = next((run["teacher"] for run in data.get("runs", ()) if run.get("teacher")), {"path": ""})
+    source = str(told["path"]).removeprefix("assets:")
     if source in shipped():
         own = load(source)
         method: str = own.method.name

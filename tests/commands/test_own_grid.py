@@ -40,7 +40,7 @@ def test_qwen_image_as_it_is_shipped_is_drawn_as_its_pipeline_draws_it(tmp_path:
     generator = torch.Generator().manual_seed(3)
     x, cond = torch.randn(2, *shape, generator=generator), net.net.example(2, generator)
     theirs = run_stock(open_stock(folder), net.net, x, cond, {"num_inference_steps": 6})
-    recipe = SimpleNamespace(teacher=SimpleNamespace(name="diffusers", path=str(folder)))
+    recipe = SimpleNamespace(teacher=SimpleNamespace(name="diffusers", path=str(folder), folder=str(folder)))
     levels = teacher_levels(recipe, net, shape[1:], 6)
     ours = Sampler(kind="ode", steps=levels, solver="ddim")
     assert difference(sample(ours, net, x, cond), theirs) < 2e-5
@@ -62,7 +62,7 @@ def test_levels_are_the_schedulers_own(tmp_path: Path):
         torch.testing.assert_close(found, theirs, rtol=1e-6, atol=1e-7)
         # Re-expressed in another process the same noise stands at other times.
         other = Rescheduled(net, EDM(sigma_max=1e4))
-        recipe = SimpleNamespace(teacher=SimpleNamespace(name="diffusers", path=str(folder)))
+        recipe = SimpleNamespace(teacher=SimpleNamespace(name="diffusers", path=str(folder), folder=str(folder)))
         moved = EDM(sigma_max=1e4).grid(torch.tensor(teacher_levels(recipe, other, (8, 12), 5), dtype=torch.float64))
         ratio = (net.process.sigma(found) / net.process.alpha(found)).clamp(max=1e4)
         torch.testing.assert_close(moved, ratio, rtol=1e-6, atol=1e-6)
@@ -90,6 +90,6 @@ def test_a_teacher_without_a_scheduler_has_none(tmp_path: Path):
         make_pipeline(tmp_path / "sdxl", "sdxl"), diffusers.LCMScheduler(**SD_BETAS, original_inference_steps=2)
     )
     net = load_denoiser(str(folder), size=(8, 12))
-    recipe = SimpleNamespace(teacher=SimpleNamespace(name="diffusers", path=str(folder)))
+    recipe = SimpleNamespace(teacher=SimpleNamespace(name="diffusers", path=str(folder), folder=str(folder)))
     with pytest.raises(UserError, match=r"evaluate.teacher_grid: the scheduler of .* takes no 4 steps: "):
         teacher_levels(recipe, net, (8, 12), 4)

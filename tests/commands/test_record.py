@@ -74,15 +74,19 @@ def test_seeds_of_one_setting_are_one_entry_and_a_second_recording_replaces_it(t
     assert len(out.read_text().splitlines()) == 2
 
 
-def test_a_comparison_gives_each_recipe_at_its_own_steps_and_the_teacher_its_best():
+def test_a_comparison_gives_each_recipe_at_its_own_steps_and_the_teacher_its_best(tmp_path: Path):
     found = {e.recipe: e for e in of_comparison(ASSETS / "compare-digits.json")}
     assert found["digits-dmd2-4step"].steps == 4
     assert found["digits-dmd2-4step"].updates == 250
     data = json.loads((ASSETS / "compare-digits.json").read_text())
     best = min(row["metrics"]["FD (house-digits)"]["value"] for row in data["teachers"])
+    assert "digits-teacher" not in found  # its runs do not say what they were distilled from
+    data["runs"][0]["teacher"] = {"path": "assets:digits-teacher", "sha256": "0"}
+    (tmp_path / "told.json").write_text(json.dumps(data))
+    found = {e.recipe: e for e in of_comparison(tmp_path / "told.json")}
     assert (found["digits-teacher"].values, found["digits-teacher"].method) == ((best,), "denoise")
     for entry in of_comparison(ASSETS / "compare-fashion.json"):
-        assert entry.settings == (() if entry.recipe.endswith("teacher") else ("train.batch=32",))
+        assert entry.settings == ("train.batch=32",)
 
 
 def test_the_cards_numbers_are_those_of_the_files_that_commands_wrote():

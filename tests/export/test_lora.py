@@ -99,7 +99,7 @@ def test_a_card_says_whose_adapter_it_is_and_comfyui_gets_its_graph(product: Pro
 
 def test_a_video_is_told_by_its_shape(tmp_path: Path):
     """SANA-Video's pipeline counts `frames`, Wan's `num_frames`."""
-    source: Any = SimpleNamespace(root=tmp_path, index={}, config={})
+    source: Any = SimpleNamespace(root=tmp_path, shown=str(tmp_path), index={}, config={})
     wrapper: Any = SimpleNamespace(needs=("text",), image_channels=0)
     for shape, task in (((16, 2, 4, 8), "text-to-video"), ((16, 4, 8), "text-to-image")):
         product: Any = SimpleNamespace(shape=shape)

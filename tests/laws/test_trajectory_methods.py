@@ -228,7 +228,7 @@ def test_reflow_of_a_gaussian_is_straight() -> None:
         patch.setattr(Teacher, "step", lambda self, x, t, s: flow_map(self.process, MEAN, STD, x, t, s))
         who = Roles(teacher=gaussian(Flow(), MEAN, STD), student=Straight())
         assert _values(Reflow(), who)["reflow"] < 1e-12
-        got = _values(Reflow(mode="distill", guide_weight=1.0), who)
+        got = _values(Reflow(mode="distill", guide_weight=1.0, guide="teacher"), who)
         assert got["distill"] < 1e-12
         # The teacher's answer from the straight line is a mean, not the point: guidance pulls inward.
         assert got["guide"] > 1e-3

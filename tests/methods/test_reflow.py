@@ -40,5 +40,5 @@ def gradient(guide: str) -> float:
 def test_a_straight_guide_rests_and_a_curved_one_draws_together() -> None:
     assert gradient("straight") < 1e-12
     assert gradient("teacher") > 1e-2
-    assert Reflow(guide_weight=0.3, guide="straight").needs().frozen == {"teacher", "straight"}
-    assert Reflow(guide_weight=0.3).needs().roles == {"teacher", "student"}
+    assert Reflow(guide_weight=0.3).needs().frozen == {"teacher", "straight"}
+    assert Reflow(guide_weight=0.3, guide="teacher").needs().roles == {"teacher", "student"}

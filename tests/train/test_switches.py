@@ -111,8 +111,6 @@ def test_eight_bit_moments_ask_for_their_package(teacher: Path, monkeypatch: pyt
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
     with pytest.raises(UserError, match=r"need bitsandbytes, which is not installed: pip install bitsandbytes"):
         trained(teacher, eight)
-    with pytest.raises(UserError, match="critic, discriminator step together; give them the same rule and bits"):
-        trained(teacher, "optim={default: {lr: 1e-2}, critic: {lr: 1e-2, bits: 8}}", "before=[]")
     made: list[Any] = []
 
     class Stub(torch.optim.AdamW):
