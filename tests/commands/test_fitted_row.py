@@ -118,9 +118,14 @@ def test_a_comparison_has_it_and_takes_a_fit_as_a_run_without_updates(
     assert [r["name"] for r in found["teachers"]] == ["teacher, 1 step", "teacher fitted, 2 calls"]
     assert found["teachers"][1]["training"]["updates"] == 0
     assert "| `fit` | fitted |" in (tmp_path / "out" / "report.md").read_text()
-    # The cards take the teacher's own number, not that of its fit.
+    # Of a folder's own teacher the cards take nothing, of a shipped one its own number, not that of its fit.
+    assert of_comparison(tmp_path / "out" / "results.json") == []
     plain = found["teachers"][0]["metrics"]["FD (house-digits)"]["value"]
-    assert [e.values for e in of_comparison(tmp_path / "out" / "results.json")] == [(plain,)]
+    (run,) = (r for r in found["runs"] if r["recipe"] == "digits-dmd2")
+    assert run["teacher"]["path"] == teacher
+    run["teacher"]["path"] = "assets:digits-teacher"
+    (tmp_path / "shipped.json").write_text(json.dumps(found))
+    assert [e.values for e in of_comparison(tmp_path / "shipped.json")] == [(plain,)]
     # A fit of another kind in its place is measured again; nothing else is.
     small = ("--calls", "2", "--points", "4", "--noises", "2", "--no-table")
     assert call("fit", teacher, *small, "--force", "--out", "fit")[0] == 0
