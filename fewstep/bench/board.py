@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cache
 from importlib.resources import files
@@ -23,7 +23,7 @@ from fewstep.commands.compare import curve
 from fewstep.commands.compare.budget import Budget
 from fewstep.commands.compare.compare import compare
 from fewstep.commands.compare.one_run import NEVER, identity
-from fewstep.commands.compare.ranking import by_class
+from fewstep.commands.compare.ranking import by_class, cells_line
 from fewstep.commands.report import with_error
 from fewstep.config import UserError
 from fewstep.eval.protocol.evaluation import Evaluation, distance_of
@@ -101,19 +101,17 @@ def taken(board: Board, file: Path, results: Path) -> dict[str, Any]:
         told_apart = f"is of {machine}, the rows of {file.name} are of {held['machine']}"
         raise UserError(f"{results}: {told_apart}; a board is of one machine")
     names = {r["group"] for r in new}
-    others = {
-        r["teacher"]["path"]: r["teacher"]["sha256"] for r in held["rows"] if r["teacher"] and r["group"] not in names
-    }
+    kept = [r for r in held["rows"] if r["group"] not in names]
+    weights = {t["path"]: t["sha256"] for r in kept if (t := r["teacher"])}
     for r in new:
-        if r["teacher"] and others.get(r["teacher"]["path"], r["teacher"]["sha256"]) != r["teacher"]["sha256"]:
+        if (t := r["teacher"]) and weights.get(t["path"], t["sha256"]) != t["sha256"]:
             raise UserError(f"{results}: {r['group']} had other weights as its teacher than the rows of {file.name}")
-    teachers = [_bare(r) | {"of": sorted(names)} for r in told["teachers"]]
+    teachers = [_bare(r) for r in told["teachers"]]
     replaced = {(r["name"], r["calls"]) for r in teachers}
-    rows = [*(r for r in held["rows"] if r["group"] not in names), *new]
     failed = [f for f in held["failed"] if f["recipe"] not in names | {f["recipe"] for f in told["failed"]}]
     content = {
         "machine": machine,
-        "rows": sorted(rows, key=lambda r: (r["group"], r["steps"])),
+        "rows": sorted([*kept, *new], key=lambda r: (r["group"], r["steps"])),
         "teachers": sorted(
             [*(r for r in held["teachers"] if (r["name"], r["calls"]) not in replaced), *teachers],
             key=lambda r: (r["name"].partition(",")[0], r["calls"]),
@@ -189,11 +187,11 @@ def table(board: Board, content: Mapping[str, Any]) -> str:
     for group in GROUPS:
         own = [r for r in rows if group_of(load(r["group"])) == group]
         if own:
-            lines += [f"**What needs {group}**", "", _line(head), _line(["---"] * len(head))]
-            lines += [_line(_cells(r)) for r in sorted(own, key=lambda r: _evaluation(r).distance.value)] + [""]
+            lines += [f"**What needs {group}**", "", cells_line(head), cells_line(["---"] * len(head))]
+            lines += [cells_line(_cells(r)) for r in sorted(own, key=lambda r: _evaluation(r).distance.value)] + [""]
     lines += ["**The teacher without training**, plain and with a fitted sampler", ""]
-    lines += [_line(head[:beside]), _line(["---"] * beside)]
-    lines += [_line(_cells(r)[:beside]) for r in content["teachers"]] + [""]
+    lines += [cells_line(head[:beside]), cells_line(["---"] * beside)]
+    lines += [cells_line(_cells(r)[:beside]) for r in content["teachers"]] + [""]
     failed = sorted({f["recipe"] for f in content["failed"]} - {r["group"] for r in rows})
     missing = sorted(known - {r["group"] for r in rows} - set(failed) - set(stale))
     for told, names in (("Failed", failed), ("Of an earlier recipe, to be made again", stale), ("Not run", missing)):
@@ -240,10 +238,6 @@ def _cells(row: Mapping[str, Any]) -> list[str]:
         cells += [f"{t['updates']:,}", told, "" if settled is None else f"{settled:.0f}"]
         cells += [f"{t['peak_memory_mib']:.0f}", row["commit"]]
     return cells
-
-
-def _line(cells: Iterable[str]) -> str:
-    return "| " + " | ".join(cells) + " |"
 
 
 def draw(content: Mapping[str, Any], path: Path) -> bool:

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from fewstep.algebra.draws import Draws, fold
+from fewstep.bench.board import is_guided
 from fewstep.config import UserError
 from fewstep.eval import energy_distance
 from fewstep.files import atomic_path, commit
@@ -104,7 +105,7 @@ def train(name: str, steps: int, seed: int) -> Outcome:
     seconds = time.perf_counter() - started
     calls = recipe.sampler().network_calls()
     method = recipe.method.name  # type: ignore[attr-defined]
-    guided = getattr(recipe.method, "guidance", 1.0) not in (1.0, (1.0, 1.0)) or "reward" in recipe.roles
+    guided = is_guided(recipe) or "reward" in recipe.roles
     at = commit()[:7]
     return Outcome(
         name, method, calls, steps, seed, energy, initial, floor, round(seconds, 1), at, guided, alarms=tuple(alarms)

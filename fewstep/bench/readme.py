@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import re
-from importlib.resources import files
 from pathlib import Path
 
 from fewstep.bench.board import BOARDS, assets, table as table_of_board
-from fewstep.commands.compare.ranking import by_class
+from fewstep.commands.compare.ranking import by_class, cells_line
 from fewstep.commands.report import read_results, with_error
 from fewstep.eval.protocol.evaluation import Evaluation, distance_of
 from fewstep.files import parse_json, read_json
@@ -22,7 +21,7 @@ def demo_table() -> str:
         "| | FD ± standard error | samples | network calls | class accuracy | diversity |",
         "|---|---|---|---|---|---|",
     ]
-    for e in read_results(Path(str(files("fewstep.assets"))) / "digits-dmd2.json"):
+    for e in read_results(assets() / "digits-dmd2.json"):
         distance = f"{e.distance.value:.2f} ± {e.distance.standard_error:.2f}"
         lines.append(f"| {e.name} | {distance} | {e.number} | {e.calls} | {' | '.join(by_class(e))} |")
     return "\n".join(lines)
@@ -100,17 +99,23 @@ def collapses() -> str:
     """What `fewstep.bench.collapses` measured: a row a collapse, restored by readings and by the metric."""
     file = assets() / "collapses.jsonl"
     found = [parse_json(line, file) for line in file.read_text().splitlines()]
-    lines = [
-        "| provoked | alarm | updates later | FD there | FD at the end, unguarded | restored by readings | metric |",
-        "|---|---|---|---|---|---|---|",
+    head = [
+        "provoked",
+        "alarm",
+        "updates later",
+        "FD there",
+        "FD at the end, unguarded",
+        "restored by readings",
+        "metric",
     ]
+    lines = [cells_line(head), "|" + "---|" * len(head)]
     for name, told in PROVOKED.items():
         by = {r["by"]: r for r in found if r["name"] == name}
         r = by["readings"]
         ends = [f"{by[kind]['restored']:.2f}" if kind in by else "not run" for kind in ("readings", "metric")]
         there = "" if r["at_alarm"] is None else f"{r['at_alarm']:.3g}"
         cells = [told, r["alarm"], str(r["after"]), there, f"{r['unguarded']:.3g}", *ends]
-        lines.append("| " + " | ".join(cells) + " |")
+        lines.append(cells_line(cells))
     plain = [r for r in found if r["by"] == "readings"]
     early = sum(r["at_alarm"] is not None and r["at_alarm"] < 2 * r["before"] for r in plain)
     within = [r["by"] for r in found if r["restored"] <= r["before"] + r["error"]]
@@ -126,7 +131,7 @@ def collapses() -> str:
 
 def tables() -> dict[str, dict[str, str]]:
     """README, by its path in the checkout: its blocks by name."""
-    compared = Path(str(files("fewstep.assets"))).glob("compare-*.json")
+    compared = assets().glob("compare-*.json")
     return {
         "README.md": {"demo": demo_table(), "recipe": recipe_text("digits-dmd2")},
         "recipes/README.md": {"recipes": recipes_table()},

@@ -55,8 +55,8 @@ def _together(recipe: Any) -> None:
     """Roles that one optimiser steps have one rule and one size of moments."""
     for stage in recipe.stages():
         for updates in updates_a_step(stage.method, stage.steps):
-            known = [name for name in updates if name in recipe.optim or "default" in recipe.optim]
-            kinds = {name: (recipe.optimizer(name).rule, recipe.optimizer(name).bits) for name in known}
+            specs = {name: recipe.optim.get(name) or recipe.optim.get("default") for name in updates}
+            kinds = {name: (spec.rule, spec.bits) for name, spec in specs.items() if spec is not None}
             if len(set(kinds.values())) > 1:
                 told = ", ".join(f"{name} {rule} of {bits} bits" for name, (rule, bits) in kinds.items())
                 raise ValueError(

@@ -39,7 +39,8 @@ class TurnOptimizer:
             }
             for name, spec in zip(names, self.specs, strict=True)
         ]
-        self.adam = _made({(spec.rule, spec.bits) for spec in self.specs}, groups, names)
+        first = self.specs[0]  # a recipe gives roles that step together one rule and bits
+        self.adam = _made(first.rule, first.bits, groups)
         self._options = [{k: v for k, v in g.items() if k != "params"} for g in self.adam.param_groups]
 
     def rate(self, spec: AdamW) -> float:
@@ -75,11 +76,8 @@ class TurnOptimizer:
         self.adam.zero_grad(set_to_none=True)
 
 
-def _made(kinds: set[tuple[str, int]], groups: list[dict[str, Any]], names: tuple[str, ...]) -> torch.optim.Optimizer:
-    """The optimiser of the groups; UserError for kinds that cannot step together, or whose package is missing."""
-    if len(kinds) > 1:
-        raise UserError(f"optim: the roles {', '.join(names)} step together; give them the same rule and bits")
-    rule, bits = next(iter(kinds))
+def _made(rule: str, bits: int, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+    """The optimiser of the groups; UserError where its package is missing."""
     if rule == "came":
         return _came(groups)
     if bits == 32:

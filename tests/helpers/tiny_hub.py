@@ -41,6 +41,14 @@ def fill(cache: Path, name: str, folder: Path, commit: str = A, ref: str | None 
     return snapshot
 
 
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty cache of a hub that is not reached, in a folder that is the current one."""
+    monkeypatch.chdir(tmp_path)
+    offline(monkeypatch, tmp_path / "cache")
+    return tmp_path / "cache"
+
+
 def offline(patch: pytest.MonkeyPatch, cache: Path) -> None:
     """HF_HUB_CACHE=cache HF_HUB_OFFLINE=1, for a huggingface_hub that is imported already; no token."""
     patch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(cache))

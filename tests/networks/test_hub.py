@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_hub import A, B, fill, offline, served
+from tiny_hub import A, B, cache as cache, fill, served
 from tiny_teacher import make_teacher
 
 from fewstep.config import Absent, UserError
@@ -19,13 +19,6 @@ from fewstep.networks.teachers import DiffusersTeacher
 @pytest.fixture(scope="module")
 def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_teacher(tmp_path_factory.mktemp("teacher"))
-
-
-@pytest.fixture
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.chdir(tmp_path)
-    offline(monkeypatch, tmp_path / "cache")
-    return tmp_path / "cache"
 
 
 def test_names(cache: Path):

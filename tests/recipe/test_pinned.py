@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from calling import called
-from tiny_hub import A, B, fill, offline, served
+from tiny_hub import A, B, cache as cache, fill, served
 from tiny_teacher import make_teacher, student_settings
 
 import fewstep
@@ -25,13 +25,6 @@ SDXL = "paper/dmd2-sdxl-4step-lora"
 @pytest.fixture(scope="module")
 def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_teacher(tmp_path_factory.mktemp("teacher"))
-
-
-@pytest.fixture
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.chdir(tmp_path)
-    offline(monkeypatch, tmp_path / "cache")
-    return tmp_path / "cache"
 
 
 @pytest.fixture

@@ -131,7 +131,7 @@ def markdown(
     head += ["accuracy", "diversity"] if classes else []
     curved = any(e.training.get("settled_cpu_seconds") is not None for e, _ in ranked)
     head += ["updates", "training s", "CPU s", *[SETTLED] * curved, "network calls", "peak MiB", "s / 1000"]
-    lines = [f"# {plain(title)}", "", _facts(about), "", _cells(head), _cells(["---"] * len(head))]
+    lines = [f"# {plain(title)}", "", _facts(about), "", cells_line(head), cells_line(["---"] * len(head))]
     for number, (e, apart) in enumerate(ranked, 1):
         t, entry = e.training, e.metrics[metric]
         cells = [str(number), code(e.name), plain(t["method"]), str(e.calls), with_error(e.distance)]
@@ -142,12 +142,12 @@ def markdown(
         if curved:
             cells += ["" if t.get("settled_cpu_seconds") is None else f"{t['settled_cpu_seconds']:.0f}"]
         cells += [f"{t['network_calls']:,}", f"{t['peak_memory_mib']:.0f}"]
-        lines.append(_cells([*cells, "" if e.seconds is None else f"{e.seconds:.2f}"]))
+        lines.append(cells_line([*cells, "" if e.seconds is None else f"{e.seconds:.2f}"]))
     for e in teachers:
         cells = ["", plain(e.name), "", str(e.calls), with_error(e.distance), "", ""]
         cells += [*by_class(e)] if classes else []
         cells += [""] * (len(head) - len(cells) - 1)
-        lines.append(_cells([*cells, "" if e.seconds is None else f"{e.seconds:.2f}"]))
+        lines.append(cells_line([*cells, "" if e.seconds is None else f"{e.seconds:.2f}"]))
     lines += ["", NOTE]
     if drawn:
         lines += ["", f"![{plain(metric)} over processor seconds]({CURVES})"]
@@ -184,7 +184,8 @@ def code(text: str) -> str:
     return f"{mark}{space}{line.replace('|', chr(92) + '|')}{space}{mark}"
 
 
-def _cells(cells: Sequence[str]) -> str:
+def cells_line(cells: Sequence[str]) -> str:
+    """A row of a Markdown table."""
     return "| " + " | ".join(cells) + " |"
 
 
