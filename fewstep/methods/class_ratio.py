@@ -16,7 +16,7 @@ from fewstep.algebra.times import TimesPart, Uniform, check_steps
 from fewstep.config import part
 from fewstep.methods.gan import accuracy
 from fewstep.methods.method import Losses, Needs, Turn
-from fewstep.methods.readings import spread
+from fewstep.methods.readings import of_batch
 from fewstep.methods.reward import Reward, add_reward, need_reward
 from fewstep.methods.terms import noised
 from fewstep.networks.roles import Roles
@@ -65,7 +65,7 @@ class ClassRatio:
         x = rollout(roles.student, batch.draws, batch.shape, self.steps, batch.cond).x
         logits = self.logits(roles, batch, x)
         loss = F.softplus(-logits).mean() if self.divergence == "js" else -logits.mean()
-        losses = Losses({"ratio": loss}, {"health/diversity": spread(x, batch.cond)})
+        losses = Losses({"ratio": loss}, of_batch(x, batch.cond))
         yield add_reward(losses, self.reward, roles, batch, x)
 
     def classifier_losses(self, roles: Roles, batch: Batch) -> Iterator[Losses]:

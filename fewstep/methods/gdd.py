@@ -12,7 +12,7 @@ from fewstep.algebra.times import check_steps
 from fewstep.config import part
 from fewstep.methods.gan import Gan
 from fewstep.methods.method import Losses, Needs, Turn
-from fewstep.methods.readings import spread
+from fewstep.methods.readings import of_batch
 from fewstep.networks.roles import Roles
 
 
@@ -68,7 +68,7 @@ class GDD:
     def student_losses(self, roles: Roles, batch: Batch) -> Iterator[Losses]:
         self.hold(roles)
         x = rollout(roles.student, batch.draws, batch.shape, self.steps, batch.cond).x
-        yield Losses({"gan": self.gan.generator(roles, batch, x)}, {"health/diversity": spread(x, batch.cond)})
+        yield Losses({"gan": self.gan.generator(roles, batch, x)}, of_batch(x, batch.cond))
 
     def discriminator_losses(self, roles: Roles, batch: Batch, r1: float) -> Iterator[Losses]:
         x = rollout(roles.student, batch.draws, batch.shape, self.steps, batch.cond, grad=False).x

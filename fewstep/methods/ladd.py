@@ -17,7 +17,7 @@ from fewstep.algebra.times import LogitNormal, TimesPart, check_steps
 from fewstep.config import part
 from fewstep.methods.gan import Gan
 from fewstep.methods.method import Losses, Needs, Turn
-from fewstep.methods.readings import spread
+from fewstep.methods.readings import of_batch
 from fewstep.networks.roles import Roles
 from fewstep.objectives.legs import Scale, check_scale, drawn, middle
 
@@ -105,7 +105,7 @@ class LADD:
 
     def student_losses(self, roles: Roles, batch: Batch) -> Iterator[Losses]:
         x = self.produce(roles, batch, grad=True)
-        yield Losses({"gan": self.gan.generator(roles, batch, x)}, {"health/diversity": spread(x, batch.cond)})
+        yield Losses({"gan": self.gan.generator(roles, batch, x)}, of_batch(x, batch.cond))
 
     def discriminator_losses(self, roles: Roles, batch: Batch) -> Iterator[Losses]:
         fake = self.gan.look(roles, batch, self.produce(roles, batch, grad=False))

@@ -18,7 +18,7 @@ from fewstep.algebra.sampling import Sampler
 from fewstep.algebra.times import check_steps
 from fewstep.config import NotNegative, Positive, Proper, part
 from fewstep.methods.method import Losses, Needs, Turn
-from fewstep.methods.readings import spread
+from fewstep.methods.readings import of_batch
 from fewstep.networks.adapters import Adapted
 from fewstep.networks.roles import Roles
 from fewstep.objectives.preference import log_ratio, offline, offline_hinge, pairwise
@@ -101,7 +101,7 @@ class PSO:
         draw = partial(rollout, roles.student, batch.draws, batch.shape, self.steps, batch.cond, exit=last, grad=False)
         both = [draw(record=True) for _ in range(2)]
         first, second = (roles.reward(made.x, batch.cond) for made in both)
-        log = {"reward": (first.mean() + second.mean()) / 2, "health/diversity": spread(both[0].x, batch.cond)}
+        log = {"reward": (first.mean() + second.mean()) / 2, **of_batch(both[0].x, batch.cond)}
         return (both[0].way, both[1].way), torch.sign(first - second), Losses(log=log)
 
     def step_loss(self, roles: Roles, batch: Batch, made: Made, i: int) -> Losses:

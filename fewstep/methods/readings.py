@@ -33,6 +33,15 @@ def spread(x: Tensor, cond: Any = None) -> Tensor:
 
 
 @torch.no_grad()
+def of_batch(x: Tensor, cond: Any = None) -> dict[str, Tensor]:
+    """Readings of an update's own samples x (b, *d), scalars by name.
+
+    health/mean and health/deviation: of all their values; health/diversity: see `spread`.
+    """
+    return {"health/mean": x.mean(), "health/deviation": x.std(correction=0), "health/diversity": spread(x, cond)}
+
+
+@torch.no_grad()
 def readings(
     x: Tensor, real: Prediction, gradient: Tensor, fake: Prediction | None = None, cond: Any = None
 ) -> dict[str, Tensor]:
@@ -40,19 +49,16 @@ def readings(
 
     health/contrast: root mean square of x over that of the teacher's denoiser at the least noisy quarter of
     the levels drawn, where the teacher hardly moves a healthy sample; above 1 the student is oversaturated.
-    health/diversity: see `spread`. health/gradient_k: root mean square
-    of the matching gradient in the k-th quarter of the angle atan2(sigma, alpha). health/critic_slope: slope of
-    the regression of x on the unguided critic's D_F at these fresh samples, which is 1 for the posterior mean of
-    the present student; a critic that lags behind a spreading student has more, behind a shrinking one less.
+    Those of `of_batch`. health/gradient_k: root mean square of the matching gradient in the k-th quarter of the angle
+    atan2(sigma, alpha). health/critic_slope: slope of the regression of x on the unguided critic's D_F at these fresh
+    samples, which is 1 for the posterior mean of the present student; a critic that lags behind a spreading student
+    has more, behind a shrinking one less.
     """
     process, t = real.process, real.t
     angle = torch.atan2(process.sigma(t), process.alpha(t))
     clean = (angle <= angle.quantile(1 / BINS)).to(x.dtype)
     contrast = (per_sample(x**2) * clean).sum() / (per_sample(real.x0**2) * clean).sum()
-    out = {
-        "health/contrast": contrast.sqrt(),
-        "health/diversity": spread(x, cond),
-    }
+    out = {"health/contrast": contrast.sqrt(), **of_batch(x, cond)}
     if fake is not None:
         out["health/critic_slope"] = (x * fake.x0).sum() / (fake.x0**2).sum()
     # No branch on a value: it would make the accelerator wait. A quarter without samples reads 0.

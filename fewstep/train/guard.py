@@ -9,11 +9,12 @@ from typing import Any
 
 from fewstep.config import UserError
 from fewstep.recipe.schema import Recipe, Stage
-from fewstep.train.log import read_log
+from fewstep.train.log import Meter, read_log
+from fewstep.train.pulse import KEYS, Pulse
 from fewstep.train.samples import SampleReadings
 from fewstep.train.session import Session
 from fewstep.train.state import Progress, checkpoints, is_sound, read_guard
-from fewstep.train.verdicts import Course, Record, Verdict
+from fewstep.train.verdicts import SUDDEN, Course, Record, Verdict
 
 KNOB = "student"
 """The role whose rate is lowered: a critic follows a student that moves less (two time scales)."""
@@ -42,6 +43,10 @@ class Guard:
         self.acts: list[dict[str, Any]] = []
         """Returns so far, as they stand in the log."""
         self.course, self.stage = Course(), 0
+        self.pulse = Pulse()
+        self.sudden = False
+        """The update's own samples have leapt, which the log has not told yet."""
+        self._session = session
         self._known: set[str] = set()
         self._noted = ""
         self.by = "metric" if train.eval_every and self.recipe.evaluate else "readings"
@@ -58,18 +63,35 @@ class Guard:
         )
         line = (
             f"train.guard={self.mode}: no samples are compared, there is neither a teacher that stays as it is nor data; "
-            f"refused updates and copies in a batch remain{back}"
+            f"refused updates, sudden changes and copies in a batch remain{back}"
         )
         noted = line == self._noted or (log is not None and any(r.get("note") == line for r in read_log(log)))
         self._noted = line
         return None if noted else line
 
-    def read(self, stage: Stage, progress: Progress, first: bool = False) -> dict[str, float]:
-        """The readings that are due after an update, and before a stage's first one; empty where none is."""
-        if self.readings is None or self.readings.source() is None:
+    def read(self, stage: Stage, progress: Progress, meter: Meter, first: bool = False) -> dict[str, float]:
+        """The readings that are due after an update, and before a stage's first one; empty where none is.
+
+        meter: with what the update has added.
+        """
+        if self.readings is None:
             return {}
+        leaps = self._leaps(meter, first)
         due = first or self.readings.due(stage, progress.done)
-        return self.readings.read(stage, progress.step) if due else {}
+        return {**leaps, **(self.readings.read(stage, progress.step) if due and self.readings.source() else {})}
+
+    def _leaps(self, meter: Meter, first: bool) -> dict[str, float]:
+        """Leaps of the update's own samples."""
+        if first:
+            self.pulse = Pulse()
+        own = {key: values for key in KEYS if (values := meter.newest(key))}
+        self.sudden = False
+        if first or len(own) < len(KEYS):
+            return {}
+        means = self._session.means(own)
+        leaps = self.pulse.add([sum(means[key]) / len(means[key]) for key in KEYS])
+        self.sudden = bool(leaps) and SUDDEN not in self._known
+        return leaps
 
     def add(self, record: Record) -> list[Verdict]:
         """Take the next record of the log; the alarms that no record of the stage has raised before."""
@@ -83,9 +105,10 @@ class Guard:
         self._known |= {v.name for v in alarms}
         return new
 
-    def again(self, records: Iterable[Record]) -> None:
-        """Stand where a log ends."""
+    def again(self, records: Iterable[Record], checkpoint: Path) -> None:
+        """Stand where a log ends, and a checkpoint, which need not be there."""
         self.course, self.stage, self._known = Course(), 0, set()
+        self.pulse = Pulse((read_guard(checkpoint) or {}).get("pulse", ()))
         for record in records:
             if "stage" in record:
                 self.add(record)
@@ -115,7 +138,8 @@ class Guard:
         if self.by == "metric":
             score = self._measured[1] if self._measured[0] == done else None
         good = calm and score is not None and math.isfinite(score)
-        return {"stage": stage, "calm": calm, "by": self.by, "score": score if good else None, "acts": self.acts}
+        held = {"stage": stage, "calm": calm, "by": self.by, "score": score if good else None, "acts": self.acts}
+        return {**held, "pulse": [list(row) for row in self.pulse.rows]}
 
     def worse(self, done: int, stage: int, held: Mapping[str, Any]) -> bool:
         """Whether a state is worse than a checkpoint of this mark; of one that no evaluation was made of nobody knows."""

@@ -38,6 +38,8 @@ class Reading:
     text: str
     log: bool = True
     """Ratios are compared by their logarithms."""
+    course: str = ""
+    """The key of the same reading whose course is followed; the reading's own when left out."""
 
     def badness(self, value: float) -> float:
         """0 at the centre, 1 at the line; infinite for what is no number."""
@@ -49,6 +51,17 @@ class Reading:
         if not self.log:
             return abs(value - self.centre) / abs(line - self.centre)
         return abs(math.log(max(value, 1e-12) / self.centre) / math.log(line / self.centre))
+
+    def signed(self, value: float) -> float:
+        """`badness`, negative below the centre."""
+        return math.copysign(self.badness(value), value - self.centre)
+
+    def at(self, signed: float) -> float:
+        """The value with this `signed`, on a side that has a line."""
+        line = self.low if signed < 0 else self.high
+        if not self.log:
+            return self.centre + abs(signed) * (line - self.centre)
+        return self.centre * (line / self.centre) ** abs(signed)
 
     def line(self, value: float) -> float | None:
         """The line on the side of a value; None where that side has none."""
@@ -68,6 +81,7 @@ SAMPLES: dict[str, Reading] = {
         SHIFT,
         "the mean of samples is {:+.2f} standard deviations from the reference's",
         log=False,
+        course="samples/offset",
     ),
     "samples/contrast": Reading(
         "contrast of samples",

@@ -20,6 +20,7 @@ class Meter:
 
     def __init__(self) -> None:
         self._values: dict[str, list[Tensor | float]] = defaultdict(list)
+        self._seen: dict[str, int] = {}
 
     def add(self, name: str, value: Tensor | float) -> None:
         self._values[name].append(value.detach() if isinstance(value, Tensor) else value)
@@ -33,6 +34,13 @@ class Meter:
         self._values.clear()
         for name, vs in values.items():
             self._values[name].extend(vs)
+        self._seen = self.mark()
+
+    def newest(self, name: str) -> list[float]:
+        """What has been added under a name since it was last asked for so."""
+        found = self._values.get(name, [])
+        seen, self._seen[name] = self._seen.get(name, 0), len(found)
+        return [float(v) for v in found[seen:]]
 
     def mark(self) -> dict[str, int]:
         """Where it stands, for `back`."""
@@ -53,6 +61,7 @@ class Meter:
         """`means`, which a record now holds."""
         out = self.means()
         self._values.clear()
+        self._seen.clear()
         return out
 
 

@@ -95,15 +95,18 @@ def peaks(x: Tensor, patch: int) -> Tensor:
 def compared(own: Figures, reference: Figures) -> dict[str, float]:
     """The readings by their keys in the log: ratios to the reference's, 1 where they agree, and of the mean 0.
 
-    samples/mean is that of the channel that is farthest off, in standard deviations of the reference, less what so few
-    samples may be off by chance: CHANCE standard errors (of 32 points of the ring half a deviation, of pictures little).
+    samples/offset is the mean of the channel that is farthest off, in standard deviations of the reference; samples/mean
+    the same less what so few samples may be off by chance: CHANCE standard errors (of 32 points of the ring half a
+    deviation, of pictures little).
     samples/reward, where there is a reward, is its mean above the reference's, in standard deviations of the reference's;
     samples/fd the Frechet distance over the variance of the reference, see `relative_frechet`.
     """
     shift = own["mean"] - reference["mean"]
     chance = CHANCE * (own["noise"] + reference["noise"]).sqrt()
     shift = shift.sign() * (shift.abs() - chance).clamp_min(0) / reference["scale"].clamp_min(1e-12)
-    out = {"samples/mean": float(shift[shift.abs().argmax()])}
+    out = {"samples/mean": _farthest(shift)}
+    # From the same noise each time: the offset's own course has no chance in it.
+    out["samples/offset"] = _farthest((own["mean"] - reference["mean"]) / reference["scale"].clamp_min(1e-12))
     for name in ("contrast", "saturation", "spread"):
         if name in own and name in reference and float(reference[name]) > 0:
             out[f"samples/{name}"] = float(own[name] / reference[name])
@@ -117,6 +120,10 @@ def compared(own: Figures, reference: Figures) -> dict[str, float]:
         # A dip of the reference, which other samples fill, makes no peak.
         out["samples/grid"] = float((own["grid"] - reference["grid"].clamp_min(0)).max().exp())
     return out
+
+
+def _farthest(values: Tensor) -> float:
+    return float(values[values.abs().argmax()])
 
 
 def relative_frechet(x: Tensor, y: Tensor) -> float:

@@ -227,7 +227,7 @@ class Trainer:
             if ended:
                 p.stage, p.step = p.stage + 1, 0
             finished = p.done == self.total_steps
-            alarms = self._record(number) if p.done % train.log_every == 0 or finished else []
+            alarms = self._record(number) if p.done % train.log_every == 0 or finished or self.guard.sudden else []
             if finished and not alarms and self.guard.by == "readings":
                 self._end(number)
             best = self._call_hooks(finished)
@@ -262,7 +262,7 @@ class Trainer:
 
     def _read(self, stage: Stage, first: bool = False) -> None:
         def read() -> None:
-            for name, value in self.guard.read(stage, self.progress, first).items():
+            for name, value in self.guard.read(stage, self.progress, self.loop.meter, first).items():
                 self.loop.meter.add(name, value)
 
         if not guarded(self.loop, read):
@@ -352,7 +352,7 @@ class Trainer:
                 if act["to"] <= self.progress.done and act not in noted:
                     self.log.write({"done": act["to"], "guard": act})
         self.accelerator.wait_for_everyone()
-        self.guard.again(read_log(self.log.path))
+        self.guard.again(read_log(self.log.path), self.log.path.parent / "checkpoints" / self._newest)
 
     def save(self, stage: int | None = None) -> None:
         """Write a checkpoint on the main process; `stage` is that of the last step, left out the present one."""

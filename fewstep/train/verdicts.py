@@ -6,11 +6,12 @@ records of log.jsonl. Two kinds of readings are judged:
 - Those of the method's own batches (`health/`, the discriminator's accuracy): the last fifth of the stage's records,
   against the stage's own best or against what the reading is when all is well.
 - Those of samples drawn beside the training (`samples/`, `fewstep.train.samples`) and refused updates: the last two
-  readings, so that a few updates tell. These are what `train.guard` acts on, by `Course`.
+  readings, so that a few updates tell; and of an update's own samples a leap (`fewstep.train.pulse`). These are what
+  `train.guard` acts on, by `Course`.
 
 A student that is only on its way is no alarm: one is raised where two readings of samples in a row are beyond their line,
-or one is far beyond it, *and* two in a row have been nearer to the reference before. One that never was near it is a
-warning.
+or one is far beyond it, *and* two in a row have been nearer to the reference before; or where two in a row leave what the
+reading has been all along. One that never was near it is a warning.
 
 Critic lag is a slope, that of fresh samples on the critic's answers, and not the critic's loss against its best: the
 least loss there is moves with the student, whereas the slope of a critic at its optimum is 1 for every student. Methods
@@ -22,12 +23,14 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, Literal
 
 from fewstep.train.hacking import REMEDY, Rise
-from fewstep.train.lines import FADE, SAMPLES, SATURATE, SHRINK, SLOWER, Reading
+from fewstep.train.lines import FADE, SAMPLES, SATURATE, SHRINK, SLOWER
+from fewstep.train.pulse import LEAPS
+from fewstep.train.track import RECENT, Track
 
 Record = Mapping[str, Any]
 
@@ -45,12 +48,14 @@ ODD = 2
 """Refused updates of a stage that are no trouble, however short it is."""
 COPIES = 0.01
 """Spread of the method's own samples over the best that two records in a row had: below, they are nearly copies."""
-RECENT = 2
-"""Readings of samples in a row that are judged together, by the one that is nearer to the reference."""
+SUDDEN = "sudden change"
+"""The alarm on a leap."""
 DRASTIC = 3.0
-"""Lines from the reference at which one reading of samples is enough, not the nearer of two in a row."""
-FARTHER = 0.5
-"""By how much of its line a reading of samples must be farther than it has been, to be an alarm."""
+"""Lines from the reference at which one reading of samples is enough, not the nearer of two in a row, once it has
+settled: an adversarial student may lurch and come back within its first updates."""
+FARTHER = 0.9
+"""By how much of its line a reading of samples must be farther than it has been, to be an alarm. Of a student that is
+still on its way, half a line is nothing (latent consistency on the ring: spread 0.8, 0.7, 0.5, 0.7)."""
 
 
 @dataclass(frozen=True)
@@ -180,19 +185,6 @@ def contrast(records: Sequence[Record]) -> Verdict | None:
 CHECKS: tuple[Callable[[Sequence[Record]], Verdict | None], ...] = (critic, discriminator, diversity, contrast)
 
 
-@dataclass
-class _Track:
-    recent: deque[float] = field(default_factory=lambda: deque(maxlen=RECENT))
-    best: float = math.inf
-    """Least badness that readings in a row have not exceeded so far; the stage's first counts alone."""
-    count: int = 0
-
-    def add(self, value: float, reading: Reading) -> None:
-        self.recent.append(value)
-        self.count += 1
-        self.best = min(self.best, max(map(reading.badness, self.recent)))
-
-
 class Course:
     """Refused updates, readings of samples and copies in the method's own batches, of one stage, folded record by record.
 
@@ -200,7 +192,8 @@ class Course:
     """
 
     def __init__(self, records: Iterable[Record] = ()) -> None:
-        self.tracks, self.rise = {key: _Track() for key in SAMPLES}, Rise()
+        self.tracks, self.rise = {key: Track(reading) for key, reading in SAMPLES.items()}, Rise()
+        self.leap: dict[str, float] = {}
         self.own, self.widest = deque[float](maxlen=RECENT), 0.0
         self.first: tuple[float, float] | None = None
         self.last, self.rows = (0.0, 0.0), 0
@@ -216,14 +209,16 @@ class Course:
         if isinstance(record.get("health/diversity"), int | float):
             self.own.append(float(record["health/diversity"]))
             self.widest = max(self.widest, min(self.own)) if len(self.own) == RECENT else 0.0
+        self.leap = {key: float(record[key]) for key in LEAPS if isinstance(record.get(key), int | float)}
         for key, track in self.tracks.items():
             if isinstance(record.get(key), int | float):
-                track.add(float(record[key]), SAMPLES[key])
+                track.add(float(record[key]), record.get(track.reading.course))
 
     def verdicts(self) -> list[Verdict]:
         """What is said of it now."""
-        found = [_of_samples(key, track) for key, track in self.tracks.items()]
-        return [v for v in [*found, self._copies(), _of_reward(self.rise), self._skipped()] if v is not None]
+        found = [_of_samples(track) for track in self.tracks.values()]
+        leaps = [_leap(key, value) for key, value in self.leap.items()]
+        return [v for v in [*found, *leaps, self._copies(), _of_reward(self.rise), self._skipped()] if v is not None]
 
     def alarms(self) -> list[Verdict]:
         return [v for v in self.verdicts() if v.level == "alarm"]
@@ -233,7 +228,7 @@ class Course:
 
         Of each reading the worse of the last two: a state that has just begun to leave is none to go back to.
         """
-        worst = [max(SAMPLES[key].badness(v) for v in t.recent) for key, t in self.tracks.items() if t.recent]
+        worst = [max(map(t.reading.badness, t.recent)) for t in self.tracks.values() if t.recent]
         return math.hypot(*worst) if worst else None
 
     def _copies(self) -> Verdict | None:
@@ -261,15 +256,21 @@ class Course:
         return Verdict("numerics", "fine", share, SKIPS, text)
 
 
-def _of_samples(key: str, track: _Track) -> Verdict | None:
+def _of_samples(track: Track) -> Verdict | None:
     if track.count < RECENT:
         return None
-    reading, latest = SAMPLES[key], track.recent[-1]
-    nearest = latest if reading.badness(latest) > DRASTIC else min(track.recent, key=reading.badness)
+    reading, latest = track.reading, track.recent[-1]
+    alone = reading.badness(latest) > DRASTIC and track.settled
+    nearest = latest if alone else min(track.recent, key=reading.badness)
     value = next((v for v in track.recent if not math.isfinite(v)), nearest)
     badness, line = reading.badness(value), reading.line(value)
     told = reading.text.format(value)
     beyond = reading.below if value < reading.centre else reading.above
+    if badness <= 1 and (left := track.left()) is not None:
+        now, limit, was = map(reading.at, left)
+        name, knob = (reading.below if left[0] < 0 else reading.above) or (reading.fine, SLOWER)
+        text = f"{reading.text.format(now)} and moves away: it was {was:.2f} all along"
+        return Verdict(name, "alarm", now, limit, text, knob)
     if badness <= 1:
         return Verdict(reading.fine, "fine", value, line if line is not None else reading.centre, told)
     if beyond is None or line is None or not math.isfinite(value):
@@ -279,6 +280,11 @@ def _of_samples(key: str, track: _Track) -> Verdict | None:
     if track.count < FEWEST:
         return None
     return Verdict(beyond[0], "warn", value, line, f"{told}, and never were nearer", beyond[1])
+
+
+def _leap(key: str, value: float) -> Verdict:
+    text, line = LEAPS[key]
+    return Verdict(SUDDEN, "alarm", value, line, text.format(value), SLOWER)
 
 
 def _of_reward(rise: Rise) -> Verdict | None:
