@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+from fewstep.bench.alarms import table as table_of_alarms
 from fewstep.bench.board import BOARDS, assets, table as table_of_board
 from fewstep.commands.compare.ranking import by_class, cells_line
 from fewstep.commands.report import read_results, with_error
@@ -136,7 +137,7 @@ def tables() -> dict[str, dict[str, str]]:
         "README.md": {"demo": demo_table(), "recipe": recipe_text("digits-dmd2")},
         "recipes/README.md": {"recipes": recipes_table()},
         "fewstep/methods/README.md": {"methods": table()},
-        "docs/healthy.md": {"collapses": collapses()},
+        "docs/healthy.md": {"collapses": collapses(), "alarms": table_of_alarms(assets() / "alarms.jsonl")},
         "fewstep/networks/README.md": {"refused": refused()},
         "assets/README.md": {path.stem: comparison_table(path) for path in sorted(compared)} | boards(),
     }

@@ -96,7 +96,7 @@ def of_run(run: Path) -> Entry:
     path = run / "report" / "results.json"
     if not path.is_file():
         raise UserError(f"{run}: has no report/results.json; the run is not finished, or its recipe evaluates nothing")
-    name, settings = _named(recipe, run)
+    name, settings = named(recipe, run)
     rows = read_results(path)
     if not rows:
         raise UserError(f"{path}: holds no measured row")
@@ -112,7 +112,7 @@ def of_run(run: Path) -> Entry:
     )
 
 
-def _named(recipe: Recipe, run: Path) -> tuple[str, tuple[str, ...]]:
+def named(recipe: Recipe, run: Path) -> tuple[str, tuple[str, ...]]:
     """The shipped recipe of a run and what it changed, lengths and seeds aside."""
     for name in shipped():
         own = load(name)

@@ -15,6 +15,7 @@ from tiny_runs import contents, import_before_forks, in_child, killed, records, 
 
 from fewstep.config import RecipeError
 from fewstep.train.guard import LOWER, RETURNS, Guard, Stopped, best_of, way_back
+from fewstep.train.pulse import Pulse
 from fewstep.train.resume import end_at_best
 from fewstep.train.samples import SampleReadings
 from fewstep.train.state import checkpoints, read_guard
@@ -256,7 +257,7 @@ def guard_of(by: str, measured: tuple[int, float | None] = (-1, None), mode: str
     """A guard that went back once, in stage 1, and has no reading since."""
     guard = Guard.__new__(Guard)
     guard.by, guard.mode, guard.acts, guard.stage, guard.course = by, mode, [{"to": 10}], 1, Course()
-    guard._measured, guard.ended = measured, (-1, {})
+    guard._measured, guard.ended, guard.pulse = measured, (-1, {}), Pulse()
     return guard
 
 

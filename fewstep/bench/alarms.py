@@ -1,0 +1,114 @@
+"""False alarms: what the guard's rules of today say of whole runs of shipped recipes, from their logs.
+
+python -m fewstep.bench.alarms RUN [RUN ...] [--out assets/alarms.jsonl]
+
+A run counts that changed nothing but its seed and where its files are, and whose log reaches its recipe's end. Whether an
+alarm was false its reader judges: docs/healthy.md names every one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from fewstep.commands.record import named
+from fewstep.config import UserError
+from fewstep.files import atomic_path, parse_json
+from fewstep.recipe.source import shipped
+from fewstep.recipe.store import load_run
+from fewstep.train.claim import read_origin
+from fewstep.train.log import read_log
+from fewstep.train.verdicts import Course, Record
+
+
+@dataclass(frozen=True)
+class Whole:
+    """One whole run."""
+
+    recipe: str
+    updates: int
+    """Of all stages."""
+    readings: int
+    """Records that hold readings of drawn samples."""
+    commit: str
+    """That trained it; the rules are those of the commit that wrote this row."""
+    alarms: dict[str, int] = field(default_factory=dict)
+    """The guard's alarms and the step of the first of each."""
+
+
+def said(records: Sequence[Record]) -> dict[str, int]:
+    """The guard's alarms over a log's stages, each with the step at which it came first."""
+    out: dict[str, int] = {}
+    course, stage = Course(), None
+    for record in records:
+        if "stage" not in record:
+            continue
+        if record["stage"] != stage:
+            course, stage = Course(), record["stage"]
+        course.add(record)
+        for verdict in course.alarms():
+            out.setdefault(verdict.name, int(record["done"]))
+    return out
+
+
+def whole(run: Path) -> Whole:
+    """The row of a run directory.
+
+    Raises:
+        UserError: it is no run of a shipped recipe as it is, or its log ends before the recipe does.
+    """
+    recipe = load_run(run)
+    name, settings = named(recipe, run)
+    if changed := [s for s in settings if not s.partition("=")[0].endswith("path")]:
+        raise UserError(
+            f"{run}: has changed {name} by {' '.join(changed)}; only runs of shipped recipes as they are count"
+        )
+    records = [r for r in read_log(run / "log.jsonl") if "stage" in r]
+    total, done = sum(s.steps for s in recipe.stages()), max((int(r["done"]) for r in records), default=0)
+    if done < total:
+        raise UserError(f"{run}: its log ends at {done} of {total} updates; only whole runs tell of false alarms")
+    readings = sum("samples/mean" in r for r in records)
+    commit = str(read_origin(run).get("environment", {}).get("commit", "unknown"))[:7]
+    return Whole(name, total, readings, commit, said(records))
+
+
+def table(file: Path) -> str:
+    """A sentence of how many shipped recipes were run whole and which of them had alarms."""
+    rows = [parse_json(line, file) for line in file.read_text().splitlines()] if file.is_file() else []
+    ran = {r["recipe"] for r in rows}
+    loud = [r for r in rows if r["alarms"]]
+    every = [n for n in shipped() if not n.startswith(("paper/", "models/"))]
+    text = (
+        f"Over whole runs of {len(ran)} of the {len(every)} shipped recipes (one each, "
+        f"{sum(r['readings'] for r in rows):,} readings of samples) the guard raised alarms in {len(loud)}"
+    )
+    if loud:
+        told = (f"`{r['recipe']}` ({', '.join(f'{k} at {v}' for k, v in r['alarms'].items())})" for r in loud)
+        text += ": " + "; ".join(told)
+    left = sorted({*every} - ran)
+    return f"{text}.\n\nNot run whole: {', '.join(f'`{n}`' for n in left) or 'none'}."
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m fewstep.bench.alarms", description=__doc__)
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="directories of finished runs")
+    parser.add_argument("--out", type=Path, default=Path("alarms.jsonl"))
+    given = parser.parse_args(argv)
+    for run in given.runs:
+        try:
+            row = whole(run)
+        except UserError as error:
+            print(f"left out: {error}", flush=True)
+            continue
+        lines = given.out.read_text().splitlines() if given.out.is_file() else []
+        kept = [t for t in lines if json.loads(t)["recipe"] != row.recipe]
+        with atomic_path(given.out) as temporary:
+            temporary.write_text("\n".join(sorted([*kept, json.dumps(asdict(row))])) + "\n")
+        print(f"{row.recipe}: {row.alarms or 'no alarm'}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
