@@ -125,14 +125,15 @@ def image_to_image(
 @app.command(rich_help_panel="Look", epilog="Example: `fewstep health runs/digits-dmd2`")
 def health(run: Annotated[Path, typer.Argument(help="A run directory.")]) -> None:
     """Say in words whether a run is healthy, from its log, and which knob to turn; plot it into RUN/report."""
-    from fewstep.commands.health import report
+    from fewstep.commands.health import bands_of, report
     from fewstep.commands.health_plots import save
+    from fewstep.train.bands import beginning
     from fewstep.train.log import read_log
     from fewstep.train.verdicts import last_stage
 
     typer.echo(report(run))
-    picture = run / "report" / "health.png"
-    if save(last_stage(read_log(run / "log.jsonl")), picture):
+    picture, records = run / "report" / "health.png", read_log(run / "log.jsonl")
+    if save(last_stage(records), picture, bands_of(run)[0], beginning(records)):
         typer.echo(f"readings {picture}")
 
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from fewstep.config import UserError
+from fewstep.recipe.expected import Expected
 from fewstep.recipe.store import load_run
 from fewstep.train.bands import compared, differs, identity
 from fewstep.train.log import read_log
@@ -43,14 +44,20 @@ def report(run: Path) -> str:
 
 def expectations(run: Path, records: Sequence[Record]) -> list[Verdict]:
     """Whether a run is within its recipe's bands; nothing where it has none, or is no directory of a run."""
+    expected, why = bands_of(run)
+    if why:
+        return [Verdict("no bands", "warn", 0.0, 0.0, f"the recipe's expected bands are not compared: {why}", REMAKE)]
+    return compared(records, expected) if expected else []
+
+
+def bands_of(run: Path) -> tuple[Expected | None, str]:
+    """A run's bands; None where it has none or tells too little, and None with why where they are not its own."""
     recipe = load_run(run) if (run / "recipe.yaml").is_file() else None
     held = checkpoints(run / "checkpoints")
     if recipe is None or recipe.expected is None or not held:
-        return []
+        return None, ""
     why = differs(recipe.expected, identity(recipe, read_origins(held[-1])))
-    if why:
-        return [Verdict("no bands", "warn", 0.0, 0.0, f"the recipe's expected bands are not compared: {why}", REMAKE)]
-    return compared(records, recipe.expected)
+    return (None, why) if why else (recipe.expected, "")
 
 
 def short(run: Path, records: Sequence[Record]) -> str:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from fewstep.files import atomic_path
+from fewstep.recipe.expected import Expected
 from fewstep.train import lines, verdicts
 
 
@@ -71,14 +72,19 @@ def points(records: Sequence[dict[str, Any]], key: str) -> tuple[list[float], li
     return [d for d, _ in found], [v for _, v in found]
 
 
-def present(records: Sequence[dict[str, Any]]) -> list[Panel]:
-    """Panels of which a log has at least one curve."""
-    return [p for p in PANELS if any(points(records, key)[0] for key in p.curves.values())]
+def present(records: Sequence[dict[str, Any]], expected: Expected | None = None) -> list[Panel]:
+    """Panels of which a log has at least one curve; with bands also one for each banded reading that no panel has."""
+    shown = {key for panel in PANELS for key in panel.curves.values()}
+    more = [Panel(key, {key: key}) for key in (expected.bands if expected else ()) if key not in shown]
+    return [p for p in (*PANELS, *more) if any(points(records, key)[0] for key in p.curves.values())]
 
 
-def figure_of(records: Sequence[dict[str, Any]]) -> Any:
-    """The panels of a log as one figure of matplotlib, that needs no window; None when the log has no readings."""
-    panels = present(records)
+def figure_of(records: Sequence[dict[str, Any]], expected: Expected | None = None, start: int = 0) -> Any:
+    """The panels of a log as one figure of matplotlib, that needs no window; None when the log has no readings.
+
+    expected: bands to draw behind the curves; start: steps done before the stage that they are of.
+    """
+    panels = present(records, expected)
     if not panels:
         return None
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -89,6 +95,8 @@ def figure_of(records: Sequence[dict[str, Any]]) -> Any:
     FigureCanvasAgg(figure)
     axes = figure.subplots(rows, 2, squeeze=False, sharex=True)
     for axis, panel in zip(axes.flat, panels, strict=False):
+        if expected:
+            _shade(axis, panel, expected, start)
         _draw(axis, panel, records)
     for axis in list(axes.flat)[len(panels) :]:
         axis.set_visible(False)
@@ -96,14 +104,24 @@ def figure_of(records: Sequence[dict[str, Any]]) -> Any:
     return figure
 
 
-def save(records: Sequence[dict[str, Any]], path: Path) -> list[str]:
+def save(records: Sequence[dict[str, Any]], path: Path, expected: Expected | None = None, start: int = 0) -> list[str]:
     """Write the picture; returns the titles of its panels, none when the log has no readings (nothing is written)."""
-    figure = figure_of(records)
+    figure = figure_of(records, expected, start)
     if figure is None:
         return []
     with atomic_path(path) as temporary:
         figure.savefig(temporary)
-    return [p.title for p in present(records)]
+    return [p.title for p in present(records, expected)]
+
+
+def _shade(axis: Any, panel: Panel, expected: Expected, start: int) -> None:
+    """The bands of a panel's curves, part by part."""
+    edges = [start, *(start + end for end in expected.ends)]
+    for key in panel.curves.values():
+        if band := expected.bands.get(key):
+            low, high = ([*ends, ends[-1]] for ends in (band.low, band.high))
+            label = f"{expected.runs} reference run{'s' * (expected.runs > 1)}" if len(panel.curves) == 1 else None
+            axis.fill_between(edges, low, high, step="post", color="tab:green", alpha=0.15, linewidth=0, label=label)
 
 
 def _draw(axis: Any, panel: Panel, records: Sequence[dict[str, Any]]) -> None:

@@ -14,7 +14,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from fewstep.commands.health import MARKS, expectations
+from fewstep.commands.health import MARKS, bands_of, expectations
 from fewstep.commands.health_plots import figure_of, points
 from fewstep.commands.progress import NO_LOSS
 from fewstep.commands.report import read_results
@@ -24,6 +24,7 @@ from fewstep.eval.protocol.evaluation import comparison_rows, format_entry
 from fewstep.files import atomic_path, lock_taken
 from fewstep.recipe.diff import differences
 from fewstep.recipe.store import dump, load, load_run
+from fewstep.train.bands import beginning
 from fewstep.train.claim import read_origin, refuse_links
 from fewstep.train.log import read_log
 from fewstep.train.peak import peak
@@ -74,7 +75,7 @@ def write_page(run: Path, refresh: int | None = None) -> Written:
         *_samples(run),
         *_results(run),
         *_on_the_way(log),
-        *_curves(records),
+        *_curves(run, records),
         *_recipe(recipe, origin),
         *_environment(origin),
         *_notes(log),
@@ -226,7 +227,7 @@ def _entry(entry: Any) -> str:
     return format_entry(entry) if _is_value(entry) else "-"
 
 
-def _curves(records: Records) -> list[str]:
+def _curves(run: Path, records: Records) -> list[str]:
     """Losses, health readings with their lines, rates and gradient norms."""
     if not records:
         return []
@@ -236,11 +237,13 @@ def _curves(records: Records) -> list[str]:
     for key in losses:
         parts.append(_curve(records, [key], key))
     parts.append("</div>")
-    readings = figure_of(last_stage(records))
+    expected = bands_of(run)[0]
+    shaded = "; shaded: where reference runs were" if expected else ""
+    readings = figure_of(last_stage(records), expected, beginning(records))
     if readings is not None:
         parts += [
             '<div class="plots">',
-            picture(as_png(readings), "readings of the last stage; dashed: where an alarm begins"),
+            picture(as_png(readings), "readings of the last stage; dashed: where an alarm begins" + shaded),
         ]
         parts.append("</div>")
     parts.append('<div class="plots">')

@@ -23,7 +23,7 @@ WIDER = 0.5
 """Of the distance between the least and the largest record of a part, added on either side."""
 NARROWEST = 0.05
 """Of a part's largest value: the width that a band has at least, where records are equal or nearly so."""
-_UNIT = {"samples/mean": 1.0}
+_UNIT = {"samples/mean": 1.0, "samples/offset": 1.0}
 """In place of the largest value where that is less: of deviations from the reference, 0 within what chance does."""
 _LEFT_OUT = ("done", "stage", "skips", "skipped", "seconds", "lr/", "grad_norm/", "health/gradient_")
 _OF_TRAIN = ("accumulate", "clip", "precision", "ema", "ema_warmup", "product")
@@ -68,11 +68,17 @@ def differs(expected: Expected, own: Mapping[str, Any]) -> str:
     return ""
 
 
+def beginning(records: Sequence[Record]) -> int:
+    """Updates done before the last stage of a log."""
+    stage = last_stage(records)
+    before = [int(r["done"]) for r in records if "stage" in r and stage and r["stage"] != stage[-1]["stage"]]
+    return max(before, default=0)
+
+
 def readings(records: Sequence[Record]) -> list[tuple[int, Record]]:
     """The last stage's records with the number of its updates that each was made after."""
-    stage = last_stage(records)
-    before = [r["done"] for r in records if "stage" in r and stage and r["stage"] != stage[-1]["stage"]]
-    return [(int(r["done"]) - max(before, default=0), r) for r in stage]
+    start = beginning(records)
+    return [(int(r["done"]) - start, r) for r in last_stage(records)]
 
 
 def make(logs: Sequence[Sequence[Record]], own: Mapping[str, Any]) -> Expected:

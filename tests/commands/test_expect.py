@@ -9,10 +9,13 @@ from pathlib import Path
 import pytest
 
 from fewstep.commands.expect import expect
-from fewstep.commands.health import report
+from fewstep.commands.health import bands_of, report
+from fewstep.commands.health_plots import figure_of
 from fewstep.config import UserError
 from fewstep.recipe.store import load
+from fewstep.train.bands import beginning
 from fewstep.train.trainer import Trainer
+from fewstep.train.verdicts import last_stage
 
 SHORT = (
     "student.width=16",
@@ -61,6 +64,14 @@ def test_health_says_whether_a_run_is_within_them(mine: Path, tmp_path: Path):
     assert "as expected" in report(run)
     assert "within the band of the 2 reference runs" in report(run)
     rows = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    expected, why = bands_of(run)
+    assert expected is not None
+    assert why == ""
+    axes = {axis.get_title(): axis for axis in figure_of(last_stage(rows), expected, beginning(rows)).axes}
+    band = expected.bands["match"]
+    (shaded,) = axes["match"].collections
+    assert shaded.get_paths()[0].get_extents().intervaly.tolist() == [min(band.low), max(band.high)]
+    assert "match" not in {axis.get_title() for axis in figure_of(last_stage(rows)).axes}
     away = [{**r, "match": 40.0} if r["done"] > 20 else r for r in rows]
     (run / "log.jsonl").write_text("".join(json.dumps(r) + "\n" for r in away))
     text = report(run)
@@ -71,6 +82,7 @@ def test_health_says_whether_a_run_is_within_them(mine: Path, tmp_path: Path):
 def test_bands_of_another_batch_are_not_compared(mine: Path, tmp_path: Path):
     run = trained(tmp_path / "d", str(mine), "train.batch=16")
     assert "the recipe's expected bands are not compared: they are of train.batch 32, this run has 16" in report(run)
+    assert bands_of(run) == (None, "they are of train.batch 32, this run has 16")
     with pytest.raises(UserError, match=r"d: is no run of the recipe of .*a: their batch differs"):
         expect([mine.parent / "a", run], None)
 
