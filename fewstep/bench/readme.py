@@ -14,6 +14,7 @@ from fewstep.files import parse_json, read_json
 from fewstep.networks.refused import table as refused
 from fewstep.recipe.cards import table
 from fewstep.recipe.source import find, read, shipped
+from fewstep.recipe.store import load
 
 
 def demo_table() -> str:
@@ -130,6 +131,34 @@ def collapses() -> str:
     return "\n".join(lines)
 
 
+TOLD = (
+    "match",
+    "dsm",
+    "scm",
+    "health/critic_slope",
+    "discriminator_accuracy",
+    "health/diversity",
+    "samples/contrast",
+    "samples/spread",
+)
+"""Readings of `expected:` that the page of health prints, where a recipe has them."""
+
+
+def bands() -> str:
+    """Of each shipped recipe with bands: some readings at its beginning, in its middle and at its end."""
+    lines = [cells_line(["recipe", "runs", "reading", "at first", "half way", "at the end"]), "|" + "---|" * 6]
+    for name in shipped():
+        expected = load(name).expected
+        if expected is None:
+            continue
+        parts = (0, len(expected.ends) // 2, -1)
+        for key in (k for k in TOLD if k in expected.bands):
+            band = expected.bands[key]
+            cells = [f"{band.low[i]:.3g} to {band.high[i]:.3g}" for i in parts]
+            lines.append(cells_line([f"`{name}`", str(expected.runs), f"`{key}`", *cells]))
+    return "\n".join(lines) if len(lines) > 2 else "No shipped recipe has bands yet."
+
+
 def tables() -> dict[str, dict[str, str]]:
     """README, by its path in the checkout: its blocks by name."""
     compared = assets().glob("compare-*.json")
@@ -137,7 +166,11 @@ def tables() -> dict[str, dict[str, str]]:
         "README.md": {"demo": demo_table(), "recipe": recipe_text("digits-dmd2")},
         "recipes/README.md": {"recipes": recipes_table()},
         "fewstep/methods/README.md": {"methods": table()},
-        "docs/healthy.md": {"collapses": collapses(), "alarms": table_of_alarms(assets() / "alarms.jsonl")},
+        "docs/healthy.md": {
+            "collapses": collapses(),
+            "alarms": table_of_alarms(assets() / "alarms.jsonl"),
+            "bands": bands(),
+        },
         "fewstep/networks/README.md": {"refused": refused()},
         "assets/README.md": {path.stem: comparison_table(path) for path in sorted(compared)} | boards(),
     }

@@ -46,7 +46,7 @@ class Train:
     attention: Literal["auto", "reference", "chunked", "triton", "sdpa", "xformers"] = "auto"
     """Attention while training: auto gives calls with tangents to fewstep.kernels and leaves the rest to torch."""
     log_every: int = 10
-    """Updates between records in log.jsonl."""
+    """Updates between records in log.jsonl; a sudden change of samples (`guard`) has one of its own."""
     sample_every: int = 100
     """Steps between sample grids; 0 for none."""
     eval_every: int = 0
