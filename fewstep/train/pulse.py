@@ -17,9 +17,11 @@ from fewstep.train.track import RECENT
 
 KEYS = ("health/mean", "health/deviation", "health/diversity")
 SEEN = 50
-"""The updates before these that tell where samples have been."""
+"""Updates that tell where samples have been."""
 FEWEST = 20
-"""Updates that are enough to tell it."""
+"""As many are enough to tell it."""
+GAP = 10
+"""Updates between them and the last one: of a change that takes as long they are free."""
 SWIFT = 2.0
 """Lines at which one update is enough, not two in a row."""
 NOISE = 6.0
@@ -39,18 +41,17 @@ class Pulse:
     """
 
     def __init__(self, rows: Iterable[Sequence[float]] = ()) -> None:
-        self.rows = deque[tuple[float, ...]]((tuple(r) for r in rows), maxlen=SEEN + RECENT)
+        self.rows = deque[tuple[float, ...]]((tuple(r) for r in rows), maxlen=SEEN + GAP)
 
     def add(self, row: Sequence[float]) -> dict[str, float]:
         """The values of the next update; the leaps that it is in, by their keys in the log."""
         if not all(map(math.isfinite, row)):
             return {}  # refused, or seen as such in the samples that are drawn
         self.rows.append(tuple(row))
-        before = list(self.rows)[:-RECENT]
-        if len(before) < FEWEST:
+        if len(self.rows) < FEWEST + GAP:
             return {}
         mean, deviation, diversity = zip(*self.rows, strict=True)
-        size = max(median(deviation[:-RECENT]), 1e-12)
+        size = max(median(deviation[:-GAP]), 1e-12)
         out = {}
         if shift := _leap([m / (SHIFT * size) for m in mean]):
             out["leap/mean"] = SHIFT * shift
@@ -62,7 +63,7 @@ class Pulse:
 
 def _leap(values: Sequence[float]) -> float:
     """By how many lines the last of these, in lines, have left the others; 0 where they have not."""
-    past, recent = values[:-RECENT], values[-RECENT:]
+    past, recent = values[:-GAP], values[-RECENT:]
     level = median(past)
     apart = [v - level for v in recent]
     nearer = min(apart, key=abs) if math.prod(apart) > 0 else 0.0

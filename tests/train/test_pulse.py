@@ -8,13 +8,12 @@ import pytest
 from collapsing import ONSET, start
 
 from fewstep.train.lines import SHIFT, SHRINK
-from fewstep.train.pulse import FEWEST, NOISE, SEEN, SWIFT, Pulse
-from fewstep.train.track import RECENT
+from fewstep.train.pulse import FEWEST, GAP, NOISE, SEEN, SWIFT, Pulse
 
 STILL = (0.0, 2.0, 0.5)
 
 
-def after(*rows: tuple[float, float, float], still: int = FEWEST) -> dict[str, float]:
+def after(*rows: tuple[float, float, float], still: int = FEWEST + GAP) -> dict[str, float]:
     pulse = Pulse([STILL] * still)
     out: dict[str, float] = {}
     for row in rows:
@@ -45,18 +44,27 @@ def test_samples_that_become_alike_leap_and_those_that_spread_do_not():
 
 
 def test_nothing_is_said_before_it_is_known_where_samples_have_been():
-    assert after(moved(9), moved(9), still=FEWEST - 1) == {}
-    assert after(moved(9), moved(9)) != {}
+    assert after(moved(9), moved(9), still=FEWEST + GAP - 3) == {}
+    assert after(moved(9), moved(9), still=FEWEST + GAP - 2) != {}
 
 
 def test_a_leap_exceeds_the_noise_of_the_updates_before():
     size = SHIFT * STILL[1] / 4
-    noisy = [(size * (-1) ** i, *STILL[1:]) for i in range(SEEN)]
+    noisy = [(size * (-1) ** i, *STILL[1:]) for i in range(SEEN + GAP)]
     low, high = ((f * NOISE * size, *STILL[1:]) for f in (0.9, 1.1))
     for row, found in ((low, False), (high, True)):
         pulse = Pulse(noisy)
         pulse.add(row)
         assert bool(pulse.add(row)) == found
+
+
+def test_a_change_of_ten_updates_is_a_leap_and_a_slow_one_is_none():
+    def drift(lines: float) -> list[int]:
+        pulse = Pulse([STILL] * (SEEN + GAP))
+        return [i for i in range(1, 200) if pulse.add(moved(lines * i))]
+
+    assert drift(0.15)[0] == 8  # two in a row are a line away: the seventh and the eighth
+    assert drift(0.02) == []
 
 
 def test_of_noise_alone_nothing_leaps():
@@ -66,9 +74,9 @@ def test_of_noise_alone_nothing_leaps():
 
 
 def test_what_is_no_number_is_passed_over():
-    pulse = Pulse([STILL] * (FEWEST + RECENT))
+    pulse = Pulse([STILL] * 5)
     assert pulse.add((float("nan"), 1.0, 1.0)) == {}
-    assert len(pulse.rows) == FEWEST + RECENT
+    assert len(pulse.rows) == 5
 
 
 def test_in_a_training_it_is_told_between_two_records():
