@@ -17,9 +17,7 @@ from fewstep.train.track import RECENT
 
 KEYS = ("health/mean", "health/deviation", "health/diversity")
 SEEN = 50
-"""Updates that tell where samples have been."""
-FEWEST = 20
-"""As many are enough to tell it."""
+"""Updates that tell where samples have been. Of the first ones nothing is said: an adversarial student may lurch."""
 GAP = 10
 """Updates between them and the last one: of a change that takes as long they are free."""
 SWIFT = 2.0
@@ -48,7 +46,7 @@ class Pulse:
         if not all(map(math.isfinite, row)):
             return {}  # refused, or seen as such in the samples that are drawn
         self.rows.append(tuple(row))
-        if len(self.rows) < FEWEST + GAP:
+        if len(self.rows) < SEEN + GAP:
             return {}
         mean, deviation, diversity = zip(*self.rows, strict=True)
         size = max(median(deviation[:-GAP]), 1e-12)

@@ -8,12 +8,12 @@ import pytest
 from collapsing import ONSET, start
 
 from fewstep.train.lines import SHIFT, SHRINK
-from fewstep.train.pulse import FEWEST, GAP, NOISE, SEEN, SWIFT, Pulse
+from fewstep.train.pulse import GAP, NOISE, SEEN, SWIFT, Pulse
 
 STILL = (0.0, 2.0, 0.5)
 
 
-def after(*rows: tuple[float, float, float], still: int = FEWEST + GAP) -> dict[str, float]:
+def after(*rows: tuple[float, float, float], still: int = SEEN + GAP) -> dict[str, float]:
     pulse = Pulse([STILL] * still)
     out: dict[str, float] = {}
     for row in rows:
@@ -44,8 +44,8 @@ def test_samples_that_become_alike_leap_and_those_that_spread_do_not():
 
 
 def test_nothing_is_said_before_it_is_known_where_samples_have_been():
-    assert after(moved(9), moved(9), still=FEWEST + GAP - 3) == {}
-    assert after(moved(9), moved(9), still=FEWEST + GAP - 2) != {}
+    assert after(moved(9), moved(9), still=SEEN + GAP - 3) == {}
+    assert after(moved(9), moved(9), still=SEEN + GAP - 2) != {}
 
 
 def test_a_leap_exceeds_the_noise_of_the_updates_before():
@@ -82,7 +82,8 @@ def test_what_is_no_number_is_passed_over():
 def test_in_a_training_it_is_told_between_two_records():
     """Spoiled after the update ONSET + 1, which has drawn its samples before; the next one draws them from that."""
     once = iter([3.0])
-    trainer = start(None, "train.log_every=30", "train.readings_every=30", bias=lambda share: next(once, 0.0))
+    longer = ("before.0.steps=5", "train.steps=95", "train.log_every=30", "train.readings_every=30")
+    trainer = start(None, *longer, bias=lambda share: next(once, 0.0))
     trainer.fit()
     first = trainer.lines[0]
     assert f"step {ONSET + 2}: ALARM sudden change" in first
