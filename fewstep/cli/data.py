@@ -37,12 +37,22 @@ def cache_latents(
 @app.command(
     "cache-text",
     rich_help_panel="Data",
-    epilog="Example: `fewstep cache-text mine.yaml data.encoder.dtype=bf16 data.encoder.batch=8`",
+    epilog="Examples:\n\n"
+    "`fewstep cache-text mine.yaml data.encoder.dtype=bf16 data.encoder.batch=8`\n\n"
+    "`fewstep cache-text mine.yaml --out words --rank 16`",
 )
 def cache_text(
     recipe: Annotated[str, typer.Argument(help="A recipe whose data have a text encoder.", autocompletion=recipe_names)],
     settings: Settings = None,
     device: Device = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Copy them to this folder with their prompts; it stands in for the encoder elsewhere."),
+    ] = None,
+    rank: Annotated[
+        int | None,
+        typer.Option(min=1, help="Of that copy: keep so many directions of each prompt's tokens, in float16."),
+    ] = None,
 ) -> None:
     """Embed a recipe's prompts or captions ahead of training, which then loads no text encoder; goes on after a stop.
 
@@ -51,7 +61,9 @@ def cache_text(
     """
     from fewstep.commands.cache_text import cache_text as job
 
-    typer.echo(job(recipe, settings or [], device=device).line())
+    typer.echo(job(recipe, settings or [], device=device, out=out, rank=rank).line())
+    if out is not None:
+        typer.echo(f"use them with data.encoder: {{name: cached, path: {out}}}")
 
 
 @app.command(

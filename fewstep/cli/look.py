@@ -57,6 +57,10 @@ def sample(
         typer.Option(help="A negative prompt inside the student's attention, a further row; with --nasa."),
     ] = None,
     nasa: Annotated[float | None, typer.Option(help="Its weight, .1 to .5 (NASA, arXiv 2412.02687).")] = None,
+    encoder: Annotated[
+        Path | None,
+        typer.Option(help="Folder of the text encoder, for prompts that a run on embedded ones has not seen."),
+    ] = None,
     assist: Annotated[
         str | None,
         typer.Option(help="A run's teacher helps: distillation_pp, diversity, adaptive; or NAME:key=value,..."),
@@ -76,7 +80,7 @@ def sample(
 
     told = read_prompts_of(prompt or [], prompts) if prompt or prompts else []
     number = count or (8 if show_path else 100)
-    more = (assist, show_path, negative, nasa)
+    more = (assist, show_path, negative, nasa, encoder)
     draw(path, steps, classes, number, seed, out, any_steps, told, teacher, guidance, *more)
 
 

@@ -31,6 +31,7 @@ def draw(
     steps_shown: bool = False,
     negative: str | None = None,
     nasa: float | None = None,
+    encoder: Path | None = None,
 ) -> Path:
     """`fewstep sample`: a PNG grid; with prompts a sheet of them, see `sample_text`; or one of x0 at every step."""
     if out.suffix.lower() != ".png":
@@ -47,7 +48,9 @@ def draw(
         if assist is not None or steps_shown:
             raise UserError("--assist and --path: are for samples of a run's own conditions; leave out the prompts")
         away = None if negative is None or nasa is None else (negative, nasa)
-        return draw_prompts(path, prompts, out, steps, any_steps, seed, teacher, guidance, away)
+        return draw_prompts(path, prompts, out, steps, any_steps, seed, teacher, guidance, away, encoder)
+    if encoder is not None:
+        raise UserError("--encoder: reads prompts, which --prompt or --prompts give")
     fitted = is_fit(path)
     if (teacher is not None and not steps_shown) or (guidance is not None and not fitted):
         raise UserError("--teacher and --guidance: are for samples of prompts (--prompt, --prompts) or --path")

@@ -18,6 +18,7 @@ from fewstep.commands.pictures import in_colour, require_finite, save_picture
 from fewstep.commands.report import opened, say, shown_teacher
 from fewstep.commands.sources import called, load_pipeline, refuse_pictures
 from fewstep.config import UserError
+from fewstep.data.cached import with_encoder
 from fewstep.data.text import embed
 from fewstep.networks.nasa import negative_away, steerable
 from fewstep.train.assisted import attended
@@ -43,19 +44,20 @@ def draw_prompts(
     teacher: int | None = None,
     guidance: float | None = None,
     away: Away | None = None,
+    encoder: Path | None = None,
 ) -> Path:
     """Write a sheet, a column for each prompt.
 
     Of a run: the teacher by `teacher` Heun steps (0 leaves it out) at `guidance`, and the student, prompt i from noise
     number i of the seed in both; under them what its exported pipeline draws itself. Of a pipeline folder: its own
     picture of prompt i for the generator of seed + i. away: a negative prompt and its weight in the student's
-    cross-attention (NASA, arXiv 2412.02687).
+    cross-attention (NASA, arXiv 2412.02687). encoder: folder of the encoder of a run whose prompts were embedded before.
 
     Raises:
         UserError: a run or a folder that takes no text, or an option that does not belong to it.
     """
     if (path / "recipe.yaml").is_file():
-        rows = of_run(path, prompts, steps, any_steps, seed, teacher, guidance, away)
+        rows = of_run(path, prompts, steps, any_steps, seed, teacher, guidance, away, encoder)
         told = f"noise 0..{len(prompts) - 1} of seed {seed}"
         if (path / "export" / "model_index.json").is_file():
             rows += of_export(path / "export", prompts, steps, any_steps, seed, rows[0][1].shape)
@@ -64,6 +66,8 @@ def draw_prompts(
             raise UserError(f"--teacher: {path} is no run directory; only a run knows its teacher")
         if away is not None:
             raise UserError(f"--negative: {path} is no run directory, whose student's attention could be steered")
+        if encoder is not None:
+            raise UserError(f"--encoder: {path} is no run directory; a pipeline reads prompts by its own text encoder")
         rows = [of_pipeline(path, prompts, steps, any_steps, seed, guidance)]
         told = f"its pipeline's own pictures, seeds {seed}..{seed + len(prompts) - 1}"
     for name, x in rows:
@@ -84,6 +88,7 @@ def of_run(
     teacher: int | None,
     guidance: float | None,
     away: Away | None = None,
+    encoder: Path | None = None,
 ) -> list[Row]:
     """(name, images (n, c, h, w) in [-1, 1]) of the teacher and of the student, from the same noises."""
     product = opened(run).with_steps(steps, any_steps)
@@ -99,6 +104,8 @@ def of_run(
             f"{run}: makes samples from the data's pictures, each with its own text; leave out --prompt, or export it "
             "and call its pipeline with a picture as its card shows"
         )
+    if encoder is not None:
+        data = with_encoder(data, str(encoder))
     text = embed(data.encoder, prompts, negative=data.negative, zeros=data.zeros, cache=data.text_cache)
     index = torch.arange(len(prompts), device=product.device())
     cond, decode = text.take(index), product.decoder()

@@ -105,7 +105,7 @@ class Shards:
         return [
             range(a, min(a + self.rows, self.count))
             for n, a in enumerate(starts)
-            if str(n) not in self.done or not self._path(n).is_file()
+            if str(n) not in self.done or not self.path(n).is_file()
         ]
 
     @contextmanager
@@ -131,7 +131,7 @@ class Shards:
             raise ValueError(f"{len(rows)} rows are needed, got {[len(t) for t in tensors.values()]}")
         with self._lock():
             self._read()
-            path = self._path(n)
+            path = self.path(n)
             if str(n) in self.done and path.is_file():
                 return
             with atomic_path(path) as aside:
@@ -164,7 +164,7 @@ class Shards:
                 "makes it again, it goes on where it stopped"
             )
         for n, (size, crc) in self.done.items():
-            path = self._path(int(n))
+            path = self.path(int(n))
             if path.stat().st_size != size or crc32_of(path) != crc:
                 raise UserError(f"{path}: is damaged, its checksum differs; delete this file and make it again")
 
@@ -179,7 +179,7 @@ class Shards:
     def _row(self, n: int, i: int) -> dict[str, Tensor]:
         try:
             if n not in self._open:
-                self._open[n] = safe_open(self._path(n), framework="pt")
+                self._open[n] = safe_open(self.path(n), framework="pt")
             self._open.move_to_end(n)
             if len(self._open) > OPEN:
                 self._open.popitem(last=False)
@@ -191,9 +191,10 @@ class Shards:
                 if "." not in name
             }
         except (OSError, SafetensorError) as error:
-            raise UserError(f"{self._path(n)}: cannot be read: {error}; {self.remedy}") from None
+            raise UserError(f"{self.path(n)}: cannot be read: {error}; {self.remedy}") from None
 
-    def _path(self, n: int) -> Path:
+    def path(self, n: int) -> Path:
+        """The file of that number."""
         return self.folder / f"{n:05d}.safetensors"
 
 

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
+from torch import Tensor
+
 from fewstep.algebra.condition import checked
 from fewstep.export.base import Stock
+from fewstep.export.card import Code
 from fewstep.export.image_to_image import PIPELINES
 from fewstep.export.picture import IF_PIPELINES
-from fewstep.networks.folder import Folder
+from fewstep.networks.folder import Folder, part_of
 from fewstep.train.product import Product
 
 
@@ -49,14 +52,28 @@ def settings_of(product: Product, source: Folder, wrapper: Any) -> dict[str, Any
 
 def call_of(product: Product, source: Folder, wrapper: Any, stock: Stock) -> dict[str, Any]:
     """What the pipeline is called with for an example."""
-    return {**what_of(product, wrapper), **stock.call, **settings_of(product, source, wrapper)}
+    return {**what_of(product, source, wrapper), **stock.call, **settings_of(product, source, wrapper)}
 
 
-def what_of(product: Product, wrapper: Any) -> dict[str, Any]:
-    """What an example is made of: a class, a prompt, nothing beside a picture."""
+def what_of(product: Product, source: Folder, wrapper: Any) -> dict[str, Any]:
+    """What an example is made of: a class, a prompt or zeros of embeddings, nothing beside a picture."""
     if wrapper.picture is not None and not product_has_text(product):
         return {}
-    return {"class_labels": [product.example]} if "label" in wrapper.needs else {"prompt": "a red fox in the snow"}
+    if "label" in wrapper.needs:
+        return {"class_labels": [product.example]}
+    return embeddings_of(product, source, wrapper) or {"prompt": "a red fox in the snow"}
+
+
+def embeddings_of(product: Product, source: Folder, wrapper: Any) -> dict[str, Code]:
+    """Zeros for what the pipeline of a student of cached prompts is given of one; {} where it has a text encoder."""
+    encoder: Any = getattr(getattr(product.recipe, "data", None), "encoder", None)
+    reads = any(k.startswith("text_encoder") and part_of(v) for k, v in source.index.items())
+    if reads or getattr(encoder, "name", None) != "cached" or wrapper.picture is not None:
+        return {}
+    example = dict(checked(wrapper.example(1), wrapper.wanted, wrapper.takes, wrapper.pipeline))
+    example["text"] = example["text"].new_zeros(1, encoder.length or 1, example["text"].shape[2])
+    given = wrapper.arguments(example, wrapper.sample_size())
+    return {k: Code(f"torch.zeros{tuple(v.shape)}") for k, v in given.items() if isinstance(v, Tensor)}
 
 
 def product_has_text(product: Product) -> bool:

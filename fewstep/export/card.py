@@ -98,7 +98,7 @@ tags: [fewstep, teacher]
 
 {about}. Trained for {done} steps with [fewstep](https://github.com/fewstep/fewstep); weights in fp16
 safetensors. A recipe uses it with `teacher: {{name: diffusers, path: FOLDER}}`; process and prediction are
-those of `scheduler/scheduler_config.json`. The last class embedding is the null class.
+those of `scheduler/scheduler_config.json`.{null}
 
 | | |
 |---|---|
@@ -121,6 +121,7 @@ def teacher_card(product: Product, usage: str, parity: float, results: Rows) -> 
     recipe = dump(replace(product.recipe, expected=None))
     return TEACHER.format(
         version=__version__,
+        null=" The last class embedding is the null class." if product.classes else "",
         title=plain(product.title),
         about=plain(product.recipe.about),
         done=product.done,
@@ -177,7 +178,8 @@ def usage(pipeline: str, call: Mapping[str, Any], folder: str, variant: str = ""
 
     also: another class to import. then: lines between opening and drawing.
     """
-    return f"{opening(pipeline, folder, variant, also, then)}{drawing(call)}"
+    start = "import torch\n" if any(isinstance(v, Code) for v in call.values()) else ""
+    return f"{start}{opening(pipeline, folder, variant, also, then)}{drawing(call)}"
 
 
 def opening(pipeline: str, folder: str, variant: str = "", also: str = "", then: str = "") -> str:
@@ -195,6 +197,16 @@ def drawing(call: Mapping[str, Any]) -> str:
     return f'pipe({as_code(call)}{more}).{drawn}.save("sample.png")'
 
 
+class Code(str):
+    """An argument that stands in code as it is; it may use torch."""
+
+
 def as_code(call: Mapping[str, Any]) -> str:
     """The arguments of a call as they stand in code."""
-    return ", ".join(f"{k}={json.dumps(v) if isinstance(v, str) else repr(v)}" for k, v in call.items())
+    return ", ".join(f"{k}={_literal(v)}" for k, v in call.items())
+
+
+def _literal(value: Any) -> str:
+    if isinstance(value, Code):
+        return value
+    return json.dumps(value) if isinstance(value, str) else repr(value)

@@ -268,7 +268,7 @@ def latent_parts(
         scheduler=stock.name,
         save=partial(_save, source, wrapper, made, name, stock.scheduler, DTYPES[dtype], **named),
         pairs=pairs,
-        usage=usage_of(product, name, wrapper, {**what_of(product, wrapper), **stock.call, **known}, **named),
+        usage=usage_of(product, name, wrapper, {**what_of(product, source, wrapper), **stock.call, **known}, **named),
         card=partial(card or partial(student_card, front=front, told=told), product, name),
         note=(NAME, note.text()),
     )
@@ -290,6 +290,9 @@ def _rounded(net: Denoiser, dtype: torch.dtype) -> Denoiser:
     return net
 
 
+LACKS = "# This folder has no text encoder: yours go there."
+
+
 def usage_of(product: Product, name: str, wrapper: Any, call: Mapping[str, Any], **named: str) -> Callable[[str], str]:
     """The lines that run an export, given its folder; named: see `card.usage`."""
     if name in PIPELINES.values():
@@ -297,6 +300,8 @@ def usage_of(product: Product, name: str, wrapper: Any, call: Mapping[str, Any],
         shape = product.shape if name == "IFImg2ImgPipeline" else (3, high * wrapper.pixels, wide * wrapper.pixels)
         return partial(image_usage, name, call, shape, **named)
     if not wrapper.image_channels:
+        if "prompt_embeds" in call:
+            named["then"] = "\n".join(filter(None, (named.get("then"), LACKS)))
         return partial(usage, name, call, **named)
     sides = (n * wrapper.pixels for n in product.shape[1:])
     size = tuple(image_of(product) or (wrapper.image_channels, *sides))

@@ -7,13 +7,17 @@ import stat
 import subprocess
 import sys
 from functools import cache
+from importlib.resources import files
 from pathlib import Path
 
 from fewstep.config import UserError
 
 
 def expanded(path: str | os.PathLike[str]) -> Path:
-    """A path with ~ and ~user written out. UserError for a user that is not known."""
+    """A path with ~ and ~user written out; `assets:NAME` is what ships with fewstep. UserError for an unknown user."""
+    told = os.fspath(path)
+    if told.startswith("assets:"):
+        return Path(str(files("fewstep.assets"))) / told.removeprefix("assets:")
     try:
         return Path(path).expanduser()
     except RuntimeError as error:

@@ -7,7 +7,6 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -42,8 +41,6 @@ def part_of(entry: Any) -> bool:
 
 def resolve(path: str) -> Path:
     """A folder; `assets:NAME` is one that ships with fewstep, `org/name[@revision]` one in the hub's cache."""
-    if path.startswith("assets:"):
-        return Path(str(files("fewstep.assets"))) / path.removeprefix("assets:")
     repo = hub.repository(path)
     return (hub.cached(repo) if repo else None) or expanded(path)
 

@@ -33,6 +33,20 @@ def test_prompts_are_embedded_ahead_of_training(tmp_path: Path, capsys: pytest.C
     (made,) = (tmp_path / "cache").iterdir()
     assert "embedded 0/4 prompts  0:00:00\nembedded 4/4 prompts  0:00:0" in said
     assert said.splitlines()[-1] == f"{made}: 3 prompts, 0.0 MiB; text [9, 12] in bfloat16"
+    cache_text(str(recipe), out=tmp_path / "words")
+    assert (tmp_path / "words" / "00000.safetensors").read_bytes() == (made / "00000.safetensors").read_bytes()
+    with pytest.raises(SystemExit) as left:
+        main(["cache-text", str(recipe), "--device", "cpu", "--out", str(tmp_path / "few"), "--rank", "2"])
+    assert not left.value.code
+    said = capsys.readouterr().out.splitlines()[-2:]
+    assert said == [
+        f"{tmp_path / 'few'}: 3 prompts, 0.0 MiB; text_left [9, 2] in float16, text_right [2, 12] in float16",
+        f"use them with data.encoder: {{name: cached, path: {tmp_path / 'few'}}}",
+    ]
+    with pytest.raises(UserError, match=r"^--rank: is of the copy that --out FOLDER writes"):
+        cache_text(str(recipe), rank=2)
+    with pytest.raises(UserError, match=r"exists and is not an earlier folder of embedded prompts"):
+        cache_text(str(recipe), out=folder)
     shutil.rmtree(folder / "text_encoder")
     shutil.copytree(folder / "tokenizer", folder / "text_encoder")  # there, and no model
     with pytest.raises(UserError, match="text_encoder/"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,12 +17,15 @@ from typer.testing import CliRunner
 
 from fewstep.algebra.condition import replaced
 from fewstep.algebra.sampling import sample
-from fewstep.cli import app
+from fewstep.cli import app, main
+from fewstep.commands.cache_text import cache_text
 from fewstep.commands.check_teacher import check_teacher
 from fewstep.commands.gallery import LEFT, TOP, captioned, rows_of
-from fewstep.commands.judge import judge_of
+from fewstep.commands.judge import captions_of, judge_of
 from fewstep.commands.measure import measure
 from fewstep.commands.prepare_emoji import prepare_emoji
+from fewstep.commands.sample import draw
+from fewstep.commands.sample_text import draw_prompts, of_run
 from fewstep.commands.train_retrieval import train_retrieval
 from fewstep.config import UserError
 from fewstep.data.encoders import PipelineEncoder
@@ -53,7 +57,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def common(root: Path) -> list[str]:
     return [
         f"data.path={root / 'data'}",
-        f"data.encoder.path={root / 'data' / 'encoder'}",
+        f"data.encoder={{name: sentence, path: {root / 'data' / 'encoder'}, length: 77, keys: [text]}}",
         f"data.text_cache={root / 'cache'}",
         "data.size=16",
         "train.steps=1",
@@ -233,6 +237,68 @@ def test_a_gallery_has_a_row_for_each_source_and_refuses_other_captions(made: Pa
         assert corner.tobytes() == banana.tobytes()
     with pytest.raises(UserError, match="caption 'kiwi': is not one of the 5"):
         rows_of([made / "teacher"], ["kiwi"], 2, 1.0, 0)
+
+
+def test_a_student_trains_on_cached_words_as_with_their_encoder(made: Path, tmp_path: Path):
+    """Weights and losses are the same bits; in float16 losses are within 1e-3, but for the gap of two equal networks."""
+    teacher = f"teacher.path={made / 'teacher' / 'export'}"
+    first = load("emoji-dmd2-gan", [*common(made), teacher])
+    for store in ("fp32", "fp16"):
+        changes = [*common(made), teacher, f"data.encoder.store={store}"]
+        cache_text("emoji-dmd2-gan", changes, out=tmp_path / store)
+    theirs = train(first, tmp_path / "run")
+    for store in ("fp32", "fp16"):
+        cached = f"data.encoder={{name: cached, path: {tmp_path / store}}}"
+        ours = train(load("emoji-dmd2-gan", [*common(made), teacher, cached]), tmp_path / f"run-{store}")
+        for key in ("dsm", "gan", "discriminator"):
+            tolerance = 0 if store == "fp32" else 1e-3
+            assert ours.last_record[key] == pytest.approx(theirs.last_record[key], rel=tolerance, abs=0), key
+        if store == "fp32":
+            assert ours.last_record["match"] == theirs.last_record["match"]
+            own, other = (t.product.state_dict() for t in (ours, theirs))
+            assert all(torch.equal(own[k], v) for k, v in other.items())
+    words, encoder = ["banana", "blue banana"], made / "data" / "encoder"
+    ((_, plain),) = of_run(tmp_path / "run", words, None, False, 0, 0, None)
+    ((_, drawn),) = of_run(tmp_path / "run-fp32", words, None, False, 0, 0, None, None, encoder)
+    torch.testing.assert_close(drawn, plain, rtol=0, atol=1e-5)
+    sheet = tmp_path / "x.png"
+    with pytest.raises(UserError, match="these data have an encoder of their own, sentence; leave it out"):
+        draw_prompts(tmp_path / "run", words, sheet, encoder=encoder)
+    with pytest.raises(UserError, match="is no run directory; a pipeline reads prompts by its own text encoder"):
+        draw_prompts(made / "teacher" / "export", words, sheet, encoder=encoder)
+    with pytest.raises(UserError, match="--encoder: reads prompts, which --prompt or --prompts give"):
+        draw(tmp_path / "run", None, None, 4, 0, sheet, False, encoder=encoder)
+
+
+def test_the_shipped_student_trains_draws_and_exports_with_nothing_from_outside(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("FEWSTEP_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    run, sheet = tmp_path / "run", tmp_path / "sheet.png"
+
+    def said(*arguments: str) -> tuple[Any, str]:
+        with pytest.raises(SystemExit) as left:
+            main(list(arguments))
+        told = capsys.readouterr()
+        return left.value.code, told.out + told.err
+
+    tiny = ["train.steps=2", "train.batch=2", "train.sample_every=0", "evaluate=null"]
+    code, told = said("run", "emoji-dmd2", *tiny, "--out", str(run))
+    assert not code, told
+    asked: Any = load("emoji-dmd2").evaluate
+    assert len(captions_of(open_product(run), asked.retrieval).captions) == 131
+    card = (run / "export" / "README.md").read_text()
+    assert "import torch\nfrom diffusers import IFPipeline" in card
+    assert "# This folder has no text encoder: yours go there.\npipe(prompt_embeds=torch.zeros(1, 77, 384), " in card
+    code, told = said("sample", str(run), "--prompt", "red apple", "--teacher", "0", "--out", str(sheet))
+    assert not code, told
+    assert Image.open(sheet).size[0] >= 128
+    code, told = said("sample", str(run), "--prompt", "blue apple", "--teacher", "0", "--out", str(sheet))
+    assert code == 2
+    assert "has no embedding of 'blue apple', only those of its 131 prompts" in " ".join(told.split())
+    assert "all-MiniLM-L6-v2 (sentence, length 77" in " ".join(told.split())
 
 
 @pytest.mark.parametrize("name", ["emoji-dmd2", "emoji-dmd2-4step", "emoji-dmd2-lora"])
