@@ -1,9 +1,10 @@
-"""False alarms: what the guard's rules of today say of whole runs of shipped recipes, from their logs.
+"""False alarms: what the guard says of whole runs of shipped recipes, from their logs.
 
 python -m fewstep.bench.alarms RUN [RUN ...] [--out assets/alarms.jsonl]
 
-A run counts that changed nothing but its seed and where its files are, and whose log reaches its recipe's end. Whether an
-alarm was false its reader judges: docs/healthy.md names every one.
+A run counts that changed nothing but its seed and where its files are, whose log reaches the shipped recipe's end and has
+what today's rules read. Lines and courses are judged anew, leaps are those that the training has logged. Whether an alarm
+was false its reader judges: docs/healthy.md names every one.
 """
 
 from __future__ import annotations
@@ -18,10 +19,14 @@ from fewstep.commands.record import named
 from fewstep.config import UserError
 from fewstep.files import atomic_path, parse_json
 from fewstep.recipe.source import shipped
-from fewstep.recipe.store import load_run
+from fewstep.recipe.store import load, load_run
 from fewstep.train.claim import read_origin
 from fewstep.train.log import read_log
+from fewstep.train.pulse import KEYS
 from fewstep.train.verdicts import Course, Record
+
+AS_SHIPPED = ("steps", "guard", "readings_every")
+"""Settings of a run that `named` does not look at, and on which alarms depend."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +39,7 @@ class Whole:
     readings: int
     """Records that hold readings of drawn samples."""
     commit: str
-    """That trained it; the rules are those of the commit that wrote this row."""
+    """That trained it."""
     alarms: dict[str, int] = field(default_factory=dict)
     """The guard's alarms and the step of the first of each."""
 
@@ -44,6 +49,8 @@ def said(records: Sequence[Record]) -> dict[str, int]:
     out: dict[str, int] = {}
     course, stage = Course(), None
     for record in records:
+        if isinstance(act := record.get("guard"), dict):
+            out.setdefault(str(act.get("alarm")), int(record["done"]))  # the records that raised it are cut
         if "stage" not in record:
             continue
         if record["stage"] != stage:
@@ -62,22 +69,28 @@ def whole(run: Path) -> Whole:
     """
     recipe = load_run(run)
     name, settings = named(recipe, run)
-    if changed := [s for s in settings if not s.partition("=")[0].endswith("path")]:
-        raise UserError(
-            f"{run}: has changed {name} by {' '.join(changed)}; only runs of shipped recipes as they are count"
-        )
-    records = [r for r in read_log(run / "log.jsonl") if "stage" in r]
-    total, done = sum(s.steps for s in recipe.stages()), max((int(r["done"]) for r in records), default=0)
+    plain, every = load(name), read_log(run / "log.jsonl")
+    changed = [k for s in settings if not (k := s.partition("=")[0]).endswith("path")]
+    changed += [f"train.{k}" for k in AS_SHIPPED if getattr(recipe.train, k) != getattr(plain.train, k)]
+    if changed:
+        raise UserError(f"{run}: has changed {', '.join(changed)} of {name}; runs of shipped recipes as they are count")
+    records = [r for r in every if "stage" in r]
+    total, done = sum(s.steps for s in plain.stages()), max((int(r["done"]) for r in records), default=0)
     if done < total:
         raise UserError(f"{run}: its log ends at {done} of {total} updates; only whole runs tell of false alarms")
+    for one, other in (("samples/mean", "samples/offset"), ("health/diversity", KEYS[1])):
+        if any(one in r and other not in r for r in records):
+            raise UserError(f"{run}: its log has {one} without {other}; it is older than the rules that read it")
     readings = sum("samples/mean" in r for r in records)
     commit = str(read_origin(run).get("environment", {}).get("commit", "unknown"))[:7]
-    return Whole(name, total, readings, commit, said(records))
+    return Whole(name, total, readings, commit, said(every))
 
 
 def table(file: Path) -> str:
     """A sentence of how many shipped recipes were run whole and which of them had alarms."""
-    rows = [parse_json(line, file) for line in file.read_text().splitlines()] if file.is_file() else []
+    if not file.is_file():
+        return "None has been counted yet."
+    rows = [parse_json(line, file) for line in file.read_text().splitlines()]
     ran = {r["recipe"] for r in rows}
     loud = [r for r in rows if r["alarms"]]
     every = [n for n in shipped() if not n.startswith(("paper/", "models/"))]

@@ -52,7 +52,7 @@ PANELS = (
     Panel("diversity within classes", {"spread": "health/diversity"}, share=lines.SHRINK),
     Panel(
         "brightness of samples, in the reference's deviations",
-        {"mean": "samples/mean"},
+        {"mean less chance": "samples/mean", "mean": "samples/offset"},
         (-lines.SHIFT, lines.SHIFT),
     ),
     Panel(

@@ -20,7 +20,7 @@ from rich.text import Text
 
 from fewstep.train.verdicts import Record, verdicts
 
-NO_LOSS = ("grad_norm", "health/", "samples/", "lr/", "done", "stage", "skip", "seconds")
+NO_LOSS = ("grad_norm", "health/", "samples/", "leap/", "lr/", "done", "stage", "skip", "seconds")
 """How keys of a log record begin that are no loss."""
 LINES = 10
 """Lines of a whole training where there is no terminal."""

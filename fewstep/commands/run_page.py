@@ -243,7 +243,7 @@ def _curves(run: Path, records: Records) -> list[str]:
     if readings is not None:
         parts += [
             '<div class="plots">',
-            picture(as_png(readings), "readings of the last stage; dashed: where an alarm begins" + shaded),
+            picture(as_png(readings), "readings of the last stage; dashed: the lines of alarms" + shaded),
         ]
         parts.append("</div>")
     parts.append('<div class="plots">')

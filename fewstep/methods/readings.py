@@ -36,9 +36,17 @@ def spread(x: Tensor, cond: Any = None) -> Tensor:
 def of_batch(x: Tensor, cond: Any = None) -> dict[str, Tensor]:
     """Readings of an update's own samples x (b, *d), scalars by name.
 
-    health/mean and health/deviation: of all their values; health/diversity: see `spread`.
+    health/mean and health/deviation: of all their values; health/mean_error: standard error of that mean, as the samples'
+    own means differ; health/spread and health/diversity: see `spread`, without and with the condition.
     """
-    return {"health/mean": x.mean(), "health/deviation": x.std(correction=0), "health/diversity": spread(x, cond)}
+    each = x.flatten(1).mean(1)
+    return {
+        "health/mean": each.mean(),
+        "health/deviation": x.std(correction=0),
+        "health/mean_error": ((each - each.mean()).pow(2).sum() / max(1, len(x) - 1) / len(x)).sqrt(),
+        "health/spread": spread(x),
+        "health/diversity": spread(x, cond),
+    }
 
 
 @torch.no_grad()

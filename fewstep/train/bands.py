@@ -25,7 +25,7 @@ NARROWEST = 0.05
 """Of a part's largest value: the width that a band has at least, where records are equal or nearly so."""
 _UNIT = {"samples/mean": 1.0, "samples/offset": 1.0}
 """In place of the largest value where that is less: of deviations from the reference, 0 within what chance does."""
-_LEFT_OUT = ("done", "stage", "skips", "skipped", "seconds", "lr/", "grad_norm/", "health/gradient_")
+_LEFT_OUT = ("done", "stage", "skips", "skipped", "seconds", "lr/", "grad_norm/", "health/gradient_", "leap/")
 _OF_TRAIN = ("accumulate", "clip", "precision", "ema", "ema_warmup", "product")
 _PATHS = ("path", "shards", "vae", "text_cache")
 """Keys of data and teacher that say where files are; what they hold is told by the digests."""

@@ -10,7 +10,7 @@ from typing import Any
 from fewstep.config import UserError
 from fewstep.recipe.schema import Recipe, Stage
 from fewstep.train.log import Meter, read_log
-from fewstep.train.pulse import KEYS, Pulse
+from fewstep.train.pulse import KEYS, LEAST, Pulse
 from fewstep.train.samples import SampleReadings
 from fewstep.train.session import Session
 from fewstep.train.state import Progress, checkpoints, is_sound, read_guard
@@ -47,6 +47,8 @@ class Guard:
         self.sudden = False
         """The update's own samples have leapt, which the log has not told yet."""
         self._session = session
+        self.share = train.batch // train.accumulate // session.accelerator.num_processes
+        """Samples of a micro-batch of one process."""
         self._known: set[str] = set()
         self._noted = ""
         self.by = "metric" if train.eval_every and self.recipe.evaluate else "readings"
@@ -63,7 +65,7 @@ class Guard:
         )
         line = (
             f"train.guard={self.mode}: no samples are compared, there is neither a teacher that stays as it is nor data; "
-            f"refused updates, sudden changes and copies in a batch remain{back}"
+            f"refused updates{', sudden changes' * (self.share >= LEAST)} and copies in a batch remain{back}"
         )
         noted = line == self._noted or (log is not None and any(r.get("note") == line for r in read_log(log)))
         self._noted = line
@@ -84,9 +86,10 @@ class Guard:
         """Leaps of the update's own samples."""
         if first:
             self.pulse = Pulse()
+            self._known.discard(SUDDEN)
         own = {key: values for key in KEYS if (values := meter.newest(key))}
         self.sudden = False
-        if first or len(own) < len(KEYS):
+        if first or len(own) < len(KEYS) or self.share < LEAST:
             return {}
         means = self._session.means(own)
         leaps = self.pulse.add([sum(means[key]) / len(means[key]) for key in KEYS])

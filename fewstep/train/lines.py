@@ -39,7 +39,7 @@ class Reading:
     log: bool = True
     """Ratios are compared by their logarithms."""
     course: str = ""
-    """The key of the same reading whose course is followed; the reading's own when left out."""
+    """The key of the same reading, chance and all, whose course tells that it moves away; of the others only lines do."""
 
     def badness(self, value: float) -> float:
         """0 at the centre, 1 at the line; infinite for what is no number."""
@@ -52,12 +52,8 @@ class Reading:
             return abs(value - self.centre) / abs(line - self.centre)
         return abs(math.log(max(value, 1e-12) / self.centre) / math.log(line / self.centre))
 
-    def signed(self, value: float) -> float:
-        """`badness`, negative below the centre."""
-        return math.copysign(self.badness(value), value - self.centre)
-
     def at(self, signed: float) -> float:
-        """The value with this `signed`, on a side that has a line."""
+        """The value of this `badness`, on the lower side where it is negative; of a side that has a line."""
         line = self.low if signed < 0 else self.high
         if not self.log:
             return self.centre + abs(signed) * (line - self.centre)

@@ -16,7 +16,7 @@ from fewstep.files import atomic_path, parse_json
 
 
 class Meter:
-    """Means of named scalars since the last record; tensors are read only when a record is made."""
+    """Means of named scalars since the last record; tensors are read when a record is made, or by `newest`."""
 
     def __init__(self) -> None:
         self._values: dict[str, list[Tensor | float]] = defaultdict(list)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from statistics import median, pstdev
 from typing import Any
 
 from fewstep.train.lines import Reading
@@ -14,9 +13,11 @@ RECENT = 2
 SETTLED = 10
 """Readings before these, from which on it is known where a reading has settled."""
 PAST = 20
-"""The last readings that tell it."""
-LEAVE = 0.3
-"""By how much of its line a settled reading may move away, twice in a row. Of digits-dmd2 one moves by 0.2 at most."""
+"""Readings that tell it."""
+GAP = 3
+"""Readings between them and the last two: they may belong to what is looked for."""
+LEAVE = 0.25
+"""By how much of its line a settled reading may move away. Of digits-dmd2 it moves by 0.2 (samples/offset 0.08)."""
 NOISE = 3.0
 """And by how many standard deviations of those that tell where it has settled."""
 
@@ -33,14 +34,17 @@ class Track:
         self.best = math.inf
         """Least badness that readings in a row have not exceeded so far; the stage's first counts alone."""
         self.count = 0
-        self._course = deque[float](maxlen=PAST + RECENT)
+        self._course = deque[float](maxlen=PAST + GAP + RECENT)
 
     def add(self, value: float, course: Any = None) -> None:
-        """The next value; course: that of the reading whose course is followed, where there is one."""
+        """The next value; course: that of the reading whose course is followed, None in a log without it."""
         self.recent.append(value)
         self.count += 1
         self.best = min(self.best, max(map(self.reading.badness, self.recent)))
-        self._course.append(self.reading.signed(float(course) if isinstance(course, int | float) else value))
+        if isinstance(course, int | float):
+            self._course.append(float(course))
+        else:
+            self._course.clear()
 
     @property
     def settled(self) -> bool:
@@ -48,17 +52,28 @@ class Track:
         return self.count >= SETTLED + RECENT
 
     def left(self) -> tuple[float, float, float] | None:
-        """In signed lines: the nearer of the last two, how far it may be there, and where it had settled.
+        """The nearer of the last two, how far it may be from the reference, and how far it was, all in its unit.
 
-        None where both are where it has settled, or lie nearer to the reference than that.
+        None where no other reading's course is followed, where either of the last two is 0 but for chance, and where
+        they are no farther from the reference, on whichever side, than it has settled.
         """
-        if not self.settled or not all(map(math.isfinite, self._course)):
+        values = list(self._course)
+        if len(values) < SETTLED + GAP + RECENT or not all(map(math.isfinite, values)):
             return None
-        *past, first, last = self._course
-        level = median(past)
-        room = max(LEAVE, NOISE * pstdev(past, level))
-        now = min(first, last, key=lambda v: abs(v - level))
-        same = (first - level) * (last - level) > 0
-        if same and abs(now - level) > room and min(abs(first), abs(last)) > abs(level):
-            return now, level + math.copysign(room, now - level), level
-        return None
+        if any(self.reading.badness(v) == 0 for v in self.recent):
+            return None
+        *past, first, last = map(self.reading.badness, values)
+        level, noise = settled_at(past[: len(past) - GAP])
+        limit = level + max(LEAVE, NOISE * noise)
+        same = math.copysign(1, values[-1] - self.reading.centre) == math.copysign(1, values[-2] - self.reading.centre)
+        if not same or min(first, last) <= limit:
+            return None
+        side = math.copysign(1, values[-1] - self.reading.centre)
+        return self.reading.at(side * min(first, last)), self.reading.at(side * limit), abs(self.reading.at(level))
+
+
+def settled_at(values: list[float]) -> tuple[float, float]:
+    """The median and the root mean square distance from it. `statistics` computes in fractions: half a millisecond."""
+    ordered = sorted(values)
+    level = (ordered[(len(ordered) - 1) // 2] + ordered[len(ordered) // 2]) / 2
+    return level, math.sqrt(math.fsum((v - level) ** 2 for v in values) / len(values))

@@ -10,8 +10,8 @@ records of log.jsonl. Two kinds of readings are judged:
   `train.guard` acts on, by `Course`.
 
 A student that is only on its way is no alarm: one is raised where two readings of samples in a row are beyond their line,
-or one is far beyond it, *and* two in a row have been nearer to the reference before; or where two in a row leave what the
-reading has been all along. One that never was near it is a warning.
+or one is far beyond it, *and* two in a row have been nearer to the reference before; or where two of their means in a row
+leave what it has been for long. One that never was near it is a warning.
 
 Critic lag is a slope, that of fresh samples on the critic's answers, and not the critic's loss against its best: the
 least loss there is moves with the student, whereas the slope of a critic at its optimum is 1 for every student. Methods
@@ -53,9 +53,11 @@ SUDDEN = "sudden change"
 DRASTIC = 3.0
 """Lines from the reference at which one reading of samples is enough, not the nearer of two in a row, once it has
 settled: an adversarial student may lurch and come back within its first updates."""
+NEAR = 0.5
+"""Lines within which a reading has been near; beyond its line it is then an alarm."""
 FARTHER = 0.9
-"""By how much of its line a reading of samples must be farther than it has been, to be an alarm. Of a student that is
-still on its way, half a line is nothing (latent consistency on the ring: spread 0.8, 0.7, 0.5, 0.7)."""
+"""By how many lines one that has not been near must be farther than it was, to be an alarm. Of a student that is still on
+its way, half a line is nothing (latent consistency on the ring: spread 0.8, 0.7, 0.5, 0.7)."""
 
 
 @dataclass(frozen=True)
@@ -194,6 +196,8 @@ class Course:
     def __init__(self, records: Iterable[Record] = ()) -> None:
         self.tracks, self.rise = {key: Track(reading) for key, reading in SAMPLES.items()}, Rise()
         self.leap: dict[str, float] = {}
+        self.leapt: tuple[float, str, float] | None = None
+        """The stage's first leap: steps done, key, value."""
         self.own, self.widest = deque[float](maxlen=RECENT), 0.0
         self.first: tuple[float, float] | None = None
         self.last, self.rows = (0.0, 0.0), 0
@@ -210,6 +214,8 @@ class Course:
             self.own.append(float(record["health/diversity"]))
             self.widest = max(self.widest, min(self.own)) if len(self.own) == RECENT else 0.0
         self.leap = {key: float(record[key]) for key in LEAPS if isinstance(record.get(key), int | float)}
+        for key, value in self.leap.items():
+            self.leapt = self.leapt or (float(record.get("done", 0)), key, value)
         for key, track in self.tracks.items():
             if isinstance(record.get(key), int | float):
                 track.add(float(record[key]), record.get(track.reading.course))
@@ -217,7 +223,7 @@ class Course:
     def verdicts(self) -> list[Verdict]:
         """What is said of it now."""
         found = [_of_samples(track) for track in self.tracks.values()]
-        leaps = [_leap(key, value) for key, value in self.leap.items()]
+        leaps = [_leap(key, value) for key, value in self.leap.items()] or [_leapt(self.leapt)]
         return [v for v in [*found, *leaps, self._copies(), _of_reward(self.rise), self._skipped()] if v is not None]
 
     def alarms(self) -> list[Verdict]:
@@ -266,25 +272,35 @@ def _of_samples(track: Track) -> Verdict | None:
     badness, line = reading.badness(value), reading.line(value)
     told = reading.text.format(value)
     beyond = reading.below if value < reading.centre else reading.above
-    if badness <= 1 and (left := track.left()) is not None:
-        now, limit, was = map(reading.at, left)
-        name, knob = (reading.below if left[0] < 0 else reading.above) or (reading.fine, SLOWER)
-        text = f"{reading.text.format(now)} and moves away: it was {was:.2f} all along"
+    allowed = max(1.0, track.best + (FARTHER if track.best > NEAR else 0.0))
+    if badness <= allowed and (left := track.left()) is not None:
+        now, limit, was = left
+        name, knob = (reading.below if now < reading.centre else reading.above) or (reading.fine, SLOWER)
+        text = f"{reading.text.format(now)} and moves away; for long it was {was:.2f} off"
         return Verdict(name, "alarm", now, limit, text, knob)
     if badness <= 1:
         return Verdict(reading.fine, "fine", value, line if line is not None else reading.centre, told)
     if beyond is None or line is None or not math.isfinite(value):
         return Verdict("not finite", "alarm", value, reading.high, "samples are not finite", SLOWER)
-    if badness > track.best + FARTHER:
+    if badness > allowed:
         return Verdict(beyond[0], "alarm", value, line, told, beyond[1])
     if track.count < FEWEST:
         return None
-    return Verdict(beyond[0], "warn", value, line, f"{told}, and never were nearer", beyond[1])
+    return Verdict(beyond[0], "warn", value, line, f"{told}, and never were much nearer", beyond[1])
 
 
 def _leap(key: str, value: float) -> Verdict:
     text, line = LEAPS[key]
     return Verdict(SUDDEN, "alarm", value, line, text.format(value), SLOWER)
+
+
+def _leapt(first: tuple[float, str, float] | None) -> Verdict | None:
+    """A leap that is over: samples have stayed where it took them, or come back."""
+    if first is None:
+        return None
+    done, key, value = first
+    text, line = LEAPS[key]
+    return Verdict(SUDDEN, "warn", value, line, f"{text.format(value)} at step {done:.0f}", SLOWER)
 
 
 def _of_reward(rise: Rise) -> Verdict | None:

@@ -16,12 +16,13 @@ TOTAL = 3400
 """Updates of toy/lcm, 3,000 of them its teacher's."""
 
 
-def run(folder: Path, *settings: str, end: int = TOTAL, dark: int = TOTAL) -> Path:
-    """A run of toy/lcm whose samples are as the reference's until `dark`."""
+def run(folder: Path, *settings: str, end: int = TOTAL, dark: int = TOTAL, old: bool = False) -> Path:
+    """A run of toy/lcm whose samples are as the reference's until `dark`; old: an earlier fewstep."""
     folder.mkdir()
+    more = {} if old else {"samples/offset": 0.0}
     keep_recipe(load("toy/lcm", settings), folder)
     rows = [
-        {"done": d, "stage": int(d > 3000), "skips": 0, "samples/mean": -0.9 * (d > dark), "samples/contrast": 1.0}
+        {"done": d, "stage": int(d > 3000), "skips": 0, "samples/mean": -0.9 * (d > dark), **more}
         for d in range(10, end + 1, 10)
     ]
     (folder / "log.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
@@ -32,20 +33,26 @@ def test_a_whole_run_tells_its_alarms_and_when(tmp_path: Path):
     quiet, loud = whole(run(tmp_path / "a")), whole(run(tmp_path / "b", "train.seed=3", dark=3200))
     assert (quiet.recipe, quiet.updates, quiet.readings, quiet.alarms) == ("toy/lcm", TOTAL, TOTAL // 10, {})
     assert loud.alarms == {"darkening": 3220}
+    log = tmp_path / "a" / "log.jsonl"
+    log.write_text(log.read_text() + json.dumps({"done": 3100, "guard": {"alarm": "samples alike"}}) + "\n")
+    assert whole(tmp_path / "a").alarms == {"samples alike": 3100}
 
 
 @pytest.mark.parametrize(
-    ("settings", "end", "said"),
+    ("settings", "end", "old", "said"),
     [
-        ((), TOTAL - 10, "its log ends at 3390 of 3400"),
-        (("train.batch=64",), TOTAL, "has changed toy/lcm by train.batch=64"),
+        ((), TOTAL - 10, False, "ends at 3390 of 3400"),
+        (("train.batch=64",), TOTAL, False, "has changed train.batch of toy/lcm"),
+        (("train.steps=20",), TOTAL, False, "has changed train.steps of toy/lcm"),
+        (("train.guard=off", "train.readings_every=99"), TOTAL, False, "has changed train.guard, train.readings_every"),
+        ((), TOTAL, True, "has samples/mean without samples/offset"),
     ],
 )
 def test_what_is_no_whole_run_of_a_shipped_recipe_is_left_out(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], settings: tuple[str, ...], end: int, said: str
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], settings: tuple[str, ...], end: int, old: bool, said: str
 ):
     with pytest.raises(UserError, match=said):
-        whole(run(tmp_path / "a", *settings, end=end))
+        whole(run(tmp_path / "a", *settings, end=end, old=old))
     main([str(tmp_path / "a"), "--out", str(tmp_path / "alarms.jsonl")])
     assert "left out" in capsys.readouterr().out
     assert not (tmp_path / "alarms.jsonl").exists()

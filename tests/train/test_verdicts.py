@@ -81,7 +81,7 @@ def test_a_student_on_its_way_is_no_alarm_and_one_that_never_came_is_a_warning()
     assert alarms(never) == {}
     (found,) = [v for v in verdicts(never) if not v.fine]
     assert (found.name, found.level) == ("samples alike", "warn")
-    assert "never were nearer" in found.sentence
+    assert "never were much nearer" in found.sentence
 
 
 def test_more_spread_than_the_reference_and_less_of_a_grid_are_fine():
@@ -119,6 +119,33 @@ def test_records_without_samples_and_of_earlier_stages_do_not_count(tmp_path: Pa
     assert verdicts(rows) == []
     (tmp_path / "log.jsonl").write_text("".join(json.dumps(r) + "\n" for r in [*old, *log(mean=after(9, 0, math.nan))]))
     assert "not finite" in alarms(last_stage(read_log(tmp_path / "log.jsonl")))
+
+
+@pytest.mark.parametrize("before", [0.0, 0.2, 0.45])
+def test_the_farther_a_mean_jumps_the_surer_it_is_an_alarm(before: float):
+    """Where it moves away, at its line and beyond: nothing in between that is none."""
+
+    def alarm(lines: float) -> bool:
+        offset = after(30, before * 0.35, lines * 0.35)
+        rows = [{**r, "samples/mean": -offset(i), "samples/offset": -offset(i)} for i, r in enumerate(log(32), 1)]
+        return "darkening" in alarms(rows)
+
+    found = [alarm(lines / 50) for lines in range(int(50 * before), 150)]
+    assert found == sorted(found)
+    assert found[-1]
+    assert not found[0]
+
+
+def test_a_leap_is_an_alarm_while_it_lasts_and_told_of_afterwards():
+    rows = log()
+    rows[20] |= {"leap/mean": -0.8}
+    course = Course(rows[:21])
+    assert [(v.name, v.level, v.value) for v in course.verdicts() if not v.fine] == [("sudden change", "alarm", -0.8)]
+    assert alarms(rows) == {"sudden change": 420}
+    (told,) = [v for v in verdicts(rows) if not v.fine]
+    assert (told.name, told.level) == ("sudden change", "warn")
+    assert "-0.80 of their standard deviations at step 420" in told.sentence
+    assert Course(rows).alarms() == []
 
 
 def test_copies_in_the_methods_own_batches_are_an_alarm_at_the_second_record_and_smaller_ones_are_none():
