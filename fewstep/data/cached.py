@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from pydantic import TypeAdapter
+from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
 from torch.nn.functional import pad
 
@@ -83,12 +83,13 @@ def _write_factors(source: Shards, folder: Path, rank: int) -> None:
     to.write(range(len(source)), {k: v if isinstance(v[0], Sparse) else torch.stack(v) for k, v in parts.items()})
 
 
-def _whole(row: dict[str, Tensor]) -> dict[str, Tensor]:
-    """A row with the products, in float32, of what is stored as factors."""
+def _whole(row: dict[str, Tensor], folder: Path) -> dict[str, Tensor]:
+    """A row of a folder with the products, in float32, of what is stored as factors."""
+    left, right = ({k.removesuffix(end): v for k, v in row.items() if k.endswith(end)} for end in (LEFT, RIGHT))
+    if alone := left.keys() ^ right.keys():
+        raise UserError(f"{folder}: its rows have one factor of {min(alone)} and not the other; {AGAIN}")
     out = {k: v for k, v in row.items() if not k.endswith((LEFT, RIGHT))}
-    for key in [k.removesuffix(LEFT) for k in row if k.endswith(LEFT)]:
-        out[key] = row[f"{key}{LEFT}"].float() @ row[f"{key}{RIGHT}"].float()
-    return out
+    return out | {k: v.float() @ right[k].float() for k, v in left.items()}
 
 
 def with_encoder(data: Any, folder: str) -> Any:
@@ -143,7 +144,7 @@ class CachedEncoder:
         loaded: list[Encode] = []
 
         def stored(i: int) -> dict[str, Tensor]:
-            return _whole({k: v[0] for k, v in shards.take(torch.tensor([i])).items()})
+            return _whole({k: v[0] for k, v in shards.take(torch.tensor([i])).items()}, shards.folder)
 
         def row(prompt: str) -> dict[str, Tensor]:
             if prompt in number:
@@ -163,7 +164,7 @@ class CachedEncoder:
         """The encoder that made the rows. UserError where it is not named, or is another one."""
         spec, origin = told["encoder"], str(read_index(self._root())["made_with"].get("encoder"))
         options = "".join(f", {k} {json.dumps(v)}" for k, v in spec.items() if k not in ("name", "path"))
-        made_by = f"{spec['path']} ({spec['name']}{options}, sha256 {origin[:16]}…)"
+        made_by = f"{spec.get('path')} ({spec['name']}{options}, sha256 {origin[:16]}…)"
         if self.encoder is None:
             raise UserError(
                 f"encoder {self.path}: has no embedding of {prompt[:60]!r}, only those of its {len(told['prompts']) - 1} "
@@ -171,7 +172,10 @@ class CachedEncoder:
                 "sample --encoder FOLDER`, or data.encoder.encoder=FOLDER in a recipe"
             )
         kind: TypeAdapter[Any] = TypeAdapter(REGISTRY["encoder"][spec["name"]])
-        made: Any = kind.validate_json(json.dumps({**spec, "path": self.encoder}))
+        try:
+            made = kind.validate_json(json.dumps({**spec, "path": self.encoder}))
+        except ValidationError as error:
+            raise UserError(f"{self._root() / NAME}: encoder: {error.errors()[0]['msg']}; {AGAIN}") from None
         if made.key() != origin:
             raise UserError(
                 f"encoder {self.path}: was made by {made_by}, and {self.encoder} is not that one (sha256 "

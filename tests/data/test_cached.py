@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from tiny_emoji import FOOD, make_text
 
 from fewstep.config import UserError
@@ -18,7 +19,7 @@ from fewstep.data.encoders import SentenceEncoder
 from fewstep.data.pictures import Captions, Prompts
 from fewstep.data.text import embed
 from fewstep.eval.features.retrieval import Retrieval
-from fewstep.files import expanded, read_json
+from fewstep.files import crc32_of, expanded, read_json
 from fewstep.recipe.store import load
 
 WORDS = [name.lower() for name in FOOD]
@@ -148,6 +149,18 @@ def test_a_folder_that_is_not_whole_is_refused_by_file(root: Path, tmp_path: Pat
     index = broken("index")
     (index / "index.json").unlink()
     assert said(index) == f"{index}: holds no index.json; it is not a folder that fewstep has made"
+    spec = prompts(root, encoder(root))
+    write_embedded(spec.open().text, spec, tmp_path / "half", rank=2)
+    rows, told = tmp_path / "half" / "00000.safetensors", read_json(tmp_path / "half" / "index.json")
+    save_file({k: v for k, v in load_file(rows).items() if k != "text_right"}, rows)
+    told["shards"]["0"] = [rows.stat().st_size, crc32_of(rows)]
+    (tmp_path / "half" / "index.json").write_text(json.dumps(told))
+    half = f"{tmp_path / 'half'}: its rows have one factor of text and not the other; copy the folder again"
+    assert said(tmp_path / "half") == half
+    odd = broken("odd")
+    (odd / NAME).write_text(json.dumps({**read_json(odd / NAME), "encoder": {"name": "sentence", "lenght": 3}}))
+    named = CachedEncoder(path=str(odd), encoder=str(root / "model"))
+    assert refused(named, tmp_path, "kiwi").startswith(f"{odd / NAME}: encoder: ")
     bare = broken("bare")
     (bare / NAME).unlink()
     assert (
