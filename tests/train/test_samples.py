@@ -47,7 +47,7 @@ def told(x: Tensor, patch: int | None = 4) -> dict[str, float]:
 
 def test_samples_of_the_reference_read_as_it():
     found = told(pictures())
-    assert found.pop("samples/mean") == 0
+    assert found.pop("samples/mean") == found.pop("samples/offset") == 0
     assert found.pop("samples/grid") <= 1 + 1e-9  # a dip at every multiple of the patch's frequency is no peak
     assert found == pytest.approx(dict.fromkeys(found, 1.0))
     assert set(found) == {f"samples/{k}" for k in ("contrast", "saturation", "spread")}
@@ -58,6 +58,7 @@ def test_a_darker_picture_shifts_the_mean_and_nothing_else():
     own = figures(pictures(), GROUP, None)
     scale, chance = float(own["scale"]), 2 * 2**0.5 * own["noise"].sqrt()
     assert found["samples/mean"] == pytest.approx(-(0.4 - float(chance.min())) / scale)
+    assert found["samples/offset"] == pytest.approx(-0.4 / scale)
     assert found["samples/contrast"] == pytest.approx(1)
     assert found["samples/saturation"] == pytest.approx(1)
     assert found["samples/spread"] == pytest.approx(1)
@@ -116,7 +117,7 @@ def test_vectors_have_mean_contrast_and_spread():
     x = torch.randn(500, 2, generator=torch.Generator().manual_seed(1), dtype=F64)
     group = torch.zeros(500, dtype=torch.long)
     found = compared(figures(3 * x, group, None), figures(x, group, None))
-    assert set(found) == {"samples/mean", "samples/contrast", "samples/spread"}
+    assert set(found) == {"samples/mean", "samples/offset", "samples/contrast", "samples/spread"}
     assert found["samples/contrast"] == pytest.approx(3)
     assert found["samples/spread"] == pytest.approx(3)
 
