@@ -39,12 +39,13 @@ def of_batch(x: Tensor, cond: Any = None) -> dict[str, Tensor]:
     health/mean and health/deviation: of all their values; health/mean_error: standard error of that mean, as the samples'
     own means differ; health/spread and health/diversity: see `spread`, without and with the condition.
     """
-    each = x.flatten(1).mean(1)
+    flat = x.flatten(1)
+    each, n, more = flat.mean(1), len(x), max(1, len(x) - 1)
     return {
         "health/mean": each.mean(),
-        "health/deviation": x.std(correction=0),
-        "health/mean_error": ((each - each.mean()).pow(2).sum() / max(1, len(x) - 1) / len(x)).sqrt(),
-        "health/spread": spread(x),
+        "health/deviation": flat.std(correction=0),
+        "health/mean_error": ((each - each.mean()).pow(2).sum() / more / n).sqrt(),
+        "health/spread": (flat.var(0, correction=0).mean() * n / more).sqrt(),
         "health/diversity": spread(x, cond),
     }
 
