@@ -223,8 +223,9 @@ class Course:
     def verdicts(self) -> list[Verdict]:
         """What is said of it now."""
         found = [_of_samples(track) for track in self.tracks.values()]
-        leaps = [_leap(key, value) for key, value in self.leap.items()] or [_leapt(self.leapt)]
-        return [v for v in [*found, *leaps, self._copies(), _of_reward(self.rise), self._skipped()] if v is not None]
+        leaps = [_leap(key, value) for key, value in self.leap.items()]
+        found += leaps or [_leapt(self.leapt)]
+        return [v for v in [*found, self._copies(), _of_reward(self.rise), self._skipped()] if v is not None]
 
     def alarms(self) -> list[Verdict]:
         return [v for v in self.verdicts() if v.level == "alarm"]
