@@ -11,14 +11,13 @@ from fewstep.train.lines import Reading
 RECENT = 2
 """Readings of samples in a row that are judged together, by the one that is nearer to the reference."""
 SETTLED = 10
-"""Readings before these, from which on it is known where a reading has settled."""
-PAST = 20
-"""Readings that tell it."""
+"""Readings before these that tell where a reading has settled. Twenty, and fewer deviations, have more false alarms where
+readings are correlated: they hold what was before."""
 GAP = 3
 """Readings between them and the last two: they may belong to what is looked for."""
 LEAVE = 0.25
 """By how much of its line a settled reading may move away. Of digits-dmd2 it moves by 0.2 (samples/offset 0.08)."""
-NOISE = 3.0
+NOISE = 4.0
 """And by how many standard deviations of those that tell where it has settled."""
 
 
@@ -34,7 +33,7 @@ class Track:
         self.best = math.inf
         """Least badness that readings in a row have not exceeded so far; the stage's first counts alone."""
         self.count = 0
-        self._course = deque[float](maxlen=PAST + GAP + RECENT)
+        self._course = deque[float](maxlen=SETTLED + GAP + RECENT)
 
     def add(self, value: float, course: Any = None) -> None:
         """The next value; course: that of the reading whose course is followed, None in a log without it."""
@@ -63,7 +62,7 @@ class Track:
         if any(self.reading.badness(v) == 0 for v in self.recent):
             return None
         *past, first, last = map(self.reading.badness, values)
-        level, noise = settled_at(past[: len(past) - GAP])
+        level, noise = settled_at(past[:SETTLED])
         limit = level + max(LEAVE, NOISE * noise)
         same = math.copysign(1, values[-1] - self.reading.centre) == math.copysign(1, values[-2] - self.reading.centre)
         if not same or min(first, last) <= limit:

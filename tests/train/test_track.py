@@ -8,7 +8,7 @@ import random
 import pytest
 
 from fewstep.train.lines import SAMPLES, SHIFT
-from fewstep.train.track import GAP, LEAVE, NOISE, PAST, RECENT, SETTLED, Track, settled_at
+from fewstep.train.track import GAP, LEAVE, NOISE, RECENT, SETTLED, Track, settled_at
 
 MEAN = SAMPLES["samples/mean"]
 ROOM = LEAVE * SHIFT
@@ -34,12 +34,12 @@ def test_two_means_beyond_the_room_of_a_still_one_have_left_and_one_has_not():
 
 
 def test_the_room_grows_with_the_noise_of_the_readings_before():
-    noisy = [0.02 * (i % 2) - 0.03 * (i % 3 == 0) for i in range(PAST)] + [0.0] * GAP
-    level, noise = settled_at([abs(v) / SHIFT for v in noisy[:PAST]])
+    noisy = [0.02 * (i % 2) - 0.03 * (i % 3 == 0) for i in range(SETTLED)] + [0.0] * GAP
+    level, noise = settled_at([abs(v) / SHIFT for v in noisy[:SETTLED]])
     limit = SHIFT * (level + max(LEAVE, NOISE * noise))
     assert NOISE * noise < LEAVE  # the floor holds for so little
     wide = [4 * v for v in noisy]
-    level, noise = settled_at([abs(v) / SHIFT for v in wide[:PAST]])
+    level, noise = settled_at([abs(v) / SHIFT for v in wide[:SETTLED]])
     assert NOISE * noise > LEAVE
     for offsets, room in ((noisy, limit), (wide, SHIFT * (level + NOISE * noise))):
         assert after([*offsets, 0.99 * room, 0.99 * room]) is None
@@ -59,12 +59,12 @@ def test_what_may_be_chance_has_not_left():
 
 def test_of_a_log_without_offsets_nothing_is_said_and_a_change_of_log_begins_anew():
     track = Track(MEAN)
-    for _ in range(PAST):
+    for _ in range(SETTLED):
         track.add(0.0)
     for _ in range(RECENT):
         track.add(2 * ROOM, 2 * ROOM)
         assert track.left() is None
-    for _ in range(PAST + GAP):
+    for _ in range(SETTLED + GAP):
         track.add(0.001, 0.001)
     for _ in range(RECENT):
         track.add(2 * ROOM, 2 * ROOM)
