@@ -10,14 +10,14 @@ was false its reader judges: docs/healthy.md names every one.
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+from fewstep.bench.conformance import record
 from fewstep.commands.record import named
 from fewstep.config import UserError
-from fewstep.files import atomic_path, parse_json
+from fewstep.files import parse_json
 from fewstep.recipe.source import shipped
 from fewstep.recipe.store import load, load_run
 from fewstep.train.claim import read_origin
@@ -48,16 +48,16 @@ def said(records: Sequence[Record]) -> dict[str, int]:
     """The guard's alarms over a log's stages, each with the step at which it came first."""
     out: dict[str, int] = {}
     course, stage = Course(), None
-    for record in records:
-        if isinstance(act := record.get("guard"), dict):
-            out.setdefault(str(act.get("alarm")), int(record["done"]))  # the records that raised it are cut
-        if "stage" not in record:
+    for row in records:
+        if isinstance(act := row.get("guard"), dict):
+            out.setdefault(str(act.get("alarm")), int(row["done"]))  # the records that raised it are cut
+        if "stage" not in row:
             continue
-        if record["stage"] != stage:
-            course, stage = Course(), record["stage"]
-        course.add(record)
+        if row["stage"] != stage:
+            course, stage = Course(), row["stage"]
+        course.add(row)
         for verdict in course.alarms():
-            out.setdefault(verdict.name, int(record["done"]))
+            out.setdefault(verdict.name, int(row["done"]))
     return out
 
 
@@ -116,10 +116,7 @@ def main(argv: list[str] | None = None) -> None:
         except UserError as error:
             print(f"left out: {error}", flush=True)
             continue
-        lines = given.out.read_text().splitlines() if given.out.is_file() else []
-        kept = [t for t in lines if json.loads(t)["recipe"] != row.recipe]
-        with atomic_path(given.out) as temporary:
-            temporary.write_text("\n".join(sorted([*kept, json.dumps(asdict(row))])) + "\n")
+        record(given.out, asdict(row))
         print(f"{row.recipe}: {row.alarms or 'no alarm'}", flush=True)
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -112,14 +113,12 @@ def train(name: str, steps: int, seed: int) -> Outcome:
     )
 
 
-def record(path: Path, outcome: Outcome) -> None:
-    """Put an outcome into a file of JSON lines, in place of that recipe's earlier one."""
+def record(path: Path, row: Mapping[str, Any]) -> None:
+    """Put a recipe's row into a file of JSON lines, in place of its earlier one."""
     lines = path.read_text().splitlines() if path.exists() else []
-    kept = [line for line in lines if json.loads(line)["recipe"] != outcome.recipe]
+    kept = [line for line in lines if json.loads(line)["recipe"] != row["recipe"]]
     with atomic_path(path) as temporary:
-        temporary.write_text(
-            "\n".join([*kept, json.dumps({k: v for k, v in asdict(outcome).items() if k != "before" or v})]) + "\n"
-        )
+        temporary.write_text("\n".join([*kept, json.dumps(row)]) + "\n")
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -133,7 +132,7 @@ def main(argv: list[str] | None = None) -> None:
     print(f"{'recipe':28}{'calls':>6}{'energy':>10}{'start':>10}{'floor':>8}{'seconds':>9}")
     for name in names:
         o = train(name, given.steps, given.seed)
-        record(given.out, o)
+        record(given.out, {k: v for k, v in asdict(o).items() if k != "before" or v})
         print(
             f"{o.recipe:28}{o.calls:>6}{o.energy:>10.3f}{o.initial:>10.3f}{o.floor:>8.3f}{o.seconds:>9.0f}  {o.verdict}",
             flush=True,

@@ -64,10 +64,9 @@ class Track:
         *past, first, last = map(self.reading.badness, values)
         level, noise = settled_at(past[:SETTLED])
         limit = level + max(LEAVE, NOISE * noise)
-        same = math.copysign(1, values[-1] - self.reading.centre) == math.copysign(1, values[-2] - self.reading.centre)
-        if not same or min(first, last) <= limit:
+        before, side = (math.copysign(1, v - self.reading.centre) for v in values[-RECENT:])
+        if before != side or min(first, last) <= limit:
             return None
-        side = math.copysign(1, values[-1] - self.reading.centre)
         return self.reading.at(side * min(first, last)), self.reading.at(side * limit), abs(self.reading.at(level))
 
 

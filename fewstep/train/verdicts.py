@@ -223,8 +223,10 @@ class Course:
     def verdicts(self) -> list[Verdict]:
         """What is said of it now."""
         found = [_of_samples(track) for track in self.tracks.values()]
-        leaps = [_leap(key, value) for key, value in self.leap.items()]
-        found += leaps or [_leapt(self.leapt)]
+        found += [_sudden(key, value) for key, value in self.leap.items()]
+        if self.leapt and not self.leap:
+            done, key, value = self.leapt
+            found.append(_sudden(key, value, done))
         return [v for v in [*found, self._copies(), _of_reward(self.rise), self._skipped()] if v is not None]
 
     def alarms(self) -> list[Verdict]:
@@ -290,17 +292,11 @@ def _of_samples(track: Track) -> Verdict | None:
     return Verdict(beyond[0], "warn", value, line, f"{told}, and never were much nearer", beyond[1])
 
 
-def _leap(key: str, value: float) -> Verdict:
+def _sudden(key: str, value: float, done: float | None = None) -> Verdict:
+    """A leap; done: where one was that is over, samples having stayed where it took them or come back."""
     text, line = LEAPS[key]
-    return Verdict(SUDDEN, "alarm", value, line, text.format(value), SLOWER)
-
-
-def _leapt(first: tuple[float, str, float] | None) -> Verdict | None:
-    """A leap that is over: samples have stayed where it took them, or come back."""
-    if first is None:
-        return None
-    done, key, value = first
-    text, line = LEAPS[key]
+    if done is None:
+        return Verdict(SUDDEN, "alarm", value, line, text.format(value), SLOWER)
     return Verdict(SUDDEN, "warn", value, line, f"{text.format(value)} at step {done:.0f}", SLOWER)
 
 
