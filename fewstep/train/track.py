@@ -69,6 +69,14 @@ class Track:
             return None
         return self.reading.at(side * min(first, last)), self.reading.at(side * limit), abs(self.reading.at(level))
 
+    def nearer(self) -> bool:
+        """The last two are nearer to the reference than it had settled, chance and all."""
+        values = list(self._course)
+        if len(values) < SETTLED + GAP + RECENT or not all(map(math.isfinite, values)):
+            return False
+        past = [self.reading.badness(v) for v in values]
+        return max(past[-RECENT:]) < settled_at(past[:SETTLED])[0]
+
 
 def settled_at(values: list[float]) -> tuple[float, float]:
     """The median and the root mean square distance from it. `statistics` computes in fractions: half a millisecond."""

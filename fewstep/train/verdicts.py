@@ -6,8 +6,8 @@ records of log.jsonl. Two kinds of readings are judged:
 - Those of the method's own batches (`health/`, the discriminator's accuracy): the last fifth of the stage's records,
   against the stage's own best or against what the reading is when all is well.
 - Those of samples drawn beside the training (`samples/`, `fewstep.train.samples`) and refused updates: the last two
-  readings, so that a few updates tell; and of an update's own samples a leap (`fewstep.train.pulse`). These are what
-  `train.guard` acts on, by `Course`.
+  readings, so that a few updates tell; and of the method's own samples a leap (`fewstep.train.pulse`) or a drift
+  (`fewstep.train.drift`). These are what `train.guard` acts on, by `Course`.
 
 A student that is only on its way is no alarm: one is raised where two readings of samples in a row are beyond their line,
 or one is far beyond it, *and* two in a row have been nearer to the reference before; or where two of their means in a row
@@ -27,6 +27,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, Literal
 
+from fewstep.train.drift import Drift
 from fewstep.train.hacking import REMEDY, Rise
 from fewstep.train.lines import FADE, SAMPLES, SATURATE, SHRINK, SLOWER
 from fewstep.train.pulse import LEAPS
@@ -196,6 +197,7 @@ class Course:
     def __init__(self, records: Iterable[Record] = ()) -> None:
         self.tracks, self.rise = {key: Track(reading) for key, reading in SAMPLES.items()}, Rise()
         self.leap: dict[str, float] = {}
+        self.drifting = Drift()
         self.leapt: tuple[float, str, float] | None = None
         """The stage's first leap: steps done, key, value."""
         self.own, self.widest = deque[float](maxlen=RECENT), 0.0
@@ -210,6 +212,7 @@ class Course:
             self.last = (float(record["done"]), float(record["skips"]))
             self.first, self.rows = self.first or self.last, self.rows + 1
         self.rise.add(record)
+        self.drifting.add(record)
         if isinstance(record.get("health/diversity"), int | float):
             self.own.append(float(record["health/diversity"]))
             self.widest = max(self.widest, min(self.own)) if len(self.own) == RECENT else 0.0
@@ -227,6 +230,7 @@ class Course:
         if self.leapt and not self.leap:
             done, key, value = self.leapt
             found.append(_sudden(key, value, done))
+        found.append(self._moving({v.name for v in found if v is not None}))
         return [v for v in [*found, self._copies(), _of_reward(self.rise), self._skipped()] if v is not None]
 
     def alarms(self) -> list[Verdict]:
@@ -239,6 +243,20 @@ class Course:
         """
         worst = [max(map(t.reading.badness, t.recent)) for t in self.tracks.values() if t.recent]
         return math.hypot(*worst) if worst else None
+
+    def _moving(self, told: set[str]) -> Verdict | None:
+        """Samples of the method that move away, where drawn ones, if there are any, have not come nearer meanwhile.
+
+        told: names of what drawn samples tell already.
+        """
+        left = self.drifting.left()
+        if left is None or self.tracks["samples/mean"].nearer():
+            return None
+        value, limit = left
+        reading = SAMPLES["samples/mean"]
+        name, knob = (reading.below if value < 0 else reading.above) or (reading.fine, SLOWER)
+        text = f"the mean of the method's own samples has moved by {value:+.2f} of their standard deviations"
+        return None if name in told else Verdict(name, "alarm", value, limit, text, knob)
 
     def _copies(self) -> Verdict | None:
         """Samples of one update that have become nearly the same, whatever other samples of the student are.
