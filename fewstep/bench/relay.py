@@ -68,7 +68,7 @@ def committed(name: str) -> dict[str, Any]:
 
 
 def of_leg(name: str, run: Path) -> Recipe:
-    """The recipe of a run: its own, the teacher's, or that of a start from committed weights, of which it keeps a copy."""
+    """The recipe of a run: its own, the teacher's, or that of a start from committed weights, kept beside it."""
     if (run / "recipe.yaml").is_file():
         return load_run(run)
     relay = committed(name)

@@ -9,6 +9,7 @@ from typing import Any
 
 from fewstep.config import UserError
 from fewstep.recipe.schema import Recipe, Stage
+from fewstep.train.lines import TIE
 from fewstep.train.log import Meter, read_log
 from fewstep.train.pulse import KEYS, LEAST, Pulse
 from fewstep.train.samples import SampleReadings
@@ -142,6 +143,8 @@ class Guard:
             score = self._measured[1] if self._measured[0] == done else None
         good = calm and score is not None and math.isfinite(score)
         held = {"stage": stage, "calm": calm, "by": self.by, "score": score if good else None, "acts": self.acts}
+        if here and self.by != "metric" and math.isfinite(self.course.least):
+            held["least"] = self.course.least
         return {**held, "pulse": [list(row) for row in self.pulse.rows]}
 
     def worse(self, done: int, stage: int, held: Mapping[str, Any]) -> bool:
@@ -150,7 +153,7 @@ class Guard:
         unknown = self.by == "metric" and self._measured[0] != done and here["calm"]
         if unknown or held["by"] != self.by:
             return False
-        return here["score"] is None or here["score"] > held["score"]
+        return here["score"] is None or not as_good(here["score"], [held, here])
 
     def act(self, alarm: Verdict, at: int, to: int) -> dict[str, Any]:
         """A return to step `to`, as log and checkpoints hold it."""
@@ -164,14 +167,27 @@ class Guard:
 
 
 def best_of(folder: Path, stage: int | None = None) -> Path | None:
-    """The checkpoint with the best score among the newest one's stage, or a given one's; None where none has a score."""
+    """The checkpoint with the best score among the newest one's stage, or a given one's; None where none has a score.
+
+    By readings it is the newest that is as good as the best state there was, but for chance, with a newer one that is as
+    good too: it has learnt for longest, and what went wrong right after its readings would show in the other's.
+    """
     marks = {p: mark for p in checkpoints(folder) if is_sound(p) and (mark := read_guard(p))}
     if stage is None:
         stage = max((m["stage"] for m in marks.values()), default=None)
     scored = {p: m for p, m in marks.items() if m["stage"] == stage and m["score"] is not None}
     # An evaluation says more than a few readings; the two do not compare.
-    by = "metric" if any(m["by"] == "metric" for m in scored.values()) else "readings"
-    return min((p for p in scored if scored[p]["by"] == by), key=lambda p: (scored[p]["score"], p.name), default=None)
+    if measured := [p for p, m in scored.items() if m["by"] == "metric"]:
+        return min(measured, key=lambda p: (scored[p]["score"], p.name))
+    known = [m for m in marks.values() if m["stage"] == stage and m["by"] != "metric"]
+    good = sorted(p for p, m in scored.items() if as_good(m["score"], known))
+    return good[-2:][0] if good else min(scored, key=lambda p: scored[p]["score"], default=None)
+
+
+def as_good(score: float, marks: Iterable[Mapping[str, Any]]) -> bool:
+    """Whether a score by readings is the best that these marks know of, but for chance."""
+    known = [m["least"] if isinstance(m.get("least"), int | float) else m["score"] for m in marks]
+    return score <= min((v for v in known if v is not None), default=math.inf) + TIE
 
 
 def way_back(folder: Path, stage: int) -> Path | None:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from fewstep.eval.protocol.evaluation import LESS_IS_BETTER
+from fewstep.train.lines import TIE
 from fewstep.train.verdicts import Course, Record, last_stage
 
 
@@ -28,7 +29,10 @@ class Peak:
 
 
 def peak(records: Sequence[Record]) -> Peak | None:
-    """By the evaluations on the way where there are two or more, else by the readings; None without either."""
+    """By the evaluations on the way where there are two or more, else by the readings; None without either.
+
+    By readings it is the last moment that is as good as the best one, but for chance, as for the guard.
+    """
     records = [r for r in records if "done" in r]  # a line that an editor left may have none
     stage = last_stage(records)
     if not stage:
@@ -48,7 +52,7 @@ def peak(records: Sequence[Record]) -> Peak | None:
             drifts.append((drift, int(record["done"])))
     if not drifts:
         return None
-    value, done = min(drifts)
+    value, done = [held for held in drifts if held[0] <= min(drifts)[0] + TIE][-1]
     return Peak(done, total, "readings of samples", value)
 
 

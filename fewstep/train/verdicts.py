@@ -198,6 +198,8 @@ class Course:
         self.tracks, self.rise = {key: Track(reading) for key, reading in SAMPLES.items()}, Rise()
         self.leap: dict[str, float] = {}
         self.drifting = Drift()
+        self.least = math.inf
+        """Of what `drift` has been."""
         self.leapt: tuple[float, str, float] | None = None
         """The stage's first leap: steps done, key, value."""
         self.own, self.widest = deque[float](maxlen=RECENT), 0.0
@@ -222,6 +224,8 @@ class Course:
         for key, track in self.tracks.items():
             if isinstance(record.get(key), int | float):
                 track.add(float(record[key]), record.get(track.reading.course))
+        if (drift := self.drift()) is not None:
+            self.least = min(self.least, drift)
 
     def verdicts(self) -> list[Verdict]:
         """What is said of it now."""

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
+
+from fewstep.train.lines import SHIFT, TIE
 from fewstep.train.peak import peak
 
 NAME = "FD (house-digits)"
@@ -30,6 +33,12 @@ def test_by_the_readings_the_worse_of_two_in_a_row():
     assert found is not None
     assert (found.done, found.total, found.by) == (90, 100, "readings of samples")
     assert str(found) == "best at step 90 of 100, by readings of samples (0.2)"
+
+
+def test_of_moments_as_good_but_for_chance_the_last_is_the_best():
+    found = peak([row(10, 0.0), row(20, 0.0), row(30, 0.0), row(40, 0.9 * TIE * SHIFT), row(50, 1.1 * TIE * SHIFT)])
+    assert found is not None
+    assert (found.done, found.value) == (40, pytest.approx(0.9 * TIE))
 
 
 def test_by_the_evaluations_where_there_are_several():
