@@ -25,7 +25,7 @@ from fewstep.train.log import read_log
 from fewstep.train.pulse import KEYS
 from fewstep.train.verdicts import Course, Record
 
-AS_SHIPPED = ("steps", "guard", "readings_every")
+AS_SHIPPED = ("steps", "guard", "readings_every", "log_every")
 """Settings of a run that `named` does not look at, and on which alarms depend."""
 
 

@@ -9,19 +9,20 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fewstep.train.lines import SHIFT
 from fewstep.train.pulse import KEYS
-from fewstep.train.track import GAP, NOISE, RECENT, SETTLED, settled_at
+from fewstep.train.track import GAP, LEAVE, NOISE, RECENT, SETTLED, settled_at
 
 BLOCK = 10
 """Updates that are taken together, at least: what a record holds where it holds more."""
-FAR = 0.15
-"""Lines by which the mean may move. That of digits-dmd2 moves by .06 at most."""
 ERRORS = 4.0
-"""And standard errors of the block's own samples."""
+"""Standard errors of a block's own samples that a drift exceeds, beside LEAVE and NOISE: that of digits-dmd2 stays within
+0.08 lines, the darkening's first block moves by 0.3. Micro-batches are taken for one, so that theirs is too large."""
+BESIDE = ("samples/", "leap/")
+"""Begin names in a record that come and go without the method having changed."""
 
 
 class Drift:
@@ -33,12 +34,18 @@ class Drift:
         self._open: list[tuple[float, float, float, float]] = []
         """Updates, mean, standard error and deviation of the records of one that is not full."""
         self._done: float | None = None
+        self._names: set[str] = set()
 
     def add(self, record: Mapping[str, Any]) -> None:
         """The next record, of the updates since the one before; the stage's first tells only where it begins.
 
-        One that says nothing of the method's samples is passed over, and one of single samples, whose error is unknown.
+        One that says nothing of the method's samples is passed over, and one of single samples, whose error is unknown. A
+        name that no record had before is something that has set in, a reward or another loss: it begins anew.
         """
+        names = {name for name in record if not name.startswith(BESIDE)}
+        if not names <= self._names and self._names:
+            self._blocks.clear(), self._open.clear()
+        self._names |= names
         done, row = record.get("done"), [record.get(key, math.nan) for key in KEYS[:3]]
         if not isinstance(done, int | float):
             return
@@ -55,16 +62,25 @@ class Drift:
     def left(self) -> tuple[float, float] | None:
         """By how many deviations of their values samples have moved, and how far they may; None where they have not.
 
-        The nearer of the last two blocks, against the median of SETTLED, GAP before them. A mean that moves evenly is
-        within the deviations of those, so that a student on its way is none.
+        The nearer of the last two blocks, from the median of SETTLED, GAP before them, or from where those were heading:
+        a student that moves evenly is on its way.
         """
         if len(self._blocks) < SETTLED + GAP + RECENT:
             return None
         means, errors, deviations = zip(*self._blocks, strict=True)
         size = SHIFT * max(settled_at(list(deviations[:SETTLED]))[0], 1e-12)
-        level, noise = settled_at([m / size for m in means[:SETTLED]])
-        first, last = (m / size - level for m in means[-RECENT:])
-        limit = max(FAR, NOISE * noise, ERRORS * max(errors[-RECENT:]) / size)
-        if first * last <= 0 or min(abs(first), abs(last)) <= limit:
+        values = [m / size for m in means]
+        level, noise = settled_at(values[:SETTLED])
+        apart = [v - x for v, h in zip(values[-RECENT:], heading(values), strict=True) for x in (level, h)]
+        limit = max(LEAVE, NOISE * noise, ERRORS * max(errors[-RECENT:]) / size)
+        if min(apart) <= 0 <= max(apart) or min(map(abs, apart)) <= limit:
             return None
-        return SHIFT * min(first, last, key=abs), SHIFT * math.copysign(limit, last)
+        return SHIFT * min(apart, key=abs), SHIFT * math.copysign(limit, apart[0])
+
+
+def heading(values: Sequence[float]) -> list[float]:
+    """The straight line through the first SETTLED of these, by least squares, at the last RECENT."""
+    middle = (SETTLED - 1) / 2
+    mean = math.fsum(values[:SETTLED]) / SETTLED
+    slope = math.fsum((i - middle) * v for i, v in enumerate(values[:SETTLED])) / (SETTLED * (SETTLED**2 - 1) / 12)
+    return [mean + slope * (i - middle) for i in range(len(values) - RECENT, len(values))]

@@ -66,7 +66,7 @@ class Guard:
         )
         line = (
             f"train.guard={self.mode}: no samples are compared, there is neither a teacher that stays as it is nor data; "
-            f"refused updates{', sudden changes' * (self.share >= LEAST)} and copies in a batch remain{back}"
+            f"refused updates{', changes of own samples' * (self.share >= LEAST)} and copies in a batch remain{back}"
         )
         noted = line == self._noted or (log is not None and any(r.get("note") == line for r in read_log(log)))
         self._noted = line
@@ -135,7 +135,7 @@ class Guard:
         if self.mode == "off" and not self.acts:
             return {}
         if self.ended[0] == done:
-            return {**self.ended[1], "acts": self.acts}
+            return {**self.ended[1], "acts": self.acts, "copy": True}
         here = stage == self.stage
         calm = not (here and self.course.alarms())
         score = self.course.drift() if here else None
@@ -153,7 +153,10 @@ class Guard:
         unknown = self.by == "metric" and self._measured[0] != done and here["calm"]
         if unknown or held["by"] != self.by:
             return False
-        return here["score"] is None or not as_good(here["score"], [held, here])
+        if here["score"] is None or held["score"] is None:
+            return here["score"] is None
+        alike = self.by != "metric" and as_good(here["score"], [held, here])
+        return here["score"] > held["score"] and not alike
 
     def act(self, alarm: Verdict, at: int, to: int) -> dict[str, Any]:
         """A return to step `to`, as log and checkpoints hold it."""
@@ -175,13 +178,18 @@ def best_of(folder: Path, stage: int | None = None) -> Path | None:
     marks = {p: mark for p in checkpoints(folder) if is_sound(p) and (mark := read_guard(p))}
     if stage is None:
         stage = max((m["stage"] for m in marks.values()), default=None)
-    scored = {p: m for p, m in marks.items() if m["stage"] == stage and m["score"] is not None}
+    marks = {p: m for p, m in marks.items() if m["stage"] == stage}
+    scored = {p: m for p, m in marks.items() if m["score"] is not None and not m.get("copy")}
     # An evaluation says more than a few readings; the two do not compare.
     if measured := [p for p, m in scored.items() if m["by"] == "metric"]:
         return min(measured, key=lambda p: (scored[p]["score"], p.name))
-    known = [m for m in marks.values() if m["stage"] == stage and m["by"] != "metric"]
+    known = [m for m in marks.values() if m["by"] != "metric"]
     good = sorted(p for p, m in scored.items() if as_good(m["score"], known))
-    return good[-2:][0] if good else min(scored, key=lambda p: scored[p]["score"], default=None)
+    if not good:
+        return min(scored, key=lambda p: scored[p]["score"], default=None)
+    # The newer ones behind a state that was gone back to are gone.
+    gone_back_to = {int(act["to"]) for m in marks.values() for act in m["acts"] if "to" in act}
+    return max([good[-2:][0], *(p for p in good if int(p.name.removeprefix("step-")) in gone_back_to)])
 
 
 def as_good(score: float, marks: Iterable[Mapping[str, Any]]) -> bool:

@@ -48,7 +48,7 @@ def peak(records: Sequence[Record]) -> Peak | None:
     for record in stage:
         course.add(record)
         drift = course.drift() if any(k.startswith("samples/") for k in record) else None
-        if drift is not None and math.isfinite(drift):
+        if drift is not None and math.isfinite(drift) and not course.alarms():
             drifts.append((drift, int(record["done"])))
     if not drifts:
         return None

@@ -70,12 +70,12 @@ class Track:
         return self.reading.at(side * min(first, last)), self.reading.at(side * limit), abs(self.reading.at(level))
 
     def nearer(self) -> bool:
-        """The last two are nearer to the reference than it had settled, chance and all."""
+        """The last two are nearer to the reference than it had settled, by half of what it may move away."""
         values = list(self._course)
         if len(values) < SETTLED + GAP + RECENT or not all(map(math.isfinite, values)):
             return False
         past = [self.reading.badness(v) for v in values]
-        return max(past[-RECENT:]) < settled_at(past[:SETTLED])[0]
+        return max(past[-RECENT:]) < settled_at(past[:SETTLED])[0] - LEAVE / 2
 
 
 def settled_at(values: list[float]) -> tuple[float, float]:

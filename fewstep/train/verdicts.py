@@ -189,9 +189,9 @@ CHECKS: tuple[Callable[[Sequence[Record]], Verdict | None], ...] = (critic, disc
 
 
 class Course:
-    """Refused updates, readings of samples and copies in the method's own batches, of one stage, folded record by record.
+    """Refused updates, readings of drawn samples and rewards, copies, leaps and drifts of own samples, of one stage.
 
-    It is all that the guard looks at.
+    Folded record by record; it is all that the guard looks at.
     """
 
     def __init__(self, records: Iterable[Record] = ()) -> None:
@@ -199,7 +199,7 @@ class Course:
         self.leap: dict[str, float] = {}
         self.drifting = Drift()
         self.least = math.inf
-        """Of what `drift` has been."""
+        """Of what `drift` has been without an alarm."""
         self.leapt: tuple[float, str, float] | None = None
         """The stage's first leap: steps done, key, value."""
         self.own, self.widest = deque[float](maxlen=RECENT), 0.0
@@ -224,8 +224,10 @@ class Course:
         for key, track in self.tracks.items():
             if isinstance(record.get(key), int | float):
                 track.add(float(record[key]), record.get(track.reading.course))
-        if (drift := self.drift()) is not None:
-            self.least = min(self.least, drift)
+        if any(key in record for key in self.tracks) and not self.alarms():
+            known = [t for t in self.tracks.values() if t.recent]
+            if all(t.count >= RECENT for t in known):
+                self.least = min(self.least, self.drift() or 0.0)
 
     def verdicts(self) -> list[Verdict]:
         """What is said of it now."""
@@ -234,7 +236,7 @@ class Course:
         if self.leapt and not self.leap:
             done, key, value = self.leapt
             found.append(_sudden(key, value, done))
-        found.append(self._moving({v.name for v in found if v is not None}))
+        found.append(self._moving({v.name for v in found if v is not None and v.level == "alarm"}))
         return [v for v in [*found, self._copies(), _of_reward(self.rise), self._skipped()] if v is not None]
 
     def alarms(self) -> list[Verdict]:
@@ -251,7 +253,7 @@ class Course:
     def _moving(self, told: set[str]) -> Verdict | None:
         """Samples of the method that move away, where drawn ones, if there are any, have not come nearer meanwhile.
 
-        told: names of what drawn samples tell already.
+        told: alarms that drawn samples raise already.
         """
         left = self.drifting.left()
         if left is None or self.tracks["samples/mean"].nearer():
