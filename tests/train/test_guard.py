@@ -234,7 +234,8 @@ def test_a_guard_without_samples_to_compare_says_once_what_remains(tmp_path: Pat
     (line,) = trainer.lines
     assert line == (
         "train.guard=restore: no samples are compared, there is neither a teacher that stays as it is nor data; "
-        "refused updates, changes of own samples and copies in a batch remain; it goes back to the newest checkpoint without an alarm"
+        "refused updates, changes of own samples and copies in a batch remain; it goes back to the newest checkpoint "
+        "without an alarm"
     )
     assert records(run)[0] == {"done": 0, "note": line}
     assert not any(k.startswith("samples/") for r in records(run) for k in r)
