@@ -231,7 +231,8 @@ class Course:
 
     def verdicts(self) -> list[Verdict]:
         """What is said of it now."""
-        found = [_of_samples(track) for track in self.tracks.values()]
+        # A reward moves samples on purpose; whether too far, `hacking` tells.
+        found = [_of_samples(track, moves=not self.rise.known) for track in self.tracks.values()]
         found += [_sudden(key, value) for key, value in self.leap.items()]
         if self.leapt and not self.leap:
             done, key, value = self.leapt
@@ -255,7 +256,7 @@ class Course:
 
         told: alarms that drawn samples raise already.
         """
-        left = self.drifting.left()
+        left = None if self.rise.known else self.drifting.left()
         if left is None or self.tracks["samples/mean"].nearer():
             return None
         value, limit = left
@@ -289,7 +290,8 @@ class Course:
         return Verdict("numerics", "fine", share, SKIPS, text)
 
 
-def _of_samples(track: Track) -> Verdict | None:
+def _of_samples(track: Track, moves: bool = True) -> Verdict | None:
+    """What is said of a reading of drawn samples; moves: that it leaves where it has settled, too."""
     if track.count < RECENT:
         return None
     reading, latest = track.reading, track.recent[-1]
@@ -300,7 +302,7 @@ def _of_samples(track: Track) -> Verdict | None:
     told = reading.text.format(value)
     beyond = reading.below if value < reading.centre else reading.above
     allowed = max(1.0, track.best + (FARTHER if track.best > NEAR else 0.0))
-    if badness <= allowed and (left := track.left()) is not None:
+    if moves and badness <= allowed and (left := track.left()) is not None:
         now, limit, was = left
         name, knob = (reading.below if now < reading.centre else reading.above) or (reading.fine, SLOWER)
         text = f"{reading.text.format(now)} and moves away; for long it was {was:.2f} off"

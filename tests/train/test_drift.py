@@ -168,6 +168,22 @@ def test_what_sets_in_begins_anew():
     assert told("samples/contrast") == ["darkening"]
 
 
+def test_a_reward_moves_samples_on_purpose_and_only_the_line_of_their_mean_is_left():
+    def alarms(lines: float, **reward: float) -> set[str]:
+        out, said = Course(), set()
+        for i in range(2 * BEFORE):
+            far = lines * SHIFT * (i > BEFORE)
+            drawn = {"samples/mean": far, "samples/offset": far}
+            out.add(row(10 * i, lines * (i > BEFORE), **drawn, **reward))
+            said |= {v.name for v in out.alarms()}
+        return said
+
+    earned = {"samples/reward": 0.2, "samples/fd": 0.1}
+    assert alarms(0.6) == {"brightening"}
+    assert alarms(0.6, **earned) == set()
+    assert alarms(1.1, **earned) == {"brightening"}
+
+
 def test_a_standing_warning_of_its_name_does_not_hide_it():
     out = Course()
     for i in range(BEFORE + RECENT + 1):
