@@ -280,7 +280,7 @@ def card(name: str, told: dict[str, Any]) -> list[tuple[str, str]]:
     """Rows of the card."""
     fresh = sum(leg["moments"] == "fresh" for leg in told["legs"])
     out = [
-        ("command", f"`python -m fewstep.bench.relay train {name} RUN`, stopped at the updates of `relay.json`"),
+        ("command", f"python -m fewstep.bench.relay train {name} RUN, stopped at the updates of relay.json"),
         ("commit", told["commit"]),
         ("updates, batch, seed", f"{told['updates']}, {told['batch']}, {told['seed']}"),
         ("core-hours of training", f"{told['core_seconds']['training'] / 3600:.2f} on one core"),
@@ -292,7 +292,7 @@ def card(name: str, told: dict[str, Any]) -> list[tuple[str, str]]:
         error = f" ± {row['error']:.2f}" if row["error"] is not None else ""
         out.append((f"{row['metric']} against {row['reference']}, {how}", f"{row['value']:.2f}{error}"))
         out += [(f"{start} of the same samples", f"{row[k]:.3f}") for k, start in SHOWN.items() if k in row]
-    return [*out, ("curve", "`relay.json`")]
+    return [*out, ("curve", "relay.json")]
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -34,6 +35,9 @@ Rounding a weight moves it by up to 4.9e-4 of itself; of the digits teacher's x0
 
 KIND = "export"
 """What the mark of an export's folder says."""
+
+NOTED = ("_name_or_path", "name_or_path")
+"""Keys of a config under which a folder may stand, or the hub's name, which stays."""
 
 Rows = Sequence[tuple[str, str]]
 """Measured (name, value) rows of a model card."""
@@ -123,6 +127,7 @@ def write_checked(parts: Parts, folder: Path, *, results: Rows = (), shown: str 
             write_checked(member, aside / name, shown=f"{place}/{name}").parity for name, member in parts.members.items()
         ]
         parts.save(aside)
+        forget_places(aside)
         name, text = parts.note
         (aside / name).write_text(text)
         read_note(aside)  # as whoever opens it will
@@ -130,6 +135,17 @@ def write_checked(parts: Parts, folder: Path, *, results: Rows = (), shown: str 
         usage = parts.usage(place)
         (aside / "README.md").write_text(parts.card(usage, parity, results))
     return Exported(folder, usage, parity)
+
+
+def forget_places(folder: Path) -> None:
+    """Drop the folders of this machine, which diffusers and transformers note in the configs of what they have opened."""
+    for file in (f for f in folder.rglob("*.json") if f.name.endswith(("config.json", "index.json"))):
+        held = json.loads(file.read_text())
+        told = {k for k in NOTED if isinstance(held, dict) and isinstance(held.get(k), str)}
+        places = {k for k in told if Path(held[k]).is_absolute() or Path(held[k]).exists()}
+        if places:
+            kept = {k: v for k, v in held.items() if k not in places}
+            file.write_text(json.dumps(kept, indent=2, ensure_ascii=False) + "\n")
 
 
 @torch.no_grad()

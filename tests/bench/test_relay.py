@@ -97,6 +97,7 @@ def test_legs_are_counted_through_stops_and_a_start_from_what_was_shipped(
     for end in (2, 4):  # gone on with although the weights that it began from have been shipped anew
         trained(again, end, monkeypatch)
         second = read_json(relay.ship("digits-teacher", again, assets, QUICK) / "relay.json")
+    assert "_name_or_path" not in read_json(assets / "digits-teacher" / "unet" / "config.json")
     assert stretches(second) == [(0, 4, "fresh", 0), (4, 6, "kept", 0), (6, 8, "fresh", 1), (8, 10, "kept", 1)]
     assert second["updates"] == 10
     assert second["core_seconds"]["training"] >= told["core_seconds"]["training"]
