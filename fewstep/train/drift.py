@@ -44,7 +44,8 @@ class Drift:
         """
         names = {name for name in record if not name.startswith(BESIDE)}
         if not names <= self._names and self._names:
-            self._blocks.clear(), self._open.clear()
+            self._blocks.clear()
+            self._open.clear()
         self._names |= names
         done, row = record.get("done"), [record.get(key, math.nan) for key in KEYS[:3]]
         if not isinstance(done, int | float):
