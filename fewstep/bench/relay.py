@@ -93,14 +93,22 @@ def rows(run: Path) -> list[dict[str, Any]]:
 
 def note(run: Path, **row: Any) -> None:
     notes(run).parent.mkdir(parents=True, exist_ok=True)
+    text = notes(run).read_text() if notes(run).is_file() else ""
+    cut = "\n" * (bool(text) and not text.endswith("\n"))  # by a kill
     with notes(run).open("a") as f:
-        f.write(json.dumps(row) + "\n")
+        f.write(f"{cut}{json.dumps(row)}\n")
 
 
 def committed(folder: Path) -> dict[str, Any]:
     """relay.json of a teacher's folder; empty where there is none."""
     file = folder / "relay.json"
     return read_json(file) if file.is_file() else {}
+
+
+def begun(name: str, run: Path) -> Path:
+    """The folder that a run began from: its own copy, beside it, or before there is one the assets'."""
+    kept = run.absolute().with_name(f"{run.absolute().name}-begun")
+    return kept if kept.is_dir() else expanded(f"assets:{name}")
 
 
 def of_leg(name: str, run: Path) -> Recipe:
@@ -134,7 +142,7 @@ def train(name: str, run: Path) -> None:
     if kept:
         earlier = max((r["spent"] for r in rows(run) if "spent" in r), default=0.0)
     else:
-        relay = committed(expanded(f"assets:{name}"))
+        relay = committed(begun(name, run))
         core = relay.get("core_seconds", {"training": 0, "evaluation": 0})
         note(run, updates=relay.get("updates", 0), core_s=core["training"], evaluated_s=core["evaluation"])
     started = time.process_time()  # opening data is no training
@@ -212,25 +220,25 @@ def legs(run: Path, done: int) -> list[dict[str, Any]]:
     for row in (r for r in known if "leg" in r and r["leg"] < done):
         found = [*(r for r in found if r["leg"] < row["leg"]), row]
     ends = [*(r["leg"] for r in found[1:]), done]
-    begun, keys = base["updates"], ("started", "commit", "moments", "seed")
+    first, keys = base["updates"], ("started", "commit", "moments", "seed")
     each = zip(found, ends, strict=True)
-    return [{"from": begun + r["leg"], **{k: r[k] for k in keys}, "to": begun + end} for r, end in each]
+    return [{"from": first + r["leg"], **{k: r[k] for k in keys}, "to": first + end} for r, end in each]
 
 
 def ship(name: str, run: Path, into: Path, how: How) -> Path:
-    """Write `into`/`name`, a teacher of the assets; what is there goes when the new one is whole.
+    """Write `into`/`name`, a teacher of the assets; what is there goes when the new one is in place.
 
     Raises:
         UserError: what is there is no such teacher; the weights are too large to ship.
     """
     target = into / name
-    relay = committed(target)
-    if target.is_symlink() or (target.exists() and not relay):
+    there = committed(target)
+    if target.is_symlink() or (target.exists() and not there):
         raise UserError(f"{target}: is not a teacher with a relay.json; choose another folder (--into)")
     product, base = averaged(run, how.average), rows(run)[0]
     done, recipe = product.done, load(f"{name}-long")
     product = replace(product, recipe=recipe, done=base["updates"] + done, title=name)
-    folder = into / aside_name(name)
+    folder, old = into / aside_name(name), into / aside_name(f"{name}-old")
     try:
         export(product, folder)
         if (size := sum(p.stat().st_size for p in folder.rglob("*") if p.is_file())) > LARGEST:
@@ -240,27 +248,32 @@ def ship(name: str, run: Path, into: Path, how: How) -> Path:
         for row in evaluations(replace(product, net=net.eval()), how):
             measured.append({**row, "of": "the exported fp16 weights"})
             note(run, shipped=measured[-1])
-        told = {"batch": recipe.train.batch, **history(relay, run, done), "average": how.average, "measured": measured}
+        known = history(there or committed(begun(name, run)), run, done)
+        told = {"batch": recipe.train.batch, **known, "average": how.average, "measured": measured}
         shutil.rmtree(folder)
         export(product, folder, results=card(name, told))
         (folder / "relay.json").write_text(json.dumps(told, indent=1) + "\n")
         (folder / MARK).unlink(missing_ok=True)
-        shutil.rmtree(target, ignore_errors=True)
+        if target.exists():
+            target.rename(old)
         folder.rename(target)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+        if old.exists() and not target.exists():
+            old.rename(target)
+        shutil.rmtree(old, ignore_errors=True)
     return target
 
 
 def history(relay: dict[str, Any], run: Path, done: int) -> dict[str, Any]:
-    """Updates, legs and evaluations of the teacher that a run began from (`relay`), and of the run."""
+    """Updates, legs and evaluations of a run and, from `relay`, of the teacher that it began from."""
     base, *known = rows(run)
-    begun = base["updates"]
-    every = [leg for leg in relay.get("legs", []) if leg["to"] <= begun] + legs(run, done)
+    first = base["updates"]
+    every = [leg for leg in relay.get("legs", []) if leg["to"] <= first] + legs(run, done)
     looks = [row["look"] for row in known if "look" in row]
     measured = [row[kind] for row in known for kind in ("look", "shipped") if kind in row]
     return {
-        "updates": begun + done,
+        "updates": first + done,
         "core_seconds": {
             "training": round(spent(run, done)),
             "evaluation": round(base.get("evaluated_s", 0) + sum(row["core_s"] for row in measured)),
@@ -272,7 +285,7 @@ def history(relay: dict[str, Any], run: Path, done: int) -> dict[str, Any]:
             *relay.get("shipped_before", []),
             *({"updates": relay["updates"], **row} for row in relay.get("measured", [])),
         ],
-        "evaluations": [*(row for row in relay.get("evaluations", []) if row["done"] <= begun), *looks],
+        "evaluations": [*(row for row in relay.get("evaluations", []) if row["done"] <= first), *looks],
     }
 
 

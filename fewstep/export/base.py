@@ -139,13 +139,25 @@ def write_checked(parts: Parts, folder: Path, *, results: Rows = (), shown: str 
 
 def forget_places(folder: Path) -> None:
     """Drop the folders of this machine, which diffusers and transformers note in the configs of what they have opened."""
+
+    def kept(held: Any) -> Any:
+        if not isinstance(held, dict):
+            return held
+        return {k: kept(v) for k, v in held.items() if not (k in NOTED and isinstance(v, str) and is_place(v))}
+
     for file in (f for f in folder.rglob("*.json") if f.name.endswith(("config.json", "index.json"))):
-        held = json.loads(file.read_text())
-        told = {k for k in NOTED if isinstance(held, dict) and isinstance(held.get(k), str)}
-        places = {k for k in told if Path(held[k]).is_absolute() or Path(held[k]).exists()}
-        if places:
-            kept = {k: v for k, v in held.items() if k not in places}
-            file.write_text(json.dumps(kept, indent=2, ensure_ascii=False) + "\n")
+        try:
+            held = json.loads(file.read_text(encoding="utf-8"))
+        except ValueError:  # of a folder that was copied: no config, so nothing is noted
+            continue
+        if (left := kept(held)) != held:
+            file.unlink()  # it may be read-only, as where it was copied from
+            file.write_text(json.dumps(left, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def is_place(name: str) -> bool:
+    """Whether it is a folder and not the hub's name of a model."""
+    return Path(name).is_absolute() or name.startswith((".", "~")) or (name.count("/") != 1 and Path(name).exists())
 
 
 @torch.no_grad()

@@ -21,7 +21,7 @@ BLOCK = 10
 ERRORS = 4.0
 """Standard errors of a block's own samples that a drift exceeds, beside LEAVE and NOISE: that of digits-dmd2 stays within
 0.08 lines, the darkening's first block moves by 0.3. Micro-batches are taken for one, so that theirs is too large."""
-BESIDE = ("samples/", "leap/")
+BESIDE = ("samples/", "leap/", "health/", "grad_norm/", "lr/", "skipped")
 """Begin names in a record that come and go without the method having changed."""
 
 

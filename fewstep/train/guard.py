@@ -172,8 +172,9 @@ class Guard:
 def best_of(folder: Path, stage: int | None = None) -> Path | None:
     """The checkpoint with the best score among the newest one's stage, or a given one's; None where none has a score.
 
-    By readings it is the newest that is as good as the best state there was, but for chance, with a newer one that is as
-    good too: it has learnt for longest, and what went wrong right after its readings would show in the other's.
+    By readings it is the newest that is as good as the best state there was, but for chance, with a newer one as good
+    behind it where there are several: it has learnt for longest, and what went wrong right after its readings would show
+    in the other's.
     """
     marks = {p: mark for p in checkpoints(folder) if is_sound(p) and (mark := read_guard(p))}
     if stage is None:
@@ -185,11 +186,13 @@ def best_of(folder: Path, stage: int | None = None) -> Path | None:
         return min(measured, key=lambda p: (scored[p]["score"], p.name))
     known = [m for m in marks.values() if m["by"] != "metric"]
     good = sorted(p for p, m in scored.items() if as_good(m["score"], known))
-    if not good:
-        return min(scored, key=lambda p: scored[p]["score"], default=None)
-    # The newer ones behind a state that was gone back to are gone.
-    gone_back_to = {int(act["to"]) for m in marks.values() for act in m["acts"] if "to" in act}
-    return max([good[-2:][0], *(p for p in good if int(p.name.removeprefix("step-")) in gone_back_to)])
+    if not good:  # none was saved where samples were nearest
+        low = min((m["score"] for m in scored.values()), default=math.inf)
+        good = sorted(p for p, m in scored.items() if m["score"] <= low + TIE)
+    # The newer ones behind the state that was last gone back to are gone.
+    acts = marks[max(marks)]["acts"] if marks else []
+    back = [p for p in good if acts and p.name == f"step-{acts[-1]['to']:08d}"]
+    return max([*good[-2:][:1], *back], default=None)
 
 
 def as_good(score: float, marks: Iterable[Mapping[str, Any]]) -> bool:

@@ -31,7 +31,7 @@ class Peak:
 def peak(records: Sequence[Record]) -> Peak | None:
     """By the evaluations on the way where there are two or more, else by the readings; None without either.
 
-    By readings it is the last moment that is as good as the best one, but for chance, as for the guard.
+    By readings it is the last moment without an alarm that is as good as the best one, but for chance.
     """
     records = [r for r in records if "done" in r]  # a line that an editor left may have none
     stage = last_stage(records)
@@ -52,7 +52,8 @@ def peak(records: Sequence[Record]) -> Peak | None:
             drifts.append((drift, int(record["done"])))
     if not drifts:
         return None
-    value, done = [held for held in drifts if held[0] <= min(drifts)[0] + TIE][-1]
+    least = course.least if math.isfinite(course.least) else min(drifts)[0]
+    value, done = [held for held in drifts if held[0] <= least + TIE][-1]
     return Peak(done, total, "readings of samples", value)
 
 

@@ -293,7 +293,9 @@ def read_guard(path: Path) -> dict[str, Any] | None:
     kinds = {"stage": int, "calm": bool, "by": str, "score": int | float | None, "acts": list}
     if not isinstance(held, dict) or any(not isinstance(held.get(k, ...), t) for k, t in kinds.items()):
         return None
-    return held
+    whole = all(isinstance(act, dict) and isinstance(act.get("to"), int) for act in held["acts"])
+    known = all(math.isfinite(v) for k in ("score", "least") if isinstance(v := held.get(k), int | float))
+    return held if whole and known else None
 
 
 def read_state(path: Path) -> tuple[Progress, dict[str, Any]]:

@@ -226,7 +226,7 @@ class Course:
                 track.add(float(record[key]), record.get(track.reading.course))
         if any(key in record for key in self.tracks) and not self.alarms():
             known = [t for t in self.tracks.values() if t.recent]
-            if all(t.count >= RECENT for t in known):
+            if known and all(t.count >= RECENT for t in known):
                 self.least = min(self.least, self.drift() or 0.0)
 
     def verdicts(self) -> list[Verdict]:

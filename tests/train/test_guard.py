@@ -202,7 +202,7 @@ def test_of_checkpoints_as_good_but_for_chance_the_newest_is_the_best_and_each_i
     make(40, 0.11 + TIE, 0.1)
     make(50, None, 0.1)
     assert best_of(tmp_path) == second
-    sixth = make(60, 0.3, 0.1)
+    make(60, 0.3, 0.1)
     assert best_of(tmp_path) == third
     shutil.rmtree(second)
     assert best_of(tmp_path) == third
@@ -210,7 +210,43 @@ def test_of_checkpoints_as_good_but_for_chance_the_newest_is_the_best_and_each_i
     assert best_of(tmp_path) == seventh  # those before are as good no more
     shutil.rmtree(seventh)
     make(80, None, 0.0)  # which knows how near it has been
-    assert best_of(tmp_path) == sixth  # none is as good: the least far
+    assert best_of(tmp_path) == tmp_path / "step-00000040"  # none is as good as that: of those that are left
+
+
+def test_a_state_gone_back_to_is_the_best_while_nothing_newer_has_proved_so_and_an_earlier_return_is_forgotten(
+    tmp_path: Path,
+):
+    def make(done: int, score: float, *to: int, copy: bool = False) -> Path:
+        acts = [{"to": step} for step in to]
+        own = {"stage": 1, "calm": True, "by": "readings", "score": score, "acts": acts} | (
+            {"copy": True} if copy else {}
+        )
+        path = tmp_path / f"step-{done:08d}"
+        shutil.rmtree(path, ignore_errors=True)
+        path.mkdir()
+        (path / "state.json").write_text(json.dumps({"sound": True, "guard": own}))
+        return path
+
+    first, second = make(100, 0.1), make(200, 0.12, 200)
+    assert best_of(tmp_path) == second
+    make(300, 0.9, 200)
+    assert best_of(tmp_path) == second
+    make(400, 0.12, 200, copy=True)  # an end that took the second one's weights proves nothing
+    assert best_of(tmp_path) == second
+    make(400, 0.12, 200, 100)
+    assert best_of(tmp_path) == second  # the last but one that is good
+    shutil.rmtree(tmp_path / "step-00000400"), shutil.rmtree(tmp_path / "step-00000300")
+    make(200, 0.12, 200, 100)
+    assert best_of(tmp_path) == first
+
+
+@pytest.mark.parametrize("bad", [{"acts": [{}]}, {"acts": ["x"]}, {"score": math.nan}, {"least": math.nan}, {"acts": 5}])
+def test_a_mark_that_fewstep_did_not_write_is_none(tmp_path: Path, bad: dict[str, Any]):
+    own = {"stage": 1, "calm": True, "by": "readings", "score": 0.1, "acts": [], "least": 0.1}
+    (tmp_path / "state.json").write_text(json.dumps({"guard": own}))
+    assert read_guard(tmp_path) == own
+    (tmp_path / "state.json").write_text(json.dumps({"guard": own | bad}))
+    assert read_guard(tmp_path) is None
 
 
 def test_an_end_as_good_as_the_best_but_for_chance_is_kept():

@@ -41,6 +41,12 @@ def test_of_moments_as_good_but_for_chance_the_last_is_the_best():
     assert (found.done, found.value) == (40, pytest.approx(0.9 * TIE))
 
 
+def test_a_lone_first_reading_is_no_moment_to_compare_with():
+    found = peak([row(10, 0.0), row(20, 0.9 * SHIFT), row(30, 0.5 * SHIFT), row(40, 0.5 * SHIFT)])
+    assert found is not None
+    assert (found.done, found.value) == (40, pytest.approx(0.5))
+
+
 def test_by_the_evaluations_where_there_are_several():
     rows = [row(40, 0.0), measured(40, 9.0), row(50, 0.5), measured(50, 2.5), row(60, 0.6), measured(60, None)]
     found = peak(rows)
