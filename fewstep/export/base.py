@@ -17,7 +17,7 @@ from torch import Tensor
 from fewstep.algebra.sampling import Sampler
 from fewstep.config import UserError
 from fewstep.export.stock import difference
-from fewstep.files import whole_folder
+from fewstep.files import parse_json, whole_folder
 from fewstep.train.note import read_note
 
 PARITY = 1e-4
@@ -147,8 +147,8 @@ def forget_places(folder: Path) -> None:
 
     for file in (f for f in folder.rglob("*.json") if f.name.endswith(("config.json", "index.json"))):
         try:
-            held = json.loads(file.read_text(encoding="utf-8"))
-        except ValueError:  # of a folder that was copied: no config, so nothing is noted
+            held = parse_json(file.read_bytes(), file)
+        except UserError:  # of a folder that was copied: no config, so nothing is noted
             continue
         if (left := kept(held)) != held:
             file.unlink()  # it may be read-only, as where it was copied from

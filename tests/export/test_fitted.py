@@ -89,7 +89,7 @@ def test_an_exported_history_opens_as_it_was(tmp_path: Path):
     sampler = two_m(DiscreteVP())
     net = open_product(tmp_path / "teacher").net
     product = fit_of(tmp_path / "teacher", net, (1, 8, 8), sampler, solver="2m")
-    assert 0 < export(product, tmp_path / "out").parity < 1e-5
+    assert 0 < export(product, tmp_path / "out").parity < 2e-5  # float32: 1.03e-5 on one kind of CPU
     assert open_product(tmp_path / "out").sampler == sampler
     with pytest.raises(ExportRefused, match=r"no stock pipeline guides a UNet2DModel.*README\.md"):
         export(replace(product, fitted=replace(product.fitted, guidance=2.0)), tmp_path / "other")  # type: ignore[type-var]
