@@ -68,10 +68,14 @@ class How:
     """None: the recipe's."""
 
 
-def notes(run: Path) -> Path:
-    """The file beside a run directory, in which only what fewstep's trainer writes may lie."""
+def beside(run: Path, ending: str) -> Path:
+    """What lies beside a run directory, in which only what fewstep's trainer writes may lie."""
     run = run.absolute()
-    return run.with_name(f"{run.name}.jsonl")
+    return run.with_name(f"{run.name}{ending}")
+
+
+def notes(run: Path) -> Path:
+    return beside(run, ".jsonl")
 
 
 def rows(run: Path) -> list[dict[str, Any]]:
@@ -107,7 +111,7 @@ def committed(folder: Path) -> dict[str, Any]:
 
 def begun(name: str, run: Path) -> Path:
     """The folder that a run began from: its own copy, beside it, or before there is one the assets'."""
-    kept = run.absolute().with_name(f"{run.absolute().name}-begun")
+    kept = beside(run, "-begun")
     return kept if kept.is_dir() else expanded(f"assets:{name}")
 
 
@@ -118,7 +122,7 @@ def of_leg(name: str, run: Path) -> Recipe:
     relay = committed(expanded(f"assets:{name}"))
     if not relay:
         return load(f"{name}-long")
-    kept = run.absolute().with_name(f"{run.absolute().name}-begun")
+    kept = beside(run, "-begun")
     shutil.rmtree(kept, ignore_errors=True)
     shutil.copytree(expanded(f"assets:{name}"), kept)
     fresh = sum(leg["moments"] == "fresh" for leg in relay["legs"])

@@ -50,31 +50,31 @@ class Track:
         """There are readings enough before the last ones."""
         return self.count >= SETTLED + RECENT
 
+    def _followed(self) -> list[float]:
+        """How far from the reference the course has been; empty where it is too short or holds what is no number."""
+        whole = len(self._course) == self._course.maxlen and all(map(math.isfinite, self._course))
+        return [self.reading.badness(v) for v in self._course] if whole else []
+
     def left(self) -> tuple[float, float, float] | None:
         """The nearer of the last two, how far it may be from the reference, and how far it was, all in its unit.
 
         None where no other reading's course is followed, where either of the last two is 0 but for chance, and where
         they are no farther from the reference, on whichever side, than it has settled.
         """
-        values = list(self._course)
-        if len(values) < SETTLED + GAP + RECENT or not all(map(math.isfinite, values)):
+        if not (past := self._followed()) or any(self.reading.badness(v) == 0 for v in self.recent):
             return None
-        if any(self.reading.badness(v) == 0 for v in self.recent):
-            return None
-        *past, first, last = map(self.reading.badness, values)
+        first, last = past[-RECENT:]
         level, noise = settled_at(past[:SETTLED])
         limit = level + max(LEAVE, NOISE * noise)
-        before, side = (math.copysign(1, v - self.reading.centre) for v in values[-RECENT:])
+        before, side = (math.copysign(1, v - self.reading.centre) for v in list(self._course)[-RECENT:])
         if before != side or min(first, last) <= limit:
             return None
         return self.reading.at(side * min(first, last)), self.reading.at(side * limit), abs(self.reading.at(level))
 
     def nearer(self) -> bool:
         """The last two are nearer to the reference than it had settled, by half of what it may move away."""
-        values = list(self._course)
-        if len(values) < SETTLED + GAP + RECENT or not all(map(math.isfinite, values)):
+        if not (past := self._followed()):
             return False
-        past = [self.reading.badness(v) for v in values]
         return max(past[-RECENT:]) < settled_at(past[:SETTLED])[0] - LEAVE / 2
 
 
