@@ -2,10 +2,12 @@
 
     python -m fewstep.bench.board digits digits-dmd2 digits-sid [--seeds 3] [--points 8] [--work runs/board]
     python -m fewstep.bench.board digits --take runs/mine/results.json     # a comparison at `--budget own` made before
+    python -m fewstep.bench.board digits --pace digits-dmd2                # seconds of a row that was made with --busy
 
 Each recipe is a comparison of its own (`fewstep compare RECIPE --budget own`), so that a row can be made again alone; it
-stands in assets/board-NAME.json in place of that recipe's earlier ones. Nothing else may run on the machine: seconds
-taken beside a training are no seconds of the recipe.
+stands in assets/board-NAME.json in place of that recipe's earlier ones. Seconds taken beside a training are no seconds of
+the recipe: nothing else may run on the machine, or `--busy` says that something did. The rows are then without seconds
+until `--pace` has timed some updates of their recipes at rest.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+from fewstep.bench.pace import pace
 from fewstep.commands.compare import curve
 from fewstep.commands.compare.budget import Budget
 from fewstep.commands.compare.compare import compare
@@ -62,7 +65,7 @@ BOARDS = {
 def group_of(recipe: Recipe) -> str:
     """What the stages that distil need, as rows are grouped; a stage that trains a teacher's own loss is none of them.
 
-    >>> fewstep.bench.board.group_of(fewstep.load_recipe("digits-kd"))
+    >>> group_of(load("digits-kd"))
     'the teacher alone'
     """
     methods = [m for stage in recipe.stages() if (m := stage.method).name != "denoise"] or [recipe.method]
@@ -86,15 +89,17 @@ def ranked(board: Board) -> tuple[str, ...]:
     return tuple(found)
 
 
-def taken(board: Board, file: Path, results: Path) -> dict[str, Any]:
+def taken(board: Board, file: Path, results: Path, busy: bool = False) -> dict[str, Any]:
     """Put the rows of a comparison at the recipes' own budgets into a board's file; returns the board.
+
+    busy: other work ran beside it, so that none of its seconds is shown.
 
     Raises UserError, and writes nothing, for what is no comparison of shipped recipes as they are by the board's preset,
     for runs of several commits or of a changed checkout, and for another machine or teacher than that of the rows there.
     """
     told = read_json(results)
     refuse(board, told, results)
-    new = [_with_runs(row, told, results) for row in told["rows"]]
+    new = [_with_runs(row, told, results) | {"busy": busy} for row in told["rows"]]
     held = read_json(file) if file.exists() else {"rows": [], "teachers": [], "failed": []}
     machine = {k: v for k, v in told["environment"].items() if k in MACHINE}
     if held["rows"] and machine != held["machine"]:
@@ -106,7 +111,7 @@ def taken(board: Board, file: Path, results: Path) -> dict[str, Any]:
     for r in new:
         if (t := r["teacher"]) and weights.get(t["path"], t["sha256"]) != t["sha256"]:
             raise UserError(f"{results}: {r['group']} had other weights as its teacher than the rows of {file.name}")
-    teachers = [_bare(r) for r in told["teachers"]]
+    teachers = [_bare(r) | {"busy": busy} for r in told["teachers"]]
     replaced = {(r["name"], r["calls"]) for r in teachers}
     failed = [f for f in held["failed"] if f["recipe"] not in names | {f["recipe"] for f in told["failed"]}]
     content = {
@@ -118,8 +123,36 @@ def taken(board: Board, file: Path, results: Path) -> dict[str, Any]:
         ),
         "failed": [*failed, *({"recipe": f["recipe"], "seed": f["seed"]} for f in told["failed"])],
     }
+    _keep(file, content)
+    return content
+
+
+def _keep(file: Path, content: Mapping[str, Any]) -> None:
     with atomic_path(file) as temporary:
         temporary.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n")
+
+
+def unpaced(file: Path, name: str) -> dict[str, Any]:
+    """The board, whose rows of a recipe can be given seconds.
+
+    Raises UserError where the recipe has no row, or one of another recipe than ships today.
+    """
+    content: dict[str, Any] = read_json(file) if file.exists() else {"rows": []}
+    rows = [r for r in content["rows"] if r["group"] == name]
+    if not rows:
+        raise UserError(f"--pace {name}: has no row in {file}; make it first")
+    if any(r["identity"] != digest_of(name) for r in rows):
+        raise UserError(f"--pace {name}: its row is of an earlier recipe; make it again")
+    return content
+
+
+def paced(file: Path, name: str, told: Mapping[str, Any]) -> dict[str, Any]:
+    """Give a recipe's rows that were made beside other work their seconds, `told` by `pace`; returns the board."""
+    content = unpaced(file, name)
+    for r in content["rows"]:
+        if r["group"] == name and r.get("busy"):
+            r["pace"] = dict(told)
+    _keep(file, content)
     return content
 
 
@@ -206,6 +239,7 @@ def table(board: Board, content: Mapping[str, Any]) -> str:
 
 
 NOTES = (
+    "Seconds with ≈: of some updates at rest, times the recipe's; with a dash: taken beside other work, so not shown. "
     "Interrupted: continued from a checkpoint, without what was lost after it. Seeds 2 of 3: the others failed. Peak: of "
     "the training, on a CPU up to its first measurement. Guided: aims at a guided distribution, which is not the data's."
 )
@@ -231,18 +265,38 @@ def _cells(row: Mapping[str, Any]) -> list[str]:
     name = f"`{e.name}`" + " (guided)" * row["guided"] if student else e.name
     cells = [name, t.get("method", "") if student else "", str(e.calls)]
     cells += [with_error(e.distance), seeds, *by_class(e), "" if recall is None else f"{recall:.3f}"]
-    cells.append("" if e.seconds is None else f"{e.seconds:.2f}")
+    slower, busy, timed = at_rest(row), bool(row.get("busy")), row.get("pace")
+    drawn = timed["seconds"] * row["steps"] / timed["steps"] if timed else None
+    cells.append(_seconds(drawn if busy else e.seconds, 2, 1.0 if timed else slower, busy))
     if student:
-        settled = t.get("settled_cpu_seconds")
-        told = f"{t['cpu_seconds']:.0f}" + " (interrupted)" * (row["resumes"] > 0)
-        cells += [f"{t['updates']:,}", told, "" if settled is None else f"{settled:.0f}"]
+        told = _seconds(t["cpu_seconds"], 0, slower, busy) + " (interrupted)" * (row["resumes"] > 0)
+        cells += [f"{t['updates']:,}", told, _seconds(t.get("settled_cpu_seconds"), 0, slower, busy)]
         cells += [f"{t['peak_memory_mib']:.0f}", row["commit"]]
     return cells
 
 
+def at_rest(row: Mapping[str, Any]) -> float | None:
+    """What a second of a row's training is at rest; None for one made beside other work and not timed since."""
+    if not row.get("busy"):
+        return 1.0
+    return row["pace"]["cpu_seconds"] / row["training"]["cpu_seconds"] if "pace" in row else None
+
+
+def _seconds(value: float | None, digits: int, factor: float | None, busy: bool) -> str:
+    if factor is None:
+        return "–"
+    return "" if value is None else "≈ " * busy + f"{value * factor:.{digits}f}"
+
+
 def draw(content: Mapping[str, Any], path: Path) -> bool:
-    """One line a run, one colour a recipe; whether there was a curve to draw. An older picture without one goes."""
-    lines = {r["group"]: r["curves"] for r in content["rows"]}
+    """One line a run, one colour a recipe; whether there was a curve to draw. An older picture without one goes.
+
+    A row without seconds of its own has no line.
+    """
+    lines = {}
+    for r in content["rows"]:
+        if (factor := at_rest(r)) is not None:
+            lines[r["group"]] = [[p | {"cpu_seconds": p["cpu_seconds"] * factor} for p in run] for run in r["curves"]]
     first = next(iter(content["rows"]), None)
     drawn = curve.save(lines, str(distance_of(_evaluation(first))) if first else "", path)
     if not drawn:
@@ -267,6 +321,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--take", type=Path, nargs="*", default=[], help="results.json of comparisons made before")
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--points", type=int, default=8, help="measurements along a run")
+    parser.add_argument(
+        "--busy", action="store_true", help="other work ran or runs beside these: keep none of their seconds"
+    )
+    parser.add_argument("--pace", nargs="*", default=[], help="recipes whose busy rows get their seconds, timed now")
     parser.add_argument("--work", type=Path, default=Path("runs/board"), help="folder of the comparisons")
     parser.add_argument("--resume", action="store_true", help="continue comparisons that were interrupted")
     parser.add_argument("--out", type=Path, default=None, help="folder of board-NAME.json; the assets when left out")
@@ -274,20 +332,24 @@ def main(argv: Sequence[str] | None = None) -> None:
     board, out = BOARDS[given.board], given.out or assets()
     file, picture = out / f"board-{given.board}.json", out / f"board-{given.board}.png"
     places = ranked(board)
-    for name in given.recipes:
+    for name in (*given.recipes, *given.pace):
         if name not in places:
             raise UserError(f"{name}: has no place on the board {given.board}; those that have: {', '.join(places)}")
-    if not given.recipes and not given.take:
-        raise UserError("name recipes to measure, or results with --take")
-    if given.recipes and dirty():
+    if not given.recipes and not given.take and not given.pace:
+        raise UserError("name recipes to measure, results with --take, or rows with --pace")
+    if (given.recipes or given.pace) and dirty():
         raise UserError("the checkout has changes, so no commit tells what is measured; commit them first")
     for path in given.take:
-        draw(taken(board, file, path), picture)
+        draw(taken(board, file, path, given.busy), picture)
+    for name in given.pace:
+        unpaced(file, name)  # raises before anything is timed
+        timed = pace(load(name, [*settings_of(board), *NEVER]))
+        draw(paced(file, name, timed), picture)
     wrong = []
     for name in given.recipes:
         try:
             path = measured(board, name, given.seeds, given.points, given.work, given.resume)
-            draw(taken(board, file, path), picture)
+            draw(taken(board, file, path, given.busy), picture)
         except UserError as error:  # the others are measured all the same
             wrong.append(f"{name}: {error}")
     if file.exists():

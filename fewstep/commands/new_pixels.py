@@ -215,7 +215,7 @@ def student(found: Pictures, folder: str, where: str, method: str, steps: int, t
         *rows,
         *optim,
         ("train:", "length and batch"),
-        ("  steps: 2000", "fashion-dmd2's"),
+        ("  steps: 2000", "a first guess; `fewstep compare --curve` shows where a run settles"),
         (f"  batch: {batch}", f"at most {found.count}, the number of pictures"),
         ("  ema: [0.99]", "fashion-dmd2's"),
         ("  checkpoint_every: 200", "a tenth of the run"),

@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 
-from fewstep.bench.board import BOARDS, GROUPS, Board, digest_of, group_of, main, ranked, table, taken
+from fewstep.bench.board import BOARDS, GROUPS, Board, at_rest, digest_of, group_of, main, ranked, table, taken
+from fewstep.bench.pace import TIMED, pace
 from fewstep.config import UserError
 from fewstep.eval.protocol.preset import load_preset
 from fewstep.files import read_json
@@ -154,6 +155,63 @@ def test_a_row_says_what_its_runs_went_through(tmp_path: Path):
     assert "1.00 ± 0.25" not in told
     guided = comparison(tmp_path / "c.json", row("digits-tdd", 1.0))
     assert "| `digits-tdd` (guided) |" in table(BOARDS["digits"], taken(BOARDS["digits"], file, guided))
+
+
+def test_a_row_made_beside_other_work_shows_no_seconds_but_those_at_rest(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("fewstep.bench.board.dirty", lambda: False)
+    told = {"cpu_seconds": 4.0, "seconds": 0.5, "steps": 1, "timed": 25, "commit": "c"}
+    monkeypatch.setattr("fewstep.bench.board.pace", lambda recipe: told)
+    rows = comparison(tmp_path / "a.json", row("digits-kd", 1.0), row("digits-kd", 0.5, 2))
+    where = ["--out", str(tmp_path)]
+    with pytest.raises(UserError, match="--pace digits-kd: has no row"):
+        main(["digits", "--pace", "digits-kd", *where])
+    main(["digits", "--take", str(rows), "--busy", *where])
+    shown = capsys.readouterr().out
+    assert "| 1.00 | 0.500 | – | 1,400 | – | – | 512 |" in shown
+    assert "| teacher, 8 steps |  | 8 | 0.50 ± 0.25 |  | 75.0 % | 1.00 | 0.500 | – |" in shown
+    assert not (tmp_path / "board-digits.png").exists()
+    main(["digits", "--pace", "digits-kd", *where])
+    shown = capsys.readouterr().out
+    assert (
+        "| `digits-kd` | kd | 1 | 1.00 ± 0.25 | 2 | 75.0 % | 1.00 | 0.500 | ≈ 0.50 | 1,400 | ≈ 4 | ≈ 2 | 512 |" in shown
+    )
+    assert (
+        "| `digits-kd` | kd | 2 | 0.50 ± 0.25 | 2 | 75.0 % | 1.00 | 0.500 | ≈ 1.00 | 1,400 | ≈ 4 | ≈ 2 | 512 |" in shown
+    )
+    assert (tmp_path / "board-digits.png").exists()
+    assert at_rest(read_json(tmp_path / "board-digits.json")["rows"][0]) == 0.5
+    old = comparison(tmp_path / "b.json", row("digits-kd", 1.0), run={"identity": "of before"})
+    main(["digits", "--take", str(old), "--busy", *where])
+    with pytest.raises(UserError, match="its row is of an earlier recipe"):
+        main(["digits", "--pace", "digits-kd", *where])
+
+
+def test_a_pace_counts_the_first_update_of_each_stage_once(monkeypatch: pytest.MonkeyPatch):
+    """Stages of 3 and 1,000 updates, the first of each dearer: 7 + 2 x 2 and 50 + 999 x .5 seconds."""
+    recipe = load("toy/cd", ["train.steps=1000"])
+    before = recipe.stages()[0]
+    recipe = replace(recipe, before=(replace(before, steps=3),))
+    costs = iter([7.0, 2.0, 2.0, 50.0, *[0.5] * TIMED])
+    now = 0.0
+
+    def process_time() -> float:
+        return now
+
+    def stepped(account: Any, trainer: Any) -> None:
+        nonlocal now
+        now += next(costs)
+        account.settle()
+        account.watch(account)
+
+    monkeypatch.setattr("fewstep.commands.compare.budget.time.process_time", process_time)
+    monkeypatch.setattr("fewstep.commands.compare.budget.Accounted._stepped", stepped)
+    monkeypatch.setattr("fewstep.bench.pace.seconds_per_1000", lambda make, indices: float(len(make(indices[:3]))))
+    told = pace(recipe)
+    assert told["cpu_seconds"] == pytest.approx(7 + 4 + 50 + 999 * 0.5)
+    assert (told["timed"], told["steps"], told["seconds"]) == (3 + 1 + TIMED, 1, 3.0)
+    assert next(costs, None) is None
 
 
 def test_what_is_no_row_of_a_board_is_refused(tmp_path: Path):
