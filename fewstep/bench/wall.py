@@ -1,0 +1,68 @@
+"""One sheet of several runs: the data's own picture of each caption, the teacher's, each student's, from the same noises.
+
+python -m fewstep.bench.wall RUN... [--prompt "red apple" ...] [--teacher 8] [--out assets/emoji.png]
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fewstep.commands.gallery import captioned
+from fewstep.commands.pictures import in_colour, require_finite, save_picture
+from fewstep.commands.sample_text import Row, of_run
+from fewstep.config import UserError
+from fewstep.recipe.store import load_run
+
+PROMPTS = (
+    "red apple",
+    "banana",
+    "watermelon",
+    "broccoli",
+    "slice of pizza",
+    "hamburger",
+    "doughnut",
+    "green apple",
+    "carrot",
+    "tangerine",
+)
+
+
+def rows(runs: Sequence[Path], prompts: Sequence[str], teacher: int, seed: int = 0) -> list[Row]:
+    """(name, images (n, c, h, w) in [-1, 1]) of the data, the first run's teacher by Heun steps, and each run's student.
+
+    Raises:
+        UserError: a prompt that the data of the first run has no picture of.
+    """
+    data: Any = load_run(runs[0]).data.open()
+    captions = [item.caption for item in data.items]
+    if missing := [p for p in prompts if p not in captions]:
+        raise UserError(f"--prompt {missing[0]!r}: {data.origin} has no picture of it")
+    found = [("data", data.pictures(torch.tensor([captions.index(p) for p in prompts])))]
+    for k, run in enumerate(runs):
+        made = of_run(run, prompts, None, False, seed, 0 if k else teacher, None)
+        found += [*made[:-1], (f"{run.name}, {made[-1][0].partition(', ')[2]}", made[-1][1])]
+    for name, x in found:
+        require_finite(x, name)
+    return found
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m fewstep.bench.wall", description=__doc__)
+    parser.add_argument("runs", type=Path, nargs="+", help="run directories of text-to-image students")
+    parser.add_argument("--prompt", nargs="+", default=list(PROMPTS), help="captions of the data")
+    parser.add_argument("--teacher", type=int, default=8, help="Heun steps of the first run's teacher")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, default=Path("assets/emoji.png"))
+    given = parser.parse_args(argv)
+    drawn = rows(given.runs, given.prompt, given.teacher, given.seed)
+    save_picture(captioned([(n, in_colour(x)) for n, x in drawn], given.prompt), given.out)
+    print(f"{given.out}: {'; '.join(n for n, _ in drawn)}")
+
+
+if __name__ == "__main__":
+    main()

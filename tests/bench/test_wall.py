@@ -1,0 +1,51 @@
+"""A sheet of runs: the data's pictures first, one teacher, then each student by its run's name."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+
+from fewstep.bench.wall import main, rows
+from fewstep.commands.sample_text import Row
+from fewstep.config import UserError
+from fewstep.recipe.store import dump, load
+
+
+@pytest.fixture
+def runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Path]:
+    """Two run directories that hold a recipe each; what they draw is their number."""
+    made = []
+    for name in ("one", "four"):
+        made.append(tmp_path / name)
+        made[-1].mkdir()
+        (made[-1] / "recipe.yaml").write_text(dump(load("emoji-dmd2")))
+
+    def of_run(run: Path, prompts: list[str], *_: Any, **__: Any) -> list[Row]:
+        teacher = _[3]
+        student = [("student, 1 step", torch.full((len(prompts), 3, 32, 32), float(run == made[0])))]
+        return [*[(f"teacher, {teacher} steps", torch.zeros(len(prompts), 3, 32, 32))] * bool(teacher), *student]
+
+    monkeypatch.setattr("fewstep.bench.wall.of_run", of_run)
+    return made
+
+
+def test_data_then_one_teacher_then_each_student(runs: list[Path], tmp_path: Path):
+    found = rows(runs, ["banana", "red apple"], 8)
+    assert [name for name, _ in found] == ["data", "teacher, 8 steps", "one, 1 step", "four, 1 step"]
+    (banana, apple), swapped = found[0][1], rows(runs, ["red apple", "banana"], 8)[0][1]
+    assert torch.equal(torch.stack((apple, banana)), swapped)
+    # Yellow is red and green, red is red alone; white, around them, is all.
+    assert (banana[1] - banana[2]).mean() > (apple[1] - apple[2]).mean() + 0.1
+    out = tmp_path / "wall.png"
+    main([*map(str, runs), "--prompt", "banana", "red apple", "--out", str(out)])
+    with Image.open(out) as sheet:
+        assert sheet.height > 4 * 64
+
+
+def test_a_caption_without_a_picture_is_told(runs: list[Path]):
+    with pytest.raises(UserError, match=r"--prompt 'blue apple': .* has no picture of it"):
+        rows(runs, ["blue apple"], 8)
