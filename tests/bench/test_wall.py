@@ -39,7 +39,7 @@ def test_data_then_one_teacher_then_each_student(runs: list[Path], tmp_path: Pat
     (banana, apple), swapped = found[0][1], rows(runs, ["red apple", "banana"], 8)[0][1]
     assert torch.equal(torch.stack((apple, banana)), swapped)
     # Yellow is red and green, red is red alone; white, around them, is all.
-    assert (banana[1] - banana[2]).mean() > (apple[1] - apple[2]).mean() + 0.1
+    assert (apple[0] - apple[1]).mean() > (banana[0] - banana[1]).mean() + 0.1
     out = tmp_path / "wall.png"
     main([*map(str, runs), "--prompt", "banana", "red apple", "--out", str(out)])
     with Image.open(out) as sheet:
