@@ -1,6 +1,8 @@
 """One sheet of several runs: the data's own picture of each caption, the teacher's, each student's, from the same noises.
 
 python -m fewstep.bench.wall RUN... [--prompt "red apple" ...] [--teacher 8] [--out assets/emoji.png]
+
+It also prints how strong the colours of each are over all captions, as a share of the teacher's.
 """
 
 from __future__ import annotations
@@ -10,13 +12,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from fewstep.commands.gallery import captioned
 from fewstep.commands.pictures import in_colour, require_finite, save_picture
 from fewstep.commands.sample_text import Row, of_run
 from fewstep.config import UserError
 from fewstep.recipe.store import load_run
+from fewstep.train.samples import saturation
 
 PROMPTS = (
     "red apple",
@@ -32,23 +33,25 @@ PROMPTS = (
 )
 
 
-def rows(runs: Sequence[Path], prompts: Sequence[str], teacher: int, seed: int = 0) -> list[Row]:
+def rows(runs: Sequence[Path], prompts: Sequence[str], teacher: int, seed: int = 0) -> tuple[list[Row], list[int]]:
     """(name, images (n, c, h, w) in [-1, 1]) of the data, the first run's teacher by Heun steps, and each run's student.
 
+    They are of all captions of the first run's data; the numbers are those of the prompts among them.
+
     Raises:
-        UserError: a prompt that the data of the first run has no picture of.
+        UserError: a prompt that the data has no picture of.
     """
     data: Any = load_run(runs[0]).data.open()
     captions = [item.caption for item in data.items]
     if missing := [p for p in prompts if p not in captions]:
         raise UserError(f"--prompt {missing[0]!r}: {data.origin} has no picture of it")
-    found = [("data", data.pictures(torch.tensor([captions.index(p) for p in prompts])))]
+    found = [("data", data.images)]
     for k, run in enumerate(runs):
-        made = of_run(run, prompts, None, False, seed, 0 if k else teacher, None)
+        made = of_run(run, captions, None, False, seed, 0 if k else teacher, None)
         found += [*made[:-1], (f"{run.name}, {made[-1][0].partition(', ')[2]}", made[-1][1])]
     for name, x in found:
         require_finite(x, name)
-    return found
+    return found, [captions.index(p) for p in prompts]
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -59,9 +62,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("assets/emoji.png"))
     given = parser.parse_args(argv)
-    drawn = rows(given.runs, given.prompt, given.teacher, given.seed)
-    save_picture(captioned([(n, in_colour(x)) for n, x in drawn], given.prompt), given.out)
-    print(f"{given.out}: {'; '.join(n for n, _ in drawn)}")
+    drawn, shown = rows(given.runs, given.prompt, given.teacher, given.seed)
+    save_picture(captioned([(n, in_colour(x[shown])) for n, x in drawn], given.prompt), given.out)
+    strength = {name: float(saturation(x)) for name, x in drawn}
+    print(f"{given.out}; saturation over {len(drawn[0][1])} captions:")
+    for name, value in strength.items():
+        print(f"{name}: {value:.3f}, {value / strength[drawn[1][0]]:.2f} of {drawn[1][0]}")
 
 
 if __name__ == "__main__":

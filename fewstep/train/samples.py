@@ -73,10 +73,19 @@ def figures(x: Tensor, group: Tensor, patch: int | None) -> Figures:
     if x.ndim == 4:
         out["contrast"] = (x - x.mean((2, 3), keepdim=True)).pow(2).mean().sqrt()
     if x.ndim == 4 and x.shape[1] == 3:
-        out["saturation"] = (x.amax(1) - x.amin(1)).mean()
+        out["saturation"] = saturation(x)
     if patch is not None:
         out["grid"] = peaks(x, patch)
     return out
+
+
+def saturation(x: Tensor) -> Tensor:
+    """How strong the colours of images (n, 3, h, w) in [-1, 1] are: mean of the largest minus the smallest channel.
+
+    >>> fewstep.train.samples.saturation(torch.tensor([1.0, -1.0, 0.0]).reshape(1, 3, 1, 1)).item()
+    2.0
+    """
+    return (x.amax(1) - x.amin(1)).mean()
 
 
 def peaks(x: Tensor, patch: int) -> Tensor:

@@ -14,6 +14,8 @@ from fewstep.commands.sample_text import Row
 from fewstep.config import UserError
 from fewstep.recipe.store import dump, load
 
+TEACHER = torch.tensor([0.8, 0.2, -0.2]).reshape(1, 3, 1, 1)
+
 
 @pytest.fixture
 def runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Path]:
@@ -26,24 +28,27 @@ def runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Path]:
 
     def of_run(run: Path, prompts: list[str], *_: Any, **__: Any) -> list[Row]:
         teacher = _[3]
-        student = [("student, 1 step", torch.full((len(prompts), 3, 32, 32), float(run == made[0])))]
-        return [*[(f"teacher, {teacher} steps", torch.zeros(len(prompts), 3, 32, 32))] * bool(teacher), *student]
+        student = [("student, 1 step", (0.5 if run == made[0] else 1.0) * TEACHER.expand(len(prompts), 3, 32, 32))]
+        return [*[(f"teacher, {teacher} steps", TEACHER.expand(len(prompts), 3, 32, 32))] * bool(teacher), *student]
 
     monkeypatch.setattr("fewstep.bench.wall.of_run", of_run)
     return made
 
 
-def test_data_then_one_teacher_then_each_student(runs: list[Path], tmp_path: Path):
-    found = rows(runs, ["banana", "red apple"], 8)
+def test_data_then_one_teacher_then_each_student(runs: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    found, (banana, apple) = rows(runs, ["banana", "red apple"], 8)
     assert [name for name, _ in found] == ["data", "teacher, 8 steps", "one, 1 step", "four, 1 step"]
-    (banana, apple), swapped = found[0][1], rows(runs, ["red apple", "banana"], 8)[0][1]
-    assert torch.equal(torch.stack((apple, banana)), swapped)
+    assert {len(x) for _, x in found} == {131}
+    data = found[0][1]
     # Yellow is red and green, red is red alone; white, around them, is all.
-    assert (apple[0] - apple[1]).mean() > (banana[0] - banana[1]).mean() + 0.1
+    assert (data[apple, 0] - data[apple, 1]).mean() > (data[banana, 0] - data[banana, 1]).mean() + 0.1
     out = tmp_path / "wall.png"
     main([*map(str, runs), "--prompt", "banana", "red apple", "--out", str(out)])
     with Image.open(out) as sheet:
         assert sheet.height > 4 * 64
+    told = capsys.readouterr().out
+    assert "saturation over 131 captions" in told
+    assert "one, 1 step: 0.500, 0.50 of teacher, 8 steps\nfour, 1 step: 1.000, 1.00 of teacher, 8 steps\n" in told
 
 
 def test_a_caption_without_a_picture_is_told(runs: list[Path]):
