@@ -30,7 +30,7 @@ bench: $(VENV)/.tested  ## overhead of trainer and methods: ratios taken in one 
 	$(BIN)/python -m fewstep.bench.methods --against digits-cd
 	$(BIN)/python -m fewstep.bench.readings
 
-board: $(VENV)/.tested  ## rows of the leaderboard, on a machine that does nothing else: BOARD=digits RECIPES="digits-dmd2 digits-sid"
+board: $(VENV)/.tested  ## rows of the leaderboard, on a machine at rest (else ARGS=--busy): BOARD=digits RECIPES="digits-dmd2 digits-sid"
 	$(BIN)/python -m fewstep.bench.board $(BOARD) $(RECIPES) $(ARGS)
 	$(BIN)/python -m fewstep.bench.readme
 

@@ -54,7 +54,8 @@ def seconds_per_1000(generate: Callable[[list[int]], Tensor], indices: list[int]
     """Seconds per 1,000 images: of one more call than `best_of` on `indices`, the first apart, the shortest.
 
     The first call is cold (memory and kernels are found on it). With CUDA it is wall time between two synchronisations,
-    on a CPU processor time on one thread, which a busy machine does not lengthen: several threads would count their
+    on a CPU processor time on one thread, in which waiting for one's turn does not count (a neighbour on the same core
+    does): several threads would count their
     waiting for each other too.
     """
     threads = torch.get_num_threads()

@@ -29,7 +29,7 @@ from fewstep.commands.compare.one_run import NEVER, identity
 from fewstep.commands.compare.ranking import by_class, cells_line
 from fewstep.commands.report import with_error
 from fewstep.config import UserError
-from fewstep.eval.protocol.evaluation import Evaluation, distance_of
+from fewstep.eval.protocol.evaluation import Evaluation, distance_of, environment
 from fewstep.eval.protocol.preset import load_preset
 from fewstep.files import atomic_path, dirty, read_json
 from fewstep.recipe.schema import Recipe
@@ -65,7 +65,7 @@ BOARDS = {
 def group_of(recipe: Recipe) -> str:
     """What the stages that distil need, as rows are grouped; a stage that trains a teacher's own loss is none of them.
 
-    >>> group_of(load("digits-kd"))
+    >>> fewstep.bench.board.group_of(fewstep.load("digits-kd"))
     'the teacher alone'
     """
     methods = [m for stage in recipe.stages() if (m := stage.method).name != "denoise"] or [recipe.method]
@@ -112,6 +112,8 @@ def taken(board: Board, file: Path, results: Path, busy: bool = False) -> dict[s
         if (t := r["teacher"]) and weights.get(t["path"], t["sha256"]) != t["sha256"]:
             raise UserError(f"{results}: {r['group']} had other weights as its teacher than the rows of {file.name}")
     teachers = [_bare(r) | {"busy": busy} for r in told["teachers"]]
+    still = {(r["name"], r["calls"]) for r in held["teachers"] if busy and not r.get("busy")}
+    teachers = [r for r in teachers if (r["name"], r["calls"]) not in still]  # those there have seconds
     replaced = {(r["name"], r["calls"]) for r in teachers}
     failed = [f for f in held["failed"] if f["recipe"] not in names | {f["recipe"] for f in told["failed"]}]
     content = {
@@ -132,28 +134,39 @@ def _keep(file: Path, content: Mapping[str, Any]) -> None:
         temporary.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n")
 
 
-def unpaced(file: Path, name: str) -> dict[str, Any]:
-    """The board, whose rows of a recipe can be given seconds.
+def unpaced(file: Path, name: str) -> list[dict[str, Any]]:
+    """The rows of a recipe that lack seconds.
 
-    Raises UserError where the recipe has no row, or one of another recipe than ships today.
+    Raises UserError where there are none, where they are of another recipe than ships today, or of another machine.
     """
     content: dict[str, Any] = read_json(file) if file.exists() else {"rows": []}
     rows = [r for r in content["rows"] if r["group"] == name]
-    if not rows:
-        raise UserError(f"--pace {name}: has no row in {file}; make it first")
+    if not any(r.get("busy") for r in rows):
+        told = "its row has seconds, taken at rest" if rows else f"has no row in {file}; make it first"
+        raise UserError(f"--pace {name}: {told}")
     if any(r["identity"] != digest_of(name) for r in rows):
         raise UserError(f"--pace {name}: its row is of an earlier recipe; make it again")
-    return content
+    here = {k: v for k, v in environment().items() if k in MACHINE}
+    if here != content["machine"]:
+        raise UserError(
+            f"--pace {name}: here is {here}, {file.name} is of {content['machine']}; a board is of one machine"
+        )
+    return rows
 
 
 def paced(file: Path, name: str, told: Mapping[str, Any]) -> dict[str, Any]:
     """Give a recipe's rows that were made beside other work their seconds, `told` by `pace`; returns the board."""
-    content = unpaced(file, name)
+    content: dict[str, Any] = read_json(file)
     for r in content["rows"]:
         if r["group"] == name and r.get("busy"):
             r["pace"] = dict(told)
     _keep(file, content)
     return content
+
+
+def was_busy(results: Path) -> Path:
+    """A file beside a comparison's folder: other work ran beside it."""
+    return results.parent.with_name(f"{results.parent.name}.busy")
 
 
 def _with_runs(row: Mapping[str, Any], told: Mapping[str, Any], results: Path) -> dict[str, Any]:
@@ -239,7 +252,7 @@ def table(board: Board, content: Mapping[str, Any]) -> str:
 
 
 NOTES = (
-    "Seconds with ≈: of some updates at rest, times the recipe's; with a dash: taken beside other work, so not shown. "
+    "≈: of a few updates at rest, without checkpoints; a dash: taken beside other work, so not shown. "
     "Interrupted: continued from a checkpoint, without what was lost after it. Seeds 2 of 3: the others failed. Peak: of "
     "the training, on a CPU up to its first measurement. Guided: aims at a guided distribution, which is not the data's."
 )
@@ -265,40 +278,45 @@ def _cells(row: Mapping[str, Any]) -> list[str]:
     name = f"`{e.name}`" + " (guided)" * row["guided"] if student else e.name
     cells = [name, t.get("method", "") if student else "", str(e.calls)]
     cells += [with_error(e.distance), seeds, *by_class(e), "" if recall is None else f"{recall:.3f}"]
-    slower, busy, timed = at_rest(row), bool(row.get("busy")), row.get("pace")
-    drawn = timed["seconds"] * row["steps"] / timed["steps"] if timed else None
-    cells.append(_seconds(drawn if busy else e.seconds, 2, 1.0 if timed else slower, busy))
+    busy, told = bool(row.get("busy")), row.get("pace")
+    drawn = e.seconds if told is None else told["seconds"].get(str(row["steps"]))
+    cells.append("–" if busy and not told else _seconds(drawn, 2, busy))
     if student:
-        told = _seconds(t["cpu_seconds"], 0, slower, busy) + " (interrupted)" * (row["resumes"] > 0)
-        cells += [f"{t['updates']:,}", told, _seconds(t.get("settled_cpu_seconds"), 0, slower, busy)]
+        slower = told["cpu_seconds"] / t["cpu_seconds"] if told else 1.0
+        near = t.get("settled_cpu_seconds")
+        whole = _seconds(t["cpu_seconds"] * slower, 0, busy) + " (interrupted)" * (row["resumes"] > 0 and not told)
+        seconds = [whole, _seconds(None if near is None else near * slower, 0, busy)]
+        cells += [f"{t['updates']:,}", *(["–", "–"] if busy and not told else seconds)]
         cells += [f"{t['peak_memory_mib']:.0f}", row["commit"]]
     return cells
 
 
-def at_rest(row: Mapping[str, Any]) -> float | None:
-    """What a second of a row's training is at rest; None for one made beside other work and not timed since."""
-    if not row.get("busy"):
-        return 1.0
-    return row["pace"]["cpu_seconds"] / row["training"]["cpu_seconds"] if "pace" in row else None
+def _seconds(value: float | None, digits: int, busy: bool) -> str:
+    return "" if value is None else "≈ " * busy + f"{value:.{digits}f}"
 
 
-def _seconds(value: float | None, digits: int, factor: float | None, busy: bool) -> str:
-    if factor is None:
-        return "–"
-    return "" if value is None else "≈ " * busy + f"{value * factor:.{digits}f}"
+def lines(content: Mapping[str, Any]) -> dict[str, list[list[dict[str, float]]]]:
+    """The runs' points by recipe, at rest: those made beside other work end at what their training costs there.
+
+    A row without seconds of its own has none.
+    """
+    found = {}
+    for r in content["rows"]:
+        if not r.get("busy"):
+            found[r["group"]] = r["curves"]
+        elif "pace" in r:
+            rest = r["pace"]["cpu_seconds"]
+            found[r["group"]] = [
+                [p | {"cpu_seconds": p["cpu_seconds"] * rest / run[-1]["cpu_seconds"]} for p in run]
+                for run in r["curves"]
+            ]
+    return found
 
 
 def draw(content: Mapping[str, Any], path: Path) -> bool:
-    """One line a run, one colour a recipe; whether there was a curve to draw. An older picture without one goes.
-
-    A row without seconds of its own has no line.
-    """
-    lines = {}
-    for r in content["rows"]:
-        if (factor := at_rest(r)) is not None:
-            lines[r["group"]] = [[p | {"cpu_seconds": p["cpu_seconds"] * factor} for p in run] for run in r["curves"]]
+    """One line a run, one colour a recipe; whether there was a curve to draw. An older picture without one goes."""
     first = next(iter(content["rows"]), None)
-    drawn = curve.save(lines, str(distance_of(_evaluation(first))) if first else "", path)
+    drawn = curve.save(lines(content), str(distance_of(_evaluation(first))) if first else "", path)
     if not drawn:
         path.unlink(missing_ok=True)
     return drawn
@@ -308,9 +326,15 @@ def assets() -> Path:
     return Path(str(files("fewstep.assets")))
 
 
-def measured(board: Board, name: str, seeds: int, points: int, work: Path, resume: bool) -> Path:
-    """results.json of a recipe's own comparison."""
+def measured(board: Board, name: str, seeds: int, points: int, work: Path, resume: bool, busy: bool) -> Path:
+    """results.json of a recipe's own comparison; what was ever busy stays so when it is resumed."""
     folder = work / name.replace("/", "-")
+    mark = was_busy(folder / "results.json")
+    if not resume:
+        mark.unlink(missing_ok=True)
+    if busy:
+        work.mkdir(parents=True, exist_ok=True)
+        mark.touch()
     return compare([name], "own", seeds, folder, resume, settings_of(board), (), board.samples, points)
 
 
@@ -322,7 +346,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--points", type=int, default=8, help="measurements along a run")
     parser.add_argument(
-        "--busy", action="store_true", help="other work ran or runs beside these: keep none of their seconds"
+        "--busy", action="store_true", help="other work ran or runs beside these: show none of their seconds"
     )
     parser.add_argument("--pace", nargs="*", default=[], help="recipes whose busy rows get their seconds, timed now")
     parser.add_argument("--work", type=Path, default=Path("runs/board"), help="folder of the comparisons")
@@ -337,19 +361,21 @@ def main(argv: Sequence[str] | None = None) -> None:
             raise UserError(f"{name}: has no place on the board {given.board}; those that have: {', '.join(places)}")
     if not given.recipes and not given.take and not given.pace:
         raise UserError("name recipes to measure, results with --take, or rows with --pace")
+    if given.pace and (given.busy or given.recipes or given.take):
+        raise UserError("--pace: times rows that are there, on a machine at rest; give it alone")
     if (given.recipes or given.pace) and dirty():
         raise UserError("the checkout has changes, so no commit tells what is measured; commit them first")
     for path in given.take:
-        draw(taken(board, file, path, given.busy), picture)
-    for name in given.pace:
-        unpaced(file, name)  # raises before anything is timed
-        timed = pace(load(name, [*settings_of(board), *NEVER]))
+        draw(taken(board, file, path, given.busy or was_busy(path).exists()), picture)
+    steps = {name: [r["steps"] for r in unpaced(file, name)] for name in given.pace}
+    for name, counts in steps.items():
+        timed = pace(load(name, [*settings_of(board), *NEVER]), counts)
         draw(paced(file, name, timed), picture)
     wrong = []
     for name in given.recipes:
         try:
-            path = measured(board, name, given.seeds, given.points, given.work, given.resume)
-            draw(taken(board, file, path, given.busy), picture)
+            path = measured(board, name, given.seeds, given.points, given.work, given.resume, given.busy)
+            draw(taken(board, file, path, was_busy(path).exists()), picture)
         except UserError as error:  # the others are measured all the same
             wrong.append(f"{name}: {error}")
     if file.exists():

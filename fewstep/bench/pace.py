@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from importlib import import_module
 from itertools import pairwise
 from typing import Any
 
 from fewstep.commands.compare.budget import Accounted, with_lengths
+from fewstep.commands.compare.compare import imports_of
 from fewstep.commands.judge import judge_of
 from fewstep.commands.sources import BATCH, of_product
 from fewstep.eval.protocol.latency import seconds_per_1000
@@ -14,16 +17,21 @@ from fewstep.recipe.schema import Recipe
 from fewstep.train.product import product_of
 
 TIMED = 24
-"""Updates of each stage that are timed beside its first, which may build a bank of pairs and is counted once."""
+"""Updates of each stage that are timed beside its first, which may build a bank of pairs and is counted once.
+
+What a method begins later than that is not timed.
+"""
 
 
-def pace(recipe: Recipe) -> dict[str, Any]:
-    """Processor seconds of the whole training, checkpoints left out, and seconds of 1,000 samples.
+def pace(recipe: Recipe, counts: Sequence[int]) -> dict[str, Any]:
+    """Processor seconds of the whole training, checkpoints left out, and seconds of 1,000 samples by so many steps each.
 
     They are those of a few updates and of the student after them: what a network costs does not depend on its weights.
     """
     stages = recipe.stages()
     steps = [min(stage.steps, TIMED + 1) for stage in stages]
+    for module in imports_of([recipe]):  # seconds, which are no training
+        import_module(module)
     spent = [0.0]
     account = Accounted(with_lengths(recipe, steps), None, watch=lambda a: spent.append(a.spent.cpu_seconds))
     account.fit()
@@ -36,7 +44,8 @@ def pace(recipe: Recipe) -> dict[str, Any]:
     product = product_of(recipe, trainer.product.eval(), trainer.data, "")
     assert recipe.evaluate is not None  # `board.ranked` has only those that are measured
     preset = judge_of(product, recipe.evaluate).preset
-    make = of_product(preset, product, "").generate(0)
-    sampled = seconds_per_1000(make, list(range(min(BATCH, preset.number))))
-    calls = len(product.sampler.steps)
-    return {"cpu_seconds": total, "seconds": sampled, "steps": calls, "timed": sum(steps), "commit": commit()[:7]}
+    seconds = {}
+    for n in counts:
+        make = of_product(preset, product.with_steps(n), "").generate(0)
+        seconds[str(n)] = seconds_per_1000(make, list(range(min(BATCH, preset.number))))
+    return {"cpu_seconds": total, "seconds": seconds, "timed": sum(steps), "commit": commit()[:7]}

@@ -1,8 +1,9 @@
 """One sheet of several runs: the data's own picture of each caption, the teacher's, each student's, from the same noises.
 
-python -m fewstep.bench.wall RUN... [--prompt "red apple" ...] [--teacher 8] [--out assets/emoji.png]
+python -m fewstep.bench.wall RUN... [--prompt "red apple" ...] [--teacher 8] [--out runs/wall.png]
 
-It also prints how strong the colours of each are over all captions, as a share of the teacher's.
+It also prints how strong the colours of each are over all captions, as a share of the teacher's, which is guided as the
+first run's recipe evaluates it.
 """
 
 from __future__ import annotations
@@ -42,13 +43,16 @@ def rows(runs: Sequence[Path], prompts: Sequence[str], teacher: int, seed: int =
         UserError: a prompt that the data has no picture of.
     """
     data: Any = load_run(runs[0]).data.open()
-    captions = [item.caption for item in data.items]
+    captions = [item.caption for item in getattr(data, "items", ())]
+    names = [run.name for run in runs]
+    if len(set(names)) < len(names):
+        names = [f"{run.absolute().parent.name}/{run.name}" for run in runs]
     if missing := [p for p in prompts if p not in captions]:
-        raise UserError(f"--prompt {missing[0]!r}: {data.origin} has no picture of it")
+        raise UserError(f"--prompt {missing[0]!r}: {runs[0]}: its data has no picture of it")
     found = [("data", data.images)]
-    for k, run in enumerate(runs):
+    for k, (run, name) in enumerate(zip(runs, names, strict=True)):
         made = of_run(run, captions, None, False, seed, 0 if k else teacher, None)
-        found += [*made[:-1], (f"{run.name}, {made[-1][0].partition(', ')[2]}", made[-1][1])]
+        found += [*made[:-1], (f"{name}, {made[-1][0].partition(', ')[2]}", made[-1][1])]
     for name, x in found:
         require_finite(x, name)
     return found, [captions.index(p) for p in prompts]
@@ -58,16 +62,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m fewstep.bench.wall", description=__doc__)
     parser.add_argument("runs", type=Path, nargs="+", help="run directories of text-to-image students")
     parser.add_argument("--prompt", nargs="+", default=list(PROMPTS), help="captions of the data")
-    parser.add_argument("--teacher", type=int, default=8, help="Heun steps of the first run's teacher")
+    parser.add_argument("--teacher", type=int, default=8, help="Heun steps of the first run's teacher; 0: without")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, default=Path("assets/emoji.png"))
+    parser.add_argument("--out", type=Path, default=Path("runs/wall.png"))
     given = parser.parse_args(argv)
     drawn, shown = rows(given.runs, given.prompt, given.teacher, given.seed)
     save_picture(captioned([(n, in_colour(x[shown])) for n, x in drawn], given.prompt), given.out)
-    strength = {name: float(saturation(x)) for name, x in drawn}
+    strength = [(name, float(saturation(in_colour(x).clamp(-1, 1)))) for name, x in drawn]
     print(f"{given.out}; saturation over {len(drawn[0][1])} captions:")
-    for name, value in strength.items():
-        print(f"{name}: {value:.3f}, {value / strength[drawn[1][0]]:.2f} of {drawn[1][0]}")
+    for name, value in strength:
+        share = f", {value / strength[1][1]:.2f} of {strength[1][0]}" if given.teacher and strength[1][1] else ""
+        print(f"{name}: {value:.3f}{share}")
 
 
 if __name__ == "__main__":

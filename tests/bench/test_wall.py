@@ -28,7 +28,7 @@ def runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Path]:
 
     def of_run(run: Path, prompts: list[str], *_: Any, **__: Any) -> list[Row]:
         teacher = _[3]
-        student = [("student, 1 step", (0.5 if run == made[0] else 1.0) * TEACHER.expand(len(prompts), 3, 32, 32))]
+        student = [("student, 1 step", (0.5 if run == made[0] else 10.0) * TEACHER.expand(len(prompts), 3, 32, 32))]
         return [*[(f"teacher, {teacher} steps", TEACHER.expand(len(prompts), 3, 32, 32))] * bool(teacher), *student]
 
     monkeypatch.setattr("fewstep.bench.wall.of_run", of_run)
@@ -48,9 +48,16 @@ def test_data_then_one_teacher_then_each_student(runs: list[Path], tmp_path: Pat
         assert sheet.height > 4 * 64
     told = capsys.readouterr().out
     assert "saturation over 131 captions" in told
-    assert "one, 1 step: 0.500, 0.50 of teacher, 8 steps\nfour, 1 step: 1.000, 1.00 of teacher, 8 steps\n" in told
+    assert "one, 1 step: 0.500, 0.50 of teacher, 8 steps\nfour, 1 step: 2.000, 2.00 of teacher, 8 steps\n" in told
 
 
 def test_a_caption_without_a_picture_is_told(runs: list[Path]):
     with pytest.raises(UserError, match=r"--prompt 'blue apple': .* has no picture of it"):
         rows(runs, ["blue apple"], 8)
+
+
+def test_runs_of_one_name_are_told_by_their_folders(runs: list[Path], tmp_path: Path):
+    (tmp_path / "again").mkdir()
+    same = runs[0].rename(tmp_path / "again" / "four")
+    found, _ = rows([same, runs[1]], ["banana"], 0)
+    assert [name for name, _ in found] == ["data", "again/four, 1 step", f"{tmp_path.name}/four, 1 step"]

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from fewstep.bench.board import BOARDS, GROUPS, Board, at_rest, digest_of, group_of, main, ranked, table, taken
+from fewstep.bench.board import BOARDS, GROUPS, Board, digest_of, group_of, lines, main, ranked, table, taken
 from fewstep.bench.pace import TIMED, pace
 from fewstep.config import UserError
 from fewstep.eval.protocol.preset import load_preset
@@ -45,6 +45,7 @@ def test_only_students_of_the_datas_own_distribution_are_ranked():
     )
 
 
+MACHINE = {"torch": "2", "device": "CPU", "threads": "1", "machine": "m"}
 HASH = replace(load_preset("digits"), number=5000).hash
 TEACHER = {"path": "assets:digits-teacher", "sha256": "t"}
 
@@ -107,7 +108,7 @@ def comparison(path: Path, *rows: dict[str, Any], run: Mapping[str, Any] | None 
         "budget": "the recipe's own updates",
         "seeds": [0, 1],
         "settings": ["evaluate.metric=digits"],
-        "environment": {"commit": "of today", "torch": "2", "device": "CPU", "threads": "1", "machine": "m"},
+        "environment": MACHINE | {"commit": "of today"},
         "rows": [r | {"rank": 1, "difference": None} for r in rows],
         "teachers": [teacher],
         "failed": [],
@@ -161,10 +162,13 @@ def test_a_row_made_beside_other_work_shows_no_seconds_but_those_at_rest(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr("fewstep.bench.board.dirty", lambda: False)
-    told = {"cpu_seconds": 4.0, "seconds": 0.5, "steps": 1, "timed": 25, "commit": "c"}
-    monkeypatch.setattr("fewstep.bench.board.pace", lambda recipe: told)
+    monkeypatch.setattr("fewstep.bench.board.environment", lambda: MACHINE | {"commit": "of now"})
+    told = {"cpu_seconds": 4.0, "timed": 25, "commit": "c"}
+    monkeypatch.setattr(
+        "fewstep.bench.board.pace", lambda recipe, counts: told | {"seconds": {str(n): n / 2 for n in counts}}
+    )
     rows = comparison(tmp_path / "a.json", row("digits-kd", 1.0), row("digits-kd", 0.5, 2))
-    where = ["--out", str(tmp_path)]
+    where, file = ["--out", str(tmp_path)], tmp_path / "board-digits.json"
     with pytest.raises(UserError, match="--pace digits-kd: has no row"):
         main(["digits", "--pace", "digits-kd", *where])
     main(["digits", "--take", str(rows), "--busy", *where])
@@ -181,7 +185,20 @@ def test_a_row_made_beside_other_work_shows_no_seconds_but_those_at_rest(
         "| `digits-kd` | kd | 2 | 0.50 ± 0.25 | 2 | 75.0 % | 1.00 | 0.500 | ≈ 1.00 | 1,400 | ≈ 4 | ≈ 2 | 512 |" in shown
     )
     assert (tmp_path / "board-digits.png").exists()
-    assert at_rest(read_json(tmp_path / "board-digits.json")["rows"][0]) == 0.5
+    # 2 s of one seed at its end, where the mean of both were 8: each ends at the 4 s of its training at rest.
+    points = [[(p["updates"], p["cpu_seconds"]) for p in run] for run in lines(read_json(file))["digits-kd"]]
+    assert points == [[(1, 2.0), (2, 4.0)]] * 2
+    with pytest.raises(UserError, match="--pace: times rows that are there, on a machine at rest; give it alone"):
+        main(["digits", "--pace", "digits-kd", "--busy", *where])
+    monkeypatch.setattr("fewstep.bench.board.environment", lambda: MACHINE | {"threads": "2"})
+    with pytest.raises(UserError, match=r"--pace digits-kd: here is .*'threads': '2'.*; a board is of one machine"):
+        main(["digits", "--pace", "digits-kd", *where])
+    alone = comparison(tmp_path / "c.json", row("digits-cd", 1.0))
+    main(["digits", "--take", str(alone), *where])
+    with pytest.raises(UserError, match="--pace digits-cd: its row has seconds, taken at rest"):
+        main(["digits", "--pace", "digits-cd", *where])
+    main(["digits", "--take", str(rows), "--busy", *where])
+    assert [t["busy"] for t in read_json(file)["teachers"]] == [False]  # one at rest has seconds, and stays
     old = comparison(tmp_path / "b.json", row("digits-kd", 1.0), run={"identity": "of before"})
     main(["digits", "--take", str(old), "--busy", *where])
     with pytest.raises(UserError, match="its row is of an earlier recipe"):
@@ -208,9 +225,9 @@ def test_a_pace_counts_the_first_update_of_each_stage_once(monkeypatch: pytest.M
     monkeypatch.setattr("fewstep.commands.compare.budget.time.process_time", process_time)
     monkeypatch.setattr("fewstep.commands.compare.budget.Accounted._stepped", stepped)
     monkeypatch.setattr("fewstep.bench.pace.seconds_per_1000", lambda make, indices: float(len(make(indices[:3]))))
-    told = pace(recipe)
+    told = pace(recipe, [1, 2])
     assert told["cpu_seconds"] == pytest.approx(7 + 4 + 50 + 999 * 0.5)
-    assert (told["timed"], told["steps"], told["seconds"]) == (3 + 1 + TIMED, 1, 3.0)
+    assert (told["timed"], told["seconds"]) == (3 + 1 + TIMED, {"1": 3.0, "2": 3.0})
     assert next(costs, None) is None
 
 
