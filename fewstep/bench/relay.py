@@ -186,7 +186,7 @@ def evaluations(product: Product, how: How) -> Iterator[dict[str, Any]]:
         for scale in how.guidance:
             began = time.process_time()
             judged = guided_product(teacher_product(product, product.net, steps), scale)
-            found = measure(judged, judge_of(judged, spec))[0]
+            found = measure(judged, judge_of(judged, spec), timed=False)[0]
             yield {
                 "average": how.average,
                 "heun_steps": steps,

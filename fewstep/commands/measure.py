@@ -33,8 +33,10 @@ def teacher_product(product: Product, teacher: Any, steps: int) -> Product:
     return replace(product, net=teacher, sampler=sampler, title=title, trained=None)
 
 
-def measure(product: Product, judge: Judge, *, batch: int = BATCH) -> tuple[Evaluation, Tensor]:
+def measure(product: Product, judge: Judge, *, batch: int = BATCH, timed: bool = True) -> tuple[Evaluation, Tensor]:
     """Draw the preset's samples and measure them; returns the numbers and the samples, on the CPU.
+
+    timed: also how long 1,000 take, for which up to four more batches are drawn.
 
     Raises:
         UserError: samples that are not finite.
@@ -55,5 +57,7 @@ def measure(product: Product, judge: Judge, *, batch: int = BATCH) -> tuple[Eval
             sets.append(make_samples(judge.job(batch), generate, judge.extractor, judge.clip_images))
         except InputError as error:
             raise UserError(f"{product.title}: {error}; nothing was measured") from None
-    seconds = seconds_per_1000(model.generate(0), list(range(min(batch, judge.preset.number))))
+    seconds = None
+    if timed:
+        seconds = seconds_per_1000(model.generate(0), list(range(min(batch, judge.preset.number))))
     return judge.evaluate(model, sets, seconds=seconds), torch.cat(drawn)

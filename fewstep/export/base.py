@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -12,12 +13,13 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from torch import Tensor
+from torch import Tensor, nn
 
 from fewstep.algebra.sampling import Sampler
 from fewstep.config import UserError
 from fewstep.export.stock import difference
 from fewstep.files import parse_json, whole_folder
+from fewstep.networks.weights import not_finite
 from fewstep.train.note import read_note
 
 PARITY = 1e-4
@@ -45,6 +47,18 @@ Rows = Sequence[tuple[str, str]]
 
 class ExportRefused(UserError):
     """What cannot be exported; the message says why, and what to do instead, for the caller to make a sentence of."""
+
+
+def halved(model: nn.Module) -> nn.Module:
+    """A copy on the CPU in float16, as teachers are written; ExportRefused for weights that it cannot hold."""
+    out = copy.deepcopy(model).cpu().eval()
+    for p in out.parameters():
+        p.data = p.data.half()
+    if bad := not_finite(out.named_parameters()):
+        raise ExportRefused(
+            f"float16, in which teachers are written, cannot hold {bad}: it ends at 65504; train with a lower rate"
+        )
+    return out
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -12,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fewstep.algebra.process import EDM, bc
-from fewstep.export.base import HALF_PARITY, PARITY, ExportRefused, Parts
+from fewstep.export.base import HALF_PARITY, ExportRefused, Parts, halved
 from fewstep.export.card import teacher_card
 from fewstep.export.text import is_text_teacher, save_text_teacher
 from fewstep.networks.adapters import Adapted, on_cpu, plain_copy
@@ -33,8 +32,8 @@ def teacher_parts(product: Product) -> Parts:
     return Parts(
         save=partial(_save_finite, product, save_text_teacher if text else _save),
         pairs=partial(_pairs, product),
-        limit=PARITY if text else HALF_PARITY,
-        differs="the folder read as a teacher differs from the network" + ("" if text else " in float32"),
+        limit=HALF_PARITY,
+        differs="the folder read as a teacher differs from the network in float32",
         usage=lambda folder: f"teacher: {{name: diffusers, path: {folder}}}",
         card=partial(teacher_card, product),
         note=(NAME, Note(classes=0 if text else product.classes).text()),
@@ -68,14 +67,7 @@ def _save(product: Product, folder: Path) -> None:
     from diffusers import CMStochasticIterativeScheduler, ConsistencyModelPipeline
 
     net: Any = plain_copy(product.net)
-    unet: Any = copy.deepcopy(net.net.model).cpu().eval()
-    for p in unet.parameters():
-        p.data = p.data.half()
-    bad = not_finite(unet.named_parameters())
-    if bad:
-        raise ExportRefused(
-            f"float16, in which teachers are written, cannot hold {bad}: it ends at 65504; train with a lower rate"
-        )
+    unet: Any = halved(net.net.model)
     keys = ("sigma_min", "sigma_max", "sigma_data", "rho")
     scheduler = CMStochasticIterativeScheduler(**{k: getattr(net.process, k) for k in keys})
     pipe: Any = ConsistencyModelPipeline(unet=unet, scheduler=scheduler)

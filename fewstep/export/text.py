@@ -11,6 +11,7 @@ from torch import nn
 
 from fewstep.algebra.process import DiscreteVP
 from fewstep.config import UserError
+from fewstep.export.base import halved
 from fewstep.export.picture import IF_PIPELINES, no_noise, whole_model
 from fewstep.export.stock import without_variance
 from fewstep.files import read_json
@@ -36,7 +37,7 @@ def is_text_teacher(net: nn.Module) -> bool:
 
 
 def save_text_teacher(product: Product, folder: Path) -> None:
-    """Write the teacher as a folder that `teacher: {name: diffusers}` and, without guidance, IFPipeline open.
+    """Write the teacher, weights in fp16, as a folder that `teacher: {name: diffusers}` and, unguided, IFPipeline open.
 
     The recipe's `sentence` encoder goes along where its conditions are those that the pipeline makes of a prompt
     (77 tokens, `keys: [text]`); otherwise the folder takes `prompt_embeds`.
@@ -60,7 +61,7 @@ def save_text_teacher(product: Product, folder: Path) -> None:
     pipe: Any = (IFSuperResolutionPipeline if net.net.image_channels else IFPipeline)(
         **absent,
         **more,
-        unet=whole_model(net.net).cpu().eval(),
+        unet=halved(whole_model(net.net)),
         scheduler=without_variance(scheduler),
         requires_safety_checker=False,
     )

@@ -53,8 +53,16 @@ def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
     told = recipe(folder, student=student, method={"name": "denoise", "drop_cond": 0.0})
     data = told.data.open()
     net = lively(build_roles(told, data).student)
+    done = write_checked(parts_of(product_of(told, net, data, "teacher")), folder / "rounded")
+    assert 1e-5 < done.parity < 5e-3  # teachers are written in float16
+    for p in net.parameters():
+        p.data = p.data.half().float()
     done = write_checked(parts_of(product_of(told, net, data, "teacher")), folder / "export")
     assert done.parity < 1e-6
+    next(net.parameters()).data.flatten()[0] = 1e5
+    with pytest.raises(UserError, match=r"float16, in which teachers are written, cannot hold .*: it ends at 65504"):
+        write_checked(parts_of(product_of(told, net, data, "teacher")), folder / "large")
+    assert not (folder / "large").exists()
     return folder / "export"
 
 
@@ -75,6 +83,8 @@ def student_of(teacher: Path, folder: Path, steps: list[float], **more: Any) -> 
 
 
 def test_a_teacher_is_opened_again_as_it_was_written(teacher: Path):
+    weights = load_file(teacher / "unet" / "diffusion_pytorch_model.safetensors")
+    assert {w.dtype for w in weights.values()} == {torch.float16}
     index = json.loads((teacher / "model_index.json").read_text())
     config = json.loads((teacher / "unet" / "config.json").read_text())
     assert index["_class_name"] == "IFSuperResolutionPipeline"
