@@ -102,7 +102,10 @@ def gallery(
 
     wanted = [c.strip() for c in captions.split(",") if c.strip()]
     rows = draw_gallery(runs, wanted, out, steps=steps, guidance=guidance, seed=seed)
-    typer.echo(f"{out}: {rows} rows of {len(wanted)}")
+    typer.echo(f"{out}: {len(rows)} rows of {len(wanted)}")
+    strengths = [f"{name} {value:.3f}" for name, value in rows if value is not None]
+    if strengths:
+        typer.echo(f"saturation (largest minus smallest channel, mean): {'; '.join(strengths)}")
 
 
 @app.command(

@@ -16,6 +16,7 @@ from fewstep.commands.report import opened
 from fewstep.config import UserError
 from fewstep.eval.protocol.images import to_pixels
 from fewstep.train.product import Product, teacher_beside
+from fewstep.train.samples import saturation
 
 LEFT, TOP = 96, 30
 """Pixels for the names of the rows and of the columns."""
@@ -82,8 +83,11 @@ def rows_of(runs: Sequence[Path], captions: Sequence[str], steps: int, guidance:
 
 def draw_gallery(
     runs: Sequence[Path], captions: Sequence[str], out: Path, *, steps: int, guidance: float, seed: int
-) -> int:
-    """Write the picture; returns its number of rows. UserError for captions that the data does not have."""
+) -> list[tuple[str, float | None]]:
+    """Write the picture; returns each row's name and how strong its colours are, None of grey samples.
+
+    UserError for captions that the data does not have.
+    """
     rows = rows_of(runs, captions, steps, guidance, seed)
     save_picture(captioned(rows, captions), out)
-    return len(rows)
+    return [(name, float(saturation(x.clamp(-1, 1))) if x.shape[1] == 3 else None) for name, x in rows]

@@ -13,6 +13,7 @@ import pytest
 import torch
 from PIL import Image
 from tiny_emoji import FOOD, make_package, make_text, packed
+from torchvision.transforms.functional import to_tensor
 from typer.testing import CliRunner
 
 from fewstep.algebra.condition import replaced
@@ -239,6 +240,16 @@ def test_a_gallery_has_a_row_for_each_source_and_refuses_other_captions(made: Pa
         assert corner.tobytes() == banana.tobytes()
     with pytest.raises(UserError, match="caption 'kiwi': is not one of the 5"):
         rows_of([made / "teacher"], ["kiwi"], 2, 1.0, 0)
+
+
+def test_a_gallery_tells_how_strong_colours_are(made: Path, tmp_path: Path):
+    """Those of the data are its picture's, whose channels are within [0, 1] there and [-1, 1] here."""
+    asked = ["gallery", str(made / "teacher"), "--captions", "banana", "--out", str(tmp_path / "g.png")]
+    told = CliRunner().invoke(app, asked).output
+    with Image.open(made / "data" / "1f2.png") as banana:
+        pixels = to_tensor(banana.convert("RGB")).double()
+    strength = 2 * float((pixels.amax(0) - pixels.amin(0)).mean())
+    assert f"mean): data {strength:.3f}; teacher " in told.replace("\n", " ")
 
 
 def test_a_student_trains_on_cached_words_as_with_their_encoder(made: Path, tmp_path: Path):
