@@ -23,7 +23,7 @@ from fewstep.eval.features.extractors import build_extractor
 from fewstep.eval.features.retrieval import Retrieval
 from fewstep.eval.metrics.paired import Paired
 from fewstep.eval.protocol.evaluate import evaluate, preset_clip, prompts_digest
-from fewstep.eval.protocol.evaluation import Evaluation
+from fewstep.eval.protocol.evaluation import LESS_IS_BETTER, Evaluation
 from fewstep.eval.protocol.preset import CHAINS, PAIRED, VOXELS, Preset, load_preset, require_files
 from fewstep.eval.protocol.prompts import prompts_of
 from fewstep.eval.protocol.reference import Reference, Source, preset_reference
@@ -54,6 +54,11 @@ class Judge:
     @property
     def clip_images(self) -> FeatureExtractor | None:
         return self.clip.images if self.clip else None
+
+    def of_distance(self) -> Judge:
+        """The same without any metric but the first distance, by which runs are ranked: recall takes minutes."""
+        kept = next((m for m in self.preset.metrics if m in LESS_IS_BETTER), None)
+        return replace(self, omit={**self.omit, **{m: "not the distance" for m in self.preset.metrics if m != kept}})
 
     def job(self, batch: int, identity: Mapping[str, Any] | None = None) -> Job:
         """What is generated; `identity` tells models apart whose samples lie in one cache."""

@@ -85,3 +85,16 @@ def test_a_run_without_a_reward_has_none_and_latents_have_none():
     assert judge.reward_of(product) is None
     assert judge.reward_of(replace(product, recipe=load("digits-dmd2-ink"), vae="somewhere")) is None
     assert judge.reward_of(replace(product, recipe=None)) is None
+
+
+def test_the_distance_alone_is_the_distance_among_all_metrics():
+    recipe = load("digits-dmd2")
+    data: Any = recipe.data.open()
+    product = product_of(recipe, build_roles(recipe, data).student.eval(), data, "student")
+    assert recipe.evaluate is not None
+    whole = judge.judge_of(product, replace(recipe.evaluate, metric="digits", samples=60))
+    (every, _), (alone, _) = measure(product, whole, timed=False), measure(product, whole.of_distance(), timed=False)
+    assert len(every.metrics) > 2
+    assert list(alone.metrics) == [next(iter(every.metrics))]
+    assert alone.distance.value == every.distance.value
+    assert alone.seconds is None

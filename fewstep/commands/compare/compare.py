@@ -39,7 +39,7 @@ from fewstep.commands.report import with_error
 from fewstep.commands.trust import allow_own_code
 from fewstep.config import UserError, plain
 from fewstep.data.toy import Ring
-from fewstep.eval.protocol.evaluation import Evaluation, distance_of
+from fewstep.eval.protocol.evaluation import LESS_IS_BETTER, Evaluation, distance_of
 from fewstep.files import file_sha256
 from fewstep.networks import code
 from fewstep.recipe.schema import Evaluate, Recipe
@@ -175,7 +175,7 @@ def check_judges(loaded: Mapping[str, Recipe], evaluation: Evaluate) -> int:
             judge = judge_of(product_of(recipe, nn.Identity(), data, name), evaluation)
         except UserError as error:
             raise UserError(f"{name}: {error}") from None
-        if not {"fd", "kid", "cmmd", "energy"} & set(judge.preset.metrics):
+        if not set(LESS_IS_BETTER) & set(judge.preset.metrics):
             raise UserError(f"{name}: preset {judge.preset.name} measures no distance, so nothing ranks it")
         seen.setdefault(judge.reference.digest, name)
         numbers.setdefault(judge.preset.number, name)

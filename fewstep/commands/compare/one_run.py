@@ -148,7 +148,7 @@ def train(task: Task) -> None:
     def distance() -> float:
         trainer = account.trainer
         now = product_of(final, trainer.product.eval(), trainer.data, task.recipe)
-        return measure(now, judge(), timed=False)[0].distance.value
+        return measure(now, judge().of_distance(), timed=False)[0].distance.value
 
     curve = Curve(run / "curve.jsonl", marks(total, task.points), distance) if task.points else None
 
