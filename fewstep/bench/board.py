@@ -330,11 +330,12 @@ def measured(board: Board, name: str, seeds: int, points: int, work: Path, resum
     """results.json of a recipe's own comparison; what was ever busy stays so when it is resumed."""
     folder = work / name.replace("/", "-")
     mark = was_busy(folder / "results.json")
-    if not resume:
-        mark.unlink(missing_ok=True)
-    if busy:
-        work.mkdir(parents=True, exist_ok=True)
-        mark.touch()
+    if resume or not folder.exists():  # otherwise what is there is refused, and keeps its mark
+        if not resume:
+            mark.unlink(missing_ok=True)
+        if busy:
+            work.mkdir(parents=True, exist_ok=True)
+            mark.touch()
     return compare([name], "own", seeds, folder, resume, settings_of(board), (), board.samples, points)
 
 

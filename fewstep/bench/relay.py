@@ -148,7 +148,8 @@ def train(name: str, run: Path) -> None:
     else:
         relay = committed(begun(name, run))
         core = relay.get("core_seconds", {"training": 0, "evaluation": 0})
-        note(run, updates=relay.get("updates", 0), core_s=core["training"], evaluated_s=core["evaluation"])
+        base = {"updates": relay.get("updates", 0), "legs": len(relay.get("legs", []))}
+        note(run, **base, core_s=core["training"], evaluated_s=core["evaluation"])
     started = time.process_time()  # opening data is no training
     now, moments = datetime.now().isoformat(" ", "seconds"), "kept" if kept else "fresh"
     note(run, leg=trainer.progress.done, started=now, commit=commit()[:7], moments=moments, seed=recipe.train.seed)
@@ -210,7 +211,7 @@ def look(run: Path, how: How) -> list[dict[str, Any]]:
         told = {
             "done": known[0]["updates"] + product.done,
             "train_core_s": round(spent(run, product.done), 1),
-            "leg": len(legs(run, product.done)),
+            "leg": known[0].get("legs", 0) + len(legs(run, product.done)),
         }
         out.append(told | row)
         note(run, look=out[-1])

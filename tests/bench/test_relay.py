@@ -112,6 +112,8 @@ def test_legs_are_counted_through_stops_and_a_start_from_what_was_shipped(
     third = relay.history(second, again, 2)
     assert stretches(third)[4:] == [(10, 12, "fresh", 2)]
     assert (third["updates"], len(third["legs"])) == (12, 5)
+    (looked,) = relay.look(again, replace(QUICK, average="ema_0.99"))
+    assert (looked["done"], looked["leg"]) == (12, 5)
 
 
 def stretches(told: dict[str, Any]) -> list[tuple[int, int, str, int]]:

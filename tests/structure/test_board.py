@@ -10,7 +10,20 @@ from typing import Any
 
 import pytest
 
-from fewstep.bench.board import BOARDS, GROUPS, Board, digest_of, group_of, lines, main, ranked, table, taken
+from fewstep.bench.board import (
+    BOARDS,
+    GROUPS,
+    Board,
+    digest_of,
+    group_of,
+    lines,
+    main,
+    measured,
+    ranked,
+    table,
+    taken,
+    was_busy,
+)
 from fewstep.bench.pace import TIMED, pace
 from fewstep.config import UserError
 from fewstep.eval.protocol.preset import load_preset
@@ -203,6 +216,29 @@ def test_a_row_made_beside_other_work_shows_no_seconds_but_those_at_rest(
     main(["digits", "--take", str(old), "--busy", *where])
     with pytest.raises(UserError, match="its row is of an earlier recipe"):
         main(["digits", "--pace", "digits-kd", *where])
+
+
+def test_what_was_busy_stays_so_until_it_is_made_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    board, marks = BOARDS["digits"], []
+
+    def compare(recipes: Any, budget: str, seeds: int, folder: Path, resume: bool, *_: Any) -> Path:
+        marks.append(was_busy(folder / "results.json").exists())
+        if folder.exists() and not resume:
+            raise UserError("holds a comparison")
+        folder.mkdir(exist_ok=True)
+        return folder / "results.json"
+
+    monkeypatch.setattr("fewstep.bench.board.compare", compare)
+    measured(board, "digits-kd", 1, 2, tmp_path, resume=False, busy=True)
+    for busy in (True, False):
+        with pytest.raises(UserError, match="holds a comparison"):
+            measured(board, "digits-kd", 1, 2, tmp_path, resume=False, busy=busy)
+    measured(board, "digits-kd", 1, 2, tmp_path, resume=True, busy=False)
+    (tmp_path / "digits-kd").rmdir()
+    measured(board, "digits-kd", 1, 2, tmp_path, resume=False, busy=False)
+    with pytest.raises(UserError, match="holds a comparison"):
+        measured(board, "digits-kd", 1, 2, tmp_path, resume=False, busy=True)
+    assert marks == [True, True, True, True, False, False]
 
 
 def test_a_pace_counts_the_first_update_of_each_stage_once(monkeypatch: pytest.MonkeyPatch):
