@@ -15,7 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
@@ -27,12 +27,12 @@ from fewstep.commands.compare.budget import Budget
 from fewstep.commands.compare.compare import compare
 from fewstep.commands.compare.one_run import NEVER, identity
 from fewstep.commands.compare.ranking import by_class, cells_line
+from fewstep.commands.judge import preset_of
 from fewstep.commands.report import with_error
 from fewstep.config import UserError
 from fewstep.eval.protocol.evaluation import Evaluation, distance_of, environment
-from fewstep.eval.protocol.preset import load_preset
 from fewstep.files import atomic_path, dirty, read_json
-from fewstep.recipe.schema import Recipe
+from fewstep.recipe.schema import Evaluate, Recipe
 from fewstep.recipe.source import shipped
 from fewstep.recipe.store import load
 
@@ -193,7 +193,7 @@ def refuse(board: Board, told: Mapping[str, Any], results: Path) -> None:
         raise UserError(f"{results}: is a comparison under {told.get('budget')}; a board takes --budget own")
     if told["settings"] not in ([], settings_of(board)):
         raise UserError(f"{results}: changes the recipes ({', '.join(told['settings'])}); a board has them as they ship")
-    protocol, places = replace(load_preset(board.preset), number=board.samples), ranked(board)
+    protocol, places = preset_of(Evaluate(metric=board.preset, samples=board.samples)), ranked(board)
     for row in [*told["rows"], *told["teachers"]]:
         if row["preset_hash"] != protocol.hash:
             raise UserError(

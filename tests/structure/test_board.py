@@ -13,6 +13,7 @@ import pytest
 from fewstep.bench.board import (
     BOARDS,
     GROUPS,
+    OWN,
     Board,
     digest_of,
     group_of,
@@ -20,13 +21,15 @@ from fewstep.bench.board import (
     main,
     measured,
     ranked,
+    refuse,
+    settings_of,
     table,
     taken,
     was_busy,
 )
 from fewstep.bench.pace import TIMED, pace
+from fewstep.commands.judge import preset_of
 from fewstep.config import UserError
-from fewstep.eval.protocol.preset import load_preset
 from fewstep.files import read_json
 from fewstep.recipe.store import load
 
@@ -59,7 +62,7 @@ def test_only_students_of_the_datas_own_distribution_are_ranked():
 
 
 MACHINE = {"torch": "2", "device": "CPU", "threads": "1", "machine": "m"}
-HASH = replace(load_preset("digits"), number=5000).hash
+HASH = preset_of(replace(load("digits-dmd2").evaluate, metric="digits", samples=5000)).hash  # type: ignore[type-var]
 TEACHER = {"path": "assets:digits-teacher", "sha256": "t"}
 
 
@@ -265,6 +268,19 @@ def test_a_pace_counts_the_first_update_of_each_stage_once(monkeypatch: pytest.M
     assert told["cpu_seconds"] == pytest.approx(7 + 4 + 50 + 999 * 0.5)
     assert (told["timed"], told["seconds"]) == (3 + 1 + TIMED, {"1": 3.0, "2": 3.0})
     assert next(costs, None) is None
+
+
+@pytest.mark.parametrize("name", BOARDS)
+def test_a_board_takes_what_a_comparison_of_its_recipes_measures(name: str):
+    """`fewstep compare` keeps each recipe's own seed of samples, which is part of the protocol."""
+    board, told = BOARDS[name], {"budget": OWN, "settings": settings_of(BOARDS[name]), "teachers": []}
+    for recipe in ranked(board):
+        spec = load(recipe, settings_of(board)).evaluate
+        assert spec is not None
+        made = preset_of(replace(spec, samples=board.samples))
+        refuse(board, told | {"rows": [row(recipe, 1.0, preset_hash=made.hash)]}, Path("x"))
+        with pytest.raises(UserError, match="is measured by"):
+            refuse(board, told | {"rows": [row(recipe, 1.0, preset_hash=replace(made, first_seed=1).hash)]}, Path("x"))
 
 
 def test_what_is_no_row_of_a_board_is_refused(tmp_path: Path):
