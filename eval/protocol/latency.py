@@ -55,8 +55,7 @@ def seconds_per_1000(generate: Callable[[list[int]], Tensor], indices: list[int]
 
     The first call is cold (memory and kernels are found on it). With CUDA it is wall time between two synchronisations,
     on a CPU processor time on one thread, in which waiting for one's turn does not count (a neighbour on the same core
-    does): several threads would count their
-    waiting for each other too.
+    does): several threads would count their waiting for each other too.
     """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)

@@ -279,14 +279,15 @@ def _cells(row: Mapping[str, Any]) -> list[str]:
     cells = [name, t.get("method", "") if student else "", str(e.calls)]
     cells += [with_error(e.distance), seeds, *by_class(e), "" if recall is None else f"{recall:.3f}"]
     busy, told = bool(row.get("busy")), row.get("pace")
-    drawn = e.seconds if told is None else told["seconds"].get(str(row["steps"]))
-    cells.append("–" if busy and not told else _seconds(drawn, 2, busy))
+    hidden = busy and not told
+    drawn = told["seconds"].get(str(row["steps"])) if told else e.seconds
+    cells.append("–" if hidden else _seconds(drawn, 2, busy))
     if student:
         slower = told["cpu_seconds"] / t["cpu_seconds"] if told else 1.0
         near = t.get("settled_cpu_seconds")
         whole = _seconds(t["cpu_seconds"] * slower, 0, busy) + " (interrupted)" * (row["resumes"] > 0 and not told)
         seconds = [whole, _seconds(None if near is None else near * slower, 0, busy)]
-        cells += [f"{t['updates']:,}", *(["–", "–"] if busy and not told else seconds)]
+        cells += [f"{t['updates']:,}", *(["–", "–"] if hidden else seconds)]
         cells += [f"{t['peak_memory_mib']:.0f}", row["commit"]]
     return cells
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from fewstep.commands.compare.budget import Accounted, with_lengths
 from fewstep.commands.compare.compare import imports_of
-from fewstep.commands.judge import judge_of
+from fewstep.commands.judge import preset_of
 from fewstep.commands.sources import BATCH, of_product
 from fewstep.eval.protocol.latency import seconds_per_1000
 from fewstep.files import commit
@@ -43,7 +43,7 @@ def pace(recipe: Recipe, counts: Sequence[int]) -> dict[str, Any]:
     trainer = account.trainer
     product = product_of(recipe, trainer.product.eval(), trainer.data, "")
     assert recipe.evaluate is not None  # `board.ranked` has only those that are measured
-    preset = judge_of(product, recipe.evaluate).preset
+    preset = preset_of(recipe.evaluate)
     seconds = {}
     for n in counts:
         make = of_product(preset, product.with_steps(n), "").generate(0)

@@ -59,8 +59,7 @@ class Judge:
         """The same without any metric but the first distance, by which runs are ranked: recall takes minutes."""
         kept = next((m for m in self.preset.metrics if m in LESS_IS_BETTER and m not in self.omit), None)
         others = {m: "not the distance" for m in self.preset.metrics if m not in (kept, *self.omit)}
-        bare = replace(self, retrieval=None, paired=None, reward=None, omit={**self.omit, **others})
-        return bare if kept == "cmmd" else replace(bare, clip=None)
+        return replace(self, clip=None, retrieval=None, paired=None, reward=None, omit={**self.omit, **others})
 
     def job(self, batch: int, identity: Mapping[str, Any] | None = None) -> Job:
         """What is generated; `identity` tells models apart whose samples lie in one cache."""
