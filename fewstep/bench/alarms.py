@@ -95,7 +95,7 @@ def table(file: Path) -> str:
     loud = [r for r in rows if r["alarms"]]
     every = [n for n in shipped() if not n.startswith(("paper/", "models/"))]
     text = (
-        f"Over whole runs of {len(ran)} of the {len(every)} shipped recipes (one each, "
+        f"Over whole runs of {len(ran)} of the {len(every)} shipped recipes (paper/ and models/ aside; one each, "
         f"{sum(r['readings'] for r in rows):,} readings of samples) the guard raised alarms in {len(loud)}"
     )
     if loud:

@@ -15,78 +15,26 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
-from functools import cache
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+from fewstep.bench.board_table import NOTES, draw, table
+from fewstep.bench.boards import BOARDS, Board, digest_of, is_guided, ranked, settings_of
 from fewstep.bench.pace import pace
-from fewstep.commands.compare import curve
 from fewstep.commands.compare.budget import Budget
 from fewstep.commands.compare.compare import compare
-from fewstep.commands.compare.one_run import NEVER, identity
-from fewstep.commands.compare.ranking import by_class, cells_line
+from fewstep.commands.compare.one_run import NEVER
 from fewstep.commands.judge import preset_of
-from fewstep.commands.report import with_error
 from fewstep.config import UserError
-from fewstep.eval.protocol.evaluation import Evaluation, distance_of, environment
+from fewstep.eval.protocol.evaluation import environment
 from fewstep.files import atomic_path, dirty, read_json
-from fewstep.recipe.schema import Evaluate, Recipe
-from fewstep.recipe.source import shipped
+from fewstep.recipe.schema import Evaluate
 from fewstep.recipe.store import load
 
 OWN = str(Budget.parse("own"))
 MACHINE = ("device", "machine", "threads", "torch")
 """What of the environment must be alike for seconds and memory to stand in one column."""
-EVALUATION = frozenset(f.name for f in fields(Evaluation))
-GROUPS = ("the teacher alone", "the teacher and data", "data; the teacher at most as a start")
-
-
-@dataclass(frozen=True)
-class Board:
-    """Whose recipes it ranks, and by what."""
-
-    prefix: str
-    metric: str
-    """That of the recipes that belong on it."""
-    preset: str
-    """That of its rows, with more samples."""
-    samples: int
-
-
-BOARDS = {
-    "digits": Board("digits-", "fd-house-digits", "digits", 5000),
-    "fashion": Board("fashion-", "fd-house-fashion-mnist", "fashion-mnist", 10000),
-    "toy": Board("toy/", "energy", "energy", 4000),
-}
-
-
-def group_of(recipe: Recipe) -> str:
-    """What the stages that distil need, as rows are grouped; a stage that trains a teacher's own loss is none of them.
-
-    >>> fewstep.bench.board.group_of(fewstep.load("digits-kd"))
-    'the teacher alone'
-    """
-    methods = [m for stage in recipe.stages() if (m := stage.method).name != "denoise"] or [recipe.method]
-    needs = [m.needs() for m in methods]
-    asked = set().union(*(n.roles & n.frozen for n in needs)) - {"target", "stage1"}  # copies of the student
-    if not asked and getattr(recipe.discriminator, "trunk", "") != "teacher":
-        return GROUPS[2]
-    return GROUPS[1] if any(n.data for n in needs) else GROUPS[0]
-
-
-@cache
-def ranked(board: Board) -> tuple[str, ...]:
-    """Shipped recipes that have a row, or could have one: students without a reward, by its metric."""
-    found = []
-    for name in shipped():
-        if name.startswith(board.prefix):
-            recipe = load(name)
-            alike = recipe.evaluate is not None and recipe.evaluate.metric == board.metric
-            if alike and recipe.teacher is not None and "reward" not in recipe.roles:
-                found.append(name)
-    return tuple(found)
 
 
 def taken(board: Board, file: Path, results: Path, busy: bool = False) -> dict[str, Any]:
@@ -205,122 +153,9 @@ def refuse(board: Board, told: Mapping[str, Any], results: Path) -> None:
             raise UserError(f"{results}: {row['group']} has no place on this board; those that have: {', '.join(places)}")
 
 
-def is_guided(recipe: Recipe) -> bool:
-    """Whether it aims at a guided distribution, whose distance to the data is no verdict."""
-    return getattr(recipe.method, "guidance", 1.0) not in (1.0, (1.0, 1.0))
-
-
-def settings_of(board: Board) -> list[str]:
-    """Changes to the recipes with which a board's rows are measured."""
-    return [] if board.metric == board.preset else [f"evaluate.metric={board.preset}"]
-
-
 def _bare(row: Mapping[str, Any]) -> dict[str, Any]:
     """A row without its place in its comparison."""
     return {k: v for k, v in row.items() if k not in ("rank", "difference")}
-
-
-def table(board: Board, content: Mapping[str, Any]) -> str:
-    """Rows in their groups, best first, the teachers after them, and the recipes that have no row."""
-    rows, known = content["rows"], set(ranked(board))
-    stale = sorted({r["group"] for r in rows if r["group"] not in known or r["identity"] != digest_of(r["group"])})
-    rows = [r for r in rows if r["group"] not in stale]
-    name = str(distance_of(_evaluation(rows[0]))).partition(" (")[0] if rows else "FD"
-    head = ["recipe", "method", "calls", f"{name} ±", "seeds", "accuracy", "diversity", "recall", "s / 1000"]
-    beside = len(head)
-    head += ["updates", "core-s", "core-s to within 5 % of its end", "peak MiB", "commit"]
-    lines = []
-    for group in GROUPS:
-        own = [r for r in rows if group_of(load(r["group"])) == group]
-        if own:
-            lines += [f"**What needs {group}**", "", cells_line(head), cells_line(["---"] * len(head))]
-            lines += [cells_line(_cells(r)) for r in sorted(own, key=lambda r: _evaluation(r).distance.value)] + [""]
-    lines += ["**The teacher without training**, plain and with a fitted sampler", ""]
-    lines += [cells_line(head[:beside]), cells_line(["---"] * beside)]
-    lines += [cells_line(_cells(r)[:beside]) for r in content["teachers"]] + [""]
-    failed = sorted({f["recipe"] for f in content["failed"]} - {r["group"] for r in rows})
-    missing = sorted(known - {r["group"] for r in rows} - set(failed) - set(stale))
-    for told, names in (("Failed", failed), ("Of an earlier recipe, to be made again", stale), ("Not run", missing)):
-        if names:
-            lines += [f"{told}: " + ", ".join(f"`{n}`" for n in names) + ".", ""]
-    if rows:
-        machine = ", ".join(f"{k} {v}" for k, v in content["machine"].items())
-        lines += [
-            f"Each at its recipe's own updates; {board.samples:,} samples, preset `{board.preset}`; {machine}. {NOTES}"
-        ]
-    return "\n".join(lines).rstrip()
-
-
-NOTES = (
-    "≈: of a few updates at rest, without checkpoints; a dash: taken beside other work, so not shown. "
-    "Interrupted: continued from a checkpoint, without what was lost after it. Seeds 2 of 3: the others failed. Peak: of "
-    "the training, on a CPU up to its first measurement. Guided: aims at a guided distribution, which is not the data's."
-)
-
-
-@cache
-def digest_of(name: str) -> str:
-    """What `fewstep compare` keeps of the recipe that a run had, of one as it ships today."""
-    return identity(load(name, list(NEVER)))
-
-
-def _evaluation(row: Mapping[str, Any]) -> Evaluation:
-    return Evaluation.from_json({k: v for k, v in row.items() if k in EVALUATION})
-
-
-def _cells(row: Mapping[str, Any]) -> list[str]:
-    e = _evaluation(row)
-    t, student, seeds = e.training, "curves" in row, ""
-    recall = e.value("recall")
-    if student:
-        had, asked = len(e.metrics[str(distance_of(e))]["values"]), row["seeds_asked"]
-        seeds = f"{had} of {asked}" if had < asked else f"{had}"
-    name = f"`{e.name}`" + " (guided)" * row["guided"] if student else e.name
-    cells = [name, t.get("method", "") if student else "", str(e.calls)]
-    cells += [with_error(e.distance), seeds, *by_class(e), "" if recall is None else f"{recall:.3f}"]
-    busy, told = bool(row.get("busy")), row.get("pace")
-    hidden = busy and not told
-    drawn = told["seconds"].get(str(row["steps"])) if told else e.seconds
-    cells.append("–" if hidden else _seconds(drawn, 2, busy))
-    if student:
-        slower = told["cpu_seconds"] / t["cpu_seconds"] if told else 1.0
-        near = t.get("settled_cpu_seconds")
-        whole = _seconds(t["cpu_seconds"] * slower, 0, busy) + " (interrupted)" * (row["resumes"] > 0 and not told)
-        seconds = [whole, _seconds(None if near is None else near * slower, 0, busy)]
-        cells += [f"{t['updates']:,}", *(["–", "–"] if hidden else seconds)]
-        cells += [f"{t['peak_memory_mib']:.0f}", row["commit"]]
-    return cells
-
-
-def _seconds(value: float | None, digits: int, busy: bool) -> str:
-    return "" if value is None else "≈ " * busy + f"{value:.{digits}f}"
-
-
-def lines(content: Mapping[str, Any]) -> dict[str, list[list[dict[str, float]]]]:
-    """The runs' points by recipe, at rest: those made beside other work end at what their training costs there.
-
-    A row without seconds of its own has none.
-    """
-    found = {}
-    for r in content["rows"]:
-        if not r.get("busy"):
-            found[r["group"]] = r["curves"]
-        elif "pace" in r:
-            rest = r["pace"]["cpu_seconds"]
-            found[r["group"]] = [
-                [p | {"cpu_seconds": p["cpu_seconds"] * rest / run[-1]["cpu_seconds"]} for p in run]
-                for run in r["curves"]
-            ]
-    return found
-
-
-def draw(content: Mapping[str, Any], path: Path) -> bool:
-    """One line a run, one colour a recipe; whether there was a curve to draw. An older picture without one goes."""
-    first = next(iter(content["rows"]), None)
-    drawn = curve.save(lines(content), str(distance_of(_evaluation(first))) if first else "", path)
-    if not drawn:
-        path.unlink(missing_ok=True)
-    return drawn
 
 
 def assets() -> Path:
@@ -368,20 +203,20 @@ def main(argv: Sequence[str] | None = None) -> None:
     if (given.recipes or given.pace) and dirty():
         raise UserError("the checkout has changes, so no commit tells what is measured; commit them first")
     for path in given.take:
-        draw(taken(board, file, path, given.busy or was_busy(path).exists()), picture)
+        draw(board, taken(board, file, path, given.busy or was_busy(path).exists()), picture)
     steps = {name: [r["steps"] for r in unpaced(file, name)] for name in given.pace}
     for name, counts in steps.items():
         timed = pace(load(name, [*settings_of(board), *NEVER]), counts)
-        draw(paced(file, name, timed), picture)
+        draw(board, paced(file, name, timed), picture)
     wrong = []
     for name in given.recipes:
         try:
             path = measured(board, name, given.seeds, given.points, given.work, given.resume, given.busy)
-            draw(taken(board, file, path, was_busy(path).exists()), picture)
+            draw(board, taken(board, file, path, was_busy(path).exists()), picture)
         except UserError as error:  # the others are measured all the same
             wrong.append(f"{name}: {error}")
     if file.exists():
-        print(table(board, read_json(file)))
+        print(f"{table(board, read_json(file))}\n\n{NOTES}")
     if wrong:
         raise SystemExit("\n".join(wrong))
 

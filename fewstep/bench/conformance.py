@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from fewstep.algebra.draws import Draws, fold
-from fewstep.bench.board import is_guided
+from fewstep.bench.boards import is_guided
 from fewstep.config import UserError
 from fewstep.eval import energy_distance
 from fewstep.files import atomic_path, commit

@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
+from itertools import chain
 from pathlib import Path
 
+from fewstep.bench import emoji, reached
 from fewstep.bench.alarms import table as table_of_alarms
-from fewstep.bench.board import BOARDS, assets, table as table_of_board
+from fewstep.bench.board import assets
+from fewstep.bench.board_table import NOTES, lines as curves_of, table as table_of_board
+from fewstep.bench.boards import BOARDS, ranked
 from fewstep.commands.compare.ranking import by_class, cells_line
+from fewstep.commands.record import commits_of
 from fewstep.commands.report import read_results, with_error
 from fewstep.eval.protocol.evaluation import Evaluation, distance_of
 from fewstep.files import parse_json, read_json
@@ -48,12 +54,15 @@ def comparison_table(path: Path) -> str:
     for e in map(Evaluation.from_json, told["teachers"]):
         lines.append(f"| {e.name} | | {e.calls} | {with_error(e.distance)} | | {' | '.join(by_class(e))} | | |")
     settings = "".join(f", {s}" for s in told["settings"])
+    found = Counter(chain.from_iterable(c.elements() for c in commits_of(told).values())).most_common()
+    several = "commits, and runs of each: " + ", ".join(f"{c} ({n})" for c, n in found)
+    commits = several if len(found) > 1 else f"commit {found[0][0] if found else about['commit'][:7]}"
     failed = "".join(f" Failed: `{f['recipe']}` ({f['message'].splitlines()[0]})." for f in told["failed"])
     lines += [
         "",
         f"{told['budget']} each{settings}, {told['evaluation']['samples']} samples, {told['evaluation']['metric']}; "
         "CPU s and accuracy are means over seeds; "
-        f"{about['device']}, torch {about['torch']}, commit {about['commit'][:7]}.{failed}",
+        f"{about['device']}, torch {about['torch']}; {commits}.{failed}",
     ]
     return "\n".join(lines)
 
@@ -77,16 +86,24 @@ def recipe_text(name: str) -> str:
 
 def boards() -> dict[str, str]:
     """The leaderboards by their blocks' names."""
-    return {f"board-{name}": board(name) for name in BOARDS}
+    return {f"board-{name}": board(name) for name in BOARDS} | {"board-notes": NOTES}
 
 
 def board(name: str) -> str:
     """One leaderboard and its curves."""
     file, picture = (assets() / f"board-{name}.{ending}" for ending in ("json", "png"))
     if not file.exists():
-        return f'No row has been made yet; `make board BOARD={name} RECIPES="..."` makes one.'
-    drawn = f"\n\n![FD over processor seconds, a line a recipe]({picture.name})" if picture.exists() else ""
-    return table_of_board(BOARDS[name], read_json(file)) + drawn
+        names = ", ".join(f"`{n}`" for n in ranked(BOARDS[name]))
+        return f'No row has been made yet; `make board BOARD={name} RECIPES="..."` makes one. Not run: {names}.'
+    content = read_json(file)
+    shown = picture.exists() and curves_of(BOARDS[name], content)
+    drawn = f"\n\n![FD over processor seconds, a line a recipe]({picture.name})" if shown else ""
+    return table_of_board(BOARDS[name], content) + drawn
+
+
+def text_to_image() -> str:
+    """The emoji teacher and its students."""
+    return emoji.table(read_json(assets() / "emoji.json"), emoji.shipped_teacher())
 
 
 PROVOKED = {
@@ -144,6 +161,10 @@ TOLD = (
 """Readings of `expected:` that the page of health prints, where a recipe has them."""
 
 
+BANDED = ("digits-dmd2", "digits-sid", "digits-scd", "fashion-dmd2", "emoji-dmd2")
+"""Recipes that are to have `expected:`."""
+
+
 def bands() -> str:
     """Of each shipped recipe with bands: some readings at its beginning, in its middle and at its end."""
     lines = [cells_line(["recipe", "runs", "reading", "at first", "half way", "at the end"]), "|" + "---|" * 6]
@@ -156,7 +177,9 @@ def bands() -> str:
             band = expected.bands[key]
             cells = [f"{band.low[i]:.3g} to {band.high[i]:.3g}" for i in parts]
             lines.append(cells_line([f"`{name}`", str(expected.runs), f"`{key}`", *cells]))
-    return "\n".join(lines) if len(lines) > 2 else "No shipped recipe has bands yet."
+    told = "\n".join(lines) if len(lines) > 2 else "No shipped recipe has bands yet."
+    none = ", ".join(f"`{name}`" for name in BANDED if load(name).expected is None)
+    return told + (f"\n\nNot run, so without bands: {none}." if none else "")
 
 
 def tables() -> dict[str, dict[str, str]]:
@@ -172,7 +195,12 @@ def tables() -> dict[str, dict[str, str]]:
             "bands": bands(),
         },
         "fewstep/networks/README.md": {"refused": refused()},
-        "assets/README.md": {path.stem: comparison_table(path) for path in sorted(compared)} | boards(),
+        "assets/README.md": {path.stem: comparison_table(path) for path in sorted(compared)}
+        | boards()
+        | {
+            "reached": reached.table(assets()),
+            "emoji": emoji.table(read_json(assets() / "emoji.json"), emoji.shipped_teacher()),
+        },
     }
 
 

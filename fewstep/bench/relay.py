@@ -296,14 +296,14 @@ def history(relay: dict[str, Any], run: Path, done: int) -> dict[str, Any]:
 
 def card(name: str, told: dict[str, Any]) -> list[tuple[str, str]]:
     """Rows of the card."""
-    fresh = sum(leg["moments"] == "fresh" for leg in told["legs"])
+    again = sum(leg["moments"] == "fresh" and leg["from"] > 0 for leg in told["legs"])
     out = [
         ("command", f"python -m fewstep.bench.relay train {name} RUN, stopped at the updates of relay.json"),
         ("commit", told["commit"]),
         ("updates, batch, seed", f"{told['updates']}, {told['batch']}, {told['seed']}"),
         ("core-hours of training", f"{told['core_seconds']['training'] / 3600:.2f} on one core"),
-        ("legs", f"{len(told['legs'])}, of which {fresh} with fresh moments"),
-        ("weights", f"{told['average']}: named by hand"),
+        ("legs", f"{len(told['legs'])}, of which {again} began from the weights that had shipped"),
+        ("weights", f"{told['average']}, by choice; the averages were not compared"),
     ]
     for row in told["measured"]:
         how = f"{row['heun_steps']} Heun steps, guidance {row['guidance']:g}, N = {row['samples']}"

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields as dataclass_fields, replace
 from pathlib import Path
 from typing import Any
@@ -136,6 +137,7 @@ def of_comparison(path: Path) -> list[Entry]:
             for part in ("rows", "teachers")
         )
         shared = {"settings": tuple(data["settings"]), "commit": data["environment"]["commit"][:7]}
+        trained = commits_of(data)
     except (AttributeError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path}: is no file by `fewstep compare`: {error}") from None
     out = []
@@ -143,7 +145,9 @@ def of_comparison(path: Path) -> list[Entry]:
         if row.group in shipped() and row.steps == len(load(row.group).sampler().steps):
             values = row.metrics[distance_of(row) or ""]["values"]
             cost = {k: row.training[k] for k in ("method", "updates")}
-            out.append(Entry(recipe=row.group, values=tuple(values), **_numbers(row), **cost, **shared))
+            commit = ", ".join(trained.get(row.group, ())) or shared["commit"]
+            told = _numbers(row) | cost | shared | {"commit": commit}
+            out.append(Entry(recipe=row.group, values=tuple(values), **told))
     own = [row for row in teachers if not row.training]  # a fitted teacher's row tells what its fit had cost
     best = min(own, key=lambda row: row.distance.value, default=None)
     if best is None:
@@ -158,6 +162,15 @@ def of_comparison(path: Path) -> list[Entry]:
         values = (best.distance.value,)
         out.append(Entry(recipe=source, values=values, **_numbers(best), **cost, **(shared | {"settings": ()})))
     return out
+
+
+def commits_of(comparison: Mapping[str, Any]) -> dict[str, Counter[str]]:
+    """How many runs of each recipe were trained at which commit; the file's own is that of the last measurement."""
+    found: dict[str, Counter[str]] = {}
+    for run in comparison.get("runs", ()):
+        commit = run["commit"]
+        found.setdefault(run["recipe"], Counter())[commit[:7] + "-dirty" * commit.endswith("-dirty")] += 1
+    return found
 
 
 def _numbers(row: Evaluation) -> dict[str, Any]:

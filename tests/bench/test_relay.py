@@ -84,7 +84,7 @@ def test_legs_are_counted_through_stops_and_a_start_from_what_was_shipped(
     assert 0 < looked["train_core_s"] <= told["core_seconds"]["training"] + 1
     assert told["core_seconds"]["evaluation"] == round(measured["core_s"] + looked["core_s"])
     text = (shipped / "README.md").read_text()
-    assert "| legs | 2, of which 1 with fresh moments |" in text
+    assert "| legs | 2, of which 1 began from the weights that had shipped |" in text
     assert f"1 Heun steps, guidance 1, N = 20 | {measured['value']:.2f} |" in text
     assert "Trained for 6 steps" in text
 

@@ -78,6 +78,8 @@ def test_a_comparison_gives_each_recipe_at_its_own_steps_and_the_teacher_its_bes
     found = {e.recipe: e for e in of_comparison(ASSETS / "compare-digits.json")}
     assert found["digits-dmd2-4step"].steps == 4
     assert found["digits-dmd2-4step"].updates == 250
+    # Its runs' commits, not that of the checkout in which the last of all was measured.
+    assert (found["digits-sid"].commit, found["digits-icd"].commit) == ("525315b", "2fe7133")
     data = json.loads((ASSETS / "compare-digits.json").read_text())
     best = min(row["metrics"]["FD (house-digits)"]["value"] for row in data["teachers"])
     assert "digits-teacher" not in found  # its runs do not say what they were distilled from
@@ -95,7 +97,7 @@ def test_the_cards_numbers_are_those_of_the_files_that_commands_wrote():
         for entry in of_comparison(ASSETS / source):
             wanted = (entry.recipe, entry.updates, entry.steps)
             (line,) = [e for e in lines if (e["recipe"], e["updates"], e["steps"]) == wanted]
-            assert line["values"] == list(entry.values)
+            assert (line["values"], line["commit"]) == (list(entry.values), entry.commit)
     shown = [r for _, r in measured({}) if r.setting == "digits-sid"]
     (line,) = [e for e in lines if e["recipe"] == "digits-sid"]
     assert shown[0].value == round(sum(line["values"]) / len(line["values"]), 2)

@@ -10,23 +10,9 @@ from typing import Any
 
 import pytest
 
-from fewstep.bench.board import (
-    BOARDS,
-    GROUPS,
-    OWN,
-    Board,
-    digest_of,
-    group_of,
-    lines,
-    main,
-    measured,
-    ranked,
-    refuse,
-    settings_of,
-    table,
-    taken,
-    was_busy,
-)
+from fewstep.bench.board import OWN, main, measured, refuse, taken, was_busy
+from fewstep.bench.board_table import lines, table
+from fewstep.bench.boards import BOARDS, GROUPS, Board, digest_of, group_of, ranked, settings_of
 from fewstep.bench.pace import TIMED, pace
 from fewstep.commands.judge import preset_of
 from fewstep.config import UserError
@@ -170,6 +156,10 @@ def test_a_row_says_what_its_runs_went_through(tmp_path: Path):
     told = table(BOARDS["digits"], taken(BOARDS["digits"], file, stale))
     assert "Of an earlier recipe, to be made again: `digits-kd`." in told
     assert "1.00 ± 0.25" not in told
+    # Its teacher's rows stay, with what they are of; its curve goes with it.
+    assert "| teacher, 8 steps |" in told
+    assert "5,000 samples, preset `digits`" in told
+    assert lines(BOARDS["digits"], read_json(file)) == {}
     guided = comparison(tmp_path / "c.json", row("digits-tdd", 1.0))
     assert "| `digits-tdd` (guided) |" in table(BOARDS["digits"], taken(BOARDS["digits"], file, guided))
 
@@ -202,7 +192,8 @@ def test_a_row_made_beside_other_work_shows_no_seconds_but_those_at_rest(
     )
     assert (tmp_path / "board-digits.png").exists()
     # 2 s of one seed at its end, where the mean of both were 8: each ends at the 4 s of its training at rest.
-    points = [[(p["updates"], p["cpu_seconds"]) for p in run] for run in lines(read_json(file))["digits-kd"]]
+    (runs,) = lines(BOARDS["digits"], read_json(file)).values()
+    points = [[(p["updates"], p["cpu_seconds"]) for p in run] for run in runs]
     assert points == [[(1, 2.0), (2, 4.0)]] * 2
     with pytest.raises(UserError, match="--pace: times rows that are there, on a machine at rest; give it alone"):
         main(["digits", "--pace", "digits-kd", "--busy", *where])
@@ -340,3 +331,19 @@ def test_one_recipe_that_fails_takes_no_other_along(tmp_path: Path, monkeypatch:
 def test_a_board_without_rows_says_what_was_not_run():
     told = table(BOARDS["toy"], {"rows": [], "teachers": [], "failed": []})
     assert "Not run: `toy/anyflow`" in told
+
+
+def test_a_board_tells_what_its_number_of_samples_costs(tmp_path: Path):
+    made = comparison(tmp_path / "a.json", row("digits-kd", 1.0))
+    content = taken(BOARDS["digits"], tmp_path / "board-digits.json", made)
+    (teacher,) = content["teachers"]
+    assert "due to the number of samples" not in table(BOARDS["digits"], content)
+    worse = json.loads(json.dumps(teacher))
+    for r, value, bias in ((teacher, 0.5, 0.36), (worse, 9.0, 0.24)):
+        (entry,) = [v for k, v in r["metrics"].items() if k.startswith("FD")]
+        entry |= {"value": value, "bias": bias}
+    content["teachers"] = [worse, teacher]
+    assert "Of each distance about 0.36 is due to the number of samples" in table(BOARDS["digits"], content)
+    assert "With a sampler fitted for as few calls: not run" in table(BOARDS["digits"], content)
+    worse["name"] = "teacher fitted, 4 calls"
+    assert "With a sampler fitted" not in table(BOARDS["digits"], content)

@@ -1,0 +1,136 @@
+"""Text to image on one core: what runs of the emoji recipes reached, kept for the table of assets/README.md.
+
+    python -m fewstep.bench.emoji RUN... [--interrupted RUN...] [--out assets/emoji.json]
+
+Distance and captions found are those of each run's own report and, for the teacher, of its relay.json; saturation is
+measured here, over every caption of the data and from one noise.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Mapping, Sequence
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fewstep.commands.compare.ranking import cells_line
+from fewstep.commands.gallery import rows_of
+from fewstep.commands.record import named
+from fewstep.commands.report import read_results
+from fewstep.config import UserError
+from fewstep.eval.features.retrieval import Retrieval
+from fewstep.eval.protocol.evaluation import Evaluation, distance_of
+from fewstep.eval.protocol.images import to_pixels
+from fewstep.files import atomic_path, expanded, read_json
+from fewstep.recipe.source import shipped
+from fewstep.recipe.store import load_run
+from fewstep.train.samples import saturation
+
+PREFIX, TEACHER = "emoji-dmd2", "emoji-teacher"
+FOUND = "caption found among 100"
+ALIKE = (
+    "teacher.path=",
+    "train.sample_every=",
+    "train.checkpoint_every=",
+    "evaluate.teacher_steps=",
+    "evaluate.guidance=",
+)
+"""Settings that leave a student what it is: another copy of the teacher, and what is shown or measured beside it."""
+
+
+def row_of(run: Path, interrupted: bool) -> dict[str, Any]:
+    """What a finished run of a shipped emoji recipe says of itself; UserError for any other, or one without results."""
+    recipe = load_run(run)
+    name, settings = named(recipe, run)
+    path = run / "report" / "results.json"
+    changed = [s for s in settings if not s.startswith(ALIKE)]
+    if not name.startswith(PREFIX) or not path.is_file():
+        raise UserError(f"{run}: is no finished run of a recipe {PREFIX}*, with report/results.json")
+    if changed:
+        raise UserError(f"{run}: changes {name} ({', '.join(changed)}); the table has recipes as they ship")
+    e: Evaluation = read_results(path)[-1]
+    if FOUND not in e.metrics:
+        raise UserError(f"{path}: has no {FOUND!r}; evaluate with evaluate.retrieval")
+    told = read_json(path)
+    distance = {"metric": str(distance_of(e)), "value": e.distance.value, "found": e.metrics[FOUND]["value"]}
+    about = {"updates": recipe.train.steps, "commit": told["commit"][:7], "interrupted": interrupted}
+    return {"recipe": name, "calls": e.calls, "samples": e.number} | distance | about
+
+
+def measured(runs: Sequence[Path], interrupted: Sequence[Path], teacher: Mapping[str, Any]) -> dict[str, Any]:
+    """Rows of runs, and the saturation of the data, of the teacher as it was measured for relay.json, and of each run."""
+    rows = [row_of(run, run in interrupted) for run in runs]
+    recipe: Any = load_run(runs[0])
+    captions = [item.caption for item in recipe.data.open().items]
+    shown: dict[str, float] = {}
+    pictures = torch.empty(0)
+    for how in teacher["measured"]:
+        beside = runs if not shown else runs[:1]
+        drawn = rows_of(beside, captions, steps=how["heun_steps"], guidance=how["guidance"], seed=0)
+        found = [float(saturation(x.clamp(-1, 1))) for _, x in drawn]
+        shown[f"guidance {how['guidance']:g}"] = found[1]
+        if beside is runs:
+            shown["data"] = found[0]
+            pictures = drawn[0][1]
+            rows = [r | {"saturation": value} for r, value in zip(rows, found[2:], strict=True)]
+    judge = Retrieval.load(str(expanded(recipe.evaluate.retrieval)))
+    count = len(captions)
+    known = judge.accuracy(to_pixels(pictures).float(), torch.arange(count), min(100, count))
+    return {"rows": rows, "saturation": shown, "captions": count, "found": known.value}
+
+
+def table(content: Mapping[str, Any], teacher: Mapping[str, Any]) -> str:
+    """Data, teacher and students, and the shipped recipes that have no row; saturation is a share of the teacher's."""
+    shown = content["saturation"]
+    base = shown["guidance 1"]
+    head = ["", "calls", "FD (EfficientNet-lite0)", FOUND, "saturation, of the teacher's", "updates", "commit"]
+    lines = [cells_line(head), cells_line(["---"] * len(head))]
+    share = f"{100 * content['found']:.0f} %"
+    lines.append(cells_line(["the data", "", "", share, f"{shown['data'] / base:.2f}", "", ""]))
+    for how in teacher["measured"]:
+        steps, scale = how["heun_steps"], how["guidance"]
+        name = f"teacher, {steps} Heun steps" + (f", guidance {scale:g}" if scale != 1 else "")
+        calls = (2 * steps - 1) * (1 if scale == 1 else 2)
+        cells = [f"{how['value']:.1f}", f"{100 * how['retrieval']:.0f} %", f"{shown[f'guidance {scale:g}'] / base:.2f}"]
+        lines.append(cells_line([name, str(calls), *cells, f"{teacher['updates']:,}", teacher["commit"]]))
+    for r in sorted(content["rows"], key=lambda r: r["value"]):
+        cells = [f"{r['value']:.1f}", f"{100 * r['found']:.0f} %", f"{r['saturation'] / base:.2f}"]
+        told = f"{r['updates']}" + " (interrupted)" * r["interrupted"]
+        lines.append(cells_line([f"`{r['recipe']}`", str(r["calls"]), *cells, told, r["commit"]]))
+    have = {r["recipe"] for r in content["rows"]}
+    for name in shipped():
+        if name.startswith(PREFIX) and name not in have:
+            lines.append(cells_line([f"`{name}`", "", *["not run"] * 3, "", ""]))
+    return "\n".join(lines)
+
+
+def shipped_teacher() -> Any:
+    """The relay.json of the teacher that ships."""
+    return read_json(Path(str(files("fewstep.assets"))) / TEACHER / "relay.json")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m fewstep.bench.emoji", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("runs", nargs="+", type=Path)
+    parser.add_argument("--interrupted", nargs="*", type=Path, default=[], help="those that went on from a checkpoint")
+    parser.add_argument("--out", type=Path, default=None, help="emoji.json of the assets when left out")
+    given = parser.parse_args(argv)
+    unknown = [run for run in given.interrupted if run not in given.runs]
+    if unknown:
+        raise UserError(f"--interrupted {unknown[0]}: is not among the runs")
+    teacher = shipped_teacher()
+    content = measured(given.runs, given.interrupted, teacher)
+    out = given.out or Path(str(files("fewstep.assets"))) / "emoji.json"
+    with atomic_path(out) as temporary:
+        temporary.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n")
+    print(table(content, teacher))
+
+
+if __name__ == "__main__":
+    main()
