@@ -35,8 +35,8 @@ def table(board: Board, content: Mapping[str, Any]) -> str:
     lines += ["**The teacher without training**", ""]
     lines += [cells_line(head[:beside]), cells_line(["---"] * beside)]
     lines += [cells_line(_cells(r)[:beside]) for r in content["teachers"]] + [""]
-    if not any("fitted" in r["name"] for r in content["teachers"]):
-        lines += ["With a sampler fitted for as few calls: not run; recipes of two calls and more bring such a row.", ""]
+    if content["teachers"] and not any(r["training"] for r in content["teachers"]):
+        lines += ["With a sampler fitted for as few calls: not run.", ""]
     failed = sorted({f["recipe"] for f in content["failed"]} - {r["group"] for r in rows})
     missing = sorted(known - {r["group"] for r in rows} - set(failed) - set(stale))
     for told, names in (("Failed", failed), ("Of an earlier recipe, to be made again", stale), ("Not run", missing)):
@@ -45,7 +45,7 @@ def table(board: Board, content: Mapping[str, Any]) -> str:
     if every:
         machine = ", ".join(f"{k} {v}" for k, v in content["machine"].items())
         lines += [f"Each at its recipe's own updates; {board.samples:,} samples, preset `{board.preset}`; {machine}."]
-        lines += _of_chance(board, content["teachers"])
+        lines += _of_chance(content["teachers"])
     return "\n".join(lines).rstrip()
 
 
@@ -60,10 +60,10 @@ NOTES = """\
 """How the columns of all boards are to be read."""
 
 
-def _of_chance(board: Board, teachers: Sequence[Mapping[str, Any]]) -> list[str]:
+def _of_chance(teachers: Sequence[Mapping[str, Any]]) -> list[str]:
     """A sentence on how far from zero this many perfect samples are, as their nearest stand-in tells; none without."""
     told = [(e.distance.value, e.metrics[str(distance_of(e))].get("bias")) for e in map(evaluation_of, teachers)]
-    bias = min(told)[1] if told else None
+    bias = min((t for t in told if t[1] is not None), default=(0, None))[1]
     if bias is None:
         return []
     return [f"Of each distance about {bias:.2f} is due to the number of samples: as many perfect ones would have it too."]
@@ -98,7 +98,9 @@ def _cells(row: Mapping[str, Any]) -> list[str]:
         slower = told["cpu_seconds"] / t["cpu_seconds"] if told else 1.0
         near = t.get("settled_cpu_seconds")
         whole = _seconds(t["cpu_seconds"] * slower, 0, busy) + " (interrupted)" * (row["resumes"] > 0 and not told)
-        seconds = [whole, "its end" if near is None else _seconds(near * slower, 0, busy)]
+        own = row["steps"] == len(load(row["group"]).sampler().steps)  # what a curve is of
+        late = "its end" if own and all(row["curves"]) else ""
+        seconds = [whole, late if near is None else _seconds(near * slower, 0, busy)]
         cells += [f"{t['updates']:,}", *(["–", "–"] if hidden else seconds)]
         cells += [f"{t['peak_memory_mib']:.0f}", row["commit"]]
     return cells

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 from collections.abc import Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
@@ -18,46 +19,49 @@ from typing import Any
 import torch
 
 from fewstep.commands.compare.ranking import cells_line
+from fewstep.commands.expect import identity_of
 from fewstep.commands.gallery import rows_of
 from fewstep.commands.record import named
 from fewstep.commands.report import read_results
 from fewstep.config import UserError
 from fewstep.eval.features.retrieval import Retrieval
-from fewstep.eval.protocol.evaluation import Evaluation, distance_of
+from fewstep.eval.protocol.evaluation import distance_of
 from fewstep.eval.protocol.images import to_pixels
 from fewstep.files import atomic_path, expanded, read_json
 from fewstep.recipe.source import shipped
-from fewstep.recipe.store import load_run
+from fewstep.recipe.store import load, load_run
+from fewstep.train.bands import identity
+from fewstep.train.origins import origins_of
 from fewstep.train.samples import saturation
 
 PREFIX, TEACHER = "emoji-dmd2", "emoji-teacher"
 FOUND = "caption found among 100"
-ALIKE = (
-    "teacher.path=",
-    "train.sample_every=",
-    "train.checkpoint_every=",
-    "evaluate.teacher_steps=",
-    "evaluate.guidance=",
-)
-"""Settings that leave a student what it is: another copy of the teacher, and what is shown or measured beside it."""
+
+
+def today(name: str) -> dict[str, Any]:
+    """What a run of a shipped recipe stands on now: the recipe, its teacher's files and its data's."""
+    recipe = load(name)
+    return identity(recipe, origins_of(recipe))
 
 
 def row_of(run: Path, interrupted: bool) -> dict[str, Any]:
-    """What a finished run of a shipped emoji recipe says of itself; UserError for any other, or one without results."""
-    recipe = load_run(run)
-    name, settings = named(recipe, run)
+    """What a finished run of a shipped emoji recipe says of itself.
+
+    Raises:
+        UserError: it is a run of another recipe, or of an earlier one or teacher, or has no report with captions found.
+    """
+    name, _ = named(load_run(run), run)
+    if not name.startswith(PREFIX):
+        raise UserError(f"{run}: is a run of {name}; this table has recipes {PREFIX}*")
+    own = identity_of(run)
+    if own != today(name):
+        raise UserError(f"{run}: was trained with another recipe or teacher than {name} has today; train it again")
     path = run / "report" / "results.json"
-    changed = [s for s in settings if not s.startswith(ALIKE)]
-    if not name.startswith(PREFIX) or not path.is_file():
-        raise UserError(f"{run}: is no finished run of a recipe {PREFIX}*, with report/results.json")
-    if changed:
-        raise UserError(f"{run}: changes {name} ({', '.join(changed)}); the table has recipes as they ship")
-    e: Evaluation = read_results(path)[-1]
-    if FOUND not in e.metrics:
-        raise UserError(f"{path}: has no {FOUND!r}; evaluate with evaluate.retrieval")
-    told = read_json(path)
+    e = next(reversed(read_results(path)), None) if path.is_file() else None
+    if e is None or FOUND not in e.metrics or not math.isfinite(e.distance.value):
+        raise UserError(f"{path}: tells no distance and no {FOUND!r}; let the run finish, with evaluate.retrieval")
+    about = {"updates": load_run(run).train.steps, "interrupted": interrupted, "identity": own}
     distance = {"metric": str(distance_of(e)), "value": e.distance.value, "found": e.metrics[FOUND]["value"]}
-    about = {"updates": recipe.train.steps, "commit": told["commit"][:7], "interrupted": interrupted}
     return {"recipe": name, "calls": e.calls, "samples": e.number} | distance | about
 
 
@@ -80,32 +84,44 @@ def measured(runs: Sequence[Path], interrupted: Sequence[Path], teacher: Mapping
     judge = Retrieval.load(str(expanded(recipe.evaluate.retrieval)))
     count = len(captions)
     known = judge.accuracy(to_pixels(pictures).float(), torch.arange(count), min(100, count))
-    return {"rows": rows, "saturation": shown, "captions": count, "found": known.value}
+    return {"rows": rows, "saturation": shown, "found": known.value, "teacher": teacher["updates"]}
 
 
 def table(content: Mapping[str, Any], teacher: Mapping[str, Any]) -> str:
     """Data, teacher and students, and the shipped recipes that have no row; saturation is a share of the teacher's."""
-    shown = content["saturation"]
-    base = shown["guidance 1"]
-    head = ["", "calls", "FD (EfficientNet-lite0)", FOUND, "saturation, of the teacher's", "updates", "commit"]
+    head = ["", "calls", "FD (EfficientNet-lite0)", FOUND, "saturation, of the teacher's", "updates"]
     lines = [cells_line(head), cells_line(["---"] * len(head))]
-    share = f"{100 * content['found']:.0f} %"
-    lines.append(cells_line(["the data", "", "", share, f"{shown['data'] / base:.2f}", "", ""]))
+    # Of another teacher the saturation says nothing.
+    shown = content["saturation"] if content["teacher"] == teacher["updates"] else {}
+    base = shown.get("guidance 1")
+    if base:
+        lines.append(cells_line(["the data", "", "", _share(content["found"]), f"{shown['data'] / base:.2f}", ""]))
     for how in teacher["measured"]:
         steps, scale = how["heun_steps"], how["guidance"]
         name = f"teacher, {steps} Heun steps" + (f", guidance {scale:g}" if scale != 1 else "")
         calls = (2 * steps - 1) * (1 if scale == 1 else 2)
-        cells = [f"{how['value']:.1f}", f"{100 * how['retrieval']:.0f} %", f"{shown[f'guidance {scale:g}'] / base:.2f}"]
-        lines.append(cells_line([name, str(calls), *cells, f"{teacher['updates']:,}", teacher["commit"]]))
-    for r in sorted(content["rows"], key=lambda r: r["value"]):
-        cells = [f"{r['value']:.1f}", f"{100 * r['found']:.0f} %", f"{r['saturation'] / base:.2f}"]
+        own = shown.get(f"guidance {scale:g}")
+        cells = [f"{how['value']:.1f}", _share(how.get("retrieval")), f"{own / base:.2f}" if own and base else "not run"]
+        lines.append(cells_line([name, str(calls), *cells, f"{teacher['updates']:,}"]))
+    rows = current(content) if base else []
+    for r in sorted(rows, key=lambda r: r["value"]):
+        cells = [f"{r['value']:.1f}", _share(r["found"]), f"{r['saturation'] / base:.2f}"]
         told = f"{r['updates']}" + " (interrupted)" * r["interrupted"]
-        lines.append(cells_line([f"`{r['recipe']}`", str(r["calls"]), *cells, told, r["commit"]]))
-    have = {r["recipe"] for r in content["rows"]}
-    for name in shipped():
-        if name.startswith(PREFIX) and name not in have:
-            lines.append(cells_line([f"`{name}`", "", *["not run"] * 3, "", ""]))
+        lines.append(cells_line([f"`{r['recipe']}`", str(r["calls"]), *cells, told]))
+    have, old = {r["recipe"] for r in rows}, {r["recipe"] for r in content["rows"]}
+    for name in (n for n in shipped() if n.startswith(PREFIX) and n not in have):
+        told = "of an earlier recipe or teacher" if name in old else "not run"
+        lines.append(cells_line([f"`{name}`", "", *[told] * 3, ""]))
     return "\n".join(lines)
+
+
+def current(content: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """Rows of recipes and of the teacher as they ship today."""
+    return [r for r in content["rows"] if r["recipe"] in shipped() and r["identity"] == today(r["recipe"])]
+
+
+def _share(value: float | None) -> str:
+    return "" if value is None else f"{100 * value:.0f} %"
 
 
 def shipped_teacher() -> Any:

@@ -42,7 +42,7 @@ def pace(recipe: Recipe, counts: Sequence[int]) -> dict[str, Any]:
         total += first + sum(further) / max(1, len(further)) * (stage.steps - 1)
     trainer = account.trainer
     product = product_of(recipe, trainer.product.eval(), trainer.data, "")
-    assert recipe.evaluate is not None  # `board.ranked` has only those that are measured
+    assert recipe.evaluate is not None  # `boards.ranked` has only those that are measured
     preset = preset_of(recipe.evaluate)
     seconds = {}
     for n in counts:

@@ -6,35 +6,37 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from fewstep.bench import emoji
 from fewstep.bench.board_table import current, evaluation_of
-from fewstep.bench.boards import BOARDS
+from fewstep.bench.boards import BOARDS, GROUPS, Board, group_of, is_guided
 from fewstep.commands.compare.ranking import cells_line
 from fewstep.commands.report import with_error
+from fewstep.config import UserError
+from fewstep.eval.metrics.estimate import Estimate
 from fewstep.eval.protocol.evaluation import distance_of
 from fewstep.files import read_json
+from fewstep.recipe.store import load
 
 NOT_RUN = "not run"
+HELD_OUT = "compare-held-out.json"
+"""By `fewstep compare digits-dmd2 --budget own --samples 5000` of a teacher and a student that never saw 400 digits."""
 
 
 def table(folder: Path) -> str:
     """Of a folder such as the assets: each aim, and what the files there say of it."""
     lines = [cells_line(["what", "at least", "aim", "reached"]), cells_line(["---"] * 4)]
-    found = relay(folder / "fashion-teacher")
-    best = min(found, key=lambda m: m["value"], default=None)
-    told = NOT_RUN if best is None else f"{best['value']:.2f} ± {best['error']:.2f} (N = {best['samples']:,})"
-    lines.append(cells_line(["Fashion-MNIST teacher, FD, N = 10,000", "8", "5", told]))
-    told = ratio(folder / "board-fashion.json", "fashion")
+    lines.append(cells_line(["Fashion-MNIST teacher, FD, N = 10,000", "8", "5", teacher(folder / "fashion-teacher")]))
+    told = on_board(folder / "board-fashion.json", BOARDS["fashion"])
     lines.append(cells_line(["its best one-step student, FD over the teacher's", "1.1", "0.9", told]))
-    captions = [m["retrieval"] for m in relay(folder / "emoji-teacher")]
+    captions = [m["retrieval"] for m in relay(folder / "emoji-teacher") if m.get("retrieval") is not None]
     told = f"{100 * max(captions):.0f} %" if captions else NOT_RUN
-    lines.append(cells_line(["emoji teacher, captions found", "97 %", "100 %", told]))
-    told = one_step_emoji(folder / "emoji.json")
+    lines.append(cells_line(["emoji teacher at its best, captions found", "97 %", "100 %", told]))
     what = "emoji one-step student, captions found; saturation against the teacher's"
-    lines.append(cells_line([what, "90 %; ± 10 %", "97 %; ± 5 %", told]))
-    told = ratio(folder / "board-digits.json", "digits")
+    lines.append(cells_line([what, "90 %; ± 10 %", "97 %; ± 5 %", one_step_emoji(folder / "emoji.json")]))
+    told = on_board(folder / "board-digits.json", BOARDS["digits"])
     what = "digits student over teacher, FD, N = 5,000, three seeds, against the 1,797 pictures of the training"
     lines.append(cells_line([what, "1.1", "1.0", told]))
-    told = apart(folder / "compare-held-out.json")
+    told = apart(folder / HELD_OUT)
     lines.append(cells_line(["the same of a pair trained on 1,397, against the 400 held out", "1.1", "1.0", told]))
     return "\n".join(lines)
 
@@ -45,31 +47,44 @@ def relay(folder: Path) -> list[dict[str, Any]]:
     return list(read_json(file)["measured"]) if file.exists() else []
 
 
-def ratio(file: Path, board: str) -> str:
-    """The best one-step row of a board over its best teacher's."""
+def teacher(folder: Path) -> str:
+    """The least distance without guidance at N = 10,000 or more."""
+    found = [m for m in relay(folder) if m["samples"] >= 10_000 and m["guidance"] == 1]
+    best = min(found, key=lambda m: m["value"], default=None)
+    return NOT_RUN if best is None else with_error(Estimate(value=best["value"], standard_error=best["error"]))
+
+
+def on_board(file: Path, board: Board) -> str:
+    """The best one-step student of a board over the best teacher there, of distillations alone."""
     if not file.exists():
         return NOT_RUN
     content = read_json(file)
-    return over(current(BOARDS[board], content["rows"]), content["teachers"])
+    rows = current(board, content["rows"])
+    told = over([r for r in rows if group_of(load(r["group"])) in GROUPS[:2]], content["teachers"])
+    return "of an earlier recipe" if told == NOT_RUN and len(rows) < len(content["rows"]) else told
 
 
 def apart(file: Path) -> str:
-    """The same of a comparison."""
+    """The same of a comparison of one recipe; UserError where it is of several, or not of 5,000 samples."""
     if not file.exists():
         return NOT_RUN
     content = read_json(file)
+    if len({r["group"] for r in content["rows"]}) > 1 or {r["number"] for r in content["rows"]} != {5000}:
+        raise UserError(f"{file}: must be a comparison of one recipe, with --samples 5000")
     return over(content["rows"], content["teachers"])
 
 
 def over(rows: Sequence[Mapping[str, Any]], teachers: Sequence[Mapping[str, Any]]) -> str:
-    """The best student of one call over the best teacher: their quotient, and both with their errors."""
-    students = [evaluation_of(r) for r in rows if r["calls"] == 1]
-    known = [evaluation_of(r) for r in teachers]
-    if not students or not known:
+    """The best student of one call, without guidance, over the best teacher by its own sampler: quotient and both."""
+    alone = [r for r in rows if r["calls"] == 1 and not is_guided(load(r["group"]))]
+    plain = [
+        evaluation_of(r) for r in teachers if not r["training"]
+    ]  # a fitted teacher's row tells what its fit had cost
+    if not alone or not plain:
         return NOT_RUN
-    best, beside = (min(found, key=lambda e: e.distance.value) for found in (students, known))
+    best, beside = (min(es, key=lambda e: e.distance.value) for es in (map(evaluation_of, alone), plain))
     seeds = len(best.metrics[str(distance_of(best))]["values"])
-    student = f"{with_error(best.distance)} ({seeds} seed{'s' * (seeds != 1)})"
+    student = f"`{best.name}` {with_error(best.distance)} ({seeds} seed{'s' * (seeds != 1)})"
     share = best.distance.value / beside.distance.value
     return f"{share:.2f}: {student} over {with_error(beside.distance)} ({beside.calls} calls)"
 
@@ -79,7 +94,7 @@ def one_step_emoji(file: Path) -> str:
     if not file.exists():
         return NOT_RUN
     content = read_json(file)
-    row = next((r for r in content["rows"] if r["recipe"] == "emoji-dmd2"), None)
+    row = next((r for r in emoji.current(content) if r["recipe"] == "emoji-dmd2"), None)
     if row is None:
         return NOT_RUN
     share = row["saturation"] / content["saturation"]["guidance 1"] - 1

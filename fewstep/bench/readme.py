@@ -195,11 +195,12 @@ def tables() -> dict[str, dict[str, str]]:
             "bands": bands(),
         },
         "fewstep/networks/README.md": {"refused": refused()},
-        "assets/README.md": {path.stem: comparison_table(path) for path in sorted(compared)}
+        "assets/README.md": {Path(reached.HELD_OUT).stem: "Not run."}
+        | {path.stem: comparison_table(path) for path in sorted(compared)}
         | boards()
         | {
             "reached": reached.table(assets()),
-            "emoji": emoji.table(read_json(assets() / "emoji.json"), emoji.shipped_teacher()),
+            "emoji": text_to_image(),
         },
     }
 

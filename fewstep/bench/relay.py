@@ -296,6 +296,8 @@ def history(relay: dict[str, Any], run: Path, done: int) -> dict[str, Any]:
 
 def card(name: str, told: dict[str, Any]) -> list[tuple[str, str]]:
     """Rows of the card."""
+    others = {e["average"] for e in told["evaluations"] if e["done"] == told["updates"]} - {told["average"]}
+    beside = f"also measured: {', '.join(sorted(others))} (relay.json)" if others else "no other average was measured"
     again = sum(leg["moments"] == "fresh" and leg["from"] > 0 for leg in told["legs"])
     out = [
         ("command", f"python -m fewstep.bench.relay train {name} RUN, stopped at the updates of relay.json"),
@@ -303,7 +305,7 @@ def card(name: str, told: dict[str, Any]) -> list[tuple[str, str]]:
         ("updates, batch, seed", f"{told['updates']}, {told['batch']}, {told['seed']}"),
         ("core-hours of training", f"{told['core_seconds']['training'] / 3600:.2f} on one core"),
         ("legs", f"{len(told['legs'])}, of which {again} began from the weights that had shipped"),
-        ("weights", f"{told['average']}, by choice; the averages were not compared"),
+        ("weights", f"{told['average']}; {beside}"),
     ]
     for row in told["measured"]:
         how = f"{row['heun_steps']} Heun steps, guidance {row['guidance']:g}, N = {row['samples']}"

@@ -88,7 +88,8 @@ def joined(a: Entry, b: Entry) -> Entry:
     values = (*a.values, *b.values)
     mean = sum(values) / len(values)
     spread = (sum((v - mean) ** 2 for v in values) / (len(values) - 1)) ** 0.5
-    return replace(a, values=values, error=spread / len(values) ** 0.5, commit=b.commit)
+    commits = ", ".join(dict.fromkeys((*a.commit.split(", "), *b.commit.split(", "))))
+    return replace(a, values=values, error=spread / len(values) ** 0.5, commit=commits)
 
 
 def of_run(run: Path) -> Entry:

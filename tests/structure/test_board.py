@@ -345,5 +345,5 @@ def test_a_board_tells_what_its_number_of_samples_costs(tmp_path: Path):
     content["teachers"] = [worse, teacher]
     assert "Of each distance about 0.36 is due to the number of samples" in table(BOARDS["digits"], content)
     assert "With a sampler fitted for as few calls: not run" in table(BOARDS["digits"], content)
-    worse["name"] = "teacher fitted, 4 calls"
+    worse["training"] = {"method": "fitted"}
     assert "With a sampler fitted" not in table(BOARDS["digits"], content)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from fewstep.bench import emoji, reached
 from fewstep.bench.board import assets
+from fewstep.bench.boards import BOARDS, digest_of
 from fewstep.config import UserError
 from fewstep.files import read_json
 from fewstep.recipe.store import dump, load
@@ -25,68 +26,96 @@ def test_what_has_no_file_was_not_run_and_what_has_one_says_its_numbers(tmp_path
     empty = lines(reached.table(tmp_path))
     assert [cells[-1] for cells in list(empty.values())[2:]] == ["not run"] * 6
     (tmp_path / "fashion-teacher").mkdir()
-    told = {"measured": [{"value": 9.0, "error": 0.5, "samples": 1000}, {"value": 7.0, "error": 0.25, "samples": 10000}]}
+    known = [(6.0, 0.5, 1000, 1.0), (6.5, None, 10000, 1.5), (7.0, 0.25, 10000, 1.0), (8.0, None, 10000, 1.0)]
+    keys = ("value", "error", "samples", "guidance")
+    told = {"measured": [dict(zip(keys, row, strict=True)) for row in known]}
     (tmp_path / "fashion-teacher" / "relay.json").write_text(json.dumps(told))
     content = read_json(assets() / "board-digits.json")
     row = next(r for r in content["rows"] if r["group"] == "digits-dmd2")
     (name,) = (k for k in row["metrics"] if k.startswith("FD"))
     row["metrics"][name] |= {"value": 0.75, "standard_error": 0.125, "values": [0.5, 1.0]}
-    for teacher, value in zip(content["teachers"], (50.0, 0.5, 0.6), strict=True):
+    first = content["teachers"][0]
+    content["teachers"] = []
+    for value, calls, training in ((50.0, 1, {}), (0.5, 15, {}), (0.25, 4, {"method": "fitted"})):
+        teacher = json.loads(json.dumps(first)) | {"calls": calls, "training": training}
         teacher["metrics"][name] |= {"value": value, "standard_error": 0.125}
+        content["teachers"].append(teacher)
+    content["rows"] = [row]
     held = tmp_path / "compare-held-out.json"
     held.write_text(json.dumps(content))
     found = lines(reached.table(tmp_path))
-    assert found["Fashion-MNIST teacher, FD, N = 10,000"][-1] == "7.00 ± 0.25 (N = 10,000)"
+    assert found["Fashion-MNIST teacher, FD, N = 10,000"][-1] == "7.00 ± 0.25"
     pair = found["the same of a pair trained on 1,397, against the 400 held out"][-1]
-    assert pair == "1.50: 0.75 ± 0.12 (2 seeds) over 0.50 ± 0.12 (15 calls)"
-    # A board's row of an earlier recipe says nothing of today's.
-    row["identity"] = "of before"
-    (tmp_path / "board-digits.json").write_text(json.dumps(content))
-    assert reached.ratio(tmp_path / "board-digits.json", "digits") == "not run"
+    assert pair == "1.50: `digits-dmd2` 0.75 ± 0.12 (2 seeds) over 0.50 ± 0.12 (15 calls)"
+    # Neither what aims at another distribution, nor what distils nothing, nor what takes more calls is that student.
+    for group, calls in (("digits-tdd", 1), ("digits-ect", 1), ("digits-dmd2-4step", 4)):
+        better = json.loads(json.dumps(row)) | {
+            "group": group,
+            "name": group,
+            "calls": calls,
+            "identity": digest_of(group),
+        }
+        better["metrics"][name] |= {"value": 0.125}
+        content["rows"].append(better)
+    board = tmp_path / "board-digits.json"
+    board.write_text(json.dumps(content))
+    assert reached.on_board(board, BOARDS["digits"]) == pair
+    held.write_text(json.dumps(content))
+    with pytest.raises(UserError, match="must be a comparison of one recipe, with --samples 5000"):
+        reached.table(tmp_path)
+    # A row of an earlier recipe says nothing of today's.
+    content["rows"] = [row | {"identity": "of before"}]
+    board.write_text(json.dumps(content))
+    assert reached.on_board(board, BOARDS["digits"]) == "of an earlier recipe"
 
 
-def test_emoji_students_stand_beside_their_teacher_and_the_untrained_say_so():
+def test_emoji_students_stand_beside_their_teacher_and_the_untrained_say_so(tmp_path: Path):
     content, teacher = read_json(assets() / "emoji.json"), emoji.shipped_teacher()
     base, row = content["saturation"]["guidance 1"], content["rows"][0]
     row |= {"recipe": "emoji-dmd2", "value": 12.345, "found": 0.5, "saturation": 1.25 * base, "interrupted": True}
+    content["rows"] = [row]
     found = lines(emoji.table(content, teacher))
-    assert found["`emoji-dmd2`"][:5] == ["1", "12.3", "50 %", "1.25", f"{row['updates']} (interrupted)"]
+    assert found["`emoji-dmd2`"] == ["1", "12.3", "50 %", "1.25", f"{row['updates']} (interrupted)"]
     assert found["teacher, 8 Heun steps"][0] == "15"
     assert found["teacher, 8 Heun steps"][3] == "1.00"
     assert found["teacher, 8 Heun steps, guidance 1.5"][0] == "30"  # each Heun call is two of the network
     assert found["`emoji-dmd2-gan`"][1:4] == ["not run"] * 3
+    (tmp_path / "emoji.json").write_text(json.dumps(content))
+    assert reached.one_step_emoji(tmp_path / "emoji.json") == "50 %; +25.0 %"
+    again = lines(emoji.table(content, teacher | {"updates": teacher["updates"] + 1}))
+    assert again["`emoji-dmd2`"][1] == "of an earlier recipe or teacher"
+    assert again["teacher, 8 Heun steps"][3] == "not run"
+    row["identity"] = row["identity"] | {"batch": 3}
+    assert lines(emoji.table(content, teacher))["`emoji-dmd2`"][1] == "of an earlier recipe or teacher"
+    (tmp_path / "emoji.json").write_text(json.dumps(content))
+    assert reached.one_step_emoji(tmp_path / "emoji.json") == "not run"
 
 
-def test_only_finished_runs_of_recipes_as_they_ship_have_a_row(tmp_path: Path):
-    def run(name: str, *settings: str) -> Path:
+def test_only_finished_runs_of_recipes_as_they_ship_have_a_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(emoji, "identity_of", lambda run: emoji.today("emoji-dmd2"))
+
+    def run(name: str, report: dict[str, Any] | None) -> Path:
         folder = tmp_path / str(len(list(tmp_path.iterdir())))
-        folder.mkdir()
-        (folder / "recipe.yaml").write_text(dump(load(name, list(settings))))
+        (folder / "report").mkdir(parents=True)
+        (folder / "recipe.yaml").write_text(dump(load(name, ["train.seed=3"])))
+        if report is not None:
+            (folder / "report" / "results.json").write_text(json.dumps(report))
         return folder
 
-    with pytest.raises(UserError, match="is no finished run"):
-        emoji.row_of(run("emoji-dmd2"), interrupted=False)
-    report = {"rows": [_evaluated(1)], "commit": "0123456789"}
-    changed = run("emoji-dmd2", "optim.student.lr=1e-3")
-    for folder in (changed, run("digits-dmd2")):
-        (folder / "report").mkdir()
-        (folder / "report" / "results.json").write_text(json.dumps(report))
-    with pytest.raises(UserError, match=r"changes emoji-dmd2 \(optim\.student\.lr"):
-        emoji.row_of(changed, interrupted=False)
-    with pytest.raises(UserError, match="is no finished run of a recipe emoji-dmd2"):
-        emoji.row_of(tmp_path / "2", interrupted=False)
-    good = run("emoji-dmd2", "teacher.path=elsewhere", "evaluate.teacher_steps=[]", "train.seed=3")
-    shutil.copytree(changed / "report", good / "report")
-    told = emoji.row_of(good, interrupted=True)
-    assert (told["value"], told["found"], told["commit"], told["interrupted"]) == (2.0, 0.75, "0123456", True)
-    report["rows"][0]["metrics"].pop(emoji.FOUND)
-    (good / "report" / "results.json").write_text(json.dumps(report))
-    with pytest.raises(UserError, match="has no 'caption found among 100'"):
-        emoji.row_of(good, interrupted=False)
+    row = evaluated({"value": 2.0}, {"value": 0.75})
+    told = emoji.row_of(run("emoji-dmd2", {"rows": [row]}), interrupted=True)
+    assert (told["value"], told["found"], told["interrupted"]) == (2.0, 0.75, True)
+    with pytest.raises(UserError, match="is a run of digits-dmd2; this table has recipes emoji-dmd2"):
+        emoji.row_of(run("digits-dmd2", {"rows": [row]}), interrupted=False)
+    for report in (None, {"rows": []}, {"rows": [evaluated({"value": 2.0}, None)]}):
+        with pytest.raises(UserError, match=r"results\.json: tells no distance and no 'caption found among 100'"):
+            emoji.row_of(run("emoji-dmd2", report), interrupted=False)
+    monkeypatch.setattr(emoji, "identity_of", lambda run: {"teacher": "another"})
+    with pytest.raises(UserError, match="was trained with another recipe or teacher than emoji-dmd2 has today"):
+        emoji.row_of(run("emoji-dmd2", {"rows": [row]}), interrupted=False)
 
 
-def _evaluated(calls: int) -> dict[str, object]:
+def evaluated(distance: dict[str, float], found: dict[str, float] | None) -> dict[str, Any]:
     row = read_json(assets() / "digits-dmd2.json")["rows"][-1]
-    distance = next(iter(row["metrics"]))
-    metrics = {distance: row["metrics"][distance] | {"value": 2.0}, emoji.FOUND: {"value": 0.75}}
-    return row | {"calls": calls, "metrics": metrics}
+    name = next(iter(row["metrics"]))
+    return row | {"metrics": {name: row["metrics"][name] | distance} | ({emoji.FOUND: found} if found else {})}
