@@ -14,6 +14,7 @@ from fewstep.bench.board import OWN, main, measured, refuse, taken, was_busy
 from fewstep.bench.board_table import lines, table
 from fewstep.bench.boards import BOARDS, GROUPS, Board, digest_of, group_of, ranked, settings_of
 from fewstep.bench.pace import TIMED, pace
+from fewstep.commands.compare.one_run import NEVER, identity
 from fewstep.commands.judge import preset_of
 from fewstep.config import UserError
 from fewstep.files import read_json
@@ -331,6 +332,13 @@ def test_one_recipe_that_fails_takes_no_other_along(tmp_path: Path, monkeypatch:
 def test_a_board_without_rows_says_what_was_not_run():
     told = table(BOARDS["toy"], {"rows": [], "teachers": [], "failed": []})
     assert "Not run: `toy/anyflow`" in told
+
+
+def test_bands_of_other_runs_make_no_other_recipe():
+    recipe = load("digits-dmd2", list(NEVER))
+    assert recipe.expected is not None
+    assert identity(replace(recipe, expected=None, results=(), about="")) == identity(recipe) == digest_of("digits-dmd2")
+    assert identity(replace(recipe, train=replace(recipe.train, steps=1))) != identity(recipe)
 
 
 def test_a_board_tells_what_its_number_of_samples_costs(tmp_path: Path):

@@ -222,10 +222,10 @@ def planned(task: Task, recipe: Recipe, banks: Path) -> list[int]:
 
 
 def identity(recipe: Recipe) -> str:
-    """A digest of everything in the recipe but its seed and what is measured."""
+    """A digest of everything in the recipe but its seed, what is measured, and what it tells of other runs."""
     data = plain(recipe)
     data["train"].pop("seed")
-    for key in ("about", "results", "evaluate"):
+    for key in ("about", "results", "expected", "evaluate"):
         data.pop(key)
     return f"{fold(json.dumps(data, sort_keys=True, default=str)) % 2**64:016x}"
 
