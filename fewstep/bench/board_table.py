@@ -51,7 +51,7 @@ def table(board: Board, content: Mapping[str, Any]) -> str:
 
 NOTES = """\
 - s / 1000: seconds for a thousand samples. ≈: timed over a few updates at rest, without checkpoints, of a training that
-  had other work beside it; good to a tenth. A dash: no time at rest was taken.
+  had other work beside it; good to a fifth. A dash: no time at rest was taken.
 - Interrupted: the training went on from a checkpoint, and the seconds lost after it are not counted. Seeds 2 of 3: one
   failed.
 - Core-s to within 5 % of its end: when the distance had settled, by the points of its curve.
