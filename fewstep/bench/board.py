@@ -13,7 +13,6 @@ until `--pace` has timed some updates of their recipes at rest.
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
@@ -24,11 +23,12 @@ from fewstep.bench.boards import BOARDS, Board, digest_of, is_guided, ranked, se
 from fewstep.bench.pace import pace
 from fewstep.commands.compare.budget import Budget
 from fewstep.commands.compare.compare import compare
+from fewstep.commands.compare.kept import write_json
 from fewstep.commands.compare.one_run import NEVER
 from fewstep.commands.judge import preset_of
 from fewstep.config import UserError
 from fewstep.eval.protocol.evaluation import environment
-from fewstep.files import atomic_path, dirty, read_json
+from fewstep.files import dirty, read_json
 from fewstep.recipe.schema import Evaluate
 from fewstep.recipe.store import load
 
@@ -73,13 +73,8 @@ def taken(board: Board, file: Path, results: Path, busy: bool = False) -> dict[s
         ),
         "failed": [*failed, *({"recipe": f["recipe"], "seed": f["seed"]} for f in told["failed"])],
     }
-    _keep(file, content)
+    write_json(file, content)
     return content
-
-
-def _keep(file: Path, content: Mapping[str, Any]) -> None:
-    with atomic_path(file) as temporary:
-        temporary.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n")
 
 
 def unpaced(file: Path, name: str) -> list[dict[str, Any]]:
@@ -108,7 +103,7 @@ def paced(file: Path, name: str, told: Mapping[str, Any]) -> dict[str, Any]:
     for r in content["rows"]:
         if r["group"] == name and r.get("busy"):
             r["pace"] = dict(told)
-    _keep(file, content)
+    write_json(file, content)
     return content
 
 

@@ -77,9 +77,8 @@ def apart(file: Path) -> str:
 def over(rows: Sequence[Mapping[str, Any]], teachers: Sequence[Mapping[str, Any]]) -> str:
     """The best student of one call, without guidance, over the best teacher by its own sampler: quotient and both."""
     alone = [r for r in rows if r["calls"] == 1 and not is_guided(load(r["group"]))]
-    plain = [
-        evaluation_of(r) for r in teachers if not r["training"]
-    ]  # a fitted teacher's row tells what its fit had cost
+    # A fitted teacher's row tells what its fit had cost.
+    plain = [evaluation_of(r) for r in teachers if not r["training"]]
     if not alone or not plain:
         return NOT_RUN
     best, beside = (min(es, key=lambda e: e.distance.value) for es in (map(evaluation_of, alone), plain))

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from itertools import chain
 from pathlib import Path
 
 from fewstep.bench import emoji, reached
 from fewstep.bench.alarms import table as table_of_alarms
 from fewstep.bench.board import assets
-from fewstep.bench.board_table import NOTES, lines as curves_of, table as table_of_board
+from fewstep.bench.board_table import NOTES, evaluation_of, lines as curves_of, table as table_of_board
 from fewstep.bench.boards import BOARDS, ranked
 from fewstep.commands.compare.ranking import by_class, cells_line
 from fewstep.commands.record import commits_of
@@ -44,7 +43,7 @@ def comparison_table(path: Path) -> str:
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for r in told["rows"]:
-        e = Evaluation.from_json({k: v for k, v in r.items() if k not in ("rank", "difference")})
+        e = evaluation_of(r)
         seeds = len(e.metrics[str(distance_of(e))]["values"])
         lines.append(
             f"| `{e.name}` | {e.training['method']} | {e.calls} | {with_error(e.distance)} | {seeds} "
@@ -54,7 +53,7 @@ def comparison_table(path: Path) -> str:
     for e in map(Evaluation.from_json, told["teachers"]):
         lines.append(f"| {e.name} | | {e.calls} | {with_error(e.distance)} | | {' | '.join(by_class(e))} | | |")
     settings = "".join(f", {s}" for s in told["settings"])
-    found = Counter(chain.from_iterable(c.elements() for c in commits_of(told).values())).most_common()
+    found = sum(commits_of(told).values(), Counter()).most_common()
     several = "commits, and runs of each: " + ", ".join(f"{c} ({n})" for c, n in found)
     commits = several if len(found) > 1 else f"commit {found[0][0] if found else about['commit'][:7]}"
     failed = "".join(f" Failed: `{f['recipe']}` ({f['message'].splitlines()[0]})." for f in told["failed"])
