@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 from fewstep.bench.boards import GROUPS, Board, digest_of, group_of, ranked
 from fewstep.commands.compare import curve
+from fewstep.commands.compare.kept import evaluation_of
 from fewstep.commands.compare.ranking import by_class, cells_line
 from fewstep.commands.report import with_error
-from fewstep.eval.protocol.evaluation import Evaluation, distance_of
+from fewstep.eval.protocol.evaluation import distance_of
 from fewstep.recipe.store import load
-
-EVALUATION = frozenset(f.name for f in fields(Evaluation))
 
 
 def table(board: Board, content: Mapping[str, Any]) -> str:
@@ -73,11 +71,6 @@ def current(board: Board, rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str
     """Those of recipes as they ship today."""
     known = ranked(board)
     return [r for r in rows if r["group"] in known and r["identity"] == digest_of(r["group"])]
-
-
-def evaluation_of(row: Mapping[str, Any]) -> Evaluation:
-    """A row of a board or a comparison without what these add."""
-    return Evaluation.from_json({k: v for k, v in row.items() if k in EVALUATION})
 
 
 def _cells(row: Mapping[str, Any]) -> list[str]:

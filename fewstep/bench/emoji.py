@@ -9,15 +9,14 @@ measured here, over every caption of the data and from one noise.
 from __future__ import annotations
 
 import argparse
-import json
 import math
 from collections.abc import Mapping, Sequence
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from fewstep.commands.compare.kept import write_json
 from fewstep.commands.compare.ranking import cells_line
 from fewstep.commands.expect import identity_of
 from fewstep.commands.gallery import rows_of
@@ -27,7 +26,7 @@ from fewstep.config import UserError
 from fewstep.eval.features.retrieval import Retrieval
 from fewstep.eval.protocol.evaluation import distance_of
 from fewstep.eval.protocol.images import to_pixels
-from fewstep.files import atomic_path, expanded, read_json
+from fewstep.files import expanded, read_json
 from fewstep.recipe.source import shipped
 from fewstep.recipe.store import load, load_run
 from fewstep.train.bands import identity
@@ -126,7 +125,7 @@ def _share(value: float | None) -> str:
 
 def shipped_teacher() -> Any:
     """The relay.json of the teacher that ships."""
-    return read_json(Path(str(files("fewstep.assets"))) / TEACHER / "relay.json")
+    return read_json(expanded(f"assets:{TEACHER}/relay.json"))
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -142,9 +141,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise UserError(f"--interrupted {unknown[0]}: is not among the runs")
     teacher = shipped_teacher()
     content = measured(given.runs, given.interrupted, teacher)
-    out = given.out or Path(str(files("fewstep.assets"))) / "emoji.json"
-    with atomic_path(out) as temporary:
-        temporary.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n")
+    write_json(given.out or expanded("assets:emoji.json"), content)
     print(table(content, teacher))
 
 

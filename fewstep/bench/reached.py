@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from fewstep.bench import emoji
-from fewstep.bench.board_table import current, evaluation_of
+from fewstep.bench.board_table import current
 from fewstep.bench.boards import BOARDS, GROUPS, Board, group_of, is_guided
+from fewstep.commands.compare.kept import evaluation_of
 from fewstep.commands.compare.ranking import cells_line
 from fewstep.commands.report import with_error
 from fewstep.config import UserError

@@ -9,8 +9,9 @@ from pathlib import Path
 from fewstep.bench import emoji, reached
 from fewstep.bench.alarms import table as table_of_alarms
 from fewstep.bench.board import assets
-from fewstep.bench.board_table import NOTES, evaluation_of, lines as curves_of, table as table_of_board
+from fewstep.bench.board_table import NOTES, lines as curves_of, table as table_of_board
 from fewstep.bench.boards import BOARDS, ranked
+from fewstep.commands.compare.kept import evaluation_of
 from fewstep.commands.compare.ranking import by_class, cells_line
 from fewstep.commands.record import commits_of
 from fewstep.commands.report import read_results, with_error

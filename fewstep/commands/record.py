@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields as dataclass_fields, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from fewstep.commands.compare.kept import evaluation_of
 from fewstep.commands.report import read_results
 from fewstep.config import UserError
 from fewstep.eval.protocol.evaluation import Evaluation, distance_of
@@ -132,11 +133,7 @@ def of_comparison(path: Path) -> list[Entry]:
     """
     try:
         data = read_json(path)
-        fields = [f.name for f in dataclass_fields(Evaluation)]
-        rows, teachers = (
-            [Evaluation.from_json({k: v for k, v in r.items() if k in fields}) for r in data[part]]
-            for part in ("rows", "teachers")
-        )
+        rows, teachers = ([evaluation_of(r) for r in data[part]] for part in ("rows", "teachers"))
         shared = {"settings": tuple(data["settings"]), "commit": data["environment"]["commit"][:7]}
         trained = commits_of(data)
     except (AttributeError, ValueError, KeyError, TypeError) as error:

@@ -6,7 +6,7 @@ import json
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from fewstep.files import atomic_path, locked, read_json, take
 KIND = "comparison"
 COSTS = ("updates", "planned_updates", "refused_updates", "seconds", "cpu_seconds", "network_calls", "peak_memory_mib")
 """Numbers of a run's result."""
+EVALUATION = frozenset(f.name for f in fields(Evaluation))
 
 
 @contextmanager
@@ -62,6 +63,11 @@ def write_json(path: Path, content: Any) -> None:
     """Whole or not at all; NaN is refused."""
     with atomic_path(path) as temporary:
         temporary.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n")
+
+
+def evaluation_of(row: Mapping[str, Any]) -> Evaluation:
+    """A row of a comparison or a board, without what these add to it."""
+    return Evaluation.from_json({k: v for k, v in row.items() if k in EVALUATION})
 
 
 def left_by(path: Path) -> dict[str, Any] | None:
