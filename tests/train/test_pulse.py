@@ -89,9 +89,10 @@ def test_batches_of_eight_healthy_samples_do_not_leap_with_a_rare_bright_conditi
 
 
 def test_its_rows_are_what_a_method_says_of_a_batch():
-    x = torch.randn(20_000, 3, 2, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64) * 0.5 + 0.2
+    count = 5_000
+    x = torch.randn(count, 3, 2, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64) * 0.5 + 0.2
     row = [float(of_batch(x)[key]) for key in KEYS]
-    error = 0.5 / math.sqrt(12 * 20_000)
+    error = 0.5 / math.sqrt(12 * count)
     assert row[0] == pytest.approx(0.2, abs=5 * error)
     assert row[1] == pytest.approx(error, rel=0.02)
     assert row[2] == pytest.approx(0.5, rel=0.01)
@@ -140,6 +141,6 @@ def test_a_run_stopped_and_resumed_knows_where_samples_have_been(tmp_path: Path)
 
 def test_small_batches_are_not_looked_at():
     once = iter([3.0])
-    trainer = start(None, *LONGER, "train.accumulate=16", bias=lambda share: next(once, 0.0))
+    trainer = start(None, *LONGER, "train.batch=4", bias=lambda share: next(once, 0.0))
     trainer.fit()
     assert not any("sudden change" in line for line in trainer.lines)
