@@ -141,6 +141,6 @@ def test_a_run_stopped_and_resumed_knows_where_samples_have_been(tmp_path: Path)
 
 def test_small_batches_are_not_looked_at():
     once = iter([3.0])
-    trainer = start(None, *LONGER, "train.batch=4", bias=lambda share: next(once, 0.0))
+    trainer = start(None, *LONGER, "train.batch=16", "train.accumulate=4", bias=lambda share: next(once, 0.0))
     trainer.fit()
     assert not any("sudden change" in line for line in trainer.lines)
