@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Mapping, Sequence
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +27,7 @@ from fewstep.commands.compare.one_run import NEVER
 from fewstep.commands.judge import preset_of
 from fewstep.config import UserError
 from fewstep.eval.protocol.evaluation import environment
-from fewstep.files import dirty, read_json
+from fewstep.files import dirty, expanded, read_json
 from fewstep.recipe.schema import Evaluate
 from fewstep.recipe.store import load
 
@@ -154,7 +153,7 @@ def _bare(row: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def assets() -> Path:
-    return Path(str(files("fewstep.assets")))
+    return expanded("assets:")
 
 
 def measured(board: Board, name: str, seeds: int, points: int, work: Path, resume: bool, busy: bool) -> Path:

@@ -15,7 +15,7 @@ from fewstep.commands.compare.kept import evaluation_of
 from fewstep.commands.compare.ranking import by_class, cells_line
 from fewstep.commands.record import commits_of
 from fewstep.commands.report import read_results, with_error
-from fewstep.eval.protocol.evaluation import Evaluation, distance_of
+from fewstep.eval.protocol.evaluation import distance_of
 from fewstep.files import parse_json, read_json
 from fewstep.networks.refused import table as refused
 from fewstep.recipe.cards import table
@@ -51,7 +51,7 @@ def comparison_table(path: Path) -> str:
             f"| {' | '.join(by_class(e))} | {e.training['cpu_seconds']:.0f} "
             f"| {e.training['peak_memory_mib']:.0f} |"
         )
-    for e in map(Evaluation.from_json, told["teachers"]):
+    for e in map(evaluation_of, told["teachers"]):
         lines.append(f"| {e.name} | | {e.calls} | {with_error(e.distance)} | | {' | '.join(by_class(e))} | | |")
     settings = "".join(f", {s}" for s in told["settings"])
     found = sum(commits_of(told).values(), Counter()).most_common()

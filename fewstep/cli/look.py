@@ -272,11 +272,10 @@ def methods_record(
     ] = None,
 ) -> None:
     """Put measured numbers of shipped recipes on the method cards (assets/results.jsonl)."""
-    from importlib.resources import files
-
     from fewstep.commands.record import FILE, record
+    from fewstep.files import expanded
 
-    for entry in record(sources, out or Path(str(files("fewstep.assets"))) / FILE):
+    for entry in record(sources, out or expanded(f"assets:{FILE}")):
         value = sum(entry.values) / len(entry.values)
         steps = f"{entry.steps} step{'s' * (entry.steps > 1)}"
         typer.echo(f"{entry.recipe}: {entry.metric} {value:.3g} at {steps}, {entry.updates} updates")
