@@ -90,10 +90,15 @@ class Stage:
     """Student updates."""
     copy: dict[str, str] = Field(default_factory=dict)
     """Weights to copy at the start of the stage, target role: source role."""
+    rates: dict[str, float] = Field(default_factory=dict)
+    """Learning rates of roles while the stage lasts, in place of those of `optim`: a start by kd takes larger steps."""
 
     def __post_init__(self) -> None:
         if self.steps < 1:
             raise ValueError(f"steps must be at least 1, not {self.steps}")
+        for role, rate in self.rates.items():
+            if rate <= 0:
+                raise ValueError(f"rates.{role} must be positive, not {rate}")
 
 
 SAMPLES = 1797
@@ -263,7 +268,7 @@ class Recipe:
                 raise ValueError(f"success: {self.success} needs a measurement, and evaluate is null")
         refuse(self)
         have = set(self.role_names())
-        for stage in self.stages():
+        for number, stage in enumerate(self.stages()):
             missing = sorted(stage.method.needs().roles - have)
             if missing:
                 name = stage.method.name
@@ -279,9 +284,14 @@ class Recipe:
                     f"discriminator.trunk: {trunk!r} will not do where gan.shares_noise judges student samples on the "
                     "critic's features; use critic, or leave shares_noise out"
                 )
-            for role in sorted(stage.method.needs().trained):
+            trained = sorted(stage.method.needs().trained)
+            for role in trained:
                 if role not in self.optim and "default" not in self.optim:
                     raise ValueError(f"optim has no entry for {role} and no default")
+            for role in stage.rates:
+                if role not in trained:
+                    hint = f"method {stage.method.name} trains {', '.join(trained)}{_close(role, trained)}"
+                    raise ValueError(f"before.{number}.rates.{role}: {hint}")
             for target, source in stage.copy.items():
                 for role in (target, source):
                     if role not in have:
@@ -370,8 +380,10 @@ class Recipe:
         """The spec that builds a role."""
         return self.roles[role] if role in self.roles else getattr(self, role)
 
-    def optimizer(self, role: str) -> AdamW:
-        return self.optim.get(role) or self.optim["default"]
+    def optimizer(self, role: str, stage: Stage | None = None) -> AdamW:
+        """The rule of a role; in a stage, with the stage's own rate."""
+        spec = self.optim.get(role) or self.optim["default"]
+        return replace(spec, lr=stage.rates[role]) if stage is not None and role in stage.rates else spec
 
     def sampler(self) -> Sampler:
         """How the product is sampled."""

@@ -161,7 +161,7 @@ class Guard:
     def act(self, alarm: Verdict, at: int, to: int) -> dict[str, Any]:
         """A return to step `to`, as log and checkpoints hold it."""
         value = alarm.value if math.isfinite(alarm.value) else None
-        knob = rate_of(self.recipe, LOWER ** (len(self.acts) + 1))
+        knob = rate_of(self.recipe, LOWER ** (len(self.acts) + 1), self.stage)
         return {"alarm": alarm.name, "value": value, "line": alarm.line, "at": at, "to": to, "knob": knob}
 
     def rates(self) -> dict[str, float]:
@@ -213,9 +213,12 @@ def said(v: Verdict, done: int) -> str:
     return f"step {done}: ALARM {v.name}: {v.sentence} (line {v.line:.3g}); {v.remedy}"
 
 
-def rate_of(recipe: Recipe, factor: float) -> str:
-    """The lowered rate in words."""
-    key = KNOB if KNOB in recipe.optim else "default"
-    lr = recipe.optimizer(KNOB).lr
-    own = "" if key == KNOB else f" of the {KNOB}"
-    return f"optim.{key}.lr{own} {lr:g} -> {lr * factor:g}"
+def rate_of(recipe: Recipe, factor: float, number: int) -> str:
+    """The lowered rate of the stage of this number in words."""
+    stage = recipe.stages()[number]
+    lr = recipe.optimizer(KNOB, stage).lr
+    if KNOB in stage.rates:
+        key, own = f"before.{number}.rates.{KNOB}", ""
+    else:
+        key, own = ("optim.default.lr", f" of the {KNOB}") if KNOB not in recipe.optim else (f"optim.{KNOB}.lr", "")
+    return f"{key}{own} {lr:g} -> {lr * factor:g}"

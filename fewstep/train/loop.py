@@ -102,7 +102,7 @@ class Loop:
                         f"{shared.pop()} would be stepped by two optimisers, {other.names} and {updates}; let its turns "
                         "update the same roles"
                     )
-            specs = {name: self.session.recipe.optimizer(name) for name in updates}
+            specs = {name: self.session.recipe.optimizer(name, stage) for name in updates}
             for name in set(updates) & set(self.factors):
                 specs[name] = replace(specs[name], lr=specs[name].lr * self.factors[name])
             times = max(turn.times, updates_a_step(stage.method, stage.steps).get(updates, 0))
