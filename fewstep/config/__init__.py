@@ -17,6 +17,7 @@ from fewstep.config.parts import (
     config as config,
     part as part,
     plain as plain,
+    stated as stated,
 )
 from fewstep.config.source import (
     FAST_LOADER as FAST_LOADER,

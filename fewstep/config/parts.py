@@ -146,6 +146,13 @@ def plain(value: Any) -> Any:
     return value
 
 
+def stated(value: Any) -> Any:
+    """Of plain data what is on: no None, no False, nothing empty. A new key that is off makes no other digest of it."""
+    if isinstance(value, Mapping):
+        return {k: stated(v) for k, v in value.items() if v is not None and v is not False and v not in ({}, [], "")}
+    return [stated(v) for v in value] if isinstance(value, list) else value
+
+
 def _close(word: str, words: Iterable[str]) -> str:
     match = difflib.get_close_matches(word, list(words), n=1, cutoff=0.5)
     return f"; did you mean '{match[0]}'?" if match else ""

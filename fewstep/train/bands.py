@@ -11,7 +11,7 @@ from decimal import ROUND_CEILING, ROUND_FLOOR, Context
 from statistics import median
 from typing import Any
 
-from fewstep.config import UserError, plain
+from fewstep.config import UserError, plain, stated
 from fewstep.recipe.diff import SETTINGS
 from fewstep.recipe.expected import Band, Expected
 from fewstep.recipe.schema import Recipe
@@ -45,7 +45,8 @@ def identity(recipe: Recipe, origins: Mapping[str, str]) -> dict[str, Any]:
         told["features"] = recipe.evaluate.metric, recipe.evaluate.features  # in which samples/fd is taken
     if any(spec.decay != "constant" for spec in recipe.optim.values()):
         told["steps"] = recipe.train.steps
-    digest = hashlib.blake2b(json.dumps(told, sort_keys=True, default=str).encode(), digest_size=8).hexdigest()
+    text = json.dumps(stated(told), sort_keys=True, default=str)
+    digest = hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
     held = {k: origins.get(k, "") for k in ("teacher", "data")}
     return {"batch": recipe.train.batch, **held, "recipe": digest}
 

@@ -14,11 +14,13 @@ from fewstep.bench.board import OWN, main, measured, refuse, taken, was_busy
 from fewstep.bench.board_table import lines, table
 from fewstep.bench.boards import BOARDS, GROUPS, Board, digest_of, group_of, ranked, settings_of
 from fewstep.bench.pace import TIMED, pace
+from fewstep.commands.compare import one_run
 from fewstep.commands.compare.one_run import NEVER, identity
 from fewstep.commands.judge import preset_of
-from fewstep.config import UserError
+from fewstep.config import UserError, plain
 from fewstep.files import read_json
 from fewstep.recipe.store import load
+from fewstep.train import bands
 
 
 @pytest.mark.parametrize(
@@ -339,6 +341,26 @@ def test_bands_of_other_runs_make_no_other_recipe():
     assert recipe.expected is not None
     assert identity(replace(recipe, expected=None, results=(), about="")) == identity(recipe) == digest_of("digits-dmd2")
     assert identity(replace(recipe, train=replace(recipe.train, steps=1))) != identity(recipe)
+
+
+@pytest.mark.parametrize("of", [identity, lambda recipe: bands.identity(recipe, {})])
+def test_a_key_that_is_new_and_off_makes_no_other_recipe(monkeypatch: pytest.MonkeyPatch, of: Any):
+    recipe, add = load("digits-dmd2", list(NEVER)), dict[str, Any]()
+
+    def later(value: Any) -> Any:
+        """As the recipe will read once its method has a further key."""
+        data = plain(value)
+        return data | {"method": data["method"] | add} if "method" in data else data
+
+    own = of(recipe)
+    monkeypatch.setattr(one_run, "plain", later)
+    monkeypatch.setattr(bands, "plain", later)
+    for off in (None, False, "", {}, []):
+        add["new"] = off
+        assert of(recipe) == own
+    for on in (0, 0.0, "x", {"a": None}, [None]):
+        add["new"] = on
+        assert of(recipe) != own
 
 
 def test_a_board_tells_what_its_number_of_samples_costs(tmp_path: Path):

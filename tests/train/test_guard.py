@@ -15,7 +15,8 @@ from collapsing import ONSET, kill_points, short, start
 from tiny_runs import contents, import_before_forks, in_child, killed, records, same
 
 from fewstep.config import RecipeError
-from fewstep.train.guard import LOWER, RETURNS, Guard, Stopped, best_of, way_back
+from fewstep.recipe.store import load
+from fewstep.train.guard import LOWER, RETURNS, Guard, Stopped, best_of, rate_of, way_back
 from fewstep.train.lines import SAMPLES, TIE
 from fewstep.train.pulse import Pulse
 from fewstep.train.resume import end_at_best
@@ -46,6 +47,13 @@ def test_a_healthy_run_says_nothing(tmp_path: Path):
     assert trainer.lines == []
     assert trainer.progress.done == 120
     assert best_of(tmp_path / "run" / "checkpoints") is not None
+
+
+def test_the_rate_that_is_lowered_is_named_by_its_key():
+    recipe = load("digits-dmd2-kd")
+    assert rate_of(recipe, 0.5, 0) == "before.0.rates.student 0.0005 -> 0.00025"
+    assert rate_of(recipe, 0.5, 1) == "optim.student.lr 0.0001 -> 5e-05"
+    assert rate_of(load("digits-cd"), 0.5, 0) == "optim.default.lr of the student 0.0005 -> 0.00025"
 
 
 def test_restore_goes_back_to_the_best_state_with_a_lower_rate(restored: tuple[Path, list[str]]):

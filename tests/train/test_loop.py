@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 
 from fewstep.algebra.batch import Batch
@@ -25,6 +27,7 @@ from fewstep.networks.roles import Roles
 from fewstep.networks.specs import DiscriminatorSpec, MLPSpec
 from fewstep.networks.teachers import RingTeacher
 from fewstep.recipe.schema import AdamW, Recipe, Stage
+from fewstep.recipe.store import load
 from fewstep.recipe.training import Train
 from fewstep.train.ema import EMA
 from fewstep.train.optim import TurnOptimizer
@@ -349,3 +352,30 @@ def test_a_new_stage_starts_its_averages_again_from_the_student() -> None:
     trainer.loop.begin(stage)
     assert average.updates == 0
     assert all(torch.equal(v, weights[k]) for k, v in average.module.state_dict().items())
+
+
+def test_a_stage_has_rates_of_its_own(tmp_path: Path) -> None:
+    """It trains as under that rate for all, bit for bit, and the stages after it know nothing of it."""
+    two = "before=[{method: {name: kd, teacher_steps: 2}, steps: 3%s}, {method: {name: kd, teacher_steps: 2}, steps: 3}]"
+    short = [
+        "optim.student.decay=constant",
+        "train.steps=3",
+        "train.batch=8",
+        "train.log_every=1",
+        "train.sample_every=0",
+        "train.checkpoint_every=3",
+    ]
+
+    def trained(name: str, rates: str, *settings: str) -> tuple[Path, list[float]]:
+        run = tmp_path / name
+        Trainer(load("toy/dmd2", [two % rates, *short, "train.keep=9", *settings]), run).fit()
+        lines = map(json.loads, (run / "log.jsonl").read_text().splitlines())
+        return run, [r["lr/student"] for r in lines if "lr/student" in r]
+
+    own, rates = trained("own", ", rates: {student: 0.02}")
+    assert rates == [0.02] * 3 + [1e-3] * 6
+    whole, _ = trained("whole", "", "optim.student.lr=0.02")
+    plain, _ = trained("plain", "")
+    first = [load_file(run / "checkpoints/step-00000003/student.safetensors") for run in (own, whole, plain)]
+    assert all(torch.equal(first[0][k], first[1][k]) for k in first[0])
+    assert any(not torch.equal(first[0][k], first[2][k]) for k in first[0])

@@ -25,7 +25,7 @@ from fewstep.commands.judge import Judge, judge_of
 from fewstep.commands.measure import measure, teacher_product
 from fewstep.commands.progress import Watch
 from fewstep.commands.sources import of_product
-from fewstep.config import UserError, plain
+from fewstep.config import UserError, plain, stated
 from fewstep.eval.features.base import state_sha256
 from fewstep.eval.protocol.evaluation import Evaluation, environment
 from fewstep.eval.protocol.images import to_pixels
@@ -227,7 +227,7 @@ def identity(recipe: Recipe) -> str:
     data["train"].pop("seed")
     for key in ("about", "results", "expected", "evaluate"):
         data.pop(key)
-    return f"{fold(json.dumps(data, sort_keys=True, default=str)) % 2**64:016x}"
+    return f"{fold(json.dumps(stated(data), sort_keys=True, default=str)) % 2**64:016x}"
 
 
 def refuse_changes(run: Path, recipe: Recipe) -> None:
