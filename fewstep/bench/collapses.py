@@ -88,12 +88,13 @@ def critic(trainer: Trainer) -> None:
 
 def darkening(trainer: Trainer) -> None:
     """A bias that grows with each update, in proportion to the student's rate."""
-    step, whole = trainer.loop.step, trainer.recipe.optimizer("student").lr
+    step = trainer.loop.step
 
     def darker(stage: Any) -> None:
         step(stage)
         with torch.no_grad():
-            list(trainer.roles.student.parameters())[-1].sub_(DARKER * trainer.loop.optim["student"].specs[0].lr / whole)
+            share = trainer.loop.optim["student"].specs[0].lr / trainer.recipe.optimizer("student", stage).lr
+            list(trainer.roles.student.parameters())[-1].sub_(DARKER * share)
 
     trainer.loop.step = darker  # type: ignore[method-assign]
 

@@ -156,12 +156,12 @@ def _problem(error: Mapping[str, Any], root: type, source: Source, whole: Any) -
     if kind == "value_error" and isinstance(here, dict):
         # A check over several keys blames the part; the key that it names, or the first that it speaks of, is nearer.
         lead = re.match(r"[\w.]+(?=: )", message)
-        keys = lead[0].split(".") if lead else []
+        keys: list[str | int] = [int(k) if k.isdigit() else k for k in lead[0].split(".")] if lead else []
         if not keys or keys[0] not in here:
             keys = [w for w in re.findall(r"\w+", message) if w in here][:1]
         if keys:
             dotted, where = ".".join(map(str, (*path, *keys))), source.where((*path, *keys))
-            message = message.removeprefix(f"{'.'.join(keys)}: ")
+            message = message.removeprefix(f"{'.'.join(map(str, keys))}: ")
     return f"{where}: {dotted}: {message}" + ("" if kind == "value_error" else f", got {error['input']!r}")
 
 

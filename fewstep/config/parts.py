@@ -147,10 +147,28 @@ def plain(value: Any) -> Any:
 
 
 def stated(value: Any) -> Any:
-    """Of plain data what is on: no None, no False, nothing empty. A new key that is off makes no other digest of it."""
+    """`plain` for digests, without keys that are null, false or empty by default and are so here.
+
+    A later key that is off by default makes no other digest of what is without it; one whose default is a number or a
+    part does.
+    """
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        held = {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}
+        fields = getattr(type(value), "__pydantic_fields__", {})
+        return {k: stated(v) for k, v in held.items() if k not in fields or not _off(v, fields[k])}
     if isinstance(value, Mapping):
-        return {k: stated(v) for k, v in value.items() if v is not None and v is not False and v not in ({}, [], "")}
-    return [stated(v) for v in value] if isinstance(value, list) else value
+        return {k: stated(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [stated(v) for v in value]
+    return value
+
+
+def _off(value: Any, field: Any) -> bool:
+    empty = value is None or value is False or (isinstance(value, (str, tuple, list, Mapping)) and not value)
+    if not empty or field.is_required():
+        return False
+    default = field.get_default(call_default_factory=True)
+    return type(default) is type(value) and bool(default == value)
 
 
 def _close(word: str, words: Iterable[str]) -> str:

@@ -193,8 +193,8 @@ def _down(found: Found, word: str, key: str) -> Found:
             return Found(path, part=part)
     if keys := tuple((p, k) for p in inside for k in keys_of(p) if k.name == word):
         return Found(path, keys=keys)
-    if any(get_origin(o) is dict for h in hints_of(found) for o in _options(h)) and inside:
-        # The name of a role: what stands there is the mapping's part, of which the next word is a key.
+    if any(get_origin(o) is dict for h in hints_of(found) for o in _options(h)):
+        # The name of a role: what stands there is the mapping's part, of which the next word is a key, or a value.
         values = tuple((o, dataclasses.replace(k, hint=_value(k.hint))) for o, k in found.keys)
         return Found(path, keys=values)
     names = [getattr(p, "name", "") for p in inside if not found.part] + [k.name for p in inside for k in keys_of(p)]

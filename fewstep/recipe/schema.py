@@ -91,14 +91,14 @@ class Stage:
     copy: dict[str, str] = Field(default_factory=dict)
     """Weights to copy at the start of the stage, target role: source role."""
     rates: dict[str, float] = Field(default_factory=dict)
-    """Learning rates of roles while the stage lasts, in place of those of `optim`: a start by kd takes larger steps."""
+    """Learning rates of roles while the stage lasts, in place of `optim.*.lr`; warm-up, decay and the rest stay."""
 
     def __post_init__(self) -> None:
         if self.steps < 1:
             raise ValueError(f"steps must be at least 1, not {self.steps}")
         for role, rate in self.rates.items():
             if rate <= 0:
-                raise ValueError(f"rates.{role} must be positive, not {rate}")
+                raise ValueError(f"rates.{role}: must be positive, not {rate}")
 
 
 SAMPLES = 1797

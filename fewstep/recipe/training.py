@@ -58,7 +58,7 @@ class Train:
     guard: Literal["off", "warn", "stop", "restore"] = "warn"
     """What an alarm on samples or refused updates does (`fewstep health` names them): off takes no readings, warn prints
     a line, stop ends the run with a checkpoint, restore goes back to the stage's best checkpoint with a quarter of
-    optim.student.lr, twice before it stops there."""
+    the student's rate, twice before it stops there."""
     readings_every: int = 10
     """Updates between readings of samples against the teacher's, or the data's; with samplers of more than four calls
     they are rarer. Reported as `samples/` in log.jsonl."""

@@ -11,7 +11,7 @@ from decimal import ROUND_CEILING, ROUND_FLOOR, Context
 from statistics import median
 from typing import Any
 
-from fewstep.config import UserError, plain, stated
+from fewstep.config import UserError, stated
 from fewstep.recipe.diff import SETTINGS
 from fewstep.recipe.expected import Band, Expected
 from fewstep.recipe.schema import Recipe
@@ -36,17 +36,16 @@ def identity(recipe: Recipe, origins: Mapping[str, str]) -> dict[str, Any]:
 
     origins: the run's, see `fewstep.train.origins`.
     """
-    whole = plain(recipe)
-    told = {k: whole[k] for k in SETTINGS} | {k: whole["train"][k] for k in _OF_TRAIN}
-    told |= {k: _without_paths(whole[k]) if k in origins else whole[k] for k in ("data", "teacher")}
+    whole = stated(recipe)
+    told = {k: whole.get(k) for k in SETTINGS} | {k: whole["train"].get(k) for k in _OF_TRAIN}
+    told |= {k: _without_paths(whole.get(k)) if k in origins else whole.get(k) for k in ("data", "teacher")}
     told["origins"] = {k: origins[k] for k in ("encoder", "vae") if k in origins}
     told["guidance"] = recipe.shown_guidance()  # of the samples that those of the student are compared with
     if "reward" in recipe.role_names() and recipe.evaluate is not None:
         told["features"] = recipe.evaluate.metric, recipe.evaluate.features  # in which samples/fd is taken
     if any(spec.decay != "constant" for spec in recipe.optim.values()):
         told["steps"] = recipe.train.steps
-    text = json.dumps(stated(told), sort_keys=True, default=str)
-    digest = hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
+    digest = hashlib.blake2b(json.dumps(told, sort_keys=True, default=str).encode(), digest_size=8).hexdigest()
     held = {k: origins.get(k, "") for k in ("teacher", "data")}
     return {"batch": recipe.train.batch, **held, "recipe": digest}
 

@@ -158,10 +158,10 @@ class Guard:
         alike = self.by != "metric" and as_good(here["score"], [held, here])
         return here["score"] > held["score"] and not alike
 
-    def act(self, alarm: Verdict, at: int, to: int) -> dict[str, Any]:
-        """A return to step `to`, as log and checkpoints hold it."""
+    def act(self, alarm: Verdict, at: int, to: int, stage: int) -> dict[str, Any]:
+        """A return to step `to` of a stage, which may have no record yet, as log and checkpoints hold it."""
         value = alarm.value if math.isfinite(alarm.value) else None
-        knob = rate_of(self.recipe, LOWER ** (len(self.acts) + 1), self.stage)
+        knob = rate_of(self.recipe, LOWER ** (len(self.acts) + 1), stage)
         return {"alarm": alarm.name, "value": value, "line": alarm.line, "at": at, "to": to, "knob": knob}
 
     def rates(self) -> dict[str, float]:
@@ -214,11 +214,10 @@ def said(v: Verdict, done: int) -> str:
 
 
 def rate_of(recipe: Recipe, factor: float, number: int) -> str:
-    """The lowered rate of the stage of this number in words."""
+    """The lowered rate of the stage of this number in words; those of later stages are lowered with it."""
     stage = recipe.stages()[number]
     lr = recipe.optimizer(KNOB, stage).lr
+    lower = f"{lr:g} -> {lr * factor:g}"
     if KNOB in stage.rates:
-        key, own = f"before.{number}.rates.{KNOB}", ""
-    else:
-        key, own = ("optim.default.lr", f" of the {KNOB}") if KNOB not in recipe.optim else (f"optim.{KNOB}.lr", "")
-    return f"{key}{own} {lr:g} -> {lr * factor:g}"
+        return f"before.{number}.rates.{KNOB} {lower}, later stages' rates alike"
+    return f"optim.{KNOB}.lr {lower}" if KNOB in recipe.optim else f"optim.default.lr of the {KNOB} {lower}"

@@ -157,9 +157,10 @@ class Loop:
         if optimizer.in_a_row >= self.session.recipe.train.max_skips:
             recent = {k: v for k, v in self.meter.take().items() if k != "seconds"}
             readings = ", ".join(f"{k} {v:.3g}" for k, v in recent.items())
+            own = " or the stage's own rates" * bool(self.session.recipe.stages()[self.progress.stage].rates)
             raise Refused(
                 f"stopped at step {self.progress.done}: {optimizer.in_a_row} updates of "
-                f"{'+'.join(turn.updates)} in a row had non-finite gradients ({readings}). Lower optim.*.lr or "
+                f"{'+'.join(turn.updates)} in a row had non-finite gradients ({readings}). Lower optim.*.lr{own} or "
                 "train.clip, use train.precision=fp32, or raise train.max_skips, and go on from its last "
                 "sound checkpoint with `--from RUN` and another --out"
             )

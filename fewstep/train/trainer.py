@@ -324,7 +324,7 @@ class Trainer:
             raise Stopped(f"stopped by {told}. There is no checkpoint of this stage to go back to")
         mark, again = read_guard(found), len(guard.acts) < RETURNS
         if again:
-            guard.acts.append(guard.act(alarm, at, read_state(found)[0].done))
+            guard.acts.append(guard.act(alarm, at, read_state(found)[0].done, stage))
             self.loop.factors = guard.rates()
         resume.go_back(self.loop, found, self.run)
         done = self.progress.done

@@ -257,7 +257,7 @@ def test_missing_keys_are_named(tmp_path: Path):
         ("method.steps=[]", "method.steps: steps is empty; give at least one level, such as [1.0]"),
         ("copy={critic: nobody}", "copy: role 'nobody' is not in this recipe; it has critic, student, teacher"),
         ("before.0.steps=0", "before.0.steps: steps must be at least 1, not 0"),
-        ("before.0.rates={student: 0}", "before.0.rates: rates.student must be positive, not 0.0"),
+        ("before.0.rates={student: 0}", "before.0.rates.student: must be positive, not 0.0"),
         ("before.0.rates={critic: 0.1}", "before.0.rates.critic: method denoise trains student"),
         (
             "before.0.rates={studnet: 0.1}",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +14,11 @@ from fewstep.bench.board import OWN, main, measured, refuse, taken, was_busy
 from fewstep.bench.board_table import lines, table
 from fewstep.bench.boards import BOARDS, GROUPS, Board, digest_of, group_of, ranked, settings_of
 from fewstep.bench.pace import TIMED, pace
-from fewstep.commands.compare import one_run
 from fewstep.commands.compare.one_run import NEVER, identity
 from fewstep.commands.judge import preset_of
-from fewstep.config import UserError, plain
+from fewstep.config import UserError, config
 from fewstep.files import read_json
+from fewstep.recipe.schema import Stage
 from fewstep.recipe.store import load
 from fewstep.train import bands
 
@@ -343,24 +343,34 @@ def test_bands_of_other_runs_make_no_other_recipe():
     assert identity(replace(recipe, train=replace(recipe.train, steps=1))) != identity(recipe)
 
 
+@config
+class Longer(Stage):
+    """A stage as it may be some day."""
+
+    off: dict[str, float] | None = None
+    more: tuple[float, ...] = ()
+
+
 @pytest.mark.parametrize("of", [identity, lambda recipe: bands.identity(recipe, {})])
-def test_a_key_that_is_new_and_off_makes_no_other_recipe(monkeypatch: pytest.MonkeyPatch, of: Any):
-    recipe, add = load("digits-dmd2", list(NEVER)), dict[str, Any]()
+def test_a_key_that_is_new_and_off_makes_no_other_recipe(of: Any):
+    recipe = load("digits-dmd2-kd", list(NEVER))
+    (stage,) = recipe.before
 
-    def later(value: Any) -> Any:
-        """As the recipe will read once its method has a further key."""
-        data = plain(value)
-        return data | {"method": data["method"] | add} if "method" in data else data
+    def later(**keys: Any) -> str:
+        found = load("digits-dmd2-kd", list(NEVER))
+        held = {f.name: getattr(stage, f.name) for f in fields(stage)}
+        object.__setattr__(found, "before", (Longer(**held, **keys),))
+        return str(of(found))
 
-    own = of(recipe)
-    monkeypatch.setattr(one_run, "plain", later)
-    monkeypatch.setattr(bands, "plain", later)
-    for off in (None, False, "", {}, []):
-        add["new"] = off
-        assert of(recipe) == own
-    for on in (0, 0.0, "x", {"a": None}, [None]):
-        add["new"] = on
-        assert of(recipe) != own
+    assert later() == str(of(recipe))
+    assert len({later(), later(off={}), later(off={"a": 0.0}), later(more=(0.0,))}) == 4
+
+
+@pytest.mark.parametrize("of", [identity, lambda recipe: bands.identity(recipe, {})])
+def test_false_is_not_null_to_a_digest(of: Any):
+    # Null takes what the encoder says of empty prompts.
+    recipes = [load("paper/dmd2-sdxl-4step", [f"data.zeros={zeros}"]) for zeros in ("null", "false", "true")]
+    assert len({str(of(r)) for r in recipes}) == 3
 
 
 def test_a_board_tells_what_its_number_of_samples_costs(tmp_path: Path):

@@ -51,8 +51,12 @@ def test_a_healthy_run_says_nothing(tmp_path: Path):
 
 def test_the_rate_that_is_lowered_is_named_by_its_key():
     recipe = load("digits-dmd2-kd")
-    assert rate_of(recipe, 0.5, 0) == "before.0.rates.student 0.0005 -> 0.00025"
+    assert rate_of(recipe, 0.5, 0) == "before.0.rates.student 0.0005 -> 0.00025, later stages' rates alike"
     assert rate_of(recipe, 0.5, 1) == "optim.student.lr 0.0001 -> 5e-05"
+    # Refused updates may end a stage before its first record, of which the guard would learn that it has begun.
+    guard: Any = SimpleNamespace(recipe=recipe, acts=[], stage=0)
+    act = Guard.act(guard, SimpleNamespace(name="refused updates", value=1.0, line=0.5), 2010, 2000, 1)  # type: ignore[arg-type]
+    assert act["knob"] == f"optim.student.lr 0.0001 -> {1e-4 * LOWER:g}"
     assert rate_of(load("digits-cd"), 0.5, 0) == "optim.default.lr of the student 0.0005 -> 0.00025"
 
 

@@ -25,7 +25,7 @@ from fewstep.commands.judge import Judge, judge_of
 from fewstep.commands.measure import measure, teacher_product
 from fewstep.commands.progress import Watch
 from fewstep.commands.sources import of_product
-from fewstep.config import UserError, plain, stated
+from fewstep.config import UserError, stated
 from fewstep.eval.features.base import state_sha256
 from fewstep.eval.protocol.evaluation import Evaluation, environment
 from fewstep.eval.protocol.images import to_pixels
@@ -223,11 +223,11 @@ def planned(task: Task, recipe: Recipe, banks: Path) -> list[int]:
 
 def identity(recipe: Recipe) -> str:
     """A digest of everything in the recipe but its seed, what is measured, and what it tells of other runs."""
-    data = plain(recipe)
+    data = stated(recipe)
     data["train"].pop("seed")
     for key in ("about", "results", "expected", "evaluate"):
-        data.pop(key)
-    return f"{fold(json.dumps(stated(data), sort_keys=True, default=str)) % 2**64:016x}"
+        data.pop(key, None)
+    return f"{fold(json.dumps(data, sort_keys=True, default=str)) % 2**64:016x}"
 
 
 def refuse_changes(run: Path, recipe: Recipe) -> None:
