@@ -34,10 +34,11 @@ PAGES = {
     "CHANGELOG.md": "changelog.md",
     "docs/fitting.md": "fitting.md",
     "docs/assisting.md": "assisting.md",
+    "docs/healthy.md": "healthy.md",
     "docs/rewards.md": "rewards.md",
 }
 """The page that holds a file of the repository."""
-PICTURES = ("assets/digits-dmd2.png",)
+PICTURES = tuple(f"assets/{n}.png" for n in ("board-digits", "board-fashion", "digits-dmd2", "emoji", "fashion"))
 TABLE = re.compile(r"^<!-- table: (\w+) -->$", re.MULTILINE)
 INCLUDE = re.compile(r"^<!-- include: (\S+?)(?: # (.+))? -->$", re.MULTILINE)
 LINK = re.compile(r"(!?)\[([^\]]*)\]\((?!https?:|#|mailto:)([^)\s]+)\)")

@@ -101,8 +101,8 @@ def table(file: Path) -> str:
     if loud:
         told = (f"`{r['recipe']}` ({', '.join(f'{k} at {v}' for k, v in r['alarms'].items())})" for r in loud)
         text += ": " + "; ".join(told)
-    left = sorted({*every} - ran)
-    return f"{text}.\n\nNot run whole: {', '.join(f'`{n}`' for n in left) or 'none'}."
+    left = ", ".join(f"`{n}`" for n in sorted({*every} - ran)) or "none"
+    return f"{text}.\n\nNo whole run with the guard on (boards train without it): {left}."
 
 
 def main(argv: list[str] | None = None) -> None:

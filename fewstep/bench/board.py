@@ -175,7 +175,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("recipes", nargs="*", help="recipes to measure, each alone")
     parser.add_argument("--take", type=Path, nargs="*", default=[], help="results.json of comparisons made before")
     parser.add_argument("--seeds", type=int, default=1)
-    parser.add_argument("--points", type=int, default=8, help="measurements along a run")
+    parser.add_argument("--points", type=int, default=4, help="measurements along a run")
     parser.add_argument(
         "--busy", action="store_true", help="other work ran or runs beside these: show none of their seconds"
     )

@@ -21,18 +21,18 @@ def table(board: Board, content: Mapping[str, Any]) -> str:
     stale = sorted({r["group"] for r in content["rows"]} - {r["group"] for r in rows})
     every = [*rows, *content["teachers"]]
     name = str(distance_of(evaluation_of(every[0]))).partition(" (")[0] if every else "FD"
-    head = ["recipe", "method", "calls", f"{name} ±", "seeds", "accuracy", "diversity", "recall", "s / 1000"]
+    erring = any(evaluation_of(r).distance.standard_error for r in every)
+    head = ["recipe", "method", "calls", name + " ±" * erring, "seeds", "accuracy", "diversity", "recall", "s / 1000"]
     beside = len(head)
     head += ["updates", "core-s", "core-s to within 5 % of its end", "peak MiB", "commit"]
     lines = []
     for group in GROUPS:
         own = [r for r in rows if group_of(load(r["group"])) == group]
         if own:
-            lines += [f"**What needs {group}**", "", cells_line(head), cells_line(["---"] * len(head))]
-            lines += [cells_line(_cells(r)) for r in sorted(own, key=lambda r: evaluation_of(r).distance.value)] + [""]
+            own = sorted(own, key=lambda r: evaluation_of(r).distance.value)
+            lines += [f"**What needs {group}**", "", *_filled(head, [_cells(r) for r in own]), ""]
     lines += ["**The teacher without training**", ""]
-    lines += [cells_line(head[:beside]), cells_line(["---"] * beside)]
-    lines += [cells_line(_cells(r)[:beside]) for r in content["teachers"]] + [""]
+    lines += [*_filled(head[:beside], [_cells(r)[:beside] for r in content["teachers"]]), ""]
     if content["teachers"] and not any(r["training"] for r in content["teachers"]):
         lines += ["With a sampler fitted for as few calls: not run.", ""]
     failed = sorted({f["recipe"] for f in content["failed"]} - {r["group"] for r in rows})
@@ -50,12 +50,18 @@ def table(board: Board, content: Mapping[str, Any]) -> str:
 NOTES = """\
 - s / 1000: seconds for a thousand samples. ≈: timed over a few updates at rest, without checkpoints, of a training that
   had other work beside it; good to a fifth. A dash: no time at rest was taken.
-- Interrupted: the training went on from a checkpoint, and the seconds lost after it are not counted. Seeds 2 of 3: one
-  failed.
+- Interrupted: the training went on from a checkpoint; without ≈ its seconds leave out those lost after it. Seeds 2 of 3:
+  one failed.
 - Core-s to within 5 % of its end: when the distance had settled, by the points of its curve.
 - Peak: memory of the training process, on a CPU up to its first measurement.
 - Guided: aims at a guided distribution, which is not the data's."""
 """How the columns of all boards are to be read."""
+
+
+def _filled(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """A table without the columns that are empty in all of its rows."""
+    kept = [i for i in range(len(head)) if not rows or any(r[i] for r in rows)]
+    return [cells_line([r[i] for i in kept]) for r in (head, ["---"] * len(head), *rows)]
 
 
 def _of_chance(teachers: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -90,11 +96,12 @@ def _cells(row: Mapping[str, Any]) -> list[str]:
     if student:
         slower = told["cpu_seconds"] / t["cpu_seconds"] if told else 1.0
         near = t.get("settled_cpu_seconds")
-        whole = _seconds(t["cpu_seconds"] * slower, 0, busy) + " (interrupted)" * (row["resumes"] > 0 and not told)
+        whole = _seconds(t["cpu_seconds"] * slower, 0, busy)
         own = row["steps"] == len(load(row["group"]).sampler().steps)  # what a curve is of
         late = "its end" if own and all(row["curves"]) else ""
         seconds = [whole, late if near is None else _seconds(near * slower, 0, busy)]
-        cells += [f"{t['updates']:,}", *(["–", "–"] if hidden else seconds)]
+        again = " (interrupted)" * (row["resumes"] > 0)
+        cells += [f"{t['updates']:,}{again}", *(["–", "–"] if hidden else seconds)]
         cells += [f"{t['peak_memory_mib']:.0f}", row["commit"]]
     return cells
 

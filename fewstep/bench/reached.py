@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from math import hypot
 from pathlib import Path
 from typing import Any
 
@@ -86,7 +87,11 @@ def over(rows: Sequence[Mapping[str, Any]], teachers: Sequence[Mapping[str, Any]
     seeds = len(best.metrics[str(distance_of(best))]["values"])
     student = f"`{best.name}` {with_error(best.distance)} ({seeds} seed{'s' * (seeds != 1)})"
     share = best.distance.value / beside.distance.value
-    return f"{share:.2f}: {student} over {with_error(beside.distance)} ({beside.calls} calls)"
+    # As if apart: both are of the same noises, which makes the quotient's error less than this.
+    error = share * hypot(*((e.distance.standard_error or 0.0) / e.distance.value for e in (best, beside)))
+    held = beside.metrics[str(distance_of(beside))]
+    chance = "" if held.get("usable", True) else f"; some {held['bias']:.2f} of each is due to N"
+    return f"{share:.2f} ± {error:.2f}: {student} over {with_error(beside.distance)} ({beside.calls} calls){chance}"
 
 
 def one_step_emoji(file: Path) -> str:
@@ -98,4 +103,4 @@ def one_step_emoji(file: Path) -> str:
     if row is None:
         return NOT_RUN
     share = row["saturation"] / content["saturation"]["guidance 1"] - 1
-    return f"{100 * row['found']:.0f} %; {100 * share:+.1f} %"
+    return f"{100 * row['found']:.0f} %; {100 * share:+.1f} %" + " (interrupted)" * row["interrupted"]

@@ -67,5 +67,5 @@ def test_a_row_replaces_its_recipes_and_the_table_names_alarms_and_what_was_not_
     text = table(out)
     assert "whole runs of 1 of the" in text
     assert "alarms in 0." in text
-    assert "`toy/dmd2`" in text.partition("Not run whole")[2]
-    assert "`toy/lcm`" not in text.partition("Not run whole")[2]
+    assert "`toy/dmd2`" in text.partition("No whole run")[2]
+    assert "`toy/lcm`" not in text.partition("No whole run")[2]

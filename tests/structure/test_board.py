@@ -152,7 +152,7 @@ def test_a_row_says_what_its_runs_went_through(tmp_path: Path):
     made = comparison(tmp_path / "a.json", row("digits-kd", 1.0), run={"resumes": 2}, seeds=[0, 1, 2], failed=gone)
     told = table(BOARDS["digits"], taken(BOARDS["digits"], file, made))
     assert "| 2 of 3 |" in told
-    assert "| 8 (interrupted) |" in told
+    assert "| 1,400 (interrupted) |" in told
     assert "Failed: `digits-sid`." in told
     assert "`digits-sid`" not in told[told.index("Not run: ") :]
     stale = comparison(tmp_path / "b.json", row("digits-kd", 1.0), run={"identity": "of before"})
