@@ -209,6 +209,13 @@ def demo_table() -> str:
     return table()
 
 
+def gpu_table() -> str:
+    """What `make gpu` found."""
+    from fewstep.bench.gpu import shown
+
+    return shown(ROOT / "assets" / "gpu.md")
+
+
 FAMILIES = ("sd15", "sdxl", "sana", "dit", "flow", "sd3", "flux")
 
 
@@ -264,6 +271,7 @@ def scripts_table() -> str:
 TABLES = {
     "choose": choose_table,
     "demo": demo_table,
+    "gpu": gpu_table,
     "schedules": schedules_table,
     "memory": memory_table,
     "configs": configs_table,

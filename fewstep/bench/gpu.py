@@ -267,6 +267,14 @@ def write(rows: Sequence[Row], out: Path) -> None:
         temporary.write_text("\n".join(lines) + "\n")
 
 
+def shown(file: Path) -> str:
+    """What the documentation shows of a kept OUT/gpu.md: device, commit, figures beside their estimates."""
+    if not file.exists():
+        return "Not run: no GPU was at hand so far."
+    title, _, rest = file.read_text().partition("\n\n")
+    return f"{title.removeprefix('# ')}. {rest.strip()}"
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m fewstep.bench.gpu", description=__doc__)
     parser.add_argument("--minutes", type=float, default=9.0)

@@ -235,6 +235,15 @@ def test_both_files_hold_all_rows(tmp_path: Path):
     assert r"| tests | said | 1 \| 2 |  |  |" in (tmp_path / "gpu.md").read_text()
 
 
+def test_the_site_shows_a_kept_page_with_its_estimates(tmp_path: Path):
+    assert gpu.shown(tmp_path / "gpu.md") == "Not run: no GPU was at hand so far."
+    write([Row("sdxl", "memory of a step", "21.5", "GiB", "20.25")], tmp_path)
+    told = gpu.shown(tmp_path / "gpu.md")
+    assert told.startswith("On ")
+    assert "# " not in told
+    assert "| sdxl | memory of a step | 21.5 | GiB | 20.25 |" in told
+
+
 def test_without_a_gpu_it_says_what_can_be_done(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(gpu.torch.cuda, "is_available", lambda: False)
     with pytest.raises(SystemExit, match="no CUDA device is here; --rehearse"):
