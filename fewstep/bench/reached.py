@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from math import hypot
 from pathlib import Path
 from typing import Any
@@ -62,7 +62,8 @@ def on_board(file: Path, board: Board) -> str:
         return NOT_RUN
     content = read_json(file)
     rows = current(board, content["rows"])
-    told = over([r for r in rows if group_of(load(r["group"])) in GROUPS[:2]], content["teachers"])
+    again = {r["group"] for r in rows if r["resumes"]}
+    told = over([r for r in rows if group_of(load(r["group"])) in GROUPS[:2]], content["teachers"], again)
     return "of an earlier recipe" if told == NOT_RUN and len(rows) < len(content["rows"]) else told
 
 
@@ -73,11 +74,15 @@ def apart(file: Path) -> str:
     content = read_json(file)
     if len({r["group"] for r in content["rows"]}) > 1 or {r["number"] for r in content["rows"]} != {5000}:
         raise UserError(f"{file}: must be a comparison of one recipe, with --samples 5000")
-    return over(content["rows"], content["teachers"])
+    again = {r["recipe"] for r in content["runs"] if r.get("resumes")}
+    return over(content["rows"], content["teachers"], again)
 
 
-def over(rows: Sequence[Mapping[str, Any]], teachers: Sequence[Mapping[str, Any]]) -> str:
-    """The best student of one call, without guidance, over the best teacher by its own sampler: quotient and both."""
+def over(rows: Sequence[Mapping[str, Any]], teachers: Sequence[Mapping[str, Any]], again: Container[str]) -> str:
+    """The best student of one call, without guidance, over the best teacher by its own sampler: quotient and both.
+
+    again: recipes with runs that were interrupted.
+    """
     alone = [r for r in rows if r["calls"] == 1 and not is_guided(load(r["group"]))]
     # A fitted teacher's row tells what its fit had cost.
     plain = [evaluation_of(r) for r in teachers if not r["training"]]
@@ -85,7 +90,8 @@ def over(rows: Sequence[Mapping[str, Any]], teachers: Sequence[Mapping[str, Any]
         return NOT_RUN
     best, beside = (min(es, key=lambda e: e.distance.value) for es in (map(evaluation_of, alone), plain))
     seeds = len(best.metrics[str(distance_of(best))]["values"])
-    student = f"`{best.name}` {with_error(best.distance)} ({seeds} seed{'s' * (seeds != 1)})"
+    told = f"{seeds} seed{'s' * (seeds != 1)}" + ", interrupted" * (best.name in again)
+    student = f"`{best.name}` {with_error(best.distance)} ({told})"
     share = best.distance.value / beside.distance.value
     # As if apart: both are of the same noises, which makes the quotient's error less than this.
     error = share * hypot(*((e.distance.standard_error or 0.0) / e.distance.value for e in (best, beside)))

@@ -140,7 +140,7 @@ def test_a_row_replaces_its_own_and_no_other(tmp_path: Path, capsys: pytest.Capt
     assert cells in told
     alone, beside = told.index(GROUPS[0]), told.index(GROUPS[1])
     assert alone < told.index(cells) < beside < told.index("`digits-cd`")
-    assert "| teacher, 8 steps |  | 8 | 0.50 ± 0.25 |" in told
+    assert "| teacher, 8 steps | 8 | 0.50 ± 0.25 |" in told
     missing = told[told.index("Not run: ") :]
     assert "`digits-sid`" in missing
     assert "`digits-kd`" not in missing
@@ -183,7 +183,7 @@ def test_a_row_made_beside_other_work_shows_no_seconds_but_those_at_rest(
     main(["digits", "--take", str(rows), "--busy", *where])
     shown = capsys.readouterr().out
     assert "| 1.00 | 0.500 | – | 1,400 | – | – | 512 |" in shown
-    assert "| teacher, 8 steps |  | 8 | 0.50 ± 0.25 |  | 75.0 % | 1.00 | 0.500 | – |" in shown
+    assert "| teacher, 8 steps | 8 | 0.50 ± 0.25 | 75.0 % | 1.00 | 0.500 | – |" in shown
     assert not (tmp_path / "board-digits.png").exists()
     main(["digits", "--pace", "digits-kd", *where])
     shown = capsys.readouterr().out

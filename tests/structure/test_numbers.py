@@ -33,6 +33,7 @@ def test_what_has_no_file_was_not_run_and_what_has_one_says_its_numbers(tmp_path
     content = read_json(assets() / "board-digits.json")
     row = next(r for r in content["rows"] if r["group"] == "digits-dmd2")
     (name,) = (k for k in row["metrics"] if k.startswith("FD"))
+    row["resumes"] = 0
     row["metrics"][name] |= {"value": 0.75, "standard_error": 0.125, "values": [0.5, 1.0]}
     first = content["teachers"][0]
     content["teachers"] = []
@@ -40,13 +41,19 @@ def test_what_has_no_file_was_not_run_and_what_has_one_says_its_numbers(tmp_path
         teacher = json.loads(json.dumps(first)) | {"calls": calls, "training": training}
         teacher["metrics"][name] |= {"value": value, "standard_error": 0.125}
         content["teachers"].append(teacher)
-    content["rows"] = [row]
+    content |= {"rows": [row], "runs": [{"recipe": "digits-dmd2", "resumes": 0}]}
     held = tmp_path / "compare-held-out.json"
     held.write_text(json.dumps(content))
     found = lines(reached.table(tmp_path))
     assert found["Fashion-MNIST teacher, FD, N = 10,000"][-1] == "7.00 ± 0.25"
     pair = found["the same of a pair trained on 1,397, against the 400 held out"][-1]
-    assert pair == "1.50: `digits-dmd2` 0.75 ± 0.12 (2 seeds) over 0.50 ± 0.12 (15 calls)"
+    assert pair == "1.50 ± 0.45: `digits-dmd2` 0.75 ± 0.12 (2 seeds) over 0.50 ± 0.12 (15 calls)"
+    content["runs"][0]["resumes"] = 1
+    content["teachers"][1]["metrics"][name] |= {"usable": False, "bias": 0.25}
+    held.write_text(json.dumps(content))
+    told = reached.apart(held)
+    assert told == pair.replace("seeds)", "seeds, interrupted)") + "; some 0.25 of each is due to N"
+    content["teachers"][1]["metrics"][name] |= {"usable": True}
     # Neither what aims at another distribution, nor what distils nothing, nor what takes more calls is that student.
     for group, calls in (("digits-tdd", 1), ("digits-ect", 1), ("digits-dmd2-4step", 4)):
         better = json.loads(json.dumps(row)) | {
@@ -81,7 +88,7 @@ def test_emoji_students_stand_beside_their_teacher_and_the_untrained_say_so(tmp_
     assert found["teacher, 8 Heun steps, guidance 1.5"][0] == "30"  # each Heun call is two of the network
     assert found["`emoji-dmd2-gan`"][1:4] == ["not run"] * 3
     (tmp_path / "emoji.json").write_text(json.dumps(content))
-    assert reached.one_step_emoji(tmp_path / "emoji.json") == "50 %; +25.0 %"
+    assert reached.one_step_emoji(tmp_path / "emoji.json") == "50 %; +25.0 % (interrupted)"
     again = lines(emoji.table(content, teacher | {"updates": teacher["updates"] + 1}))
     assert again["`emoji-dmd2`"][1] == "of an earlier recipe or teacher"
     assert again["teacher, 8 Heun steps"][3] == "not run"
