@@ -32,13 +32,9 @@ PAGES = {
     "CONTRIBUTING.md": "method.md",
     "SECURITY.md": "security.md",
     "CHANGELOG.md": "changelog.md",
-    "docs/fitting.md": "fitting.md",
-    "docs/assisting.md": "assisting.md",
-    "docs/healthy.md": "healthy.md",
-    "docs/rewards.md": "rewards.md",
 }
-"""The page that holds a file of the repository."""
-PICTURES = tuple(f"assets/{n}.png" for n in ("board-digits", "board-fashion", "digits-dmd2", "emoji", "fashion"))
+"""The page that holds a file of the repository; those in docs are pages themselves."""
+PICTURES = tuple(p.relative_to(ROOT).as_posix() for p in sorted((ROOT / "assets").glob("*.png")))
 TABLE = re.compile(r"^<!-- table: (\w+) -->$", re.MULTILINE)
 INCLUDE = re.compile(r"^<!-- include: (\S+?)(?: # (.+))? -->$", re.MULTILINE)
 LINK = re.compile(r"(!?)\[([^\]]*)\]\((?!https?:|#|mailto:)([^)\s]+)\)")
@@ -79,7 +75,8 @@ def included(name: str, heading: str | None, into: str) -> str:
         held = posixpath.normpath(posixpath.join(posixpath.dirname(name), file))
         if not (ROOT / held).exists():
             raise PluginError(f"{into}: {name} links to {target}, which is not there")
-        to = PAGES.get(held, held if held in PICTURES else None)
+        own = held.removeprefix("docs/") if re.fullmatch(r"docs/\w+\.md", held) else None
+        to = PAGES.get(held, held if held in PICTURES else own)
         if to is None:
             return f"{words} (`{held}`)" if words.strip("`") != held else f"`{held}`"
         way = posixpath.relpath(to, posixpath.dirname(into) or ".")

@@ -1,6 +1,6 @@
 """The leaderboard: what recipes reach at their own budgets, in groups of what they need, beside their teacher.
 
-    python -m fewstep.bench.board digits digits-dmd2 digits-sid [--seeds 3] [--points 8] [--work runs/board]
+    python -m fewstep.bench.board digits digits-dmd2 digits-sid [--seeds 3] [--points 4] [--work runs/board]
     python -m fewstep.bench.board digits --take runs/mine/results.json     # a comparison at `--budget own` made before
     python -m fewstep.bench.board digits --pace digits-dmd2                # seconds of a row that was made with --busy
 

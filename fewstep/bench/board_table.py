@@ -70,7 +70,7 @@ def _of_chance(teachers: Sequence[Mapping[str, Any]]) -> list[str]:
     bias = min((t for t in told if t[1] is not None), default=(0, None))[1]
     if bias is None:
         return []
-    return [f"Of each distance about {bias:.2f} is due to the number of samples: as many perfect ones would have it too."]
+    return [f"As many perfect samples would have a distance of about {bias:.2f}, for their number alone."]
 
 
 def current(board: Board, rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
@@ -100,8 +100,8 @@ def _cells(row: Mapping[str, Any]) -> list[str]:
         own = row["steps"] == len(load(row["group"]).sampler().steps)  # what a curve is of
         late = "its end" if own and all(row["curves"]) else ""
         seconds = [whole, late if near is None else _seconds(near * slower, 0, busy)]
-        again = " (interrupted)" * (row["resumes"] > 0)
-        cells += [f"{t['updates']:,}{again}", *(["–", "–"] if hidden else seconds)]
+        resumed = " (interrupted)" * (row["resumes"] > 0)
+        cells += [f"{t['updates']:,}{resumed}", *(["–", "–"] if hidden else seconds)]
         cells += [f"{t['peak_memory_mib']:.0f}", row["commit"]]
     return cells
 

@@ -21,7 +21,7 @@ from fewstep.recipe.store import load
 
 NOT_RUN = "not run"
 HELD_OUT = "compare-held-out.json"
-"""By `fewstep compare digits-dmd2 --budget own --samples 5000` of a teacher and a student that never saw 400 digits."""
+"""By `fewstep compare digits-dmd2-kd --budget own --samples 5000` of a teacher and a student that never saw 400 digits."""
 
 
 def table(folder: Path) -> str:
@@ -62,8 +62,8 @@ def on_board(file: Path, board: Board) -> str:
         return NOT_RUN
     content = read_json(file)
     rows = current(board, content["rows"])
-    again = {r["group"] for r in rows if r["resumes"]}
-    told = over([r for r in rows if group_of(load(r["group"])) in GROUPS[:2]], content["teachers"], again)
+    resumed = {r["group"] for r in rows if r["resumes"]}
+    told = over([r for r in rows if group_of(load(r["group"])) in GROUPS[:2]], content["teachers"], resumed)
     return "of an earlier recipe" if told == NOT_RUN and len(rows) < len(content["rows"]) else told
 
 
@@ -74,14 +74,14 @@ def apart(file: Path) -> str:
     content = read_json(file)
     if len({r["group"] for r in content["rows"]}) > 1 or {r["number"] for r in content["rows"]} != {5000}:
         raise UserError(f"{file}: must be a comparison of one recipe, with --samples 5000")
-    again = {r["recipe"] for r in content["runs"] if r.get("resumes")}
-    return over(content["rows"], content["teachers"], again)
+    resumed = {r["recipe"] for r in content["runs"] if r.get("resumes")}
+    return over(content["rows"], content["teachers"], resumed)
 
 
-def over(rows: Sequence[Mapping[str, Any]], teachers: Sequence[Mapping[str, Any]], again: Container[str]) -> str:
+def over(rows: Sequence[Mapping[str, Any]], teachers: Sequence[Mapping[str, Any]], resumed: Container[str]) -> str:
     """The best student of one call, without guidance, over the best teacher by its own sampler: quotient and both.
 
-    again: recipes with runs that were interrupted.
+    resumed: recipes with runs that were interrupted.
     """
     alone = [r for r in rows if r["calls"] == 1 and not is_guided(load(r["group"]))]
     # A fitted teacher's row tells what its fit had cost.
@@ -90,13 +90,13 @@ def over(rows: Sequence[Mapping[str, Any]], teachers: Sequence[Mapping[str, Any]
         return NOT_RUN
     best, beside = (min(es, key=lambda e: e.distance.value) for es in (map(evaluation_of, alone), plain))
     seeds = len(best.metrics[str(distance_of(best))]["values"])
-    told = f"{seeds} seed{'s' * (seeds != 1)}" + ", interrupted" * (best.name in again)
+    told = f"{seeds} seed{'s' * (seeds != 1)}" + ", interrupted" * (best.name in resumed)
     student = f"`{best.name}` {with_error(best.distance)} ({told})"
     share = best.distance.value / beside.distance.value
     # As if apart: both are of the same noises, which makes the quotient's error less than this.
     error = share * hypot(*((e.distance.standard_error or 0.0) / e.distance.value for e in (best, beside)))
     held = beside.metrics[str(distance_of(beside))]
-    chance = "" if held.get("usable", True) else f"; some {held['bias']:.2f} of each is due to N"
+    chance = "" if held.get("usable", True) else f"; as many perfect samples have some {held['bias']:.2f}"
     return f"{share:.2f} ± {error:.2f}: {student} over {with_error(beside.distance)} ({beside.calls} calls){chance}"
 
 

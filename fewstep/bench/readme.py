@@ -43,10 +43,10 @@ def comparison_table(path: Path) -> str:
         "| recipe | method | calls | FD ± | seeds | accuracy | diversity | CPU s | peak MiB |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
-    again = {r["recipe"] for r in told.get("runs", ()) if r.get("resumes")}
+    resumed = {r["recipe"] for r in told.get("runs", ()) if r.get("resumes")}
     for r in told["rows"]:
         e = evaluation_of(r)
-        seeds = f"{len(e.metrics[str(distance_of(e))]['values'])}" + " (interrupted)" * (r["group"] in again)
+        seeds = f"{len(e.metrics[str(distance_of(e))]['values'])}" + " (interrupted)" * (r["group"] in resumed)
         lines.append(
             f"| `{e.name}` | {e.training['method']} | {e.calls} | {with_error(e.distance)} | {seeds} "
             f"| {' | '.join(by_class(e))} | {e.training['cpu_seconds']:.0f} "

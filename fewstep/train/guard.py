@@ -215,9 +215,9 @@ def said(v: Verdict, done: int) -> str:
 
 def rate_of(recipe: Recipe, factor: float, number: int) -> str:
     """The lowered rate of the stage of this number in words; those of later stages are lowered with it."""
-    stage = recipe.stages()[number]
+    stage, *later = recipe.stages()[number:]
     lr = recipe.optimizer(KNOB, stage).lr
-    lower = f"{lr:g} -> {lr * factor:g}"
-    if KNOB in stage.rates:
-        return f"before.{number}.rates.{KNOB} {lower}, later stages' rates alike"
-    return f"optim.{KNOB}.lr {lower}" if KNOB in recipe.optim else f"optim.default.lr of the {KNOB} {lower}"
+    own = f"optim.{KNOB}.lr" if KNOB in recipe.optim else f"optim.default.lr of the {KNOB}"
+    key = f"before.{number}.rates.{KNOB}" if KNOB in stage.rates else own
+    alike = any(KNOB in {*s.rates, *stage.rates} for s in later)
+    return f"{key} {lr:g} -> {lr * factor:g}" + ", later stages' rates alike" * alike

@@ -86,6 +86,8 @@ def test_a_default_part_is_told_by_what_it_changes():
         ("method.dmd2.critic.steps", "Critic", "steps"),
         ("before.0.method.kd.solver", "KD", "solver"),
         ("before.steps", "Stage", "steps"),
+        ("before.0.rates.student", "Stage", "rates"),
+        ("copy.critic", "Recipe", "copy"),
         ("roles.target.copy.of", "Copy", "of"),
         ("times.lognormal.mean", "LogNormal", "mean"),
         ("method.joint.methods.1.weight", "Share", "weight"),

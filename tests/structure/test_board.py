@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from pydantic import Field
 
 from fewstep.bench.board import OWN, main, measured, refuse, taken, was_busy
 from fewstep.bench.board_table import lines, table
@@ -349,6 +350,7 @@ class Longer(Stage):
 
     off: dict[str, float] | None = None
     more: tuple[float, ...] = ()
+    also: dict[str, float] = Field(default_factory=dict)
 
 
 @pytest.mark.parametrize("of", [identity, lambda recipe: bands.identity(recipe, {})])
@@ -363,7 +365,7 @@ def test_a_key_that_is_new_and_off_makes_no_other_recipe(of: Any):
         return str(of(found))
 
     assert later() == str(of(recipe))
-    assert len({later(), later(off={}), later(off={"a": 0.0}), later(more=(0.0,))}) == 4
+    assert len({later(), later(off={}), later(off={"a": 0.0}), later(more=(0.0,)), later(also={"a": 0.0})}) == 5
 
 
 @pytest.mark.parametrize("of", [identity, lambda recipe: bands.identity(recipe, {})])
@@ -377,13 +379,13 @@ def test_a_board_tells_what_its_number_of_samples_costs(tmp_path: Path):
     made = comparison(tmp_path / "a.json", row("digits-kd", 1.0))
     content = taken(BOARDS["digits"], tmp_path / "board-digits.json", made)
     (teacher,) = content["teachers"]
-    assert "due to the number of samples" not in table(BOARDS["digits"], content)
+    assert "perfect samples" not in table(BOARDS["digits"], content)
     worse = json.loads(json.dumps(teacher))
     for r, value, bias in ((teacher, 0.5, 0.36), (worse, 9.0, 0.24)):
         (entry,) = [v for k, v in r["metrics"].items() if k.startswith("FD")]
         entry |= {"value": value, "bias": bias}
     content["teachers"] = [worse, teacher]
-    assert "Of each distance about 0.36 is due to the number of samples" in table(BOARDS["digits"], content)
+    assert "As many perfect samples would have a distance of about 0.36" in table(BOARDS["digits"], content)
     assert "With a sampler fitted for as few calls: not run" in table(BOARDS["digits"], content)
     worse["training"] = {"method": "fitted"}
     assert "With a sampler fitted" not in table(BOARDS["digits"], content)
