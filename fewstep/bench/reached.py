@@ -21,7 +21,7 @@ from fewstep.recipe.store import load
 
 NOT_RUN = "not run"
 HELD_OUT = "compare-held-out.json"
-"""By `fewstep compare digits-dmd2-kd --budget own --samples 5000` of a teacher and a student that never saw 400 digits."""
+"""By `fewstep compare digits-dmd2-kd --budget own --samples 5000`: neither teacher nor student ever saw 400 digits."""
 
 
 def table(folder: Path) -> str:
