@@ -272,7 +272,10 @@ def test_a_comparison_survives_kills_and_failures(tmp_path: Path, capfd: pytest.
     best, entry = report["rows"][0], energies[0]
     estimate = Estimate(value=entry["value"], standard_error=entry["standard_error"])
     table = comparison_table(out / "results.json").splitlines()
-    assert table[2].startswith(f"| `{best['name']}` | {best['training']['method']} | 1 | {with_error(estimate)} | 2 |")
+    seeds = "2 (interrupted)" if best["group"] == "toy/kd" else "2"  # it was killed in its second seed
+    lead = f"| `{best['name']}` | {best['training']['method']} | 1 | {with_error(estimate)} | {seeds} |"
+    assert table[2].startswith(lead)
+    assert sum("(interrupted)" in line for line in table) == 1
     assert "20 updates each, " in table[-1]
     assert "64 samples, energy" in table[-1]
     assert f"Failed: `{bad}`" in table[-1]
