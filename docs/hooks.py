@@ -75,7 +75,7 @@ def included(name: str, heading: str | None, into: str) -> str:
         held = posixpath.normpath(posixpath.join(posixpath.dirname(name), file))
         if not (ROOT / held).exists():
             raise PluginError(f"{into}: {name} links to {target}, which is not there")
-        own = held.removeprefix("docs/") if re.fullmatch(r"docs/\w+\.md", held) else None
+        own = held.removeprefix("docs/") if re.fullmatch(r"docs/[\w-]+\.md", held) else None
         to = PAGES.get(held, held if held in PICTURES else own)
         if to is None:
             return f"{words} (`{held}`)" if words.strip("`") != held else f"`{held}`"

@@ -12,6 +12,7 @@ from fewstep.bench.board_table import current
 from fewstep.bench.boards import BOARDS, GROUPS, Board, group_of, is_guided
 from fewstep.commands.compare.kept import evaluation_of
 from fewstep.commands.compare.ranking import cells_line
+from fewstep.commands.record import resumed_of
 from fewstep.commands.report import with_error
 from fewstep.config import UserError
 from fewstep.eval.metrics.estimate import Estimate
@@ -74,8 +75,7 @@ def apart(file: Path) -> str:
     content = read_json(file)
     if len({r["group"] for r in content["rows"]}) > 1 or {r["number"] for r in content["rows"]} != {5000}:
         raise UserError(f"{file}: must be a comparison of one recipe, with --samples 5000")
-    resumed = {r["recipe"] for r in content["runs"] if r.get("resumes")}
-    return over(content["rows"], content["teachers"], resumed)
+    return over(content["rows"], content["teachers"], resumed_of(content))
 
 
 def over(rows: Sequence[Mapping[str, Any]], teachers: Sequence[Mapping[str, Any]], resumed: Container[str]) -> str:

@@ -13,7 +13,7 @@ from fewstep.bench.board_table import NOTES, lines as curves_of, table as table_
 from fewstep.bench.boards import BOARDS, ranked
 from fewstep.commands.compare.kept import evaluation_of
 from fewstep.commands.compare.ranking import by_class, cells_line
-from fewstep.commands.record import commits_of
+from fewstep.commands.record import commits_of, resumed_of
 from fewstep.commands.report import read_results, with_error
 from fewstep.eval.protocol.evaluation import distance_of
 from fewstep.files import parse_json, read_json
@@ -43,7 +43,7 @@ def comparison_table(path: Path) -> str:
         "| recipe | method | calls | FD ± | seeds | accuracy | diversity | CPU s | peak MiB |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
-    resumed = {r["recipe"] for r in told.get("runs", ()) if r.get("resumes")}
+    resumed = resumed_of(told)
     for r in told["rows"]:
         e = evaluation_of(r)
         seeds = f"{len(e.metrics[str(distance_of(e))]['values'])}" + " (interrupted)" * (r["group"] in resumed)

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from fewstep.algebra.draws import Draws, fold
-from fewstep.config import Absent, RecipeError, Source, UserError
+from fewstep.config import Absent, RecipeError, Source, UserError, path_of
 from fewstep.data.latents import vae_files
 from fewstep.export.forecast import bare_student, outlined_teacher, refuse_code
 from fewstep.files import expanded
@@ -220,8 +220,7 @@ def _seen(recipe: Recipe, shape: tuple[int, ...], source: Source | None) -> None
         check_views(recipe, shape)
     except RecipeError as error:
         key = str(error).partition(":")[0]
-        path = tuple(int(k) if k.isdigit() else k for k in key.split("."))
-        raise RecipeError(f"{source.where(path)}: {error}" if source else str(error)) from None
+        raise RecipeError(f"{source.where(path_of(key))}: {error}" if source else str(error)) from None
 
 
 CRITICS = {"alignment": "student", "reset_every": "teacher"}

@@ -171,6 +171,11 @@ def commits_of(comparison: Mapping[str, Any]) -> dict[str, Counter[str]]:
     return found
 
 
+def resumed_of(comparison: Mapping[str, Any]) -> set[str]:
+    """Recipes with runs that were interrupted and went on from a checkpoint."""
+    return {run["recipe"] for run in comparison.get("runs", ()) if run.get("resumes")}
+
+
 def _numbers(row: Evaluation) -> dict[str, Any]:
     """What an entry takes from a row as it is."""
     metric = (distance_of(row) or "").translate(str.maketrans("", "", "()"))

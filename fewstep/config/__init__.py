@@ -28,4 +28,5 @@ from fewstep.config.source import (
     merge as merge,
     override as override,
     parse as parse,
+    path_of as path_of,
 )

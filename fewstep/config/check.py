@@ -18,7 +18,7 @@ from typing import Annotated, Any, Union, get_args, get_origin
 from pydantic import TypeAdapter, ValidationError
 
 from fewstep.config.parts import REGISTRY, OneOf, RecipeError, _close, plain
-from fewstep.config.source import Path_, Source
+from fewstep.config.source import Path_, Source, path_of
 
 
 def _hint(part: Any, key: str) -> Any:
@@ -156,9 +156,9 @@ def _problem(error: Mapping[str, Any], root: type, source: Source, whole: Any) -
     if kind == "value_error" and isinstance(here, dict):
         # A check over several keys blames the part; the key that it names, or the first that it speaks of, is nearer.
         lead = re.match(r"[\w.]+(?=: )", message)
-        keys: list[str | int] = [int(k) if k.isdigit() else k for k in lead[0].split(".")] if lead else []
+        keys = path_of(lead[0]) if lead else ()
         if not keys or keys[0] not in here:
-            keys = [w for w in re.findall(r"\w+", message) if w in here][:1]
+            keys = tuple(w for w in re.findall(r"\w+", message) if w in here)[:1]
         if keys:
             dotted, where = ".".join(map(str, (*path, *keys))), source.where((*path, *keys))
             message = message.removeprefix(f"{'.'.join(map(str, keys))}: ")

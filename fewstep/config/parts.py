@@ -137,13 +137,7 @@ class OneOf:
 
 def plain(value: Any) -> Any:
     """A config object as plain YAML-able data, defaults included."""
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {f.name: plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
-    if isinstance(value, Mapping):
-        return {k: plain(v) for k, v in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [plain(v) for v in value]
-    return value
+    return _data(value, whole=True)
 
 
 def stated(value: Any) -> Any:
@@ -152,14 +146,18 @@ def stated(value: Any) -> Any:
     A later key that is off by default makes no other digest of what is without it; one whose default is a number or a
     part does.
     """
+    return _data(value, whole=False)
+
+
+def _data(value: Any, whole: bool) -> Any:
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         held = {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}
-        fields = getattr(type(value), "__pydantic_fields__", {})
-        return {k: stated(v) for k, v in held.items() if k not in fields or not _off(v, fields[k])}
+        known = {} if whole else getattr(type(value), "__pydantic_fields__", {})
+        return {k: _data(v, whole) for k, v in held.items() if k not in known or not _off(v, known[k])}
     if isinstance(value, Mapping):
-        return {k: stated(v) for k, v in value.items()}
+        return {k: _data(v, whole) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
-        return [stated(v) for v in value]
+        return [_data(v, whole) for v in value]
     return value
 
 

@@ -211,7 +211,7 @@ def override(source: Source, settings: Sequence[str]) -> Source:
             raise RecipeError(f"argument {setting!r}: {value!r} is not a YAML value{reason}") from None
         if list(given) != ["value"]:
             raise RecipeError(f"argument {setting!r}: has more than one line; give each setting by itself")
-        source = _assign(source, _path(key), given["value"], f"argument {setting!r}")
+        source = _assign(source, path_of(key), given["value"], f"argument {setting!r}")
     return source
 
 
@@ -225,7 +225,7 @@ def apply(source: Source, settings: Mapping[str, Any]) -> Source:
     for key, value in settings.items():
         if not isinstance(key, str) or not key:
             raise RecipeError(f"argument {key!r}: expected a recipe's key, such as 'train.steps'")
-        source = _apply(source, _path(key), _plain(value, f"argument {key!r}"), f"argument {key!r}")
+        source = _apply(source, path_of(key), _plain(value, f"argument {key!r}"), f"argument {key!r}")
     return source
 
 
@@ -263,7 +263,8 @@ def _plain(value: Any, named: str) -> Any:
     raise RecipeError(f"{named}: {what} is no value of a recipe; give numbers, text, lists, mappings or parts")
 
 
-def _path(key: str) -> Path_:
+def path_of(key: str) -> Path_:
+    """The keys of a dotted path, list items by their number."""
     return tuple(int(k) if k.isascii() and k.isdigit() and len(k) < 10 else k for k in key.split("."))
 
 

@@ -146,18 +146,18 @@ class Loop:
             self.meter.add(f"grad_norm/{'+'.join(turn.updates)}", norm)
             optimizer.step()
         else:
-            self._refuse(turn, optimizer)
+            self._refuse(turn, optimizer, stage)
         optimizer.zero()
         return finite
 
-    def _refuse(self, turn: Turn, optimizer: TurnOptimizer) -> None:
+    def _refuse(self, turn: Turn, optimizer: TurnOptimizer, stage: Stage) -> None:
         optimizer.refuse()
         self.progress.skipped += 1
         self.meter.add("skipped", 1.0)
         if optimizer.in_a_row >= self.session.recipe.train.max_skips:
             recent = {k: v for k, v in self.meter.take().items() if k != "seconds"}
             readings = ", ".join(f"{k} {v:.3g}" for k, v in recent.items())
-            own = " or the stage's own rates" * bool(self.session.recipe.stages()[self.progress.stage].rates)
+            own = " or the stage's own rates" * bool(stage.rates)
             raise Refused(
                 f"stopped at step {self.progress.done}: {optimizer.in_a_row} updates of "
                 f"{'+'.join(turn.updates)} in a row had non-finite gradients ({readings}). Lower optim.*.lr{own} or "
