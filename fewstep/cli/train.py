@@ -176,7 +176,10 @@ def compare(
     ] = None,
     samples: Annotated[int | None, typer.Option(help="Samples of each measurement.")] = None,
     curve: Annotated[
-        int, typer.Option(help="Measure each run so often, evenly over its updates, and draw it; not charged to it.")
+        int,
+        typer.Option(
+            help="Measure each run so often, evenly over its last stage, and where stages before it end; not charged."
+        ),
     ] = 0,
     settings: Annotated[
         list[str] | None,

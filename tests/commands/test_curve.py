@@ -15,9 +15,16 @@ from fewstep.commands.compare.curve import Curve, marks, read, save, settled
 
 
 def test_marks_are_even_and_leave_the_end_to_the_result():
-    assert marks(100, 5) == {20, 40, 60, 80}
-    assert marks(3, 10) == {1, 2}
-    assert marks(7, 2) == {4}
+    assert marks([100], 5) == {20, 40, 60, 80}
+    assert marks([3], 10) == {1, 2}
+    assert marks([7], 2) == {4}
+
+
+def test_marks_of_a_run_in_stages_lie_in_its_last():
+    """Three in four of a toy recipe's updates are the start that its method shares with all others."""
+    assert marks([3000, 400], 4) == {3000, 3100, 3200, 3300}
+    assert marks([10, 20, 1], 4) == {10, 30}
+    assert marks([0, 8], 2) == {4}
 
 
 @pytest.mark.parametrize(
@@ -101,6 +108,9 @@ def test_a_picture_of_what_there_is(tmp_path: Path):
     assert (tmp_path / "some.png").stat().st_size > 5000
     # An energy distance can be below zero.
     assert save({"a": [[*run, {"cpu_seconds": 3.0, "value": -0.1}]]}, "energy", tmp_path / "signed.png")
+    for odd in ([float("nan")], [float("inf"), -0.0]):
+        runs = [[*run, *({"cpu_seconds": 3.0, "value": v} for v in odd)]]
+        assert save({"a": runs}, "energy", tmp_path / "odd.png")
 
 
 def test_a_mean_over_seeds_needs_every_seed():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +18,19 @@ NEAR = 0.05
 Point = dict[str, float]
 
 
-def marks(total: int, points: int) -> set[int]:
-    """Updates after which to measure, evenly up to the end, which is measured anyhow.
+def marks(lengths: Sequence[int], points: int) -> set[int]:
+    """Updates after which to measure: evenly over the last stage and at its start, as its end is measured anyhow.
 
-    >>> sorted(fewstep.commands.compare.curve.marks(100, 4))
+    The stages before are a start that recipes share, often the longer part: only their ends are told.
+
+    >>> sorted(fewstep.commands.compare.curve.marks([100], 4))
     [25, 50, 75]
+    >>> sorted(fewstep.commands.compare.curve.marks([3000, 400], 4))
+    [3000, 3100, 3200, 3300]
     """
-    return {round(total * k / points) for k in range(1, points)} - {0, total}
+    ends, last = list(accumulate(lengths)), lengths[-1]
+    within = {ends[-1] - last + round(last * k / points) for k in range(1, points)}
+    return (within | set(ends)) - {0, ends[-1]}
 
 
 class Curve:
@@ -107,8 +114,12 @@ def save(curves: Mapping[str, Sequence[Sequence[Mapping[str, float]]]], metric: 
             style = ("-", "--", ":")[number // 10 % 3]
             axis.plot(x, y, style, color=f"C{number % 10}", marker=".", label=name if k == 0 else None, linewidth=1.2)
     axis.set_xscale("log")
-    if all(p["value"] > 0 for runs in drawn.values() for run in runs for p in run):
+    values = [p["value"] for runs in drawn.values() for run in runs for p in run]
+    below = min((v for v in values if math.isfinite(v)), default=1.0)
+    if below > 0:
         axis.set_yscale("log")
+    else:  # an unbiased estimate falls below zero by its noise, so that what is as small is drawn evenly
+        axis.set_yscale("symlog", linthresh=max(-below, 1e-12))
     axis.set_xlabel("processor seconds of training")
     axis.set_ylabel(metric)
     axis.grid(alpha=0.3)

@@ -138,7 +138,8 @@ def train(task: Task) -> None:
         refuse_changes(run, final)
     with atomic_path(run / "recipe.yaml") as temporary:
         temporary.write_text(dump(final))
-    total = sum(stage.steps for stage in final.stages())
+    length = [stage.steps for stage in final.stages()]
+    total = sum(length)
     told: list[Watch] = []
 
     @cache
@@ -150,7 +151,7 @@ def train(task: Task) -> None:
         now = product_of(final, trainer.product.eval(), trainer.data, task.recipe)
         return measure(now, judge().of_distance(), timed=False)[0].distance.value
 
-    curve = Curve(run / "curve.jsonl", marks(total, task.points), distance) if task.points else None
+    curve = Curve(run / "curve.jsonl", marks(length, task.points), distance) if task.points else None
 
     def watch(account: Accounted) -> None:
         orphaned()
