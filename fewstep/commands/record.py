@@ -13,7 +13,7 @@ from fewstep.commands.compare.kept import evaluation_of
 from fewstep.commands.report import read_results
 from fewstep.config import UserError
 from fewstep.eval.protocol.evaluation import Evaluation, distance_of
-from fewstep.files import atomic_path, parse_json, read_json
+from fewstep.files import atomic_path, expanded, parse_json, read_json
 from fewstep.recipe.diff import differences
 from fewstep.recipe.schema import Recipe
 from fewstep.recipe.source import shipped
@@ -58,9 +58,12 @@ def record(sources: Sequence[Path], out: Path) -> list[Entry]:
     """
     made: dict[tuple[Any, ...], Entry] = {}
     for source in sources:
-        for entry in of_comparison(source) if source.suffix == ".json" else [of_run(source)]:
+        data = _comparison(source) if source.suffix == ".json" else None
+        for entry in [of_run(source)] if data is None else students_of(data):
             earlier = made.get(entry.key)
             made[entry.key] = entry if earlier is None else joined(earlier, entry)
+        if data is not None and (teacher := teacher_of(data)) is not None:
+            made[teacher.key] = teacher  # in each comparison the same weights, no seeds of a training
     kept = _kept(out) if out.exists() else []
     every = {e.key: e for e in kept} | made
     lines = [json.dumps(_line(every[key])) for key in sorted(every, key=str)]
@@ -127,39 +130,62 @@ def named(recipe: Recipe, run: Path) -> tuple[str, tuple[str, ...]]:
 
 
 def of_comparison(path: Path) -> list[Entry]:
-    """The numbers of a file by `fewstep compare`, each recipe at its own number of steps.
+    """The numbers of a file by `fewstep compare`: its students, and its teacher where the runs say which one it was."""
+    data = _comparison(path)
+    teacher = teacher_of(data)
+    return [*students_of(data), *([] if teacher is None else [teacher])]
 
-    And that of the teacher, where its runs say which shipped one it was.
-    """
+
+def _comparison(path: Path) -> dict[str, Any]:
+    """What a file by `fewstep compare` holds, its rows read; UserError for another file."""
     try:
         data = read_json(path)
-        rows, teachers = ([evaluation_of(r) for r in data[part]] for part in ("rows", "teachers"))
-        shared = {"settings": tuple(data["settings"]), "commit": data["environment"]["commit"][:7]}
-        trained = commits_of(data)
+        for part in ("rows", "teachers"):
+            data[part] = [evaluation_of(r) for r in data[part]]
+        # The row names the metric and the number of samples.
+        data["settings"] = tuple(s for s in data["settings"] if not s.startswith("evaluate.metric="))
+        commits_of(data)
+        data["environment"]["commit"][:7]
     except (AttributeError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path}: is no file by `fewstep compare`: {error}") from None
-    out = []
-    for row in rows:
+    return data
+
+
+def students_of(data: Mapping[str, Any]) -> list[Entry]:
+    """Each recipe of a comparison at its own number of steps."""
+    trained, out = commits_of(data), []
+    for row in data["rows"]:
         if row.group in shipped() and row.steps == len(load(row.group).sampler().steps):
             values = row.metrics[distance_of(row) or ""]["values"]
             cost = {k: row.training[k] for k in ("method", "updates")}
-            commit = ", ".join(trained.get(row.group, ())) or shared["commit"]
-            told = _numbers(row) | cost | shared | {"commit": commit}
+            commit = ", ".join(trained.get(row.group, ())) or data["environment"]["commit"][:7]
+            told = _numbers(row) | cost | {"settings": data["settings"], "commit": commit}
             out.append(Entry(recipe=row.group, values=tuple(values), **told))
-    own = [row for row in teachers if not row.training]  # a fitted teacher's row tells what its fit had cost
+    return out
+
+
+def teacher_of(data: Mapping[str, Any]) -> Entry | None:
+    """The teacher of a comparison at its best number of steps, where its runs say which shipped one it was."""
+    own = [row for row in data["teachers"] if not row.training]  # a fitted teacher's row tells what its fit had cost
     best = min(own, key=lambda row: row.distance.value, default=None)
-    if best is None:
-        return out
     # What the recipe names today need not be what these runs were distilled from.
     told = next((run["teacher"] for run in data.get("runs", ()) if run.get("teacher")), {"path": ""})
-    source = str(told["path"]).removeprefix("assets:")
-    if source in shipped():
-        own = load(source)
-        method: str = own.method.name
-        cost = {"method": method, "updates": own.train.steps}
-        values = (best.distance.value,)
-        out.append(Entry(recipe=source, values=values, **_numbers(best), **cost, **(shared | {"settings": ()})))
-    return out
+    path = str(told["path"])
+    source = path.removeprefix("assets:")
+    if best is None or source not in shipped():
+        return None
+    recipe, relay = load(source), expanded(path) / "relay.json"
+    method: str = recipe.method.name
+    return Entry(
+        recipe=source,
+        method=method,
+        settings=(),
+        values=(best.distance.value,),
+        **_numbers(best),
+        # One that is trained in legs need not have had as many updates as its recipe asks for.
+        updates=read_json(relay)["updates"] if relay.is_file() else recipe.train.steps,
+        commit=data["environment"]["commit"][:7],
+    )
 
 
 def commits_of(comparison: Mapping[str, Any]) -> dict[str, Counter[str]]:

@@ -91,6 +91,23 @@ def test_a_comparison_gives_each_recipe_at_its_own_steps_and_the_teacher_its_bes
         assert entry.settings == ("train.batch=32",)
 
 
+def test_a_teacher_in_two_comparisons_is_measured_once_and_has_the_updates_of_its_legs(tmp_path: Path):
+    """Two equal values would have no spread, which was told as an error of zero."""
+    data = json.loads((ASSETS / "compare-fashion.json").read_text()) | {"settings": ["evaluate.metric=fashion-mnist"]}
+    teacher = {"path": "assets:fashion-teacher", "sha256": "0"}
+    data["runs"] = [{"recipe": "fashion-cd", "commit": "abc1234", "teacher": teacher}]
+    for name in ("one.json", "two.json"):
+        (tmp_path / name).write_text(json.dumps(data))
+    record([tmp_path / "one.json", tmp_path / "two.json"], tmp_path / "out.jsonl")
+    lines = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    (line,) = [e for e in lines if e["recipe"] == "fashion-teacher"]
+    assert (len(line["values"]), line["error"] > 0.1) == (1, True)
+    relay = json.loads((ASSETS / "fashion-teacher" / "relay.json").read_text())
+    assert line["updates"] == relay["updates"] != load("fashion-teacher").train.steps
+    # What names the metric changes no recipe.
+    assert {tuple(e["settings"]) for e in lines} == {()}
+
+
 def test_the_cards_numbers_are_those_of_the_files_that_commands_wrote():
     lines = [json.loads(line) for line in (ASSETS / "results.jsonl").read_text().splitlines()]
     for source in ("compare-digits.json", "compare-fashion.json"):
