@@ -97,13 +97,25 @@ def unpaced(file: Path, name: str) -> list[dict[str, Any]]:
 
 
 def paced(file: Path, name: str, told: Mapping[str, Any]) -> dict[str, Any]:
-    """Give a recipe's rows that were made beside other work their seconds, `told` by `pace`; returns the board."""
+    """Give a recipe's rows that were made beside other work their seconds, `told` by `pace`; returns the board.
+
+    And the teacher's rows theirs.
+    """
     content: dict[str, Any] = read_json(file)
+    own = {k: v for k, v in told.items() if k != "teachers"}
     for r in content["rows"]:
         if r["group"] == name and r.get("busy"):
-            r["pace"] = dict(told)
+            r["pace"] = own
+    for r in content["teachers"]:
+        if (seconds := told["teachers"].get(r["name"])) is not None:
+            r["pace"] = own | {"seconds": {str(r["steps"]): seconds}}
     write_json(file, content)
     return content
+
+
+def waiting(file: Path) -> list[tuple[str, int]]:
+    """(name, steps) of the teacher's rows without seconds."""
+    return [(r["name"], r["steps"]) for r in read_json(file)["teachers"] if r.get("busy") and "pace" not in r]
 
 
 def was_busy(results: Path) -> Path:
@@ -133,7 +145,9 @@ def refuse(board: Board, told: Mapping[str, Any], results: Path) -> None:
     """UserError for rows that have no place on the board."""
     if told.get("budget") != OWN:
         raise UserError(f"{results}: is a comparison under {told.get('budget')}; a board takes --budget own")
-    if told["settings"] not in ([], settings_of(board)):
+    # What is measured beside the recipes changes none of them.
+    settings = [s for s in told["settings"] if not s.startswith("evaluate.fitted=")]
+    if settings not in ([], settings_of(board)):
         raise UserError(f"{results}: changes the recipes ({', '.join(told['settings'])}); a board has them as they ship")
     protocol, places = preset_of(Evaluate(metric=board.preset, samples=board.samples)), ranked(board)
     for row in [*told["rows"], *told["teachers"]]:
@@ -156,8 +170,13 @@ def assets() -> Path:
     return expanded("assets:")
 
 
-def measured(board: Board, name: str, seeds: int, points: int, work: Path, resume: bool, busy: bool) -> Path:
-    """results.json of a recipe's own comparison; what was ever busy stays so when it is resumed."""
+def measured(
+    board: Board, name: str, seeds: int, points: int, work: Path, resume: bool, busy: bool, fitted: bool = False
+) -> Path:
+    """results.json of a recipe's own comparison; what was ever busy stays so when it is resumed.
+
+    fitted: measure the teacher under a sampler fitted for as many calls too, whatever that costs.
+    """
     folder = work / name.replace("/", "-")
     mark = was_busy(folder / "results.json")
     if resume or not folder.exists():  # otherwise what is there is refused, and keeps its mark
@@ -166,7 +185,8 @@ def measured(board: Board, name: str, seeds: int, points: int, work: Path, resum
         if busy:
             work.mkdir(parents=True, exist_ok=True)
             mark.touch()
-    return compare([name], "own", seeds, folder, resume, settings_of(board), (), board.samples, points)
+    settings = [*settings_of(board), *["evaluate.fitted=true"] * fitted]
+    return compare([name], "own", seeds, folder, resume, settings, (), board.samples, points)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -179,6 +199,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--busy", action="store_true", help="other work ran or runs beside these: show none of their seconds"
     )
+    parser.add_argument("--fitted", action="store_true", help="and the teacher under a sampler fitted for as many calls")
     parser.add_argument("--pace", nargs="*", default=[], help="recipes whose busy rows get their seconds, timed now")
     parser.add_argument("--work", type=Path, default=Path("runs/board"), help="folder of the comparisons")
     parser.add_argument("--resume", action="store_true", help="continue comparisons that were interrupted")
@@ -200,12 +221,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         draw(board, taken(board, file, path, given.busy or was_busy(path).exists()), picture)
     steps = {name: [r["steps"] for r in unpaced(file, name)] for name in given.pace}
     for name, counts in steps.items():
-        timed = pace(load(name, [*settings_of(board), *NEVER]), counts)
+        timed = pace(load(name, [*settings_of(board), *NEVER]), counts, waiting(file))
         draw(board, paced(file, name, timed), picture)
     wrong = []
     for name in given.recipes:
         try:
-            path = measured(board, name, given.seeds, given.points, given.work, given.resume, given.busy)
+            path = measured(board, name, given.seeds, given.points, given.work, given.resume, given.busy, given.fitted)
             draw(board, taken(board, file, path, was_busy(path).exists()), picture)
         except UserError as error:  # the others are measured all the same
             wrong.append(f"{name}: {error}")

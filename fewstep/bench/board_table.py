@@ -34,7 +34,8 @@ def table(board: Board, content: Mapping[str, Any]) -> str:
     lines += ["**The teacher without training**", ""]
     lines += [*_filled(head[:beside], [_cells(r)[:beside] for r in content["teachers"]]), ""]
     if content["teachers"] and not any(r["training"] for r in content["teachers"]):
-        lines += ["With a sampler fitted for as few calls: not run.", ""]
+        told = "not run" if any(r["steps"] > 1 for r in rows) else "none, as one call leaves nothing to fit"
+        lines += [f"With a sampler fitted for as few calls: {told}.", ""]
     failed = sorted({f["recipe"] for f in content["failed"]} - {r["group"] for r in rows})
     missing = sorted(known - {r["group"] for r in rows} - set(failed) - set(stale))
     for told, names in (("Failed", failed), ("Of an earlier recipe, to be made again", stale), ("Not run", missing)):

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from importlib import import_module
 from itertools import pairwise
 from typing import Any
 
+from fewstep.algebra.fitted import multistep, nodes
+from fewstep.algebra.guidance import guided_teacher
+from fewstep.algebra.sampling import Sampler
 from fewstep.commands.compare.budget import Accounted, with_lengths
 from fewstep.commands.compare.compare import imports_of
 from fewstep.commands.judge import preset_of
+from fewstep.commands.measure import teacher_product
 from fewstep.commands.sources import BATCH, of_product
 from fewstep.eval.protocol.latency import seconds_per_1000
 from fewstep.files import commit
 from fewstep.recipe.schema import Recipe
-from fewstep.train.product import product_of
+from fewstep.train.product import Product, product_of
 
 TIMED = 24
 """Updates of each stage that are timed beside its first, which may build a bank of pairs and is counted once.
@@ -23,10 +28,12 @@ What a method begins later than that is not timed.
 """
 
 
-def pace(recipe: Recipe, counts: Sequence[int]) -> dict[str, Any]:
+def pace(recipe: Recipe, counts: Sequence[int], teachers: Sequence[tuple[str, int]] = ()) -> dict[str, Any]:
     """Processor seconds of the whole training, checkpoints left out, and seconds of 1,000 samples by so many steps each.
 
     They are those of a few updates and of the student after them: what a network costs does not depend on its weights.
+
+    teachers: (name, steps) of its teacher's rows, whose samples are timed too; any level costs a fitted one alike.
     """
     stages = recipe.stages()
     steps = [min(stage.steps, TIMED + 1) for stage in stages]
@@ -44,8 +51,25 @@ def pace(recipe: Recipe, counts: Sequence[int]) -> dict[str, Any]:
     product = product_of(recipe, trainer.product.eval(), trainer.data, "")
     assert recipe.evaluate is not None  # `boards.ranked` has only those that are measured
     preset = preset_of(recipe.evaluate)
-    seconds = {}
-    for n in counts:
-        make = of_product(preset, product.with_steps(n), "").generate(0)
-        seconds[str(n)] = seconds_per_1000(make, list(range(min(BATCH, preset.number))))
-    return {"cpu_seconds": total, "seconds": seconds, "timed": sum(steps), "commit": commit()[:7]}
+
+    def drawn(what: Product) -> float:
+        return seconds_per_1000(of_product(preset, what, "").generate(0), list(range(min(BATCH, preset.number))))
+
+    seconds = {str(n): drawn(product.with_steps(n)) for n in counts}
+    net = guided_teacher(trainer.roles.teacher, recipe.evaluate.guidance, trainer.data.null) if teachers else None
+    theirs = {name: drawn(_teacher(product, net, name, n)) for name, n in teachers}
+    return {
+        "cpu_seconds": total,
+        "seconds": seconds,
+        "teachers": theirs,
+        "timed": sum(steps),
+        "commit": commit()[:7],
+    }
+
+
+def _teacher(product: Product, net: Any, name: str, steps: int) -> Product:
+    """A teacher as its row was drawn."""
+    if not name.startswith("teacher fitted"):
+        return teacher_product(product, net, steps)
+    levels = nodes(net.process, steps)
+    return replace(product, net=net, sampler=Sampler(kind="map", steps=levels, history=multistep(net.process, levels)))

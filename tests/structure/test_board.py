@@ -175,7 +175,10 @@ def test_a_row_made_beside_other_work_shows_no_seconds_but_those_at_rest(
     monkeypatch.setattr("fewstep.bench.board.environment", lambda: MACHINE | {"commit": "of now"})
     told = {"cpu_seconds": 4.0, "timed": 25, "commit": "c"}
     monkeypatch.setattr(
-        "fewstep.bench.board.pace", lambda recipe, counts: told | {"seconds": {str(n): n / 2 for n in counts}}
+        "fewstep.bench.board.pace",
+        lambda recipe, counts, teachers: (
+            told | {"seconds": {str(n): n / 2 for n in counts}, "teachers": {name: n / 4 for name, n in teachers}}
+        ),
     )
     rows = comparison(tmp_path / "a.json", row("digits-kd", 1.0), row("digits-kd", 0.5, 2))
     where, file = ["--out", str(tmp_path)], tmp_path / "board-digits.json"
@@ -194,6 +197,7 @@ def test_a_row_made_beside_other_work_shows_no_seconds_but_those_at_rest(
     assert (
         "| `digits-kd` | kd | 2 | 0.50 ± 0.25 | 2 | 75.0 % | 1.00 | 0.500 | ≈ 1.00 | 1,400 | ≈ 4 | ≈ 2 | 512 |" in shown
     )
+    assert "| teacher, 8 steps | 8 | 0.50 ± 0.25 | 75.0 % | 1.00 | 0.500 | ≈ 2.00 |" in shown
     assert (tmp_path / "board-digits.png").exists()
     # 2 s of one seed at its end, where the mean of both were 8: each ends at the 4 s of its training at rest.
     (runs,) = lines(BOARDS["digits"], read_json(file)).values()
@@ -214,6 +218,22 @@ def test_a_row_made_beside_other_work_shows_no_seconds_but_those_at_rest(
     main(["digits", "--take", str(old), "--busy", *where])
     with pytest.raises(UserError, match="its row is of an earlier recipe"):
         main(["digits", "--pace", "digits-kd", *where])
+
+
+def test_the_teacher_may_be_measured_under_a_fitted_sampler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Which changes no recipe, so that the board takes it."""
+    asked: list[list[str]] = []
+
+    def compare(recipes: Any, budget: str, seeds: int, folder: Path, resume: bool, settings: list[str], *_: Any) -> Path:
+        asked.append(settings)
+        return comparison(tmp_path / "a.json", row("digits-kd", 1.0), settings=settings)
+
+    monkeypatch.setattr("fewstep.bench.board.compare", compare)
+    monkeypatch.setattr("fewstep.bench.board.dirty", lambda: False)
+    main(["digits", "digits-kd", "--fitted", "--out", str(tmp_path)])
+    main(["digits", "digits-kd", "--out", str(tmp_path)])
+    assert asked == [["evaluate.metric=digits", "evaluate.fitted=true"], ["evaluate.metric=digits"]]
+    assert len(read_json(tmp_path / "board-digits.json")["rows"]) == 1
 
 
 def test_what_was_busy_stays_so_until_it_is_made_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -259,7 +279,8 @@ def test_a_pace_counts_the_first_update_of_each_stage_once(monkeypatch: pytest.M
     monkeypatch.setattr("fewstep.commands.compare.budget.time.process_time", process_time)
     monkeypatch.setattr("fewstep.commands.compare.budget.Accounted._stepped", stepped)
     monkeypatch.setattr("fewstep.bench.pace.seconds_per_1000", lambda make, indices: float(len(make(indices[:3]))))
-    told = pace(recipe, [1, 2])
+    told = pace(recipe, [1, 2], [("teacher, 2 steps", 2), ("teacher fitted, 4 calls", 4)])
+    assert told["teachers"] == {"teacher, 2 steps": 3.0, "teacher fitted, 4 calls": 3.0}
     assert told["cpu_seconds"] == pytest.approx(7 + 4 + 50 + 999 * 0.5)
     assert (told["timed"], told["seconds"]) == (3 + 1 + TIMED, {"1": 3.0, "2": 3.0})
     assert next(costs, None) is None
@@ -386,6 +407,8 @@ def test_a_board_tells_what_its_number_of_samples_costs(tmp_path: Path):
         entry |= {"value": value, "bias": bias}
     content["teachers"] = [worse, teacher]
     assert "As many perfect samples would have a distance of about 0.36" in table(BOARDS["digits"], content)
+    assert "fitted for as few calls: none, as one call leaves nothing to fit" in table(BOARDS["digits"], content)
+    content["rows"][0]["steps"] = 4
     assert "With a sampler fitted for as few calls: not run" in table(BOARDS["digits"], content)
     worse["training"] = {"method": "fitted"}
     assert "With a sampler fitted" not in table(BOARDS["digits"], content)
