@@ -9,6 +9,7 @@ from fewstep.config import UserError
 from fewstep.recipe.expected import Expected
 from fewstep.recipe.store import load_run
 from fewstep.train.bands import compared, differs, identity
+from fewstep.train.guard import addressed
 from fewstep.train.log import read_log
 from fewstep.train.state import checkpoints, read_origins
 from fewstep.train.verdicts import FEWEST, Record, Verdict, alarms, last_stage, series, verdicts
@@ -27,7 +28,7 @@ def report(run: Path) -> str:
     if not path.is_file():
         raise UserError(f"{run}: has no log.jsonl; is it a run directory?")
     records = read_log(path)
-    found = [*verdicts(records), *expectations(run, records)]
+    found = findings(run, records)
     if not found:
         return short(run, last_stage(records))
     width = max(len(v.name) for v in found)
@@ -40,6 +41,13 @@ def report(run: Path) -> str:
             lines.append(f"{'':<{9 + width}}-> {v.remedy}")
     wrong = [v.name for v in found if v.level == "alarm"]
     return "\n".join([*lines, "", f"{run.name}: {', '.join(wrong) if wrong else 'fine'}"])
+
+
+def findings(run: Path, records: Sequence[Record]) -> list[Verdict]:
+    """What a log's last stage tells, bands of the recipe included; remedies in keys of the run's recipe."""
+    found = [*verdicts(records), *expectations(run, records)]
+    last = last_stage(records)
+    return addressed(found, load_run(run), last[-1]["stage"]) if last and (run / "recipe.yaml").is_file() else found
 
 
 def expectations(run: Path, records: Sequence[Record]) -> list[Verdict]:

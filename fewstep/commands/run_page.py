@@ -14,7 +14,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from fewstep.commands.health import MARKS, bands_of, expectations
+from fewstep.commands.health import MARKS, bands_of, findings
 from fewstep.commands.health_plots import figure_of, points
 from fewstep.commands.progress import NO_LOSS
 from fewstep.commands.report import read_results
@@ -28,7 +28,7 @@ from fewstep.train.bands import beginning
 from fewstep.train.claim import read_origin, refuse_links
 from fewstep.train.log import read_log
 from fewstep.train.peak import peak
-from fewstep.train.verdicts import FEWEST, alarms, last_stage, verdicts
+from fewstep.train.verdicts import FEWEST, alarms, last_stage
 
 FILE = "report/run.html"
 """Where the page lies in a run directory."""
@@ -120,7 +120,7 @@ def _state(run: Path, records: Records, total: int, trains: bool) -> str:
 
 def _verdicts(run: Path, log: Records) -> list[str]:
     records = last_stage(log)
-    found = [*verdicts(log), *expectations(run, log)] if records else []
+    found = findings(run, log) if records else []
     parts = ["<h2>Is it healthy?</h2>"]
     if not found:
         few = f"judged from {FEWEST} records of a stage on, this one has {len(records)}"

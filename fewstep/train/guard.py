@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -104,7 +106,7 @@ class Guard:
         if record["stage"] != self.stage:
             self.course, self.stage, self._known = Course(), record["stage"], set()
         self.course.add(record)
-        alarms = self.course.alarms()
+        alarms = addressed(self.course.alarms(), self.recipe, record["stage"])
         new = [v for v in alarms if v.name not in self._known]
         self._known |= {v.name for v in alarms}
         return new
@@ -211,6 +213,16 @@ def way_back(folder: Path, stage: int) -> Path | None:
 def said(v: Verdict, done: int) -> str:
     """An alarm as a line."""
     return f"step {done}: ALARM {v.name}: {v.sentence} (line {v.line:.3g}); {v.remedy}"
+
+
+def addressed(found: Sequence[Verdict], recipe: Recipe, number: int) -> list[Verdict]:
+    """Findings with remedies that name the keys of the stage of this number, where a stage before the method has them."""
+    if number >= len(recipe.before):
+        return list(found)
+    stage, own = recipe.before[number], f"before.{number}."
+    keys = {"method.": f"{own}method."} | {f"optim.{role}.lr": f"{own}rates.{role}" for role in stage.rates}
+    pattern = re.compile(r"(?<![\w.])(?:" + "|".join(map(re.escape, keys)) + ")")
+    return [replace(v, remedy=pattern.sub(lambda m: keys[m[0]], v.remedy)) for v in found]
 
 
 def rate_of(recipe: Recipe, factor: float, number: int) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,14 +17,14 @@ from tiny_runs import contents, import_before_forks, in_child, killed, records, 
 
 from fewstep.config import RecipeError
 from fewstep.recipe.store import load
-from fewstep.train.guard import LOWER, RETURNS, Guard, Stopped, best_of, rate_of, way_back
+from fewstep.train.guard import LOWER, RETURNS, Guard, Stopped, addressed, best_of, rate_of, way_back
 from fewstep.train.lines import SAMPLES, TIE
 from fewstep.train.pulse import Pulse
 from fewstep.train.resume import end_at_best
 from fewstep.train.samples import SampleReadings
 from fewstep.train.state import checkpoints, read_guard
 from fewstep.train.track import RECENT
-from fewstep.train.verdicts import Course
+from fewstep.train.verdicts import Course, Verdict
 
 DARKER = 0.06
 """Per update, into a velocity: after some ten of them samples are beyond the line below their mean."""
@@ -58,6 +59,18 @@ def test_the_rate_that_is_lowered_is_named_by_its_key():
     act = Guard.act(guard, SimpleNamespace(name="refused updates", value=1.0, line=0.5), 2010, 2000, 1)  # type: ignore[arg-type]
     assert act["knob"] == f"optim.student.lr 0.0001 -> {1e-4 * LOWER:g}"
     assert rate_of(load("digits-cd"), 0.5, 0) == "optim.default.lr of the student 0.0005 -> 0.00025"
+
+
+def test_a_remedy_names_the_keys_of_its_own_stage():
+    recipe = load("digits-dmd2-kd")
+    alarm = Verdict("x", "alarm", 1.0, 0.0, "text", "lower optim.student.lr or method.gan.weight, raise optim.critic.lr")
+    (first,), (last,) = (addressed([alarm], recipe, n) for n in (0, 1))
+    assert first.remedy == "lower before.0.rates.student or before.0.method.gan.weight, raise optim.critic.lr"
+    assert last == alarm
+    plain = replace(recipe, before=(replace(recipe.before[0], rates={}),))
+    (told,) = addressed([alarm], plain, 0)
+    assert told.remedy == "lower optim.student.lr or before.0.method.gan.weight, raise optim.critic.lr"
+    assert addressed([first], recipe, 0) == [first]  # what is addressed stays so
 
 
 def test_restore_goes_back_to_the_best_state_with_a_lower_rate(restored: tuple[Path, list[str]]):
