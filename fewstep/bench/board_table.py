@@ -30,9 +30,9 @@ def table(board: Board, content: Mapping[str, Any]) -> str:
         own = [r for r in rows if group_of(load(r["group"])) == group]
         if own:
             own = sorted(own, key=lambda r: evaluation_of(r).distance.value)
-            lines += [f"**What needs {group}**", "", *_filled(head, [_cells(r) for r in own]), ""]
+            lines += [f"**What needs {group}**", "", *filled(head, [_cells(r) for r in own]), ""]
     lines += ["**The teacher without training**", ""]
-    lines += [*_filled(head[:beside], [_cells(r)[:beside] for r in content["teachers"]]), ""]
+    lines += [*filled(head[:beside], [_cells(r)[:beside] for r in content["teachers"]]), ""]
     if content["teachers"] and not any(r["training"] for r in content["teachers"]):
         told = "not run" if any(r["steps"] > 1 for r in rows) else "none, as one call leaves nothing to fit"
         lines += [f"With a sampler fitted for as few calls: {told}.", ""]
@@ -59,7 +59,7 @@ NOTES = """\
 """How the columns of all boards are to be read."""
 
 
-def _filled(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+def filled(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     """A table without the columns that are empty in all of its rows."""
     kept = [i for i in range(len(head)) if not rows or any(r[i] for r in rows)]
     return [cells_line([r[i] for i in kept]) for r in (head, ["---"] * len(head), *rows)]

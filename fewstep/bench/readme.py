@@ -9,7 +9,7 @@ from pathlib import Path
 from fewstep.bench import emoji, reached
 from fewstep.bench.alarms import table as table_of_alarms
 from fewstep.bench.board import assets
-from fewstep.bench.board_table import NOTES, lines as curves_of, table as table_of_board
+from fewstep.bench.board_table import NOTES, filled, lines as curves_of, table as table_of_board
 from fewstep.bench.boards import BOARDS, ranked
 from fewstep.commands.compare.kept import evaluation_of
 from fewstep.commands.compare.ranking import by_class, cells_line
@@ -39,21 +39,17 @@ def comparison_table(path: Path) -> str:
     """The rows of a results.json of `fewstep compare` (its copy is assets/compare-NAME.json), best first."""
     told = read_json(path)
     about = told["environment"]
-    lines = [
-        "| recipe | method | calls | FD ± | seeds | accuracy | diversity | CPU s | peak MiB |",
-        "|---|---|---|---|---|---|---|---|---|",
-    ]
-    resumed = resumed_of(told)
+    head = ["recipe", "method", "calls", "FD ±", "seeds", "accuracy", "diversity", "CPU s", "peak MiB"]
+    resumed, rows = resumed_of(told), []
     for r in told["rows"]:
         e = evaluation_of(r)
         seeds = f"{len(e.metrics[str(distance_of(e))]['values'])}" + " (interrupted)" * (r["group"] in resumed)
-        lines.append(
-            f"| `{e.name}` | {e.training['method']} | {e.calls} | {with_error(e.distance)} | {seeds} "
-            f"| {' | '.join(by_class(e))} | {e.training['cpu_seconds']:.0f} "
-            f"| {e.training['peak_memory_mib']:.0f} |"
-        )
+        spent = [f"{e.training['cpu_seconds']:.0f}", f"{e.training['peak_memory_mib']:.0f}"]
+        cells = [f"`{e.name}`", e.training["method"], str(e.calls), with_error(e.distance), seeds]
+        rows.append([*cells, *by_class(e), *spent])
     for e in map(evaluation_of, told["teachers"]):
-        lines.append(f"| {e.name} | | {e.calls} | {with_error(e.distance)} | | {' | '.join(by_class(e))} | | |")
+        rows.append([e.name, "", str(e.calls), with_error(e.distance), "", *by_class(e), "", ""])
+    lines = filled(head, rows)
     settings = "".join(f", {s}" for s in told["settings"])
     found = sum(commits_of(told).values(), Counter()).most_common()
     several = "commits, and runs of each: " + ", ".join(f"{c} ({n})" for c, n in found)
