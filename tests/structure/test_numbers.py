@@ -28,7 +28,7 @@ def test_what_has_no_file_was_not_run_and_what_has_one_says_its_numbers(tmp_path
     (tmp_path / "fashion-teacher").mkdir()
     known = [(6.0, 0.5, 1000, 1.0), (6.5, None, 10000, 1.5), (7.0, 0.25, 10000, 1.0), (8.0, None, 10000, 1.0)]
     keys = ("value", "error", "samples", "guidance")
-    told = {"measured": [dict(zip(keys, row, strict=True)) for row in known]}
+    told = {"measured": [dict(zip(keys, row, strict=True)) | {"heun_steps": 8} for row in known]}
     (tmp_path / "fashion-teacher" / "relay.json").write_text(json.dumps(told))
     content = read_json(assets() / "board-digits.json")
     row = next(r for r in content["rows"] if r["group"] == "digits-dmd2")
@@ -45,7 +45,9 @@ def test_what_has_no_file_was_not_run_and_what_has_one_says_its_numbers(tmp_path
     held = tmp_path / "compare-held-out.json"
     held.write_text(json.dumps(content))
     found = lines(reached.table(tmp_path))
-    assert found["Fashion-MNIST teacher, FD, N = 10,000"][-1] == "7.00 ± 0.25"
+    assert found["Fashion-MNIST teacher, FD, N = 10,000"][-1] == "7.00 ± 0.25 (15 calls)"
+    (tmp_path / "board-fashion.json").write_text(json.dumps({"rows": [], "teachers": content["teachers"]}))
+    assert reached.teacher(tmp_path) == "0.50 ± 0.12 (15 calls)"  # not the fitted one's 0.25
     pair = found["the same of a pair trained on 1,397, against the 400 held out"][-1]
     assert pair == "1.50 ± 0.45: `digits-dmd2` 0.75 ± 0.12 (2 seeds) over 0.50 ± 0.12 (15 calls)"
     content["runs"][0]["resumes"] = 1
