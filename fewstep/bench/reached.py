@@ -84,7 +84,10 @@ def apart(file: Path) -> str:
     content = read_json(file)
     if len({r["group"] for r in content["rows"]}) > 1 or {r["number"] for r in content["rows"]} != {5000}:
         raise UserError(f"{file}: must be a comparison of one recipe, with --samples 5000")
-    return over(content["rows"], content["teachers"], resumed_of(content))
+    told = over(content["rows"], content["teachers"], resumed_of(content))
+    # What was trained on and how it was measured, the row's name says; the rest makes another recipe of it.
+    changed = [s for s in content["settings"] if not s.startswith(("data.", "teacher.", "evaluate."))]
+    return told + f", with {', '.join(changed)}" * bool(changed)
 
 
 def over(rows: Sequence[Mapping[str, Any]], teachers: Sequence[Mapping[str, Any]], resumed: Container[str]) -> str:

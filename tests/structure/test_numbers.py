@@ -41,7 +41,7 @@ def test_what_has_no_file_was_not_run_and_what_has_one_says_its_numbers(tmp_path
         teacher = json.loads(json.dumps(first)) | {"calls": calls, "training": training}
         teacher["metrics"][name] |= {"value": value, "standard_error": 0.125}
         content["teachers"].append(teacher)
-    content |= {"rows": [row], "runs": [{"recipe": "digits-dmd2", "resumes": 0}]}
+    content |= {"rows": [row], "runs": [{"recipe": "digits-dmd2", "resumes": 0}], "settings": ["data.held_out=0.2"]}
     held = tmp_path / "compare-held-out.json"
     held.write_text(json.dumps(content))
     found = lines(reached.table(tmp_path))
@@ -55,6 +55,8 @@ def test_what_has_no_file_was_not_run_and_what_has_one_says_its_numbers(tmp_path
     held.write_text(json.dumps(content))
     told = reached.apart(held)
     assert told == pair.replace("seeds)", "seeds, interrupted)") + "; as many perfect samples have some 0.25"
+    held.write_text(json.dumps(content | {"settings": ["data.held_out=0.2", "method.gan=null"]}))
+    assert reached.apart(held) == told + ", with method.gan=null"
     content["teachers"][1]["metrics"][name] |= {"usable": True}
     # Neither what aims at another distribution, nor what distils nothing, nor what takes more calls is that student.
     for group, calls in (("digits-tdd", 1), ("digits-ect", 1), ("digits-dmd2-4step", 4)):
