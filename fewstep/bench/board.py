@@ -58,7 +58,9 @@ def taken(board: Board, file: Path, results: Path, busy: bool = False) -> dict[s
     for r in new:
         if (t := r["teacher"]) and weights.get(t["path"], t["sha256"]) != t["sha256"]:
             raise UserError(f"{results}: {r['group']} had other weights as its teacher than the rows of {file.name}")
-    teachers = [_bare(r) | {"busy": busy} for r in told["teachers"]]
+    # In another process the same steps lie at other levels, so that such a teacher's rows are none of this board's.
+    own = all(getattr(load(name).teacher, "process", None) is None for name in names)
+    teachers = [_bare(r) | {"busy": busy} for r in told["teachers"] if own]
     still = {(r["name"], r["calls"]) for r in held["teachers"] if busy and not r.get("busy")}
     teachers = [r for r in teachers if (r["name"], r["calls"]) not in still]  # those there have seconds
     replaced = {(r["name"], r["calls"]) for r in teachers}

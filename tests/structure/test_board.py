@@ -6,6 +6,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import fields, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,13 +16,14 @@ from fewstep.bench.board import OWN, main, measured, refuse, taken, was_busy
 from fewstep.bench.board_table import lines, table
 from fewstep.bench.boards import BOARDS, GROUPS, Board, digest_of, group_of, ranked, settings_of
 from fewstep.bench.pace import TIMED, pace
-from fewstep.commands.compare.one_run import NEVER, identity
+from fewstep.commands.compare.one_run import NEVER, identity, teacher_of
 from fewstep.commands.judge import preset_of
 from fewstep.config import UserError, config
 from fewstep.files import read_json
 from fewstep.recipe.schema import Stage
 from fewstep.recipe.store import load
 from fewstep.train import bands
+from fewstep.train.build import build_roles
 
 
 @pytest.mark.parametrize(
@@ -234,6 +236,21 @@ def test_the_teacher_may_be_measured_under_a_fitted_sampler(tmp_path: Path, monk
     main(["digits", "digits-kd", "--out", str(tmp_path)])
     assert asked == [["evaluate.metric=digits", "evaluate.fitted=true"], ["evaluate.metric=digits"]]
     assert len(read_json(tmp_path / "board-digits.json")["rows"]) == 1
+
+
+def test_a_teacher_in_another_process_is_the_same_one_but_has_no_row(tmp_path: Path):
+    board, file = BOARDS["digits"], tmp_path / "board-digits.json"
+    names = ("digits-cd", "digits-imm")  # of which one has it as a flow
+    recipes = [load(name) for name in names]
+    told = [teacher_of(r, SimpleNamespace(roles=build_roles(r, r.data.open()))) for r in recipes]  # type: ignore[arg-type]
+    assert told[0] is not None
+    assert told[0] == told[1]
+    taken(board, file, comparison(tmp_path / "a.json", row("digits-cd", 1.0)))
+    before = read_json(file)["teachers"]
+    other = row("teacher, 8 steps", 0.125, 8, training={}, group="")
+    content = taken(board, file, comparison(tmp_path / "b.json", row("digits-imm", 1.0), teachers=[other]))
+    assert content["teachers"] == before
+    assert {r["group"] for r in content["rows"]} == set(names)
 
 
 def test_what_was_busy_stays_so_until_it_is_made_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -32,6 +32,7 @@ from fewstep.eval.protocol.images import to_pixels
 from fewstep.eval.protocol.latency import measure_latency
 from fewstep.files import atomic_path, commit, dirty, file_sha256
 from fewstep.networks import code
+from fewstep.networks.denoiser import Rescheduled
 from fewstep.recipe.diff import differences
 from fewstep.recipe.schema import Evaluate, Recipe
 from fewstep.recipe.store import dump, load, load_run
@@ -207,7 +208,10 @@ def teacher_of(recipe: Recipe, trainer: Trainer) -> dict[str, str] | None:
     path = getattr(recipe.teacher, "path", None)
     if path is None or recipe.fills_teacher():
         return None
-    return {"path": str(path), "sha256": state_sha256(trainer.roles.teacher)}
+    net: Any = trainer.roles.teacher
+    while isinstance(net, Rescheduled):  # the same weights, named one level deeper
+        net = net.denoiser
+    return {"path": str(path), "sha256": state_sha256(net)}
 
 
 def planned(task: Task, recipe: Recipe, banks: Path) -> list[int]:
