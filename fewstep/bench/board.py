@@ -1,13 +1,13 @@
 """The leaderboard: what recipes reach at their own budgets, in groups of what they need, beside their teacher.
 
-    python -m fewstep.bench.board digits digits-dmd2 digits-sid [--seeds 3] [--points 4] [--work runs/board]
+    python -m fewstep.bench.board digits digits-dmd2 digits-sid [--seeds 3] [--points 4] [--fitted] [--work runs/board]
     python -m fewstep.bench.board digits --take runs/mine/results.json     # a comparison at `--budget own` made before
     python -m fewstep.bench.board digits --pace digits-dmd2                # seconds of a row that was made with --busy
 
 Each recipe is a comparison of its own (`fewstep compare RECIPE --budget own`), so that a row can be made again alone; it
 stands in assets/board-NAME.json in place of that recipe's earlier ones. Seconds taken beside a training are no seconds of
 the recipe: nothing else may run on the machine, or `--busy` says that something did. The rows are then without seconds
-until `--pace` has timed some updates of their recipes at rest.
+until `--pace` has timed some updates of their recipes, and samples of student and teacher, at rest.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from fewstep.commands.compare.compare import compare
 from fewstep.commands.compare.kept import write_json
 from fewstep.commands.compare.one_run import NEVER
 from fewstep.commands.judge import preset_of
+from fewstep.commands.record import BESIDE, in_own_process
 from fewstep.config import UserError
 from fewstep.eval.protocol.evaluation import environment
 from fewstep.files import dirty, expanded, read_json
@@ -43,6 +44,7 @@ def taken(board: Board, file: Path, results: Path, busy: bool = False) -> dict[s
 
     Raises UserError, and writes nothing, for what is no comparison of shipped recipes as they are by the board's preset,
     for runs of several commits or of a changed checkout, and for another machine or teacher than that of the rows there.
+    A teacher has rows by recipes that leave it in its own process.
     """
     told = read_json(results)
     refuse(board, told, results)
@@ -58,10 +60,10 @@ def taken(board: Board, file: Path, results: Path, busy: bool = False) -> dict[s
     for r in new:
         if (t := r["teacher"]) and weights.get(t["path"], t["sha256"]) != t["sha256"]:
             raise UserError(f"{results}: {r['group']} had other weights as its teacher than the rows of {file.name}")
-    # In another process the same steps lie at other levels, so that such a teacher's rows are none of this board's.
-    own = all(getattr(load(name).teacher, "process", None) is None for name in names)
+    # In another process as many steps lie at other levels, so that such a teacher's rows are none of this board's.
+    own = bool(names) and all(in_own_process(load(name)) for name in names)
     teachers = [_bare(r) | {"busy": busy} for r in told["teachers"] if own]
-    still = {(r["name"], r["calls"]) for r in held["teachers"] if busy and not r.get("busy")}
+    still = {(r["name"], r["calls"]) for r in held["teachers"] if busy and (not r.get("busy") or "pace" in r)}
     teachers = [r for r in teachers if (r["name"], r["calls"]) not in still]  # those there have seconds
     replaced = {(r["name"], r["calls"]) for r in teachers}
     failed = [f for f in held["failed"] if f["recipe"] not in names | {f["recipe"] for f in told["failed"]}]
@@ -110,7 +112,7 @@ def paced(file: Path, name: str, told: Mapping[str, Any]) -> dict[str, Any]:
             r["pace"] = own
     for r in content["teachers"]:
         if (seconds := told["teachers"].get(r["name"])) is not None:
-            r["pace"] = own | {"seconds": {str(r["steps"]): seconds}}
+            r["pace"] = {"seconds": {str(r["steps"]): seconds}, "commit": told["commit"]}
     write_json(file, content)
     return content
 
@@ -147,8 +149,7 @@ def refuse(board: Board, told: Mapping[str, Any], results: Path) -> None:
     """UserError for rows that have no place on the board."""
     if told.get("budget") != OWN:
         raise UserError(f"{results}: is a comparison under {told.get('budget')}; a board takes --budget own")
-    # What is measured beside the recipes changes none of them.
-    settings = [s for s in told["settings"] if not s.startswith("evaluate.fitted=")]
+    settings = [s for s in told["settings"] if not s.startswith(BESIDE)]
     if settings not in ([], settings_of(board)):
         raise UserError(f"{results}: changes the recipes ({', '.join(told['settings'])}); a board has them as they ship")
     protocol, places = preset_of(Evaluate(metric=board.preset, samples=board.samples)), ranked(board)
@@ -197,12 +198,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("recipes", nargs="*", help="recipes to measure, each alone")
     parser.add_argument("--take", type=Path, nargs="*", default=[], help="results.json of comparisons made before")
     parser.add_argument("--seeds", type=int, default=1)
-    parser.add_argument("--points", type=int, default=4, help="measurements along a run")
+    parser.add_argument("--points", type=int, default=4, help="measurements along a run's last stage")
     parser.add_argument(
         "--busy", action="store_true", help="other work ran or runs beside these: show none of their seconds"
     )
     parser.add_argument("--fitted", action="store_true", help="and the teacher under a sampler fitted for as many calls")
-    parser.add_argument("--pace", nargs="*", default=[], help="recipes whose busy rows get their seconds, timed now")
+    parser.add_argument(
+        "--pace", nargs="*", default=[], help="recipes whose busy rows, and the teacher's, get seconds, timed now"
+    )
     parser.add_argument("--work", type=Path, default=Path("runs/board"), help="folder of the comparisons")
     parser.add_argument("--resume", action="store_true", help="continue comparisons that were interrupted")
     parser.add_argument("--out", type=Path, default=None, help="folder of board-NAME.json; the assets when left out")
@@ -215,6 +218,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             raise UserError(f"{name}: has no place on the board {given.board}; those that have: {', '.join(places)}")
     if not given.recipes and not given.take and not given.pace:
         raise UserError("name recipes to measure, results with --take, or rows with --pace")
+    if given.fitted and not given.recipes:
+        raise UserError("--fitted: is for recipes that are measured now; name them")
     if given.pace and (given.busy or given.recipes or given.take):
         raise UserError("--pace: times rows that are there, on a machine at rest; give it alone")
     if (given.recipes or given.pace) and dirty():

@@ -33,8 +33,9 @@ def table(board: Board, content: Mapping[str, Any]) -> str:
             lines += [f"**What needs {group}**", "", *filled(head, [_cells(r) for r in own]), ""]
     lines += ["**The teacher without training**", ""]
     lines += [*filled(head[:beside], [_cells(r)[:beside] for r in content["teachers"]]), ""]
-    if content["teachers"] and not any(r["training"] for r in content["teachers"]):
-        told = "not run" if any(r["steps"] > 1 for r in rows) else "none, as one call leaves nothing to fit"
+    if content["teachers"] and content["rows"] and not any(r["training"] for r in content["teachers"]):
+        few = all(r["steps"] == 1 for r in content["rows"])
+        told = "none, as one call leaves nothing to fit" if few else "not run"
         lines += [f"With a sampler fitted for as few calls: {told}.", ""]
     failed = sorted({f["recipe"] for f in content["failed"]} - {r["group"] for r in rows})
     missing = sorted(known - {r["group"] for r in rows} - set(failed) - set(stale))

@@ -71,11 +71,12 @@ def measured(runs: Sequence[Path], interrupted: Sequence[Path], teacher: Mapping
     captions = [item.caption for item in recipe.data.open().items]
     shown: dict[str, float] = {}
     pictures = torch.empty(0)
-    for how in teacher["measured"]:
+    also = few_steps(runs, teacher)
+    for key, how in _keyed(teacher["measured"], also):
         beside = runs if not shown else runs[:1]
         drawn = rows_of(beside, captions, steps=how["heun_steps"], guidance=how["guidance"], seed=0)
         found = [float(saturation(x.clamp(-1, 1))) for _, x in drawn]
-        shown[f"guidance {how['guidance']:g}"] = found[1]
+        shown[key] = found[1]
         if beside is runs:
             shown["data"] = found[0]
             pictures = drawn[0][1]
@@ -83,7 +84,19 @@ def measured(runs: Sequence[Path], interrupted: Sequence[Path], teacher: Mapping
     judge = Retrieval.load(str(expanded(recipe.evaluate.retrieval)))
     count = len(captions)
     known = judge.accuracy(to_pixels(pictures).float(), torch.arange(count), min(100, count))
-    return {"rows": rows, "saturation": shown, "found": known.value, "teacher": teacher["updates"]}
+    return {"rows": rows, "saturation": shown, "found": known.value, "teacher": teacher["updates"], "also": also}
+
+
+def few_steps(runs: Sequence[Path], teacher: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The teacher without guidance at numbers of steps that relay.json has not, as the runs' reports measured it."""
+    known = {how["heun_steps"] for how in teacher["measured"] if how["guidance"] == 1}
+    found = {}
+    for run in runs:
+        for e in read_results(run / "report" / "results.json"):
+            if e.name.startswith("teacher, ") and FOUND in e.metrics and e.steps not in known:
+                told = {"value": e.distance.value, "retrieval": e.metrics[FOUND]["value"]}
+                found[e.steps] = {"heun_steps": e.steps, "guidance": 1.0} | told
+    return [found[n] for n in sorted(found)]
 
 
 def table(content: Mapping[str, Any], teacher: Mapping[str, Any]) -> str:
@@ -95,11 +108,11 @@ def table(content: Mapping[str, Any], teacher: Mapping[str, Any]) -> str:
     base = shown.get("guidance 1")
     if base:
         lines.append(cells_line(["the data", "", "", _share(content["found"]), f"{shown['data'] / base:.2f}", ""]))
-    for how in teacher["measured"]:
+    for key, how in _keyed(teacher["measured"], content.get("also", ()) if shown else ()):
         steps, scale = how["heun_steps"], how["guidance"]
-        name = f"teacher, {steps} Heun steps" + (f", guidance {scale:g}" if scale != 1 else "")
+        name = f"teacher, {steps} Heun step{'s' * (steps > 1)}" + (f", guidance {scale:g}" if scale != 1 else "")
         calls = (2 * steps - 1) * (1 if scale == 1 else 2)
-        own = shown.get(f"guidance {scale:g}")
+        own = shown.get(key)
         cells = [f"{how['value']:.1f}", _share(how.get("retrieval")), f"{own / base:.2f}" if own and base else "not run"]
         lines.append(cells_line([name, str(calls), *cells, f"{teacher['updates']:,}"]))
     rows = current(content) if base else []
@@ -117,6 +130,12 @@ def table(content: Mapping[str, Any], teacher: Mapping[str, Any]) -> str:
 def current(content: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     """Rows of recipes and of the teacher as they ship today."""
     return [r for r in content["rows"] if r["recipe"] in shipped() and r["identity"] == today(r["recipe"])]
+
+
+def _keyed(measured: Sequence[Mapping[str, Any]], also: Sequence[Mapping[str, Any]]) -> list[tuple[str, Any]]:
+    """Rows of the teacher, relay.json's first, by what their saturation is kept under."""
+    few = [(f"{how['heun_steps']} steps", how) for how in also]
+    return [*((f"guidance {how['guidance']:g}", how) for how in measured), *few]
 
 
 def _share(value: float | None) -> str:

@@ -12,7 +12,7 @@ from fewstep.bench.board_table import current
 from fewstep.bench.boards import BOARDS, GROUPS, Board, group_of, is_guided
 from fewstep.commands.compare.kept import evaluation_of
 from fewstep.commands.compare.ranking import cells_line
-from fewstep.commands.record import resumed_of
+from fewstep.commands.record import resumed_of, shipped_as
 from fewstep.commands.report import with_error
 from fewstep.config import UserError
 from fewstep.eval.metrics.estimate import Estimate
@@ -31,7 +31,9 @@ def table(folder: Path) -> str:
     lines.append(cells_line(["Fashion-MNIST teacher, FD, N = 10,000", "8", "5", teacher(folder)]))
     told = on_board(folder / "board-fashion.json", BOARDS["fashion"])
     lines.append(cells_line(["its best one-step student, FD over the teacher's", "1.1", "0.9", told]))
-    captions = [m["retrieval"] for m in relay(folder / "emoji-teacher") if m.get("retrieval") is not None]
+    file = folder / "emoji-teacher" / "relay.json"
+    measured = read_json(file)["measured"] if file.exists() else []
+    captions = [m["retrieval"] for m in measured if m.get("retrieval") is not None]
     told = f"{100 * max(captions):.0f} %" if captions else NOT_RUN
     lines.append(cells_line(["emoji teacher at its best, captions found", "97 %", "100 %", told]))
     what = "emoji one-step student, captions found; saturation against the teacher's"
@@ -44,25 +46,23 @@ def table(folder: Path) -> str:
     return "\n".join(lines)
 
 
-def relay(folder: Path) -> list[dict[str, Any]]:
-    """What was measured of a teacher that ships."""
-    file = folder / "relay.json"
-    return list(read_json(file)["measured"]) if file.exists() else []
-
-
 def teacher(folder: Path) -> str:
     """The least distance of Fashion-MNIST's without guidance, as it was shipped or as its students' board has it."""
-    board = folder / "board-fashion.json"
-    kept = [m for m in relay(folder / "fashion-teacher") if m["samples"] >= 10_000 and m["guidance"] == 1]
+    file, board = folder / "fashion-teacher" / "relay.json", folder / "board-fashion.json"
+    if not file.exists():
+        return NOT_RUN
+    told = read_json(file)
+    kept = [m for m in told["measured"] if m["samples"] >= 10_000 and m["guidance"] == 1]
     found = [(2 * m["heun_steps"] - 1, Estimate(value=m["value"], standard_error=m["error"])) for m in kept]
-    if board.exists():
-        found += [(e.calls, e.distance) for e in plain(read_json(board)["teachers"])]
+    rows = by_own_sampler(read_json(board)["teachers"]) if board.exists() else []
+    if shipped_as(told, rows) == told["updates"]:  # a board may be of earlier weights
+        found += [(e.calls, e.distance) for e in rows]
     calls, best = min(found, key=lambda row: row[1].value, default=(0, None))
     return NOT_RUN if best is None else f"{with_error(best)} ({calls} calls)"
 
 
-def plain(teachers: Sequence[Mapping[str, Any]]) -> list[Evaluation]:
-    """Those by their own sampler; a fitted teacher's row tells what its fit had cost."""
+def by_own_sampler(teachers: Sequence[Mapping[str, Any]]) -> list[Evaluation]:
+    """Those that no sampler was fitted to, whose rows tell what its fit had cost."""
     return [evaluation_of(r) for r in teachers if not r["training"]]
 
 
@@ -84,24 +84,28 @@ def apart(file: Path) -> str:
     content = read_json(file)
     if len({r["group"] for r in content["rows"]}) > 1 or {r["number"] for r in content["rows"]} != {5000}:
         raise UserError(f"{file}: must be a comparison of one recipe, with --samples 5000")
-    told = over(content["rows"], content["teachers"], resumed_of(content))
     # What was trained on and how it was measured, the row's name says; the rest makes another recipe of it.
     changed = [s for s in content["settings"] if not s.startswith(("data.", "teacher.", "evaluate."))]
-    return told + f", with {', '.join(changed)}" * bool(changed)
+    return over(content["rows"], content["teachers"], resumed_of(content), changed)
 
 
-def over(rows: Sequence[Mapping[str, Any]], teachers: Sequence[Mapping[str, Any]], resumed: Container[str]) -> str:
+def over(
+    rows: Sequence[Mapping[str, Any]],
+    teachers: Sequence[Mapping[str, Any]],
+    resumed: Container[str],
+    changed: Sequence[str] = (),
+) -> str:
     """The best student of one call, without guidance, over the best teacher by its own sampler: quotient and both.
 
-    resumed: recipes with runs that were interrupted.
+    resumed: recipes with runs that were interrupted. changed: settings of the student that its name does not tell.
     """
     alone = [r for r in rows if r["calls"] == 1 and not is_guided(load(r["group"]))]
-    own = plain(teachers)
+    own = by_own_sampler(teachers)
     if not alone or not own:
         return NOT_RUN
     best, beside = (min(es, key=lambda e: e.distance.value) for es in (map(evaluation_of, alone), own))
     seeds = len(best.metrics[str(distance_of(best))]["values"])
-    told = f"{seeds} seed{'s' * (seeds != 1)}" + ", interrupted" * (best.name in resumed)
+    told = ", ".join([f"{seeds} seed{'s' * (seeds != 1)}", *["interrupted"] * (best.name in resumed), *changed])
     student = f"`{best.name}` {with_error(best.distance)} ({told})"
     share = best.distance.value / beside.distance.value
     # As if apart: both are of the same noises, which makes the quotient's error less than this.

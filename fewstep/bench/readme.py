@@ -58,7 +58,7 @@ def comparison_table(path: Path) -> str:
     lines += [
         "",
         f"{told['budget']} each{settings}, {told['evaluation']['samples']} samples, {told['evaluation']['metric']}; "
-        "CPU s and accuracy are means over seeds; "
+        f"CPU s{' and accuracy' * any(r[5] for r in rows)} are means over seeds; "
         f"{about['device']}, torch {about['torch']}; {commits}.{failed}",
     ]
     return "\n".join(lines)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import MISSING, asdict, dataclass, fields, replace
+from math import isclose
 from pathlib import Path
+from statistics import variance
 from typing import Any
 
 from fewstep.commands.compare.kept import evaluation_of
@@ -21,6 +23,8 @@ from fewstep.recipe.store import load, load_run
 
 FILE = "results.jsonl"
 """In the checkout's assets; the cards read it."""
+BESIDE = ("evaluate.fitted=", "evaluate.teacher_steps=")
+"""Settings of a comparison that change none of its students."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,7 +43,7 @@ class Entry:
     """One standard error of their mean from the finite set of samples and, with several seeds, their spread."""
     samples: int
     updates: int
-    """Student updates of the last stage."""
+    """Of all stages."""
     commit: str
     before: str = ""
     """Commit since which the method's loss or the recipe is another than it was for these numbers."""
@@ -47,7 +51,7 @@ class Entry:
     @property
     def key(self) -> tuple[Any, ...]:
         """Entries with one key are of one setting; a later recording replaces the earlier one."""
-        return self.recipe, self.settings, self.metric, self.steps, self.updates
+        return self.recipe, self.settings, self.metric, self.steps, self.samples, self.updates
 
 
 def record(sources: Sequence[Path], out: Path) -> list[Entry]:
@@ -56,14 +60,15 @@ def record(sources: Sequence[Path], out: Path) -> list[Entry]:
     Runs of one setting with several seeds become one entry. Raises UserError for a source that is neither, that has
     no results yet, or that is no run of a shipped recipe.
     """
-    made: dict[tuple[Any, ...], Entry] = {}
-    for source in sources:
+    runs: dict[tuple[Any, ...], list[Entry]] = {}
+    teachers: dict[tuple[Any, ...], Entry] = {}
+    for source in dict.fromkeys(sources):
         data = _comparison(source) if source.suffix == ".json" else None
         for entry in [of_run(source)] if data is None else students_of(data):
-            earlier = made.get(entry.key)
-            made[entry.key] = entry if earlier is None else joined(earlier, entry)
-        if data is not None and (teacher := teacher_of(data)) is not None:
-            made[teacher.key] = teacher  # in each comparison the same weights, no seeds of a training
+            runs.setdefault(entry.key, []).append(entry)
+        if data is not None and (teacher := best_teacher(data)) is not None:
+            teachers[teacher.key] = teacher  # one measurement in each comparison, no seeds of a training
+    made = {key: joined(entries) for key, entries in runs.items()} | teachers
     kept = _kept(out) if out.exists() else []
     every = {e.key: e for e in kept} | made
     lines = [json.dumps(_line(every[key])) for key in sorted(every, key=str)]
@@ -87,13 +92,16 @@ def _kept(out: Path) -> list[Entry]:
     return found
 
 
-def joined(a: Entry, b: Entry) -> Entry:
-    """Two entries of one setting as one over both their seeds."""
-    values = (*a.values, *b.values)
-    mean = sum(values) / len(values)
-    spread = (sum((v - mean) ** 2 for v in values) / (len(values) - 1)) ** 0.5
-    commits = ", ".join(dict.fromkeys((*a.commit.split(", "), *b.commit.split(", "))))
-    return replace(a, values=values, error=spread / len(values) ** 0.5, commit=commits)
+def joined(entries: Sequence[Entry]) -> Entry:
+    """Entries of one setting as one over all their seeds, whose samples are of the same noises."""
+    first, *more = entries
+    if not more:
+        return first
+    values = [v for e in entries for v in e.values]
+    drawn = sum((e.error or 0.0) ** 2 for e in entries) / len(entries)
+    error = (variance(values) / len(values) + drawn) ** 0.5
+    commits = ", ".join(dict.fromkeys(c for e in entries for c in e.commit.split(", ")))
+    return replace(first, values=tuple(values), error=error, commit=commits)
 
 
 def of_run(run: Path) -> Entry:
@@ -113,7 +121,7 @@ def of_run(run: Path) -> Entry:
         settings=settings,
         values=(row.distance.value,),
         **_numbers(row) | {"steps": len(recipe.sampler().steps)},
-        updates=recipe.train.steps,
+        updates=sum(stage.steps for stage in recipe.stages()),
         commit=read_json(path).get("commit", "unknown"),
     )
 
@@ -129,23 +137,15 @@ def named(recipe: Recipe, run: Path) -> tuple[str, tuple[str, ...]]:
     raise UserError(f"{run}: is no run of a shipped recipe (about: {recipe.about}); cards are of those")
 
 
-def of_comparison(path: Path) -> list[Entry]:
-    """The numbers of a file by `fewstep compare`: its students, and its teacher where the runs say which one it was."""
-    data = _comparison(path)
-    teacher = teacher_of(data)
-    return [*students_of(data), *([] if teacher is None else [teacher])]
-
-
 def _comparison(path: Path) -> dict[str, Any]:
     """What a file by `fewstep compare` holds, its rows read; UserError for another file."""
     try:
         data = read_json(path)
         for part in ("rows", "teachers"):
             data[part] = [evaluation_of(r) for r in data[part]]
-        # The row names the metric and the number of samples.
-        data["settings"] = tuple(s for s in data["settings"] if not s.startswith("evaluate.metric="))
-        commits_of(data)
-        data["environment"]["commit"][:7]
+        # The row names its metric and its number of samples.
+        data["settings"] = tuple(s for s in data["settings"] if not s.startswith(("evaluate.metric=", *BESIDE)))
+        data["commits"], data["commit"] = commits_of(data), data["environment"]["commit"][:7]
     except (AttributeError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path}: is no file by `fewstep compare`: {error}") from None
     return data
@@ -153,39 +153,61 @@ def _comparison(path: Path) -> dict[str, Any]:
 
 def students_of(data: Mapping[str, Any]) -> list[Entry]:
     """Each recipe of a comparison at its own number of steps."""
-    trained, out = commits_of(data), []
+    out = []
     for row in data["rows"]:
         if row.group in shipped() and row.steps == len(load(row.group).sampler().steps):
             values = row.metrics[distance_of(row) or ""]["values"]
             cost = {k: row.training[k] for k in ("method", "updates")}
-            commit = ", ".join(trained.get(row.group, ())) or data["environment"]["commit"][:7]
+            commit = ", ".join(data["commits"].get(row.group, ())) or data["commit"]
             told = _numbers(row) | cost | {"settings": data["settings"], "commit": commit}
             out.append(Entry(recipe=row.group, values=tuple(values), **told))
     return out
 
 
-def teacher_of(data: Mapping[str, Any]) -> Entry | None:
-    """The teacher of a comparison at its best number of steps, where its runs say which shipped one it was."""
-    own = [row for row in data["teachers"] if not row.training]  # a fitted teacher's row tells what its fit had cost
-    best = min(own, key=lambda row: row.distance.value, default=None)
+def best_teacher(data: Mapping[str, Any]) -> Entry | None:
+    """The teacher of a comparison at its best number of steps; None where its runs do not say which shipped one it was.
+
+    Nor where they have it in another process, in which as many steps lie at other levels.
+    """
+    rows = [row for row in data["teachers"] if not row.training]  # a fitted teacher's row tells what its fit had cost
     # What the recipe names today need not be what these runs were distilled from.
-    told = next((run["teacher"] for run in data.get("runs", ()) if run.get("teacher")), {"path": ""})
-    path = str(told["path"])
-    source = path.removeprefix("assets:")
-    if best is None or source not in shipped():
+    run = next((run for run in data.get("runs", ()) if run.get("teacher")), None)
+    source = str(run["teacher"]["path"]).removeprefix("assets:") if run else ""
+    if not rows or run is None or source not in shipped() or not in_own_process(load(run["recipe"])):
         return None
-    recipe, relay = load(source), expanded(path) / "relay.json"
-    method: str = recipe.method.name
-    return Entry(
-        recipe=source,
-        method=method,
-        settings=(),
-        values=(best.distance.value,),
-        **_numbers(best),
-        # One that is trained in legs need not have had as many updates as its recipe asks for.
-        updates=read_json(relay)["updates"] if relay.is_file() else recipe.train.steps,
-        commit=data["environment"]["commit"][:7],
-    )
+    recipe, relay = load(source), expanded(run["teacher"]["path"]) / "relay.json"
+    # One that is trained in legs need not have had as many updates as its recipe asks for.
+    updates = shipped_as(read_json(relay), rows) if relay.is_file() else sum(s.steps for s in recipe.stages())
+    if updates is None:
+        return None
+    best, method = min(rows, key=lambda row: row.distance.value), str(recipe.method.name)
+    settings = tuple(s for s in data["settings"] if s.startswith(("data.", "evaluate.")))
+    told = _numbers(best) | {"updates": updates, "commit": data["commit"], "settings": settings}
+    return Entry(recipe=source, method=method, values=(best.distance.value,), **told)
+
+
+def in_own_process(recipe: Recipe) -> bool:
+    """Whether a recipe leaves its teacher in the process that it comes in."""
+    spec: Any = recipe.teacher
+    for field in fields(spec) if spec is not None else ():
+        if field.name == "process":
+            default = field.default if field.default is not MISSING else field.default_factory()  # type: ignore[misc]
+            return bool(spec.process == default)
+    return True
+
+
+def shipped_as(relay: Mapping[str, Any], rows: Iterable[Evaluation]) -> int | None:
+    """Updates of those weights, of all that a relay.json tells of, that rows of a teacher are of; None for others.
+
+    They are the same where any was measured alike: as many samples by as many steps, to the same distance.
+    """
+    known = [*({"updates": relay["updates"], **row} for row in relay["measured"]), *relay.get("shipped_before", ())]
+    for row in rows:
+        for told in known:
+            alike = (told["heun_steps"], told["samples"]) == (row.steps, row.number)
+            if alike and isclose(told["value"], row.distance.value, rel_tol=1e-6):
+                return int(told["updates"])
+    return None
 
 
 def commits_of(comparison: Mapping[str, Any]) -> dict[str, Counter[str]]:

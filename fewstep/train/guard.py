@@ -220,9 +220,18 @@ def addressed(found: Sequence[Verdict], recipe: Recipe, number: int) -> list[Ver
     if number >= len(recipe.before):
         return list(found)
     stage, own = recipe.before[number], f"before.{number}."
-    keys = {"method.": f"{own}method."} | {f"optim.{role}.lr": f"{own}rates.{role}" for role in stage.rates}
-    pattern = re.compile(r"(?<![\w.])(?:" + "|".join(map(re.escape, keys)) + ")")
-    return [replace(v, remedy=pattern.sub(lambda m: keys[m[0]], v.remedy)) for v in found]
+
+    def named(match: re.Match[str]) -> str:
+        key = match[0]
+        if key == "optim.*.lr":
+            return f"{key} or {own}rates" if stage.rates else key
+        if key.startswith("optim."):
+            role = key.split(".")[1]
+            return f"{own}rates.{role}" if role in stage.rates else key
+        return own + key if hasattr(stage.method, key.split(".")[1]) else key
+
+    keys = re.compile(r"(?<![\w.])(?:optim\.[\w*]+\.lr|method\.\w+)")
+    return [replace(v, remedy=keys.sub(named, v.remedy)) for v in found]
 
 
 def rate_of(recipe: Recipe, factor: float, number: int) -> str:

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from matplotlib.figure import Figure
 from tiny_compare import train
 
 from fewstep.commands.compare import ranking
@@ -23,8 +24,8 @@ def test_marks_are_even_and_leave_the_end_to_the_result():
 def test_marks_of_a_run_in_stages_lie_in_its_last():
     """Three in four of a toy recipe's updates are the start that its method shares with all others."""
     assert marks([3000, 400], 4) == {3000, 3100, 3200, 3300}
-    assert marks([10, 20, 1], 4) == {10, 30}
-    assert marks([0, 8], 2) == {4}
+    assert marks([10, 20, 1], 4) == {30}
+    assert marks([10, 20, 8], 2) == {30, 34}
 
 
 @pytest.mark.parametrize(
@@ -100,17 +101,27 @@ def test_points_of_what_is_trained_again_are_dropped(tmp_path: Path):
     assert [(p["updates"], p["value"]) for p in read(path)] == [(5, 3.0), (10, 1.5)]
 
 
-def test_a_picture_of_what_there_is(tmp_path: Path):
+def test_a_picture_of_what_there_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     run = [{"cpu_seconds": s, "value": v} for s, v in ((1.0, 9.0), (2.0, 3.0))]
     assert not save({"a": [()], "b": []}, "FD", tmp_path / "none.png")
     assert not (tmp_path / "none.png").exists()
     assert save({"a": [run, run], "b": [()]}, "FD", tmp_path / "some.png")
     assert (tmp_path / "some.png").stat().st_size > 5000
     # An energy distance can be below zero.
+    seen: list[tuple[str, float]] = []
+    savefig = Figure.savefig
+
+    def look(figure: Figure, *args: Any, **more: Any) -> None:
+        (axis,) = figure.axes
+        seen.append((axis.get_yscale(), axis.get_ylim()[0]))
+        savefig(figure, *args, **more)
+
+    monkeypatch.setattr(Figure, "savefig", look)
     assert save({"a": [[*run, {"cpu_seconds": 3.0, "value": -0.1}]]}, "energy", tmp_path / "signed.png")
     for odd in ([float("nan")], [float("inf"), -0.0]):
         runs = [[*run, *({"cpu_seconds": 3.0, "value": v} for v in odd)]]
         assert save({"a": runs}, "energy", tmp_path / "odd.png")
+    assert seen == [("symlog", -6.0), ("log", seen[1][1]), ("symlog", -6.0)]
 
 
 def test_a_mean_over_seeds_needs_every_seed():

@@ -16,7 +16,7 @@ from fewstep.commands import finish, fitted_row
 from fewstep.commands.compare import compare, one_run
 from fewstep.commands.fitted_row import NOISES, POINTS, SHARE, calls_of, wish_for
 from fewstep.commands.fitting import expected_calls
-from fewstep.commands.record import of_comparison
+from fewstep.commands.record import record
 from fewstep.recipe.schema import Evaluate
 from fewstep.recipe.store import load
 
@@ -119,13 +119,13 @@ def test_a_comparison_has_it_and_takes_a_fit_as_a_run_without_updates(
     assert found["teachers"][1]["training"]["updates"] == 0
     assert "| `fit` | fitted |" in (tmp_path / "out" / "report.md").read_text()
     # Of a folder's own teacher the cards take nothing, of a shipped one its own number, not that of its fit.
-    assert of_comparison(tmp_path / "out" / "results.json") == []
+    assert record([tmp_path / "out" / "results.json"], tmp_path / "none.jsonl") == []
     plain = found["teachers"][0]["metrics"]["FD (house-digits)"]["value"]
     (run,) = (r for r in found["runs"] if r["recipe"] == "digits-dmd2")
     assert run["teacher"]["path"] == teacher
     run["teacher"]["path"] = "assets:digits-teacher"
     (tmp_path / "shipped.json").write_text(json.dumps(found))
-    assert [e.values for e in of_comparison(tmp_path / "shipped.json")] == [(plain,)]
+    assert [e.values for e in record([tmp_path / "shipped.json"], tmp_path / "cards.jsonl")] == [(plain,)]
     # A fit of another kind in its place is measured again; nothing else is.
     small = ("--calls", "2", "--points", "4", "--noises", "2", "--no-table")
     assert call("fit", teacher, *small, "--force", "--out", "fit")[0] == 0

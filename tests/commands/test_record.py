@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 import fewstep
 from fewstep.cli import app
-from fewstep.commands.record import Entry, of_comparison, record
+from fewstep.commands.record import Entry, record
 from fewstep.config import UserError
 from fewstep.eval.protocol.evaluation import Evaluation
 from fewstep.recipe.cards import measured
@@ -65,7 +65,8 @@ def test_seeds_of_one_setting_are_one_entry_and_a_second_recording_replaces_it(t
     (entry,) = record(runs, out)
     assert entry.values == (1.0, 2.0, 3.0)
     assert entry.settings == ()
-    assert entry.error == pytest.approx(1 / 3**0.5)  # standard deviation 1 over three seeds
+    # A standard deviation of 1 over three seeds, and .35 by their samples, which are of the same noises.
+    assert entry.error == pytest.approx((1 / 3 + 0.35**2) ** 0.5)
     record(runs[:1], out)
     (line,) = out.read_text().splitlines()
     assert json.loads(line)["values"] == [1.0]
@@ -75,7 +76,7 @@ def test_seeds_of_one_setting_are_one_entry_and_a_second_recording_replaces_it(t
 
 
 def test_a_comparison_gives_each_recipe_at_its_own_steps_and_the_teacher_its_best(tmp_path: Path):
-    found = {e.recipe: e for e in of_comparison(ASSETS / "compare-digits.json")}
+    found = {e.recipe: e for e in record([ASSETS / "compare-digits.json"], tmp_path / "1.jsonl")}
     assert found["digits-dmd2-4step"].steps == 4
     assert found["digits-dmd2-4step"].updates == 250
     # Its runs' commits, not that of the checkout in which the last of all was measured.
@@ -85,35 +86,79 @@ def test_a_comparison_gives_each_recipe_at_its_own_steps_and_the_teacher_its_bes
     assert "digits-teacher" not in found  # its runs do not say what they were distilled from
     data["runs"][0]["teacher"] = {"path": "assets:digits-teacher", "sha256": "0"}
     (tmp_path / "told.json").write_text(json.dumps(data))
-    found = {e.recipe: e for e in of_comparison(tmp_path / "told.json")}
+    found = {e.recipe: e for e in record([tmp_path / "told.json"], tmp_path / "2.jsonl")}
     assert (found["digits-teacher"].values, found["digits-teacher"].method) == ((best,), "denoise")
-    for entry in of_comparison(ASSETS / "compare-fashion.json"):
+    for entry in record([ASSETS / "compare-fashion.json"], tmp_path / "3.jsonl"):
         assert entry.settings == ("train.batch=32",)
 
 
-def test_a_teacher_in_two_comparisons_is_measured_once_and_has_the_updates_of_its_legs(tmp_path: Path):
+def of_teacher(folder: Path, recipe: str, path: str, **more: Any) -> Path:
+    """A comparison that says which teacher its run had."""
+    data = json.loads((ASSETS / "compare-fashion.json").read_text()) | more
+    data["runs"] = [{"recipe": recipe, "commit": "abc1234", "teacher": {"path": path, "sha256": "0"}}]
+    folder.mkdir(exist_ok=True)
+    file = folder / f"{len(list(folder.iterdir()))}.json"
+    file.write_text(json.dumps(data))
+    return file
+
+
+def test_a_teacher_in_two_comparisons_is_measured_once(tmp_path: Path):
     """Two equal values would have no spread, which was told as an error of zero."""
-    data = json.loads((ASSETS / "compare-fashion.json").read_text()) | {"settings": ["evaluate.metric=fashion-mnist"]}
-    teacher = {"path": "assets:fashion-teacher", "sha256": "0"}
-    data["runs"] = [{"recipe": "fashion-cd", "commit": "abc1234", "teacher": teacher}]
-    for name in ("one.json", "two.json"):
-        (tmp_path / name).write_text(json.dumps(data))
-    record([tmp_path / "one.json", tmp_path / "two.json"], tmp_path / "out.jsonl")
-    lines = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
-    (line,) = [e for e in lines if e["recipe"] == "fashion-teacher"]
-    assert (len(line["values"]), line["error"] > 0.1) == (1, True)
+    settings = ["evaluate.metric=fashion-mnist", "evaluate.fitted=true"]
+    files = [of_teacher(tmp_path / "in", "digits-dmd2", "assets:digits-teacher", settings=settings) for _ in range(2)]
+    (teacher,) = [e for e in record(files, tmp_path / "out.jsonl") if e.recipe == "digits-teacher"]
+    assert (len(teacher.values), teacher.error is not None and teacher.error > 0.1) == (1, True)
+    # Neither what names the metric nor what is measured beside changes a recipe.
+    lines = (tmp_path / "out.jsonl").read_text().splitlines()
+    assert {tuple(json.loads(line)["settings"]) for line in lines} == {()}
+    # As a flow as many steps lie at other levels.
+    other = of_teacher(tmp_path / "in", "digits-imm", "assets:digits-teacher")
+    assert "digits-teacher" not in {e.recipe for e in record([other], tmp_path / "other.jsonl")}
+
+
+def test_a_teacher_of_several_legs_has_the_updates_of_the_weights_that_were_measured(tmp_path: Path):
+    file = of_teacher(tmp_path / "in", "fashion-dmd2", "assets:fashion-teacher")
+    # Of other weights than any that shipped.
+    assert "fashion-teacher" not in {e.recipe for e in record([file], tmp_path / "none.jsonl")}
     relay = json.loads((ASSETS / "fashion-teacher" / "relay.json").read_text())
-    assert line["updates"] == relay["updates"] != load("fashion-teacher").train.steps
-    # What names the metric changes no recipe.
-    assert {tuple(e["settings"]) for e in lines} == {()}
+    for told in (relay["measured"][0], relay["shipped_before"][-1]):
+        data = json.loads(file.read_text())
+        row = next(r for r in data["teachers"] if r["steps"] == told["heun_steps"])
+        row["number"] = told["samples"]
+        (key,) = (k for k in row["metrics"] if k.startswith("FD"))
+        row["metrics"][key]["value"] = told["value"]
+        file.write_text(json.dumps(data))
+        (entry,) = [e for e in record([file], tmp_path / "out.jsonl") if e.recipe == "fashion-teacher"]
+        assert entry.updates == told.get("updates", relay["updates"]) != load("fashion-teacher").train.steps
 
 
-def test_the_cards_numbers_are_those_of_the_files_that_commands_wrote():
+def test_another_number_of_samples_is_another_number(tmp_path: Path):
+    """FD has a bias of some 600 over it."""
+    data = json.loads((ASSETS / "compare-fashion.json").read_text())
+    more = json.loads(json.dumps(data))
+    for row in more["rows"]:
+        row["number"] = 10000
+    for name, content in (("few", data), ("many", more)):
+        (tmp_path / f"{name}.json").write_text(json.dumps(content))
+    out = tmp_path / "out.jsonl"
+    found = record([tmp_path / "few.json", tmp_path / "many.json", tmp_path / "few.json"], out)
+    seeds = {(e.recipe, e.samples): len(e.values) for e in found}
+    assert seeds == {
+        (r["group"], n): len(r["metrics"][distance]["values"])
+        for r in data["rows"]
+        if (distance := next(k for k in r["metrics"] if k.startswith("FD")))
+        and r["steps"] == len(load(r["group"]).sampler().steps)
+        for n in (1000, 10000)
+    }
+    assert len(out.read_text().splitlines()) == len(seeds)
+
+
+def test_the_cards_numbers_are_those_of_the_files_that_commands_wrote(tmp_path: Path):
     lines = [json.loads(line) for line in (ASSETS / "results.jsonl").read_text().splitlines()]
     for source in ("compare-digits.json", "compare-fashion.json"):
-        for entry in of_comparison(ASSETS / source):
-            wanted = (entry.recipe, entry.updates, entry.steps)
-            (line,) = [e for e in lines if (e["recipe"], e["updates"], e["steps"]) == wanted]
+        for entry in record([ASSETS / source], tmp_path / "out.jsonl"):
+            wanted = (entry.recipe, entry.updates, entry.steps, entry.samples)
+            (line,) = [e for e in lines if (e["recipe"], e["updates"], e["steps"], e["samples"]) == wanted]
             assert (line["values"], line["commit"]) == (list(entry.values), entry.commit)
     shown = [r for _, r in measured({}) if r.setting == "digits-sid"]
     (line,) = [e for e in lines if e["recipe"] == "digits-sid"]

@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from dataclasses import fields, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from board_rows import TEACHER, comparison, row
 from pydantic import Field
 
-from fewstep.bench.board import OWN, main, measured, refuse, taken, was_busy
+from fewstep.bench.board import OWN, main, refuse, taken
 from fewstep.bench.board_table import lines, table
 from fewstep.bench.boards import BOARDS, GROUPS, Board, digest_of, group_of, ranked, settings_of
-from fewstep.bench.pace import TIMED, pace
 from fewstep.commands.compare.one_run import NEVER, identity, teacher_of
 from fewstep.commands.judge import preset_of
+from fewstep.commands.record import in_own_process
 from fewstep.config import UserError, config
 from fewstep.files import read_json
 from fewstep.recipe.schema import Stage
@@ -51,79 +51,6 @@ def test_only_students_of_the_datas_own_distribution_are_ranked():
     assert not {"digits-teacher", "digits-dmd2-ink", "digits-x2-sid", "digits-x2-teacher", "digits-deblur-ibmd"} & set(
         found
     )
-
-
-MACHINE = {"torch": "2", "device": "CPU", "threads": "1", "machine": "m"}
-HASH = preset_of(replace(load("digits-dmd2").evaluate, metric="digits", samples=5000)).hash  # type: ignore[type-var]
-TEACHER = {"path": "assets:digits-teacher", "sha256": "t"}
-
-
-def row(name: str, value: float, steps: int = 1, **more: Any) -> dict[str, Any]:
-    metrics = {
-        "FD (x)": {
-            "value": value,
-            "standard_error": 0.25,
-            "values": [value, value],
-            "spread": 0.1,
-            "sampling_error": 0.2,
-        },
-        "recall (x, k=5)": {"value": 0.5},
-        "class accuracy (x)": {"value": 0.75},
-        "within-class diversity (x)": {"value": 1.0},
-    }
-    training = {
-        "method": "kd",
-        "updates": 1400,
-        "seconds": 9.0,
-        "cpu_seconds": 8.0,
-        "network_calls": 7,
-        "peak_memory_mib": 512.0,
-        "settled_cpu_seconds": 4.0,
-    }
-    return {
-        "name": name,
-        "group": name,
-        "preset": "digits",
-        "preset_hash": HASH,
-        "extractor": "x",
-        "number": 5000,
-        "metrics": metrics,
-        "calls": steps,
-        "steps": steps,
-        "latency": [],
-        "seconds": 2.0,
-        "training": training,
-    } | more
-
-
-def comparison(path: Path, *rows: dict[str, Any], run: Mapping[str, Any] | None = None, **more: Any) -> Path:
-    """A file as `fewstep compare --budget own` writes it; run: what is otherwise in its runs."""
-    teacher = row("teacher, 8 steps", 0.5, 8, training={}, group="")
-    points = [{"updates": u, "cpu_seconds": u, "value": 9.0 / u} for u in (1, 2)]
-    runs = [
-        {
-            "recipe": r["group"],
-            "curve": points,
-            "commit": "0123456789",
-            "identity": digest_of(r["group"]) if r["group"] in ranked(BOARDS["digits"]) else "",
-            "resumes": 0,
-            "teacher": TEACHER,
-        }
-        | (run or {})
-        for r in rows
-    ]
-    content: dict[str, Any] = {
-        "budget": "the recipe's own updates",
-        "seeds": [0, 1],
-        "settings": ["evaluate.metric=digits"],
-        "environment": MACHINE | {"commit": "of today"},
-        "rows": [r | {"rank": 1, "difference": None} for r in rows],
-        "teachers": [teacher],
-        "failed": [],
-        "runs": runs,
-    }
-    path.write_text(json.dumps(content | more))
-    return path
 
 
 def test_a_row_replaces_its_own_and_no_other(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
@@ -170,58 +97,6 @@ def test_a_row_says_what_its_runs_went_through(tmp_path: Path):
     assert "| `digits-tdd` (guided) |" in table(BOARDS["digits"], taken(BOARDS["digits"], file, guided))
 
 
-def test_a_row_made_beside_other_work_shows_no_seconds_but_those_at_rest(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-):
-    monkeypatch.setattr("fewstep.bench.board.dirty", lambda: False)
-    monkeypatch.setattr("fewstep.bench.board.environment", lambda: MACHINE | {"commit": "of now"})
-    told = {"cpu_seconds": 4.0, "timed": 25, "commit": "c"}
-    monkeypatch.setattr(
-        "fewstep.bench.board.pace",
-        lambda recipe, counts, teachers: (
-            told | {"seconds": {str(n): n / 2 for n in counts}, "teachers": {name: n / 4 for name, n in teachers}}
-        ),
-    )
-    rows = comparison(tmp_path / "a.json", row("digits-kd", 1.0), row("digits-kd", 0.5, 2))
-    where, file = ["--out", str(tmp_path)], tmp_path / "board-digits.json"
-    with pytest.raises(UserError, match="--pace digits-kd: has no row"):
-        main(["digits", "--pace", "digits-kd", *where])
-    main(["digits", "--take", str(rows), "--busy", *where])
-    shown = capsys.readouterr().out
-    assert "| 1.00 | 0.500 | – | 1,400 | – | – | 512 |" in shown
-    assert "| teacher, 8 steps | 8 | 0.50 ± 0.25 | 75.0 % | 1.00 | 0.500 | – |" in shown
-    assert not (tmp_path / "board-digits.png").exists()
-    main(["digits", "--pace", "digits-kd", *where])
-    shown = capsys.readouterr().out
-    assert (
-        "| `digits-kd` | kd | 1 | 1.00 ± 0.25 | 2 | 75.0 % | 1.00 | 0.500 | ≈ 0.50 | 1,400 | ≈ 4 | ≈ 2 | 512 |" in shown
-    )
-    assert (
-        "| `digits-kd` | kd | 2 | 0.50 ± 0.25 | 2 | 75.0 % | 1.00 | 0.500 | ≈ 1.00 | 1,400 | ≈ 4 | ≈ 2 | 512 |" in shown
-    )
-    assert "| teacher, 8 steps | 8 | 0.50 ± 0.25 | 75.0 % | 1.00 | 0.500 | ≈ 2.00 |" in shown
-    assert (tmp_path / "board-digits.png").exists()
-    # 2 s of one seed at its end, where the mean of both were 8: each ends at the 4 s of its training at rest.
-    (runs,) = lines(BOARDS["digits"], read_json(file)).values()
-    points = [[(p["updates"], p["cpu_seconds"]) for p in run] for run in runs]
-    assert points == [[(1, 2.0), (2, 4.0)]] * 2
-    with pytest.raises(UserError, match="--pace: times rows that are there, on a machine at rest; give it alone"):
-        main(["digits", "--pace", "digits-kd", "--busy", *where])
-    monkeypatch.setattr("fewstep.bench.board.environment", lambda: MACHINE | {"threads": "2"})
-    with pytest.raises(UserError, match=r"--pace digits-kd: here is .*'threads': '2'.*; a board is of one machine"):
-        main(["digits", "--pace", "digits-kd", *where])
-    alone = comparison(tmp_path / "c.json", row("digits-cd", 1.0))
-    main(["digits", "--take", str(alone), *where])
-    with pytest.raises(UserError, match="--pace digits-cd: its row has seconds, taken at rest"):
-        main(["digits", "--pace", "digits-cd", *where])
-    main(["digits", "--take", str(rows), "--busy", *where])
-    assert [t["busy"] for t in read_json(file)["teachers"]] == [False]  # one at rest has seconds, and stays
-    old = comparison(tmp_path / "b.json", row("digits-kd", 1.0), run={"identity": "of before"})
-    main(["digits", "--take", str(old), "--busy", *where])
-    with pytest.raises(UserError, match="its row is of an earlier recipe"):
-        main(["digits", "--pace", "digits-kd", *where])
-
-
 def test_the_teacher_may_be_measured_under_a_fitted_sampler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """Which changes no recipe, so that the board takes it."""
     asked: list[list[str]] = []
@@ -251,56 +126,12 @@ def test_a_teacher_in_another_process_is_the_same_one_but_has_no_row(tmp_path: P
     content = taken(board, file, comparison(tmp_path / "b.json", row("digits-imm", 1.0), teachers=[other]))
     assert content["teachers"] == before
     assert {r["group"] for r in content["rows"]} == set(names)
-
-
-def test_what_was_busy_stays_so_until_it_is_made_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    board, marks = BOARDS["digits"], []
-
-    def compare(recipes: Any, budget: str, seeds: int, folder: Path, resume: bool, *_: Any) -> Path:
-        marks.append(was_busy(folder / "results.json").exists())
-        if folder.exists() and not resume:
-            raise UserError("holds a comparison")
-        folder.mkdir(exist_ok=True)
-        return folder / "results.json"
-
-    monkeypatch.setattr("fewstep.bench.board.compare", compare)
-    measured(board, "digits-kd", 1, 2, tmp_path, resume=False, busy=True)
-    for busy in (True, False):
-        with pytest.raises(UserError, match="holds a comparison"):
-            measured(board, "digits-kd", 1, 2, tmp_path, resume=False, busy=busy)
-    measured(board, "digits-kd", 1, 2, tmp_path, resume=True, busy=False)
-    (tmp_path / "digits-kd").rmdir()
-    measured(board, "digits-kd", 1, 2, tmp_path, resume=False, busy=False)
-    with pytest.raises(UserError, match="holds a comparison"):
-        measured(board, "digits-kd", 1, 2, tmp_path, resume=False, busy=True)
-    assert marks == [True, True, True, True, False, False]
-
-
-def test_a_pace_counts_the_first_update_of_each_stage_once(monkeypatch: pytest.MonkeyPatch):
-    """Stages of 3 and 1,000 updates, the first of each dearer: 7 + 2 x 2 and 50 + 999 x .5 seconds."""
-    recipe = load("toy/cd", ["train.steps=1000"])
-    before = recipe.stages()[0]
-    recipe = replace(recipe, before=(replace(before, steps=3),))
-    costs = iter([7.0, 2.0, 2.0, 50.0, *[0.5] * TIMED])
-    now = 0.0
-
-    def process_time() -> float:
-        return now
-
-    def stepped(account: Any, trainer: Any) -> None:
-        nonlocal now
-        now += next(costs)
-        account.settle()
-        account.watch(account)
-
-    monkeypatch.setattr("fewstep.commands.compare.budget.time.process_time", process_time)
-    monkeypatch.setattr("fewstep.commands.compare.budget.Accounted._stepped", stepped)
-    monkeypatch.setattr("fewstep.bench.pace.seconds_per_1000", lambda make, indices: float(len(make(indices[:3]))))
-    told = pace(recipe, [1, 2], [("teacher, 2 steps", 2), ("teacher fitted, 4 calls", 4)])
-    assert told["teachers"] == {"teacher, 2 steps": 3.0, "teacher fitted, 4 calls": 3.0}
-    assert told["cpu_seconds"] == pytest.approx(7 + 4 + 50 + 999 * 0.5)
-    assert (told["timed"], told["seconds"]) == (3 + 1 + TIMED, {"1": 3.0, "2": 3.0})
-    assert next(costs, None) is None
+    failed = [{"recipe": "digits-imm", "seed": 0, "message": "no"}]
+    content = taken(board, file, comparison(tmp_path / "c.json", teachers=[other], failed=failed))
+    assert content["teachers"] == before
+    # The ring's teacher is a flow by itself.
+    assert [in_own_process(load(f"toy/{name}")) for name in ("dmd2", "scd")] == [True, False]
+    assert [in_own_process(recipe) for recipe in recipes] == [True, False]
 
 
 @pytest.mark.parametrize("name", BOARDS)

@@ -12,6 +12,7 @@ from fewstep.bench import emoji, reached
 from fewstep.bench.board import assets
 from fewstep.bench.boards import BOARDS, digest_of
 from fewstep.config import UserError
+from fewstep.eval.protocol.evaluation import Evaluation
 from fewstep.files import read_json
 from fewstep.recipe.store import dump, load
 
@@ -28,7 +29,7 @@ def test_what_has_no_file_was_not_run_and_what_has_one_says_its_numbers(tmp_path
     (tmp_path / "fashion-teacher").mkdir()
     known = [(6.0, 0.5, 1000, 1.0), (6.5, None, 10000, 1.5), (7.0, 0.25, 10000, 1.0), (8.0, None, 10000, 1.0)]
     keys = ("value", "error", "samples", "guidance")
-    told = {"measured": [dict(zip(keys, row, strict=True)) | {"heun_steps": 8} for row in known]}
+    told = {"updates": 9, "measured": [dict(zip(keys, row, strict=True)) | {"heun_steps": 8} for row in known]}
     (tmp_path / "fashion-teacher" / "relay.json").write_text(json.dumps(told))
     content = read_json(assets() / "board-digits.json")
     row = next(r for r in content["rows"] if r["group"] == "digits-dmd2")
@@ -46,7 +47,13 @@ def test_what_has_no_file_was_not_run_and_what_has_one_says_its_numbers(tmp_path
     held.write_text(json.dumps(content))
     found = lines(reached.table(tmp_path))
     assert found["Fashion-MNIST teacher, FD, N = 10,000"][-1] == "7.00 ± 0.25 (15 calls)"
-    (tmp_path / "board-fashion.json").write_text(json.dumps({"rows": [], "teachers": content["teachers"]}))
+    better = [t | {"number": 10000, "steps": t["calls"] // 2 + 1} for t in content["teachers"]]
+    (tmp_path / "board-fashion.json").write_text(json.dumps({"rows": [], "teachers": better}))
+    assert reached.teacher(tmp_path) == "7.00 ± 0.25 (15 calls)"  # the board may be of other weights
+    (relay,) = tmp_path.glob("*/relay.json")
+    relay.write_text(
+        json.dumps(told | {"measured": [*told["measured"], {**told["measured"][2], "value": 50.0, "heun_steps": 1}]})
+    )
     assert reached.teacher(tmp_path) == "0.50 ± 0.12 (15 calls)"  # not the fitted one's 0.25
     pair = found["the same of a pair trained on 1,397, against the 400 held out"][-1]
     assert pair == "1.50 ± 0.45: `digits-dmd2` 0.75 ± 0.12 (2 seeds) over 0.50 ± 0.12 (15 calls)"
@@ -56,7 +63,7 @@ def test_what_has_no_file_was_not_run_and_what_has_one_says_its_numbers(tmp_path
     told = reached.apart(held)
     assert told == pair.replace("seeds)", "seeds, interrupted)") + "; as many perfect samples have some 0.25"
     held.write_text(json.dumps(content | {"settings": ["data.held_out=0.2", "method.gan=null"]}))
-    assert reached.apart(held) == told + ", with method.gan=null"
+    assert reached.apart(held) == told.replace("interrupted)", "interrupted, method.gan=null)")
     content["teachers"][1]["metrics"][name] |= {"usable": True}
     # Neither what aims at another distribution, nor what distils nothing, nor what takes more calls is that student.
     for group, calls in (("digits-tdd", 1), ("digits-ect", 1), ("digits-dmd2-4step", 4)):
@@ -88,7 +95,11 @@ def test_emoji_students_stand_beside_their_teacher_and_the_untrained_say_so(tmp_
     base, row = content["saturation"]["guidance 1"], content["rows"][0]
     row |= {"recipe": "emoji-dmd2", "value": 12.345, "found": 0.5, "saturation": 1.25 * base, "interrupted": True}
     content["rows"] = [row]
+    content["also"] = [{"heun_steps": 1, "guidance": 1.0, "value": 23.456, "retrieval": 0.75}]
+    content["saturation"]["1 steps"] = 0.5 * base
     found = lines(emoji.table(content, teacher))
+    assert found["teacher, 1 Heun step"] == ["1", "23.5", "75 %", "0.50", f"{teacher['updates']:,}"]
+    assert "teacher, 1 Heun step" not in lines(emoji.table(content | {"teacher": 1}, teacher))  # of another one
     assert found["`emoji-dmd2`"] == ["1", "12.3", "50 %", "1.25", f"{row['updates']} (interrupted)"]
     assert found["teacher, 8 Heun steps"][0] == "15"
     assert found["teacher, 8 Heun steps"][3] == "1.00"
@@ -133,3 +144,18 @@ def evaluated(distance: dict[str, float], found: dict[str, float] | None) -> dic
     row = read_json(assets() / "digits-dmd2.json")["rows"][-1]
     name = next(iter(row["metrics"]))
     return row | {"metrics": {name: row["metrics"][name] | distance} | ({emoji.FOUND: found} if found else {})}
+
+
+def test_a_teacher_in_few_steps_is_what_the_reports_of_its_students_say(tmp_path: Path):
+    """Its one call may do as well as many, which a table of students must not hide."""
+    names = {"teacher, 1 step": 1, "teacher, 8 steps (best)": 8, "student, 4 steps": 4}
+    metrics = {"FD (x)": {"value": 2.5, "standard_error": None}, emoji.FOUND: {"value": 0.5}}
+    about = {"preset": "x", "preset_hash": "0", "extractor": "x", "number": 131, "metrics": metrics}
+    rows = [Evaluation(name=name, steps=n, calls=n, **about).as_json() for name, n in names.items()]
+    for run in (tmp_path / "a", tmp_path / "b"):
+        (run / "report").mkdir(parents=True)
+        (run / "report" / "results.json").write_text(json.dumps({"rows": rows[2:] if run.name == "a" else rows}))
+    told = {"measured": [{"heun_steps": 8, "guidance": 1.0}, {"heun_steps": 1, "guidance": 1.5}]}
+    found = emoji.few_steps([tmp_path / "a", tmp_path / "b"], told)
+    assert found == [{"heun_steps": 1, "guidance": 1.0, "value": 2.5, "retrieval": 0.5}]
+    assert emoji.few_steps([tmp_path / "a"], told) == []

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import shutil
-from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,8 +14,9 @@ import torch
 from collapsing import ONSET, kill_points, short, start
 from tiny_runs import contents, import_before_forks, in_child, killed, records, same
 
+from fewstep.commands.health import findings
 from fewstep.config import RecipeError
-from fewstep.recipe.store import load
+from fewstep.recipe.store import dump, load
 from fewstep.train.guard import LOWER, RETURNS, Guard, Stopped, addressed, best_of, rate_of, way_back
 from fewstep.train.lines import SAMPLES, TIE
 from fewstep.train.pulse import Pulse
@@ -62,15 +62,31 @@ def test_the_rate_that_is_lowered_is_named_by_its_key():
 
 
 def test_a_remedy_names_the_keys_of_its_own_stage():
-    recipe = load("digits-dmd2-kd")
-    alarm = Verdict("x", "alarm", 1.0, 0.0, "text", "lower optim.student.lr or method.gan.weight, raise optim.critic.lr")
+    recipe = load("digits-phased-dmd", ["before.0.rates={student: 1e-3}"])
+    text = "lower optim.student.lr or method.gan.weight, raise optim.critic.lr or method.critic.steps; optim.*.lr"
+    alarm = Verdict("x", "alarm", 1.0, 0.0, "text", text)
     (first,), (last,) = (addressed([alarm], recipe, n) for n in (0, 1))
-    assert first.remedy == "lower before.0.rates.student or before.0.method.gan.weight, raise optim.critic.lr"
+    # Phased DMD has no discriminator, so that its stage has no such key.
+    assert first.remedy == (
+        "lower before.0.rates.student or method.gan.weight, raise optim.critic.lr or before.0.method.critic.steps; "
+        "optim.*.lr or before.0.rates"
+    )
+    assert load("digits-phased-dmd", ["before.0.rates.student=1", "before.0.method.critic.steps=3"])
     assert last == alarm
-    plain = replace(recipe, before=(replace(recipe.before[0], rates={}),))
-    (told,) = addressed([alarm], plain, 0)
-    assert told.remedy == "lower optim.student.lr or before.0.method.gan.weight, raise optim.critic.lr"
-    assert addressed([first], recipe, 0) == [first]  # what is addressed stays so
+    (told,) = addressed([alarm], load("digits-phased-dmd"), 0)
+    assert told.remedy == text.replace("method.critic", "before.0.method.critic")
+
+
+def test_the_guard_and_health_tell_a_stages_own_keys(tmp_path: Path):
+    recipe = load("digits-dmd2-kd")
+    guard = Guard.__new__(Guard)
+    guard.mode, guard.recipe, guard.stage, guard.course, guard._known = "warn", recipe, 0, Course(), set()
+    records = [{"stage": 0, "done": 10 * k, "samples/mean": 1.0 - 0.5 * k, "skips": 0} for k in range(1, 40)]
+    told = [v.remedy for record in records for v in guard.add(record)]
+    assert any("before.0.rates.student" in remedy for remedy in told)
+    (tmp_path / "recipe.yaml").write_text(dump(recipe))
+    found = [v.remedy for v in findings(tmp_path, records) if v.level == "alarm"]
+    assert any("before.0.rates.student" in remedy for remedy in found)
 
 
 def test_restore_goes_back_to_the_best_state_with_a_lower_rate(restored: tuple[Path, list[str]]):

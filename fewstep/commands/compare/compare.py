@@ -63,7 +63,7 @@ def compare(
 ) -> Path:
     """`fewstep compare`: run what is not done yet, then write results.json, report.md and report.html in `out`.
 
-    points: of each run's curve, its end among them; curves.png shows them.
+    points: of each run's curve over its last stage, the end among them; curves.png shows them.
     """
     amount = Budget.parse(budget)
     if seeds < 1:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
-from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -19,18 +18,17 @@ Point = dict[str, float]
 
 
 def marks(lengths: Sequence[int], points: int) -> set[int]:
-    """Updates after which to measure: evenly over the last stage and at its start, as its end is measured anyhow.
+    """Updates after which to measure: evenly over the last stage up to its end, which is measured anyhow.
 
-    The stages before are a start that recipes share, often the longer part: only their ends are told.
+    And at the end of the stage before it. What lies before are starts that recipes share, often the longer part.
 
     >>> sorted(fewstep.commands.compare.curve.marks([100], 4))
     [25, 50, 75]
     >>> sorted(fewstep.commands.compare.curve.marks([3000, 400], 4))
     [3000, 3100, 3200, 3300]
     """
-    ends, last = list(accumulate(lengths)), lengths[-1]
-    within = {ends[-1] - last + round(last * k / points) for k in range(1, points)}
-    return (within | set(ends)) - {0, ends[-1]}
+    last, start = lengths[-1], sum(lengths[:-1])
+    return {start + round(last * k / points) for k in range(points)} - {0, start + last}
 
 
 class Curve:
@@ -46,8 +44,8 @@ class Curve:
         self.path, self.wanted, self.distance = path, wanted, distance
 
     def cut(self, done: int) -> None:
-        """Keep the points of the first `done` updates."""
-        kept = [p for p in read(self.path) if p["updates"] <= done]
+        """Keep the wanted points of the first `done` updates."""
+        kept = [p for p in read(self.path) if p["updates"] <= done and p["updates"] in self.wanted]
         with atomic_path(self.path) as temporary:
             temporary.write_text("".join(json.dumps(p) + "\n" for p in kept))
 
@@ -97,7 +95,7 @@ def settled(points: Sequence[Mapping[str, float]], unit: str = "cpu_seconds") ->
 
 
 def save(curves: Mapping[str, Sequence[Sequence[Mapping[str, float]]]], metric: str, path: Path) -> bool:
-    """One line a run, one colour a recipe, both axes logarithmic; whether there was anything to draw."""
+    """One line a run, one colour a recipe, axes logarithmic above zero; whether there was anything to draw."""
     drawn = {name: [run for run in runs if run] for name, runs in curves.items()}
     drawn = {name: runs for name, runs in drawn.items() if runs}
     if not drawn:
@@ -114,12 +112,13 @@ def save(curves: Mapping[str, Sequence[Sequence[Mapping[str, float]]]], metric: 
             style = ("-", "--", ":")[number // 10 % 3]
             axis.plot(x, y, style, color=f"C{number % 10}", marker=".", label=name if k == 0 else None, linewidth=1.2)
     axis.set_xscale("log")
-    values = [p["value"] for runs in drawn.values() for run in runs for p in run]
-    below = min((v for v in values if math.isfinite(v)), default=1.0)
-    if below > 0:
+    values = [v for runs in drawn.values() for run in runs for p in run if math.isfinite(v := p["value"])]
+    if min(values, default=1.0) > 0:
         axis.set_yscale("log")
     else:  # an unbiased estimate falls below zero by its noise, so that what is as small is drawn evenly
-        axis.set_yscale("symlog", linthresh=max(-below, 1e-12))
+        small = max(-min(values), min((v for v in values if v > 0), default=1.0))
+        axis.set_yscale("symlog", linthresh=small)
+        axis.set_ylim(bottom=-2 * small)
     axis.set_xlabel("processor seconds of training")
     axis.set_ylabel(metric)
     axis.grid(alpha=0.3)

@@ -72,7 +72,7 @@ class Task:
     fit: Path | None = None
     """A folder by `fewstep fit`, measured as the recipe's students are."""
     points: int = 0
-    """Points of its curve, the end among them; 0: none but the end."""
+    """Points of its curve over its last stage, the end among them; 0: none but the end."""
 
     def load(self) -> Recipe:
         seed = () if self.seed is None else (f"train.seed={self.seed}",)
