@@ -22,10 +22,10 @@ from fewstep.bench.boards import BOARDS, Board, digest_of, is_guided, ranked, se
 from fewstep.bench.pace import pace
 from fewstep.commands.compare.budget import Budget
 from fewstep.commands.compare.compare import compare
-from fewstep.commands.compare.kept import write_json
+from fewstep.commands.compare.kept import of_students, write_json
 from fewstep.commands.compare.one_run import NEVER
 from fewstep.commands.judge import preset_of
-from fewstep.commands.record import BESIDE, in_own_process
+from fewstep.commands.record import in_own_process
 from fewstep.config import UserError
 from fewstep.eval.protocol.evaluation import environment
 from fewstep.files import dirty, expanded, read_json
@@ -149,8 +149,7 @@ def refuse(board: Board, told: Mapping[str, Any], results: Path) -> None:
     """UserError for rows that have no place on the board."""
     if told.get("budget") != OWN:
         raise UserError(f"{results}: is a comparison under {told.get('budget')}; a board takes --budget own")
-    settings = [s for s in told["settings"] if not s.startswith(BESIDE)]
-    if settings not in ([], settings_of(board)):
+    if of_students(told["settings"]) not in ([], settings_of(board)):
         raise UserError(f"{results}: changes the recipes ({', '.join(told['settings'])}); a board has them as they ship")
     protocol, places = preset_of(Evaluate(metric=board.preset, samples=board.samples)), ranked(board)
     for row in [*told["rows"], *told["teachers"]]:

@@ -11,7 +11,7 @@ from pathlib import Path
 from statistics import variance
 from typing import Any
 
-from fewstep.commands.compare.kept import evaluation_of
+from fewstep.commands.compare.kept import evaluation_of, of_students
 from fewstep.commands.report import read_results
 from fewstep.config import UserError
 from fewstep.eval.protocol.evaluation import Evaluation, distance_of
@@ -23,8 +23,6 @@ from fewstep.recipe.store import load, load_run
 
 FILE = "results.jsonl"
 """In the checkout's assets; the cards read it."""
-BESIDE = ("evaluate.fitted=", "evaluate.teacher_steps=")
-"""Settings of a comparison that change none of its students."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,7 +142,7 @@ def _comparison(path: Path) -> dict[str, Any]:
         for part in ("rows", "teachers"):
             data[part] = [evaluation_of(r) for r in data[part]]
         # The row names its metric and its number of samples.
-        data["settings"] = tuple(s for s in data["settings"] if not s.startswith(("evaluate.metric=", *BESIDE)))
+        data["settings"] = tuple(s for s in of_students(data["settings"]) if not s.startswith("evaluate.metric="))
         data["commits"], data["commit"] = commits_of(data), data["environment"]["commit"][:7]
     except (AttributeError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path}: is no file by `fewstep compare`: {error}") from None

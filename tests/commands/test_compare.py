@@ -7,6 +7,7 @@ import math
 import os
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from fewstep.algebra.sampling import many_step
 from fewstep.bench.readme import comparison_table
 from fewstep.cli import main
 from fewstep.commands.compare.budget import Accounted, Budget, bank_key, counted, lengths, with_lengths
+from fewstep.commands.compare.curve import marks
 from fewstep.commands.compare.ranking import facts, join, rank, write
 from fewstep.commands.compare.spent import Spent
 from fewstep.commands.report import with_error
@@ -214,7 +216,7 @@ def test_the_report_is_of_the_evaluations_and_refuses_other_protocols(tmp_path: 
     told = results(tmp_path)
     assert [(r["name"], r["rank"]) for r in told["rows"]] == [(e.name, i) for i, (e, _) in enumerate(ranked, 1)]
     assert Evaluation.from_json(told["teachers"][0]).distance == teacher.distance
-    assert "| teacher, 8 steps | | None | 2 | | 50.0 % |" in comparison_table(tmp_path / "results.json")
+    assert "| teacher, 8 steps |  | None | 2 |  | 50.0 % |" in comparison_table(tmp_path / "results.json")
     page = (tmp_path / "report.html").read_text()
     assert "spread over 2 seeds 1.4" in page
     assert "training cpu seconds" in page
@@ -315,10 +317,22 @@ def test_runs_in_processes_of_their_own(tmp_path: Path, capfd: pytest.CaptureFix
     assert "](curves.png)" in report
     assert (tmp_path / "out" / "curves.png").is_file()
     (run,) = results(tmp_path / "out")["runs"]
-    first, second, end = run["curve"]
-    assert first["updates"] < second["updates"] < end["updates"] == run["updates"]
-    assert first["network_calls"] < second["network_calls"] < end["network_calls"] == spent["network_calls"]
+    *points, end = run["curve"]
+    length = json.loads((tmp_path / "out" / "toy-kd" / "lengths.json").read_text())["steps"]
+    assert {p["updates"] for p in points} == marks(length, 3)
+    assert len(points) > 1
+    for count, whole in (("updates", run["updates"]), ("network_calls", spent["network_calls"])):
+        assert end[count] == whole
+        assert all(a[count] < b[count] for a, b in pairwise(run["curve"]))
     assert end["value"] == row["metrics"]["energy x1000"]["value"]
+    # More of the teacher's steps are no other comparison, and are measured.
+    more = ["--set", "evaluate.teacher_steps=[1, 2]", "--steps", "1,2", "--curve", "3", "--resume"]
+    with pytest.raises(SystemExit) as left:
+        main([*arguments, *more, "--out", str(tmp_path / "out")])
+    assert left.value.code == 0, capfd.readouterr().err[-2000:]
+    again = results(tmp_path / "out")
+    assert [t["steps"] for t in again["teachers"]] == [1, 2]
+    assert again["runs"][0]["cpu_seconds"] == run["cpu_seconds"]  # not trained again
 
 
 @pytest.mark.parametrize(

@@ -21,6 +21,8 @@ from fewstep.files import atomic_path, locked, read_json, take
 KIND = "comparison"
 COSTS = ("updates", "planned_updates", "refused_updates", "seconds", "cpu_seconds", "network_calls", "peak_memory_mib")
 """Numbers of a run's result."""
+BESIDE = ("evaluate.fitted=", "evaluate.teacher_steps=")
+"""Settings of what stands beside the ranking."""
 EVALUATION = frozenset(f.name for f in fields(Evaluation))
 
 
@@ -42,7 +44,8 @@ def _continue(stamp: Path, out: Path, resume: bool, content: Mapping[str, Any]) 
         # Teachers stand beside the ranking; how many of their rows there are changes no student's.
         for beside in ("teacher_steps", "fitted"):
             before.pop(beside, None), now.pop(beside, None)
-        wrong = [k for k in ("budget", "settings", "steps") if found[k] != content[k]]
+        wrong = [k for k in ("budget", "steps") if found[k] != content[k]]
+        wrong += ["settings"] * (of_students(found["settings"]) != of_students(content["settings"]))
         wrong += ["evaluation"] * (before != now)
         if wrong:
             told = "; ".join(f"{k}: {found[k]} -> {content[k]}" for k in wrong)
@@ -57,6 +60,11 @@ def _stamp(path: Path) -> dict[str, Any]:
     if wrong:
         raise UserError(f"{path}: {wrong[0]} is not as fewstep writes it, so what was compared is not known; delete it")
     return found
+
+
+def of_students(settings: Sequence[Any]) -> list[str]:
+    """Settings of a comparison without those that change none of its students."""
+    return [s for s in map(str, settings) if not s.startswith(BESIDE)]
 
 
 def write_json(path: Path, content: Any) -> None:

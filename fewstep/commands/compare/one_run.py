@@ -97,8 +97,12 @@ class Task:
         return self.folder / "result.json"
 
     def kept(self) -> dict[str, Any] | None:
-        """Its result, None where it is to be made."""
-        return result_of(self.folder, self.seed is None)
+        """Its result, None where it is to be made, as a teacher's is that lacks a number of steps."""
+        found = result_of(self.folder, self.seed is None)
+        if found is None or self.seed is not None or self.fit is not None:
+            return found
+        had = {row["steps"] for row in found["rows"]}
+        return found if had.issuperset(self.counts or self.evaluation.teacher_steps) else None
 
     @property
     def failure(self) -> Path:
