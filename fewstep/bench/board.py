@@ -25,7 +25,7 @@ from fewstep.commands.compare.compare import compare
 from fewstep.commands.compare.kept import of_students, write_json
 from fewstep.commands.compare.one_run import NEVER
 from fewstep.commands.judge import preset_of
-from fewstep.commands.record import in_own_process
+from fewstep.commands.record import teacher_as_it_is
 from fewstep.config import UserError
 from fewstep.eval.protocol.evaluation import environment
 from fewstep.files import dirty, expanded, read_json
@@ -61,8 +61,10 @@ def taken(board: Board, file: Path, results: Path, busy: bool = False) -> dict[s
         if (t := r["teacher"]) and weights.get(t["path"], t["sha256"]) != t["sha256"]:
             raise UserError(f"{results}: {r['group']} had other weights as its teacher than the rows of {file.name}")
     # In another process as many steps lie at other levels, so that such a teacher's rows are none of this board's.
-    own = bool(names) and all(in_own_process(load(name)) for name in names)
+    own = teacher_as_it_is(names | {f["recipe"] for f in told["failed"]})
     teachers = [_bare(r) | {"busy": busy} for r in told["teachers"] if own]
+    if names and not _weights(held["rows"]) & _weights(new) and _weights(held["rows"]):
+        held["teachers"] = []  # all rows were replaced, by ones of another teacher
     still = {(r["name"], r["calls"]) for r in held["teachers"] if busy and (not r.get("busy") or "pace" in r)}
     teachers = [r for r in teachers if (r["name"], r["calls"]) not in still]  # those there have seconds
     replaced = {(r["name"], r["calls"]) for r in teachers}
@@ -78,6 +80,11 @@ def taken(board: Board, file: Path, results: Path, busy: bool = False) -> dict[s
     }
     write_json(file, content)
     return content
+
+
+def _weights(rows: Sequence[Mapping[str, Any]]) -> set[str]:
+    """Digests of the teachers that rows were distilled from."""
+    return {r["teacher"]["sha256"] for r in rows if r["teacher"]}
 
 
 def unpaced(file: Path, name: str) -> list[dict[str, Any]]:
@@ -219,6 +226,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise UserError("name recipes to measure, results with --take, or rows with --pace")
     if given.fitted and not given.recipes:
         raise UserError("--fitted: is for recipes that are measured now; name them")
+    other = [name for name in given.recipes if given.fitted and not teacher_as_it_is([name])]
+    if other:
+        raise UserError(f"--fitted: {other[0]} has its teacher in another process, which has no row on this board")
     if given.pace and (given.busy or given.recipes or given.take):
         raise UserError("--pace: times rows that are there, on a machine at rest; give it alone")
     if (given.recipes or given.pace) and dirty():
@@ -227,7 +237,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         draw(board, taken(board, file, path, given.busy or was_busy(path).exists()), picture)
     steps = {name: [r["steps"] for r in unpaced(file, name)] for name in given.pace}
     for name, counts in steps.items():
-        timed = pace(load(name, [*settings_of(board), *NEVER]), counts, waiting(file))
+        timed = pace(load(name, [*settings_of(board), *NEVER]), counts, waiting(file) if teacher_as_it_is([name]) else [])
         draw(board, paced(file, name, timed), picture)
     wrong = []
     for name in given.recipes:

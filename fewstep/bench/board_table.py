@@ -119,13 +119,15 @@ def lines(board: Board, content: Mapping[str, Any]) -> dict[str, list[list[dict[
     """
     found = {}
     for r in current(board, content["rows"]):
+        # Rows of before have points of the stages before the last one too.
+        begun = sum(stage.steps for stage in load(r["group"]).stages()[:-1])
+        curves = [[p for p in run if p["updates"] >= begun] for run in r["curves"]]
         if not r.get("busy"):
-            found[r["group"]] = r["curves"]
+            found[r["group"]] = curves
         elif "pace" in r:
             rest = r["pace"]["cpu_seconds"]
             found[r["group"]] = [
-                [p | {"cpu_seconds": p["cpu_seconds"] * rest / run[-1]["cpu_seconds"]} for p in run]
-                for run in r["curves"]
+                [p | {"cpu_seconds": p["cpu_seconds"] * rest / run[-1]["cpu_seconds"]} for p in run] for run in curves
             ]
     return found
 

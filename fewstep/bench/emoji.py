@@ -89,11 +89,13 @@ def measured(runs: Sequence[Path], interrupted: Sequence[Path], teacher: Mapping
 
 def few_steps(runs: Sequence[Path], teacher: Mapping[str, Any]) -> list[dict[str, Any]]:
     """The teacher without guidance at numbers of steps that relay.json has not, as the runs' reports measured it."""
+    like = next(how for how in teacher["measured"] if how["guidance"] == 1)
     known = {how["heun_steps"] for how in teacher["measured"] if how["guidance"] == 1}
     found = {}
     for run in runs:
         for e in read_results(run / "report" / "results.json"):
-            if e.name.startswith("teacher, ") and FOUND in e.metrics and e.steps not in known:
+            alike = (distance_of(e), e.number) == (like["metric"], like["samples"])
+            if e.name.startswith("teacher, ") and FOUND in e.metrics and alike and e.steps not in known:
                 told = {"value": e.distance.value, "retrieval": e.metrics[FOUND]["value"]}
                 found[e.steps] = {"heun_steps": e.steps, "guidance": 1.0} | told
     return [found[n] for n in sorted(found)]
@@ -108,7 +110,9 @@ def table(content: Mapping[str, Any], teacher: Mapping[str, Any]) -> str:
     base = shown.get("guidance 1")
     if base:
         lines.append(cells_line(["the data", "", "", _share(content["found"]), f"{shown['data'] / base:.2f}", ""]))
-    for key, how in _keyed(teacher["measured"], content.get("also", ()) if shown else ()):
+    known = {how["heun_steps"] for how in teacher["measured"] if how["guidance"] == 1}
+    also = [how for how in content.get("also", ()) if shown and how["heun_steps"] not in known]
+    for key, how in _keyed(teacher["measured"], also):
         steps, scale = how["heun_steps"], how["guidance"]
         name = f"teacher, {steps} Heun step{'s' * (steps > 1)}" + (f", guidance {scale:g}" if scale != 1 else "")
         calls = (2 * steps - 1) * (1 if scale == 1 else 2)

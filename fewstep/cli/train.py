@@ -178,7 +178,7 @@ def compare(
     curve: Annotated[
         int,
         typer.Option(
-            help="Measure each run so often, evenly over its last stage, and where stages before it end; not charged."
+            help="Measure each run so often, evenly over its last stage, and at the end of the one before; not charged."
         ),
     ] = 0,
     settings: Annotated[

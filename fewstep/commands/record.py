@@ -5,13 +5,16 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import MISSING, asdict, dataclass, fields, replace
+from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from math import isclose
 from pathlib import Path
 from statistics import variance
 from typing import Any
 
+from pydantic.fields import FieldInfo
+
 from fewstep.commands.compare.kept import evaluation_of, of_students
+from fewstep.commands.fitted_row import METHOD
 from fewstep.commands.report import read_results
 from fewstep.config import UserError
 from fewstep.eval.protocol.evaluation import Evaluation, distance_of
@@ -43,6 +46,8 @@ class Entry:
     updates: int
     """Of all stages."""
     commit: str
+    sampling: float | None = field(default=None, compare=False)
+    """The part of `error` by the samples alone; is not kept."""
     before: str = ""
     """Commit since which the method's loss or the recipe is another than it was for these numbers."""
 
@@ -60,7 +65,7 @@ def record(sources: Sequence[Path], out: Path) -> list[Entry]:
     """
     runs: dict[tuple[Any, ...], list[Entry]] = {}
     teachers: dict[tuple[Any, ...], Entry] = {}
-    for source in dict.fromkeys(sources):
+    for source in {s.resolve(): s for s in sources}.values():
         data = _comparison(source) if source.suffix == ".json" else None
         for entry in [of_run(source)] if data is None else students_of(data):
             runs.setdefault(entry.key, []).append(entry)
@@ -76,7 +81,7 @@ def record(sources: Sequence[Path], out: Path) -> list[Entry]:
 
 
 def _line(entry: Entry) -> dict[str, Any]:
-    return {k: v for k, v in asdict(entry).items() if k != "before" or v}
+    return {k: v for k, v in asdict(entry).items() if k != "sampling" and (k != "before" or v)}
 
 
 def _kept(out: Path) -> list[Entry]:
@@ -96,8 +101,8 @@ def joined(entries: Sequence[Entry]) -> Entry:
     if not more:
         return first
     values = [v for e in entries for v in e.values]
-    drawn = sum((e.error or 0.0) ** 2 for e in entries) / len(entries)
-    error = (variance(values) / len(values) + drawn) ** 0.5
+    drawn = [s**2 * len(e.values) for e in entries if (s := e.sampling) is not None]
+    error = (variance(values) / len(values) + sum(drawn) / len(values)) ** 0.5 if len(drawn) == len(entries) else None
     commits = ", ".join(dict.fromkeys(c for e in entries for c in e.commit.split(", ")))
     return replace(first, values=tuple(values), error=error, commit=commits)
 
@@ -118,7 +123,7 @@ def of_run(run: Path) -> Entry:
         method=recipe.method.name,
         settings=settings,
         values=(row.distance.value,),
-        **_numbers(row) | {"steps": len(recipe.sampler().steps)},
+        **_numbers(row) | {"steps": len(recipe.sampler().steps), "sampling": row.distance.standard_error},
         updates=sum(stage.steps for stage in recipe.stages()),
         commit=read_json(path).get("commit", "unknown"),
     )
@@ -142,7 +147,8 @@ def _comparison(path: Path) -> dict[str, Any]:
         for part in ("rows", "teachers"):
             data[part] = [evaluation_of(r) for r in data[part]]
         # The row names its metric and its number of samples.
-        data["settings"] = tuple(s for s in of_students(data["settings"]) if not s.startswith("evaluate.metric="))
+        named = ("evaluate.metric=", "evaluate.samples=")
+        data["settings"] = tuple(s for s in of_students(data["settings"]) if not s.startswith(named))
         data["commits"], data["commit"] = commits_of(data), data["environment"]["commit"][:7]
     except (AttributeError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path}: is no file by `fewstep compare`: {error}") from None
@@ -154,10 +160,11 @@ def students_of(data: Mapping[str, Any]) -> list[Entry]:
     out = []
     for row in data["rows"]:
         if row.group in shipped() and row.steps == len(load(row.group).sampler().steps):
-            values = row.metrics[distance_of(row) or ""]["values"]
+            distance = row.metrics[distance_of(row) or ""]
+            values, sampling = distance["values"], distance.get("sampling_error")
             cost = {k: row.training[k] for k in ("method", "updates")}
             commit = ", ".join(data["commits"].get(row.group, ())) or data["commit"]
-            told = _numbers(row) | cost | {"settings": data["settings"], "commit": commit}
+            told = _numbers(row) | cost | {"settings": data["settings"], "commit": commit, "sampling": sampling}
             out.append(Entry(recipe=row.group, values=tuple(values), **told))
     return out
 
@@ -165,15 +172,18 @@ def students_of(data: Mapping[str, Any]) -> list[Entry]:
 def best_teacher(data: Mapping[str, Any]) -> Entry | None:
     """The teacher of a comparison at its best number of steps; None where its runs do not say which shipped one it was.
 
-    Nor where they have it in another process, in which as many steps lie at other levels.
+    Nor where one of its recipes has it otherwise than it ships, such as in another process, where as many steps lie at
+    other levels.
     """
     rows = [row for row in data["teachers"] if not row.training]  # a fitted teacher's row tells what its fit had cost
     # What the recipe names today need not be what these runs were distilled from.
-    run = next((run for run in data.get("runs", ()) if run.get("teacher")), None)
-    source = str(run["teacher"]["path"]).removeprefix("assets:") if run else ""
-    if not rows or run is None or source not in shipped() or not in_own_process(load(run["recipe"])):
+    path = next((str(run["teacher"]["path"]) for run in data.get("runs", ()) if run.get("teacher")), "")
+    source = path.removeprefix("assets:")
+    names = {row.group for row in data["rows"] if row.training["method"] != METHOD}  # a fit is no recipe
+    names |= {f["recipe"] for f in data.get("failed", ())}
+    if not rows or source not in shipped() or not teacher_as_it_is(names, data["settings"]):
         return None
-    recipe, relay = load(source), expanded(run["teacher"]["path"]) / "relay.json"
+    recipe, relay = load(source), expanded(path) / "relay.json"
     # One that is trained in legs need not have had as many updates as its recipe asks for.
     updates = shipped_as(read_json(relay), rows) if relay.is_file() else sum(s.steps for s in recipe.stages())
     if updates is None:
@@ -184,13 +194,20 @@ def best_teacher(data: Mapping[str, Any]) -> Entry | None:
     return Entry(recipe=source, method=method, values=(best.distance.value,), **told)
 
 
-def in_own_process(recipe: Recipe) -> bool:
-    """Whether a recipe leaves its teacher in the process that it comes in."""
-    spec: Any = recipe.teacher
-    for field in fields(spec) if spec is not None else ():
-        if field.name == "process":
-            default = field.default if field.default is not MISSING else field.default_factory()  # type: ignore[misc]
-            return bool(spec.process == default)
+def teacher_as_it_is(names: Iterable[str], settings: Sequence[str] = ()) -> bool:
+    """Whether recipes, all of them shipped, have their teacher as it comes: no other process, no guidance inside."""
+    changes = [s for s in settings if s.startswith("teacher.")]
+    specs: list[Any] = [load(name, changes).teacher if name in shipped() else None for name in names]
+    return bool(specs) and all(spec is not None and _as_it_is(spec) for spec in specs)
+
+
+def _as_it_is(spec: Any) -> bool:
+    for own in fields(spec):
+        default: Any = own.default if own.default_factory is MISSING else own.default_factory()
+        if isinstance(default, FieldInfo):
+            default = default.get_default(call_default_factory=True)
+        if default is not MISSING and getattr(spec, own.name) != default:
+            return False
     return True
 
 

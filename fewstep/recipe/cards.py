@@ -42,7 +42,7 @@ class Ours:
     value: float
     seeds: int = 1
     updates: int
-    """Student updates of the last stage."""
+    """Of all stages."""
     commit: str
     note: str = ""
 

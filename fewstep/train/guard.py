@@ -228,9 +228,14 @@ def addressed(found: Sequence[Verdict], recipe: Recipe, number: int) -> list[Ver
         if key.startswith("optim."):
             role = key.split(".")[1]
             return f"{own}rates.{role}" if role in stage.rates else key
-        return own + key if hasattr(stage.method, key.split(".")[1]) else key
+        part: Any = stage.method
+        for word in key.split(".")[1:]:
+            if not hasattr(part, word):
+                return f"{key}, which this stage has not"
+            part = getattr(part, word)
+        return own + key
 
-    keys = re.compile(r"(?<![\w.])(?:optim\.[\w*]+\.lr|method\.\w+)")
+    keys = re.compile(r"(?<![\w.])(?:optim\.[\w*]+\.lr|method(?:\.\w+)+)")
     return [replace(v, remedy=keys.sub(named, v.remedy)) for v in found]
 
 

@@ -23,6 +23,7 @@ from fewstep.bench.readme import comparison_table
 from fewstep.cli import main
 from fewstep.commands.compare.budget import Accounted, Budget, bank_key, counted, lengths, with_lengths
 from fewstep.commands.compare.curve import marks
+from fewstep.commands.compare.one_run import Task
 from fewstep.commands.compare.ranking import facts, join, rank, write
 from fewstep.commands.compare.spent import Spent
 from fewstep.commands.report import with_error
@@ -333,6 +334,26 @@ def test_runs_in_processes_of_their_own(tmp_path: Path, capfd: pytest.CaptureFix
     again = results(tmp_path / "out")
     assert [t["steps"] for t in again["teachers"]] == [1, 2]
     assert again["runs"][0]["cpu_seconds"] == run["cpu_seconds"]  # not trained again
+
+
+def test_a_teachers_measurement_is_kept_while_it_has_the_steps_asked_for(tmp_path: Path):
+    """On its own grid 8 steps may have 7 levels."""
+    metrics = {"FD (x)": {"value": 2.0}}
+    about = {"preset": "x", "preset_hash": "0", "extractor": "x", "number": 64, "metrics": metrics}
+    rows = [Evaluation(name=f"teacher, {n}", steps=n, calls=n, **about).as_json() for n in (1, 7)]
+    spec = load("digits-dmd2").evaluate
+    assert spec is not None
+
+    def kept(steps: tuple[int, ...], grid: Any, **told: Any) -> bool:
+        (tmp_path / "result.json").write_text(json.dumps({"recipe": "digits-dmd2", "rows": rows, **told}))
+        asked = replace(spec, teacher_steps=steps, teacher_grid=grid)
+        return Task("digits-dmd2", tmp_path, (), Budget.parse("own"), asked, (), None).kept() is not None
+
+    assert kept((1, 8), "own", asked=[1, 8])
+    assert kept((8,), "own", asked=[1, 8])
+    assert not kept((1, 8, 12), "own", asked=[1, 8])
+    # A file of before tells its rows' levels alone.
+    assert [kept((1, 8), "own"), kept((1, 7), "even"), kept((1, 8), "even")] == [True, True, False]
 
 
 @pytest.mark.parametrize(

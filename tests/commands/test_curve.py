@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -95,6 +96,7 @@ def test_points_of_what_is_trained_again_are_dropped(tmp_path: Path):
         curve.add(account)
     assert [(p["updates"], p["value"], p["network_calls"]) for p in read(path)] == [(5, 3.0, 7), (10, 2.0, 7)]
     with path.open("a") as f:
+        f.write(json.dumps(read(path)[0] | {"updates": 3}) + "\n")  # by marks of another version
         f.write('{"updates": 11, "val')  # what a kill leaves
     curve.cut(7)
     curve.add(account)
@@ -121,7 +123,7 @@ def test_a_picture_of_what_there_is(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     for odd in ([float("nan")], [float("inf"), -0.0]):
         runs = [[*run, *({"cpu_seconds": 3.0, "value": v} for v in odd)]]
         assert save({"a": runs}, "energy", tmp_path / "odd.png")
-    assert seen == [("symlog", -6.0), ("log", seen[1][1]), ("symlog", -6.0)]
+    assert seen == [("symlog", -0.2), ("log", seen[1][1]), ("symlog", -6.0)]
 
 
 def test_a_mean_over_seeds_needs_every_seed():

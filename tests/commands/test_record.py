@@ -85,6 +85,7 @@ def test_a_comparison_gives_each_recipe_at_its_own_steps_and_the_teacher_its_bes
     best = min(row["metrics"]["FD (house-digits)"]["value"] for row in data["teachers"])
     assert "digits-teacher" not in found  # its runs do not say what they were distilled from
     data["runs"][0]["teacher"] = {"path": "assets:digits-teacher", "sha256": "0"}
+    data["rows"] = [r for r in data["rows"] if r["group"] == "digits-dmd2"]  # others have it as a flow
     (tmp_path / "told.json").write_text(json.dumps(data))
     found = {e.recipe: e for e in record([tmp_path / "told.json"], tmp_path / "2.jsonl")}
     assert (found["digits-teacher"].values, found["digits-teacher"].method) == ((best,), "denoise")
@@ -93,8 +94,9 @@ def test_a_comparison_gives_each_recipe_at_its_own_steps_and_the_teacher_its_bes
 
 
 def of_teacher(folder: Path, recipe: str, path: str, **more: Any) -> Path:
-    """A comparison that says which teacher its run had."""
+    """A comparison of one recipe that says which teacher its run had."""
     data = json.loads((ASSETS / "compare-fashion.json").read_text()) | more
+    data["rows"] = [data["rows"][0] | {"name": recipe, "group": recipe}]
     data["runs"] = [{"recipe": recipe, "commit": "abc1234", "teacher": {"path": path, "sha256": "0"}}]
     folder.mkdir(exist_ok=True)
     file = folder / f"{len(list(folder.iterdir()))}.json"
@@ -112,8 +114,10 @@ def test_a_teacher_in_two_comparisons_is_measured_once(tmp_path: Path):
     lines = (tmp_path / "out.jsonl").read_text().splitlines()
     assert {tuple(json.loads(line)["settings"]) for line in lines} == {()}
     # As a flow as many steps lie at other levels.
-    other = of_teacher(tmp_path / "in", "digits-imm", "assets:digits-teacher")
-    assert "digits-teacher" not in {e.recipe for e in record([other], tmp_path / "other.jsonl")}
+    flow, own = {"settings": ["teacher.process={name: flow}"]}, str(tmp_path / "mine.yaml")
+    for number, (recipe, more) in enumerate([("digits-imm", {}), ("digits-dmd2", flow), (own, {})]):
+        other = of_teacher(tmp_path / "in", recipe, "assets:digits-teacher", **more)
+        assert "digits-teacher" not in {e.recipe for e in record([other], tmp_path / f"{number}.jsonl")}
 
 
 def test_a_teacher_of_several_legs_has_the_updates_of_the_weights_that_were_measured(tmp_path: Path):
@@ -130,6 +134,21 @@ def test_a_teacher_of_several_legs_has_the_updates_of_the_weights_that_were_meas
         file.write_text(json.dumps(data))
         (entry,) = [e for e in record([file], tmp_path / "out.jsonl") if e.recipe == "fashion-teacher"]
         assert entry.updates == told.get("updates", relay["updates"]) != load("fashion-teacher").train.steps
+
+
+def test_seeds_of_two_comparisons_have_the_error_of_as_many_of_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    files = [of_teacher(tmp_path, "digits-sid", "") for _ in range(2)]
+    for file, values in zip(files, ((1.0, 3.0), (2.0, 4.0)), strict=True):
+        data = json.loads(file.read_text())
+        (key,) = (k for k in data["rows"][0]["metrics"] if k.startswith("FD"))
+        data["rows"][0]["steps"] = 1
+        data["rows"][0]["metrics"][key] |= {"values": values, "sampling_error": 0.25, "standard_error": 1.1}
+        file.write_text(json.dumps(data))
+    (entry,) = record([*files, Path(files[0].name)], tmp_path / "out.jsonl")  # one of them by two names
+    assert entry.values == (1.0, 3.0, 2.0, 4.0)
+    assert entry.error == pytest.approx((5 / 3 / 4 + 0.25**2) ** 0.5)
+    assert "sampling" not in (tmp_path / "out.jsonl").read_text()
 
 
 def test_another_number_of_samples_is_another_number(tmp_path: Path):

@@ -17,7 +17,7 @@ from fewstep.bench.board_table import lines, table
 from fewstep.bench.boards import BOARDS, GROUPS, Board, digest_of, group_of, ranked, settings_of
 from fewstep.commands.compare.one_run import NEVER, identity, teacher_of
 from fewstep.commands.judge import preset_of
-from fewstep.commands.record import in_own_process
+from fewstep.commands.record import teacher_as_it_is
 from fewstep.config import UserError, config
 from fewstep.files import read_json
 from fewstep.recipe.schema import Stage
@@ -129,9 +129,14 @@ def test_a_teacher_in_another_process_is_the_same_one_but_has_no_row(tmp_path: P
     failed = [{"recipe": "digits-imm", "seed": 0, "message": "no"}]
     content = taken(board, file, comparison(tmp_path / "c.json", teachers=[other], failed=failed))
     assert content["teachers"] == before
+    both = comparison(tmp_path / "d.json", row("digits-cd", 1.0), teachers=[other], failed=failed)
+    assert taken(board, file, both)["teachers"] == before  # which of the two it was measured with is not known
     # The ring's teacher is a flow by itself.
-    assert [in_own_process(load(f"toy/{name}")) for name in ("dmd2", "scd")] == [True, False]
-    assert [in_own_process(recipe) for recipe in recipes] == [True, False]
+    assert [teacher_as_it_is([f"toy/{name}"]) for name in ("dmd2", "scd")] == [True, False]
+    assert [teacher_as_it_is([name]) for name in names] == [True, False]
+    assert not teacher_as_it_is(["digits-cd"], ["teacher.process={name: flow}"])
+    with pytest.raises(UserError, match="--fitted: digits-imm has its teacher in another process"):
+        main(["digits", "digits-imm", "--fitted", "--out", str(tmp_path)])
 
 
 @pytest.mark.parametrize("name", BOARDS)
@@ -145,6 +150,17 @@ def test_a_board_takes_what_a_comparison_of_its_recipes_measures(name: str):
         refuse(board, told | {"rows": [row(recipe, 1.0, preset_hash=made.hash)]}, Path("x"))
         with pytest.raises(UserError, match="is measured by"):
             refuse(board, told | {"rows": [row(recipe, 1.0, preset_hash=replace(made, first_seed=1).hash)]}, Path("x"))
+
+
+def test_a_board_of_another_teacher_has_no_row_of_the_earlier_one(tmp_path: Path):
+    board, file = BOARDS["digits"], tmp_path / "board-digits.json"
+    taken(board, file, comparison(tmp_path / "a.json", row("digits-kd", 1.0)), busy=True)
+    other = [row("teacher, 1 step", 9.0, training={}, group="")]
+    changed = comparison(
+        tmp_path / "b.json", row("digits-kd", 1.0), run={"teacher": TEACHER | {"sha256": "u"}}, teachers=other
+    )
+    content = taken(board, file, changed, busy=True)
+    assert [r["name"] for r in content["teachers"]] == ["teacher, 1 step"]
 
 
 def test_what_is_no_row_of_a_board_is_refused(tmp_path: Path):

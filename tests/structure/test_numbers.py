@@ -155,7 +155,10 @@ def test_a_teacher_in_few_steps_is_what_the_reports_of_its_students_say(tmp_path
     for run in (tmp_path / "a", tmp_path / "b"):
         (run / "report").mkdir(parents=True)
         (run / "report" / "results.json").write_text(json.dumps({"rows": rows[2:] if run.name == "a" else rows}))
-    told = {"measured": [{"heun_steps": 8, "guidance": 1.0}, {"heun_steps": 1, "guidance": 1.5}]}
+    like = {"guidance": 1.0, "metric": "FD (x)", "samples": 131}
+    told = {"measured": [like | {"heun_steps": 8}, like | {"heun_steps": 1, "guidance": 1.5}]}
     found = emoji.few_steps([tmp_path / "a", tmp_path / "b"], told)
     assert found == [{"heun_steps": 1, "guidance": 1.0, "value": 2.5, "retrieval": 0.5}]
     assert emoji.few_steps([tmp_path / "a"], told) == []
+    told["measured"][0]["samples"] = 64
+    assert emoji.few_steps([tmp_path / "b"], told) == []

@@ -68,13 +68,15 @@ def test_a_remedy_names_the_keys_of_its_own_stage():
     (first,), (last,) = (addressed([alarm], recipe, n) for n in (0, 1))
     # Phased DMD has no discriminator, so that its stage has no such key.
     assert first.remedy == (
-        "lower before.0.rates.student or method.gan.weight, raise optim.critic.lr or before.0.method.critic.steps; "
+        "lower before.0.rates.student or method.gan.weight, which this stage has not, "
+        "raise optim.critic.lr or before.0.method.critic.steps; "
         "optim.*.lr or before.0.rates"
     )
     assert load("digits-phased-dmd", ["before.0.rates.student=1", "before.0.method.critic.steps=3"])
     assert last == alarm
     (told,) = addressed([alarm], load("digits-phased-dmd"), 0)
-    assert told.remedy == text.replace("method.critic", "before.0.method.critic")
+    told_of_both = text.replace("method.critic", "before.0.method.critic")
+    assert told.remedy == told_of_both.replace("method.gan.weight", "method.gan.weight, which this stage has not")
 
 
 def test_the_guard_and_health_tell_a_stages_own_keys(tmp_path: Path):

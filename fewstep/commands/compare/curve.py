@@ -116,7 +116,8 @@ def save(curves: Mapping[str, Sequence[Sequence[Mapping[str, float]]]], metric: 
     if min(values, default=1.0) > 0:
         axis.set_yscale("log")
     else:  # an unbiased estimate falls below zero by its noise, so that what is as small is drawn evenly
-        small = max(-min(values), min((v for v in values if v > 0), default=1.0))
+        above = [v for v in values if v > 0]
+        small = -min(values) or max(min(above, default=1.0), 1e-3 * max(above, default=1.0))
         axis.set_yscale("symlog", linthresh=small)
         axis.set_ylim(bottom=-2 * small)
     axis.set_xlabel("processor seconds of training")

@@ -101,8 +101,15 @@ class Task:
         found = result_of(self.folder, self.seed is None)
         if found is None or self.seed is not None or self.fit is not None:
             return found
-        had = {row["steps"] for row in found["rows"]}
-        return found if had.issuperset(self.counts or self.evaluation.teacher_steps) else None
+        # On its own grid a teacher may have more or fewer levels than were asked for.
+        had = found.get("asked") or [row["steps"] for row in found["rows"]]
+        known = self.evaluation.teacher_grid == "own" and "asked" not in found
+        return found if known or set(had).issuperset(self.asked) else None
+
+    @property
+    def asked(self) -> tuple[int, ...]:
+        """Numbers of steps, or of calls, of a teacher's rows."""
+        return self.counts or tuple(self.evaluation.teacher_steps)
 
     @property
     def failure(self) -> Path:
@@ -297,7 +304,7 @@ def score_teacher(task: Task) -> None:
         orphaned()
         rows.append(replace(score(product, judge), training=told))
     keep_arrays(task.folder, rows)
-    write_json(task.result, {"recipe": task.recipe, "rows": [e.as_json() for e in rows]})
+    write_json(task.result, {"recipe": task.recipe, "asked": task.asked, "rows": [e.as_json() for e in rows]})
 
 
 def score_fit(task: Task) -> None:
