@@ -22,7 +22,7 @@ from fewstep.recipe.store import load
 
 NOT_RUN = "not run"
 HELD_OUT = "compare-held-out.json"
-"""By `fewstep compare digits-dmd2-kd --budget own --samples 5000`: neither teacher nor student ever saw 400 digits."""
+"""Neither teacher nor student ever saw 400 digits; assets/README.md has the command."""
 
 
 def table(folder: Path) -> str:
