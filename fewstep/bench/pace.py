@@ -33,7 +33,8 @@ def pace(recipe: Recipe, counts: Sequence[int], teachers: Sequence[tuple[str, in
 
     They are those of a few updates and of the student after them: what a network costs does not depend on its weights.
 
-    teachers: (name, steps) of its teacher's rows, whose samples are timed too; any level costs a fitted one alike.
+    teachers: (name, steps) of its teacher's rows, whose samples are timed too, in smaller batches for their many calls; any
+            level costs a fitted one alike.
     """
     stages = recipe.stages()
     steps = [min(stage.steps, TIMED + 1) for stage in stages]
@@ -52,12 +53,12 @@ def pace(recipe: Recipe, counts: Sequence[int], teachers: Sequence[tuple[str, in
     assert recipe.evaluate is not None  # `boards.ranked` has only those that are measured
     preset = preset_of(recipe.evaluate)
 
-    def drawn(what: Product) -> float:
-        return seconds_per_1000(of_product(preset, what, "").generate(0), list(range(min(BATCH, preset.number))))
+    def drawn(what: Product, batch: int = BATCH) -> float:
+        return seconds_per_1000(of_product(preset, what, "").generate(0), list(range(min(batch, preset.number))))
 
     seconds = {str(n): drawn(product.with_steps(n)) for n in counts}
     net = guided_teacher(trainer.roles.teacher, recipe.evaluate.guidance, trainer.data.null) if teachers else None
-    theirs = {name: drawn(_teacher(product, net, name, n)) for name, n in teachers}
+    theirs = {name: drawn(_teacher(product, net, name, n), BATCH // 4) for name, n in teachers}
     return {
         "cpu_seconds": total,
         "seconds": seconds,
