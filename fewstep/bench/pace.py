@@ -33,8 +33,8 @@ def pace(recipe: Recipe, counts: Sequence[int], teachers: Sequence[tuple[str, in
 
     They are those of a few updates and of the student after them: what a network costs does not depend on its weights.
 
-    teachers: (name, steps) of its teacher's rows, whose samples are timed too, in smaller batches for their many calls; any
-            level costs a fitted one alike.
+    teachers: (name, steps) of its teacher's rows, whose samples are timed too, in smaller batches for their many calls.
+            Any levels cost a fitted one alike.
     """
     stages = recipe.stages()
     steps = [min(stage.steps, TIMED + 1) for stage in stages]
