@@ -63,7 +63,8 @@ def taken(board: Board, file: Path, results: Path, busy: bool = False) -> dict[s
     # In another process as many steps lie at other levels, so that such a teacher's rows are none of this board's.
     own = teacher_as_it_is(names | {f["recipe"] for f in told["failed"]})
     teachers = [_bare(r) | {"busy": busy} for r in told["teachers"] if own]
-    if names and not _weights(held["rows"]) & _weights(new) and _weights(held["rows"]):
+    before = _weights(held["rows"])
+    if names and before and before.isdisjoint(_weights(new)):
         held["teachers"] = []  # all rows were replaced, by ones of another teacher
     still = {(r["name"], r["calls"]) for r in held["teachers"] if busy and (not r.get("busy") or "pace" in r)}
     teachers = [r for r in teachers if (r["name"], r["calls"]) not in still]  # those there have seconds

@@ -5,13 +5,11 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import MISSING, asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, replace
 from math import isclose
 from pathlib import Path
 from statistics import variance
 from typing import Any
-
-from pydantic.fields import FieldInfo
 
 from fewstep.commands.compare.kept import evaluation_of, of_students
 from fewstep.commands.fitted_row import METHOD
@@ -20,6 +18,7 @@ from fewstep.config import UserError
 from fewstep.eval.protocol.evaluation import Evaluation, distance_of
 from fewstep.files import atomic_path, expanded, parse_json, read_json
 from fewstep.recipe.diff import differences
+from fewstep.recipe.fields import REQUIRED, keys_of
 from fewstep.recipe.schema import Recipe
 from fewstep.recipe.source import shipped
 from fewstep.recipe.store import load, load_run
@@ -202,13 +201,7 @@ def teacher_as_it_is(names: Iterable[str], settings: Sequence[str] = ()) -> bool
 
 
 def _as_it_is(spec: Any) -> bool:
-    for own in fields(spec):
-        default: Any = own.default if own.default_factory is MISSING else own.default_factory()
-        if isinstance(default, FieldInfo):
-            default = default.get_default(call_default_factory=True)
-        if default is not MISSING and getattr(spec, own.name) != default:
-            return False
-    return True
+    return all(k.default in (REQUIRED, getattr(spec, k.name)) for k in keys_of(type(spec)))
 
 
 def shipped_as(relay: Mapping[str, Any], rows: Iterable[Evaluation]) -> int | None:

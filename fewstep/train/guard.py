@@ -106,10 +106,10 @@ class Guard:
         if record["stage"] != self.stage:
             self.course, self.stage, self._known = Course(), record["stage"], set()
         self.course.add(record)
-        alarms = addressed(self.course.alarms(), self.recipe, record["stage"])
+        alarms = self.course.alarms()
         new = [v for v in alarms if v.name not in self._known]
         self._known |= {v.name for v in alarms}
-        return new
+        return addressed(new, self.recipe, record["stage"])
 
     def again(self, records: Iterable[Record], checkpoint: Path) -> None:
         """Stand where a log ends, and a checkpoint, which need not be there."""
