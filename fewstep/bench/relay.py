@@ -23,6 +23,8 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from rich.console import Console
+
 from fewstep.commands.judge import judge_of
 from fewstep.commands.measure import measure, teacher_product
 from fewstep.config import UserError
@@ -44,6 +46,8 @@ EVERY = 25
 """Updates between two notes of the processor time."""
 LARGEST = 5 * 2**20
 """Bytes of a teacher that ships."""
+PROGRESS = Console(stderr=True, soft_wrap=True, highlight=False, markup=False)
+"""Not standard output, which has the rows."""
 SHOWN = {
     "accuracy": "class accuracy",
     "diversity": "within-class diversity",
@@ -187,7 +191,7 @@ def evaluations(product: Product, how: How) -> Iterator[dict[str, Any]]:
         for scale in how.guidance:
             began = time.process_time()
             judged = guided_product(teacher_product(product, product.net, steps), scale)
-            found = measure(judged, judge_of(judged, spec), timed=False)[0]
+            found = measure(judged, judge_of(judged, spec), timed=False, say=PROGRESS.print, console=PROGRESS)[0]
             yield {
                 "average": how.average,
                 "heun_steps": steps,

@@ -19,7 +19,8 @@ from fewstep.commands.assisting import parse_assist, with_assist
 from fewstep.commands.judge import Judge, captions_of, check_fit, open_judge, paired_of, preset_of, refusals, reward_of
 from fewstep.commands.options import parse_steps
 from fewstep.commands.processes import world
-from fewstep.commands.report import console, opened, show
+from fewstep.commands.progress import drawing, silent
+from fewstep.commands.report import console, opened, say, show
 from fewstep.commands.request import Request
 from fewstep.commands.sources import BATCH, CLASS_METRICS, PIPELINE_BATCH, Model, of_pipeline, of_product
 from fewstep.commands.transfer import add_ratios, attribute_of, marked, teachers, with_adapter
@@ -346,7 +347,10 @@ def of_models(
             jobs = [judge.job(batch, {"model": digest, "repetition": r}) for r in range(judge.preset.repetitions)]
             for number, job in enumerate(jobs):
                 make, folder = model.generate(number), shards_of(job, extractor, clip)
-                run_shards(job, folder, make, extractor, rank=place.rank, world_size=place.size, clip=clip)
+                share: Any = {"rank": place.rank, "world_size": place.size}
+                own = sum(map(len, job.shards[place.rank :: place.size]))
+                with drawing(model.name, own, say if place.main else silent, console if place.main else None) as told:
+                    run_shards(job, folder, make, extractor, progress=told, clip=clip, **share)
             barrier()
             if not place.main:
                 continue

@@ -16,9 +16,8 @@ from fewstep.algebra.guidance import guided_teacher
 from fewstep.commands.export import show_export
 from fewstep.commands.fitted_row import calls_of, fitted_teacher, wish_for
 from fewstep.commands.judge import Judge
-from fewstep.commands.measure import measure
 from fewstep.commands.pictures import save_side_by_side
-from fewstep.commands.report import card_peak, card_results, compare, console, first_teacher, say, show
+from fewstep.commands.report import card_peak, card_results, compare, console, first_teacher, measure_and_tell, say, show
 from fewstep.config import UserError
 from fewstep.eval.protocol.evaluation import Evaluation
 from fewstep.export.base import Exported, ExportRefused
@@ -138,7 +137,7 @@ def _measure(trainer: Trainer, student: Product, run: Path, judge: Judge, best: 
     rows, panels = compare(student, judge, teacher, spec.teacher_steps)
     rows[-1:-1] = _fitted(trainer.recipe, student, teacher, judge)
     if spec.assist is not None and first is not None:
-        rows[-1:-1] = [measure(assisted(student, spec.assist, first, trainer.data.null), judge)[0]]
+        rows[-1:-1] = [measure_and_tell(assisted(student, spec.assist, first, trainer.data.null), judge)[0]]
     show(rows)
     told = {"recipe": trainer.recipe.about, "skips": trainer.progress.skipped, "commit": commit()[:7]}
     success = succeeded(trainer.recipe, rows[-1])
@@ -166,7 +165,7 @@ def _fitted(recipe: Recipe, student: Product, teacher: Any, judge: Judge) -> lis
             return []
         found, done = fitted_teacher(student, teacher, wish)
         say(f"teacher fitted for {wish.calls[0]} calls with {done.calls:,} network calls, to stand beside the student")
-        return [measure(p, judge)[0] for p in found]
+        return [measure_and_tell(p, judge)[0] for p in found]
     except Exception as error:
         say(f"note: the teacher was not fitted: {type(error).__name__}: {error}; evaluate.fitted=false leaves it out")
         return []

@@ -10,8 +10,7 @@ from rich.table import Table
 
 from fewstep.commands.fitting import Wish, beside, distances
 from fewstep.commands.judge import Judge
-from fewstep.commands.measure import measure
-from fewstep.commands.report import console, say, with_error
+from fewstep.commands.report import console, measure_and_tell, say, with_error
 from fewstep.eval.metrics.estimate import Estimate
 from fewstep.eval.protocol.evaluation import distance_of
 from fewstep.train.fitted import Fitted
@@ -47,7 +46,7 @@ def measured(product: Product, fitted: Fitted, wish: Wish, judge: Judge | None) 
 def _by_metric(product: Product, sampler: Any, name: str, judge: Judge) -> tuple[str, float, float | None, int]:
     calls = len(sampler.steps)
     told = replace(product, sampler=sampler, title=f"{name}, {calls} calls", trained=None)
-    row, _ = measure(told, judge)
+    row, _ = measure_and_tell(told, judge)
     say(f"{row.name}: {distance_of(row)} {with_error(row.distance)}")
     return str(distance_of(row)), row.distance.value, row.distance.standard_error, row.number
 

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 import torch
+from rich.console import Console
 from torch import Tensor
 
 from fewstep.algebra.sampling import many_step
 from fewstep.commands.judge import Judge
 from fewstep.commands.own_grid import teacher_levels
+from fewstep.commands.progress import drawing, silent
 from fewstep.commands.sources import BATCH, of_product
 from fewstep.config import UserError
 from fewstep.eval.errors import InputError
@@ -33,10 +36,19 @@ def teacher_product(product: Product, teacher: Any, steps: int) -> Product:
     return replace(product, net=teacher, sampler=sampler, title=title, trained=None)
 
 
-def measure(product: Product, judge: Judge, *, batch: int = BATCH, timed: bool = True) -> tuple[Evaluation, Tensor]:
+def measure(
+    product: Product,
+    judge: Judge,
+    *,
+    batch: int = BATCH,
+    timed: bool = True,
+    say: Callable[[str], None] = silent,
+    console: Console | None = None,
+) -> tuple[Evaluation, Tensor]:
     """Draw the preset's samples and measure them; returns the numbers and the samples, on the CPU.
 
     timed: also how long 1,000 take, for which up to four more batches are drawn.
+    say, console: where it tells how far it is (`progress.drawing`).
 
     Raises:
         UserError: samples that are not finite.
@@ -44,19 +56,21 @@ def measure(product: Product, judge: Judge, *, batch: int = BATCH, timed: bool =
     model = of_product(judge.preset, product, product.title, name=product.title)
     drawn: list[Tensor] = []
     sets = []
-    for repetition in range(judge.preset.repetitions):
-        make = model.generate(repetition)
+    with drawing(product.title, judge.preset.number * judge.preset.repetitions, say, console) as told:
+        for repetition in range(judge.preset.repetitions):
+            make = model.generate(repetition)
 
-        def generate(indices: list[int], make: Any = make, first: bool = repetition == 0) -> Tensor:
-            x = make(indices).cpu()
-            if first:
-                drawn.append(x)
-            return x
+            def generate(indices: list[int], make: Any = make, first: bool = repetition == 0) -> Tensor:
+                x = make(indices).cpu()
+                if first:
+                    drawn.append(x)
+                told(len(indices))
+                return x
 
-        try:
-            sets.append(make_samples(judge.job(batch), generate, judge.extractor, judge.clip_images))
-        except InputError as error:
-            raise UserError(f"{product.title}: {error}; nothing was measured") from None
+            try:
+                sets.append(make_samples(judge.job(batch), generate, judge.extractor, judge.clip_images))
+            except InputError as error:
+                raise UserError(f"{product.title}: {error}; nothing was measured") from None
     seconds = None
     if timed:
         seconds = seconds_per_1000(model.generate(0), list(range(min(batch, judge.preset.number))))

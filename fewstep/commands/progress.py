@@ -1,9 +1,10 @@
-"""How far a training is: a bar on a terminal, lines with the time left elsewhere."""
+"""How far a training or a measurement is: a bar on a terminal, lines with the time left elsewhere."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from rich.console import Console, RenderableType
@@ -24,6 +25,8 @@ NO_LOSS = ("grad_norm", "health/", "samples/", "leap/", "lr/", "done", "stage", 
 """How keys of a log record begin that are no loss."""
 LINES = 10
 """Lines of a whole training where there is no terminal."""
+PAUSE = 20.0
+"""Seconds at least between two lines of a measurement, so that a short one has none."""
 
 
 class TrainingBar(Progress):
@@ -75,6 +78,40 @@ class Watch:
         left = spent / max(1, done - self.first) * (self.total - done)
         ahead = f", about {clock(left)} left" if done < self.total else ""
         return "  ".join(p for p in (f"step {done}/{self.total}", f"{clock(spent)}{ahead}", losses) if p)
+
+
+def silent(text: str) -> None:
+    """Tell nobody."""
+
+
+@contextmanager
+def drawing(
+    title: str, total: int, say: Callable[[str], None], console: Console | None = None
+) -> Iterator[Callable[[int], None]]:
+    """What is to be called with the number of samples, each time that some of `total` are drawn.
+
+    Where `console` is a terminal it moves a bar that goes when all are there; else `say` has a line a tenth, and none
+    of what is over in PAUSE seconds.
+    """
+    if console is not None and console.is_terminal:
+        columns = (TextColumn("{task.description}", markup=False), BarColumn(bar_width=None), MofNCompleteColumn())
+        with Progress(*columns, TimeRemainingColumn(), console=console, expand=True, transient=True) as bar:
+            task = bar.add_task(title, total=total)
+            yield lambda count: bar.advance(task, count)
+        return
+    started = said = time.perf_counter()
+    done = tenth = 0
+
+    def told(count: int) -> None:
+        nonlocal done, tenth, said
+        done += count
+        now = time.perf_counter()
+        if LINES * done // total > tenth and now - said >= PAUSE and done < total:
+            tenth, said = LINES * done // total, now
+            left = (now - started) / done * (total - done)
+            say(f"{title}: {done:,} of {total:,} samples drawn  {clock(now - started)}, about {clock(left)} left")
+
+    yield told
 
 
 def embedding_lines(say: Callable[[str], None]) -> Callable[[int, int], None]:

@@ -62,13 +62,18 @@ def shown_teacher(product: Product, data: Any, required: bool) -> Any:
         return None
 
 
+def measure_and_tell(product: Product, judge: Judge) -> tuple[Evaluation, Any]:
+    """`measure`, with a bar or lines of how far it is."""
+    return measure(product, judge, say=say, console=console)
+
+
 def compare(
     student: Product, judge: Judge, teacher: Any, teacher_steps: Sequence[int]
 ) -> tuple[list[Evaluation], list[tuple[str, Any]]]:
     """Teacher at 1 step, teacher at its best number of steps, student; and the first samples of each."""
     rows, panels = [], []
     if teacher is not None:
-        many = [measure(teacher_product(student, teacher, n), judge) for n in teacher_steps]
+        many = [measure_and_tell(teacher_product(student, teacher, n), judge) for n in teacher_steps]
         ranked = [m for m in many if distance_of(m[0])]
         best = min((m for m in ranked if m[0].calls != 1), key=lambda m: m[0].distance.value, default=None)
         shown = [m for m in many if m[0].calls == 1] + ([best] if best else [])
@@ -78,7 +83,7 @@ def compare(
             title = row.name + (" (best)" if wins else "")
             rows.append(replace(row, name=title))
             panels.append((title, _panel(x)))
-    row, x = measure(student, judge)
+    row, x = measure_and_tell(student, judge)
     return [*rows, row], [*panels, (row.name, _panel(x))]
 
 

@@ -8,7 +8,7 @@ import re
 import pytest
 from rich.console import Console
 
-from fewstep.commands.progress import TrainingBar, Watch, alarmed, clock, readings
+from fewstep.commands.progress import TrainingBar, Watch, alarmed, clock, drawing, readings
 
 RECORD = {
     "done": 300, "stage": 1, "skips": 0, "discriminator": 0.0132, "discriminator_accuracy": 0.609, "dsm": 0.335,
@@ -55,3 +55,35 @@ def test_alarms_are_those_of_health():
     assert alarmed(rows) == "ALARM darkening"
     assert alarmed(rows[:8]) == ""
     assert readings({"samples/mean": -1.0, "dsm": 0.3}) == "dsm 0.3"
+
+
+def test_a_measurement_tells_how_far_it_is_by_tenths_and_not_if_it_is_short(monkeypatch: pytest.MonkeyPatch):
+    now, said = [50.0], []
+    monkeypatch.setattr("fewstep.commands.progress.time.perf_counter", lambda: now[0])
+
+    def drawn(seconds: float) -> list[str]:
+        said.clear()
+        with drawing("teacher, 8 steps", 5000, said.append, Console(file=io.StringIO())) as told:
+            for _ in range(50):
+                now[0] += seconds
+                told(100)
+        return list(said)
+
+    assert drawn(0.3) == []
+    slow = drawn(10.0)
+    assert slow[0] == "teacher, 8 steps: 500 of 5,000 samples drawn  0:00:50, about 0:07:30 left"
+    assert len(slow) == 9  # no line where all are there
+    few = drawn(1.0)
+    assert [line.split(" ")[3] for line in few] == ["2,000", "4,000"]
+
+
+def test_a_measurement_on_a_terminal_has_a_bar_which_goes():
+    file, said = io.StringIO(), []
+    console = Console(file=file, width=80, force_terminal=True, color_system=None)
+    with drawing("teacher [8 steps]", 40, said.append, console) as told:
+        told(40)
+    shown = file.getvalue()
+    assert "teacher [8 steps]" in shown
+    assert "40/40" in shown
+    assert shown.endswith("\x1b[2K")  # the line is wiped
+    assert not said

@@ -182,7 +182,7 @@ def train(task: Task) -> None:
     account.fit()
     trainer, spent = account.trainer, account.spent
     product = product_of(final, trainer.product.eval(), trainer.data, task.recipe, trainer.progress.done)
-    found = [score(product.with_steps(n), judge()) for n in step_counts(product, task.steps)]
+    found = [score(product.with_steps(n), judge(), task.title) for n in step_counts(product, task.steps)]
     keep_arrays(run, found)
     method: Any = final.method
     cost = {"seconds": spent.seconds, "cpu_seconds": spent.cpu_seconds, "network_calls": spent.calls}
@@ -270,9 +270,9 @@ def step_counts(product: Product, wanted: Sequence[int]) -> list[int]:
     return sorted({*own, *(n for n in wanted if product.trained is None or n in product.trained)})
 
 
-def score(product: Product, judge: Judge) -> Evaluation:
-    """Measure a product; also its first pictures and its latency."""
-    evaluation, x = measure(product, judge)
+def score(product: Product, judge: Judge, title: str) -> Evaluation:
+    """Measure a product; also its first pictures and its latency. Lines of how far it is begin with the title."""
+    evaluation, x = measure(product, judge, say=lambda text: say(f"{title}: {text}"))
     number = judge.preset.number
     make = of_product(judge.preset, product, product.title).generate(0)
 
@@ -302,7 +302,7 @@ def score_teacher(task: Task) -> None:
     rows = []
     for product in drawn:
         orphaned()
-        rows.append(replace(score(product, judge), training=told))
+        rows.append(replace(score(product, judge, task.title), training=told))
     keep_arrays(task.folder, rows)
     write_json(task.result, {"recipe": task.recipe, "asked": task.asked, "rows": [e.as_json() for e in rows]})
 
@@ -326,7 +326,8 @@ def score_fit(task: Task) -> None:
     rows = []
     for n in fitted.counts:
         orphaned()
-        rows.append(score(replace(product.with_steps(n), prompted=like.prompted, paired=like.paired), judge))
+        like_it = replace(product.with_steps(n), prompted=like.prompted, paired=like.paired)
+        rows.append(score(like_it, judge, task.title))
     keep_arrays(task.folder, rows)
     write_json(
         task.result,
