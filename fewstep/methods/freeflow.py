@@ -24,6 +24,7 @@ from fewstep.methods.terms import noised
 from fewstep.networks.roles import Roles
 from fewstep.objectives import trajectory as tr
 from fewstep.objectives.legs import Teacher
+from fewstep.objectives.reduce import global_mean
 
 
 @part("method", "freeflow")
@@ -46,18 +47,22 @@ class FreeFlow:
     """alpha: size of the correction relative to the prediction residual, in [.3, 3]; 0 trains no critic."""
     fraction: float = 0.25
     """Share of the batch given to the correction (paper .25). The prediction has all of it, in the paper the rest."""
-    critic: Critic = Critic(times=Uniform(low=1e-3, high=1.0))
-    """It tracks the one-step samples."""
+    critic: Critic = Critic(times=Uniform(low=1e-3, high=1.0), weight="velocity")
+    """It tracks the one-step samples by plain flow matching."""
     correction_times: TimesPart = LogitNormal(mean=0.8, std=1.0)
     """Noise level r of the correction, biased to high noise."""
     correction_guidance: float = 1.0
     """The teacher's scale in the correction; 1 is none."""
+    correction_until: float = 0.7
+    """Largest time r at which that scale holds (paper .7)."""
 
     def __post_init__(self) -> None:
         if not 0 < self.fraction < 1:
             raise ValueError(f"fraction must lie in (0, 1), not {self.fraction}")
         if self.correction < 0:
             raise ValueError(f"correction must not be negative, not {self.correction}")
+        if not 0 < self.correction_until <= 1:
+            raise ValueError(f"correction_until must lie in (0, 1], not {self.correction_until}")
 
     def needs(self) -> Needs:
         roles = {"teacher", "student"} | ({"critic"} if self.correction else set())
@@ -76,7 +81,8 @@ class FreeFlow:
         losses = Losses({"predict": tr.adaptive(error, self.power, self.c)})
         if self.correction:
             sample, gradient = self.correct(roles, first(batch, max(1, int(len(batch) * self.fraction))))
-            size = residual.flatten(1).norm(dim=1).mean() / (gradient.flatten(1).norm(dim=1).mean() + 1e-6)
+            left, right = (global_mean(x.flatten(1).norm(dim=1)) for x in (residual, gradient))
+            size = left / (right + 1e-6)
             losses["correct"] = obj.surrogate_loss(sample, self.correction * size * gradient)
         yield losses
 
@@ -99,7 +105,9 @@ class FreeFlow:
         x = self.generate(roles, batch)
         with torch.no_grad():
             x_r, r = noised(self.correction_times, roles, batch, x)
-            real = guided(roles.teacher, x_r, r, batch.cond, batch.null_cond, self.correction_guidance)
+            cond, null, until = batch.cond, batch.null_cond, self.correction_until
+            interval = (0.0, until / (1 - until)) if until < 1 else None
+            real = guided(roles.teacher, x_r, r, cond, null, self.correction_guidance, interval=interval)
             fake = roles.critic(x_r, r, batch.cond)
         # u = (x - D) / r toward the data, so u_fake - u_real of the paper is (D_fake - D_real) / r.
         return x, (fake.x0 - real.x0) / bc(r.clamp_min(1e-2), x)

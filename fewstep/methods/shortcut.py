@@ -61,17 +61,17 @@ class Shortcut:
             follow(roles.target, roles.student, self.target_decay)
 
     def jumps(self, draws: Draws) -> tuple[Tensor, Tensor, Tensor]:
-        """(t, middle, s) of dyadic length 1/n, n a power of two below `finest`, on the grid of that length."""
+        """Levels u (t, middle, s) of dyadic length 1/n, n a power of two below `finest`, on the grid of that length."""
         levels = self.finest.bit_length() - 1
         n = 2.0 ** draws.integers(max(levels, 1)).double()
         t = ((n * draws.uniform()).floor() + 1) / n
         return t, t - 0.5 / n, t - 1 / n
 
-    def leg(self, net: Any, cond: Any) -> Leg:
-        """The jumps of targets: one of 1/finest is asked at s = t, a condition that flow matching trains."""
+    def leg(self, net: Any, cond: Any, finest: Tensor) -> Leg:
+        """The jumps of targets: where `finest` (b,) they are asked at s = t, which flow matching trains."""
 
         def jump(x: Tensor, t: Tensor, s: Tensor) -> Tensor:
-            return ask(net, x, t, torch.where(t - s < 1.5 / self.finest, t, s), cond).at(s)
+            return ask(net, x, t, torch.where(finest, t, s), cond).at(s)
 
         return jump
 
@@ -81,9 +81,12 @@ class Shortcut:
         boot = batch.draws.uniform() < self.bootstrap
         t = torch.where(boot, t, batch.draws.uniform())
         middle, s = torch.where(boot, middle, t), torch.where(boot, s, t)
+        finest = t - middle < 1.5 / self.finest
+        # Samples are drawn at even levels of the process, which lie unevenly in time where it is shifted.
+        t, middle, s = (process.grid(u) for u in (t, middle, s))
         x0, eps = batch.data(), batch.noise()
         x, _ = add_noise(process, x0, eps, t)
-        own = self.leg(student if self.target_decay is None else roles.target, batch.cond)
+        own = self.leg(student if self.target_decay is None else roles.target, batch.cond, finest)
         length = torch.where(boot, t - s, torch.ones_like(t))
         chord = (x - two_leg(own, own, x, t, middle, s)) / bc(length, x)
         with torch.no_grad():

@@ -43,8 +43,9 @@ class UniInstruct:
     """Noise level of the loss."""
     normalize: bool = True
     """Divide by <|x - D_real|> per sample, as SiD does."""
-    ratio_clip: tuple[float, float] = (0.1, 20.0)
-    """Smallest and largest p_fake / p_real; where it is clipped it no longer varies with x_t."""
+    ratio_clip: tuple[float, float] = (0.05, 10.0)
+    """Smallest and largest p_fake / p_real; where it is clipped it no longer varies with x_t. p_real / p_fake then lies
+    in [.1, 20], as in f_distill; the released code has another ratio and no such bounds."""
     normalize_ratio: bool = False
     """Divide the weight by its mean over the batch (the official "variance reduction", up to the batch size)."""
     stop_grad_ratio: bool = False

@@ -168,7 +168,9 @@ def tangent(
 
     back, ahead = _reach(at[moving[-1]], steps[-1], step, floor, ceiling) if moving[-1] else (step, step)
 
-    with torch.no_grad(), _attention() if mode != "central" else nullcontext():
+    # In half precision a difference of two answers is mostly rounding, and some layers have no rule for forward mode.
+    full = torch.autocast(at[0].device.type, enabled=False)
+    with torch.no_grad(), full, _attention() if mode != "central" else nullcontext():
         if mode == "jvp":
             return move(raw, moving, steps)
         if mode == "central":
@@ -289,6 +291,12 @@ def probe(
             p.copy_(before[n])
     gap = max(gaps, default=0.0)
     if not gap < 0.1:
+        half = next((n for n, p in net.named_parameters() if p.dtype in (torch.bfloat16, torch.float16)), None)
+        if half:
+            raise UserError(
+                f"finite differences tell nothing of this network, whose {half} is in half precision (they disagree with "
+                f"forward mode by {gap:.0%}); set teacher.dtype=fp32, train.precision may stay what it is"
+            )
         raise UserError(
             f"forward mode and finite differences disagree by {gap:.0%} on this network (a layer without a "
             "forward rule has a tangent of zero); set tangent: central, or replace that layer"

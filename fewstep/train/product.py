@@ -194,7 +194,9 @@ class Product:
         if steps == len(self.sampler.steps):
             return self
         knots = self.sampler.knots
-        levels = knot_levels(steps, knots) if knots and steps <= knots else many_step(steps).steps
+        # From where it was trained to start, which need not be u = 1 (IMM's .994).
+        even = tuple(self.sampler.steps[0] * u for u in many_step(steps).steps)
+        levels = knot_levels(steps, knots) if knots and steps <= knots else even
         levels = next((own for own in self.sampler.lists if len(own) == steps), levels)
         return replace(self, sampler=replace(self.sampler, steps=levels))
 

@@ -194,7 +194,8 @@ def test_shortcuts_finest_legs_are_asked_where_flow_matching_trains() -> None:
             asked.append(torch.stack((t, s)))
             return super().forward(x, t)
 
-    leg = Shortcut(finest=8, counts=(1, 2, 4), target_decay=None).leg(Listening(Flow()), None)
+    method, finest = Shortcut(finest=8, counts=(1, 2, 4), target_decay=None), torch.tensor([True, True, False, False])
+    leg = method.leg(Listening(Flow()), None, finest)
     t = torch.tensor([1.0, 0.5, 0.25, 1.0], dtype=F64)
     s = t - torch.tensor([1 / 8, 1 / 8, 1 / 4, 1 / 2], dtype=F64)
     x = torch.ones(4, 1, dtype=F64)

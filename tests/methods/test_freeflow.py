@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -209,3 +210,40 @@ def test_the_correction_is_a_difference_of_velocities(r: float) -> None:
     torch.testing.assert_close(x, 0.3 * batch_of(4).noise())
     # Toward the data u = (x - D) / r.
     torch.testing.assert_close(gradient, torch.full_like(x, (0.2 - 0.7) / r), rtol=1e-12, atol=0)
+
+
+def test_the_critic_learns_the_samples_velocity_with_one_weight_at_all_levels() -> None:
+    """A weight on x0 would be r^2 on the velocity, and leave the critic untaught where noise is low."""
+    flow = Flow()
+    seen: list[Tensor] = []
+
+    class Seeing(Listening):
+        def answer(self, x: Tensor, cond: Any = None) -> Tensor:
+            seen.append(x)
+            return super().answer(x, cond)
+
+    roles = Roles(student=Listening(flow, 0.3, takes_s=True), critic=Seeing(flow, 0.0, 0.2))
+    method = FreeFlow(critic=replace(FreeFlow().critic, times=Levels(at=(0.1,))))
+    (losses,) = method.critic_losses(roles, batch_of(200))
+    x, y = seen[-1], 0.3 * batch_of(200).noise()
+    noise = (x - 0.9 * y) / 0.1
+    velocity = (x - 0.2) / 0.1
+    torch.testing.assert_close(losses.total(), ((velocity - (noise - y)) ** 2).mean(), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize(("r", "scale"), [(0.6, 3.0), (0.8, 1.0)])
+def test_the_corrections_guidance_ends_at_a_time(r: float, scale: float) -> None:
+    class Told(nn.Module):
+        process = Flow()
+
+        def forward(self, x: Tensor, t: Tensor, cond: Any = None, **call: Any) -> Prediction:
+            return from_x0(self.process, x, t, bc(cond.to(x.dtype), x).expand_as(x))
+
+    roles = Roles(student=Listening(Flow(), 0.3, takes_s=True), teacher=Told(), critic=Listening(Flow(), 0.0, 0.0))
+    batch = replace(batch_of(4), cond=torch.full((4,), 2.0), null_cond=torch.full((4,), 0.5))
+    _, gradient = FreeFlow(correction_times=Levels(at=(r,)), correction_guidance=3.0).correct(roles, batch)
+    want = 0.5 + scale * (2.0 - 0.5)
+    # The critic answers its label, 2.
+    torch.testing.assert_close(gradient, torch.full_like(gradient, (2.0 - want) / r))
+    with pytest.raises(ValueError, match=r"correction_until must lie in \(0, 1\]"):
+        FreeFlow(correction_until=0.0)

@@ -15,7 +15,8 @@ from fewstep.algebra.prediction import from_raw
 from fewstep.algebra.process import EDM, Flow, Process, Trig, bc
 from fewstep.config import UserError
 from fewstep.networks.analytic import Mixture, flow_map, gaussian
-from fewstep.networks.denoiser import Denoiser
+from fewstep.networks.denoiser import Denoiser, Rescheduled
+from fewstep.networks.diffusers import load_denoiser
 from fewstep.networks.dit import DiT
 from fewstep.networks.mlp import MLP
 from fewstep.objectives import trajectory as tr
@@ -248,6 +249,32 @@ def test_probe_accepts_sound_networks_and_refuses_a_silent_zero() -> None:
     assert all(torch.equal(p, before[n]) for n, p in dit.named_parameters())
     with pytest.raises(UserError, match="disagree by 100%"):
         tr.probe(Denoiser(_Broken(5, 24, 3), Flow(), "velocity", "angle"), x, t, s)
+
+
+@pytest.mark.parametrize("mode", ["jvp", "central", "semi"])
+def test_a_tangent_is_taken_in_full_precision(mode: tr.Tangent) -> None:
+    """Under bfloat16 a difference is off by a third and more, and convolutions have no rule for forward mode there."""
+    torch.manual_seed(3)
+    inner = nn.Sequential(nn.Conv2d(2, 8, 3, padding=1), nn.GroupNorm(2, 8), nn.SiLU(), nn.Conv2d(8, 2, 3, padding=1))
+
+    def raw(x: Tensor, t: Tensor, s: Tensor) -> Tensor:
+        return inner(bc(t, x).to(x.dtype) * x)
+
+    x, t = torch.randn(4, 2, 6, 6), torch.tensor([0.8, 0.5, 0.4, 0.3])
+    way = (torch.randn(4, 2, 6, 6), torch.ones_like(t), None)
+    want = tr.tangent(raw, (x, t, 0 * t), way, mode)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert inner(x).dtype == torch.bfloat16
+        assert torch.equal(tr.tangent(raw, (x, t, 0 * t), way, mode), want)
+
+
+def test_a_network_in_half_precision_is_told_apart_from_a_silent_zero() -> None:
+    torch.manual_seed(4)
+    net = Rescheduled(load_denoiser("assets:digits-teacher"), Flow())
+    t, x, label = torch.tensor([0.7, 0.4, 0.2], dtype=F64), torch.randn(3, 1, 8, 8), torch.tensor([0, 1, 2])
+    assert tr.probe(net, x, t, 0 * t, label) < 0.1
+    with pytest.raises(UserError, match=r"is in half precision .* set teacher.dtype=fp32"):
+        tr.probe(net.bfloat16(), x, t, 0 * t, label)
 
 
 def test_further_inputs_start_without_effect_and_then_matter() -> None:

@@ -84,7 +84,7 @@ def test_published_defaults_of_the_critics():
         "emd": Critic(times=every, weight="x0", steps=1),
         "factorised": Critic(times=every, weight="x0", steps=1),
         "track": Critic(times=every, weight="x0", steps=1),
-        "freeflow": Critic(times=Uniform(low=1e-3, high=1.0), weight="x0", steps=1),
+        "freeflow": Critic(times=Uniform(low=1e-3, high=1.0), weight="velocity", steps=1),
         "sid": Critic(times=edm, weight="edm", steps=1),
         "uni_instruct": Critic(times=edm, weight="edm", steps=1),
     }

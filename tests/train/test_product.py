@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from tiny_runs import THIRD, tiny
+from torch import nn
 
 from fewstep.config import RecipeError, UserError
 from fewstep.export.levels import check_product
@@ -28,6 +30,23 @@ def test_the_product_is_the_average_that_the_recipe_names(tmp_path: Path):
         opened = open_product(run).net.state_dict()
         assert all(torch.equal(v, weights[k]) for k, v in opened.items())
         assert any(not torch.equal(v, other[k]) for k, v in opened.items())
+
+
+@pytest.mark.parametrize(
+    ("recipe", "points", "steps", "levels"),
+    [
+        ("digits-imm", None, 4, (0.994, 0.7455, 0.497, 0.2485)),  # training ends at .994
+        ("digits-ctm", 40, 2, (1.0, 20 / 39)),  # of 39 intervals
+        ("digits-ctm", None, 2, (1.0, 0.5)),
+        ("digits-meanflow", None, 2, (1.0, 0.5)),
+    ],
+)
+def test_other_numbers_of_steps_stand_where_it_was_trained(
+    recipe: str, points: int | None, steps: int, levels: tuple[float, ...]
+):
+    loaded = load(recipe, [f"method.points={points}"] if points else [])
+    product = product_of(loaded, nn.Identity(), SimpleNamespace(shape=(1, 8, 8), classes=10), recipe)
+    assert product.with_steps(steps).sampler.steps == pytest.approx(levels, abs=1e-12)
 
 
 def test_a_student_of_several_lists_of_steps_stands_at_the_levels_of_each():
