@@ -18,7 +18,7 @@ from pydantic.dataclasses import dataclass as checked_dataclass
 
 from fewstep.eval.errors import InputError
 from fewstep.eval.protocol.resize import OPERATIONS, QUANTISERS, Step
-from fewstep.files import cache_dir, file_sha256
+from fewstep.files import cache_dir, file_sha256, text_of
 
 FOLDER = Path(__file__).parents[1] / "presets"
 _STRICT = ConfigDict(extra="forbid", strict=True)
@@ -238,7 +238,11 @@ def load_preset(name_or_path: str | os.PathLike[str]) -> Preset:
     if not path.is_file():
         raise FileNotFoundError(f"preset {name_or_path}: not one of {preset_names()} and not a YAML file")
     try:
-        content: dict[str, Any] = yaml.safe_load(path.read_text())
+        text = text_of(path.read_bytes(), path)
+    except ValueError as error:
+        raise InputError(str(error)) from None
+    try:
+        content: dict[str, Any] = yaml.safe_load(text)
         # Strict mode takes mappings for dataclasses only from JSON.
         return TypeAdapter(Preset).validate_json(json.dumps(content, default=str))
     except yaml.YAMLError as error:

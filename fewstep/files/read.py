@@ -5,11 +5,14 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import stat
+import tarfile
 import zlib
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from fewstep.config import UserError
 
@@ -42,18 +45,18 @@ def file_sha256(path: str | os.PathLike[str]) -> str:
 
 BLOCK = 4096
 """Bytes of a sample in `digest_of`."""
-SPREAD = (".safetensors", ".tar")
-"""Files whose ends tell little: a header that another training writes again, a tail of padding."""
-WHOLE = (".json", ".jsonl", ".txt")
-"""Files of words, in which any line may change while the size stays."""
+SPREAD = (".safetensors", ".tar", ".bmp", ".tif", ".tiff")
+"""Files whose ends tell little: a header that another training writes again, a tail of padding, pixels as they are."""
+WHOLE = (".json", ".jsonl", ".txt", ".cls")
+"""Files of words, in which any line may change while the size stays; within a tar too."""
 
 
 def digest_of(paths: Iterable[Path]) -> str:
     """`N files, B bytes, sha256 ...`: what tells one set of files from another at little cost.
 
     Hashed are names, relative to the folder that holds all, so that it may move; sizes; the first and last 4 KiB of
-    every file, with a dozen blocks spread evenly between for SPREAD, and all of WHOLE. It finds another file and a save
-    over it, not a forger. UserError names a file that cannot be read.
+    every file, with a dozen blocks spread evenly between for SPREAD, and all of WHOLE, also of those in a tar. It finds
+    another file and a save over it, not a forger. UserError names a file that cannot be read.
     """
     files = sorted(p.absolute() for p in paths)
     root = os.path.commonpath([p.parent for p in files]) if files else ""
@@ -63,7 +66,8 @@ def digest_of(paths: Iterable[Path]) -> str:
             with regular(path).open("rb") as f:
                 size = os.fstat(f.fileno()).st_size
                 digest.update(f"{path.relative_to(root).as_posix()}\0{size}\0".encode("utf-8", "surrogateescape"))
-                for start, length in _samples(path.suffix.lower(), size):
+                words = _words(f, size) if path.suffix.lower() == ".tar" else []
+                for start, length in [*_samples(path.suffix.lower(), size), *words]:
                     f.seek(start)
                     digest.update(f.read(length))
         except OSError as error:
@@ -78,6 +82,17 @@ def _samples(suffix: str, size: int) -> list[tuple[int, int]]:
         return [(0, size)]
     inner = 12 if suffix in SPREAD else 0
     return [(round(k * (size - BLOCK) / (inner + 1)), BLOCK) for k in range(inner + 2)]
+
+
+def _words(f: BinaryIO, size: int) -> list[tuple[int, int]]:
+    """(start, length) of the WHOLE members of a tar, up to where it is damaged; none of a small one, which is all read."""
+    found: list[tuple[int, int]] = []
+    if size > 2 * BLOCK:
+        with suppress(tarfile.TarError), tarfile.open(fileobj=f, mode="r:") as tar:
+            for member in tar:
+                if member.isreg() and Path(member.name).suffix.lower() in WHOLE:
+                    found.append((member.offset_data, member.size))
+    return found
 
 
 JSON_BYTES = 256 << 20
@@ -96,6 +111,13 @@ def parse_json(text: bytes | str, name: object) -> Any:
         raise UserError(f"{name}: cannot be read as JSON: is nested deeper than {JSON_DEPTH}") from None
     except ValueError as error:  # also bytes that are no UTF-8, and numbers of thousands of digits
         raise UserError(f"{name}: cannot be read as JSON: {error}") from None
+    mark = b"\\ud" if isinstance(text, bytes) else "\\ud"
+    if mark in text.lower():  # type: ignore[operator]
+        try:
+            json.dumps(data, ensure_ascii=False).encode()
+        except UnicodeEncodeError as error:
+            half = ascii(error.object[error.start])[1:-1]
+            raise UserError(f"{name}: cannot be read as JSON: has {half}, half of a character alone") from None
     level, depth = [data], 0
     while level := [v for v in level if isinstance(v, dict | list)]:
         depth += 1
@@ -121,13 +143,16 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def text_of(data: bytes, name: object) -> str:
-    """UTF-8 text without the byte-order mark that Windows' editors put in front of it.
+    """UTF-8 text without the byte-order marks that Windows' editors put in front of it, at the start of any line.
 
     Raises:
         ValueError: other bytes; the message names the line and `name`, the file.
     """
+    if (nul := data.find(b"\0")) >= 0 and not data.startswith((b"\xff\xfe", b"\xfe\xff")):
+        line = data.count(b"\n", 0, nul) + 1
+        raise ValueError(f"{name}:{line}: byte {nul} is zero, as in UTF-16 without its mark; save the file as UTF-8")
     try:
-        return data.decode("utf-8-sig")
+        return re.sub("^\ufeff+", "", data.decode("utf-8"), flags=re.MULTILINE)
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
         wide = data.startswith((b"\xff\xfe", b"\xfe\xff"))
@@ -138,6 +163,9 @@ def text_of(data: bytes, name: object) -> str:
 def lines_of(text: str) -> list[str]:
     """Lines that end at a line feed, alone or after a carriage return, and nowhere else.
 
-    `str.splitlines` also ends them at U+2028, U+0085, a vertical tab and a form feed, which captions hold.
+    `str.splitlines` also ends them at U+2028, U+0085, a vertical tab and a form feed, which captions hold. Where there
+    is no line feed at all a carriage return ends them, as in files of old Macs.
     """
+    if "\n" not in text:
+        text = text.removesuffix("\r").replace("\r", "\n")
     return [line.removesuffix("\r") for line in text.removesuffix("\n").split("\n")]

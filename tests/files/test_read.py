@@ -1,4 +1,4 @@
-"""What is read from files: no pipe is waited for."""
+"""What is read from files: text of any editor, JSON that can be written again; no pipe is waited for."""
 
 from __future__ import annotations
 
@@ -15,9 +15,12 @@ from fewstep.data.encoders import SentenceEncoder
 from fewstep.data.images import ImageFolder
 from fewstep.data.latents import vae_hash
 from fewstep.data.pictures import Captions, Prompts, WebDataset
+from fewstep.data.text import read_prompts
 from fewstep.eval.protocol.images import ImageFolder as Measured
+from fewstep.eval.protocol.preset import load_preset
+from fewstep.eval.protocol.prompts import read_prompts as measured_prompts
 from fewstep.eval.protocol.real import folder_pictures
-from fewstep.files import crc32_of, digest_of, file_sha256, read_json, regular
+from fewstep.files import crc32_of, digest_of, file_sha256, parse_json, read_json, regular, text_of
 from fewstep.networks.weights import check_whole
 from fewstep.pictures import PictureError
 
@@ -82,3 +85,49 @@ def test_a_pipe_beside_pictures_is_passed_over_or_missed(tmp_path: Path):
         Captions(path=str(root), size=8, captions=pipe(root / "told.jsonl").name).open()
     with pytest.raises(UserError, match=r"shards .*0\.tar is missing"):
         WebDataset(shards=str(pipe(tmp_path / "0.tar").parent / "{0..0}.tar"), size=8).open()
+
+
+@pytest.mark.parametrize(
+    ("data", "prompts"),
+    [
+        (b"red\rgreen\r", ["red", "green"]),  # old Macs
+        (b"red\r\ngreen\r\n", ["red", "green"]),
+        (b"\xef\xbb\xbf\xef\xbb\xbfred\n\xef\xbb\xbfgreen\n", ["red", "green"]),  # two files joined
+        (b"red\n\xc2\xa0\n\xe3\x80\x80\ngreen", ["red", "green"]),  # blank, but not to ASCII
+        ("a\u2028b\x0bc\n".encode(), ["a\u2028b\x0bc"]),
+    ],
+)
+def test_prompts_of_any_editor_are_its_lines(tmp_path: Path, data: bytes, prompts: list[str]):
+    path = tmp_path / "p.txt"
+    path.write_bytes(data)
+    assert read_prompts(path) == prompts
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be"])
+def test_utf_16_is_told_with_a_mark_and_without(tmp_path: Path, encoding: str):
+    with pytest.raises(ValueError, match=r"^p\.txt:1: .*UTF-16.*; save the file as UTF-8$"):
+        text_of("red\ngreen\n".encode(encoding), "p.txt")
+    path = tmp_path / "mine.yaml"
+    path.write_bytes("name: mine\n".encode(encoding))
+    with pytest.raises(ValueError, match=r"mine\.yaml:1: .*UTF-16.*; save the file as UTF-8"):
+        load_preset(path)
+
+
+def test_prompts_of_a_jsonl_are_those_that_an_evaluation_reads(tmp_path: Path):
+    path = tmp_path / "p.jsonl"
+    path.write_text('{"prompt": "a red apple"}\n\n{"prompt": "pear", "seed": 3}\n')
+    assert read_prompts(path) == ["a red apple", "pear"]
+    path.write_text('{"prompt": "a red apple"}\n{"prompt": "pear", "seed": 3}\n')
+    assert read_prompts(path) == measured_prompts(path, 2)
+    for line in ('{"text": "pear"}', '"pear"', '{"prompt": 3}', '{"prompt": " "}'):
+        path.write_text(f'{{"prompt": "apple"}}\n{line}\n')
+        with pytest.raises(UserError, match=r'p\.jsonl:2: expected \{"prompt": "WORDS"\}'):
+            read_prompts(path)
+
+
+def test_half_a_character_is_refused_where_it_is_read():
+    """No encoder takes it, and no file can be written with it."""
+    assert parse_json('{"a": "\\ud83d\\ude00"}', "x") == {"a": "\U0001f600"}
+    for text in ('{"a": ["\\ud83d"]}', b'{"\\uDE00": 1}'):
+        with pytest.raises(UserError, match=r"^x: cannot be read as JSON: has \\ud[8e][30][d0], half of a character"):
+            parse_json(text, "x")

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
+import tarfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -86,6 +88,31 @@ def test_the_blocks_within_weights_are_spread_evenly(tmp_path: Path):
         seen += digest_of([path]) != whole
         flip(path, at)
     assert 12 <= seen <= 14
+
+
+def test_an_edit_that_keeps_the_size_is_seen_in_words_within_a_tar_and_in_plain_pixels(tmp_path: Path):
+    path, labels = tmp_path / "s.tar", []
+    with tarfile.open(path, "w") as tar:
+        for i in range(60):
+            for name, data in ((f"{i}.png", bytes(3000)), (f"{i}.cls", b"%d" % (i % 10)), (f"{i}.txt", b"words")):
+                member = tarfile.TarInfo(name)
+                member.size = len(data)
+                tar.addfile(member, io.BytesIO(data))
+    with tarfile.open(path) as tar:
+        labels = [m.offset_data for m in tar if not m.name.endswith(".png")]
+    assert len(labels) == 120
+    whole = digest_of([path])
+    for at in labels:
+        flip(path, at)
+        assert digest_of([path]) != whole, at
+        flip(path, at)
+    assert digest_of([path]) == whole
+    path.write_bytes(path.read_bytes()[:30000])
+    assert digest_of([path]) != whole  # cut: what is left is read
+    picture = write(tmp_path / "x.bmp", bytes(1 << 15))
+    whole = digest_of([picture])
+    picture.write_bytes(bytes(9000) + b"\1" * 9000 + bytes((1 << 15) - 18000))
+    assert digest_of([picture]) != whole
 
 
 def test_parts_name_the_files_that_they_stand_on(tmp_path: Path):
