@@ -21,9 +21,10 @@ from fewstep.commands.own_grid import OFFERED, grid_said
 from fewstep.commands.schedulers import first_order, scheduler_of, times_set
 from fewstep.config import UserError
 from fewstep.export.stock import difference, fresh_noise, open_stock, run_stock
+from fewstep.networks.components import examine
 from fewstep.networks.denoiser import Denoiser
 from fewstep.networks.diffusers import load_denoiser
-from fewstep.networks.folder import Folder, read_folder
+from fewstep.networks.folder import Folder, part_of, read_folder
 from fewstep.networks.scheduler import DDPM_FAMILY, read_scheduler
 from fewstep.networks.weights import NotFinite
 from fewstep.objectives.trajectory import probe
@@ -96,6 +97,11 @@ def check_teacher(path: str, **options: Any) -> Report:
         report.findings.append(Finding("weights", str(error), False))
         return report
     folder.require_agreement()
+    try:
+        report.findings += _others(folder)
+    except UserError as error:
+        report.findings.append(Finding("weights", str(error), False))
+        return report
     wrapper: Any = net.net
     size = options.get("size") or wrapper.small_size()
     if size != (options.get("size") or wrapper.sample_size()):
@@ -125,6 +131,14 @@ class Case:
     @property
     def wrapper(self) -> Any:
         return self.net.net
+
+
+def _others(folder: Folder) -> Iterator[Finding]:
+    """VAE and text encoders, which no check below opens."""
+    parts = [folder.root / name for name, entry in folder.index.items() if part_of(entry) and name != folder.component]
+    held = {p.name: examine(p, f"teacher {folder.shown}") for p in parts if any(p.glob("*.safetensors"))}
+    if held:
+        yield Finding("other parts", ", ".join(f"{name}: {n} finite tensors" for name, n in held.items()))
 
 
 def _read(case: Case) -> Iterator[Finding]:

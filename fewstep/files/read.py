@@ -85,7 +85,7 @@ def _samples(suffix: str, size: int) -> list[tuple[int, int]]:
 
 
 def _words(f: BinaryIO, size: int) -> list[tuple[int, int]]:
-    """(start, length) of the WHOLE members of a tar, up to where it is damaged; none of a small one, which is all read."""
+    """(start, length) of the WHOLE members of a tar, up to where it is damaged; of a small one none, it is all read."""
     found: list[tuple[int, int]] = []
     if size > 2 * BLOCK:
         with suppress(tarfile.TarError), tarfile.open(fileobj=f, mode="r:") as tar:
