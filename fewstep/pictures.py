@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import os
 import warnings
@@ -59,7 +60,8 @@ def list_pictures(root: Path, suffixes: Sequence[str] = SUFFIXES) -> Listing:
     """All pictures of a folder and its sub-folders; links are followed, and no folder is read twice.
 
     Raises:
-        PictureError: no such folder, one that may not be read, a link to nothing, or a pipe that is named as a picture.
+        PictureError: no such folder, one that may not be read, a link to nothing or to itself, or a pipe that is named
+            as a picture.
     """
     if not root.is_dir():
         raise PictureError(root, "no such folder")
@@ -84,18 +86,32 @@ def list_pictures(root: Path, suffixes: Sequence[str] = SUFFIXES) -> Listing:
             path, suffix = folder / entry.name, Path(entry.name).suffix.lower()
             if hidden(entry.name):
                 skipped[str(path.relative_to(root))] = "hidden"
-            elif entry.is_dir():
+            elif os.path.isdir(path):  # DirEntry.is_dir and is_file raise on links in a circle
                 (links if entry.is_symlink() else folders).append(path)
-            elif entry.is_symlink() and not path.exists():
-                if suffix in suffixes or not suffix:
-                    raise PictureError(path, f"is a link to {os.readlink(path)}, which is not there")
+            elif entry.is_symlink() and (why := _broken(path)):
+                # A name with a dot, v1.5, may be a class as well as a file.
+                if suffix not in BESIDE:
+                    raise PictureError(path, f"is a link to {os.readlink(path)}, {why}; mend or remove it")
+                skipped[str(path.relative_to(root))] = "a link to nothing"
             elif suffix in suffixes:
-                if not entry.is_file():
+                if not os.path.isfile(path):
                     raise PictureError(path, "is a pipe, a device or a socket and no file; remove it")
                 files.append(path)
             elif suffix not in BESIDE:
                 skipped[str(path.relative_to(root))] = f"no picture ({suffix or 'no suffix'})"
     return Listing(root, sorted(files, key=lambda p: p.relative_to(root).parts), skipped)
+
+
+def _broken(link: Path) -> str:
+    """Why a link cannot be followed; nothing where it can."""
+    try:
+        link.stat()
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            return "which leads back to itself"
+        gone = error.errno in (errno.ENOENT, errno.ENOTDIR)
+        return "which is not there" if gone else f"which cannot be read: {error.strerror}"
+    return ""
 
 
 def class_names(listing: Listing) -> list[str]:
