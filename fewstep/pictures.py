@@ -7,11 +7,12 @@ import io
 import os
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
@@ -136,57 +137,87 @@ def class_names(listing: Listing) -> list[str]:
     return names
 
 
-def load(source: Path | bytes, name: object) -> tuple[Image, str]:
-    """A picture as a viewer shows it (turned by its EXIF tag), not converted, and what it is, as in `kind_of`.
-
-    Raises:
-        PictureError: not a picture, cut off, or of more than `CAP` pixels.
-    """
-    from PIL import Image, ImageOps
+@contextmanager
+def _opened(source: Path | bytes, name: object) -> Iterator[Image]:
+    """One picture, opened and not decoded; whatever goes wrong with it is a PictureError, also in the caller's block."""
+    from PIL import Image, UnidentifiedImageError
 
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as picture:
                 _refuse_size(picture.size, name)
-                kind = kind_of(picture)
-                upright = ImageOps.exif_transpose(picture)
-                upright.load()
+                if several := _frames(picture):
+                    raise PictureError(name, f"holds {several}; save the one that is meant as a file of its own")
+                yield picture
     except PictureError:
         raise
+    except UnidentifiedImageError:
+        bare = not (source if isinstance(source, bytes) else source.stat().st_size)
+        raise PictureError(name, f"cannot be read: {'is empty' if bare else 'is no picture, or damaged'}") from None
     except Exception as error:  # Pillow's readers raise nearly anything on bytes that are not theirs
         raise PictureError(name, f"cannot be read: {error}") from None
+
+
+def _frames(picture: Image) -> str:
+    """The pages or frames of a file with more than one picture, in words; thumbnails of the first do not count."""
+    count = getattr(picture, "n_frames", 1)
+    if count == 1 or picture.format == "MPO":  # a phone's JPEG, with previews and depth behind the picture
+        return ""
+    if picture.format != "TIFF":
+        return f"an animation of {count} frames"
+    pages: Any = picture
+    full = 1
+    for i in range(1, count):
+        pages.seek(i)
+        full += not pages.tag_v2.get(254, 0) & 1  # NewSubfileType: a smaller copy of another page
+    pages.seek(0)
+    return f"{full} pages" if full > 1 else ""
+
+
+def load(source: Path | bytes, name: object) -> tuple[Image, str]:
+    """A picture as a viewer shows it (turned by its EXIF tag), not converted, and what it is, as in `kind_of`.
+
+    Raises:
+        PictureError: not a picture, cut off, several in one file, or of more than `CAP` pixels.
+    """
+    from PIL import ImageOps
+
+    with _opened(source, name) as picture:
+        kind = kind_of(picture)
+        key = picture.info.get("transparency")
+        if picture.mode == "L" and isinstance(key, int):
+            # Pillow spreads 2 and 4 bits over 0..255, but not the value that is transparent.
+            raw = str(picture.tile[0][3])
+            picture.info["transparency"] = key * {"L;2": 85, "L;4": 17}.get(raw, 1)
+        upright = ImageOps.exif_transpose(picture)
+        upright.load()
     return upright, kind
 
 
 def facts(source: Path | bytes, name: object) -> tuple[int, int, str]:
     """(height, width, kind) of a picture by its header, upright; raises as `load`."""
-    from PIL import Image
-
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as picture:
-                _refuse_size(picture.size, name)
-                wide, high = picture.size
-                # Pillow decodes a whole PNG to find a tag behind its pixels; such a tag shows when it is read.
-                tagged = picture.format != "PNG" or {"exif", "Raw profile type exif"} & picture.info.keys()
-                turned = tagged and picture.getexif().get(0x0112, 1) in (5, 6, 7, 8)
-                return (wide, high, kind_of(picture)) if turned else (high, wide, kind_of(picture))
-    except PictureError:
-        raise
-    except Exception as error:  # as in `load`
-        raise PictureError(name, f"cannot be read: {error}") from None
+    with _opened(source, name) as picture:
+        wide, high = picture.size
+        if picture.format == "TIFF":  # whose size some versions of Pillow give upright, some as it is stored
+            tags: Any = picture
+            wide, high = tags.tag_v2[256], tags.tag_v2[257]
+        # Pillow decodes a whole PNG to find a tag behind its pixels; such a tag shows when it is read.
+        tagged = picture.format != "PNG" or {"exif", "Raw profile type exif"} & picture.info.keys()
+        turned = tagged and picture.getexif().get(0x0112, 1) in (5, 6, 7, 8)
+        return (wide, high, kind_of(picture)) if turned else (high, wide, kind_of(picture))
 
 
 def kind_of(picture: Image) -> str:
     """What an opened picture is, in words: "grey" and "colour" are those of 8 bits without transparency."""
     # Pillow halves 16-bit colour to mode RGB; only the name of the raw mode tells.
-    deep = any(";16" in str(tile[3]) for tile in getattr(picture, "tile", ()))
+    raw = [str(tile[3]) for tile in getattr(picture, "tile", ())]
+    deep = any(";16" in name for name in raw)
     names = {"L": "grey", "RGB": "colour", "P": "palette", "1": "black and white", "F": "floating-point grey"}
     names |= {"LA": "grey with alpha", "RGBA": "colour with alpha", "I": "32-bit grey"}
     if picture.mode.startswith("I;16") or (picture.mode == "I" and picture.format == "PNG"):
-        name = "16-bit grey"
+        inverse = picture.format == "TIFF" and getattr(picture, "tag_v2", {}).get(262) == 0
+        name = "12-bit grey" if any(";12" in r for r in raw) else f"16-bit grey{', white at 0' if inverse else ''}"
     elif picture.mode in ("RGB", "RGBA") and deep:
         name = f"16-bit {names[picture.mode]}"
     else:
@@ -197,19 +228,22 @@ def kind_of(picture: Image) -> str:
 def flat(picture: Image, kind: str, channels: int, name: object) -> Image:
     """A loaded picture as 8-bit grey (1 channel) or RGB (3).
 
-    What is transparent lies on white. 16-bit grey is divided by 65,535 and rounded to 8 bits; of 16-bit colour the
-    high bytes are taken, within one of 255 levels.
+    What is transparent lies on white. 16-bit grey is divided by 65,535 and rounded to 8 bits, 12-bit grey by 4,095; of
+    16-bit colour the high bytes are taken, within one of 255 levels.
 
     Raises:
-        PictureError: 32-bit and floating-point pictures, whose white is not known, and 16-bit grey with transparency.
+        PictureError: 32-bit and floating-point pictures, whose white is not known, and 16 bits with one value or colour
+            that is transparent, which 8 bits do not tell from its neighbours.
     """
     from PIL import Image
 
-    if kind.startswith("16-bit grey"):
-        if "transparen" in kind:
-            raise PictureError(name, f"is {kind}; save it with 8 bits, or without transparency")
-        values = np.asarray(picture).astype(np.float64)
-        picture = Image.fromarray((values * (255 / 65535)).round().astype(np.uint8))
+    if kind.startswith("16-bit") and "transparent value" in kind:
+        raise PictureError(name, f"is {kind}; save it with 8 bits, or without transparency")
+    if kind.startswith(("16-bit grey", "12-bit grey")):
+        values = np.asarray(picture).astype(np.float64) / (4095 if kind.startswith("12") else 65535)
+        if "white at 0" in kind:
+            values = 1 - values
+        picture = Image.fromarray((values * 255).round().astype(np.uint8))
     elif kind.startswith(("32-bit", "floating")):
         raise PictureError(name, f"is {kind}, whose white is not known; save it with 8 or 16 bits")
     elif picture.has_transparency_data:

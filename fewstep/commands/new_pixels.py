@@ -15,7 +15,7 @@ LARGEST = 128
 """Side in pixels up to which pictures of one size are trained as they are."""
 HELD_OUT = 0.1
 """Share of the pictures that is measured against, where there are enough."""
-GREY = ("grey", "16-bit grey", "black and white")
+GREY = ("grey", "12-bit grey", "16-bit grey", "16-bit grey, white at 0", "black and white")
 """Kinds of pictures with one channel."""
 
 

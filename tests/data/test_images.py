@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import struct
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 from PIL import Image
-from tiny_pictures import write
+from tiny_pictures import encoded, noise, png, tiff, write
 
 from fewstep.config import UserError
 from fewstep.data.images import ImageFolder
@@ -48,3 +51,80 @@ def test_a_broken_link_beside_pictures_is_counted(tmp_path: Path):
     root = write(tmp_path / "d", one_png=Image.new("L", (4, 4)))
     (root / "x.txt").symlink_to("x.txt")
     assert ImageFolder(path=str(root)).open().about().endswith("; left out: 1 a link to nothing")
+
+
+def keyed(bits: int, key: int) -> bytes:
+    """8 x 8 grey of few bits, whose first value is `key`, transparent, and all others are the highest."""
+    values = np.full((8, 8), 2**bits - 1)
+    values[0, 0] = key
+    lines = ["".join(f"{v:0{bits}b}" for v in row) for row in values.tolist()]
+    rows = b"".join(b"\0" + int(line, 2).to_bytes(bits, "big") for line in lines)
+    return png(8, 8, rows, depth=bits, tRNS=struct.pack(">H", key))
+
+
+def corner(data: bytes, name: str, folder: Path) -> list[int]:
+    """The first pixel of a picture as it is trained."""
+    write(folder).joinpath(name).write_bytes(data)
+    x = ImageFolder(path=str(folder)).open().images[0]
+    return [round(float(v)) for v in (x[:, 0, 0] + 1) * 127.5]
+
+
+@pytest.mark.parametrize("bits", [1, 2, 4, 8])
+def test_a_transparent_grey_of_any_depth_lies_on_white(tmp_path: Path, bits: int):
+    for key in (0, 1, 2**bits // 3):
+        assert corner(keyed(bits, key), "x.png", tmp_path / f"{key}") == [255, 255, 255], key
+
+
+@pytest.mark.parametrize(("bits", "white"), [(12, {}), (16, {}), (16, {"t262": 0}), (8, {"t262": 0})])
+def test_white_of_a_grey_tiff_is_white(tmp_path: Path, bits: int, white: dict[str, Any]):
+    """Of 0, the highest and a third of it, whichever of them is white."""
+    third = (2**bits - 1) // 3
+    for value, level in ((0, 0), (2**bits - 1, 255), (third, 85)):
+        line = f"{value:0{bits}b}" * 8
+        row = int(line, 2).to_bytes(bits, "big")
+        if bits == 16:
+            row = np.frombuffer(row, ">u2").astype("<u2").tobytes()
+        told = corner(tiff(8, 8, row * 8, bits, **white), "x.tif", tmp_path / f"{value}")
+        assert told == [255 - level if white else level] * 3, value
+
+
+def test_a_colour_key_of_16_bits_is_refused(tmp_path: Path):
+    row = b"\0" + struct.pack(">HHH", 0x1234, 0, 0x1234) * 4
+    data = png(4, 4, row * 4, 16, 2, tRNS=struct.pack(">HHH", 0x1234, 0, 0x1234))
+    with pytest.raises(UserError, match=r"x\.png: is 16-bit colour with a transparent value; save it with 8 bits, or"):
+        corner(data, "x.png", tmp_path)
+
+
+def test_a_file_of_several_pictures_is_refused_and_a_thumbnail_is_none(tmp_path: Path):
+    one, other = (Image.fromarray(noise(8, 6, 3, seed=i)) for i in (0, 1))
+    several: dict[str, Any] = {"save_all": True, "append_images": [other]}
+    for name, kind, told in (("x.png", "PNG", "an animation of 2 frames"), ("x.webp", "WEBP", "an animation of 2 frames"),
+                             ("x.tif", "TIFF", "2 pages")):  # fmt: skip
+        with pytest.raises(UserError, match=rf"{name}: holds {told}; save the one that is meant as a file of its own"):
+            corner(encoded(one, kind, **several), name, tmp_path / kind)
+    small = one.resize((4, 3))
+    small.encoderinfo = {"tiffinfo": {254: 1}}
+    phone = encoded(one, "MPO", **several)
+    assert corner(phone, "x.jpg", tmp_path / "phone") == corner(encoded(one, "JPEG"), "x.jpg", tmp_path / "plain")
+    data = encoded(one, "TIFF", save_all=True, append_images=[small])
+    assert corner(data, "x.tif", tmp_path / "thumb") == noise(8, 6, 3)[0, 0].tolist()
+
+
+def test_a_turned_tiff_stands_as_it_was_taken(tmp_path: Path):
+    from PIL import ImageOps
+
+    for turn in range(1, 9):
+        data = encoded(Image.fromarray(noise(8, 5, 3)), "TIFF", tiffinfo={274: turn})
+        root = write(tmp_path / f"{turn}", x_tif=data)
+        with Image.open(root / "x.tif") as stored:
+            shown = np.asarray(ImageOps.exif_transpose(stored)).transpose(2, 0, 1)
+        assert shown.shape[1:] == ((8, 5) if turn < 5 else (5, 8))
+        assert ImageFolder(path=str(root)).outline()[0] == shown.shape
+        x = ImageFolder(path=str(root)).open().images[0]
+        assert ((x + 1) * 127.5).round().int().tolist() == shown.tolist()
+
+
+def test_an_empty_file_is_called_empty(tmp_path: Path):
+    for data, told in ((b"", "is empty"), (b"dear reader", "is no picture, or damaged")):
+        with pytest.raises(UserError, match=rf"x\.png: cannot be read: {told}$"):
+            corner(data, "x.png", tmp_path)
