@@ -41,15 +41,23 @@ class PictureError(ValueError):
 
 @dataclass(frozen=True)
 class Listing:
-    """The pictures of a folder in the order of their names, and by relative name what was left out and why."""
+    """The pictures of a folder in the order of their names, and by relative name what was left out and why.
+
+    again: folders that were met twice, as (second, first).
+    """
 
     root: Path
     files: list[Path]
     skipped: dict[str, str] = field(default_factory=dict)
+    again: list[tuple[Path, Path]] = field(default_factory=list)
 
     def parts(self, file: Path) -> tuple[str, ...]:
         """The name of a file from the folder on."""
         return file.relative_to(self.root).parts
+
+    def folders(self) -> list[str]:
+        """Names of the sub-folders, with pictures or without, but for hidden ones."""
+        return sorted(e.name for e in self.root.iterdir() if os.path.isdir(e) and not hidden(e.name))
 
 
 def hidden(name: str) -> bool:
@@ -68,7 +76,8 @@ def list_pictures(root: Path, suffixes: Sequence[str] = SUFFIXES) -> Listing:
         raise PictureError(root, "no such folder")
     files: list[Path] = []
     skipped: dict[str, str] = {}
-    seen: set[str] = set()
+    seen: dict[str, Path] = {}
+    again: list[tuple[Path, Path]] = []
     folders, links = [root], list[Path]()
     while folders or links:
         # A folder counts where it stands; a link to it, anywhere, comes after.
@@ -77,8 +86,9 @@ def list_pictures(root: Path, suffixes: Sequence[str] = SUFFIXES) -> Listing:
         real = os.path.realpath(folder)
         if real in seen:
             skipped[str(folder.relative_to(root))] = "a link to a folder that was read already"
+            again.append((folder, seen[real]))
             continue
-        seen.add(real)
+        seen[real] = folder
         try:
             entries = list(os.scandir(folder))
         except OSError as error:
@@ -100,7 +110,7 @@ def list_pictures(root: Path, suffixes: Sequence[str] = SUFFIXES) -> Listing:
                 files.append(path)
             elif suffix not in BESIDE:
                 skipped[str(path.relative_to(root))] = f"no picture ({suffix or 'no suffix'})"
-    return Listing(root, sorted(files, key=lambda p: p.relative_to(root).parts), skipped)
+    return Listing(root, sorted(files, key=lambda p: p.relative_to(root).parts), skipped, again)
 
 
 def _broken(link: Path) -> str:
@@ -116,10 +126,13 @@ def _broken(link: Path) -> str:
 
 
 def class_names(listing: Listing) -> list[str]:
-    """The sub-folders that are classes, by number where all are numbers, by name otherwise; none where none has pictures.
+    """The sub-folders that are classes in the order of their labels; none where none has pictures.
+
+    Names that are whole numbers come first, by value, then the others by name. Where all are numbers, an empty folder
+    is a class too if 0, 1, 2, ... is then without a gap.
 
     Raises:
-        PictureError: a picture beside class folders, or two names of one number.
+        PictureError: a picture beside class folders, two names of one number, or one folder in two classes.
     """
     found: dict[str, Path] = {}
     loose = [f for f in listing.files if len(listing.parts(f)) == 1]
@@ -128,13 +141,42 @@ def class_names(listing: Listing) -> list[str]:
             found.setdefault(listing.parts(file)[0], file)
     if loose and found:
         raise PictureError(loose[0], f"stands beside class folders ({', '.join(sorted(found)[:3])}); give it a class")
-    if not all(name.isascii() and name.isdigit() for name in found):
-        return sorted(found)
-    names = sorted(found, key=int)
-    for one, other in pairwise(names):
+    for second, first in listing.again:
+        classes = [listing.parts(path)[:1] for path in (first, second)]
+        # A link up to the whole folder is no class; pictures are asked for as an empty folder has none to lose.
+        if classes[0] not in ((), classes[1]) and any(first in file.parents for file in listing.files):
+            where = "/".join(listing.parts(first))
+            raise PictureError(
+                second, f"is the folder {where} again, whose pictures are of class {classes[0][0]}; remove one of the two"
+            )
+    numbers = sorted(filter(_is_number, found), key=lambda name: (int(name), name))
+    if len(numbers) < len(found):
+        return [*numbers, *sorted(found.keys() - set(numbers))]
+    for one, other in pairwise(numbers):
         if int(one) == int(other):
             raise PictureError(listing.root, f"its class folders {one} and {other} are one number; rename or join them")
-    return names
+    whole = sorted({*numbers, *filter(_is_number, listing.folders())}, key=int) if numbers else []
+    return whole if [int(name) for name in whole] == list(range(len(whole))) else numbers
+
+
+def renumbered(names: Sequence[str]) -> str:
+    """Which class folder, where all are named by numbers, has another label than its number; nothing where none has."""
+    wrong = next((i for i, name in enumerate(names) if not _is_number(name) or int(name) != i), None)
+    if wrong is None or not all(map(_is_number, names)):
+        return ""
+    return f"class folder {names[wrong]} has label {wrong}, as there is no folder {wrong}"
+
+
+def label_order(names: Sequence[str]) -> str:
+    """What is to be said of the labels of class folders: `renumbered`, or the order where numbers stand among names."""
+    if not 0 < sum(map(_is_number, names)) < len(names):
+        return renumbered(names)
+    shown = names if len(names) <= 6 else [*names[:3], "...", *names[-2:]]
+    return f"labels in the order {', '.join(shown)}"
+
+
+def _is_number(name: str) -> bool:
+    return name.isascii() and name.isdigit()
 
 
 @contextmanager

@@ -128,3 +128,58 @@ def test_an_empty_file_is_called_empty(tmp_path: Path):
     for data, told in ((b"", "is empty"), (b"dear reader", "is no picture, or damaged")):
         with pytest.raises(UserError, match=rf"x\.png: cannot be read: {told}$"):
             corner(data, "x.png", tmp_path)
+
+
+def numbered(root: Path, *names: str, empty: tuple[str, ...] = ()) -> Path:
+    for name in names:
+        write(root / name, x_png=Image.new("L", (4, 4), int(name)))
+    for name in empty:
+        write(root / name)
+    return root
+
+
+def labels(root: Path, **more: Any) -> tuple[dict[int, int], str, str]:
+    """Label by the number of a class folder, what is said of them, and why they are other numbers."""
+    data = ImageFolder(path=str(root), grey=True, **more).open()
+    x, y = data.all()
+    assert y is not None
+    assert data.classes == ImageFolder(path=str(root), grey=True).outline()[1]
+    seen = {round(float(a[0, 0, 0] + 1) * 127.5): int(b) for a, b in zip(x, y, strict=True)}
+    return seen, data.about().partition(" classes")[2], data.renumbered
+
+
+def test_a_numbered_class_folder_has_its_label_or_it_is_said(tmp_path: Path):
+    told = "class folder 1 has label 0, as there is no folder 0"
+    ten = numbered(tmp_path / "ten", *map(str, range(1, 11)))
+    assert labels(ten) == ({n: n - 1 for n in range(1, 11)}, f" ({told})", told)
+    assert labels(ten, renumber=True)[1:] == (f" ({told})", "")
+    assert "renumber" not in repr(ImageFolder(path="x"))  # caches of latents know their pictures by it
+    assert ImageFolder(path=str(ten)).renumbered() == told
+    told = "class folder 3 has label 2, as there is no folder 2"
+    assert labels(numbered(tmp_path / "gap", "0", "1", "3")) == ({0: 0, 1: 1, 3: 2}, f" ({told})", told)
+    filled = numbered(tmp_path / "filled", "00", "01", "03", empty=("02",))
+    assert labels(filled) == ({n: n for n in (0, 1, 3)}, "; left out: 1 folder without pictures", "")
+    assert ImageFolder(path=str(filled)).open().classes == 4
+    # An empty folder that fills no gap is no class.
+    other = numbered(tmp_path / "other", "0", "1", empty=("7", "new"))
+    assert labels(other) == ({0: 0, 1: 1}, "; left out: 2 folder without pictures", "")
+    assert ImageFolder(path=str(other)).open().classes == 2
+
+
+def test_one_folder_in_two_classes_is_refused(tmp_path: Path):
+    disk = write(tmp_path / "disk", a_png=Image.new("L", (4, 4)))
+    write(disk / "sub", b_png=Image.new("L", (4, 4)))
+    links = {"same": {"cat": disk, "dog": disk}, "part": {"cat": disk, "dog": disk / "sub"},
+             "whole": {"cat": disk / "sub", "dog": disk}}  # fmt: skip
+    said = {"same": "dog: is the folder cat", "part": "dog: is the folder cat/sub", "whole": "dog/sub: is the folder cat"}
+    for case, targets in links.items():
+        for name, target in targets.items():
+            write(tmp_path / case).joinpath(name).symlink_to(target)
+        with pytest.raises(UserError, match=rf"{said[case]} again, whose pictures are of class cat; remove one of the"):
+            ImageFolder(path=str(tmp_path / case)).open()
+    # Within a class, or up to the whole, it is read once and nothing is lost.
+    root = write(tmp_path / "up" / "cat", a_png=Image.new("L", (4, 4))).parent
+    write(root / "cat" / "sub", b_png=Image.new("L", (4, 4)))
+    (root / "cat" / "up").symlink_to(root)
+    (root / "cat" / "twice").symlink_to(root / "cat" / "sub")
+    assert len(ImageFolder(path=str(root)).open()) == 2
