@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar
@@ -20,7 +21,7 @@ from fewstep.data.tars import expand as expand, index as index
 from fewstep.data.text import Text, embed, read_prompts
 from fewstep.eval.protocol.real import RealPictures
 from fewstep.files import expanded, lines_of, parse_json, regular, text_of
-from fewstep.pictures import SUFFIXES, list_pictures
+from fewstep.pictures import SUFFIXES, PictureError, list_pictures
 
 
 def _texts(items: Sequence[Item], spec: Any) -> Text | None:
@@ -80,7 +81,9 @@ class Captions:
         return (1 if self.grey else 3, self.size, self.size), 0
 
     def open(self) -> Pictures:
-        root, _, names, skipped = self._listed()
+        root, told, names, skipped = self._listed()
+        if told is not None:
+            skipped |= _unlisted(root, told, [name for name, _ in names])
         items = [Item(file_reader(root / name), str(root / name), text) for name, text in names]
         return _opened(self, items, f"data {root}", skipped=skipped)
 
@@ -90,18 +93,42 @@ class Captions:
         if not root.is_dir():
             raise Absent(f"data folder {root}: no such folder")
         told = root / (self.captions or "captions.jsonl")
-        if not told.is_file():
+        if not os.path.isfile(told):
+            if os.path.lexists(told):
+                is_a = "a folder" if told.is_dir() else "a link to nothing" if told.is_symlink() else "a pipe or a device"
+                raise UserError(f"{told}: is {is_a}, expected a file of captions; put it there, or remove this")
             if self.captions is not None:
                 raise UserError(f"{told}: no such caption file")
             return root, None, _beside(root, skipped), skipped
         lines = _caption_file(told)
-        missing = [(n, name) for n, name, _ in lines if not (root / name).is_file()]
+        missing = [(n, name) for n, name, _ in lines if not os.path.isfile(root / name)]
         if missing:
             raise UserError(
-                f"{told}:{missing[0][0]}: names the picture {missing[0][1]}, which is not in {root} ({len(missing)} of "
-                f"{len(lines)} are missing); add the pictures or delete their lines"
+                f"{told}:{missing[0][0]}: names the picture {_short(missing[0][1])}, which is not in {root} "
+                f"({len(missing)} of {len(lines)} are missing); add the pictures or delete their lines"
             )
         return root, told, [(name, text) for _, name, text in lines], skipped
+
+
+def _unlisted(root: Path, told: Path, names: Sequence[str]) -> dict[str, str]:
+    """The pictures of a folder that its caption file leaves out, and what else is not read there."""
+    try:
+        listing = list_pictures(root)
+    except PictureError as error:  # of a file that no line names: told, and no reason to stop
+        return {error.name: error.reason}
+    known = {Path(name) for name in names}
+    left = [file for file in listing.files if file.relative_to(root) not in known]
+    if left:  # a picture may be named by another path, through a link
+        real = {os.path.realpath(root / name) for name in known}
+        left = [file for file in left if os.path.realpath(file) not in real]
+    skipped = {name: why for name, why in listing.skipped.items() if root / name != told}
+    return skipped | {str(file.relative_to(root)): f"not in {told.name}" for file in left}
+
+
+def _short(name: str) -> str:
+    """A name from a file, as it can be printed: a lone surrogate cannot."""
+    name = name if len(name) <= 60 else f"{name[:57]}..."
+    return name if name.isprintable() else ascii(name)
 
 
 def _opened(spec: Any, items: Sequence[Item], origin: str, classes: int = 0, **more: Any) -> Pictures:
