@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from fewstep.config import RecipeError, UserError
+from fewstep.data.base import renumbered
 from fewstep.data.latents import Encoder, vae_hash
 from fewstep.data.placed import encoding, placed
 from fewstep.data.shards import Shards
@@ -50,6 +51,8 @@ def cache_latents(
         "sha256 of the pictures": pictures_hash(opened),
         "captions": captions,
     }
+    if why := renumbered(opened):
+        facts["renumbered"] = why
     shards = Shards(out, facts, count, rows, remedy="choose another --out, or delete this folder")
     with shards.claimed() as todo:
         if todo:

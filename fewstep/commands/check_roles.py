@@ -44,11 +44,12 @@ SHAPING = (
 
 @dataclass
 class Roles:
-    """shape, classes, image: of the data, where it is here. modules: by role. absent: why a key is not known."""
+    """Roles by name in `modules`, why a key is not known in `absent`; the rest is the data's, where it is here."""
 
     shape: tuple[int, ...] = ()
     classes: int | None = None
     image: tuple[int, ...] | None = None
+    renumbered: str = ""
     modules: dict[str, nn.Module] = field(default_factory=dict)
     absent: dict[str, str] = field(default_factory=dict)
 
@@ -73,6 +74,7 @@ def look(recipe: Recipe, source: Source | None = None) -> Roles:
     if told is not None:
         found.shape, found.classes = told
         found.image = data.image_outline() if hasattr(data, "image_outline") else None
+        found.renumbered = data.renumbered() if hasattr(data, "renumbered") else ""
         if data.conditions is None:
             attempt("data", lambda: recipe.check_conditions("classes" if found.classes else "none"))
     if encoder := getattr(data, "encoder", None):
@@ -110,7 +112,7 @@ def _role(recipe: Recipe, name: str, spec: Any, found: Roles) -> nn.Module | Non
         return None  # why that one is not known is said
     if not found.shape:
         return None
-    site = Site(found.shape, found.classes or 0, found.modules, 0, found.image)
+    site = Site(found.shape, found.classes or 0, found.modules, 0, found.image, found.renumbered)
     refuse_code(f"roles.{name}" if name in recipe.roles else name, spec)
     if kind in ("lpips", "clip"):
         spec.check(site)
@@ -141,12 +143,13 @@ def _reward(recipe: Recipe, found: Roles) -> None:
 
 def _teacher(spec: Any, data: Any, found: Roles) -> nn.Module:
     refuse_code("teacher", spec)
+    site = Site(found.shape, found.classes or 0, {}, 0, found.image, found.renumbered)
     if spec.name != "diffusers":
-        return spec.build(Site(found.shape, found.classes or 0, {}, 0, found.image))
+        return spec.build(site)
     net = outlined_teacher(spec, data, found.classes)
     wrapper: Any = net.net
     if found.shape:
-        spec.check(net, Site(found.shape, found.classes or 0, {}, 0, found.image))
+        spec.check(net, site)
     else:
         found.shape = (wrapper.channels(), *wrapper.sample_size())
     read_folder(spec.folder).require_agreement()

@@ -8,14 +8,14 @@ from pathlib import Path
 from fewstep.commands.new_lines import Lines, levels, one_of, power_below, quoted
 from fewstep.config import UserError
 from fewstep.data.reader import split
-from fewstep.pictures import SUFFIXES, PictureError, class_names, facts, list_pictures
+from fewstep.pictures import SUFFIXES, PictureError, class_names, facts, list_pictures, renumbered
 
 METHODS = ("dmd2", "sid", "consistency")
 LARGEST = 128
 """Side in pixels up to which pictures of one size are trained as they are."""
 HELD_OUT = 0.1
 """Share of the pictures that is measured against, where there are enough."""
-GREY = ("grey", "16-bit grey", "black and white")
+GREY = ("grey", "12-bit grey", "16-bit grey", "16-bit grey, white at 0", "black and white")
 """Kinds of pictures with one channel."""
 
 
@@ -24,6 +24,7 @@ class Pictures:
     """What a folder holds: how many pictures, of what shape (c, h, w) as they are trained, in how many classes (0: none).
 
     size: the side to which they are resized, with the reason why; None where they stay as they are.
+    renumber: which class folder has another label than its number, with a teacher that is trained on that order.
     """
 
     path: Path
@@ -31,6 +32,7 @@ class Pictures:
     shape: tuple[int, int, int]
     classes: int
     size: tuple[int, str] | None = None
+    renumber: str = ""
 
     @property
     def few(self) -> bool:
@@ -52,6 +54,7 @@ class Pictures:
             ("  name: images", "a folder of pictures; `fewstep explain data.images`"),
             (f"  path: {quoted(self.path)}", "--data"),
             *([(f"  size: {self.size[0]}", self.size[1])] if self.size else []),
+            *([("  renumber: true", self.renumber)] if self.renumber else []),
             *grey,
             *([(f"  held_out: {HELD_OUT}", f"{self.held_out} pictures, {kept}")] if self.held_out else []),
         ]
@@ -85,19 +88,20 @@ def look(path: Path, as_they_are: bool = False) -> Pictures:
         raise UserError(f"--data {error}") from None
     if not seen:
         raise UserError(f"--data {path}: no pictures ({', '.join(SUFFIXES)}) in it")
+    renumber = "" if as_they_are else renumbered(classes)
     channels = 1 if all(kind in GREY for _, _, kind in seen) else 3
     sizes = {(h, w) for h, w, _ in seen}
     h, w = next(iter(sizes))
     halved = not (h % 2 or w % 2) and min(h, w) >= 8
     if len(sizes) == 1 and (as_they_are or (max(h, w) <= LARGEST and halved)):
-        return Pictures(path, len(seen), (channels, h, w), len(classes))
+        return Pictures(path, len(seen), (channels, h, w), len(classes), renumber=renumber)
     least = min(min(size) for size in sizes)
     side = next((s for s in (64, 32, 16, 8) if s <= least), None)
     if side is None:
         raise UserError(f"--data {path}: the smallest picture has {least} pixels, a UNet needs 8; leave such ones out")
     kinds = f"{len(sizes)} sizes, the smallest side {least}" if len(sizes) > 1 else f"all {h} x {w}"
     why = f"{kinds}; the middle square, a side that a network of pixels learns on one machine, ours"
-    return Pictures(path, len(seen), (channels, side, side), len(classes), (side, why))
+    return Pictures(path, len(seen), (channels, side, side), len(classes), (side, why), renumber)
 
 
 def teacher(found: Pictures) -> Lines:

@@ -57,6 +57,11 @@ def image_shape(data: Any) -> tuple[int, ...] | None:
     return getattr(data, "image_shape", None)
 
 
+def renumbered(data: Any) -> str:
+    """Why a label of an opened data set is not the number that its class is named by; nothing where all are."""
+    return getattr(data, "renumbered", "")
+
+
 class DataSpec(Protocol):
     """A data set as a recipe names it."""
 
@@ -67,6 +72,7 @@ class DataSpec(Protocol):
         """What stands beside its samples; None where only its files tell."""
         ...
 
+    # One that may label classes otherwise than they are named has also `renumbered() -> str`, as its opened set says it.
     # A part that stands on files has also `files() -> list[Path]`: a resumed run says when they have changed.
     def outline(self) -> tuple[tuple[int, ...], int]:
         """(shape of a sample, number of classes) at little cost. Absent: it is not here; UserError: it will not open."""

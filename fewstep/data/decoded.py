@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -53,4 +54,4 @@ class DecodedSpec:
         vae = decoder(self.vae)
         small = vae(torch.zeros(1, site.shape[0], 4, 4))
         shape = (small.shape[1], *(n * small.shape[-1] // 4 for n in site.shape[1:]))
-        return Decoded(vae, self.of.build(Site(shape, site.classes, site.roles, site.seed)))
+        return Decoded(vae, self.of.build(replace(site, shape=shape, image=None)))

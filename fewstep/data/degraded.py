@@ -13,7 +13,7 @@ from torch import Tensor
 from fewstep.algebra.draws import Draws, fold
 from fewstep.algebra.operators import Operator, OperatorPart
 from fewstep.config import NotNegative, UserError, part
-from fewstep.data.base import Conditions, Data, DataPart
+from fewstep.data.base import Conditions, Data, DataPart, renumbered
 from fewstep.data.latents import Encoder, vae_folder
 from fewstep.networks.folder import read_latents
 
@@ -70,6 +70,10 @@ class Degraded:
         self._shapes(shape)
         return self.latents(shape), classes if self.keep else 0
 
+    def renumbered(self) -> str:
+        """As the pictures' own."""
+        return self.of.renumbered() if self.keep and hasattr(self.of, "renumbered") else ""
+
     def image_outline(self) -> tuple[int, ...]:
         """(c', h', w') of the picture in the conditions; errors as `outline`."""
         return self._shapes(self.of.outline()[0])
@@ -123,6 +127,7 @@ class DegradedData:
         self.shape = spec.latents(tuple(inner.shape))
         self._encoder: Encoder | None = None
         self.classes = inner.classes if spec.keep else 0
+        self.renumbered = renumbered(inner) if spec.keep else ""
 
     @property
     def held(self) -> Sequence[int] | Tensor:

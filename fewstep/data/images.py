@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import field
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -17,7 +18,7 @@ from fewstep.data.reader import Crop, Item, Pictures, Resize, View, file_reader,
 from fewstep.eval.protocol.images import to_pixels
 from fewstep.eval.protocol.real import RealPictures, tensor_digest
 from fewstep.files import expanded
-from fewstep.pictures import SUFFIXES, Listing, class_names, facts, hidden, list_pictures, told
+from fewstep.pictures import SUFFIXES, Listing, class_names, facts, label_order, list_pictures, renumbered, told
 
 
 class InMemory(ClassConditions):
@@ -123,7 +124,7 @@ class FashionMNIST:
 
 @part("data", "images")
 class ImageFolder:
-    """Pictures in a folder; sub-folders, by number where all are numbers and by name otherwise, are the classes.
+    """Pictures in a folder; sub-folders are the classes: those named by numbers first, by value, the others by name.
 
     Links are followed, hidden files and folders are not read. A picture is turned as its EXIF tag says, laid on white
     where it is transparent and divided by 65,535 where it has 16 bits.
@@ -145,6 +146,10 @@ class ImageFolder:
     """True: half of the pictures, drawn anew each time, are mirrored left to right."""
     held_out: Share = 0.0
     """Share of the pictures, spread evenly, that is never trained on: evaluation against `data` takes these."""
+    # Not in the repr, by which a cache of latents knows its pictures: caches of before stay what they were.
+    renumber: bool = field(default=False, repr=False)
+    """True: class folders 1, 2, ... or with a gap mean labels 0, 1, 2, ... by their order, for a teacher with classes
+    too, which is refused otherwise."""
 
     def __post_init__(self) -> None:
         if self.size is None and (self.crop != "centre" or self.resize != "lanczos"):
@@ -168,6 +173,10 @@ class ImageFolder:
             raise UserError(f"data folder {root}: no pictures ({', '.join(SUFFIXES)}) in it{left}")
         return root, listing, names
 
+    def renumbered(self) -> str:
+        """Which class folder has another label than its number; nothing where `renumber` says that it is meant."""
+        return "" if self.renumber else renumbered(self._listed()[2])
+
     def outline(self) -> tuple[tuple[int, ...], int]:
         """As `open` has them; without `size` the first picture tells."""
         _, listing, names = self._listed()
@@ -183,7 +192,7 @@ class ImageFolder:
         items = [
             Item(file_reader(p), str(p), None, number[listing.parts(p)[0]] if names else None) for p in listing.files
         ]
-        empty = {p.name for p in root.iterdir() if p.is_dir() and not hidden(p.name)} - set(names) if names else set()
+        empty = set(listing.folders()) - {listing.parts(p)[0] for p in listing.files} if names else set()
         return Pictures(
             items,
             View(self.size, self.grey, self.resize, self.crop, self.flip),
@@ -191,5 +200,7 @@ class ImageFolder:
             held_out=self.held_out,
             origin=f"data {root}",
             skipped=listing.skipped | dict.fromkeys(sorted(empty), "folder without pictures"),
+            labelled=label_order(names),
+            renumbered="" if self.renumber else renumbered(names),
             remedy="give data.size, the side in pixels to which the middle of every picture is resized",
         )

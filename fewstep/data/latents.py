@@ -116,6 +116,11 @@ class Latents:
         first = Shards(root, {}, told["count"]).take(torch.tensor([0]))
         return tuple(first["mean"].shape[1:]), 0 if self.encoder else int(told["made_with"]["classes"])
 
+    def renumbered(self) -> str:
+        """As the pictures' own was when they were encoded."""
+        told = {} if self.encoder else read_index(expanded(self.path))["made_with"]
+        return str(told.get("renumbered", ""))
+
     def open(self) -> LatentData:
         root = expanded(self.path)
         told = read_index(root)
@@ -127,11 +132,16 @@ class Latents:
             if captions is None:
                 raise UserError(f"{root}: was made from pictures without captions; leave out data.encoder")
             text = embed(self.encoder, captions, negative=self.negative, zeros=self.zeros, cache=self.text_cache)
-        return LatentData(shards, int(told["made_with"]["classes"]), text, self)
+        data = LatentData(shards, int(told["made_with"]["classes"]), text, self)
+        data.renumbered = self.renumbered()
+        return data
 
 
 class LatentData(TextConditions):
     """Latents by number, on average the posterior's samples."""
+
+    renumbered = ""
+    """As `fewstep.data.base.renumbered` tells it."""
 
     def __init__(self, shards: Shards, classes: int, text: Text | None, spec: Latents) -> None:
         self.shards, self.text, self.sample, self.vae = shards, text, spec.sample, spec.vae

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import json
-import tarfile
+import os
 from collections.abc import Sequence
-from glob import glob
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -18,10 +17,11 @@ from fewstep.config import Absent, UserError, part
 from fewstep.data.base import Conditions, EncoderPart, Share
 from fewstep.data.conditions import TextConditions
 from fewstep.data.reader import Crop, Item, Pictures, Resize, View, file_reader, refusals
+from fewstep.data.tars import expand as expand, index as index
 from fewstep.data.text import Text, embed, read_prompts
 from fewstep.eval.protocol.real import RealPictures
 from fewstep.files import expanded, lines_of, parse_json, regular, text_of
-from fewstep.pictures import SUFFIXES, hidden, list_pictures
+from fewstep.pictures import SUFFIXES, PictureError, list_pictures
 
 
 def _texts(items: Sequence[Item], spec: Any) -> Text | None:
@@ -81,7 +81,9 @@ class Captions:
         return (1 if self.grey else 3, self.size, self.size), 0
 
     def open(self) -> Pictures:
-        root, _, names, skipped = self._listed()
+        root, told, names, skipped = self._listed()
+        if told is not None:
+            skipped |= _unlisted(root, told, [name for name, _ in names])
         items = [Item(file_reader(root / name), str(root / name), text) for name, text in names]
         return _opened(self, items, f"data {root}", skipped=skipped)
 
@@ -91,18 +93,42 @@ class Captions:
         if not root.is_dir():
             raise Absent(f"data folder {root}: no such folder")
         told = root / (self.captions or "captions.jsonl")
-        if not told.is_file():
+        if not os.path.isfile(told):
+            if os.path.lexists(told):
+                is_a = "a folder" if told.is_dir() else "a link to nothing" if told.is_symlink() else "a pipe or a device"
+                raise UserError(f"{told}: is {is_a}, expected a file of captions; put it there, or remove this")
             if self.captions is not None:
                 raise UserError(f"{told}: no such caption file")
             return root, None, _beside(root, skipped), skipped
         lines = _caption_file(told)
-        missing = [(n, name) for n, name, _ in lines if not (root / name).is_file()]
+        missing = [(n, name) for n, name, _ in lines if not os.path.isfile(root / name)]
         if missing:
             raise UserError(
-                f"{told}:{missing[0][0]}: names the picture {missing[0][1]}, which is not in {root} ({len(missing)} of "
-                f"{len(lines)} are missing); add the pictures or delete their lines"
+                f"{told}:{missing[0][0]}: names the picture {_short(missing[0][1])}, which is not in {root} "
+                f"({len(missing)} of {len(lines)} are missing); add the pictures or delete their lines"
             )
         return root, told, [(name, text) for _, name, text in lines], skipped
+
+
+def _unlisted(root: Path, told: Path, names: Sequence[str]) -> dict[str, str]:
+    """The pictures of a folder that its caption file leaves out, and what else is not read there."""
+    try:
+        listing = list_pictures(root)
+    except PictureError as error:  # of a file that no line names: told, and no reason to stop
+        return {error.name: error.reason}
+    known = {Path(name) for name in names}
+    left = [file for file in listing.files if file.relative_to(root) not in known]
+    if left:  # a picture may be named by another path, through a link
+        real = {os.path.realpath(root / name) for name in known}
+        left = [file for file in left if os.path.realpath(file) not in real]
+    skipped = {name: why for name, why in listing.skipped.items() if root / name != told}
+    return skipped | {str(file.relative_to(root)): f"not in {told.name}" for file in left}
+
+
+def _short(name: str) -> str:
+    """A name from a file, as it can be printed: a lone surrogate cannot."""
+    name = name if len(name) <= 60 else f"{name[:57]}..."
+    return name if name.isprintable() else ascii(name)
 
 
 def _opened(spec: Any, items: Sequence[Item], origin: str, classes: int = 0, **more: Any) -> Pictures:
@@ -213,94 +239,6 @@ class WebDataset:
             if wrong:
                 raise UserError(f"{wrong.name}: its class is {wrong.label}, not one of 0..{self.classes - 1} (.cls)")
         return _opened(self, items, f"data {self.shards}", self.classes)
-
-
-def expand(pattern: str) -> list[Path]:
-    """Paths of a pattern with wildcards and one {0000..0012}, sorted. Raises UserError when there are none."""
-    before, brace, rest = pattern.partition("{")
-    if brace:
-        span, _, after = rest.partition("}")
-        first, dots, last = span.partition("..")
-        if not (dots and first.isdigit() and last.isdigit()):
-            raise UserError(f"shards {pattern}: expected a range such as {{0000..0012}}")
-        names = [f"{before}{i:0{len(first)}d}{after}" for i in range(int(first), int(last) + 1)]
-    else:
-        names = sorted(glob(str(expanded(pattern))))
-    paths = [expanded(n) for n in names]
-    absent = [p for p in paths if not p.is_file()]
-    if absent or not paths:
-        raise Absent(f"shards {pattern}: " + (f"{absent[0]} is missing" if absent else "match no file"))
-    return paths
-
-
-def index(path: Path) -> list[Item]:
-    """The samples of one tar file; only headers, captions and classes are read.
-
-    Raises:
-        UserError: a file that is no tar, is cut off, holds one name twice, or a sample without a picture.
-    """
-    groups: dict[str, dict[str, tuple[int, int]]] = {}
-    end, last = 0, "its first member"
-    try:
-        with tarfile.open(path, "r:") as tar:
-            for member in tar:
-                end, last = member.offset_data + -(-member.size // 512) * 512, member.name
-                if not member.isfile() or any(hidden(p) for p in member.name.split("/") if p not in ("", ".")):
-                    continue
-                folder, _, name = member.name.rpartition("/")
-                stem, _, kind = name.partition(".")
-                parts = groups.setdefault(f"{folder}/{stem}".lstrip("/"), {})
-                if kind.lower() in parts:
-                    raise UserError(f"{path}: holds {member.name} twice; give every sample a name of its own")
-                parts[kind.lower()] = (member.offset_data, member.size)
-    except (tarfile.TarError, OSError) as error:
-        raise UserError(f"{path}: not a readable tar file (compressed ones are not read): {error}") from None
-    _refuse_cut(path, end, last)
-
-    def read(span: tuple[int, int], limit: int | None = None) -> bytes:
-        with path.open("rb") as f:
-            f.seek(span[0])
-            return f.read(span[1] if limit is None else min(limit, span[1]))
-
-    items = []
-    for stem, parts in groups.items():
-        picture = next((parts[s[1:]] for s in SUFFIXES if s[1:] in parts), None)
-        name = f"{path}:{stem}"
-        if picture is None:
-            raise UserError(f"{name}: has no picture ({', '.join(SUFFIXES)}), only {', '.join(sorted(parts))}")
-        caption, label = None, None
-        try:
-            if "txt" in parts:
-                caption = text_of(read(parts["txt"]), f"{name}.txt").strip(" \t\r\n")
-            elif "json" in parts:
-                told = parse_json(text_of(read(parts["json"]), f"{name}.json"), "its .json")
-                caption = told.get("caption")
-                if "caption" in told and not isinstance(caption, str):
-                    raise ValueError(f'"caption" is {json.dumps(caption)[:60]}, expected a text')
-            if "cls" in parts:
-                label = int(read(parts["cls"]).decode())
-        except (ValueError, AttributeError, TypeError, UserError) as error:
-            raise UserError(f"{name}: its caption or class cannot be read: {error}") from None
-        items.append(Item(lambda limit=None, span=picture: read(span, limit), name, caption, label))
-    if not items:
-        raise UserError(f"{path}: holds no sample")
-    return items
-
-
-def _refuse_cut(path: Path, end: int, last: str) -> None:
-    """UserError unless zeros follow the last member and nothing else: tarfile is silent about what is cut there."""
-    with path.open("rb") as f:
-        size = f.seek(0, 2)
-        if size < end:
-            raise UserError(f"{path}: ends within {last}; the file is cut off, copy it again")
-        f.seek(end)
-        mark = f.read(512)
-        if len(mark) < 512:
-            raise UserError(f"{path}: ends after {last} without the mark of an end; the file is cut off, copy it again")
-        while mark:
-            if mark.count(0) != len(mark):
-                raise UserError(f"{path}: holds more after {last}, which cannot be read: damaged, or two files joined")
-            mark = f.read(1 << 20)
 
 
 @part("data", "prompts")

@@ -102,6 +102,8 @@ class Pictures(TextConditions):
         held_out: share that `batch` never gives, for evaluation.
         origin: what messages call the set.
         skipped: files that are not among the items, and why.
+        labelled: what `about` says of how classes have their labels.
+        renumbered: why a label is another number than the one that its class is named by.
         remedy: what a message says to do where sizes differ.
     """
 
@@ -115,10 +117,13 @@ class Pictures(TextConditions):
         held_out: float = 0.0,
         origin: str = "data",
         skipped: Mapping[str, str] | None = None,
+        labelled: str = "",
+        renumbered: str = "",
         remedy: str = "give `size`",
     ) -> None:
         self.items, self.view, self.classes, self.text = items, view, classes, text
         self.origin, self.skipped = origin, dict(skipped or {})
+        self.labelled, self.renumbered = labelled, renumbered
         with refusals():
             self.facts = [_facts(item) for item in items]
         if view.size is None:
@@ -166,7 +171,7 @@ class Pictures(TextConditions):
         if self.view.size is not None:
             line += f", {_way(self.view)}"
         if self.classes:
-            line += f", {self.classes} classes"
+            line += f", {self.classes} classes" + (f" ({self.labelled})" if self.labelled else "")
         if len(self.held):
             line += f", {len(self.held)} held out"
         return line + (f"; left out: {told(self.skipped.values())}" if self.skipped else "")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -138,7 +139,7 @@ class BridgedSpec:
                 f"bridged: a bridge starts from a picture of the samples' shape {list(site.shape)}, and the data's "
                 f"conditions hold {held}; degrade by blur, box or another that keeps the size"
             )
-        inner = self.of.build(Site(site.shape, site.classes, site.roles, site.seed, site.image if self.sees else None))
+        inner = self.of.build(replace(site, image=site.image if self.sees else None))
         if not isinstance(inner, Denoiser) or inner.prediction != "x0":
             raise RecipeError("bridged.of: takes a network of its own with prediction: x0, such as dit")
         try:

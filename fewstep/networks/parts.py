@@ -20,6 +20,7 @@ class Site:
     """Where a role is built: the data's shape and classes, the roles built so far, the seed of its weights.
 
     image: (c', h', w') of the picture in the data's conditions, None for none.
+    renumbered: why a label of the data is not the number that its class is named by.
     """
 
     shape: tuple[int, ...]
@@ -27,6 +28,7 @@ class Site:
     roles: Mapping[str, nn.Module]
     seed: int
     image: tuple[int, ...] | None = None
+    renumbered: str = ""
 
     def role(self, name: str, asked_by: str) -> nn.Module:
         if name not in self.roles:
@@ -45,6 +47,16 @@ class Opened(Protocol):
     def files(self) -> list[Path]: ...
 
     def open(self, shape: tuple[int, ...]) -> Any: ...
+
+
+def check_labels(site: Site, key: str) -> None:
+    """RecipeError for a part that knows classes by their numbers, where the data has renumbered its own."""
+    if site.renumbered:
+        raise RecipeError(
+            f"{key}: knows classes by their numbers, and in the data {site.renumbered}; rename the folders 0, 1, 2, ... "
+            "(an empty one stands for a class without pictures), or say renumber: true of the data where their order "
+            "is that of the classes"
+        )
 
 
 def check_image(site: Site, channels: int, key: str, *, able: bool = True) -> None:

@@ -17,7 +17,7 @@ from fewstep.eval.features.house import HouseClassifier, HouseDigits, HouseFashi
 from fewstep.eval.features.pixel_network import CLIP_MEAN, CLIP_STD
 from fewstep.files import expanded
 from fewstep.networks import code
-from fewstep.networks.parts import Site
+from fewstep.networks.parts import Site, check_labels
 
 HOUSE: dict[str, type[HouseClassifier]] = {"digits": HouseDigits, "fashion-mnist": HouseFashion}
 OWN_GRADIENT = "method pso only compares rewards and needs no gradient of them"
@@ -151,6 +151,7 @@ class HouseClassifierSpec:
                 f"house-classifier.of {self.of}: is for grey pictures of {kind.size} x {kind.size} in {kind.classes} "
                 f"classes; the data has shape {list(site.shape)} and {site.classes} classes"
             )
+        check_labels(site, f"house-classifier.of {self.of}")
         return Confidence(kind.load())
 
 

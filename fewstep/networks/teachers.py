@@ -17,7 +17,7 @@ from fewstep.networks.analytic import Length, ring
 from fewstep.networks.denoiser import Denoiser, Rescheduled, TimeInput
 from fewstep.networks.folder import resolve
 from fewstep.networks.hub import NAME
-from fewstep.networks.parts import NetworkPart, Site, check_prediction
+from fewstep.networks.parts import NetworkPart, Site, check_labels, check_prediction
 
 
 @part("teacher", "diffusers")
@@ -100,6 +100,8 @@ class DiffusersTeacher:
                 f"teacher {self.path}: has {own} classes, the data {site.classes}; their numbers (and the null class "
                 f"{own}) must mean the same"
             )
+        if own and site.classes:
+            check_labels(site, f"teacher {self.path}")
         shown = None if "image" in (*self.ignore, *self.see) else site.image
         if shown is not None and net.image_channels != shown[0]:
             takes = f"takes a picture of {net.image_channels} channels" if net.image_channels else "takes no picture"
@@ -139,6 +141,8 @@ class ModuleTeacher:
         if not isinstance(model, nn.Module):
             raise UserError(f"teacher.factory {self.factory!r}: returned a {type(model).__name__}, not a torch module")
         classes = site.classes if "label" in self.arguments else 0
+        if classes:
+            check_labels(site, f"teacher.factory {self.factory}")
         net = Declared.by_names(model, self.arguments, self.taps, classes=classes)
         return frozen(Denoiser(net, self.process, self.prediction, self.time_input))
 

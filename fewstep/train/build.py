@@ -7,7 +7,7 @@ from torch import nn
 
 from fewstep.algebra.draws import Draws, fold
 from fewstep.config import RecipeError
-from fewstep.data.base import Data, conditions_of, image_shape
+from fewstep.data.base import Data, conditions_of, image_shape, renumbered
 from fewstep.networks import code
 from fewstep.networks.adapters import Adapted, own_parameters
 from fewstep.networks.parts import Site
@@ -33,7 +33,8 @@ def build_roles(recipe: Recipe, data: Data, teacher: nn.Module | None = None) ->
         if name in modules:
             continue
         seed = fold(recipe.train.seed, "weights", name) % 2**63
-        modules[name] = recipe.spec(name).build(Site(data.shape, data.classes, modules, seed, image_shape(data)))
+        site = Site(data.shape, data.classes, modules, seed, image_shape(data), renumbered(data))
+        modules[name] = recipe.spec(name).build(site)
     processes = {name: m.process for name, m in modules.items() if hasattr(m, "process")}
     for name, process in processes.items():
         # Methods noise once and show the result to every role, at times of the student's process.

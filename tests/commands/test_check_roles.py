@@ -203,3 +203,29 @@ NO_GOOD = [
 def test_values_that_cannot_train_are_refused(setting: str):
     with pytest.raises(RecipeError, match=r"argument '"):
         load(TOY, [setting])
+
+
+def test_labels_that_are_not_their_folders_numbers_are_refused_with_a_teacher_of_classes(tmp_path: Path):
+    def ready(first: int, *settings: str) -> str:
+        root = tmp_path / str(first)
+        for c in range(first, first + 10):
+            (root / str(c)).mkdir(parents=True, exist_ok=True)
+            (root / str(c) / "x.png").write_bytes(encoded(Image.fromarray(noise(8, 8, seed=c))))
+        data = f"data={{name: images, path: {root}, grey: true}}"
+        try:
+            check(DIGITS, [data, *settings, "evaluate=null"])
+            Session(load(DIGITS, [data, *settings, "evaluate=null"]), cpu=True)
+        except RecipeError as error:
+            with pytest.raises(RecipeError, match="knows classes by their numbers"):
+                Session(load(DIGITS, [data, *settings, "evaluate=null"]), cpu=True)
+            return str(error)
+        return ""
+
+    assert ready(0) == ""
+    assert ready(1, "data.renumber=true") == ""
+    told = ready(1)
+    assert (
+        "knows classes by their numbers, and in the data class folder 1 has label 0, as there is no folder 0; re" in told
+    )
+    # A network that learns these very labels has no others.
+    check("digits-teacher", [f"data={{name: images, path: {tmp_path / '1'}, grey: true}}", "evaluate=null"])

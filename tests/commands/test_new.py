@@ -88,6 +88,15 @@ def test_pixels_from_scratch(here: Path):
     trained("mine.yaml", "train.steps=2")
 
 
+def test_folders_whose_numbers_are_no_labels_are_taken_by_their_order(here: Path):
+    """Both recipes say so: the teacher is trained on that order, and the student is refused otherwise."""
+    make_pictures(here / "shapes", 4, (16, 16), classes=2)
+    for c in (0, 1):
+        (here / "shapes" / f"class{c}").rename(here / "shapes" / str(c + 1))
+    list(new(Wish(Path("mine.yaml"), 2, data=Path("shapes"))))
+    assert [written(file)["data"].get("renumber") for file in ("mine-teacher.yaml", "mine.yaml")] == [True, True]
+
+
 def main_run(*arguments: str) -> None:
     with pytest.raises(SystemExit) as caught:
         main(list(arguments))

@@ -183,7 +183,10 @@ def test_class_folders(tmp_path: Path):
         c: c for c in range(12)
     }
     write(tmp_path / "n" / "one", x_png=Image.new("L", (4, 4)))
-    assert labels_of(tmp_path / "n")[:4] == [0, 1, 2, 3]  # names again: 0, 1, 10, 11, 2, ...
+    assert sorted(labels_of(tmp_path / "n")) == list(range(13))
+    data = ImageFolder(path=str(tmp_path / "n"), grey=True).open()
+    assert [i.label for i in data.items if Path(i.name).parent.name in ("2", "10", "one")] == [10, 2, 12]
+    assert "13 classes (labels in the order 0, 1, 2, ..., 11, one)" in data.about()
     for name in ("1", "01"):
         write(tmp_path / "two" / name, x_png=Image.new("L", (4, 4)))
     with pytest.raises(UserError, match=r"two: its class folders 0?1 and 0?1 are one number"):
@@ -417,3 +420,40 @@ def test_held_out_leaves_something_on_both_sides(tmp_path: Path):
     plain = ImageFolder(path=str(root)).open()
     assert plain.reference().count == 10
     assert plain.reference().about == "the run's data, which it was trained on"
+
+
+def test_pictures_without_a_line_are_counted(tmp_path: Path):
+    root = write(tmp_path / "d", **{f"{k}_png": Image.new("L", (4, 4)) for k in "xyz"})
+    told = root / "captions.jsonl"
+    told.write_text('{"file": "./x.png", "text": "red"}\n')
+    assert Captions(path=str(root), size=4).open().about().endswith("; left out: 2 not in captions.jsonl")
+    (root / "link.png").symlink_to("y.png")
+    told.write_text("".join(f'{{"file": "{k}.png", "text": "red"}}\n' for k in ("x", "z", "link")))
+    assert Captions(path=str(root), size=4).open().skipped == {}
+    (root / "gone.png").symlink_to("nothing")  # not asked for: said, and not in the way
+    data = Captions(path=str(root), size=4).open()
+    assert (len(data), [why for why in data.skipped.values() if "is a link to nothing, which is not there" in why]) == (
+        3, list(data.skipped.values())
+    )  # fmt: skip
+    assert data.skipped
+
+
+@pytest.mark.parametrize("kind", ["a link to nothing", "a pipe or a device", "a folder"])
+@pytest.mark.parametrize("name", [None, "captions.jsonl"])
+def test_a_caption_file_that_is_none_is_refused(tmp_path: Path, kind: str, name: str | None):
+    root = write(tmp_path / "d", x_png=Image.new("L", (4, 4)), x_txt=b"red")
+    told = root / "captions.jsonl"
+    {"a l": lambda: told.symlink_to("gone"), "a p": lambda: os.mkfifo(told), "a f": told.mkdir}[kind[:3]]()
+    with pytest.raises(
+        UserError, match=rf"captions\.jsonl: is {kind}, expected a file of captions; put it there, or rem"
+    ):
+        Captions(path=str(root), size=4, captions=name).open()
+
+
+def test_a_name_that_is_no_files_is_missing(tmp_path: Path):
+    root = write(tmp_path / "d", x_png=Image.new("L", (4, 4)))
+    names = {"x" * 300: r"x{57}\.\.\.", "x\\ud83d.png": r"'x\\ud83d\.png'", "x\\u0000.png": r"'x\\x00\.png'"}
+    for name, shown in names.items():
+        (root / "captions.jsonl").write_text(f'{{"file": "{name}", "text": "red"}}\n')
+        with pytest.raises(UserError, match=rf"captions\.jsonl:1: names the picture {shown}, which is not in"):
+            Captions(path=str(root), size=4).open()

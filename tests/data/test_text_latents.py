@@ -233,6 +233,24 @@ def test_latents_are_the_vaes_and_bound_to_it(tmp_path: Path):
     )
 
 
+def test_latents_keep_that_their_labels_are_not_their_folders_numbers(tmp_path: Path):
+    vae, recipe, told = make_vae(tmp_path / "vae"), tmp_path / "mine.yaml", "class folder 1 has label 0, as there is no"
+    for c in (1, 2):
+        (tmp_path / "data" / str(c)).mkdir(parents=True)
+        pictures(tmp_path / "data" / str(c), 1, (8, 8))
+    captioned(tmp_path / "other", recipe)
+    for more, kept in (({}, told), ({"renumber": True}, "")):
+        settings = [f"data={json.dumps({'name': 'images', 'path': str(tmp_path / 'data')} | more)}"]
+        out = tmp_path / f"latents{len(more)}"
+        for _ in range(2):
+            cache_latents(str(recipe), settings, str(vae), out)
+        spec = Latents(path=str(out), vae=str(vae))
+        assert spec.outline()[1] == spec.open().classes == 2
+        assert spec.renumbered() == spec.open().renumbered
+        assert spec.renumbered().startswith(kept)
+        assert bool(spec.renumbered()) == bool(kept)
+
+
 def test_pictures_are_resized_and_cut_to_the_middle(tmp_path: Path):
     for p in pictures(tmp_path, 1, (9, 5)):
         raw = torch.frombuffer(bytearray(Image.open(p).tobytes()), dtype=torch.uint8).reshape(5, 9, 3)

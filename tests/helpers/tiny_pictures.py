@@ -41,6 +41,15 @@ def deep_png(values: np.ndarray) -> bytes:
     return png(values.shape[1], values.shape[0], rows, 16, 2 if values.ndim == 3 else 0)
 
 
+def tiff(width: int, height: int, data: bytes, bits: int, **tags: int) -> bytes:
+    """A grey TIFF of raw samples, which Pillow reads and does not write; tags by number as `t262=0`."""
+    told = {256: width, 257: height, 258: bits, 259: 1, 262: 1, 277: 1, 278: height, 279: len(data)}
+    told |= {int(key[1:]): value for key, value in tags.items()}
+    told[273] = 8 + 2 + 12 * (len(told) + 1) + 4
+    rows = b"".join(struct.pack("<HHII", key, 4, 1, told[key]) for key in sorted(told))
+    return b"II*\0" + struct.pack("<IH", 8, len(told)) + rows + struct.pack("<I", 0) + data
+
+
 def make_tar(path: Path, members: list[tuple[str, bytes]]) -> Path:
     with tarfile.open(path, "w") as tar:
         for name, data in members:
