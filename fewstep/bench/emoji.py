@@ -2,8 +2,8 @@
 
     python -m fewstep.bench.emoji RUN... [--interrupted RUN...] [--out assets/emoji.json]
 
-Distance and captions found are those of each run's own report and, for the teacher, of its relay.json; saturation is
-measured here, over every caption of the data and from one noise.
+Distance and captions found are those of each run's own report and, for the teacher, of its relay.json; saturation and how
+far pictures are from their mirror images are measured here, over every caption of the data and from one noise.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from fewstep.commands.compare.kept import write_json
 from fewstep.commands.compare.ranking import cells_line
@@ -65,26 +66,34 @@ def row_of(run: Path, interrupted: bool) -> dict[str, Any]:
 
 
 def measured(runs: Sequence[Path], interrupted: Sequence[Path], teacher: Mapping[str, Any]) -> dict[str, Any]:
-    """Rows of runs, and the saturation of the data, of the teacher as it was measured for relay.json, and of each run."""
+    """Rows of runs, and looks of the data, of the teacher as it was measured for relay.json, and of each run."""
     rows = [row_of(run, run in interrupted) for run in runs]
     recipe: Any = load_run(runs[0])
     captions = [item.caption for item in recipe.data.open().items]
-    shown: dict[str, float] = {}
+    shown: dict[str, dict[str, float]] = {}
     pictures = torch.empty(0)
     also = few_steps(runs, teacher)
-    for key, how in _keyed(teacher["measured"], also):
+    for how in [*teacher["measured"], *also]:
         beside = runs if not shown else runs[:1]
         drawn = rows_of(beside, captions, steps=how["heun_steps"], guidance=how["guidance"], seed=0)
-        found = [float(saturation(x.clamp(-1, 1))) for _, x in drawn]
-        shown[key] = found[1]
+        found = [looks(x.clamp(-1, 1)) for _, x in drawn]
+        shown[_key(how)] = found[1]
         if beside is runs:
             shown["data"] = found[0]
             pictures = drawn[0][1]
-            rows = [r | {"saturation": value} for r, value in zip(rows, found[2:], strict=True)]
+            rows = [r | told for r, told in zip(rows, found[2:], strict=True)]
     judge = Retrieval.load(str(expanded(recipe.evaluate.retrieval)))
     count = len(captions)
     known = judge.accuracy(to_pixels(pictures).float(), torch.arange(count), min(100, count))
-    return {"rows": rows, "saturation": shown, "found": known.value, "teacher": teacher["updates"], "also": also}
+    return {"rows": rows, "shown": shown, "found": known.value, "teacher": teacher["updates"], "also": also}
+
+
+def looks(x: Tensor) -> dict[str, float]:
+    """Of pictures (n, 3, h, w) in [-1, 1]: their saturation, and sides, the mean difference from their mirror images.
+
+    A caption has a picture and its mirror image; the mean of the two, of no side, is what one call of a teacher draws.
+    """
+    return {"saturation": float(saturation(x)), "sides": float((x - x.flip(-1)).abs().mean())}
 
 
 def few_steps(runs: Sequence[Path], teacher: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -102,33 +111,52 @@ def few_steps(runs: Sequence[Path], teacher: Mapping[str, Any]) -> list[dict[str
 
 
 def table(content: Mapping[str, Any], teacher: Mapping[str, Any]) -> str:
-    """Data, teacher and students, and the shipped recipes that have no row; saturation is a share of the teacher's."""
-    head = ["", "calls", "FD (EfficientNet-lite0)", FOUND, "saturation, of the teacher's", "updates"]
+    """Data, teacher and students, and the recipes that have no row; looks are shares of the teacher's or data's."""
+    head = [
+        "",
+        "calls",
+        "FD (EfficientNet-lite0)",
+        FOUND,
+        "saturation, of the teacher's",
+        "sides, of the data's",
+        "updates",
+    ]
     lines = [cells_line(head), cells_line(["---"] * len(head))]
-    # Of another teacher the saturation says nothing.
-    shown = content["saturation"] if content["teacher"] == teacher["updates"] else {}
-    base = shown.get("guidance 1")
+    # Of another teacher its looks say nothing.
+    shown = content["shown"] if content["teacher"] == teacher["updates"] else {}
+    base = base_of(content, teacher)
+
+    def shares(own: Mapping[str, float] | None) -> list[str]:
+        if own is None or base is None:
+            return ["not run"] * 2
+        return [f"{own['saturation'] / base['saturation']:.2f}", f"{own['sides'] / shown['data']['sides']:.2f}"]
+
     if base:
-        lines.append(cells_line(["the data", "", "", _share(content["found"]), f"{shown['data'] / base:.2f}", ""]))
+        lines.append(cells_line(["the data", "", "", _share(content["found"]), *shares(shown["data"]), ""]))
     known = {how["heun_steps"] for how in teacher["measured"] if how["guidance"] == 1}
     also = [how for how in content.get("also", ()) if shown and how["heun_steps"] not in known]
-    for key, how in _keyed(teacher["measured"], also):
+    for how in sorted([*teacher["measured"], *also], key=lambda how: (-how["heun_steps"], how["guidance"])):
         steps, scale = how["heun_steps"], how["guidance"]
         name = f"teacher, {steps} Heun step{'s' * (steps > 1)}" + (f", guidance {scale:g}" if scale != 1 else "")
         calls = (2 * steps - 1) * (1 if scale == 1 else 2)
-        own = shown.get(key)
-        cells = [f"{how['value']:.1f}", _share(how.get("retrieval")), f"{own / base:.2f}" if own and base else "not run"]
+        cells = [f"{how['value']:.1f}", _share(how.get("retrieval")), *shares(shown.get(_key(how)))]
         lines.append(cells_line([name, str(calls), *cells, f"{teacher['updates']:,}"]))
     rows = current(content) if base else []
     for r in sorted(rows, key=lambda r: r["value"]):
-        cells = [f"{r['value']:.1f}", _share(r["found"]), f"{r['saturation'] / base:.2f}"]
+        cells = [f"{r['value']:.1f}", _share(r["found"]), *shares(r)]
         told = f"{r['updates']}" + " (interrupted)" * r["interrupted"]
         lines.append(cells_line([f"`{r['recipe']}`", str(r["calls"]), *cells, told]))
     have, old = {r["recipe"] for r in rows}, {r["recipe"] for r in content["rows"]}
     for name in (n for n in shipped() if n.startswith(PREFIX) and n not in have):
         told = "of an earlier recipe or teacher" if name in old else "not run"
-        lines.append(cells_line([f"`{name}`", "", *[told] * 3, ""]))
+        lines.append(cells_line([f"`{name}`", "", *[told] * 4, ""]))
     return "\n".join(lines)
+
+
+def base_of(content: Mapping[str, Any], teacher: Mapping[str, Any]) -> Mapping[str, float] | None:
+    """Looks of the teacher in its most steps without guidance; None where they are of another one than `teacher`."""
+    most = max((how for how in teacher["measured"] if how["guidance"] == 1), key=lambda how: how["heun_steps"])
+    return content["shown"].get(_key(most)) if content["teacher"] == teacher["updates"] else None
 
 
 def current(content: Mapping[str, Any]) -> list[Mapping[str, Any]]:
@@ -136,10 +164,9 @@ def current(content: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     return [r for r in content["rows"] if r["recipe"] in shipped() and r["identity"] == today(r["recipe"])]
 
 
-def _keyed(measured: Sequence[Mapping[str, Any]], also: Sequence[Mapping[str, Any]]) -> list[tuple[str, Any]]:
-    """Rows of the teacher, relay.json's first, by what their saturation is kept under."""
-    few = [(f"{how['heun_steps']} steps", how) for how in also]
-    return [*((f"guidance {how['guidance']:g}", how) for how in measured), *few]
+def _key(how: Mapping[str, Any]) -> str:
+    """What the looks of a row of the teacher are kept under."""
+    return f"{how['heun_steps']} steps, guidance {how['guidance']:g}"
 
 
 def _share(value: float | None) -> str:

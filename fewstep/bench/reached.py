@@ -121,7 +121,8 @@ def one_step_emoji(file: Path) -> str:
         return NOT_RUN
     content = read_json(file)
     row = next((r for r in emoji.current(content) if r["recipe"] == "emoji-dmd2"), None)
-    if row is None:
+    base = emoji.base_of(content, emoji.shipped_teacher())
+    if row is None or base is None:
         return NOT_RUN
-    share = row["saturation"] / content["saturation"]["guidance 1"] - 1
+    share = row["saturation"] / base["saturation"] - 1
     return f"{100 * row['found']:.0f} %; {100 * share:+.1f} %" + " (interrupted)" * row["interrupted"]

@@ -92,19 +92,27 @@ def test_what_has_no_file_was_not_run_and_what_has_one_says_its_numbers(tmp_path
 
 def test_emoji_students_stand_beside_their_teacher_and_the_untrained_say_so(tmp_path: Path):
     content, teacher = read_json(assets() / "emoji.json"), emoji.shipped_teacher()
-    base, row = content["saturation"]["guidance 1"], content["rows"][0]
-    row |= {"recipe": "emoji-dmd2", "value": 12.345, "found": 0.5, "saturation": 1.25 * base, "interrupted": True}
+    base, row = emoji.base_of(content, teacher), content["rows"][0]
+    assert base is content["shown"]["8 steps, guidance 1"]
+    own = {"saturation": 1.25 * base["saturation"], "sides": 0.75 * content["shown"]["data"]["sides"]}
+    row |= {"recipe": "emoji-dmd2", "value": 12.345, "found": 0.5, "interrupted": True} | own
     content["rows"] = [row]
-    content["also"] = [{"heun_steps": 1, "guidance": 1.0, "value": 23.456, "retrieval": 0.75}]
-    content["saturation"]["1 steps"] = 0.5 * base
+    content["also"] = [{"heun_steps": 2, "guidance": 1.0, "value": 23.456, "retrieval": 0.75}]
+    content["shown"]["2 steps, guidance 1"] = {k: 0.5 * v for k, v in base.items()}
     found = lines(emoji.table(content, teacher))
-    assert found["teacher, 1 Heun step"] == ["1", "23.5", "75 %", "0.50", f"{teacher['updates']:,}"]
-    assert "teacher, 1 Heun step" not in lines(emoji.table(content | {"teacher": 1}, teacher))  # of another one
-    assert found["`emoji-dmd2`"] == ["1", "12.3", "50 %", "1.25", f"{row['updates']} (interrupted)"]
+    sides = 0.5 * base["sides"] / content["shown"]["data"]["sides"]
+    assert found["teacher, 2 Heun steps"] == ["3", "23.5", "75 %", "0.50", f"{sides:.2f}", f"{teacher['updates']:,}"]
+    assert "teacher, 2 Heun steps" not in lines(emoji.table(content | {"teacher": 1}, teacher))  # of another one
+    assert found["the data"][2:5] == [
+        "100 %",
+        f"{content['shown']['data']['saturation'] / base['saturation']:.2f}",
+        "1.00",
+    ]
+    assert found["`emoji-dmd2`"] == ["1", "12.3", "50 %", "1.25", "0.75", f"{row['updates']} (interrupted)"]
     assert found["teacher, 8 Heun steps"][0] == "15"
     assert found["teacher, 8 Heun steps"][3] == "1.00"
     assert found["teacher, 8 Heun steps, guidance 1.5"][0] == "30"  # each Heun call is two of the network
-    assert found["`emoji-dmd2-gan`"][1:4] == ["not run"] * 3
+    assert found["`emoji-dmd2-gan`"][1:5] == ["not run"] * 4
     (tmp_path / "emoji.json").write_text(json.dumps(content))
     assert reached.one_step_emoji(tmp_path / "emoji.json") == "50 %; +25.0 % (interrupted)"
     again = lines(emoji.table(content, teacher | {"updates": teacher["updates"] + 1}))
