@@ -298,8 +298,11 @@ def names_in(file: Path) -> list[str]:
 def not_finite(tensors: Iterable[tuple[str, torch.Tensor]]) -> str | None:
     """The first tensor that holds NaN or infinity, with how many of its values do, in words; None when all are finite."""
     for name, t in tensors:
-        if t.is_floating_point() and not bool(torch.isfinite(t).all()):
-            count = int((~torch.isfinite(t)).sum())
+        if not t.is_floating_point():
+            continue
+        fine = torch.isfinite(t.float() if t.itemsize == 1 else t)  # torch does not ask it of float8
+        if not bool(fine.all()):
+            count = int((~fine).sum())
             return f"{name} ({count} of {t.numel()} values)"
     return None
 
