@@ -18,6 +18,7 @@ from torch import nn
 from fewstep.config import UserError
 from fewstep.files import read_json, regular
 from fewstep.networks.hub import mend
+from fewstep.networks.shards import check_index
 from fewstep.networks.wrapped import keeping, rivals, unwrap, why, wrapping
 
 
@@ -158,6 +159,7 @@ def load_part(sub: Path, said: str, kind: str, dtype: torch.dtype = torch.float3
     weights = check_whole(sub, said)
     if not weights:
         raise UserError(f"{said}: {sub.name}/ has no .safetensors file{mend(sub)}")
+    check_index(sub, said, weights)
     if not any(_variant(w, "diffusers") in ("", "fp16", "bf16") for w in weights):
         to = weights[0].with_name("diffusion_pytorch_model.safetensors")
         raise UserError(
@@ -197,6 +199,7 @@ def load_text_model(
     refuse_pickles(sub, said, "transformers", cls.__name__)
     refuse_variants(sub, said, "transformers", cls.__name__)
     files = check_whole(sub, said)
+    check_index(sub, said, files, single_first=True)
     # Left out it asks on the terminal whether a folder's own code may run.
     own = {"trust_remote_code": False} if cls.__name__.startswith("Auto") else {}
     placed = {} if torch.device(device).type == "cpu" else {"device_map": {"": torch.device(device)}}

@@ -119,20 +119,65 @@ def test_a_prefix_of_one_block_alone_leaves_the_others_in_the_file(file: Path):
     assert load_file(file).keys() == weights.keys()
 
 
+def sharded(folder: Path) -> tuple[Path, list[Path]]:
+    """(index, shards) of a teacher whose network is saved in several."""
+    unet = make_teacher(folder) / "unet"
+    load_denoiser(str(folder), 10).net.model.save_pretrained(unet, max_shard_size="10KB")
+    (unet / SAFE).unlink(missing_ok=True)
+    return unet / f"{SAFE}.index.json", sorted(unet.glob("*.safetensors"))
+
+
+MUST = 'it must hold {"metadata": {}, "weight_map": {TENSOR: SHARD, ...}}: copy it from the original folder'
+
+
+def test_an_index_of_shards_is_believed_or_refused_by_name(tmp_path: Path):
+    index, shards = sharded(tmp_path / "T")
+    load_denoiser(str(tmp_path / "T"), 10)
+    was = json.loads(index.read_text())
+    begin = f"teacher {tmp_path / 'T'}: "
+    for told, said in (
+        ({"weight_map": was["weight_map"]}, f"unet/{index.name}: lacks metadata; {MUST}"),
+        ({"metadata": {}}, f"unet/{index.name}: weight_map names no shard of any tensor; {MUST}"),
+        (was | {"weight_map": {}}, f"unet/{index.name}: weight_map names no shard of any tensor; {MUST}"),
+        (was | {"weight_map": ["a"]}, f"unet/{index.name}: weight_map names no shard of any tensor; {MUST}"),
+        ([], f"{index}: expected a JSON object; {MUST}"),
+    ):
+        index.write_text(json.dumps(told))
+        assert refusal(index) == begin + said
+    index.write_text("")
+    assert refusal(index).endswith(MUST)
+    assert refusal(index).startswith(f"{begin}{index}: cannot be read as JSON")
+    index.write_text(json.dumps(was))
+    extra = load_file(shards[-1])
+    other = next(k for k, f in was["weight_map"].items() if f == shards[0].name)
+    save_file(extra | {other: load_file(shards[0])[other] + 1}, shards[-1], metadata={"format": "pt"})
+    assert refusal(index) == (
+        f"{begin}unet/{shards[-1].name} holds {other}, which {index.name} says is in {shards[0].name}; the shards are of "
+        "two saves: copy them and the index from one folder"
+    )
+    save_file(extra, shards[-1], metadata={"format": "pt"})
+    load_denoiser(str(tmp_path / "T"), 10)
+    index.unlink()
+    assert refusal(index) == (
+        f"{begin}unet/{shards[0].name} is one of {len(shards)} shards, and {index.name}, which says what each of them "
+        "holds, is missing; copy it from the original folder"
+    )
+    index.write_text(json.dumps(was))
+    shards[1].unlink()
+    assert f"is in {shards[1].name}, which is not in unet/; copy it from the original folder" in refusal(index)
+
+
 @pytest.mark.parametrize(("mark", "rename", "why"), WRAPPED)
 def test_the_command_for_shards_writes_their_index_too(tmp_path: Path, mark: str, rename: Any, why: str):
     del mark, why
-    unet = make_teacher(tmp_path / "T") / "unet"
-    weights = load_file(unet / SAFE)
-    load_denoiser(str(tmp_path / "T"), 10).net.model.save_pretrained(unet, max_shard_size="10KB")
-    (unet / SAFE).unlink(missing_ok=True)
-    shards, index = sorted(unet.glob("*.safetensors")), unet / f"{SAFE}.index.json"
+    weights = load_file(make_teacher(tmp_path / "P") / "unet" / SAFE)
+    index, shards = sharded(tmp_path / "T")
     assert len(shards) > 2
     for shard in shards:
         save_file({rename(k): v for k, v in load_file(shard).items()}, shard, metadata={"format": "pt"})
     was = json.loads(index.read_text())
     index.write_text(json.dumps(was | {"weight_map": {rename(k): v for k, v in was["weight_map"].items()}}))
-    run_command(refusal(unet / SAFE))
+    run_command(refusal(index))
     assert json.loads(index.read_text()) == was
     again = dict(load_denoiser(str(tmp_path / "T"), 10).net.model.state_dict())
     assert again.keys() == weights.keys()
