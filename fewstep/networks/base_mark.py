@@ -36,7 +36,7 @@ def written(model: nn.Module) -> str:
 
 def differs(model: nn.Module, told: Any) -> str:
     """In words, how the model's weights are others than those of a mark; "" where they are the same, or it is no mark."""
-    if not isinstance(told, Mapping) or not told:
+    if not isinstance(told, Mapping) or not told or not all(isinstance(v, int | float) for v in told.values()):
         return ""
     here = own_state(model)
     missing = sorted(k for k in told if k not in here)

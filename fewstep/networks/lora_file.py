@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from fewstep.config import UserError
 from fewstep.files import parse_json, read_json, regular
 from fewstep.networks import base_mark
 from fewstep.networks.adapters import Adapted, network_of, plain_copy
-from fewstep.networks.lora_formats import LAYOUTS, plain_layout, written_as
+from fewstep.networks.lora_formats import FRONTS, LAYOUTS, plain_layout, written_as
 from fewstep.networks.weights import PICKLES, not_finite, rename
 
 NAME = "pytorch_lora_weights.safetensors"
@@ -103,7 +104,7 @@ def read_lora(adapted: Adapted, path: Path) -> None:
                 f"{said}: does not fit: {key} is {list(given.shape)}, this adapter has {list(value.shape)}; the "
                 f"file's rank seems to be {rank}: set lora.rank to it, or use the LoRA's own base model"
             )
-    _check_alpha(adapted, alphas, header.get(f"{part}.lora_alpha"), header.get(f"{part}.alpha_pattern"), said)
+    _check_alpha(adapted, tensors, alphas, header, part, said)
     with torch.no_grad():
         for key, p in adapted.own.items():
             name = key.replace("/", ".").removeprefix(f"{prefix}." if prefix else "")
@@ -148,8 +149,13 @@ def with_lora(net: nn.Module, source: Path | Adapted, scale: float = 1.0, said: 
                 raise UserError(
                     f"{said}: adapts {layer}, which this {type(model).__name__} has not; it is of another model"
                 )
+            if ups[name].flatten(1).shape[1] != len(down):
+                raise UserError(
+                    f"{said}: {name} is of rank {len(down)} in lora_A {list(down.shape)} and of another in lora_B "
+                    f"{list(ups[name].shape)}; the file is damaged: save it again"
+                )
             alpha = alphas.get(name, header.get(f"{part}.lora_alpha", len(down)))
-            update = (ups[name].flatten(1).float() @ down.flatten(1).float()) * (scale * float(alpha) / len(down))
+            update = (ups[name].flatten(1).float() @ down.flatten(1).float()) * (scale * alpha / len(down))
             if update.numel() != weight.numel() or len(update) != len(weight):
                 raise UserError(
                     f"{said}: adapts {layer} as {list(update.shape)}, here it is {list(weight.shape)}; it is of another "
@@ -194,16 +200,33 @@ def _opened(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
             facts = f.metadata() or {}
     except (SafetensorError, OSError, ValueError) as error:
         raise UserError(f"{path}: cannot be read as a LoRA file: {error}") from None
+    if not found:
+        raise UserError(f"{path}: holds no tensors; a LoRA file has two for each layer: {LAYOUTS}")
     header = parse_json(facts.get("lora_adapter_metadata", "{}"), f"{path}: lora_adapter_metadata")
     if not isinstance(header, dict):
         raise UserError(f"{path}: cannot be read as a LoRA file: lora_adapter_metadata is no JSON object")
+    header = _facts(header, f"{path}: lora_adapter_metadata")
     if base_mark.KEY in facts:
         header[base_mark.KEY] = parse_json(facts[base_mark.KEY], f"{path}: {base_mark.KEY}")
     beside = path.with_name("adapter_config.json")
     if path.name == PEFT_NAME and beside.is_file():
-        own = read_json(beside)
-        header |= {f"{part}.{k}": v for part in ("unet", "transformer") for k, v in own.items()}
+        header |= _facts(read_json(beside), str(beside))
     return found, header
+
+
+def _facts(told: Mapping[str, Any], said: str) -> dict[str, Any]:
+    """What a header says of a network, by `PART.KEY` of either part; UserError for an alpha that is no number.
+
+    Pipelines write their own part before each key and a model's `save_lora_adapter` none; a file is of one network.
+    """
+    fronts = next((f for f in FRONTS if any(k.startswith(f) for k in told)), "")
+    own = {k.removeprefix(fronts): v for k, v in told.items() if k.startswith(fronts)}
+    alpha = own.get("lora_alpha")
+    if alpha is None:
+        own.pop("lora_alpha", None)
+    elif isinstance(alpha, bool) or not isinstance(alpha, int | float) or not isfinite(alpha):
+        raise UserError(f"{said}: {fronts}lora_alpha is {alpha!r}; it must be a number, such as 16")
+    return {f"{part}.{k}": v for part in ("unet", "transformer") for k, v in own.items()}
 
 
 def _check_names(tensors: Mapping[str, Tensor], wanted: Mapping[str, Tensor], said: str) -> None:
@@ -212,7 +235,8 @@ def _check_names(tensors: Mapping[str, Tensor], wanted: Mapping[str, Tensor], sa
         return
     ends = _ends(tensors)
     if not ends:
-        raise UserError(f"{said}: holds no layer of a LoRA that can be told, but {surplus[0]}; read are {LAYOUTS}")
+        other = f", but {surplus[0]}" if surplus else ""
+        raise UserError(f"{said}: holds no layer of a LoRA that can be told{other}; read are {LAYOUTS}")
     first = f"lacks {missing[0]}" if missing else f"holds {surplus[0]}, which this adapter does not have"
     raise UserError(
         f"{said}: does not fit: it {first} ({len(missing)} missing, {len(surplus)} unknown); set lora.targets to "
@@ -220,12 +244,23 @@ def _check_names(tensors: Mapping[str, Tensor], wanted: Mapping[str, Tensor], sa
     )
 
 
-def _check_alpha(adapted: Adapted, alphas: Mapping[str, float], told: Any, pattern: Any, said: str) -> None:
-    """UserError unless the file's alpha is the adapter's; one that says none means its rank, as diffusers has it."""
-    known = set(alphas.values()) | ({float(told)} if told is not None and not alphas else set())
-    if len(known) > 1 or pattern:
-        raise UserError(f"{said}: its layers have different alphas, which one adapter cannot have; fuse it instead")
-    alpha = known.pop() if known else float(adapted.rank)
+def _check_alpha(
+    adapted: Adapted, names: Iterable[str], alphas: Mapping[str, float], header: Mapping[str, Any], part: str, said: str
+) -> None:
+    """UserError unless the file's alpha is the adapter's; a layer that says none has its rank, as kohya has it."""
+    told = header.get(f"{part}.lora_alpha")
+    silent = float(adapted.rank if told is None else told)
+    by_alpha = {alphas.get(layer, silent): layer for layer in (n.partition(".lora_")[0] for n in names)}
+    if len(by_alpha) > 1 or header.get(f"{part}.alpha_pattern"):
+        two = " and ".join(
+            f"{layer} {a}{'' if layer in alphas or told is not None else ' (its rank, for it names none)'}"
+            for a, layer in sorted(by_alpha.items())[:2]
+        )
+        which = f" ({two})" if len(by_alpha) > 1 else ""
+        raise UserError(
+            f"{said}: its layers have different alphas{which}, which one adapter cannot have; fuse it instead"
+        )
+    alpha = next(iter(by_alpha))
     if alpha != adapted.alpha:
         how = "was trained with" if told is not None or alphas else "names no alpha, which means that of its rank,"
         raise UserError(f"{said}: {how} alpha {alpha}, not {adapted.alpha}; set lora.alpha to {alpha}")

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
+from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from fewstep.config import UserError
 from fewstep.networks.weights import shell
+from fewstep.networks.wrapped import WRAPPERS, unwrap, why
 
 LAYOUTS = (
     "diffusers (unet.LAYER.lora_A.weight, .lora.down.weight, .processor.to_q_lora.down.weight), peft "
@@ -32,6 +35,10 @@ _SIDES = (
     (r"\.lora_(A|B)\.[^.]+\.weight$", r".lora_\1.weight"),
 )
 
+FRONTS = ("unet.", "transformer.", "diffusion_model.", "model.diffusion_model.")
+"""What stands before a layer's name; pipelines call the network by the first two, ComfyUI by the others."""
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+
 
 def plain_layout(
     found: Mapping[str, Tensor], model: nn.Module, part: str, said: str
@@ -44,7 +51,8 @@ def plain_layout(
         part: what pipelines call it, "unet" or "transformer".
         said: what messages begin with.
 
-    Raises UserError for text encoders' layers, with the command that leaves them out, and for what is no plain LoRA.
+    Raises UserError for text encoders' layers, with the command that leaves them out, for names as inside a wrapper, with
+    the one that takes it off, for a layer that is there twice, and for what is no plain LoRA.
     """
     for name in found:
         kind = next((kind for mark, kind in _OTHER.items() if mark in name), None)
@@ -52,41 +60,112 @@ def plain_layout(
             raise UserError(f"{said}: is no plain LoRA: {name} is of a {kind}; fuse it into the base model instead")
     words = [k for k in found if k.startswith(_WORDS)]
     if words:
-        code = (
-            "from safetensors.torch import load_file, save_file; "
-            f"save_file({{k: v for k, v in load_file({said!r}).items() if not k.startswith({_WORDS!r})}}, {said!r}, "
-            "metadata={'format': 'pt'})"
-        )
+        command = unwrap([Path(said)], f"[(k, k) for k in ks if not k.startswith({_WORDS!r})]")
         raise UserError(
             f"{said}: also adapts a text encoder ({words[0]}, {len(words)} tensors), which adapters here do not; fuse "
-            f"that part into the encoder's folder, then leave it out of this file:\n  {shell(code)}"
+            f"that part into the encoder's folder, then leave it out of this file:\n  {shell(command)}"
         )
-    tensors: dict[str, Tensor] = dict(found)
-    if any(k.startswith(_KOHYA) for k in tensors):
-        tensors = _from_kohya(tensors, model, part)
-    out, alphas = {}, {}
-    for key, value in tensors.items():
-        name = key.removeprefix("base_model.model.").replace(".processor.", ".")
-        for pattern, by in _SIDES:
-            name = re.sub(pattern, by, name)
+    layers = {n for n, _ in model.named_modules() if n and "lora_" not in n}
+    _refuse_wrapped(found, layers, said)
+    out: dict[str, Tensor] = {}
+    alphas, keys = {}, dict[str, str]()
+    for given, (key, value) in _from_kohya(found, model, part).items():
+        name = _named(key, layers)
         name = name if name.startswith(f"{part}.") else f"{part}.{name}"
+        if name in keys:
+            raise UserError(
+                f"{said}: holds {_layer(name)} twice, as {keys[name]} and as {given}, and nothing says which counts; "
+                "leave one out of the file"
+            )
+        keys[name] = given
         if name.endswith(".alpha"):
+            if value.numel() != 1 or value.is_complex():
+                raise UserError(f"{said}: {given} has the shape {list(value.shape)}; an alpha is one number")
             alphas[name.removesuffix(".alpha")] = float(value)
         else:
-            out[name] = value
+            out[name] = _checked(value, name, given, said)
     return out, alphas
 
 
-def _from_kohya(found: Mapping[str, Tensor], model: nn.Module, part: str) -> dict[str, Tensor]:
-    """Names with dots in place of underscores: the model's own layers tell which; else diffusers' converter is asked."""
+def _named(key: str, layers: Collection[str]) -> str:
+    """A key with its sides as peft has them, and without what stands before a layer of the network."""
+    name = key.removeprefix("base_model.model.").replace(".processor.", ".")
+    for pattern, by in _SIDES:
+        name = re.sub(pattern, by, name)
+    if _layer(name) not in layers:
+        bare = (name.removeprefix(front) for front in FRONTS if name.startswith(front))
+        name = next((n for n in bare if _layer(n) in layers), name)
+    return name
+
+
+def _layer(name: str) -> str:
+    return name.removesuffix(".alpha").partition(".lora_")[0]
+
+
+def _checked(value: Tensor, name: str, given: str, said: str) -> Tensor:
+    """A tensor of a pair, which is a matrix or a convolution's; UserError where it is none that can be computed with."""
+    if not name.endswith((".lora_A.weight", ".lora_B.weight")):
+        return value
+    if value.dtype not in _DTYPES:
+        raise UserError(
+            f"{said}: {given} is {str(value.dtype).removeprefix('torch.')}; a LoRA's tensors are float32, float16 or "
+            "bfloat16: save it so again"
+        )
+    if value.ndim < 2 or not value.numel():
+        raise UserError(
+            f"{said}: {given} has the shape {list(value.shape)}; a LoRA's tensors are [rank, inputs] and [outputs, "
+            "rank], with a rank of at least 1"
+        )
+    return value
+
+
+def _refuse_wrapped(found: Mapping[str, Tensor], layers: Collection[str], said: str) -> None:
+    """UserError, with the command that takes it off, where every name that a wrapper has left is else one of a layer."""
+    words = "|".join(WRAPPERS)
+    kohya = "|".join(f"(?<={k})" for k in _KOHYA)
+    pattern = f"(?:^|(?<=[.]))(?:(?:{words})[.])+|(?:{kohya})(?:(?:{words})_)+"
+    joined = {n.replace(".", "_") for n in layers}
+
+    def known(key: str) -> bool:
+        front = next((k for k in _KOHYA if key.startswith(k)), None)
+        return key.partition(".")[0][len(front) :] in joined if front else _layer(_named(key, layers)) in layers
+
+    strange = {k: re.sub(pattern, "", k) for k in found if not known(k)}
+    wrapped = {k: bare for k, bare in strange.items() if bare != k and known(bare)}
+    if not wrapped:
+        return
+    first = min(wrapped)
+    mark = "".join(re.findall(pattern, first))
+    by_name: dict[str, list[str]] = {}
+    for key in sorted(found):
+        by_name.setdefault(wrapped.get(key, key), []).append(key)
+    if both := next((keys for keys in by_name.values() if len(keys) > 1), None):
+        layer = _layer(wrapped.get(both[0], both[0]))
+        raise UserError(
+            f"{said}: holds {layer} twice, as {both[0]} and as {both[1]}, and nothing says which counts; leave one out "
+            "of the file"
+        )
+    code = unwrap([Path(said)], f"[(re.sub({pattern!r}, '', k), k) for k in ks]")
+    told = why(".".join(re.findall(words, mark)))
+    raise UserError(
+        f"{said}: its layers are named as inside a wrapper, with {mark!r} in {first}; {told}. Write them under their own "
+        f"names:\n  {shell(f'import re; {code}')}"
+    )
+
+
+def _from_kohya(found: Mapping[str, Tensor], model: nn.Module, part: str) -> dict[str, tuple[str, Tensor]]:
+    """{key: (name, tensor)}, dots in place of kohya's underscores.
+
+    The model's own layers tell which; else diffusers' converter is asked.
+    """
     layers = {n.replace(".", "_"): n for n, _ in model.named_modules() if n and "lora_" not in n}
     out = {}
     for key, value in found.items():
         joined, _, tail = key.partition(".")
-        name = layers.get(re.sub("^lora_(unet|transformer)_", "", joined))
-        if name is None:
-            return _by_diffusers(found, model, part)
-        out[f"{part}.{name}.{tail}"] = value
+        name = layers.get(re.sub("^lora_(unet|transformer)_", "", joined)) if joined.startswith(_KOHYA) else None
+        if name is None and joined.startswith(_KOHYA):
+            return {k: (k, v) for k, v in _by_diffusers(found, model, part).items()}
+        out[key] = (key if name is None else f"{part}.{name}.{tail}", value)
     return out
 
 
@@ -101,15 +180,13 @@ def _by_diffusers(found: Mapping[str, Tensor], model: Any, part: str) -> dict[st
         return dict(found)
     try:
         told = pipeline.lora_state_dict(dict(found), unet_config=model.config)
-    except (AttributeError, IndexError, KeyError, TypeError, ValueError):
+    except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError):
         return dict(found)
     state, scales = told if isinstance(told, tuple) else (told, None)
     return {**state, **{k: _scalar(v) for k, v in (scales or {}).items()}}
 
 
 def _scalar(value: Any) -> Tensor:
-    import torch
-
     return torch.as_tensor(float(value))
 
 
@@ -122,8 +199,6 @@ def written_as(layout: str, tensors: Mapping[str, Tensor], alpha: float, part: s
 
     Raises UserError for kohya's names of a transformer's layers, which are those of the original repositories.
     """
-    import torch
-
     if layout == "diffusers":
         return dict(tensors)
     if layout == "kohya" and part != "unet":

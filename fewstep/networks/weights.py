@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 from importlib.metadata import version
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import nn
@@ -18,6 +18,8 @@ from torch import nn
 from fewstep.config import UserError
 from fewstep.files import read_json, regular
 from fewstep.networks.hub import mend
+from fewstep.networks.shards import check_index
+from fewstep.networks.wrapped import keeping, rivals, unwrap, why, wrapping
 
 
 class NotFinite(UserError):
@@ -157,6 +159,7 @@ def load_part(sub: Path, said: str, kind: str, dtype: torch.dtype = torch.float3
     weights = check_whole(sub, said)
     if not weights:
         raise UserError(f"{said}: {sub.name}/ has no .safetensors file{mend(sub)}")
+    check_index(sub, said, weights)
     if not any(_variant(w, "diffusers") in ("", "fp16", "bf16") for w in weights):
         to = weights[0].with_name("diffusion_pytorch_model.safetensors")
         raise UserError(
@@ -171,7 +174,7 @@ def load_part(sub: Path, said: str, kind: str, dtype: torch.dtype = torch.float3
     # Classes that keep parts in float32 whatever is asked for (Wan, Krea 2) are only read the other way.
     slim = {} if getattr(cls, "_keep_in_fp32_modules", None) else {"low_cpu_mem_usage": False}
     model, told = _loaded(cls, sub, said, torch_dtype=dtype, variant=variant, use_safetensors=True, **slim)
-    _complete(told, sub, said, ("missing_keys", "unexpected_keys"), weights)
+    _complete(told, sub, said, ("missing_keys", "unexpected_keys"), plain or weights)
     _finite(model, sub, said)
     return model.eval()
 
@@ -196,13 +199,15 @@ def load_text_model(
     refuse_pickles(sub, said, "transformers", cls.__name__)
     refuse_variants(sub, said, "transformers", cls.__name__)
     files = check_whole(sub, said)
+    check_index(sub, said, files, single_first=True)
     # Left out it asks on the terminal whether a folder's own code may run.
     own = {"trust_remote_code": False} if cls.__name__.startswith("Auto") else {}
     placed = {} if torch.device(device).type == "cpu" else {"device_map": {"": torch.device(device)}}
     precision = {_dtype_option(): saved_dtype(files) if dtype is None else dtype}
     model, told = _loaded(cls, sub, said, use_safetensors=True, low_cpu_mem_usage=True, **precision, **placed, **own)
     lacks = [k for k in told["missing_keys"] if not k.startswith(unused)]
-    _complete(told | {"missing_keys": lacks}, sub, said, ("missing_keys",), files)
+    loaded = [f for f in files if _variant(f, "transformers") == ""] or files
+    _complete(told | {"missing_keys": lacks}, sub, said, ("missing_keys",), loaded)
     _finite(model, sub, said)
     return model.eval()
 
@@ -241,73 +246,66 @@ def _loaded(cls: Any, sub: Path, said: str, **options: Any) -> Any:
 def _complete(told: Any, sub: Path, said: str, kinds: tuple[str, ...], files: Sequence[Path]) -> None:
     # diffusers and transformers only warn and leave what the file lacks at random.
     words = {"missing_keys": "lack", "unexpected_keys": "hold the unknown"}
+    strange, wanted = sorted(told["unexpected_keys"]), sorted(told["missing_keys"])
     for kind in kinds:
         if not told[kind]:
             continue
-        if told["unexpected_keys"] and (wrapped := wrapping(told["unexpected_keys"], told["missing_keys"])):
-            mark, pairs = wrapped
-            first = next(k for k in sorted(told["unexpected_keys"]) if mark.split(".")[0] in k.split("."))
-            why = "; ".join(_WRAPPERS[p] for p in mark.split(".") if p in _WRAPPERS) or "some trainers save it so"
-            raise UserError(
-                f"{said}: the weights in {sub.name}/ are named as inside a wrapper, with {mark!r} in {first}; {why}. "
-                f"Write them under their own names:\n  {unwrap(files, pairs)}"
-            )
+        if strange:
+            _refuse_wrapped(strange, wanted, sub, said, files)
         raise UserError(
             f"{said}: the weights in {sub.name}/ {words[kind]} {sorted(told[kind])[0]} ({len(told[kind])} in all); "
             f"they are of another network than {sub.name}/config.json says"
         )
 
 
-_WRAPPERS = {
-    "_orig_mod": "torch.compile puts it there",
-    "module": "DataParallel and DistributedDataParallel put it there",
-    "_fsdp_wrapped_module": "FSDP puts it there",
-    "_checkpoint_wrapped_module": "torch's checkpoint wrapper puts it there",
-    "_forward_module": "Lightning puts it there",
-    "base_layer": "peft puts it there while an adapter is loaded; fuse that first if it is to count",
-}
-"""Parts of names that wrappers leave in front of those of weights, or within them."""
-
-
-def wrapping(strange: Sequence[str], wanted: Sequence[str]) -> tuple[str, str] | None:
-    """(what stands in strange names beyond the wanted ones, code of the pairs (own name, k) of names ks); None: others.
-
-    Looked for are the parts of `_WRAPPERS` anywhere in a name, and one prefix of all names, whose tensors alone count
-    then; where nothing is missing, a prefix of averages that stand beside the weights.
-    """
-    parts = tuple(w for w in _WRAPPERS if any(w in k.split(".") for k in strange))
-    bare = {".".join(p for p in k.split(".") if p not in parts) for k in strange}
-    if parts and wanted and bare >= set(wanted):
-        code = f"[('.'.join(p for p in k.split('.') if p not in {parts}), k) for k in ks if '.lora_' not in k]"
-        return ".".join(parts) + ".", code
-    front = None
-    if wanted:
-        shortest = min(wanted, key=len)
-        fronts = {k.removesuffix(shortest) for k in strange if k.endswith(f".{shortest}")}
-        bare_by = {f: {k.removeprefix(f) for k in strange if k.startswith(f)} for f in fronts}
-        front = min((f for f, names in bare_by.items() if names >= set(wanted)), key=len, default=None)
-    else:
-        heads = {k.partition(".")[0] for k in strange}
-        if len(heads) == 1 and heads <= {*_WRAPPERS, "ema", "ema_model", "model_ema"}:
-            front = f"{heads.pop()}."
-    return None if front is None else (front, f"[(k[{len(front)}:], k) for k in ks if k.startswith({front!r})]")
-
-
-def unwrap(files: Sequence[Path], pairs: str) -> str:
-    """The command that writes safetensors files in place with `pairs` of `wrapping` as the names of what they hold."""
-    code = (
-        "from safetensors.torch import load_file, save_file; own = lambda ks: "
-        f"{pairs}; [save_file({{n: d[k] for n, k in own(d)}}, f, metadata={{'format': 'pt'}}) "
-        f"for f in {[str(f) for f in files]!r} for d in [load_file(f)]]"
+def _refuse_wrapped(strange: list[str], wanted: list[str], sub: Path, said: str, files: Sequence[Path]) -> None:
+    """UserError with the command for weights that are named as inside a wrapper; with several for several sets."""
+    keys = [k for f in files for k in names_in(f)]
+    if found := rivals(keys, strange, wanted):
+        _refuse_rivals(found, max(map(len, found.values())), f"{said}: the weights in {sub.name}/", files)
+    wrapped = wrapping(strange, wanted, plain=bool(set(keys) - set(strange)))
+    if wrapped is None:
+        return
+    mark, pairs = wrapped
+    first = next(k for k in strange if mark.split(".")[0] in k.split("."))
+    raise UserError(
+        f"{said}: the weights in {sub.name}/ are named as inside a wrapper, with {mark!r} in {first}; {why(mark)}. "
+        f"Write them under their own names:\n  {shell(unwrap(files, pairs))}"
     )
-    return shell(code)
+
+
+def _refuse_rivals(found: dict[str, dict[str, str]], whole: int, said: str, files: Sequence[Path]) -> NoReturn:
+    marks = sorted(found)
+    name = min(n for n in found[marks[0]] if any(n in found[m] for m in marks[1:]))
+    keys = [found[m][name] for m in marks if name in found[m]]
+    commands = []
+    for m in marks:
+        if len(found[m]) == whole:
+            kept = f"those with {m!r}" if m else "those under their own names"
+            commands.append(f"  # keeps {kept}\n  {shell(unwrap(files, keeping(m, found)))}")
+    lines = "\n".join(commands)
+    raise UserError(
+        f"{said} are there {len(marks)} times: {name} as {' and as '.join(keys)}, and no key says which counts. Keep one "
+        f"(its command leaves the others out of the file, so copy that first):\n{lines}"
+    )
+
+
+def names_in(file: Path) -> list[str]:
+    """Of the tensors in a safetensors file."""
+    from safetensors import safe_open
+
+    with safe_open(file, framework="pt") as opened:
+        return list(opened.keys())
 
 
 def not_finite(tensors: Iterable[tuple[str, torch.Tensor]]) -> str | None:
     """The first tensor that holds NaN or infinity, with how many of its values do, in words; None when all are finite."""
     for name, t in tensors:
-        if t.is_floating_point() and not bool(torch.isfinite(t).all()):
-            count = int((~torch.isfinite(t)).sum())
+        if not t.is_floating_point():
+            continue
+        fine = torch.isfinite(t.float() if t.itemsize == 1 else t)  # torch does not ask it of float8
+        if not bool(fine.all()):
+            count = int((~fine).sum())
             return f"{name} ({count} of {t.numel()} values)"
     return None
 

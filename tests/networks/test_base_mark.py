@@ -22,7 +22,7 @@ def test_a_mark_is_that_of_its_weights_whatever_they_are_saved_as():
     for dtype in (torch.bfloat16, torch.float16):
         assert differs(net().to(dtype), told) == ""
         assert differs(net(), mark_of(net().to(dtype))) == ""
-    assert differs(net(), None) == differs(net(), {}) == ""
+    assert differs(net(), None) == differs(net(), {}) == differs(net(), {"0.weight": "a"}) == ""
 
 
 def test_other_weights_and_other_layers_are_named():
