@@ -7,7 +7,8 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 
 from fewstep.config import UserError
-from fewstep.networks.weights import NotFinite, check_whole, not_finite, unwrap, wrapping
+from fewstep.networks.weights import NotFinite, check_whole, not_finite, shell
+from fewstep.networks.wrapped import WRAPPERS, unwrap, why, wrapping
 
 
 def examine(sub: Path, said: str) -> int:
@@ -17,7 +18,7 @@ def examine(sub: Path, said: str) -> int:
 
     Raises:
         NotFinite: one holds NaN or infinity.
-        UserError: all names have what a wrapper left in front of them, so that none would be found; or a damaged file.
+        UserError: names have what a wrapper left in them, so that they would not be found; or a damaged file.
     """
     count, names = 0, []
     files = check_whole(sub, said)
@@ -34,10 +35,12 @@ def examine(sub: Path, said: str) -> int:
                         )
         except (SafetensorError, OSError) as error:
             raise UserError(f"{said}: {sub.name}/{file.name}: cannot be read: {error}") from None
-    if wrapped := wrapping(names, []):
-        front, pairs = wrapped
+    own = [".".join(p for p in name.split(".") if p not in WRAPPERS) for name in names]
+    if own != names and len({*own}) == len(own) and (wrapped := wrapping(names, own)):
+        mark, pairs = wrapped
+        first = next(name for name, bare in zip(names, own, strict=True) if name != bare)
         raise UserError(
-            f"{said}: all weights in {sub.name}/ have {front!r} in front of their names, so that none of them would be "
-            f"found; write them without it:\n  {unwrap(files, pairs)}"
+            f"{said}: the weights in {sub.name}/ are named as inside a wrapper, with {mark!r} in {first}; {why(mark)}. "
+            f"Write them under their own names:\n  {shell(unwrap(files, pairs))}"
         )
     return count

@@ -53,7 +53,7 @@ def test_a_part_within_a_wrapper_is_named_with_the_command_that_mends_it(base: P
     held = load_file(file)
     try:
         save_file({f"_orig_mod.{k}": v for k, v in held.items()}, file, metadata={"format": "pt"})
-        with pytest.raises(UserError, match=r"all weights in vae/ have '_orig_mod\.' in front of their names") as told:
+        with pytest.raises(UserError, match=r"weights in vae/ are named as inside a wrapper, with '_orig_mod\.'") as told:
             examine(base / "vae", "vae V")
         run_command(str(told.value))
         assert load_file(file).keys() == held.keys()
