@@ -75,7 +75,7 @@ def measured(runs: Sequence[Path], interrupted: Sequence[Path], teacher: Mapping
     also = few_steps(runs, teacher)
     for how in [*teacher["measured"], *also]:
         beside = runs if not shown else runs[:1]
-        drawn = rows_of(beside, captions, steps=how["heun_steps"], guidance=how["guidance"], seed=0)
+        drawn = rows_of(beside, captions, steps=[how["heun_steps"]], guidance=how["guidance"], seed=0)
         found = [looks(x.clamp(-1, 1)) for _, x in drawn]
         shown[_key(how)] = found[1]
         if beside is runs:

@@ -93,15 +93,16 @@ def gallery(
     runs: Annotated[list[Path], typer.Argument(help="Run directories on one data set with captions.")],
     captions: Annotated[str, typer.Option(help="Captions of the data, separated by commas.")],
     out: Annotated[Path, typer.Option(help="PNG to write.")] = Path("gallery.png"),
-    steps: Annotated[int, typer.Option(min=1, help="Heun steps of the teacher.")] = 12,
+    steps: Annotated[str, typer.Option(help="Heun steps of the teacher, a row for each, such as 1,12.")] = "12",
     guidance: Annotated[float, typer.Option(help="Guidance scale of the teacher; 1 is none.")] = 1.0,
     seed: Annotated[int, typer.Option(help="Seed of the noise.")] = 0,
 ) -> None:
     """Draw samples beside their captions: the data, the first run's teacher, each run, all from one noise."""
     from fewstep.commands.gallery import draw_gallery
+    from fewstep.commands.options import parse_steps
 
     wanted = [c.strip() for c in captions.split(",") if c.strip()]
-    rows = draw_gallery(runs, wanted, out, steps=steps, guidance=guidance, seed=seed)
+    rows = draw_gallery(runs, wanted, out, steps=parse_steps(steps), guidance=guidance, seed=seed)
     typer.echo(f"{out}: {len(rows)} rows of {len(wanted)}")
     strengths = [f"{name} {value:.3f}" for name, value in rows if value is not None]
     if strengths:

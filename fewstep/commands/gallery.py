@@ -55,8 +55,9 @@ def _wrapped(text: str, width: float, length: Any) -> list[str]:
     return lines
 
 
-def rows_of(runs: Sequence[Path], captions: Sequence[str], steps: int, guidance: float, seed: int) -> list[Any]:
-    """(name, images) of the data, the guided teacher and each run, for captions of the first run's data."""
+def rows_of(runs: Sequence[Path], captions: Sequence[str], steps: Sequence[int], guidance: float, seed: int) -> list[Any]:
+    """(name, images) of the data, the guided teacher by each of `steps`, most first, and each run, for captions of the
+    first run's data."""
     products = [opened(run) for run in runs]
     recipe = products[0].recipe
     if recipe is None:
@@ -71,8 +72,9 @@ def rows_of(runs: Sequence[Path], captions: Sequence[str], steps: int, guidance:
     drawn: list[tuple[str, Product]] = []
     if recipe.teacher is not None:
         teacher = teacher_beside(recipe, data, products[0].title, products[0].checkpoint)
-        many = teacher_product(products[0], guided_teacher(teacher, guidance, data.null), steps)
-        drawn.append((many.title, many))
+        for count in sorted(steps, reverse=True):
+            many = teacher_product(products[0], guided_teacher(teacher, guidance, data.null), count)
+            drawn.append((many.title, many))
     for run, product in zip(runs, products, strict=True):
         drawn.append((run.name, product))
     rows = [(name, p.images(torch.arange(len(where)), cond, seed)) for name, p in drawn]
@@ -82,7 +84,7 @@ def rows_of(runs: Sequence[Path], captions: Sequence[str], steps: int, guidance:
 
 
 def draw_gallery(
-    runs: Sequence[Path], captions: Sequence[str], out: Path, *, steps: int, guidance: float, seed: int
+    runs: Sequence[Path], captions: Sequence[str], out: Path, *, steps: Sequence[int], guidance: float, seed: int
 ) -> list[tuple[str, float | None]]:
     """Write the picture; returns each row's name and how strong its colours are, None of grey samples.
 

@@ -231,7 +231,7 @@ def test_the_data_have_distance_zero_from_themselves_and_their_captions_are_foun
 
 
 def test_a_gallery_has_a_row_for_each_source_and_refuses_other_captions(made: Path):
-    rows = rows_of([made / "teacher"], ["banana", "red apple"], 2, 1.0, 0)
+    rows = rows_of([made / "teacher"], ["banana", "red apple"], [2], 1.0, 0)
     assert [name for name, _ in rows] == ["data", "teacher"]
     sheet = captioned(rows, ["banana", "red apple"], scale=2)
     assert sheet.size == (LEFT + 2 * 36, TOP + 2 * 36)
@@ -239,7 +239,7 @@ def test_a_gallery_has_a_row_for_each_source_and_refuses_other_captions(made: Pa
     with Image.open(made / "data" / "1f2.png") as banana:
         assert corner.tobytes() == banana.tobytes()
     with pytest.raises(UserError, match="caption 'kiwi': is not one of the 5"):
-        rows_of([made / "teacher"], ["kiwi"], 2, 1.0, 0)
+        rows_of([made / "teacher"], ["kiwi"], [2], 1.0, 0)
 
 
 def test_a_gallery_tells_how_strong_colours_are(made: Path, tmp_path: Path):
@@ -274,6 +274,9 @@ def test_a_student_trains_on_cached_words_as_with_their_encoder(made: Path, tmp_
     ((_, plain),) = of_run(tmp_path / "run", words, None, False, 0, 0, None)
     ((_, drawn),) = of_run(tmp_path / "run-fp32", words, None, False, 0, 0, None, None, encoder)
     torch.testing.assert_close(drawn, plain, rtol=0, atol=1e-5)
+    rows = dict(rows_of([tmp_path / "run"], ["banana", "red apple"], [1, 3], 1.0, 0))
+    assert list(rows) == ["data", "teacher, 3 steps", "teacher, 1 step", "run"]
+    assert not torch.equal(rows["teacher, 3 steps"], rows["teacher, 1 step"])
     sheet = tmp_path / "x.png"
     with pytest.raises(UserError, match="these data have an encoder of their own, sentence; leave it out"):
         draw_prompts(tmp_path / "run", words, sheet, encoder=encoder)
