@@ -59,7 +59,7 @@ def index(path: Path) -> list[Item]:
                 span = _span(path, member, spans)
                 if span is None or any(hidden(p) for p in member.name.split("/") if p not in ("", ".")):
                     continue
-                folder, _, name = member.name.rpartition("/")
+                folder, _, name = normpath(member.name).rpartition("/")  # ./a.png and a.txt are of one sample
                 stem, _, kind = name.partition(".")
                 parts = groups.setdefault(f"{folder}/{stem}".lstrip("/"), {})
                 if kind.lower() in parts:
@@ -76,10 +76,14 @@ def index(path: Path) -> list[Item]:
 
     items = []
     for stem, parts in groups.items():
-        picture = next((parts[s[1:]] for s in SUFFIXES if s[1:] in parts), None)
-        name = f"{path}:{stem}"
-        if picture is None:
+        kinds, name = [s[1:] for s in SUFFIXES if s[1:] in parts], f"{path}:{stem}"
+        if not kinds:
             raise UserError(f"{name}: has no picture ({', '.join(SUFFIXES)}), only {', '.join(sorted(parts))}")
+        if len(kinds) > 1:
+            raise UserError(
+                f"{name}: has {len(kinds)} pictures, .{', .'.join(kinds)}; give every sample a name of its own"
+            )
+        picture = parts[kinds[0]]
         caption, label = None, None
         try:
             if "txt" in parts:

@@ -113,3 +113,13 @@ def test_brackets_in_a_folders_name_are_letters(tmp_path: Path):
     assert expand(str(folder / "*.tar")) == [folder / "a.tar", folder / "b{1}.tar"]
     make_tar(tmp_path / "c1.tar", [("a.png", picture(9))])
     assert expand(str(tmp_path / "c[0-9].tar")) == [tmp_path / "c1.tar"]
+
+
+def test_a_dot_in_front_makes_no_other_sample_and_two_pictures_are_refused(tmp_path: Path):
+    mixed = (("./a.png", picture(30)), ("a.txt", b"red"), ("./b.png", picture(60)))
+    assert samples(linked(tmp_path / "t.tar", *mixed)) == [("a", 30, "red", None), ("b", 60, None, None)]
+    two = linked(tmp_path / "two.tar", ("a.png", picture(30)), ("a.bmp", picture(60)), ("a.txt", b"red"))
+    with pytest.raises(UserError, match=r"two\.tar:a: has 2 pictures, \.png, \.bmp; give every sample a name of its own"):
+        samples(two)
+    with pytest.raises(UserError, match=r"twice\.tar: holds a\.png twice"):
+        samples(linked(tmp_path / "twice.tar", ("./a.png", picture(30)), ("a.png", picture(60))))
