@@ -14,7 +14,7 @@ from fewstep.config import UserError
 from fewstep.eval.errors import InputError
 from fewstep.eval.protocol.preset import Preset
 from fewstep.eval.protocol.resize import quantise
-from fewstep.files import atomic_path, lines_of, parse_json, text_of
+from fewstep.files import atomic_path, lines_of, prompt_of, text_of
 
 HPSV2_STYLES = ("anime", "concept-art", "paintings", "photo")
 
@@ -48,9 +48,9 @@ def read_prompts(path: str | os.PathLike[str], number: int) -> list[str]:
         prompt: object = line.strip()
         if source.suffix == ".jsonl":
             try:
-                prompt = parse_json(line, source)["prompt"]
-            except (UserError, KeyError, TypeError):
-                raise InputError(f"{source}: line {index + 1} is no JSON object with a prompt") from None
+                prompt = prompt_of(line, f"{source}:{index + 1}")
+            except UserError as error:
+                raise InputError(str(error)) from None
         if not isinstance(prompt, str) or not prompt:
             raise InputError(f"{source}: line {index + 1} holds no prompt")
         prompts.append(prompt)

@@ -135,13 +135,14 @@ def run_shards(
     *,
     rank: int = 0,
     world_size: int = 1,
-    progress: Callable[[int], None] | None = None,
+    progress: Callable[..., None] | None = None,
     clip: FeatureExtractor | None = None,
 ) -> int:
     """Make the shards of this rank that are not there yet; returns how many samples were generated.
 
     Rank r of w makes shards r, r + w, ...; a finished shard is a data file and, written last, a JSON with its
-    checksum. Interrupted at any moment, the next call makes only what is missing.
+    checksum. Interrupted at any moment, the next call makes only what is missing. `progress` is called with the number of
+    samples made, and with those of a shard that is there and kept=True.
 
     Raises:
         ValueError: the folder holds shards of another job, or `generate` returns what is not asked for.
@@ -156,7 +157,7 @@ def run_shards(
             continue
         if _is_done(folder, number, key):
             if progress:
-                progress(len(indices))
+                progress(len(indices), kept=True)
             continue
         tensors = _make_shard(job, list(indices), generate, extractor, progress, clip)
         data, note = _paths(folder, number)

@@ -15,12 +15,11 @@ from torch import nn
 
 from fewstep.algebra.draws import Draws, fold
 from fewstep.config import Absent, RecipeError, Source, UserError, path_of
-from fewstep.data.latents import vae_folder
+from fewstep.data.latents import vae_files
 from fewstep.export.forecast import bare_student, outlined_teacher, refuse_code
 from fewstep.files import expanded
 from fewstep.networks.adapters import network_of, own_state
 from fewstep.networks.blocks import intervals_of
-from fewstep.networks.components import examine
 from fewstep.networks.denoiser import Rescheduled
 from fewstep.networks.folder import read_folder
 from fewstep.networks.outline import UNetOutline, whole
@@ -80,7 +79,7 @@ def look(recipe: Recipe, source: Source | None = None) -> Roles:
     if encoder := getattr(data, "encoder", None):
         attempt("data.encoder", encoder.files, encoder.name)
     if vae := getattr(data, "vae", None):
-        attempt("data.vae", lambda: examine(vae_folder(vae), f"vae {vae}"))
+        attempt("data.vae", partial(vae_files, vae))
     for name in recipe.role_names():
         spec = recipe.spec(name)
         key = f"roles.{name}" if name in recipe.roles else name

@@ -135,8 +135,13 @@ class Case:
 
 def _others(folder: Folder) -> Iterator[Finding]:
     """VAE and text encoders, which no check below opens."""
-    parts = [folder.root / name for name, entry in folder.index.items() if part_of(entry) and name != folder.component]
-    held = {p.name: examine(p, f"teacher {folder.shown}") for p in parts if any(p.glob("*.safetensors"))}
+    parts = {name: entry[0] for name, entry in folder.index.items() if part_of(entry)}
+    parts = {name: library for name, library in parts.items() if name.startswith(("vae", "text_encoder"))}
+    held = {
+        name: examine(folder.root / name, f"teacher {folder.shown}", library)
+        for name, library in parts.items()
+        if any((folder.root / name).glob("*.safetensors"))
+    }
     if held:
         yield Finding("other parts", ", ".join(f"{name}: {n} finite tensors" for name, n in held.items()))
 

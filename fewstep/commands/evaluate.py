@@ -349,7 +349,8 @@ def of_models(
                 make, folder = model.generate(number), shards_of(job, extractor, clip)
                 share: Any = {"rank": place.rank, "world_size": place.size}
                 own = sum(map(len, job.shards[place.rank :: place.size]))
-                with drawing(model.name, own, say if place.main else silent, console if place.main else None) as told:
+                title = model.name + (f", {number + 1} of {len(jobs)}" if len(jobs) > 1 else "")
+                with drawing(title, own, say if place.main else silent, console if place.main else None) as told:
                     run_shards(job, folder, make, extractor, progress=told, clip=clip, **share)
             barrier()
             if not place.main:

@@ -87,8 +87,9 @@ def silent(text: str) -> None:
 @contextmanager
 def drawing(
     title: str, total: int, say: Callable[[str], None], console: Console | None = None
-) -> Iterator[Callable[[int], None]]:
-    """What is to be called with the number of samples, each time that some of `total` are drawn.
+) -> Iterator[Callable[..., None]]:
+    """What is to be called with the number of samples, each time that some of `total` are drawn, and `kept` for those that
+    are there from before.
 
     Where `console` is a terminal it moves a bar that goes when all are there; else `say` has a line a tenth, and none
     of what is over in PAUSE seconds.
@@ -97,18 +98,19 @@ def drawing(
         columns = (TextColumn("{task.description}", markup=False), BarColumn(bar_width=None), MofNCompleteColumn())
         with Progress(*columns, TimeRemainingColumn(), console=console, expand=True, transient=True) as bar:
             task = bar.add_task(title, total=total)
-            yield lambda count: bar.advance(task, count)
+            yield lambda count, kept=False: bar.advance(task, count)
         return
     started = said = time.perf_counter()
-    done = tenth = 0
+    done = made = tenth = 0
 
-    def told(count: int) -> None:
-        nonlocal done, tenth, said
+    def told(count: int, kept: bool = False) -> None:
+        nonlocal done, made, tenth, said
         done += count
+        made += 0 if kept else count
         now = time.perf_counter()
-        if LINES * done // total > tenth and now - said >= PAUSE and done < total:
+        if LINES * done // total > tenth and now - said >= PAUSE and made and done < total:
             tenth, said = LINES * done // total, now
-            left = (now - started) / done * (total - done)
+            left = (now - started) / made * (total - done)
             say(f"{title}: {done:,} of {total:,} samples drawn  {clock(now - started)}, about {clock(left)} left")
 
     yield told

@@ -20,9 +20,11 @@ from fewstep.commands.progress import TrainingBar, Watch, alarmed, embedding_lin
 from fewstep.commands.report import GRID, console, say
 from fewstep.commands.trust import allow_own_code
 from fewstep.config import UserError
+from fewstep.data.latents import vae_folder
 from fewstep.data.placed import encoding
 from fewstep.eval.protocol.evaluation import distance_of, environment
 from fewstep.networks import code
+from fewstep.networks.components import examine
 from fewstep.recipe.diff import differences
 from fewstep.recipe.pinned import repositories
 from fewstep.recipe.schema import Recipe
@@ -72,6 +74,8 @@ def run_recipe(
     # Builds every role: what is missing is said before the directory is claimed.
     with explained(name, settings, recipe, run, start=start), encoding(told=embedding_lines(say)):
         trainer = Trainer(recipe, None)
+        if vae := getattr(recipe.data, "vae", None):
+            examine(vae_folder(vae), f"vae {vae}")
     judge = _judge(trainer)
     if begin is not None:
         trainer.go_on_from(begin)

@@ -18,7 +18,7 @@ from fewstep.config import UserError
 from fewstep.data.encoders import DTYPES, Encode
 from fewstep.data.placed import placed, tell
 from fewstep.data.shards import Shards, Sparse, longer, sparse
-from fewstep.files import expanded, lines_of, parse_json, text_of
+from fewstep.files import expanded, lines_of, prompt_of, text_of
 
 ROWS = 64
 """Prompts per file of a cache: what a process holds of them at once, and what one that is killed loses."""
@@ -162,15 +162,6 @@ def _digest(texts: Sequence[str]) -> str:
     return hashlib.sha256(json.dumps(list(texts)).encode()).hexdigest()
 
 
-def _prompt(line: str, where: str) -> str:
-    """The prompt of a line of a .jsonl."""
-    found = parse_json(line, where)
-    text = found.get("prompt") if isinstance(found, dict) else None
-    if not isinstance(text, str) or not text.strip():
-        raise UserError(f'{where}: expected {{"prompt": "WORDS"}}, got {line[:60]!r}')
-    return text
-
-
 def read_prompts(path: Path) -> list[str]:
     """One prompt a line, or a .jsonl of objects with a "prompt"; blank lines are left out. UserError names the file."""
     try:
@@ -181,7 +172,7 @@ def read_prompts(path: Path) -> list[str]:
         raise UserError(f"prompts {error}") from None
     told = [(n, line.strip(" \t\r")) for n, line in enumerate(lines, 1) if line.strip()]
     if path.suffix == ".jsonl":
-        told = [(n, _prompt(line, f"prompts {path}:{n}")) for n, line in told]
+        told = [(n, prompt_of(line, f"prompts {path}:{n}")) for n, line in told]
     prompts = [text for _, text in told]
     if not prompts:
         raise UserError(f"prompts {path}: holds no prompt; write one a line")

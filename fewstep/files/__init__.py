@@ -31,6 +31,7 @@ from fewstep.files.read import (
     file_sha256 as file_sha256,
     lines_of as lines_of,
     parse_json as parse_json,
+    prompt_of as prompt_of,
     read_json as read_json,
     regular as regular,
     text_of as text_of,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 from fewstep.config import UserError
@@ -14,7 +15,7 @@ MUST = 'it must hold {"metadata": {}, "weight_map": {TENSOR: SHARD, ...}}'
 """What an index is."""
 
 
-def check_index(sub: Path, said: str, files: list[Path], single_first: bool = False) -> None:
+def check_index(sub: Path, said: str, files: Sequence[Path], variant: str = "", single_first: bool = False) -> None:
     """UserError for shards without index, for an index that is none, and for a tensor in another shard than it says.
 
     Libraries read every shard whole, so that a tensor in two of them is the last one's, whatever the index says.
@@ -22,10 +23,11 @@ def check_index(sub: Path, said: str, files: list[Path], single_first: bool = Fa
     Args:
         sub: the folder.
         said: what messages begin with.
-        files: its safetensors files.
+        files: those of its safetensors files that are read.
+        variant: fp16 or the like, "" for none; the indexes of others are not looked at.
         single_first: whether a file that is no shard is read in place of them, as transformers does.
     """
-    indexes = index_files(sub)
+    indexes = [i for i in index_files(sub) if _variant(i) == variant]
     names = {i.name.partition(".safetensors.index")[0] for i in indexes}
     alone = {f.stem for f in files}
     for index in indexes:
@@ -39,6 +41,12 @@ def check_index(sub: Path, said: str, files: list[Path], single_first: bool = Fa
                 f"{shard[1]}.safetensors.index.json, which says what each of them holds, is missing; copy it from the "
                 f"original folder{mend(sub)}"
             )
+
+
+def _variant(index: Path) -> str:
+    """Of NAME.safetensors.index.VARIANT.json, or NAME.VARIANT.safetensors.index.json as older ones are named."""
+    stem, _, rest = index.name.partition(".safetensors.index")
+    return rest.removesuffix(".json").strip(".") or stem.partition(".")[2]
 
 
 def _check(index: Path, sub: Path, said: str) -> None:

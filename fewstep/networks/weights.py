@@ -45,7 +45,7 @@ def rename(file: Path, to: Path) -> str:
     return shell(code)
 
 
-def _variant(file: Path, library: str) -> str | None:
+def variant_of(file: Path, library: str) -> str | None:
     """Of a file named as its library names weights: fp16 or the like, "" for none; None for another name."""
     theirs = "model" if file.suffix == ".safetensors" else "pytorch_model"
     base = "diffusion_pytorch_model" if library == "diffusers" else theirs
@@ -65,7 +65,7 @@ def conversion(file: Path, library: str, kind: str) -> str:
     where = str(file.parent)
     source = library if library in ("diffusers", "transformers") else f"diffusers.pipelines.{library}"
     code = f"from {source} import {kind} as M; "
-    variant = _variant(file, library)
+    variant = variant_of(file, library)
     if variant is not None:
         more = f", variant={variant!r}" if variant else ""
         safe = file.suffix == ".safetensors"
@@ -99,7 +99,7 @@ def refuse_variants(sub: Path, said: str, library: str, kind: str) -> None:
 
     A pipeline that is not told of the variant does not find them, and an export is opened without being told.
     """
-    found = {p: _variant(p, library) for p in sorted(sub.glob("*.safetensors"))}
+    found = {p: variant_of(p, library) for p in sorted(sub.glob("*.safetensors"))}
     only = [p for p, variant in found.items() if variant]
     if only and "" not in found.values():
         raise UserError(
@@ -159,8 +159,8 @@ def load_part(sub: Path, said: str, kind: str, dtype: torch.dtype = torch.float3
     weights = check_whole(sub, said)
     if not weights:
         raise UserError(f"{said}: {sub.name}/ has no .safetensors file{mend(sub)}")
-    check_index(sub, said, weights)
-    if not any(_variant(w, "diffusers") in ("", "fp16", "bf16") for w in weights):
+    variants = {w: variant_of(w, "diffusers") for w in weights}
+    if not {"", "fp16", "bf16"} & {*variants.values()}:
         to = weights[0].with_name("diffusion_pytorch_model.safetensors")
         raise UserError(
             f"{said}: {sub.name}/ has {weights[0].name}, and no {to.name}, which diffusers looks for; rename it if it is "
@@ -169,12 +169,13 @@ def load_part(sub: Path, said: str, kind: str, dtype: torch.dtype = torch.float3
     cls: Any = getattr(diffusers, kind, None)
     if not hasattr(cls, "from_pretrained"):
         raise UserError(f"{sub / 'config.json'}: diffusers has no class {kind!r}")
-    plain = [w for w in weights if not w.name.partition(".")[2].startswith(("fp16", "bf16"))]
-    variant = None if plain else weights[0].name.split(".")[1].partition("-")[0]
+    variant = next(v for v in ("", "fp16", "bf16") if v in variants.values())
+    read = [w for w in weights if variants[w] == variant]
+    check_index(sub, said, read, variant)
     # Classes that keep parts in float32 whatever is asked for (Wan, Krea 2) are only read the other way.
     slim = {} if getattr(cls, "_keep_in_fp32_modules", None) else {"low_cpu_mem_usage": False}
-    model, told = _loaded(cls, sub, said, torch_dtype=dtype, variant=variant, use_safetensors=True, **slim)
-    _complete(told, sub, said, ("missing_keys", "unexpected_keys"), plain or weights)
+    model, told = _loaded(cls, sub, said, torch_dtype=dtype, variant=variant or None, use_safetensors=True, **slim)
+    _complete(told, sub, said, ("missing_keys", "unexpected_keys"), read)
     _finite(model, sub, said)
     return model.eval()
 
@@ -199,14 +200,14 @@ def load_text_model(
     refuse_pickles(sub, said, "transformers", cls.__name__)
     refuse_variants(sub, said, "transformers", cls.__name__)
     files = check_whole(sub, said)
-    check_index(sub, said, files, single_first=True)
+    loaded = [f for f in files if variant_of(f, "transformers") == ""] or files
+    check_index(sub, said, loaded, single_first=True)
     # Left out it asks on the terminal whether a folder's own code may run.
     own = {"trust_remote_code": False} if cls.__name__.startswith("Auto") else {}
     placed = {} if torch.device(device).type == "cpu" else {"device_map": {"": torch.device(device)}}
     precision = {_dtype_option(): saved_dtype(files) if dtype is None else dtype}
     model, told = _loaded(cls, sub, said, use_safetensors=True, low_cpu_mem_usage=True, **precision, **placed, **own)
     lacks = [k for k in told["missing_keys"] if not k.startswith(unused)]
-    loaded = [f for f in files if _variant(f, "transformers") == ""] or files
     _complete(told | {"missing_keys": lacks}, sub, said, ("missing_keys",), loaded)
     _finite(model, sub, said)
     return model.eval()
@@ -217,7 +218,7 @@ def saved_dtype(files: Sequence[Path]) -> torch.dtype:
     from safetensors import safe_open
 
     counts: Counter[str] = Counter()
-    for file in [f for f in files if _variant(f, "transformers") == ""] or files:
+    for file in [f for f in files if variant_of(f, "transformers") == ""] or files:
         with safe_open(file, framework="pt") as opened:
             for name in opened.keys():  # noqa: SIM118
                 held = opened.get_slice(name)

@@ -346,7 +346,7 @@ def test_prompt_files(tmp_path: Path):
     objects = tmp_path / "prompts.jsonl"
     objects.write_text('{"prompt": "a cat", "tag": 1}\n{"tag": 2}\n')
     assert read_prompts(objects, 1) == ["a cat"]
-    with pytest.raises(ValueError, match="line 2 is no JSON object with a prompt"):
+    with pytest.raises(ValueError, match=r":2: expected \{"):
         read_prompts(objects, 2)
     lines.write_text("one\u2028line\r\na dog\x85\n", encoding="utf-8")
     assert read_prompts(lines, 2) == ["one\u2028line", "a dog"]

@@ -73,6 +73,11 @@ def test_a_measurement_tells_how_far_it_is_by_tenths_and_not_if_it_is_short(monk
     slow = drawn(10.0)
     assert slow[0] == "teacher, 8 steps: 500 of 5,000 samples drawn  0:00:50, about 0:07:30 left"
     assert len(slow) == 9  # no line where all are there
+    with drawing("again", 1000, said.append, Console(file=io.StringIO())) as told:
+        told(800, kept=True)
+        now[0] += 30.0
+        told(100)
+    assert said[-1] == "again: 900 of 1,000 samples drawn  0:00:30, about 0:00:30 left"  # at the speed of the new ones
     few = drawn(1.0)
     assert [line.split(" ")[3] for line in few] == ["2,000", "4,000"]
 

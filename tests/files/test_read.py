@@ -92,6 +92,7 @@ def test_a_pipe_beside_pictures_is_passed_over_or_missed(tmp_path: Path):
     [
         (b"red\rgreen\r", ["red", "green"]),  # old Macs
         (b"red\r\ngreen\r\n", ["red", "green"]),
+        (b"red\ngreen\0\0", ["red", "green"]),  # padded to a block
         (b"\xef\xbb\xbf\xef\xbb\xbfred\n\xef\xbb\xbfgreen\n", ["red", "green"]),  # two files joined
         (b"red\n\xc2\xa0\n\xe3\x80\x80\ngreen", ["red", "green"]),  # blank, but not to ASCII
         ("a\u2028b\x0bc\n".encode(), ["a\u2028b\x0bc"]),

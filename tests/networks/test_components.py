@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -11,12 +12,11 @@ from safetensors.torch import load_file, save_file
 from tiny_pipelines import unet_condition, vae
 from tiny_text import run_command, text_pipeline
 
-from fewstep.commands.check_roles import look
 from fewstep.commands.check_teacher import check_teacher
-from fewstep.config import RecipeError, UserError
+from fewstep.commands.run import run_recipe
+from fewstep.config import UserError
 from fewstep.networks.components import examine
 from fewstep.networks.weights import NotFinite
-from fewstep.recipe.store import load
 
 
 @pytest.fixture(scope="module")
@@ -61,14 +61,34 @@ def test_a_part_within_a_wrapper_is_named_with_the_command_that_mends_it(base: P
         save_file(held, file, metadata={"format": "pt"})
 
 
-def test_a_run_that_decodes_by_a_broken_vae_does_not_start(base: Path):
+def test_a_run_that_decodes_by_a_broken_vae_does_not_start(base: Path, tmp_path: Path):
     file = weights(base, "vae")
     held = load_file(file)
     name = next(k for k in held if k.startswith("decoder."))
-    recipe = load("paper/lcm-sd15", [f"data.vae={base}"])
+    prompts = tmp_path / "p.txt"
+    prompts.write_text("a red apple\n")
+    encoder = f"encoder: {{name: pipeline, path: '{base}'}}, vae: '{base}'"
+    (tmp_path / "mine.yaml").write_text(
+        f"about: a case\ndata: {{name: prompts, path: '{prompts}', shape: [4, 8, 8], {encoder}}}\n"
+        f"teacher: {{name: diffusers, path: '{base}'}}\nstudent: {{name: copy, of: teacher}}\n"
+        "critic: {name: copy, of: teacher}\nmethod: {name: dmd2, gan: null}\noptim: {default: {lr: 1e-4}}\n"
+        "train: {steps: 1, batch: 1}\nevaluate: null\n"
+    )
     try:
         save_file(held | {name: held[name].clone().fill_(torch.nan)}, file, metadata={"format": "pt"})
-        with pytest.raises(RecipeError, match=rf"data.vae: vae {re.escape(str(base))}: .* NaN or infinity in {name}"):
-            look(recipe)
+        with pytest.raises(UserError, match=rf"vae {re.escape(str(base))}: .* NaN or infinity in {name}"):
+            run_recipe(str(tmp_path / "mine.yaml"), [], tmp_path / "run", resume=False, force=False)
+        assert not (tmp_path / "run").exists()
     finally:
         save_file(held, file, metadata={"format": "pt"})
+
+
+def test_what_is_not_loaded_is_not_looked_at(base: Path, tmp_path: Path):
+    """A variant beside plain weights, and a name that holds what a wrapper's would."""
+    sub = tmp_path / "vae"
+    shutil.copytree(base / "vae", sub)
+    held = load_file(sub / weights(base, "vae").name)
+    save_file({k: v * torch.nan for k, v in held.items()}, sub / "diffusion_pytorch_model.fp16.safetensors")
+    assert examine(sub, "vae V") == len(held)
+    save_file({f"module.{k}": v for k, v in held.items()} | {"last": torch.ones(1)}, sub / weights(base, "vae").name)
+    assert examine(sub, "vae V") == len(held) + 1
