@@ -88,8 +88,7 @@ def silent(text: str) -> None:
 def drawing(
     title: str, total: int, say: Callable[[str], None], console: Console | None = None
 ) -> Iterator[Callable[..., None]]:
-    """What is to be called with the number of samples, each time that some of `total` are drawn, and `kept` for those that
-    are there from before.
+    """What is to be called with the number of samples, each time that some of `total` are drawn; `kept`: from before.
 
     Where `console` is a terminal it moves a bar that goes when all are there; else `say` has a line a tenth, and none
     of what is over in PAUSE seconds.

@@ -74,12 +74,14 @@ def test_a_pipe_among_pictures_is_refused_by_name(tmp_path: Path, reader: Callab
         reader(tmp_path / "data")
 
 
-def test_a_pipe_beside_pictures_is_passed_over_or_missed(tmp_path: Path):
+def test_a_pipe_beside_pictures_is_passed_over_or_named(tmp_path: Path):
     """What is asked for by name is not there; a pipe under another name is nothing of ours."""
     root = tmp_path / "data"
     pipe(root / "notes.md")
-    pipe(root / "captions.jsonl")
     with pytest.raises(UserError, match="no pictures"):
+        Captions(path=str(root), size=8).open()
+    pipe(root / "captions.jsonl")
+    with pytest.raises(UserError, match=r"captions\.jsonl: is a pipe or a device, expected a file of captions"):
         Captions(path=str(root), size=8).open()
     with pytest.raises(UserError, match=r"told\.jsonl: no such caption file"):
         Captions(path=str(root), size=8, captions=pipe(root / "told.jsonl").name).open()
