@@ -246,7 +246,8 @@ def load(source: Path | bytes, name: object) -> tuple[Image, str]:
         key = picture.info.get("transparency")
         if picture.mode == "L" and isinstance(key, int):
             # Pillow spreads 2 and 4 bits over 0..255, but not the value that is transparent.
-            raw = str(picture.tile[0][3])
+            stored: Any = picture
+            raw = str(stored.tile[0][3])
             picture.info["transparency"] = key * {"L;2": 85, "L;4": 17}.get(raw, 1)
         upright = ImageOps.exif_transpose(picture)
         upright.load()
