@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from itertools import pairwise
+from itertools import count, pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -43,21 +43,19 @@ class PictureError(ValueError):
 class Listing:
     """The pictures of a folder in the order of their names, and by relative name what was left out and why.
 
-    again: folders that were met twice, as (second, first).
+    again: folders that were met twice, as (second, first). folders: names of the sub-folders, with pictures or without,
+        but for hidden ones.
     """
 
     root: Path
     files: list[Path]
     skipped: dict[str, str] = field(default_factory=dict)
     again: list[tuple[Path, Path]] = field(default_factory=list)
+    folders: list[str] = field(default_factory=list)
 
     def parts(self, file: Path) -> tuple[str, ...]:
         """The name of a file from the folder on."""
         return file.relative_to(self.root).parts
-
-    def folders(self) -> list[str]:
-        """Names of the sub-folders, with pictures or without, but for hidden ones."""
-        return sorted(e.name for e in self.root.iterdir() if os.path.isdir(e) and not hidden(e.name))
 
 
 def hidden(name: str) -> bool:
@@ -65,8 +63,10 @@ def hidden(name: str) -> bool:
     return name.startswith(".") or name.lower() in SYSTEM
 
 
-def list_pictures(root: Path, suffixes: Sequence[str] = SUFFIXES) -> Listing:
+def list_pictures(root: Path, suffixes: Sequence[str] = SUFFIXES, strict: bool = True) -> Listing:
     """All pictures of a folder and its sub-folders; links are followed, and no folder is read twice.
+
+    strict: False counts as left out what is refused otherwise, but for a folder that is not there.
 
     Raises:
         PictureError: no such folder, one that may not be read, a link to nothing or to itself, or a pipe that is named
@@ -78,7 +78,7 @@ def list_pictures(root: Path, suffixes: Sequence[str] = SUFFIXES) -> Listing:
     skipped: dict[str, str] = {}
     seen: dict[str, Path] = {}
     again: list[tuple[Path, Path]] = []
-    folders, links = [root], list[Path]()
+    folders, links, inside = [root], list[Path](), list[str]()
     while folders or links:
         # A folder counts where it stands; a link to it, anywhere, comes after.
         links.sort()
@@ -92,25 +92,34 @@ def list_pictures(root: Path, suffixes: Sequence[str] = SUFFIXES) -> Listing:
         try:
             entries = list(os.scandir(folder))
         except OSError as error:
-            raise PictureError(folder, f"cannot be read: {error.strerror}") from None
+            if strict:
+                raise PictureError(folder, f"cannot be read: {error.strerror}") from None
+            skipped[str(folder.relative_to(root))] = "a folder that cannot be read"
+            continue
         for entry in entries:
-            path, suffix = folder / entry.name, Path(entry.name).suffix.lower()
+            path, suffix, linked = folder / entry.name, Path(entry.name).suffix.lower(), entry.is_symlink()
+            # An entry knows what it is without a look at the disk, and raises on a link in a circle.
             if hidden(entry.name):
                 skipped[str(path.relative_to(root))] = "hidden"
-            elif os.path.isdir(path):  # DirEntry.is_dir and is_file raise on links in a circle
-                (links if entry.is_symlink() else folders).append(path)
-            elif entry.is_symlink() and (why := _broken(path)):
+            elif os.path.isdir(path) if linked else entry.is_dir():
+                (links if linked else folders).append(path)
+                if folder == root:
+                    inside.append(entry.name)
+            elif linked and (why := _broken(path)):
                 # A name with a dot, v1.5, may be a class as well as a file.
-                if suffix not in BESIDE:
+                if strict and suffix not in BESIDE:
                     raise PictureError(path, f"is a link to {os.readlink(path)}, {why}; mend or remove it")
                 skipped[str(path.relative_to(root))] = "a link to nothing"
             elif suffix in suffixes:
-                if not os.path.isfile(path):
+                if os.path.isfile(path) if linked else entry.is_file():
+                    files.append(path)
+                elif strict:
                     raise PictureError(path, "is a pipe, a device or a socket and no file; remove it")
-                files.append(path)
+                else:
+                    skipped[str(path.relative_to(root))] = "a pipe, a device or a socket"
             elif suffix not in BESIDE:
                 skipped[str(path.relative_to(root))] = f"no picture ({suffix or 'no suffix'})"
-    return Listing(root, sorted(files, key=lambda p: p.relative_to(root).parts), skipped, again)
+    return Listing(root, sorted(files, key=lambda p: p.relative_to(root).parts), skipped, again, sorted(inside))
 
 
 def _broken(link: Path) -> str:
@@ -128,8 +137,8 @@ def _broken(link: Path) -> str:
 def class_names(listing: Listing) -> list[str]:
     """The sub-folders that are classes in the order of their labels; none where none has pictures.
 
-    Names that are whole numbers come first, by value, then the others by name. Where all are numbers, an empty folder
-    is a class too if 0, 1, 2, ... is then without a gap.
+    By value where all names are whole numbers, else by name, as text. Among numbers an empty folder below the last is a
+    class too if 0, 1, 2, ... is then without a gap.
 
     Raises:
         PictureError: a picture beside class folders, two names of one number, or one folder in two classes.
@@ -141,36 +150,43 @@ def class_names(listing: Listing) -> list[str]:
             found.setdefault(listing.parts(file)[0], file)
     if loose and found:
         raise PictureError(loose[0], f"stands beside class folders ({', '.join(sorted(found)[:3])}); give it a class")
+    full = {folder for file in listing.files for folder in file.parents} if listing.again else set()
     for second, first in listing.again:
         classes = [listing.parts(path)[:1] for path in (first, second)]
         # A link up to the whole folder is no class; pictures are asked for as an empty folder has none to lose.
-        if classes[0] not in ((), classes[1]) and any(first in file.parents for file in listing.files):
+        if classes[0] not in ((), classes[1]) and first in full:
             where = "/".join(listing.parts(first))
             raise PictureError(
                 second, f"is the folder {where} again, whose pictures are of class {classes[0][0]}; remove one of the two"
             )
-    numbers = sorted(filter(_is_number, found), key=lambda name: (int(name), name))
-    if len(numbers) < len(found):
-        return [*numbers, *sorted(found.keys() - set(numbers))]
+    if not found or not all(map(_is_number, found)):
+        return sorted(found)
+    numbers = sorted(found, key=lambda name: (int(name), name))
     for one, other in pairwise(numbers):
         if int(one) == int(other):
             raise PictureError(listing.root, f"its class folders {one} and {other} are one number; rename or join them")
-    whole = sorted({*numbers, *filter(_is_number, listing.folders())}, key=int) if numbers else []
-    return whole if [int(name) for name in whole] == list(range(len(whole))) else numbers
+    last = int(numbers[-1])
+    named = {int(name): name for name in [*filter(_is_number, listing.folders), *numbers] if int(name) <= last}
+    return [named[n] for n in range(last + 1)] if len(named) == last + 1 else numbers
 
 
-def renumbered(names: Sequence[str]) -> str:
-    """Which class folder, where all are named by numbers, has another label than its number; nothing where none has."""
+def renumbered(names: Sequence[str], folders: Sequence[str]) -> str:
+    """Which class folder, where all are named by numbers, has another label than its number; nothing where none has.
+
+    folders: all that are there, with pictures or without.
+    """
     wrong = next((i for i, name in enumerate(names) if not _is_number(name) or int(name) != i), None)
     if wrong is None or not all(map(_is_number, names)):
         return ""
-    return f"class folder {names[wrong]} has label {wrong}, as there is no folder {wrong}"
+    there = {int(name) for name in folders if _is_number(name)}
+    absent = next(n for n in count() if n not in there)
+    return f"class folder {names[wrong]} has label {wrong}, as there is no folder {absent}"
 
 
-def label_order(names: Sequence[str]) -> str:
+def label_order(names: Sequence[str], folders: Sequence[str]) -> str:
     """What is to be said of the labels of class folders: `renumbered`, or the order where numbers stand among names."""
     if not 0 < sum(map(_is_number, names)) < len(names):
-        return renumbered(names)
+        return renumbered(names, folders)
     shown = names if len(names) <= 6 else [*names[:3], "...", *names[-2:]]
     return f"labels in the order {', '.join(shown)}"
 
@@ -212,7 +228,7 @@ def _frames(picture: Image) -> str:
     full = 1
     for i in range(1, count):
         pages.seek(i)
-        full += not pages.tag_v2.get(254, 0) & 1  # NewSubfileType: a smaller copy of another page
+        full += not pages.tag_v2.get(254, 0) & 5  # NewSubfileType: a smaller copy of another page, or its mask
     pages.seek(0)
     return f"{full} pages" if full > 1 else ""
 
@@ -230,7 +246,8 @@ def load(source: Path | bytes, name: object) -> tuple[Image, str]:
         key = picture.info.get("transparency")
         if picture.mode == "L" and isinstance(key, int):
             # Pillow spreads 2 and 4 bits over 0..255, but not the value that is transparent.
-            raw = str(picture.tile[0][3])
+            stored: Any = picture
+            raw = str(stored.tile[0][3])
             picture.info["transparency"] = key * {"L;2": 85, "L;4": 17}.get(raw, 1)
         upright = ImageOps.exif_transpose(picture)
         upright.load()

@@ -51,9 +51,8 @@ def cache_latents(
         "sha256 of the pictures": pictures_hash(opened),
         "captions": captions,
     }
-    if why := renumbered(opened):
-        facts["renumbered"] = why
     shards = Shards(out, facts, count, rows, remedy="choose another --out, or delete this folder")
+    shards.note({"renumbered": renumbered(opened)})
     with shards.claimed() as todo:
         if todo:
             with encoding(device):

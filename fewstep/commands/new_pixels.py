@@ -88,7 +88,7 @@ def look(path: Path, as_they_are: bool = False) -> Pictures:
         raise UserError(f"--data {error}") from None
     if not seen:
         raise UserError(f"--data {path}: no pictures ({', '.join(SUFFIXES)}) in it")
-    renumber = "" if as_they_are else renumbered(classes)
+    renumber = "" if as_they_are else renumbered(classes, listing.folders)
     channels = 1 if all(kind in GREY for _, _, kind in seen) else 3
     sizes = {(h, w) for h, w, _ in seen}
     h, w = next(iter(sizes))

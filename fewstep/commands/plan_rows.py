@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from fewstep.algebra.draws import fold
-from fewstep.data.base import image_shape
+from fewstep.data.base import image_shape, renumbered
 from fewstep.export.forecast import bare_model
 from fewstep.networks import code
 from fewstep.networks.adapters import Adapted, own_parameters
@@ -74,7 +74,8 @@ def without_code(recipe: Recipe) -> tuple[dict[str, RoleMemory], list[str]]:
             shapes[name] = shapes[spec.of]
         elif source_of(spec) is None or source_of(spec) in built:
             seed = fold(recipe.train.seed, "weights", name) % 2**63
-            built[name] = spec.build(Site(data.shape, data.classes, built, seed, image_shape(data)))
+            site = Site(data.shape, data.classes, built, seed, image_shape(data), renumbered(data))
+            built[name] = spec.build(site)
             shapes[name] = own_parameters(built[name]), buffers_of(built[name])
         else:
             continue

@@ -124,7 +124,7 @@ class FashionMNIST:
 
 @part("data", "images")
 class ImageFolder:
-    """Pictures in a folder; sub-folders are the classes: those named by numbers first, by value, the others by name.
+    """Pictures in a folder; sub-folders are the classes: by value where all are named by numbers, else by name.
 
     Links are followed, hidden files and folders are not read. A picture is turned as its EXIF tag says, laid on white
     where it is transparent and divided by 65,535 where it has 16 bits.
@@ -168,14 +168,23 @@ class ImageFolder:
         with refusals():
             listing = list_pictures(root)
             names = class_names(listing)
+        # A spec is frozen; what is said of the labels follows its outline, and the folder is not listed again for it.
+        object.__setattr__(self, "_last", renumbered(names, listing.folders))
         if not listing.files:
             left = f"; left out: {told(listing.skipped.values())}" if listing.skipped else ""
             raise UserError(f"data folder {root}: no pictures ({', '.join(SUFFIXES)}) in it{left}")
         return root, listing, names
 
     def renumbered(self) -> str:
-        """Which class folder has another label than its number; nothing where `renumber` says that it is meant."""
-        return "" if self.renumber else renumbered(self._listed()[2])
+        """Which class folder has another label than its number; nothing where `renumber` says that it is meant.
+
+        As the last outline found it, where there was one.
+        """
+        if self.renumber:
+            return ""
+        if "_last" not in self.__dict__:
+            self._listed()
+        return str(self.__dict__["_last"])
 
     def outline(self) -> tuple[tuple[int, ...], int]:
         """As `open` has them; without `size` the first picture tells."""
@@ -192,7 +201,7 @@ class ImageFolder:
         items = [
             Item(file_reader(p), str(p), None, number[listing.parts(p)[0]] if names else None) for p in listing.files
         ]
-        empty = set(listing.folders()) - {listing.parts(p)[0] for p in listing.files} if names else set()
+        empty = set(listing.folders) - {listing.parts(p)[0] for p in listing.files} if names else set()
         return Pictures(
             items,
             View(self.size, self.grey, self.resize, self.crop, self.flip),
@@ -200,7 +209,7 @@ class ImageFolder:
             held_out=self.held_out,
             origin=f"data {root}",
             skipped=listing.skipped | dict.fromkeys(sorted(empty), "folder without pictures"),
-            labelled=label_order(names),
-            renumbered="" if self.renumber else renumbered(names),
+            labelled=label_order(names, listing.folders),
+            renumbered="" if self.renumber else renumbered(names, listing.folders),
             remedy="give data.size, the side in pixels to which the middle of every picture is resized",
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import field
 from pathlib import Path
 from typing import Any
 
@@ -98,6 +99,9 @@ class Latents:
     """Folder of the embeddings; the user's cache folder when left out."""
     held_out: Share = 0.0
     """Share of the latents, spread evenly, that is never trained on: evaluation against `data` takes these."""
+    renumber: bool = field(default=False, repr=False)
+    """True: the labels of class folders 1, 2, ... or with a gap are meant by their order, as `renumber` of `images` says
+    of the pictures; a teacher with classes refuses them otherwise."""
 
     @property
     def conditions(self) -> Conditions | None:
@@ -117,8 +121,8 @@ class Latents:
         return tuple(first["mean"].shape[1:]), 0 if self.encoder else int(told["made_with"]["classes"])
 
     def renumbered(self) -> str:
-        """As the pictures' own was when they were encoded."""
-        told = {} if self.encoder else read_index(expanded(self.path))["made_with"]
+        """As the pictures' own was when they were encoded; nothing where `renumber` says that it is meant."""
+        told = {} if self.encoder or self.renumber else read_index(expanded(self.path))["made_with"]
         return str(told.get("renumbered", ""))
 
     def open(self) -> LatentData:

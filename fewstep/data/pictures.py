@@ -17,11 +17,11 @@ from fewstep.config import Absent, UserError, part
 from fewstep.data.base import Conditions, EncoderPart, Share
 from fewstep.data.conditions import TextConditions
 from fewstep.data.reader import Crop, Item, Pictures, Resize, View, file_reader, refusals
-from fewstep.data.tars import expand as expand, index as index
+from fewstep.data.tars import expand, index
 from fewstep.data.text import Text, embed, read_prompts
 from fewstep.eval.protocol.real import RealPictures
 from fewstep.files import expanded, lines_of, parse_json, regular, text_of
-from fewstep.pictures import SUFFIXES, PictureError, list_pictures
+from fewstep.pictures import SUFFIXES, list_pictures
 
 
 def _texts(items: Sequence[Item], spec: Any) -> Text | None:
@@ -112,10 +112,7 @@ class Captions:
 
 def _unlisted(root: Path, told: Path, names: Sequence[str]) -> dict[str, str]:
     """The pictures of a folder that its caption file leaves out, and what else is not read there."""
-    try:
-        listing = list_pictures(root)
-    except PictureError as error:  # of a file that no line names: told, and no reason to stop
-        return {error.name: error.reason}
+    listing = list_pictures(root, strict=False)  # what no line names is told, and no reason to stop
     known = {Path(name) for name in names}
     left = [file for file in listing.files if file.relative_to(root) not in known]
     if left:  # a picture may be named by another path, through a link

@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -76,6 +76,7 @@ class Shards:
     ) -> None:
         self.folder, self.made_with, self.count, self.rows = folder, dict(made_with), count, rows
         self.remedy = remedy
+        self.notes: dict[str, Any] = {}
         self.done: dict[str, list[int]] = {}
         self._open: OrderedDict[int, Any] = OrderedDict()
         self._locked = False
@@ -121,6 +122,23 @@ class Shards:
             self._read()
             yield self.missing()
 
+    def note(self, notes: Mapping[str, Any]) -> None:
+        """Tell in the index, beside the facts, what no row depends on: a folder with others is taken up and gets these.
+
+        A note that is empty goes. A folder that may not be written keeps what it has.
+        """
+        self.notes = {key: value for key, value in notes.items() if value}
+        index = self.folder / "index.json"
+        if not index.is_file():
+            return
+        if all(read_index(self.folder)["made_with"].get(key, "") == value for key, value in notes.items()):
+            return
+        with suppress(OSError, UserError), self._lock():
+            told = read_index(self.folder)
+            others = {key: value for key, value in told["made_with"].items() if key not in notes}
+            with atomic_path(index) as aside:
+                aside.write_text(json.dumps(told | {"made_with": others | self.notes}, indent=1))
+
     def write(self, rows: range, tensors: Mapping[str, Tensor | Sequence[Sparse]]) -> None:
         """Write one file of `missing()`; it counts only when it is whole. One that is there by now is kept.
 
@@ -137,7 +155,7 @@ class Shards:
             with atomic_path(path) as aside:
                 save_file({k: v.detach().cpu().contiguous() for k, v in _flat(tensors).items()}, aside)
             self.done[str(n)] = [path.stat().st_size, crc32_of(path)]
-            told = {"made_with": self.made_with, "count": self.count, "rows": self.rows, "shards": self.done}
+            told = {"made_with": self.made_with | self.notes, "count": self.count, "rows": self.rows, "shards": self.done}
             with atomic_path(self.folder / "index.json") as aside:
                 aside.write_text(json.dumps(told, indent=1))
 

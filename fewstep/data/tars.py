@@ -112,17 +112,18 @@ def _span(path: Path, member: tarfile.TarInfo, spans: dict[str, tuple[int, int]]
     if member.isreg():
         spans[name] = member.offset_data, member.size
         return spans[name]
+    read = name.rpartition("/")[2].partition(".")[2].lower() in PARTS and not any(map(hidden, name.split("/")))
     if member.islnk():
         target = normpath(member.linkname)
-        if target not in spans:
+        if target in spans:
+            spans[name] = spans[target]
+            return spans[name] if read else None
+        if read:
             raise UserError(
                 f"{path}: {member.name} is a hard link to {member.linkname}, which is not before it in the file; pack it "
                 "again with tar --hard-dereference"
             )
-        spans[name] = spans[target]
-        return spans[name]
-    read = name.rpartition("/")[2].partition(".")[2].lower() in PARTS and not any(map(hidden, name.split("/")))
-    if read and not member.isdir():
+    elif read and not member.isdir():
         kind = f"a link to {member.linkname}" if member.issym() else "a pipe or a device"
         raise UserError(f"{path}: {member.name} is {kind} and no file; pack it again with tar --dereference (-h)")
     return None

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from fewstep.config import Absent, UserError
-from fewstep.data.base import image_shape
+from fewstep.data.base import image_shape, renumbered
 from fewstep.export.base import Parts
 from fewstep.export.choose import parts_of
 from fewstep.export.levels import check_product
@@ -83,29 +83,39 @@ def outlined(recipe: Recipe) -> Product:
         wrapper: Any = net.net
         shape = (wrapper.channels(), *_size(recipe.data, wrapper))
         image = recipe.data.image_outline() if hasattr(recipe.data, "image_outline") else None
-        data: Any = _Data(shape, wrapper.classes, image)
+        data: Any = _Data(shape, wrapper.classes, image, _said(recipe.data))
         roles["teacher"] = net if teacher.process is None else Rescheduled(net, teacher.process)
     elif teacher is None or teacher.name == "ring":
         data = _opened(recipe.data)
         if teacher is not None:
-            roles["teacher"] = teacher.build(Site(data.shape, data.classes, {}, 0, image_shape(data)))
+            roles["teacher"] = teacher.build(Site(data.shape, data.classes, {}, 0, image_shape(data), renumbered(data)))
     else:
         raise Absent("the student's process is known only once it is built")
-    site = Site(data.shape, data.classes, roles, 0, image_shape(data))
+    site = Site(data.shape, data.classes, roles, 0, image_shape(data), renumbered(data))
     return product_of(recipe, bare_student(recipe.student, site), data, "student")
 
 
 class _Data:
     text = None
 
-    def __init__(self, shape: tuple[int, ...], classes: int, image: tuple[int, ...] | None = None) -> None:
-        self.shape, self.classes, self.image_shape = shape, classes, image
+    def __init__(
+        self, shape: tuple[int, ...], classes: int, image: tuple[int, ...] | None = None, renumbered: str = ""
+    ) -> None:
+        self.shape, self.classes, self.image_shape, self.renumbered = shape, classes, image, renumbered
+
+
+def _said(spec: Any) -> str:
+    """`renumbered` of data that are not opened; nothing where they are not here, as the teacher tells the shapes."""
+    try:
+        return spec.renumbered() if hasattr(spec, "renumbered") else ""
+    except UserError:
+        return ""
 
 
 def _opened(spec: Any) -> Any:
     if hasattr(spec, "image_outline"):
         shape, classes = spec.outline()
-        return _Data(shape, classes, spec.image_outline())
+        return _Data(shape, classes, spec.image_outline(), _said(spec))
     if getattr(spec, "encoder", None) is None:
         return spec.open()
     return _Data(spec.shape, 0) if hasattr(spec, "shape") else replace(spec, encoder=None).open()

@@ -132,4 +132,6 @@ def source_of(spec: Any) -> str | None:
     inner = innermost(spec)
     if getattr(inner, "name", None) == "logvar":
         return "student"
+    if getattr(inner, "name", None) == "house-classifier":
+        return None  # whose `of` is no role
     return getattr(inner, "of", getattr(inner, "trunk", None))

@@ -5,11 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from PIL import Image
+from tiny_pictures import write
 from tiny_teacher import make_teacher, student_settings
 
 from fewstep.cli import main
 from fewstep.commands.plan import plan
 from fewstep.commands.plan_rows import without_code
+from fewstep.config import RecipeError
 from fewstep.networks import code
 from fewstep.recipe.store import load
 
@@ -38,6 +41,15 @@ def test_roles_of_their_own_are_known_where_the_teacher_is_not(mine: Path):
     rows, missing = without_code(load("toy/dmd2", settings))
     assert rows["student"] == plan(load("toy/dmd2"), ways=False).roles["student"]
     assert (list(rows), missing) == (["student"], ["teacher", "critic", "activations"])
+
+
+def test_labels_that_a_run_refuses_are_refused(tmp_path: Path, mine: Path):
+    for c in range(1, 11):
+        write(tmp_path / "d" / str(c), x_png=Image.new("L", (8, 8)))
+    settings = [f"data={{name: images, path: {tmp_path / 'd'}, grey: true}}", f"teacher.wrapper='{mine}:Mine'"]
+    with pytest.raises(RecipeError, match=r"house-classifier\.of digits: knows classes by their numbers, and in the dat"):
+        without_code(load("digits-dmdr", [*settings, "evaluate=null"]))
+    assert "reward" in without_code(load("digits-dmdr", [*settings, "evaluate=null", "data.renumber=true"]))[0]
 
 
 @pytest.mark.parametrize("measure", [[], ["--measure"]])

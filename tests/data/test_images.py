@@ -12,7 +12,9 @@ from PIL import Image
 from tiny_pictures import encoded, noise, png, tiff, write
 
 from fewstep.config import UserError
+from fewstep.data import images
 from fewstep.data.images import ImageFolder
+from fewstep.pictures import list_pictures
 
 
 def test_sub_folders_sorted_by_name_are_the_classes(tmp_path: Path):
@@ -20,11 +22,11 @@ def test_sub_folders_sorted_by_name_are_the_classes(tmp_path: Path):
         path = tmp_path / name
         path.parent.mkdir(exist_ok=True)
         Image.new("L", (3, 2), grey).save(path)
-    images, labels = ImageFolder(path=str(tmp_path), grey=True).open().all()
-    assert labels is not None
-    assert labels.tolist() == [0, 0, 1, 2]
-    assert images.shape == (4, 1, 2, 3)
-    assert [round(float(x.mean()), 6) for x in images] == [-1.0, -0.6, 1.0, -0.2]
+    x, y = ImageFolder(path=str(tmp_path), grey=True).open().all()
+    assert y is not None
+    assert y.tolist() == [0, 0, 1, 2]
+    assert x.shape == (4, 1, 2, 3)
+    assert [round(float(a.mean()), 6) for a in x] == [-1.0, -0.6, 1.0, -0.2]
 
 
 BROKEN = {
@@ -104,9 +106,11 @@ def test_a_file_of_several_pictures_is_refused_and_a_thumbnail_is_none(tmp_path:
             corner(encoded(one, kind, **several), name, tmp_path / kind)
     small = one.resize((4, 3))
     small.encoderinfo = {"tiffinfo": {254: 1}}
+    mask = one.convert("L")
+    mask.encoderinfo = {"tiffinfo": {254: 4}}
     phone = encoded(one, "MPO", **several)
     assert corner(phone, "x.jpg", tmp_path / "phone") == corner(encoded(one, "JPEG"), "x.jpg", tmp_path / "plain")
-    data = encoded(one, "TIFF", save_all=True, append_images=[small])
+    data = encoded(one, "TIFF", save_all=True, append_images=[small, mask])
     assert corner(data, "x.tif", tmp_path / "thumb") == noise(8, 6, 3)[0, 0].tolist()
 
 
@@ -160,10 +164,47 @@ def test_a_numbered_class_folder_has_its_label_or_it_is_said(tmp_path: Path):
     filled = numbered(tmp_path / "filled", "00", "01", "03", empty=("02",))
     assert labels(filled) == ({n: n for n in (0, 1, 3)}, "; left out: 1 folder without pictures", "")
     assert ImageFolder(path=str(filled)).open().classes == 4
-    # An empty folder that fills no gap is no class.
-    other = numbered(tmp_path / "other", "0", "1", empty=("7", "new"))
-    assert labels(other) == ({0: 0, 1: 1}, "; left out: 2 folder without pictures", "")
+    # An empty folder that fills no gap is no class, nor is one behind the last.
+    other = numbered(tmp_path / "other", "0", "1", empty=("2", "7", "new"))
+    assert labels(other) == ({0: 0, 1: 1}, "; left out: 3 folder without pictures", "")
     assert ImageFolder(path=str(other)).open().classes == 2
+    behind = numbered(tmp_path / "behind", "0", "1", empty=("2",))
+    assert labels(behind) == ({0: 0, 1: 1}, "; left out: 1 folder without pictures", "")
+    assert ImageFolder(path=str(behind)).open().classes == 2
+
+
+def test_the_number_that_is_absent_is_one_that_is(tmp_path: Path):
+    cases = (("a", ("0", "3"), ("1",), 2), ("b", ("1", "4"), ("0", "2"), 3), ("c", ("5",), ("0",), 1))
+    for case, full, empty, absent in cases:
+        root = numbered(tmp_path / case, *full, empty=empty)
+        wrong = next(i for i, name in enumerate(full) if int(name) != i)
+        told = f"class folder {full[wrong]} has label {wrong}, as there is no folder {absent}"
+        assert labels(root)[2] == ImageFolder(path=str(root)).renumbered() == told
+
+
+def test_numbers_among_names_keep_the_order_by_name_and_are_refused_by_nobody(tmp_path: Path):
+    root = numbered(tmp_path / "mixed", "1", "2", "10", empty=("3",))
+    write(root / "unknown", x_png=Image.new("L", (4, 4), 99))
+    told = " (labels in the order 1, 10, 2, unknown); left out: 1 folder without pictures"
+    assert labels(root) == ({1: 0, 10: 1, 2: 2, 99: 3}, told, "")
+
+
+def test_a_folder_is_listed_once_for_its_outline_and_what_its_labels_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    root, times = numbered(tmp_path / "d", "1", "2"), [0]
+
+    def counted(path: Path) -> Any:
+        times[0] += 1
+        return list_pictures(path)
+
+    monkeypatch.setattr(images, "list_pictures", counted)
+    data = ImageFolder(path=str(root))
+    data.outline()
+    assert data.renumbered().startswith("class folder 1 has label 0")
+    assert times == [1]
+    (root / "1").rename(root / "0")
+    (root / "2").rename(root / "1")
+    data.outline()
+    assert data.renumbered() == ""
 
 
 def test_one_folder_in_two_classes_is_refused(tmp_path: Path):

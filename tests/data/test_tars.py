@@ -12,7 +12,8 @@ from PIL import Image
 from tiny_pictures import encoded, make_tar, write
 
 from fewstep.config import UserError
-from fewstep.data.pictures import WebDataset, expand
+from fewstep.data.pictures import WebDataset
+from fewstep.data.tars import expand
 
 
 def picture(value: int) -> bytes:
@@ -82,8 +83,13 @@ def test_links_that_are_no_part_of_a_sample_change_nothing(tmp_path: Path):
         ("latest", (tarfile.SYMTYPE, "x")),
         (".a.png", (tarfile.SYMTYPE, "a.png")),
         ("x.png", (tarfile.DIRTYPE, "")),
+        ("__MACOSX/._a.png", hard("gone")),
+        ("readme.link", hard("gone")),
+        ("copy.link", hard("a.png")),
     )
-    assert len(samples(linked(tmp_path / "t.tar", ("a.png", picture(9)), *beside))) == 1
+    last = ("b.png", hard("copy.link"))
+    found = samples(linked(tmp_path / "t.tar", ("a.png", picture(9)), *beside, last))
+    assert found == [("a", 9, None, None), ("b", 9, None, None)]
 
 
 def test_a_file_with_holes_is_called_so(tmp_path: Path):

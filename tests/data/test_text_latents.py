@@ -22,8 +22,9 @@ from fewstep.config import UserError
 from fewstep.data.encoders import PipelineEncoder, SentenceEncoder
 from fewstep.data.images import InMemory
 from fewstep.data.latents import Encoder, Latents, decoder
-from fewstep.data.pictures import Captions, Prompts, WebDataset, expand
+from fewstep.data.pictures import Captions, Prompts, WebDataset
 from fewstep.data.reader import View, scaled
+from fewstep.data.tars import expand
 from fewstep.data.text import embed
 from fewstep.train.product import Product
 
@@ -249,6 +250,34 @@ def test_latents_keep_that_their_labels_are_not_their_folders_numbers(tmp_path: 
         assert spec.renumbered() == spec.open().renumbered
         assert spec.renumbered().startswith(kept)
         assert bool(spec.renumbered()) == bool(kept)
+
+
+def test_a_cache_of_renumbered_classes_has_two_ways_out_and_one_of_before_is_taken_up(tmp_path: Path):
+    vae, recipe, out = make_vae(tmp_path / "vae"), tmp_path / "mine.yaml", tmp_path / "latents"
+    for c in (1, 2):
+        (tmp_path / "data" / str(c)).mkdir(parents=True)
+        pictures(tmp_path / "data" / str(c), 1, (8, 8))
+    captioned(tmp_path / "other", recipe)
+
+    def cached(**more: Any) -> str:
+        cache_latents(str(recipe), [f"data={json.dumps({'name': 'images', 'path': str(tmp_path / 'data')} | more)}"],
+                      str(vae), out)  # fmt: skip
+        return Latents(path=str(out), vae=str(vae)).open().renumbered
+
+    told = cached()
+    assert told.startswith("class folder 1 has label 0")
+    meant = Latents(path=str(out), vae=str(vae), renumber=True)
+    assert meant.renumbered() == meant.open().renumbered == ""
+    assert repr(meant) == repr(Latents(path=str(out), vae=str(vae)))
+    shards = {p: p.stat().st_mtime_ns for p in out.glob("*.safetensors")}
+    assert cached(renumber=True) == ""
+    assert cached() == told
+    # As it was made when nobody kept why; a folder that may not be written serves as it is.
+    index = json.loads((out / "index.json").read_text())
+    assert index["made_with"].pop("renumbered") == told
+    (out / "index.json").write_text(json.dumps(index))
+    assert cached() == told
+    assert {p: p.stat().st_mtime_ns for p in out.glob("*.safetensors")} == shards
 
 
 def test_pictures_are_resized_and_cut_to_the_middle(tmp_path: Path):

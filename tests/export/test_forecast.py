@@ -7,11 +7,14 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
+from tiny_pictures import write
 from typer.testing import CliRunner
 
 from fewstep.cli import app
 from fewstep.commands.plan import plan
 from fewstep.config import UserError
+from fewstep.export import forecast
 from fewstep.export.choose import export
 from fewstep.export.forecast import about, outlined, warning, weightless
 from fewstep.networks.adapters import Adapted, own_state
@@ -80,6 +83,23 @@ def test_what_cannot_be_asked_is_said_and_does_not_stop_a_run():
     assert about(lost)[2].startswith("not checked: teacher nowhere: no such folder")
     with pytest.raises(UserError, match="known only once it is built"):
         outlined(load("digits-dmd2", [f"teacher={MODULE}"]))
+
+
+def test_a_student_is_asked_about_on_the_site_of_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    for c in range(1, 11):
+        write(tmp_path / str(c), x_png=Image.new("L", (8, 8)))
+    sites: list[Any] = []
+
+    def kept(_: Any, site: Any) -> Any:
+        sites.append(site)
+        raise UserError("stop")
+
+    monkeypatch.setattr(forecast, "bare_student", kept)
+    data = f"data={{name: images, path: {tmp_path}, grey: true}}"
+    for name in ("digits-dmd2", "digits-teacher"):
+        with pytest.raises(UserError, match="stop"):
+            outlined(load(name, [data, "evaluate=null"]))
+    assert [site.renumbered[:29] for site in sites] == 2 * ["class folder 1 has label 0, a"]
 
 
 def test_run_plan_and_check_say_it_in_one_line(tmp_path: Path):
