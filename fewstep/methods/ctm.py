@@ -146,6 +146,5 @@ class CTM:
 
     def sampler(self) -> Sampler:
         kind: Any = "gamma" if self.gamma else "map"
-        eta = 1 - (1 - self.gamma**2) ** 0.5
-        knots = None if self.points is None else self.points - 1
+        eta, knots = 1 - (1 - self.gamma**2) ** 0.5, self.points and self.points - 1
         return Sampler(kind=kind, steps=self.steps, eta=eta, counts=any_steps(self.steps), knots=knots)
