@@ -7,8 +7,8 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 
 from fewstep.config import UserError
-from fewstep.networks.weights import NotFinite, check_whole, not_finite, shell, variant_of
-from fewstep.networks.wrapped import WRAPPERS, unwrap, why, wrapping
+from fewstep.networks.weights import NotFinite, check_whole, not_finite, plain_of, refuse_wrapped
+from fewstep.networks.wrapped import WRAPPERS
 
 
 def examine(sub: Path, said: str, library: str = "diffusers") -> int:
@@ -21,8 +21,7 @@ def examine(sub: Path, said: str, library: str = "diffusers") -> int:
         UserError: all names have what a wrapper left in them, so that none would be found; or a damaged file.
     """
     count, names = 0, []
-    every = check_whole(sub, said)
-    files = [f for f in every if variant_of(f, library) == ""] or every
+    files = plain_of(check_whole(sub, said), library)
     for file in files:
         try:
             with safe_open(file, framework="pt") as archive:
@@ -38,11 +37,6 @@ def examine(sub: Path, said: str, library: str = "diffusers") -> int:
             raise UserError(f"{said}: {sub.name}/{file.name}: cannot be read: {error}") from None
     # A name may hold such a part of its own; in front of all of them nothing but a wrapper puts one.
     fronts = {name.partition(".")[0] for name in names}
-    if len(fronts) == 1 and fronts <= {*WRAPPERS} and (wrapped := wrapping(names, [n.partition(".")[2] for n in names])):
-        mark, pairs = wrapped
-        first = names[0]
-        raise UserError(
-            f"{said}: the weights in {sub.name}/ are named as inside a wrapper, with {mark!r} in {first}; {why(mark)}. "
-            f"Write them under their own names:\n  {shell(unwrap(files, pairs))}"
-        )
+    if len(fronts) == 1 and fronts <= {*WRAPPERS}:
+        refuse_wrapped(sorted(names), [name.partition(".")[2] for name in names], sub, said, files)
     return count

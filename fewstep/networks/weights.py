@@ -53,6 +53,11 @@ def variant_of(file: Path, library: str) -> str | None:
     return (found[1] or found[2] or "") if found else None
 
 
+def plain_of(files: Sequence[Path], library: str) -> Sequence[Path]:
+    """Those of a part's files that are of no variant; all where each is of one."""
+    return [f for f in files if variant_of(f, library) == ""] or files
+
+
 def conversion(file: Path, library: str, kind: str) -> str:
     """The command that turns weights of a part into plain safetensors beside them: from a pickle or from a variant.
 
@@ -200,7 +205,7 @@ def load_text_model(
     refuse_pickles(sub, said, "transformers", cls.__name__)
     refuse_variants(sub, said, "transformers", cls.__name__)
     files = check_whole(sub, said)
-    loaded = [f for f in files if variant_of(f, "transformers") == ""] or files
+    loaded = plain_of(files, "transformers")
     check_index(sub, said, loaded, single_first=True)
     # Left out it asks on the terminal whether a folder's own code may run.
     own = {"trust_remote_code": False} if cls.__name__.startswith("Auto") else {}
@@ -218,7 +223,7 @@ def saved_dtype(files: Sequence[Path]) -> torch.dtype:
     from safetensors import safe_open
 
     counts: Counter[str] = Counter()
-    for file in [f for f in files if variant_of(f, "transformers") == ""] or files:
+    for file in plain_of(files, "transformers"):
         with safe_open(file, framework="pt") as opened:
             for name in opened.keys():  # noqa: SIM118
                 held = opened.get_slice(name)
@@ -252,14 +257,14 @@ def _complete(told: Any, sub: Path, said: str, kinds: tuple[str, ...], files: Se
         if not told[kind]:
             continue
         if strange:
-            _refuse_wrapped(strange, wanted, sub, said, files)
+            refuse_wrapped(strange, wanted, sub, said, files)
         raise UserError(
             f"{said}: the weights in {sub.name}/ {words[kind]} {sorted(told[kind])[0]} ({len(told[kind])} in all); "
             f"they are of another network than {sub.name}/config.json says"
         )
 
 
-def _refuse_wrapped(strange: list[str], wanted: list[str], sub: Path, said: str, files: Sequence[Path]) -> None:
+def refuse_wrapped(strange: list[str], wanted: list[str], sub: Path, said: str, files: Sequence[Path]) -> None:
     """UserError with the command for weights that are named as inside a wrapper; with several for several sets."""
     keys = [k for f in files for k in names_in(f)]
     if found := rivals(keys, strange, wanted):
